@@ -1,0 +1,40 @@
+# make demo   the first run: sets up, then `vitdistill demo`
+# make test   sets up, then everything a change has to pass
+# Set-up builds .venv with the exact versions and hashes of requirements/constraints.txt; it needs the network once.
+# Variables: PYTHON=python3.12 (which interpreter), WORKERS=2 (test processes).
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test lint lock clean
+
+setup: $(READY)
+
+demo: setup
+	$(BIN)/vitdistill demo
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(READY): pyproject.toml requirements/constraints.txt requirements/setup.sh
+	@rm -f $@
+	@PYTHON='$(PYTHON)' requirements/setup.sh
+	@touch $@
+
+# New versions of everything, for every Python and system named in pyproject.toml's [tool.uv]. Needs uv and the network.
+lock:
+	uv pip compile pyproject.toml --extra dev --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
+	  --quiet --output-file requirements/constraints.txt
+
+# Caches and builds. The environment stays: remove .venv by hand to start over.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,94 @@
+"""What every test stands on: one thread, fixed seeds, no network, and shapes checked at every call of vitdistill.
+
+pytest is started with ``--jaxtyping-packages=vitdistill,beartype.beartype`` (pyproject.toml), so each annotated
+function of the package compares what it gets and gives with its jaxtyping annotation. `_jaxtyped` adjusts that where a test would see
+something else than a user does.
+"""
+
+import functools
+import inspect
+import os
+import random
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Before torch and huggingface_hub are imported, and inherited by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Same examples in every run, so that a red test is red for everybody. `--hypothesis-profile=thorough` looks further.
+hypothesis.settings.register_profile("default", derandomize=True, database=None, deadline=None, max_examples=20)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("default")
+
+_check = jaxtyping.jaxtyped
+
+
+def _jaxtyped(target: Any = None, *, typechecker: Any) -> Any:
+    """`jaxtyping.jaxtyped`, which the import hook puts on every class and function, with four differences.
+
+    Under torch.compile and torch.export the plain function is traced: the checks cannot be, and are not in the product.
+    A dataclass that is given a wrong type answers with its own validation, where it has one, as it does to a user.
+    A function inside a function is not checked: its check would be built anew at every call of the outer one.
+    Protocols are made checkable at run time: beartype refuses annotations it cannot test.
+    """
+    if target is None:
+        return functools.partial(_jaxtyped, typechecker=typechecker)
+    if torch.compiler.is_compiling() or "<locals>" in target.__qualname__:
+        return target
+    if not inspect.isclass(target):
+        return _unless_compiling(target, _check(target, typechecker=typechecker))
+    if getattr(target, "_is_protocol", False):
+        return typing.runtime_checkable(target)
+    plain = target.__init__
+    _check(target, typechecker=typechecker)
+    if target.__init__ is not plain:  # only dataclasses are checked, and each once
+        target.__init__ = _unless_compiling(plain, _own_error_first(plain, target.__init__))
+    return target
+
+
+def _unless_compiling(plain: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        return checked(*args, **kwargs)
+
+    return call
+
+
+def _own_error_first(plain: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
+    def init(*args: Any, **kwargs: Any) -> None:
+        __tracebackhide__ = True
+        try:
+            checked(*args, **kwargs)
+        except jaxtyping.TypeCheckError:
+            plain(*args, **kwargs)
+            raise
+
+    return init
+
+
+jaxtyping.jaxtyped = _jaxtyped
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Each test starts from the same generator states, whatever ran before it, and leaves the thread count alone."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)

@@ -1,0 +1,59 @@
+"""The package as it is installed: eight dependencies, extras only where they are used, pinned versions with digests."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Imports every module while a finder refuses what only the extras bring.
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import vitdistill
+for module in pkgutil.walk_packages(vitdistill.__path__, "vitdistill."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+ONLY_IN_EXTRAS = (
+    *("sklearn", "scipy", "matplotlib", "pyarrow", "datasets", "pandas", "tensorboard", "wandb"),
+    *("onnx", "onnxscript", "onnxruntime", "beartype", "hypothesis", "pytest"),
+)
+
+
+def test_every_module_imports_with_the_eight_dependencies() -> None:
+    command = [sys.executable, "-W", "error", "-c", IMPORT_ALL, *ONLY_IN_EXTRAS]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_are_eight_direct_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
+    assert names == {"torch", "torchvision", "timm", "tyro", "rich", "safetensors", "jaxtyping", "PyYAML"}
+
+
+def test_the_version_is_said_once() -> None:
+    import vitdistill
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == vitdistill.__version__
+
+
+def test_pinned_versions_have_digests_and_no_addresses() -> None:
+    text = (ROOT / "requirements" / "constraints.txt").read_text()
+    assert "://" not in text
+    assert not re.search(r"^\s*-(i|f|-index|-extra-index|-find-links|-trusted)", text, re.MULTILINE)
+    entries = [entry for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if entry and not entry.startswith("#")]
+    assert len(entries) > 50
+    for entry in entries:
+        assert re.match(r"[a-z0-9.-]+==\S+", entry), entry.partition("\n")[0]
+        assert "+cpu" not in entry.partition("\n")[0]
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry.partition("\n")[0]

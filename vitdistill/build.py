@@ -1,0 +1,91 @@
+"""From a recipe to networks: the student, the teachers, their input contracts, and the plan that ties them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import weights
+from .data.views import InputSpec
+from .errors import ConfigError
+from .method import Network
+from .plan import Plan, make_plan
+from .recipe import Recipe, StudentConfig, TeacherConfig
+from .teacher import ClassMatch, Teacher, match_classes
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with its input contract and its description."""
+
+    model: nn.Module
+    spec: InputSpec
+    network: Network
+
+
+def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int | None, **extra: Any) -> Built:
+    if not config.model:
+        flag = "--model" if isinstance(config, StudentConfig) else "--teacher-model"
+        raise ConfigError(f"the {name} has no model: name one with {flag} (a timm name, hf-hub:org/name, or the folder of a run)")
+    try:
+        model = weights.create_model(
+            config.model,
+            num_classes=num_classes,
+            checkpoint=config.checkpoint,
+            pretrained=config.pretrained or None,
+            image_size=config.image_size,
+            **extra,
+            **config.model_args,
+        )
+    except (TypeError, AssertionError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"the {name} {config.model} cannot be built with model_args {config.model_args}: {first}") from error
+    spec = InputSpec.of_model(model)
+    if config.image_size is not None:
+        spec = replace(spec, image_size=(config.image_size, config.image_size))
+    return Built(model, spec, Network.of(model, name, config.model, spec.image_size))
+
+
+def build_student(config: StudentConfig, num_classes: int) -> Built:
+    """The student with a head for ``num_classes``; raises `ConfigError` or `DataError` with one sentence."""
+    return _create(config, "student", num_classes, drop_path=config.drop_path or None)
+
+
+def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
+    """A teacher's network with its own head; raises `ConfigError` when no weights are named for it, unless they are not wanted."""
+    if with_weights and config.model and not config.checkpoint and not config.pretrained and not weights.carries_weights(config.model):
+        raise ConfigError(
+            f"the {name} {config.model} would have random weights: give --teacher-path FILE, --teacher-pretrained, "
+            "or a run folder as --teacher-model"
+        )
+    return _create(config, name, None)
+
+
+def build_teacher(
+    config: TeacherConfig, name: str, classes: tuple[str, ...], images_spec: InputSpec, device: torch.device | str
+) -> tuple[Teacher, ClassMatch]:
+    """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled images)."""
+    built = build_teacher_model(config, name)
+    match = ClassMatch(None, "the images are unlabelled: its own classes are kept")
+    if classes:
+        names = weights.class_names(built.model)
+        match = match_classes(name, names, built.network.num_classes, classes, config.reorder_classes)
+    network = built.network if match.index is None else replace(built.network, num_classes=len(match.index))
+    index = None if match.index is None else torch.tensor(match.index)
+    dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
+    teacher = Teacher(built.model, network, built.spec, images_spec, class_index=index, dtype=dtype, device=device)
+    return teacher, match
+
+
+def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -> Plan:
+    """The plan of a recipe for these networks."""
+    return make_plan(student, teachers, recipe.objectives, recipe.selector)
+
+
+def prefer_explicit_attention(model: nn.Module) -> None:
+    """Let timm's blocks compute attention explicitly: on CPUs in bfloat16 the fused kernel is slower (0.6-0.75 of its time)."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False

@@ -1,0 +1,56 @@
+"""``vitdistill train``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import arg
+
+from ..data.loader import TrainLoader
+from ..recipe import Recipe
+from .recipe_flags import RecipeFlags, parse
+
+
+@dataclass
+class TrainFlags(RecipeFlags):
+    """Flags of ``train``."""
+
+    output: Annotated[str | None, arg(help="the run folder; None: runs/RECIPE. A run that is there is resumed, never overwritten")] = None
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto"
+
+
+def main(words: Sequence[str]) -> int:
+    """Train, or resume."""
+    flags, recipe = parse("train", TrainFlags, words, "Train a student, alone or from a teacher. The same command resumes a run that was stopped.")
+    output = Path(flags.output) if flags.output is not None else Path("runs") / recipe.name
+    console = Console()
+    from ..train.job import Job
+    from ..train.loop import train
+
+    def show(job: Job) -> None:
+        console.print(_plan_text(job, recipe), highlight=False, markup=False, soft_wrap=True)
+
+    summary = train(replace(recipe, name=output.name), output, device=flags.device, console=console, prepared=show)
+    best = summary["best_top1"]
+    if best is not None:
+        console.print(
+            f"done: top-1 {summary['scores']['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g}); weights in {output / 'last'} and "
+            f"{output / 'best'}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _plan_text(job: "object", recipe: Recipe) -> str:
+    from ..cost import cost_of, explain
+    from ..train.job import Job
+
+    assert isinstance(job, Job)
+    cost = cost_of(job.plan, job.student, {name: teacher.model for name, teacher in job.teachers.items()})
+    loader: TrainLoader = job.train_loader
+    images = loader.steps_per_epoch * recipe.train.batch_size
+    return explain(job.plan, cost, images, recipe.train.epochs) + "\n"

@@ -1,0 +1,196 @@
+"""What a plan costs before it runs: FLOPs counted on the very code that will run, and the paper's own accounting beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .method import Network
+from .plan import Plan, describe_needs
+from .vit import Needs, run_vit
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+
+
+def vit_macs(network: Network, num_keep: int | None = None, mlp_ratio: float = 4.0) -> int:
+    """Multiply-accumulates of one plain ViT forward pass, as the MaskedKD paper counts them.
+
+    Every patch is embedded, every block runs on K kept patches and one class token, whole:
+    ``N (3 p^2) D + L ((4 + 2 r) n D^2 + 2 n^2 D) + D C`` with ``n = K + 1`` and r the MLP ratio.
+
+    Source: reproduces the teacher cost column of arXiv 2302.10494 (in units of 10^15 MACs, over images x epochs) within 0.3 %.
+    """
+    n = (network.num_patches if num_keep is None else num_keep) + 1
+    d = network.dim
+    embed = network.num_patches * 3 * network.patch_size[0] * network.patch_size[1] * d
+    block = (4 + 2 * mlp_ratio) * n * d**2 + 2 * n**2 * d
+    return int(embed + network.depth * block + d * network.num_classes)
+
+
+@torch.no_grad()
+def forward_flops(
+    model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None, num_keep: int | None = None
+) -> int:
+    """FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2), counted with `FlopCounterMode` on the meta device.
+
+    ``needs=None`` counts the model's own forward.
+    """
+    return _count(model, image_size, needs, num_keep, backward=False)
+
+
+def training_flops(model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None) -> int:
+    """FLOPs of one forward and backward pass on one image."""
+    with torch.enable_grad():
+        return _count(model, image_size, needs, None, backward=True)
+
+
+def _count(model: nn.Module, image_size: tuple[int, int], needs: Needs | None, num_keep: int | None, backward: bool) -> int:
+    model = _on_meta(model)
+    images = torch.empty(1, 3, *image_size, device="meta")
+    keep = None if num_keep is None else torch.zeros(1, num_keep, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        if needs is None:
+            outputs: list[Tensor] = [model(images)]
+        else:
+            out = run_vit(model, images, needs, keep)
+            outputs = [t for t in (out.logits, *out.hidden.values()) if t is not None]
+        if backward:
+            torch.autograd.backward([t.sum() for t in outputs])
+    return counter.get_total_flops()
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """The same architecture without weights, so that counting costs neither memory nor time."""
+    import copy
+
+    if all(p.is_meta for p in model.parameters()):
+        return model
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(model, memo)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs an image of one training step (a multiply-accumulate is 2).
+
+    Attributes:
+        student: forward and backward of this plan; ``student_plain``: of the student trained alone by its own forward.
+        teachers: forward of this plan, guides included; ``teachers_plain``: of the whole teacher on the whole image.
+    """
+
+    student: int
+    student_plain: int
+    teachers: dict[str, int]
+    teachers_plain: dict[str, int]
+
+    @property
+    def step(self) -> int:
+        """Everything this plan computes for one training image."""
+        return self.student + sum(self.teachers.values())
+
+    @property
+    def plain_kd(self) -> int:
+        """What plain distillation from the same teachers computes for one training image."""
+        return self.student_plain + sum(self.teachers_plain.values())
+
+
+def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -> Cost:
+    """Count what ``plan`` computes an image; models may live on the meta device."""
+    live, plain = {}, {}
+    for name, model in teachers.items():
+        size = plan.teachers[name].image_size
+        plain[name] = forward_flops(model, size)
+        live[name] = forward_flops(model, size, plan.live[name], plan.num_keep[name])
+        if name in plan.guides:
+            live[name] += forward_flops(model, size, plan.guides[name])
+    was_training = student.training
+    student.train()
+    cost = Cost(
+        student=training_flops(student, plan.student.image_size, plan.student_needs),
+        student_plain=training_flops(student, plan.student.image_size),
+        teachers=live,
+        teachers_plain=plain,
+    )
+    student.train(was_training)
+    return cost
+
+
+def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
+    """The plan and its cost as plain text: what each network computes, FLOPs an image, and the whole run's total.
+
+    Args:
+        num_images: training images an epoch.
+        epochs: of the run.
+    """
+    lines = ["What each network computes, an image"]
+    rows = [("network", "model", "parameters", "FLOPs", "against plain KD", "computes")]
+    student = plan.student
+    rows.append(
+        (
+            "student (training)",
+            student.architecture,
+            f"{student.num_parameters / 1e6:.2f} M",
+            flops(cost.student),
+            f"{cost.student / cost.student_plain:.0%} of {flops(cost.student_plain)}",
+            describe_needs(student, plan.student_needs, None),
+        )
+    )
+    for name, teacher in plan.teachers.items():
+        text = describe_needs(teacher, plan.live[name], plan.num_keep[name])
+        if name in plan.guides:
+            text += "; and once more on the whole image to choose its patches"
+        rows.append(
+            (
+                name,
+                teacher.architecture,
+                f"{teacher.num_parameters / 1e6:.2f} M",
+                flops(cost.teachers[name]),
+                f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of {flops(cost.teachers_plain[name])}",
+                text,
+            )
+        )
+    if plan.teachers:
+        rows.append(("together", "", "", flops(cost.step), f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}", ""))
+    lines += table(rows)
+    images = num_images * epochs
+    lines += ["", f"The whole run, {num_images:,} images x {epochs} epochs (1 multiply-accumulate = 2 FLOPs)"]
+    total = [("", "this plan", "plain KD"), ("student", flops(cost.student * images), flops(cost.student_plain * images))]
+    for name in plan.teachers:
+        total.append((name, flops(cost.teachers[name] * images), flops(cost.teachers_plain[name] * images)))
+    if plan.teachers:
+        total.append(("together", flops(cost.step * images), flops(cost.plain_kd * images)))
+    lines += table(total)
+    for name, teacher in plan.teachers.items():
+        if teacher.walks:
+            masked = vit_macs(teacher, plan.num_keep[name]) * images / 1e15
+            whole = vit_macs(teacher) * images / 1e15
+            lines += [
+                "",
+                f"{name} in the MaskedKD paper's accounting (all patches embedded, last block whole, 10^15 multiply-accumulates):",
+                f"  {masked:,.0f} peta-MACs against {whole:,.0f} for plain KD ({masked / whole - 1:+.0%})",
+            ]
+    lines += ["", "What every loss weight multiplies"]
+    for name, objective in plan.objectives.items():
+        lines.append(f"  {objective.weight:g} x {name}: {objective.formula}")
+    return "\n".join(lines)
+
+
+def flops(count: float) -> str:
+    """A FLOP count with its unit: ``2.51 GFLOPs``."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {prefix}FLOPs" if count < 1e3 * 10**power else f"{count / 10**power:,.0f} {prefix}FLOPs"
+    return f"{count:.0f} FLOPs"
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Aligned columns, two spaces apart, the first row underlined."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [text[0], "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)), *text[1:]]

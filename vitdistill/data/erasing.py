@@ -1,0 +1,62 @@
+"""Random erasing on a normalised batch: one rectangle of standard normal noise in some of the images.
+
+Source: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, in the form of timm's
+``RandomErasing(mode="pixel", max_count=1)``.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitdistill.data import keyed
+from vitdistill.data.keyed import F64, I64, Stream
+
+_ATTEMPTS = 10
+_AREA = (0.02, 1 / 3)
+_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
+
+
+def erase(
+    images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: I64, views: I64
+) -> Float[Tensor, "B 3 H W"]:
+    """Fill a keyed rectangle of each chosen image with keyed noise, in place; ids and views are (B,) on the host."""
+    if prob == 0.0:
+        return images
+    _, channels, height, width = images.shape
+    draws = keyed.uniforms(keyed.keys(seed, views, sample_ids, Stream.ERASE), 3 + 2 * _ATTEMPTS)
+    rows, top, left, h, w = _boxes(draws, prob, height, width)
+    if not len(rows):
+        return images
+    device = images.device
+    area = h * w
+    total = int(area.sum())
+    table = torch.from_numpy(np.stack([rows, top, left, w, np.cumsum(area) - area, area])).to(device, non_blocking=True)
+    # The host knows the total, so nothing here waits for the device.
+    box = torch.repeat_interleave(torch.arange(len(rows), device=device), table[5], output_size=total)
+    image, first_row, first_column, box_width, start, _ = table[:, box].unbind(0)
+    offset = torch.arange(total, device=device) - start
+    position = (first_row + offset // box_width) * width + first_column + offset % box_width
+    noise_keys = keyed.to_torch(keyed.keys(seed, views, sample_ids, Stream.ERASE_NOISE)[rows], device)[box]
+    address = position[:, None] + torch.arange(channels, device=device) * (height * width)
+    noise = keyed.torch_normals(noise_keys[:, None].expand_as(address), address)
+    images.view(len(images), channels * height * width)[image[:, None], address] = noise
+    return images
+
+
+def _boxes(draws: F64, prob: float, height: int, width: int) -> tuple[I64, I64, I64, I64, I64]:
+    """Which images are erased, and where: ``(rows, top, left, height, width)``; ten tries, as timm."""
+    tries = draws[:, 3:].reshape(-1, _ATTEMPTS, 2)
+    area = (_AREA[0] + (_AREA[1] - _AREA[0]) * tries[..., 0]) * (height * width)
+    aspect = np.exp(_LOG_ASPECT[0] + (_LOG_ASPECT[1] - _LOG_ASPECT[0]) * tries[..., 1])
+    heights = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    widths = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (heights < height) & (widths < width) & (heights > 0) & (widths > 0)
+    first = fits.argmax(axis=1)
+    rows = np.flatnonzero((draws[:, 0] <= prob) & fits.any(axis=1))
+    h, w = heights[rows, first[rows]], widths[rows, first[rows]]
+    top = np.floor(draws[rows, 1] * (height - h + 1)).astype(np.int64)
+    left = np.floor(draws[rows, 2] * (width - w + 1)).astype(np.int64)
+    return rows, top, left, h, w

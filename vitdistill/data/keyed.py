@@ -1,0 +1,126 @@
+"""Randomness we own: every random number is a pure function of what it is for, never of what was drawn before.
+
+A number is addressed by ``(seed, view, sample id, stream, index)``. The first four are folded into a 64-bit key, and
+the key is the state of a SplitMix64 generator of which ``index`` picks one output. So a sample's view is the same
+whoever loads it, in whatever order, in any process, and a run can start anywhere. Parameters are drawn in numpy on
+the host (a few numbers an image); pixel noise is drawn in torch on the device by the same integer arithmetic.
+
+Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the mixing function is
+Stafford's Mix13).
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+class Stream(IntEnum):
+    """What a random number is for; a new purpose gets a new number, and none is ever used again for another."""
+
+    ORDER = 1
+    LIBRARIES = 2
+    CROP = 3
+    FLIP = 4
+    AUGMENT = 5
+    ERASE = 6
+    ERASE_NOISE = 7
+    MIX = 8
+    SUBSET = 9
+    PATCHES = 10
+    DROPOUT = 11
+
+
+def _mix(x: U64) -> U64:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
+    return x ^ (x >> np.uint64(31))
+
+
+def _fold(state: U64, value: U64) -> U64:
+    return _mix((state ^ value) + np.uint64(_GOLDEN))
+
+
+def _word(value: int | npt.NDArray[np.integer]) -> U64:
+    """``value`` modulo 2**64 as an array of at least one element (numpy scalars would warn on overflow)."""
+    if isinstance(value, int):
+        return np.array([value & _MASK], dtype=np.uint64)
+    return np.atleast_1d(value).astype(np.int64).view(np.uint64)
+
+
+def keys(seed: int, view: int | I64, sample_ids: int | I64, stream: Stream) -> U64:
+    """One 64-bit key a sample, shape (B,); ``view`` and ``sample_ids`` broadcast."""
+    state = _fold(_fold(_word(0), _word(seed)), _word(int(stream)))
+    state = _fold(_fold(state, _word(view)), _word(sample_ids))
+    return state
+
+
+def bits(keys: U64, index: int | I64) -> U64:
+    """SplitMix64's output number ``index`` from the state ``keys``; the two broadcast."""
+    step = (_word(index) + np.uint64(1)) * np.uint64(_GOLDEN)
+    return _mix(keys + step)
+
+
+def uniforms(keys: U64, count: int, start: int = 0) -> F64:
+    """Uniform numbers in [0, 1), shape (B, ``count``): indices ``start`` to ``start + count - 1`` of every key."""
+    index = np.arange(start, start + count, dtype=np.int64)
+    return (bits(keys[:, None], index[None, :]) >> np.uint64(11)) * 2.0**-53
+
+
+def normals(keys: U64, count: int, start: int = 0) -> F64:
+    """Standard normal numbers, shape (B, ``count``), by Box-Muller; each takes two indices, from ``start`` on."""
+    pairs = uniforms(keys, 2 * count, start).reshape(len(keys), count, 2)
+    radius = np.sqrt(-2.0 * np.log1p(-pairs[..., 0]))
+    return np.multiply(radius, np.cos(2.0 * np.pi * pairs[..., 1]), dtype=np.float64)
+
+
+def permutation(seed: int, view: int, size: int, stream: Stream = Stream.ORDER) -> I64:
+    """A random order of ``range(size)``: sample ids sorted by their keys."""
+    return np.argsort(keys(seed, view, np.arange(size, dtype=np.int64), stream), kind="stable").astype(np.int64)
+
+
+def torch_seed(seed: int, view: int, sample_id: int) -> int:
+    """A seed in [0, 2**63) for the generators of the libraries that make one view of one sample."""
+    return int(keys(seed, view, sample_id, Stream.LIBRARIES)[0]) >> 1
+
+
+def _shift(x: Tensor, places: int) -> Tensor:
+    """Logical right shift of the 64-bit pattern in ``x`` (torch's ``>>`` copies the sign)."""
+    return (x >> places) & ((1 << (64 - places)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def to_torch(keys: U64, device: torch.device | str = "cpu") -> Int[Tensor, " B"]:
+    """Keys as the same 64-bit patterns in an int64 tensor on ``device``."""
+    return torch.from_numpy(np.ascontiguousarray(keys).view(np.int64)).to(device, non_blocking=True)
+
+
+def torch_bits(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """`bits` in torch: equal 64-bit patterns, on any device."""
+    x = keys + (index + 1) * _signed(_GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift(x, 31)
+
+
+def torch_normals(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Standard normal float32 numbers, one an address; devices agree up to rounding of log and cos."""
+    word = torch_bits(keys, index)
+    radius = (_shift(word, 40).float() + 0.5) * 2.0**-24
+    angle = (word & 0xFFFFFF).float() * (2.0 * torch.pi * 2.0**-24)
+    return (radius.log() * -2.0).sqrt() * angle.cos()

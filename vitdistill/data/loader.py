@@ -1,0 +1,509 @@
+"""Batches for training and evaluation: the same samples and views for any number of workers and processes.
+
+The order of an epoch is a keyed permutation; step ``k`` of epoch ``e`` takes the ``k``-th slice of it, process ``r``
+the ``r``-th part of that slice, micro-batch ``m`` the ``m``-th part of that. Nothing is carried over from one step to
+the next, so a run resumes at any step. Small data sets are decoded once and augmented in batches on the device
+(`TrainLoader.pipeline` says ``batched``); otherwise worker processes make the views one by one (``per-sample``).
+"""
+
+import atexit
+import math
+import os
+import signal
+import time
+import weakref
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from vitdistill.data import keyed
+from vitdistill.data.erasing import erase
+from vitdistill.data.keyed import I64, Stream
+from vitdistill.data.mixing import Mixing, check_even
+from vitdistill.data.source import ImageSource
+from vitdistill.data.views import (
+    Augment,
+    BatchViews,
+    InputSpec,
+    can_batch,
+    eval_view,
+    normalize,
+    prepare,
+    prepared_size,
+    train_view,
+)
+from vitdistill.errors import ConfigError, DataError, UserError
+
+IN_MEMORY_BYTES = 2 * 2**30
+"""Data sets of fewer decoded bytes than this are kept in memory."""
+
+_EVAL_CACHE_BYTES = 2**30
+
+
+@dataclass
+class Batch:
+    """A micro-batch on the training device.
+
+    Attributes:
+        images: float32, normalised for the network.
+        labels: int64, -1 where unlabelled.
+        mixed_labels: the labels of the images mixed in, or None.
+        lam: the weight of ``labels`` against ``mixed_labels``, or None.
+        ids: the samples' numbers in the source, int64, on the device.
+        views: which view of each sample this is, int64, on the device; the epoch, unless augmentation is repeated.
+        view: the epoch.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    labels: Int[Tensor, " B"]
+    ids: Int[Tensor, " B"]
+    views: Int[Tensor, " B"]
+    view: int
+    mixed_labels: Int[Tensor, " B"] | None = None
+    lam: Float[Tensor, " B"] | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a micro-batch consists of: sample ids and view ids, int64 (B,) each."""
+
+    epoch: int
+    ids: I64
+    views: I64
+
+
+class TrainLoader:
+    """The training batches of one process.
+
+    Attributes:
+        steps_per_epoch: optimizer steps in an epoch; the last incomplete batch is left out.
+        pipeline: ``batched`` or ``per-sample``; decided by the data set and the options alone, and it changes pixels.
+        wait_seconds: time the consumer has been kept waiting for batches; may be set back to 0.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        augment: Augment,
+        spec: InputSpec,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        in_memory: bool | None = None,
+    ) -> None:
+        """Prepare to load; ``batch_size`` counts the images of an optimizer step over all processes and micro-batches.
+
+        ``workers`` are processes that make views, or threads that decode a data set into memory. ``in_memory`` None
+        keeps images decoded when they take less than 2 GiB. Raises `ConfigError` when the sizes do not divide,
+        `DataError` when the data set is smaller than one batch or an image is damaged.
+        """
+        _check_sizes(batch_size, world_size, accumulate, rank, workers)
+        if len(source) < batch_size:
+            raise DataError(
+                f"{source.name} has {len(source)} images, fewer than one batch of {batch_size}; lower batch_size."
+            )
+        self.source, self.augment, self.spec, self.seed = source, augment, spec, seed
+        self.workers, self.device = workers, torch.device(device)
+        self.wait_seconds = 0.0
+        self._batch_size, self._rank, self._world_size, self._accumulate = batch_size, rank, world_size, accumulate
+        self._labels = torch.from_numpy(source.labels)
+        self._mixing = (
+            Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
+            if augment.mixes
+            else None
+        )
+        if self._mixing is not None:
+            check_even(batch_size // (world_size * accumulate))
+        self._order: tuple[int, I64, I64] | None = None
+        self.steps_per_epoch = len(self._epoch_order(0)[0]) // batch_size
+        self.pipeline: Literal["batched", "per-sample"] = "per-sample"
+        self._memory: ImageSource | BatchViews = source
+        self._choose_pipeline(in_memory)
+
+    def batches(self, start_step: int = 0, num_steps: int | None = None) -> Iterator[tuple[Batch, ...]]:
+        """The steps from ``start_step`` on, each a tuple of micro-batches; without end when ``num_steps`` is None.
+
+        Step ``s`` is step ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``.
+        """
+        end = None if num_steps is None else start_step + num_steps
+        pixels = self._pixels(start_step, end)
+        started = time.perf_counter()
+        try:
+            while True:
+                micro_batches = [self._finish(piece, images) for piece, images in _take(pixels, self._accumulate)]
+                if not micro_batches:
+                    return
+                self.wait_seconds += time.perf_counter() - started
+                yield tuple(micro_batches)
+                started = time.perf_counter()
+        finally:
+            pixels.close()
+
+    def _choose_pipeline(self, in_memory: bool | None) -> None:
+        """Depends on the data set and the options only: never on workers, device or processes."""
+        if in_memory is False:
+            return
+        limit = None if in_memory else IN_MEMORY_BYTES
+        batchable = can_batch(self.augment, self.spec)
+        shapes = (
+            _sizes_below(self.source, limit, lambda size: prepared_size(size, self.augment, self.spec))
+            if batchable
+            else None
+        )
+        if shapes is not None and len(shapes) == 1:
+            images = _decode_alike(self.source, self.augment, self.spec, shapes.pop(), self.workers)
+            self._memory = BatchViews(images, self.augment, self.spec, self.seed)
+            self.pipeline = "batched"
+        elif _sizes_below(self.source, limit) is not None:
+            self._memory = _DecodedSource(self.source, self.workers)
+
+    def _epoch_order(self, epoch: int) -> tuple[I64, I64]:
+        """Sample ids and view ids of an epoch, in order."""
+        if self._order is None or self._order[0] != epoch:
+            ids, views = epoch_order(len(self.source), self.seed, epoch, self.augment.repeated_aug)
+            self._order = (epoch, ids, views)
+        return self._order[1], self._order[2]
+
+    def _pieces(self, start_step: int, end_step: int | None) -> Iterator[_Piece]:
+        share = self._batch_size // self._world_size
+        micro = share // self._accumulate
+        step = start_step
+        while end_step is None or step < end_step:
+            epoch, k = divmod(step, self.steps_per_epoch)
+            ids, views = self._epoch_order(epoch)
+            first = k * self._batch_size + self._rank * share
+            for start in range(first, first + share, micro):
+                yield _Piece(epoch, ids[start : start + micro], views[start : start + micro])
+            step += 1
+
+    def _pixels(self, start_step: int, end_step: int | None) -> Generator[tuple[_Piece, Tensor], None, None]:
+        """uint8 views on the device."""
+        pieces = self._pieces(start_step, end_step)
+        if isinstance(self._memory, BatchViews):
+            for piece in pieces:
+                yield piece, self._memory(piece.ids, piece.views, self.device)
+            return
+        views = _TrainViews(self._memory, self.augment, self.spec, self.seed)
+        with _loaded(views, pieces, self.workers, self.device) as loaded:
+            for piece, images in loaded:
+                yield piece, images.to(self.device, non_blocking=True)
+
+    def _finish(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
+        images = erase(normalize(pixels, self.spec), self.augment.reprob, self.seed, piece.ids, piece.views)
+        ids = torch.from_numpy(piece.ids)
+        labels = self._labels[ids].to(self.device, non_blocking=True)
+        views = torch.from_numpy(piece.views).to(self.device, non_blocking=True)
+        batch = Batch(images, labels, ids.to(self.device, non_blocking=True), views, piece.epoch)
+        if self._mixing is not None:
+            batch.images, batch.mixed_labels, batch.lam = self._mixing(
+                images, labels, self.seed, piece.ids, piece.views
+            )
+        return batch
+
+
+class EvalLoader:
+    """The evaluation batches of one process; iterate it as often as you like.
+
+    Over all processes every sample comes exactly once, without padding: process ``r`` has samples ``r``, ``r +
+    world_size``, ... A small data set is decoded in the first pass and kept.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        spec: InputSpec,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        """``batch_size`` images a process; ``limit`` takes that many samples of a fixed shuffle in place of all."""
+        _check_sizes(batch_size * world_size, world_size, 1, rank, workers)
+        if limit is not None and limit < 1:
+            raise ConfigError(f"limit is {limit}; it must be 1 or more images, or left out.")
+        self.source, self.spec, self.workers, self.device = source, spec, workers, torch.device(device)
+        ids = np.arange(len(source), dtype=np.int64)
+        if limit is not None:
+            ids = keyed.permutation(0, 0, len(source), Stream.SUBSET)[:limit]
+        mine = ids[rank::world_size]
+        self._pieces = [
+            _Piece(0, p, np.zeros_like(p)) for p in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size))
+        ]
+        self._labels = torch.from_numpy(source.labels)
+        height, width = spec.image_size
+        self._cacheable = len(mine) * height * width * 3 < _EVAL_CACHE_BYTES
+        self._cache: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(self._pieces)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over this process's samples, in order."""
+        seen: list[Tensor] = []
+        for piece, pixels in self._pixels():
+            if self._cacheable and self._cache is None:
+                seen.append(pixels)
+                if len(seen) == len(self._pieces):
+                    self._cache = seen
+            ids = torch.from_numpy(piece.ids)
+            images = normalize(pixels.to(self.device, non_blocking=True), self.spec)
+            labels = self._labels[ids].to(self.device, non_blocking=True)
+            views = torch.from_numpy(piece.views).to(self.device, non_blocking=True)
+            yield Batch(images, labels, ids.to(self.device, non_blocking=True), views, 0)
+
+    def _pixels(self) -> Iterator[tuple[_Piece, Tensor]]:
+        if self._cache is not None:
+            yield from zip(self._pieces, self._cache, strict=True)
+            return
+        with _loaded(_EvalViews(self.source, self.spec), self._pieces, self.workers, self.device) as loaded:
+            yield from loaded
+
+
+def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> tuple[I64, I64]:
+    """``(sample ids, view ids)`` of an epoch, int64 each.
+
+    With ``repeats`` R > 1, ceil(size / R) images (made even) come R times each, in the order p0 p1 p0' p1' p0'' p1''
+    p2 p3 ..., so that neighbours, which may be mixed, are different images. Repeat ``r`` of epoch ``e`` is view ``e R
+    + r``.
+    """
+    order = keyed.permutation(seed, epoch, size)
+    if repeats == 1:
+        return order, np.full(size, epoch, dtype=np.int64)
+    distinct = math.ceil(size / repeats)
+    distinct += distinct % 2 if distinct < size else -(distinct % 2)
+    pairs = order[:distinct].reshape(-1, 1, 2)
+    views = epoch * repeats + np.arange(repeats, dtype=np.int64)[None, :, None]
+    shape = (len(pairs), repeats, 2)
+    return np.broadcast_to(pairs, shape).flatten(), np.broadcast_to(views, shape).flatten()
+
+
+def _check_sizes(batch_size: int, world_size: int, accumulate: int, rank: int, workers: int) -> None:
+    if batch_size < 1 or accumulate < 1 or world_size < 1:
+        raise ConfigError(
+            f"batch_size {batch_size}, world_size {world_size} and accumulate {accumulate} must all be 1 or more."
+        )
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} is not one of {world_size} processes.")
+    if workers < 0:
+        raise ConfigError(f"workers is {workers}; it must be 0 or more.")
+    if batch_size % (world_size * accumulate):
+        raise ConfigError(
+            f"batch_size {batch_size} does not divide by {world_size} processes x {accumulate} micro-batches."
+        )
+
+
+def _take(items: Iterator[tuple[_Piece, Tensor]], count: int) -> Iterator[tuple[_Piece, Tensor]]:
+    for _ in range(count):
+        item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
+def _sizes_below(
+    source: ImageSource, limit: int | None, prepared: Any = lambda size: size
+) -> set[tuple[int, int]] | None:
+    """The different (width, height) of the prepared images, or None when all of them take ``limit`` bytes or more.
+
+    A large data set is given up after the headers of its first ``limit`` bytes.
+    """
+    total, shapes = 0, set()
+    for i in range(len(source)):
+        size = prepared(source.image_size(i))
+        shapes.add(size)
+        total += size[0] * size[1] * 3
+        if limit is not None and total >= limit:
+            return None
+    return shapes
+
+
+def _decode_alike(
+    source: ImageSource, augment: Augment, spec: InputSpec, size: tuple[int, int], threads: int
+) -> UInt8[Tensor, "N 3 H W"]:
+    images = torch.empty((len(source), 3, size[1], size[0]), dtype=torch.uint8)
+
+    def decode(i: int) -> None:
+        images[i] = pil_to_tensor(prepare(source.load(i), augment, spec))
+
+    _for_each(decode, len(source), threads)
+    return images
+
+
+def _for_each(function: Any, count: int, threads: int) -> None:
+    if threads < 2:
+        for i in range(count):
+            function(i)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for _ in pool.map(function, range(count)):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _DecodedSource(ImageSource):
+    """A source whose images, of various sizes, are kept decoded: one flat array, which forked workers share."""
+
+    def __init__(self, source: ImageSource, threads: int) -> None:
+        self._source = source
+        self.name, self.classes, self.labels, self.sizes = source.name, source.classes, source.labels, source.sizes
+        self._shapes = np.array([source.image_size(i) for i in range(len(source))], dtype=np.int64)
+        self._ends = np.cumsum(self._shapes[:, 0] * self._shapes[:, 1] * 3)
+        self._pixels = np.empty(int(self._ends[-1]), dtype=np.uint8)
+
+        def decode(i: int) -> None:
+            self._slice(i)[...] = np.asarray(source.load(i))
+
+        _for_each(decode, len(source), threads)
+
+    def _slice(self, i: int) -> np.ndarray:
+        width, height = self._shapes[i]
+        end = self._ends[i]
+        return self._pixels[end - width * height * 3 : end].reshape(height, width, 3)
+
+    def key(self, i: int) -> str:
+        return self._source.key(i)
+
+    def load(self, i: int) -> Image.Image:
+        return Image.fromarray(self._slice(i))
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        width, height = self._shapes[i]
+        return int(width), int(height)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user error on its way from a worker to the parent (raised there, so that its sentence arrives alone)."""
+
+    kind: type[UserError]
+    message: str
+
+
+@dataclass(frozen=True)
+class _TrainViews(Dataset[Any]):
+    source: ImageSource
+    augment: Augment
+    spec: InputSpec
+    seed: int
+
+    def __getitem__(self, piece: _Piece) -> tuple[_Piece, Tensor] | _Failure:
+        try:
+            pairs = zip(piece.ids.tolist(), piece.views.tolist(), strict=True)
+            views = [train_view(self.source.load(i), self.augment, self.spec, self.seed, v, i) for i, v in pairs]
+            return piece, torch.stack(views)
+        except UserError as error:
+            return _Failure(type(error), str(error))
+
+
+@dataclass(frozen=True)
+class _EvalViews(Dataset[Any]):
+    source: ImageSource
+    spec: InputSpec
+
+    def __getitem__(self, piece: _Piece) -> tuple[_Piece, Tensor] | _Failure:
+        try:
+            return piece, torch.stack([eval_view(self.source.load(i), self.spec) for i in piece.ids.tolist()])
+        except UserError as error:
+            return _Failure(type(error), str(error))
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _ignore_signals(worker: int) -> None:
+    """The parent alone decides when to stop: a signal to the process group must not take its workers away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@dataclass(eq=False)
+class _Workers:
+    """The running worker processes of one iterator."""
+
+    iterator: Any
+    owner: int = field(default_factory=os.getpid)
+
+    def stop(self) -> None:
+        """End the workers; they ignore SIGTERM, so one that does not leave is killed (it has no state to lose)."""
+        iterator, self.iterator = self.iterator, None
+        if iterator is None or os.getpid() != self.owner:
+            return
+        processes = list(getattr(iterator, "_workers", []))
+        if processes:
+            iterator._shutdown_workers()
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+
+
+_RUNNING: "weakref.WeakSet[_Workers]" = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    # Before multiprocessing joins its children at exit, which would wait for ever for workers that ignore SIGTERM.
+    for workers in list(_RUNNING):
+        workers.stop()
+
+
+@contextmanager
+def _loaded(
+    views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device
+) -> Iterator[Iterator[tuple[_Piece, Tensor]]]:
+    """The pieces with their pixels, in order, made by ``workers`` processes; user errors are raised here."""
+    loader: DataLoader[Any] = DataLoader(
+        views,
+        sampler=pieces,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_same,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),
+    )
+    running = _Workers(iter(loader))
+    _RUNNING.add(running)
+    try:
+        yield _received(running.iterator, device)
+    finally:
+        running.stop()
+
+
+def _received(iterator: Any, device: torch.device) -> Iterator[tuple[_Piece, Tensor]]:
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a data loading worker was killed, mostly for lack of memory; use fewer workers or a smaller batch_size."
+            ) from error
+        if isinstance(item, _Failure):
+            raise item.kind(item.message)
+        piece, images = item
+        yield piece, images.pin_memory() if device.type == "cuda" else images

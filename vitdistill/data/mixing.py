@@ -1,0 +1,129 @@
+"""Mixup and CutMix of neighbours: in an epoch's order positions 2j and 2j + 1 are partners, mixed with each other.
+
+How a pair is mixed is a pure function of (seed, view, the smaller of the two sample ids), so it does not depend on
+the batch, the process or the step at which the pair is seen. (DeiT draws one weight for a whole batch; here every
+pair has its own.)
+
+Source: Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; boxes and the corrected weight as in timm's
+``Mixup``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitdistill.data import keyed
+from vitdistill.data.keyed import F64, I64, U64, Stream
+from vitdistill.errors import ConfigError
+
+_GAMMA_ATTEMPTS = 32
+_GAMMA_DRAWS = 1 + 3 * _GAMMA_ATTEMPTS
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The settings; see `Augment` for their meaning."""
+
+    mixup: float
+    cutmix: float
+    prob: float = 1.0
+    switch_prob: float = 0.5
+
+    def __call__(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        labels: Int[Tensor, " B"],
+        seed: int,
+        sample_ids: I64,
+        views: I64,
+    ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, " B"], Float[Tensor, " B"]]:
+        """``(images, mixed_labels, lam)``: the mixed images, each one's partner's label, and the weight of its own.
+
+        ``sample_ids`` and ``views`` are int64 (B,) on the host. Raises `ConfigError` for an odd batch.
+        """
+        check_even(len(sample_ids))
+        pairs = sample_ids.reshape(-1, 2).min(axis=1)
+        lam, cut, boxes = self.draw(keyed.keys(seed, views[::2], pairs, Stream.MIX), images.shape[2], images.shape[3])
+        device = images.device
+        partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        mixed = images
+        weight = torch.from_numpy(np.repeat(lam, 2).astype(np.float32)).to(device, non_blocking=True)
+        blended = np.flatnonzero(np.repeat(~cut, 2))
+        if len(blended):
+            index = torch.from_numpy(blended).to(device, non_blocking=True)
+            share = weight[index, None, None, None]
+            mixed = mixed.index_copy(0, index, mixed[index] * share + partner[index] * (1.0 - share))
+        pasted = np.flatnonzero(np.repeat(cut, 2))
+        if len(pasted):
+            index = torch.from_numpy(pasted).to(device, non_blocking=True)
+            inside = _inside(
+                torch.from_numpy(boxes[pasted // 2]).to(device, non_blocking=True), images.shape[2], images.shape[3]
+            )
+            mixed = mixed.index_copy(0, index, torch.where(inside[:, None], partner[index], images[index]))
+        return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight
+
+    def draw(self, keys: U64, height: int, width: int) -> tuple[F64, npt.NDArray[np.bool_], I64]:
+        """Of each pair: the weight of its own image, whether it is cut, and the box ``(top, bottom, left, right)``.
+
+        The weight of a cut pair is corrected to the area that was really pasted; an unmixed pair has weight 1.
+        """
+        draws = keyed.uniforms(keys, 4)
+        switched = draws[:, 1] < self.switch_prob
+        cut = switched if self.mixup and self.cutmix else np.full(len(keys), self.cutmix > 0.0)
+        alpha = np.where(cut, self.cutmix, self.mixup)
+        lam = np.where(draws[:, 0] < self.prob, symmetric_beta(keys, alpha, start=4), 1.0)
+        side = np.sqrt(1.0 - lam)
+        boxes = np.stack([*_span(draws[:, 2], side, height), *_span(draws[:, 3], side, width)], axis=1)
+        area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+        return np.where(cut, 1.0 - area / float(height * width), lam), cut, boxes
+
+
+def check_even(batch: int) -> None:
+    """Raise `ConfigError` unless a micro-batch of this size is made of pairs."""
+    if batch % 2:
+        raise ConfigError(
+            f"mixup and cutmix need an even number of images a process and micro-batch, not {batch}; change batch_size."
+        )
+
+
+def _span(draw: F64, side: F64, length: int) -> tuple[I64, I64]:
+    cut = np.trunc(length * side).astype(np.int64)
+    centre = np.floor(draw * length).astype(np.int64)
+    return np.clip(centre - cut // 2, 0, length), np.clip(centre + (cut + 1) // 2, 0, length)
+
+
+def _inside(boxes: Int[Tensor, "B 4"], height: int, width: int) -> Tensor:
+    y = torch.arange(height, device=boxes.device)[None, :, None]
+    x = torch.arange(width, device=boxes.device)[None, None, :]
+    top, bottom, left, right = (b[:, None, None] for b in boxes.unbind(1))
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+def symmetric_beta(keys: U64, alpha: F64, start: int = 0) -> F64:
+    """Beta(alpha, alpha) numbers, one a key, from keyed uniforms: X / (X + Y) of two gamma numbers, in logarithms."""
+    x = _log_gamma_variate(keys, alpha, start)
+    y = _log_gamma_variate(keys, alpha, start + _GAMMA_DRAWS)
+    return 1.0 / (1.0 + np.exp(np.clip(y - x, -700.0, 700.0)))
+
+
+def _log_gamma_variate(keys: U64, alpha: F64, start: int) -> F64:
+    """Logarithms of Gamma(alpha) numbers.
+
+    Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000; alpha is raised by one and
+    the result multiplied by U^(1/alpha), which also serves alpha < 1. An attempt fails with probability below 0.05.
+    """
+    d = alpha + 1.0 - 1.0 / 3.0
+    c = 1.0 / np.sqrt(9.0 * d)
+    x = keyed.normals(keys, _GAMMA_ATTEMPTS, start)
+    u = 1.0 - keyed.uniforms(keys, _GAMMA_ATTEMPTS, start + 2 * _GAMMA_ATTEMPTS)
+    v = (1.0 + c[:, None] * x) ** 3
+    positive = np.where(v > 0.0, v, 1.0)
+    accepted = (v > 0.0) & (np.log(u) < 0.5 * x * x + d[:, None] * (1.0 - v + np.log(positive)))
+    first = accepted.argmax(axis=1)
+    chosen = positive[np.arange(len(keys)), first]
+    boost = np.log1p(-keyed.uniforms(keys, 1, start + 3 * _GAMMA_ATTEMPTS)[:, 0])
+    return np.log(d * chosen) + boost / np.where(alpha > 0.0, alpha, 1.0)

@@ -1,0 +1,341 @@
+"""RandAugment and colour jitter on a batch of uint8 images, each sample with its own operation and strength.
+
+A layer gives every image one `Operation`. Eight of them are a look-up table of each image's own (from its histogram
+where need be) and run as one gather; the five affine ones share one resampling; colour and sharpness are blends. All
+equal Pillow's functions pixel for pixel, and which operations and strengths exist is read from timm's own transform,
+so its configuration strings mean the same here.
+
+Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, increasing and original sets).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from timm.data import auto_augment
+from torch import Tensor
+
+from vitdistill.data import keyed
+from vitdistill.data.geometry import affine
+from vitdistill.data.keyed import F64, I64, U64
+
+
+class Kind(IntEnum):
+    """What is done to an image; the comment says what the operation's value means."""
+
+    NOTHING = 0
+    AUTOCONTRAST = 1
+    EQUALIZE = 2
+    INVERT = 3
+    POSTERIZE = 4  # bits kept
+    SOLARIZE = 5  # threshold
+    SOLARIZE_ADD = 6  # addend, below 128
+    BRIGHTNESS = 7  # factor
+    CONTRAST = 8  # factor
+    COLOR = 9  # factor
+    SHARPNESS = 10  # factor
+    ROTATE = 11  # degrees, counter-clockwise
+    SHEAR_X = 12  # pixels a row
+    SHEAR_Y = 13  # pixels a column
+    TRANSLATE_X = 14  # fraction of the width
+    TRANSLATE_Y = 15  # fraction of the height
+
+
+_LAST_TABLE = Kind.CONTRAST
+_FIRST_AFFINE = Kind.ROTATE
+_LEVELS = 10.0
+_LAYER_DRAWS = 6
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One layer of operations: ``kind`` int64 (B,) of `Kind`, ``value`` float64 (B,); both on the host."""
+
+    kind: I64
+    value: F64
+
+
+Level = Callable[[F64, F64], F64]
+"""timm's level over 10 and a sign of +1 or -1, to an operation's value."""
+
+
+def _constant(level: F64, sign: F64) -> F64:
+    return np.zeros_like(level)
+
+
+def _signed(largest: float) -> Level:
+    return lambda level, sign: level * largest * sign
+
+
+def _enhance(level: F64, sign: F64) -> F64:
+    return level * 1.8 + 0.1
+
+
+def _enhance_increasing(level: F64, sign: F64) -> F64:
+    return np.maximum(0.1, 1.0 + sign * (level * 0.9))
+
+
+def _whole(largest: int, *, minus_from: int | None = None, plus: int = 0, most: int = 256) -> Level:
+    def value(level: F64, sign: F64) -> F64:
+        number = np.minimum(most, np.trunc(level * largest))
+        return (number if minus_from is None else minus_from - number) + plus
+
+    return value
+
+
+OPERATIONS: dict[str, tuple[Kind, Level]] = {
+    "AutoContrast": (Kind.AUTOCONTRAST, _constant),
+    "Equalize": (Kind.EQUALIZE, _constant),
+    "Invert": (Kind.INVERT, _constant),
+    "Rotate": (Kind.ROTATE, _signed(30.0)),
+    "Posterize": (Kind.POSTERIZE, _whole(4)),
+    "PosterizeIncreasing": (Kind.POSTERIZE, _whole(4, minus_from=4)),
+    "PosterizeOriginal": (Kind.POSTERIZE, _whole(4, plus=4)),
+    "Solarize": (Kind.SOLARIZE, _whole(256)),
+    "SolarizeIncreasing": (Kind.SOLARIZE, _whole(256, minus_from=256)),
+    "SolarizeAdd": (Kind.SOLARIZE_ADD, _whole(110, most=128)),
+    "Color": (Kind.COLOR, _enhance),
+    "ColorIncreasing": (Kind.COLOR, _enhance_increasing),
+    "Contrast": (Kind.CONTRAST, _enhance),
+    "ContrastIncreasing": (Kind.CONTRAST, _enhance_increasing),
+    "Brightness": (Kind.BRIGHTNESS, _enhance),
+    "BrightnessIncreasing": (Kind.BRIGHTNESS, _enhance_increasing),
+    "Sharpness": (Kind.SHARPNESS, _enhance),
+    "SharpnessIncreasing": (Kind.SHARPNESS, _enhance_increasing),
+    "ShearX": (Kind.SHEAR_X, _signed(0.3)),
+    "ShearY": (Kind.SHEAR_Y, _signed(0.3)),
+    "TranslateXRel": (Kind.TRANSLATE_X, _signed(0.45)),
+    "TranslateYRel": (Kind.TRANSLATE_Y, _signed(0.45)),
+}
+"""timm's operations that run on batches, by timm's names."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A RandAugment: ``layers`` times one of ``names``, each applied with ``prob`` at a noisy ``magnitude``."""
+
+    names: tuple[str, ...]
+    layers: int
+    prob: float
+    magnitude: float
+    magnitude_std: float
+    magnitude_max: float
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(config: str, mean: tuple[float, ...], interpolation: str) -> "Policy | None":
+        """The policy of timm's ``config`` string, or None where it has operations that exist for single images only."""
+        if not config.startswith("rand"):
+            return None
+        timm_policy: Any = auto_augment.rand_augment_transform(config, {"img_mean": mean})
+        names = tuple(op.name for op in timm_policy.ops)
+        if timm_policy.choice_weights is not None or not set(names) <= set(OPERATIONS):
+            return None
+        first = timm_policy.ops[0]
+        return Policy(
+            names,
+            int(timm_policy.num_layers),
+            float(first.prob),
+            float(first.magnitude),
+            float(first.magnitude_std),
+            float(first.magnitude_max or _LEVELS),
+        )
+
+    def draw(self, keys: U64) -> list[Operation]:
+        """The operations of the samples with these keys, one `Operation` a layer."""
+        starts = range(0, _LAYER_DRAWS * self.layers, _LAYER_DRAWS)
+        return [self._layer(keyed.uniforms(keys, 4, start), keyed.normals(keys, 1, start + 4)) for start in starts]
+
+    def _layer(self, draws: F64, noise: F64) -> Operation:
+        choice = np.floor(draws[:, 0] * len(self.names)).astype(np.int64)
+        if math.isinf(self.magnitude_std):  # timm's word for a magnitude that is uniform in [0, magnitude)
+            magnitude = self.magnitude * draws[:, 3]
+        else:
+            magnitude = self.magnitude + self.magnitude_std * noise[:, 0]
+        level = np.clip(magnitude, 0.0, self.magnitude_max) / _LEVELS
+        sign = np.where(draws[:, 2] > 0.5, -1.0, 1.0)
+        table = [OPERATIONS[name] for name in self.names]
+        kind = np.array([k for k, _ in table], dtype=np.int64)[choice]
+        value = np.stack([f(level, sign) for _, f in table])[choice, np.arange(len(choice))]
+        applied = draws[:, 1] <= self.prob
+        return Operation(np.where(applied, kind, Kind.NOTHING), np.where(applied, value, 0.0))
+
+
+def draw_jitter(keys: U64, strength: float) -> list[Operation]:
+    """Brightness, contrast and saturation in a random order, factors uniform within 1 +- ``strength``."""
+    draws = keyed.uniforms(keys, 6)
+    kinds = np.array([Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR], dtype=np.int64)[np.argsort(draws[:, :3], axis=1)]
+    low = max(0.0, 1.0 - strength)
+    factors = low + (1.0 + strength - low) * draws[:, 3:]
+    return [Operation(kinds[:, i], factors[:, i]) for i in range(3)]
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """Keep the highest bits of each channel; 0 bits make a black image, where Pillow's own function raises."""
+    if bits_to_keep >= 8:
+        return image
+    mask = 0xFF & ~((1 << (8 - bits_to_keep)) - 1)
+    return image.point([i & mask for i in range(256)] * len(image.getbands()))
+
+
+def apply_operations(
+    images: UInt8[Tensor, "B 3 H W"], operation: Operation, fill: UInt8[Tensor, "3"], interpolation: str
+) -> UInt8[Tensor, "B 3 H W"]:
+    """Apply one layer; ``fill`` is the colour that affine operations show outside the image."""
+    kind = operation.kind
+    images = images.clone()
+    groups: tuple[tuple[np.ndarray, Callable[[Tensor, I64, F64], Tensor]], ...] = (
+        ((kind > Kind.NOTHING) & (kind <= _LAST_TABLE), _through_tables),
+        (kind == Kind.COLOR, lambda x, k, v: _blend(_grey(x)[:, None], x, v)),
+        (kind == Kind.SHARPNESS, lambda x, k, v: _blend(_smooth(x), x, v)),
+        (
+            kind >= _FIRST_AFFINE,
+            lambda x, k, v: affine(
+                x, _matrices(k, v, x.shape[2], x.shape[3]).to(x.device), fill.to(x.device), interpolation
+            ),
+        ),
+    )
+    for members, function in groups:
+        rows = np.flatnonzero(members)
+        if len(rows):
+            index = torch.from_numpy(rows).to(images.device, non_blocking=True)
+            images[index] = function(images[index], kind[rows], operation.value[rows])
+    return images
+
+
+def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "B 6"]:
+    """Output-to-input matrices as Pillow makes them, its rounding of sine and cosine included."""
+    matrix = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(kind), 1))
+    for one, column, factor in (
+        (Kind.SHEAR_X, 1, 1),
+        (Kind.SHEAR_Y, 3, 1),
+        (Kind.TRANSLATE_X, 2, width),
+        (Kind.TRANSLATE_Y, 5, height),
+    ):
+        rows = kind == one
+        matrix[rows, column] = value[rows] * factor
+    rows = kind == Kind.ROTATE
+    angle = -np.radians(value[rows] % 360.0)
+    cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
+    x, y = width / 2.0, height / 2.0
+    matrix[rows] = np.stack([cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y], axis=1)
+    return torch.from_numpy(matrix)
+
+
+def _blend(base: Tensor, images: UInt8[Tensor, "B *shape"], factor: F64) -> UInt8[Tensor, "B *shape"]:
+    """Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut to an integer."""
+    weight = torch.from_numpy(factor).to(images.device, torch.float32).view(-1, *[1] * (images.ndim - 1))
+    base = base.float()
+    return (base + weight * (images.float() - base)).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B H W"]:
+    red, green, blue = images.int().unbind(1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _smooth(images: UInt8[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
+    """Pillow's SMOOTH filter, (1 1 1; 1 5 1; 1 1 1) / 13, border unchanged; 13 is odd, so no half is ever rounded."""
+    x = images.int()
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = ((2 * sums + 13) // 26).to(torch.uint8)
+    return smooth
+
+
+def _through_tables(images: UInt8[Tensor, "B 3 H W"], kind: I64, value: F64) -> UInt8[Tensor, "B 3 H W"]:
+    tables = torch.arange(256, device=images.device, dtype=torch.uint8).repeat(len(kind), 3, 1)
+    for one, make in _TABLES.items():
+        rows = np.flatnonzero(kind == one)
+        if len(rows):
+            index = torch.from_numpy(rows).to(images.device, non_blocking=True)
+            tables[index] = make(images, index, value[rows])
+    return tables.gather(2, images.flatten(2).long()).view(images.shape)
+
+
+def _ramp(images: Tensor) -> Int[Tensor, "1 1 256"]:
+    return torch.arange(256, device=images.device)[None, None]
+
+
+def _column(images: Tensor, value: F64) -> Int[Tensor, "B 1 1"]:
+    return torch.from_numpy(value.astype(np.int64)).to(images.device, non_blocking=True)[:, None, None]
+
+
+def _histograms(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B 3 256"]:
+    count = images.shape[0] * 3
+    offsets = torch.arange(count, device=images.device)[:, None] * 256
+    index = (images.flatten(2).flatten(0, 1).long() + offsets).flatten()
+    counts = torch.zeros(count * 256, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(0, index, torch.ones_like(index)).view(-1, 3, 256)
+
+
+def _autocontrast_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    present = _histograms(images[rows]) > 0
+    ramp = _ramp(images)
+    low = present.int().argmax(2, keepdim=True)
+    high = 255 - present.flip(2).int().argmax(2, keepdim=True)
+    scale = 255.0 / (high - low).clamp(min=1).double()
+    stretched = (ramp * scale + -low * scale).clamp(0, 255).trunc().long()
+    return torch.where(high > low, stretched, ramp).to(torch.uint8)
+
+
+def _equalize_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    counts = _histograms(images[rows])
+    ramp = _ramp(images)
+    last = (255 - (counts > 0).flip(2).int().argmax(2, keepdim=True)).long()
+    step = (counts.sum(2, keepdim=True) - counts.gather(2, last)) // 255
+    below = counts.cumsum(2) - counts
+    divisor = step.clamp(min=1)
+    equal = ((divisor // 2 + below) // divisor).clamp(max=255)
+    return torch.where(step > 0, equal, ramp).to(torch.uint8)
+
+
+def _invert_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    return (255 - _ramp(images)).to(torch.uint8)
+
+
+def _posterize_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    dropped = (8 - _column(images, value)).clamp(min=0)
+    return ((_ramp(images) >> dropped) << dropped).to(torch.uint8)
+
+
+def _solarize_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    ramp = _ramp(images)
+    return torch.where(ramp < _column(images, value), ramp, 255 - ramp).to(torch.uint8)
+
+
+def _solarize_add_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    ramp = _ramp(images)
+    return torch.where(ramp < 128, (ramp + _column(images, value)).clamp(max=255), ramp).to(torch.uint8)
+
+
+def _brightness_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    ramp = _ramp(images).expand(len(rows), 1, 256)
+    return _blend(torch.zeros_like(ramp), ramp, value)
+
+
+def _contrast_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
+    grey = _grey(images[rows]).flatten(1)
+    mean = (grey.sum(1).double() / grey.shape[1] + 0.5).floor()
+    ramp = _ramp(images).expand(len(rows), 1, 256)
+    return _blend(mean[:, None, None].expand_as(ramp), ramp, value)
+
+
+_TABLES: dict[Kind, Callable[[Tensor, Tensor, F64], Tensor]] = {
+    Kind.AUTOCONTRAST: _autocontrast_table,
+    Kind.EQUALIZE: _equalize_table,
+    Kind.INVERT: _invert_table,
+    Kind.POSTERIZE: _posterize_table,
+    Kind.SOLARIZE: _solarize_table,
+    Kind.SOLARIZE_ADD: _solarize_add_table,
+    Kind.BRIGHTNESS: _brightness_table,
+    Kind.CONTRAST: _contrast_table,
+}

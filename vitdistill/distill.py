@@ -1,0 +1,75 @@
+"""`Distillation`: the one module with everything trainable (student and adapters), and one step's straight line through it."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .data import keyed
+from .data.loader import Batch
+from .method import TeacherObjective
+from .plan import Plan
+from .teacher import Teacher
+from .vit import ViTOutput, run_vit
+
+
+class Distillation(nn.Module):
+    """Student and adapters, and the losses of one batch.
+
+    Args:
+        student: the network to train.
+        plan: what every network computes.
+        seed: of the run; keys the noise of random selectors.
+    """
+
+    def __init__(self, student: nn.Module, plan: Plan, seed: int = 0) -> None:
+        super().__init__()
+        self.student = student
+        self.plan = plan
+        self.seed = seed
+        self.adapters = nn.ModuleDict()
+        for name, objective in plan.objectives.items():
+            if isinstance(objective, TeacherObjective):
+                adapter = objective.adapter(plan.student, plan.teachers[objective.teacher])
+                if adapter is not None:
+                    self.adapters[name] = adapter
+        self.run = run_vit
+
+    def forward(self, batch: Batch, teachers: Mapping[str, Teacher]) -> dict[str, Float[Tensor, ""]]:
+        """The weighted loss of every objective by name, and their sum under ``loss``; float32 scalars, means over the batch."""
+        plan = self.plan
+        student = self.run(self.student, batch.images, plan.student_needs)
+        answers = {
+            name: teacher(batch.images, plan.live[name], self.choose(name, teacher, batch, student))
+            for name, teacher in teachers.items()
+        }
+        losses = {}
+        for name, objective in plan.objectives.items():
+            teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+            adapter = self.adapters[name] if name in self.adapters else None
+            losses[name] = objective.weight * objective.loss(student, teacher, batch, adapter)
+        losses["loss"] = torch.stack(list(losses.values())).sum()
+        return losses
+
+    @torch.no_grad()
+    def choose(
+        self, name: str, teacher: Teacher, batch: Batch, student: ViTOutput
+    ) -> Int[Tensor, "B K"] | None:
+        """The patches teacher ``name`` sees of each image; None: all of them."""
+        plan, selector = self.plan, self.plan.selector
+        num_keep = plan.num_keep[name]
+        if selector is None or num_keep is None:
+            return None
+        network = plan.teachers[name]
+        noise = None
+        if selector.reads_noise:
+            noise = patch_noise(self.seed, batch, network.num_patches)
+        guide = teacher(batch.images, plan.guides[name]) if name in plan.guides else None
+        return selector.select(network.grid, num_keep, student, guide, noise)
+
+
+def patch_noise(seed: int, batch: Batch, num_patches: int) -> Float[Tensor, "B N"]:
+    """Uniform numbers a patch, a pure function of (seed, view, sample id, patch)."""
+    keys = keyed.keys(seed, batch.views.cpu().numpy(), batch.ids.cpu().numpy(), keyed.Stream.PATCHES)
+    return torch.from_numpy(keyed.uniforms(keys, num_patches)).float().to(batch.images.device)

@@ -1,0 +1,16 @@
+"""How one family of networks embeds patches, walks its blocks and answers; `family_of` finds a model's family."""
+
+from torch import nn
+
+from ._base import Family as Family
+from ._whole import WholeImage
+from .plain import PlainViT
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family ``model`` belongs to; models outside all families run on whole images only (`WholeImage`)."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    for family in (PlainViT,):
+        if family.accepts(model):
+            return family(model)
+    return WholeImage(model)

@@ -1,0 +1,60 @@
+"""The interface between `run_vit` and a family of networks."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Family(ABC):
+    """One model seen as: embed patches, run blocks one by one, answer.
+
+    Attributes:
+        depth: number of blocks.
+        dim: width of the token stream.
+        num_prefix_tokens: P, tokens before the patches (class, distillation, register).
+        num_head_tokens: the head reads the first this-many tokens only; None: it may read every token.
+        heads: names of the classifier heads; more than one only with a distillation token.
+        walks: whether `run_vit` can walk it block by block, on any patch subset; otherwise `run_whole` is all there is.
+        attention_source: what stands for "class-token attention": the class token's own row; ``pool``: the query of an attention
+            pool (last block only; other blocks fall back on ``mean``); ``mean``: the mean over all tokens' rows, i.e. how much
+            attention a patch receives, an honest stand-in for networks that average their patches; None: not to be had.
+    """
+
+    depth: int
+    dim: int
+    num_prefix_tokens: int = 0
+    num_head_tokens: int | None = None
+    heads: tuple[str, ...] = ("class",)
+    walks: bool = False
+    attention_source: Literal["class", "pool", "mean"] | None = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family, so that walking it by hand equals its own forward."""
+
+    def run_whole(self, images: Tensor, logits: bool, hidden: frozenset[int]) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Logits and hidden states of whole images, for networks that cannot be walked."""
+        raise AssertionError("only families that do not walk are run whole")
+
+    @abstractmethod
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patch grid for images of this size."""
+
+    @abstractmethod
+    def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
+        """The tokens before block 0, ``(B, P+K, D)``."""
+
+    @abstractmethod
+    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Block ``i`` on the tokens: all of its output, or only the first ``rows`` tokens of it; and the class token's attention
+        ``(B, H, L)`` in float32 if asked."""
+
+    @abstractmethod
+    def head(self, tokens: Tensor) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B heads C"] | None]:
+        """Logits from the last block's output, and each head's own where there are several."""

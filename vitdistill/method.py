@@ -1,0 +1,230 @@
+"""The two things a distillation method is made of: an `Objective` (what supervision says) and a `TokenSelector` (what it costs).
+
+Both are frozen dataclasses whose fields are their configuration. They declare what they read, receive recorded outputs, and never call
+a model: that is why any objective runs with any selector, live or from stored answers.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .families import family_of
+from .vit import Needs, ViTOutput
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the plan knows of a network before it runs.
+
+    Attributes:
+        name: how messages call it ("student", or the teacher's name).
+        architecture: timm name or class name.
+        image_size: height and width of its input, pixels.
+        depth: blocks; dim: width; num_classes: size of its answer (after classes are matched).
+        num_parameters: all of them.
+        grid: rows and columns of patches; (0, 0) for networks without.
+        patch_size: pixels; (0, 0) for networks without.
+        num_prefix_tokens: class, distillation and register tokens.
+        heads: classifier heads by name.
+        walks: can be run on a subset of patches.
+        attention_source: see `vitdistill.families.Family`; None: no attention to read.
+    """
+
+    name: str
+    architecture: str
+    image_size: tuple[int, int]
+    depth: int
+    dim: int
+    num_classes: int
+    num_parameters: int
+    grid: tuple[int, int] = (0, 0)
+    patch_size: tuple[int, int] = (0, 0)
+    num_prefix_tokens: int = 0
+    heads: tuple[str, ...] = ("class",)
+    walks: bool = False
+    attention_source: Literal["class", "pool", "mean"] | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, name: str, architecture: str, image_size: tuple[int, int], num_classes: int | None = None
+    ) -> "Network":
+        """Describe ``model``; ``num_classes`` overrides the head's own when answers are matched to fewer classes."""
+        import torch
+
+        family = family_of(model)
+        grid, patch = (0, 0), (0, 0)
+        if family.walks:
+            grid = family.grid(torch.empty(0, 3, *image_size, device="meta"))
+            height, width = model.patch_embed.patch_size  # type: ignore[union-attr, misc]
+            patch = (int(height), int(width))
+        classes = num_classes if num_classes is not None else int(getattr(model, "num_classes", 0))
+        return cls(
+            name=name,
+            architecture=architecture,
+            image_size=image_size,
+            depth=family.depth,
+            dim=family.dim,
+            num_classes=classes,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            grid=grid,
+            patch_size=patch,
+            num_prefix_tokens=family.num_prefix_tokens,
+            heads=family.heads,
+            walks=family.walks,
+            attention_source=family.attention_source,
+        )
+
+
+class Labelled(Protocol):
+    """The ground truth of a batch; a mixed image has two labels, of weight ``lam`` and ``1 - lam``."""
+
+    @property
+    def labels(self) -> Int[Tensor, " B"]: ...
+    @property
+    def mixed_labels(self) -> Int[Tensor, " B"] | None: ...
+    @property
+    def lam(self) -> Float[Tensor, " B"] | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A loss: what it reads of student and teacher, and how it compares them.
+
+    Args:
+        weight: what the loss is multiplied by before all losses are summed.
+    """
+
+    weight: float = 1.0
+
+    reads_teacher: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = False
+    formula: ClassVar[str] = ""  # what the weight multiplies, for the plan's print-out
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight > 0):
+            raise ConfigError(
+                f"the weight of {type(self).__name__} is {self.weight!r}: give a number above 0, or leave the objective out"
+            )
+
+    def student_needs(self, student: Network) -> Needs:
+        """What the objective reads of the student."""
+        return Needs(logits=True)
+
+    def teacher_needs(self, teacher: Network) -> Needs:
+        """What the objective reads of its teacher."""
+        return Needs(logits=self.reads_teacher)
+
+    def check(self, student: Network, teacher: Network | None) -> None:
+        """Refuse a pair this objective cannot compare; raises `ConfigError` with one sentence."""
+
+    def adapter(self, student: Network, teacher: Network) -> nn.Module | None:
+        """The objective's own trainable part (a projection, a generator), or None; it is trained and never exported."""
+        return None
+
+    @abstractmethod
+    def loss(
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None
+    ) -> Float[Tensor, ""]:
+        """The unweighted loss, a float32 scalar: a mean over the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherObjective(Objective):
+    """An objective that compares with a teacher.
+
+    Args:
+        teacher: the name of the teacher it reads.
+    """
+
+    teacher: str = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelector(ABC):
+    """A choice of the patches a teacher sees, made after the student ran.
+
+    Args:
+        keep_rate: fraction of the teacher's own patches to keep, above 0 and at most 1; see `num_kept_patches` for the count.
+        num_keep: the exact count instead; None: from ``keep_rate``.
+    """
+
+    keep_rate: float = 0.5
+    num_keep: int | None = None
+
+    reads_noise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        rate = self.keep_rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+            raise ConfigError(f"keep_rate is {rate!r}: give the fraction of patches the teacher sees, above 0 and at most 1")
+        if self.num_keep is not None and (isinstance(self.num_keep, bool) or self.num_keep < 1):
+            raise ConfigError(f"num_keep is {self.num_keep!r}: give the number of patches the teacher sees, at least 1")
+
+    def count(self, num_patches: int) -> int:
+        """How many of a teacher's ``num_patches`` patches are kept; raises `ConfigError` when there are not that many."""
+        if self.num_keep is None:
+            return num_kept_patches(num_patches, self.keep_rate)
+        if self.num_keep > num_patches:
+            raise ConfigError(f"num_keep is {self.num_keep}, but the teacher has only {num_patches} patches")
+        return self.num_keep
+
+    def student_needs(self, student: Network) -> Needs:
+        """What the choice reads of the student."""
+        return Needs()
+
+    def teacher_needs(self, teacher: Network) -> Needs:
+        """What the choice reads of the teacher on the whole image, at the price of that extra pass."""
+        return Needs()
+
+    def check(self, student: Network, teacher: Network) -> None:
+        """Refuse a pair this selector cannot choose for; raises `ConfigError` with one sentence."""
+
+    @abstractmethod
+    def select(
+        self,
+        grid: tuple[int, int],
+        num_keep: int,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        noise: Float[Tensor, "B N"] | None,
+    ) -> Int[Tensor, "B K"]:
+        """Row-major indices into the teacher's ``grid``.
+
+        ``teacher`` is its answer to `teacher_needs` on the whole image; ``noise`` uniform numbers keyed by sample and view if
+        ``reads_noise``.
+        """
+
+
+def num_kept_patches(num_patches: int, keep_rate: float) -> int:
+    """How many of N patches a keep rate means: the paper's counts.
+
+    A unit fraction that divides N (a half, a third, a quarter...) is exact. Any other rate is rounded to the nearest multiple of 8 on
+    grids of 128 patches and more, where a fraction of a percent is not worth an odd shape, and to the nearest whole number on smaller
+    ones. A rate below 1 always drops at least one patch, and at least one is always kept. So 196 patches at 75 / 50 / 40 / 25 % keep
+    144 / 98 / 80 / 49, and 256 at 75 / 50 % keep 192 / 128.
+
+    Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there, not 147; "40 %" is 80, not 78).
+
+    Example:
+        >>> [num_kept_patches(196, rate) for rate in (0.75, 0.5, 0.4, 0.25)]
+        [144, 98, 80, 49]
+    """
+    exact = num_patches * keep_rate
+    whole = round(exact)
+    if whole >= 1 and abs(exact - whole) < 1e-6 and num_patches % whole == 0:
+        return whole
+    step = 8 if num_patches >= 128 else 1
+    count = math.floor(exact / step + 0.5) * step
+    if count >= num_patches:
+        count = num_patches - (num_patches % step or step)
+    return max(count, 1)

@@ -1,0 +1,107 @@
+"""The plan: resolved once from methods, networks and teachers, it says what each network must compute, and refuses what cannot work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import ConfigError
+from .method import Network, Objective, TeacherObjective, TokenSelector
+from .vit import Needs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step computes.
+
+    Attributes:
+        student: its description; ``student_needs`` what it records.
+        teachers: descriptions by name.
+        objectives: losses by name.
+        selector: chooses the patches of every live teacher; None: teachers see everything.
+        student_needs: what the student records.
+        live: what each teacher records in its supervising pass.
+        guides: what each teacher records on the whole image for the selector's sake (an extra pass), where it does.
+        num_keep: patches each teacher sees; None: all.
+    """
+
+    student: Network
+    teachers: dict[str, Network]
+    objectives: dict[str, Objective]
+    selector: TokenSelector | None
+    student_needs: Needs
+    live: dict[str, Needs]
+    guides: dict[str, Needs]
+    num_keep: dict[str, int | None]
+
+
+def make_plan(
+    student: Network,
+    teachers: Mapping[str, Network],
+    objectives: Mapping[str, Objective],
+    selector: TokenSelector | None = None,
+) -> Plan:
+    """Resolve what every network must compute.
+
+    Raises:
+        ConfigError: one sentence, for a combination that is impossible or would silently have no effect.
+    """
+    if not objectives:
+        raise ConfigError("there is no objective: give at least one, e.g. ce")
+    student_needs = Needs()
+    live = {name: Needs() for name in teachers}
+    for name, objective in objectives.items():
+        teacher = None
+        if isinstance(objective, TeacherObjective):
+            if objective.teacher not in teachers:
+                known = f"the teachers are {', '.join(sorted(teachers))}" if teachers else "no teacher is given"
+                raise ConfigError(f"the objective {name!r} reads a teacher named {objective.teacher!r}, but {known}")
+            teacher = teachers[objective.teacher]
+        objective.check(student, teacher)
+        student_needs |= _resolve(objective.student_needs(student), student, name)
+        if teacher is not None:
+            assert isinstance(objective, TeacherObjective)
+            live[objective.teacher] |= _resolve(objective.teacher_needs(teacher), teacher, name)
+    for name in teachers:
+        if not live[name]:
+            raise ConfigError(f"no objective reads the teacher {name!r}: add one (e.g. kd), or leave the teacher out")
+    guides: dict[str, Needs] = {}
+    num_keep: dict[str, int | None] = dict.fromkeys(teachers)
+    if selector is not None:
+        kind = type(selector).__name__
+        if not teachers:
+            raise ConfigError(f"{kind} chooses the patches a teacher sees, but no teacher runs: give one, or leave the selector out")
+        student_needs |= _resolve(selector.student_needs(student), student, kind)
+        for name, teacher in teachers.items():
+            selector.check(student, teacher)
+            num_keep[name] = selector.count(teacher.num_patches)
+            guide = _resolve(selector.teacher_needs(teacher), teacher, kind)
+            if guide:
+                guides[name] = guide
+    return Plan(student, dict(teachers), dict(objectives), selector, student_needs, live, guides, num_keep)
+
+
+def _resolve(needs: Needs, network: Network, reader: str) -> Needs:
+    try:
+        return needs.resolve(network.depth)
+    except IndexError as error:
+        raise ConfigError(f"{reader} reads {error} in the {network.name} ({network.architecture})") from None
+
+
+def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
+    """One line: patches, blocks and what is recorded, e.g. ``98 of 196 patches, 12 of 12 blocks (last block: 1 of 99 tokens)``."""
+    parts = []
+    if network.walks:
+        seen = network.num_patches if num_keep is None else num_keep
+        parts.append(f"{seen} of {network.num_patches} patches")
+    blocks = needs.num_blocks(network.depth)
+    if network.walks:
+        parts.append(f"{blocks} of {network.depth} blocks")
+    recorded = []
+    if needs.logits:
+        recorded.append("logits")
+    if needs.hidden:
+        recorded.append(f"hidden states after block {', '.join(map(str, sorted(needs.hidden)))}")
+    if needs.attention:
+        source = {"class": "class-token attention", "pool": "attention-pool attention", "mean": "mean attention"}
+        recorded.append(f"{source[network.attention_source or 'mean']} of block {', '.join(map(str, sorted(needs.attention)))}")
+    parts.append("records " + " and ".join(recorded))
+    return "; ".join(parts)

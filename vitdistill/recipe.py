@@ -1,0 +1,421 @@
+"""The recipe: a tree of frozen dataclasses that says everything about a run, read from and written to YAML strictly."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from .data.views import Augment
+from .errors import ConfigError
+from .method import Objective, TokenSelector
+from .methods import method_class, method_name
+from .methods.cross_entropy import CrossEntropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The network to train.
+
+    Args:
+        model: timm name, ``hf-hub:org/name``, ``local-dir:PATH`` or a folder with config.json.
+        checkpoint: weights to start from, .safetensors or .pth; None: random.
+        pretrained: start from timm's pretrained weights.
+        image_size: side of its square input, pixels; None: the model's own.
+        drop_path: stochastic depth rate of its last block, 0 to below 1.
+        model_args: further arguments of the model, as timm takes them (``embed_dim``, ``depth``, ...).
+    """
+
+    model: str = "deit_tiny_patch16_224"
+    checkpoint: str | None = None
+    pretrained: bool = False
+    image_size: int | None = None
+    drop_path: float = 0.0
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """A network to learn from.
+
+    Args:
+        model: as for the student.
+        checkpoint: its weights, .safetensors or .pth.
+        pretrained: take timm's pretrained weights (needs the network once, or timm's cache).
+        image_size: side of the square input it is given, pixels; None: the model's own.
+        precision: of its arithmetic. ``same``: that of the run; ``bfloat16`` is faster and not exact; ``float32``.
+        reorder_classes: accept the data set's classes in another order, matched by name.
+        model_args: further arguments of the model.
+    """
+
+    model: str = ""
+    checkpoint: str | None = None
+    pretrained: bool = False
+    image_size: int | None = None
+    precision: Literal["same", "float32", "bfloat16"] = "same"
+    reorder_classes: bool = False
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images.
+
+    Args:
+        dir: a folder or tar with ``train`` and ``val``, ``hfds/NAME``, a folder of parquet files, or ``torchvision/NAME?root=DIR``.
+        workers: loader processes for images that are decoded one by one; no influence on the result.
+        in_memory: keep the decoded training images in memory; None: when they fit 2 GiB.
+        augment: the training views.
+    """
+
+    dir: str = ""
+    workers: int = 2
+    in_memory: bool | None = None
+    augment: Augment = field(default_factory=Augment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule, in timm's names.
+
+    Args:
+        opt: a timm optimizer.
+        lr: peak learning rate for the recipe's batch size.
+        weight_decay: not applied to biases, norms and what the model exempts.
+        momentum: for optimizers that have it.
+        opt_args: further arguments of the optimizer (``betas``, ``eps``).
+        layer_decay: learning-rate factor from one block to the one below it, above 0 to 1; None: none.
+        clip_grad: largest gradient norm; None: no clipping.
+        sched: a timm schedule, stepped every update.
+        warmup_epochs: linear warm-up, epochs; warmup_lr: where it starts; min_lr: where the schedule ends.
+    """
+
+    opt: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    opt_args: dict[str, Any] = field(default_factory=dict)
+    layer_decay: float | None = None
+    clip_grad: float | None = None
+    sched: Literal["cosine", "tanh", "poly", "none"] = "cosine"
+    warmup_epochs: float = 5.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images an optimizer step, over all processes and accumulated micro-batches.
+        accumulate: micro-batches a step is split into, to save memory; no influence on the losses.
+        amp_dtype: autocast precision; ``auto``: bfloat16 on a GPU that has it, float32 on a CPU.
+        compile: torch.compile the networks.
+        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated and exported; None: none.
+        seed: of everything random.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+        save_every: steps between checkpoints; None: once an epoch.
+        log_every: steps between log lines.
+        keep_checkpoints: checkpoints to keep, at least 1.
+        eval_batch_size: images a step of evaluation and process.
+    """
+
+    epochs: int = 300
+    batch_size: int = 1024
+    accumulate: int = 1
+    amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: bool = False
+    ema_decay: float | None = None
+    seed: int = 0
+    eval_every: int = 1
+    save_every: int | None = None
+    log_every: int = 50
+    keep_checkpoints: int = 2
+    eval_batch_size: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything about a run.
+
+    Args:
+        name: of the run's folder.
+        description: what it reproduces, one line.
+        objectives: losses by name; the names are those of the logged curves.
+        selector: which patches the teachers see; None: all.
+    """
+
+    name: str = "run"
+    description: str = ""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    objectives: dict[str, Objective] = field(default_factory=lambda: {"ce": CrossEntropy()})
+    selector: TokenSelector | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        train, optim, student = self.train, self.optim, self.student
+        _require(train.epochs >= 1, "train.epochs", train.epochs, "at least 1")
+        _require(train.batch_size >= 1, "train.batch_size", train.batch_size, "at least 1")
+        _require(train.accumulate >= 1, "train.accumulate", train.accumulate, "at least 1")
+        _require(train.eval_every >= 1, "train.eval_every", train.eval_every, "at least 1")
+        _require(train.log_every >= 1, "train.log_every", train.log_every, "at least 1")
+        _require(train.keep_checkpoints >= 1, "train.keep_checkpoints", train.keep_checkpoints, "at least 1")
+        _require(train.eval_batch_size >= 1, "train.eval_batch_size", train.eval_batch_size, "at least 1")
+        _require(train.save_every is None or train.save_every >= 1, "train.save_every", train.save_every, "at least 1, or null")
+        _require(train.ema_decay is None or 0 < train.ema_decay < 1, "train.ema_decay", train.ema_decay, "between 0 and 1, or null")
+        _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
+        _require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
+        _require(optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad", optim.clip_grad, "above 0, or null")
+        decay = optim.layer_decay
+        _require(decay is None or 0 < decay <= 1, "optim.layer_decay", decay, "above 0 and at most 1, or null")
+        _require(0 <= optim.warmup_epochs, "optim.warmup_epochs", optim.warmup_epochs, "at least 0")
+        _require(0 <= student.drop_path < 1, "student.drop_path", student.drop_path, "from 0 to below 1")
+        _require(self.data.workers >= 0, "data.workers", self.data.workers, "at least 0")
+        if optim.sched == "none" and (optim.warmup_epochs > 0):
+            raise ConfigError("optim.sched is none, so optim.warmup_epochs cannot take effect: set it to 0 or choose a schedule")
+        if optim.sched != "none" and optim.warmup_epochs >= train.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs is {optim.warmup_epochs:g}, but the run has only {train.epochs} epochs: "
+                "warm up for fewer (--warmup-epochs)"
+            )
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}: it has to be {wanted}")
+
+
+# --- to and from plain data ----------------------------------------------------------------------------------------------------
+
+
+def to_dict(value: Any) -> Any:
+    """A recipe, or any part of it, as plain data: dicts, lists, strings, numbers, booleans, None."""
+    if isinstance(value, Objective | TokenSelector):
+        return {"method": method_name(value), **_fields(value)}
+    if dataclasses.is_dataclass(value):
+        return _fields(value)
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def from_dict(data: Any, source: str = "the recipe") -> Recipe:
+    """A recipe from plain data; raises `ConfigError` for an unknown key (with a suggestion) or a value of the wrong type."""
+    recipe = _convert(data, Recipe, "", source)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _convert(value: Any, kind: Any, path: str, source: str) -> Any:
+    where = f"{path or 'the recipe'} in {source}" if path else source
+    if isinstance(kind, type) and issubclass(kind, Objective | TokenSelector):
+        return _convert_method(value, kind, path, source)
+    if dataclasses.is_dataclass(kind):
+        if dataclasses.is_dataclass(value) and isinstance(value, kind):  # type: ignore[arg-type]
+            return value
+        return _convert_dataclass(value, typing.cast(type, kind), path, source, where)
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, get_args(kind), path, source, where)
+    if origin is Literal:
+        if value not in get_args(kind):
+            raise ConfigError(f"{where} is {value!r}: choose from {', '.join(map(repr, get_args(kind)))}{_close(value, get_args(kind))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {value!r}: a mapping is needed")
+        return {str(key): _convert(item, get_args(kind)[1], f"{path}.{key}", source) for key, item in value.items()}
+    if origin is tuple:
+        args = get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise ConfigError(f"{where} is {value!r}: a list of {len(args)} numbers is needed")
+        return tuple(_convert(item, arg, f"{path}[{i}]", source) for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+    return _convert_scalar(value, kind, where)
+
+
+def _convert_scalar(value: Any, kind: Any, where: str) -> Any:
+    if kind is Any:
+        return value
+    if kind is float and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML reads 1e-3 as a string
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        raise ConfigError(f"{where} is {value!r}: a number is needed")
+    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
+        return int(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    names = {int: "a whole number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{where} is {value!r}: {names.get(kind, kind.__name__)} is needed")
+
+
+def _convert_union(value: Any, options: tuple[Any, ...], path: str, source: str, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) == 1:
+        return _convert(value, options[0], path, source)
+    for option in options:
+        try:
+            return _convert(value, option, path, source)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{where} is {value!r}: {' or '.join(getattr(o, '__name__', str(o)) for o in options)} is needed")
+
+
+def _convert_dataclass(value: Any, kind: type, path: str, source: str, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}: a mapping is needed")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in value:
+        if key not in names:
+            full = f"{path}.{key}" if path else str(key)
+            raise ConfigError(f"{source} has an unknown field {full!r}{_close(key, names) or ': known are ' + ', '.join(names)}")
+    return kind(**{key: _convert(item, hints[key], f"{path}.{key}" if path else key, source) for key, item in value.items()})
+
+
+def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping) or "method" not in value:
+        raise ConfigError(f"{path} in {source} is {value!r}: a mapping with the key 'method' is needed, e.g. {{method: kd, weight: 0.5}}")
+    cls = method_class(str(value["method"]))
+    if not issubclass(cls, kind):
+        wanted = "an objective" if kind is Objective else "a patch selector"
+        raise ConfigError(f"{path} in {source} names the method {value['method']!r}, which is not {wanted}")
+    rest = {key: item for key, item in value.items() if key != "method"}
+    return _convert_dataclass(rest, cls, path, source, f"{path} in {source}")
+
+
+def _close(value: Any, names: Any) -> str:
+    close = get_close_matches(str(value), [str(name) for name in names], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def replace_fields(recipe: Recipe, values: Mapping[str, Any], source: str = "the command line") -> Recipe:
+    """The recipe with the fields at dotted paths (``optim.lr``) replaced, all at once.
+
+    Raises:
+        ConfigError: a path or value is wrong, or the whole no longer makes sense.
+    """
+    data = to_dict(recipe)
+    for path, value in values.items():
+        node, parts = data, path.split(".")
+        for i, part in enumerate(parts[:-1]):
+            if not isinstance(node, dict) or part not in node or node[part] is None:
+                known = node if isinstance(node, dict) else {}
+                raise ConfigError(f"the recipe has no field {'.'.join(parts[: i + 1])!r}{_close(part, known)}")
+            node = node[part]
+        open_ended = len(parts) > 1 and parts[-2] in ("model_args", "opt_args")
+        if not isinstance(node, dict) or (parts[-1] not in node and not open_ended):
+            known = node if isinstance(node, dict) else {}
+            raise ConfigError(f"the recipe has no field {path!r}{_close(parts[-1], known)}")
+        node[parts[-1]] = value
+    return from_dict(data, source)
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, and aliases, which no recipe needs."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.get_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file; raises `ConfigError` naming the line, or the field, that is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"the recipe {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"the recipe {path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"the recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"the recipe {path} is not a mapping of fields")
+    return from_dict(data, str(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+VOLATILE = ("data.workers", "train.log_every", "train.keep_checkpoints", "name", "description", "data.dir")
+"""Fields that do not change the result, so that a run may be resumed with others. Images are compared by fingerprint, not by path."""
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every leaf of the recipe by its dotted path."""
+
+    def walk(node: Any, path: str) -> dict[str, Any]:
+        if isinstance(node, dict) and node:
+            return {k: v for key, item in node.items() for k, v in walk(item, f"{path}.{key}" if path else key).items()}
+        return {path: node}
+
+    return walk(to_dict(recipe), "")
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256 of everything in the recipe that can change the result."""
+    fixed = {key: value for key, value in flatten(recipe).items() if key not in VOLATILE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """The fields that differ and can change the result, as ``field: ours, theirs`` lines."""
+    a, b = flatten(ours), flatten(theirs)
+    lines = []
+    for key in sorted(a.keys() | b.keys()):
+        if key not in VOLATILE and a.get(key) != b.get(key):
+            lines.append(f"{key} is {a.get(key)!r} here and {b.get(key)!r} there")
+    return lines

@@ -1,0 +1,53 @@
+"""Named recipes: Python functions that return a `Recipe`; `RECIPES` is the table of them, name to function."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..recipe import Recipe, load_recipe
+
+RECIPES: dict[str, str] = {
+    "alone": "vitdistill.recipes.plain:alone",
+    "kd": "vitdistill.recipes.plain:kd",
+    "hard_kd": "vitdistill.recipes.plain:hard_kd",
+    "maskedkd": "vitdistill.recipes.plain:maskedkd",
+    "deit_tiny": "vitdistill.recipes.deit:deit_tiny",
+    "deit_tiny_distilled": "vitdistill.recipes.deit:deit_tiny_distilled",
+    "deit_tiny_from_deit_small": "vitdistill.recipes.maskedkd:deit_tiny_from_deit_small",
+    "deit_tiny_from_deit3_small": "vitdistill.recipes.maskedkd:deit_tiny_from_deit3_small",
+    "deit_tiny_from_deit3_base": "vitdistill.recipes.maskedkd:deit_tiny_from_deit3_base",
+    "deit_small_from_deit_base": "vitdistill.recipes.maskedkd:deit_small_from_deit_base",
+    "deit_small_from_deit3_base": "vitdistill.recipes.maskedkd:deit_small_from_deit3_base",
+    "deit_base_from_deit3_large": "vitdistill.recipes.maskedkd:deit_base_from_deit3_large",
+    "small_images_teacher": "vitdistill.recipes.small_images:small_images_teacher",
+    "small_images_alone": "vitdistill.recipes.small_images:small_images_alone",
+    "small_images_kd": "vitdistill.recipes.small_images:small_images_kd",
+    "small_images_maskedkd": "vitdistill.recipes.small_images:small_images_maskedkd",
+}
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name; raises `ConfigError` with a suggestion."""
+    if name not in RECIPES:
+        close = get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "'vitdistill train --help' lists them"
+        raise ConfigError(f"there is no recipe {name!r}: {hint}")
+    module, _, function = RECIPES[name].partition(":")
+    make: Callable[[], Recipe] = getattr(import_module(module), function)
+    return make()
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by its name, by the path of a YAML file, or by a run folder that holds ``recipe.yaml``."""
+    if name in RECIPES:
+        return named_recipe(name)
+    path = Path(name)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return load_recipe(path / "recipe.yaml")
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        if not path.is_file():
+            raise ConfigError(f"there is no recipe file {name}")
+        return load_recipe(path)
+    return named_recipe(name)

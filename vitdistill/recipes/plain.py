@@ -1,0 +1,45 @@
+"""Recipes for any data, teacher and student: name the models on the command line."""
+
+from dataclasses import replace
+
+from ..methods.cross_entropy import CrossEntropy
+from ..methods.kd import HardKD, SoftKD
+from ..methods.maskedkd import MaskedKD
+from ..recipe import Recipe, TeacherConfig
+from .deit import deit_tiny
+
+
+def alone() -> Recipe:
+    """A ViT without a teacher."""
+    return replace(deit_tiny(), name="alone", description="a ViT without a teacher, DeiT's training recipe")
+
+
+def kd() -> Recipe:
+    """Plain logit distillation: the whole teacher on the whole image."""
+    return replace(
+        alone(),
+        name="kd",
+        description="plain logit distillation from --teacher-model",
+        teachers={"teacher": TeacherConfig()},
+        objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": SoftKD(weight=0.5)},
+    )
+
+
+def hard_kd() -> Recipe:
+    """Distillation from the teacher's top class."""
+    return replace(
+        kd(),
+        name="hard_kd",
+        description="distillation from the top class of --teacher-model (give a student with a distillation token for DeiT's form)",
+        objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": HardKD(weight=0.5)},
+    )
+
+
+def maskedkd() -> Recipe:
+    """MaskedKD: the teacher sees the half of the patches the student attends to."""
+    return replace(
+        kd(),
+        name="maskedkd",
+        description="MaskedKD from --teacher-model, which sees --keep-rate of its patches",
+        selector=MaskedKD(keep_rate=0.5),
+    )

@@ -1,0 +1,58 @@
+"""32 x 32 images (CIFAR and the like), sized to finish on a laptop: a ViT teacher trained on the spot, and a student of a quarter of its width."""
+
+from dataclasses import replace
+
+from ..data.views import AUGMENTS
+from ..methods.cross_entropy import CrossEntropy
+from ..methods.kd import SoftKD
+from ..methods.maskedkd import MaskedKD
+from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+
+
+def _vit(dim: int, depth: int, heads: int) -> dict[str, int]:
+    return {"img_size": 32, "patch_size": 4, "embed_dim": dim, "depth": depth, "num_heads": heads}
+
+
+def small_images_alone() -> Recipe:
+    """A ViT of width 96 and 6 blocks on 8 x 8 patches, alone."""
+    return Recipe(
+        name="small_images_alone",
+        description="ViT 96 wide, 6 deep, on 32 x 32 images, alone, 30 epochs",
+        student=StudentConfig(model="vit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
+        objectives={"ce": CrossEntropy(smoothing=0.1)},
+        data=DataConfig(workers=0, augment=AUGMENTS["small"]),
+        optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2, min_lr=1e-5, clip_grad=1.0),
+        train=TrainConfig(epochs=30, batch_size=128, log_every=20),
+    )
+
+
+def small_images_teacher() -> Recipe:
+    """The teacher: 192 wide, 9 deep, with stronger augmentation."""
+    recipe = small_images_alone()
+    return replace(
+        recipe,
+        name="small_images_teacher",
+        description="ViT 192 wide, 9 deep, on 32 x 32 images: a teacher for the other small_images recipes",
+        student=StudentConfig(model="vit_tiny_patch16_224", drop_path=0.1, model_args=_vit(192, 9, 3)),
+    )
+
+
+def small_images_kd() -> Recipe:
+    """The same student by plain KD; give the teacher's run folder with ``--teacher-model``."""
+    return replace(
+        small_images_alone(),
+        name="small_images_kd",
+        description="the small_images student by plain KD; --teacher-model takes the teacher run's folder",
+        teachers={"teacher": TeacherConfig()},
+        objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": SoftKD(weight=0.5, temperature=2.0)},
+    )
+
+
+def small_images_maskedkd() -> Recipe:
+    """The same student by MaskedKD, half of the teacher's patches."""
+    return replace(
+        small_images_kd(),
+        name="small_images_maskedkd",
+        description="the small_images student by MaskedKD; --teacher-model takes the teacher run's folder",
+        selector=MaskedKD(keep_rate=0.5),
+    )

@@ -1,0 +1,89 @@
+"""Optimizer and schedule, both timm's; the schedule is a pure function of the step, so that it has no state to save."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from ..distill import Distillation
+from ..errors import ConfigError
+from ..recipe import OptimConfig
+
+_FUSED = ("adamw", "adam", "sgd", "nesterov", "momentum")
+
+
+def parameter_groups(distillation: Distillation, config: OptimConfig) -> list[dict[str, Any]]:
+    """The student's parameters with timm's weight-decay rule and layer decay, then the adapters' (no decay on vectors)."""
+    student = distillation.student
+    exempt: set[str] = set(student.no_weight_decay()) if hasattr(student, "no_weight_decay") else set()  # type: ignore[operator]
+    if config.layer_decay is not None:
+        if not hasattr(student, "group_matcher"):
+            raise ConfigError(f"layer_decay needs a timm model that names its layers: {type(student).__name__} does not")
+        groups = param_groups_layer_decay(
+            student, weight_decay=config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
+        )
+    else:
+        groups = param_groups_weight_decay(student, weight_decay=config.weight_decay, no_weight_decay_list=exempt)
+    if len(distillation.adapters):
+        groups += param_groups_weight_decay(distillation.adapters, weight_decay=config.weight_decay)
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.optim.Optimizer:
+    """A timm optimizer over student and adapters; the fused kernel where torch has one (measured: 0.6 % of a step against 1.9 %)."""
+    device = next(distillation.parameters()).device.type
+    extra = dict(config.opt_args)
+    if "betas" in extra:
+        extra["betas"] = tuple(extra["betas"])
+    if config.opt.lower() in _FUSED and device in ("cpu", "cuda"):
+        extra.setdefault("fused", True)
+    groups = parameter_groups(distillation, config)
+    try:
+        return create_optimizer_v2(
+            groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **extra
+        )
+    except (AssertionError, ValueError, KeyError):
+        from difflib import get_close_matches
+
+        from timm.optim import list_optimizers
+
+        if config.opt.lower() in list_optimizers():
+            raise
+        close = get_close_matches(config.opt, list_optimizers(), n=1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"there is no optimizer {config.opt!r}{hint}") from None
+    except TypeError as error:
+        raise ConfigError(f"the optimizer {config.opt} does not take optim.opt_args {config.opt_args}: {error}") from None
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int
+) -> Callable[[int], None]:
+    """A function that sets the learning rate for step s (counted from 0), before that step is taken."""
+    if config.sched == "none":
+        return lambda step: None
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=epochs,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    assert scheduler is not None
+    return scheduler.step_update
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The largest learning rate of all groups: with layer decay, the head's."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def clip_gradients(module: nn.Module, max_norm: float | None) -> torch.Tensor:
+    """Clip in place and return the norm before clipping, on the device."""
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), float("inf") if max_norm is None else max_norm)

@@ -1,0 +1,125 @@
+"""A recorded forward pass over an unmodified Vision Transformer: any patch subset, any last block, nothing more computed.
+
+Shape letters: B images, L tokens, P prefix tokens, N patches, K kept patches, H heads, D width, C classes.
+"""
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .families import family_of
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What to record in one forward pass; ``|`` unites the needs of several readers.
+
+    Args:
+        logits: the model's prediction, and each head's own where it has several.
+        hidden: blocks whose output (the residual stream, before the final norm) is recorded. Negative indices count from the end.
+        attention: blocks whose class-token attention (post-softmax) is recorded. Negative indices count from the end.
+
+    Example:
+        >>> Needs(logits=True) | Needs(hidden=frozenset({0, -1}))
+        Needs(logits=True, hidden=frozenset({0, -1}), attention=frozenset())
+    """
+
+    logits: bool = False
+    hidden: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(self.logits or other.logits, self.hidden | other.hidden, self.attention | other.attention)
+
+    def __bool__(self) -> bool:
+        return self.logits or bool(self.hidden) or bool(self.attention)
+
+    def resolve(self, depth: int) -> "Needs":
+        """The same needs with indices in ``0 .. depth-1``; raises `IndexError` for a block the model does not have."""
+
+        def absolute(blocks: frozenset[int]) -> frozenset[int]:
+            for block in blocks:
+                if not -depth <= block < depth:
+                    raise IndexError(f"block {block} does not exist: the model has {depth} blocks (0 to {depth - 1})")
+            return frozenset(block % depth for block in blocks)
+
+        return Needs(self.logits, absolute(self.hidden), absolute(self.attention))
+
+    def num_blocks(self, depth: int) -> int:
+        """How many of the model's ``depth`` blocks have to run, counted from the first."""
+        needs = self.resolve(depth)
+        return depth if needs.logits else max(needs.hidden | needs.attention, default=-1) + 1
+
+
+@dataclass(frozen=True)
+class ViTOutput:
+    """What one forward pass recorded.
+
+    Attributes:
+        logits: ``(B, C)``, the prediction the model's own ``forward`` gives in evaluation; None unless needed.
+        head_logits: ``(B, heads, C)`` for models with several heads (DeiT: class token, distillation token); else None.
+        hidden: block index to ``(B, P+K, D)``.
+        attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all tokens. A model without a class token
+            gives its stand-in, see `vitdistill.families.Family.attention_source`.
+        keep: ``(B, K)`` row-major indices of the patches that were seen; None: all of them, in order.
+        grid: rows and columns of the patch grid.
+        num_prefix_tokens: P, tokens that are not patches.
+        depth: blocks the model has, to resolve indices that count from the end.
+    """
+
+    logits: Float[Tensor, "B C"] | None = None
+    head_logits: Float[Tensor, "B heads C"] | None = None
+    hidden: dict[int, Float[Tensor, "B L D"]] = field(default_factory=dict)
+    attention: dict[int, Float[Tensor, "B H L"]] = field(default_factory=dict)
+    keep: Int[Tensor, "B K"] | None = None
+    grid: tuple[int, int] = (0, 0)
+    num_prefix_tokens: int = 0
+    depth: int = 0
+
+
+def run_vit(
+    model: nn.Module,
+    images: Float[Tensor, "B channels height width"],
+    needs: Needs,
+    keep: Int[Tensor, "B K"] | None = None,
+) -> ViTOutput:
+    """Run as much of ``model`` on as many patches as ``needs`` and ``keep`` ask for, and record it.
+
+    Only kept patches are embedded; blocks nobody reads from do not run; in the last block only the tokens the head reads are computed;
+    no head is computed unless logits are needed. When every token is read the result equals ``model(images)`` bit for bit; the
+    shortened last block and the gathered patch embedding agree with it to rounding.
+
+    Args:
+        model: a timm model, left as it is. Models outside the families give logits and hidden states of whole images only.
+        images: normalised as the model expects.
+        needs: what to record.
+        keep: row-major indices into the patch grid, any order, one row an image; None for every patch.
+
+    Raises:
+        IndexError: a needed block does not exist.
+        ConfigError: the model cannot give what is asked (patch subsets or attention outside the families).
+    """
+    family = family_of(model)
+    needs = needs.resolve(family.depth)
+    if not family.walks:
+        if keep is not None or needs.attention:
+            what = "patches to choose from" if keep is not None else "class-token attention to record"
+            raise ConfigError(f"{type(model).__name__} is not a plain ViT and has no {what}")
+        whole, maps = family.run_whole(images, needs.logits, needs.hidden)
+        return ViTOutput(logits=whole, hidden=maps, depth=family.depth)
+    last = needs.num_blocks(family.depth) - 1
+    hidden, attention = {}, {}
+    tokens = family.embed(images, keep)
+    for i in range(last + 1):
+        reads_all = i < last or i in needs.hidden or (needs.logits and family.num_head_tokens is None)
+        rows = None if reads_all else (family.num_head_tokens if needs.logits else 0)
+        tokens, row = family.run_block(i, tokens, rows, i in needs.attention)
+        if i in needs.hidden:
+            hidden[i] = tokens
+        if row is not None:
+            attention[i] = row
+    logits, head_logits = family.head(tokens) if needs.logits else (None, None)
+    grid = family.grid(images)
+    return ViTOutput(logits, head_logits, hidden, attention, keep, grid, family.num_prefix_tokens, family.depth)

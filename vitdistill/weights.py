@@ -1,0 +1,591 @@
+"""Networks by name and weights from files: strict, offline unless asked otherwise, and never by executing a pickle.
+
+``create_model`` takes timm's names, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME`` and plain folder paths; ``load_weights``
+reads safetensors and PyTorch files into a network, every key in place.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import logging
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models import is_model, list_models
+from torch import Tensor, nn
+
+from vitdistill.durable import read_bytes, shown
+from vitdistill.errors import ConfigError, DataError, PermissionDenied
+
+# Where public checkpoints keep their weights, best first; an average of the weights is preferred, as timm does.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+# torch.load(weights_only=True) could be made to corrupt memory before this version (CVE-2026-24747).
+_SAFE_TORCH = (2, 10)
+_BUILD_ARGS = {"drop_path": "drop_path_rate", "image_size": "img_size"}
+
+_log = logging.getLogger(__name__)
+
+
+# -- files to state dicts ---------------------------------------------------------------------------------------------
+
+
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a weights file, on CPU, without the wrappers and prefixes of training scripts.
+
+    Reads ``.safetensors``, and ``.pth .pt .bin .tar`` as far as they hold tensors only (torch 2.10 or newer).
+    Raises ``DataError`` in one sentence for a file that is missing, empty, cut, a web page, or that needs a pickle.
+    """
+    file = Path(path)
+    name = shown(file)
+    if file.is_dir():
+        raise DataError(
+            f"{name} is a folder, not a weights file; give it as the model's name, or name the file inside it."
+        )
+    if not file.exists():
+        raise DataError(f"There is no weights file {name}; check the path.")
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(512)
+    except PermissionError as error:
+        raise PermissionDenied(f"{name} may not be read; change its permissions.") from error
+    except OSError as error:
+        raise DataError(f"{name} cannot be read ({error.strerror}); check the disk.") from error
+    _refuse_obvious(name, head)
+    if file.suffix == ".safetensors":
+        found: Any = _read_safetensors(file)
+    elif file.suffix in _PICKLE_SUFFIXES:
+        # Some publish safetensors under the old name: their content tells, and neither reader executes anything.
+        found = _read_safetensors(file) if _looks_like_safetensors(file, head) else _read_torch(file, head)
+    else:
+        raise DataError(
+            f"{name} is not a kind of weights file this reads ({', '.join(('.safetensors', *_PICKLE_SUFFIXES))}); "
+            "convert it to .safetensors."
+        )
+    return _bare(name, found)
+
+
+def _refuse_obvious(name: str, head: bytes) -> None:
+    if not head:
+        raise DataError(f"{name} is empty (0 bytes); download it again.")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        raise DataError(f"{name} is a web page, not weights: the download failed; fetch the file itself.")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{name} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository.")
+
+
+def _looks_like_safetensors(file: Path, head: bytes) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size - 8
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return dict(safetensors.torch.load_file(file))
+    except safetensors.SafetensorError as error:
+        raise DataError(
+            f"{shown(file)} is cut short or not a safetensors file ({_first_line(error)}); get it again."
+        ) from error
+
+
+def _read_torch(file: Path, head: bytes) -> Any:
+    name = shown(file)
+    if _torch_version() < _SAFE_TORCH:
+        raise DataError(
+            f"{name} is not opened because torch {torch.__version__} cannot read such files safely; install torch "
+            f"2.10 or newer, or convert the file to .safetensors where you trust it: {_converter(file)}"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not head.startswith((b"PK\x03\x04", b"\x80")):
+            raise DataError(f"{name} is not a weights file: neither PyTorch's format nor safetensors.") from error
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({asked[1]})" if asked else ""
+        raise DataError(
+            f"{name} holds a pickle with more than tensors{what}, which was not executed; where you trust its source, "
+            f"convert it: {_converter(file)}"
+        ) from error
+    # A damaged file fails in a different place of the reader each time: all of them mean the same to the user.
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+        AssertionError,
+        MemoryError,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
+        if "TorchScript" in str(error):
+            raise DataError(
+                f"{name} is a TorchScript archive, which holds code and was not executed; save its state_dict() as "
+                ".safetensors instead."
+            ) from error
+        raise DataError(
+            f"{name} is cut short, damaged or not a PyTorch file ({_first_line(error)}); get it again."
+        ) from error
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _converter(file: Path) -> str:
+    return (
+        "python -c 'import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], weights_only=False); "
+        'd = d.get("model", d.get("state_dict", d)); '
+        f"s.save_file({{k: v.contiguous() for k, v in d.items()}}, sys.argv[2])' '{shown(file)}' "
+        f"'{shown(file.with_suffix('.safetensors'))}'"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+
+
+def _bare(name: str, found: Any) -> dict[str, Tensor]:
+    if isinstance(found, Mapping):
+        for wrapper in _WRAPPERS:
+            if isinstance(found.get(wrapper), Mapping):
+                found = found[wrapper]
+                break
+    if not isinstance(found, Mapping) or not found:
+        raise DataError(
+            f"{name} holds no weights: expected named tensors, or those under one of {', '.join(_WRAPPERS)}."
+        )
+    bare: dict[str, Tensor] = {}
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise DataError(f"{name} holds no weights: {str(key)[:60]!r} is {type(value).__name__}, not a tensor.")
+        short = _bare_key(key)
+        if short in bare:
+            raise DataError(f"{name} holds {short!r} twice, with and without a wrapper's prefix.")
+        bare[short] = value
+    return bare
+
+
+def _bare_key(key: str) -> str:
+    key = key.replace("._orig_mod.", ".")
+    while key.startswith(_PREFIXES):
+        key = key.split(".", 1)[1]
+    return key
+
+
+# -- state dicts into networks ----------------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a weights file into a network: every key present, none left over, every shape equal.
+
+    A file in another public layout of the same network (the authors' own names, position embeddings of another image
+    size) goes through the converter timm has for that family, and that is logged. Raises ``DataError`` naming the
+    first keys that differ.
+    """
+    _load_into(model, load_state_dict(path), shown(path))
+
+
+def _load_into(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    if _difference(model, state):
+        converted = _converted(model, state)
+        # A sentence about the file as it is says more than one about a failed conversion.
+        if converted is None or _difference(model, converted):
+            raise DataError(
+                f"{name} does not fit {_name_of(model)}: {_difference(model, state)}; use the file that belongs to "
+                f"this "
+                "network, or its own num_classes and image size."
+            )
+        _log.warning(
+            "%s is in another layout or for another image size; timm's converter for %s was applied.",
+            name,
+            _name_of(model),
+        )
+        state = converted
+    model.load_state_dict(state, strict=True)
+
+
+def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What differs between a network's keys and a file's, as part of a sentence; empty when nothing does."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {_shape(state[key])} in the file and {_shape(own[key])} in the network"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    parts = [_listed(missing, "missing"), _listed(unexpected, "unexpected"), _listed(shapes, "of another shape")]
+    return "; ".join(part for part in parts if part)
+
+
+def _listed(items: list[str], kind: str) -> str:
+    if not items:
+        return ""
+    more = ", ..." if len(items) > 3 else ""
+    return f"{len(items)} key{'s' if len(items) > 1 else ''} {kind} ({', '.join(items[:3])}{more})"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _name_of(model: nn.Module) -> str:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
+
+
+def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return None
+    options = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(convert).parameters else {}
+    try:
+        return dict(convert(dict(state), model, **options))
+    # The converter indexes whatever keys it expects of public files; any failure means that this is none of them.
+    except Exception as error:
+        _log.debug("timm's converter refused the file: %s", error)
+        return None
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool | None = None,
+    in_chans: int = 3,
+    drop_path: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    **model_args: Any,
+) -> nn.Module:
+    """A timm network by name, with its weights if asked for.
+
+    ``name`` is timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json`` (what ``export``
+    writes). ``pretrained``: None loads the weights of a folder or hub name and none for timm's plain names; False
+    never; True always (a plain name then downloads). Another ``num_classes`` than the weights' gives a fresh head.
+    ``checkpoint`` is a file loaded strictly instead. ``image_size`` is (height, width) or one number, and becomes the
+    input size in the network's configuration. Raises ``ConfigError`` for a name or argument that does not exist,
+    ``DataError`` for weights that cannot be had or do not fit.
+    """
+    if checkpoint is not None and pretrained:
+        raise ConfigError(
+            f"{shown(name)} cannot have both pretrained weights and the checkpoint {shown(checkpoint)}: choose one."
+        )
+    build = {key: value for key, value in model_args.items() if value is not None}
+    for ours, timms in _BUILD_ARGS.items():
+        value = {"drop_path": drop_path, "image_size": image_size}[ours]
+        if value is not None and timms in build:
+            raise ConfigError(f"{ours} and {timms} are the same setting of {shown(name)}: give one of them.")
+        if value is not None:
+            build[timms] = value
+    if num_classes is not None:
+        build["num_classes"] = num_classes
+    if in_chans != 3:
+        build["in_chans"] = in_chans
+    source, place = _split(name)
+    if source == "timm":
+        model = _from_registry(place, build, pretrained=bool(pretrained))
+    elif source == "folder":
+        model = _from_folder(Path(place), build, load=pretrained is not False and checkpoint is None)
+    else:
+        model = _from_hub(place, build, load=pretrained is not False and checkpoint is None)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    return model
+
+
+def _split(name: str) -> tuple[str, str]:
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme in ("hf-hub", "hf_hub"):
+        return "hub", rest
+    if colon and scheme == "local-dir":
+        return "folder", rest
+    # A bare timm name stays one, even where a folder happens to be called the same.
+    if os.sep in name or name.startswith(("~", ".")) or (not is_model(name.partition(".")[0]) and Path(name).is_dir()):
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return "folder", str(folder)
+        raise ConfigError(
+            f"There is no folder {shown(name)}; for a network of the Hugging Face hub write hf-hub:{shown(name)}, for "
+            "one of timm its bare name."
+        )
+    return "timm", name
+
+
+def _from_registry(name: str, build: dict[str, Any], pretrained: bool) -> nn.Module:
+    architecture, _, tag = name.partition(".")
+    if not is_model(architecture):
+        near = difflib.get_close_matches(architecture, list_models(), n=3, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists them."
+        raise ConfigError(f"timm {timm.__version__} has no network called {shown(name)}{hint}")
+    if tag and tag not in _tags(architecture):
+        known = ", ".join(_tags(architecture)) or "none"
+        raise ConfigError(f"{architecture} has no weights called {shown(tag)!r}; it has {known}.")
+    if pretrained and not _default_cfg(name).has_weights:
+        raise ConfigError(
+            f"timm has no pretrained weights for {name}; name one of its tags, or give a checkpoint file."
+        )
+    return _build(name, build, {}, pretrained=pretrained)
+
+
+def _tags(architecture: str) -> list[str]:
+    from timm.models._registry import get_arch_pretrained_cfgs
+
+    return [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
+
+
+def _default_cfg(name: str) -> Any:
+    from timm.models import get_pretrained_cfg
+    from timm.models._pretrained import PretrainedCfg
+
+    return get_pretrained_cfg(name) or PretrainedCfg()
+
+
+def _build(name: str, build: dict[str, Any], extra: dict[str, Any], pretrained: bool) -> nn.Module:
+    """timm.create_model with its failures as sentences, and the image size put into the configuration."""
+    build = dict(build)
+    cfg = extra.get("pretrained_cfg") or {}
+    fixed = cfg.get("fixed_input_size", False) if cfg else _default_cfg(name).fixed_input_size
+    size = build.get("img_size")
+    if size is not None and not fixed and "strict_img_size" not in build and "dynamic_img_size" not in build:
+        # Fully convolutional: it takes any size, and no argument for it.
+        del build["img_size"]
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **extra, **build)
+    except TypeError as error:
+        asked = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if asked is None:
+            raise ConfigError(f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}.") from error
+        raise ConfigError(
+            f"{shown(name)} takes no argument {asked[1]!r}; remove it from the model's arguments."
+        ) from error
+    except (AssertionError, ValueError, ZeroDivisionError, KeyError) as error:
+        raise ConfigError(f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}.") from error
+    except (RuntimeError, OSError) as error:
+        if not pretrained:
+            raise ConfigError(f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}.") from error
+        raise DataError(
+            f"The pretrained weights of {shown(name)} cannot be had ({_first_line(error)}); without network, download "
+            f"the "
+            "file elsewhere and give it as the checkpoint."
+        ) from error
+    _record_input(model, size, build.get("in_chans"))
+    _check_grid(name, model)
+    return model
+
+
+def _spelled(build: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
+
+
+def _record_input(model: nn.Module, size: Any, in_chans: int | None) -> None:
+    """Older timm leaves the registry's input size in the configuration, and evaluation would resize to that."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(cfg, dict):
+        return
+    channels, *spatial = cfg.get("input_size") or (3, 224, 224)
+    if size is not None:
+        spatial = [size, size] if isinstance(size, int) else list(size)
+        cfg.pop("test_input_size", None)
+    cfg["input_size"] = (in_chans or channels, *spatial)
+
+
+def _check_grid(name: str, model: nn.Module) -> None:
+    embed = getattr(model, "patch_embed", None)
+    patch, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+    if not patch or not size or getattr(embed, "dynamic_img_pad", False):
+        return
+    if any(side % step for side, step in zip(size, patch, strict=False)):
+        raise ConfigError(
+            f"{shown(name)} cuts images into patches of {patch[0]} x {patch[1]}, which do not fill {size[0]} x "
+            f"{size[1]}; "
+            "choose an image size that is a multiple of the patch size."
+        )
+
+
+def _from_folder(folder: Path, build: dict[str, Any], load: bool) -> nn.Module:
+    architecture, saved_args, cfg, digest = _read_config(folder)
+    if not load:
+        return _built_like(architecture, saved_args, cfg, build)
+    file = _weights_file(folder)
+    if digest is not None and hashlib.sha256(read_bytes(file)).hexdigest() != digest:
+        raise DataError(
+            f"{shown(file)} is damaged or was replaced: its sha256 is not the one in config.json beside it; export "
+            f"again."
+        )
+    return _with_weights(architecture, saved_args, cfg, build, load_state_dict(file), shown(file))
+
+
+def _from_hub(place: str, build: dict[str, Any], load: bool) -> nn.Module:
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ConfigError("hf-hub: names need huggingface_hub; pip install huggingface_hub") from error
+    repo, _, revision = place.partition("@")
+
+    def fetch(filename: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
+        # Without network, "not in the cache" is of the next kind too, and says nothing about the repository.
+        except LocalEntryNotFoundError as error:
+            raise _unreachable(place, error) from error
+        except EntryNotFoundError:
+            return None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _unreachable(place, error) from error
+
+    config = fetch("config.json")
+    if config is None:
+        raise DataError(f"hf-hub:{shown(place)} has no config.json, so it is no timm network.")
+    architecture, saved_args, cfg, _ = _read_config(config.parent)
+    if not load:
+        return _built_like(architecture, saved_args, cfg, build)
+    for filename in (cfg.get("hf_hub_filename"), *_FOLDER_FILES):
+        file = fetch(filename) if filename else None
+        if file is not None:
+            return _with_weights(
+                architecture, saved_args, cfg, build, load_state_dict(file), f"hf-hub:{place}/{filename}"
+            )
+    raise DataError(f"hf-hub:{shown(place)} has none of {', '.join(_FOLDER_FILES)}.")
+
+
+def _unreachable(place: str, error: BaseException) -> DataError:
+    return DataError(
+        f"hf-hub:{shown(place)} cannot be reached ({_first_line(error)}); without network, download the repository "
+        "elsewhere and give its folder as local-dir:FOLDER."
+    )
+
+
+def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str | None]:
+    """The architecture, its arguments, its pretrained_cfg, and the weights' sha256 if we exported them."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {shown(folder)}; check the path.")
+    if not path.is_file():
+        raise ConfigError(
+            f"{shown(folder)} has no config.json, so it is no exported network; give timm's name and the weights file "
+            "as the checkpoint."
+        )
+    try:
+        config = json.loads(read_bytes(path))
+        if "pretrained_cfg" not in config:
+            config = {"architecture": config["architecture"], "pretrained_cfg": config}
+        cfg = dict(config["pretrained_cfg"])
+        architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
+        digest = (config.get("vitdistill") or {}).get("weights_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{shown(path)} is not a timm configuration (no architecture and pretrained_cfg in it)."
+        ) from error
+    for key in ("num_classes", "label_names", "label_descriptions"):
+        if key in config:
+            cfg[key] = config[key]
+    if "labels" in cfg:
+        cfg["label_names"] = cfg.pop("labels")
+    from timm.models._pretrained import PretrainedCfg
+
+    known = PretrainedCfg.__dataclass_fields__
+    cfg = {
+        key: value
+        for key, value in cfg.items()
+        if key in known and key not in ("url", "file", "state_dict", "hf_hub_id", "source")
+    }
+    if not is_model(architecture):
+        raise ConfigError(
+            f"{shown(path)} names the architecture {shown(architecture)!r}, which timm {timm.__version__} does not "
+            f"have; "
+            "install the timm version that wrote it."
+        )
+    return architecture, args, cfg, digest
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"{shown(folder)} has a config.json and no weights ({', '.join(_FOLDER_FILES)}); copy them beside it."
+    )
+
+
+def _built_like(architecture: str, saved_args: dict[str, Any], cfg: dict[str, Any], build: dict[str, Any]) -> nn.Module:
+    return _build(architecture, {**saved_args, **build}, {"pretrained_cfg": cfg} if cfg else {}, pretrained=False)
+
+
+def _with_weights(
+    architecture: str,
+    saved_args: dict[str, Any],
+    cfg: dict[str, Any],
+    build: dict[str, Any],
+    state: dict[str, Tensor],
+    name: str,
+) -> nn.Module:
+    saved_classes = cfg.get("num_classes", 1000)
+    same_head = build.get("num_classes", saved_classes) == saved_classes
+    if same_head and build.get("in_chans", saved_args.get("in_chans", 3)) == (cfg.get("input_size") or (3,))[0]:
+        model = _built_like(architecture, saved_args, cfg, build)
+        _load_into(model, state, name)
+        return model
+    # timm drops the head of other classes and folds input channels; handing it the tensors keeps its own file reader
+    # out of it.
+    model = _build(
+        architecture, {**saved_args, **build}, {"pretrained_cfg": {**cfg, "state_dict": state}}, pretrained=True
+    )
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
+    if not same_head:
+        model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]
+    return model
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The classes a network answers in, in order: those saved with it, ImageNet's synsets for timm's heads, or None."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    num_classes = getattr(model, "num_classes", None)
+    names = cfg.get("label_names")
+    if names is not None:
+        return tuple(names) if len(names) == num_classes else None
+    if num_classes == 1000 and cfg.get("num_classes") == 1000:
+        from timm.data import ImageNetInfo
+
+        return tuple(ImageNetInfo().label_names())
+    return None
+
+
+def carries_weights(name: str) -> bool:
+    """Whether a network of this name comes with weights of its own: a folder's or the hub's, not a bare timm name."""
+    return _split(name)[0] != "timm"
+
+
+def describe(name: str, model_args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """timm's architecture and the arguments that rebuild ``create_model(name, **model_args)``, for an export."""
+    source, place = _split(name)
+    if source == "timm":
+        return place, dict(model_args)
+    if source == "folder":
+        architecture, saved, _, _ = _read_config(Path(place))
+        return architecture, {**saved, **model_args}
+    model = create_model(name, pretrained=False)
+    return _name_of(model), dict(model_args)
