@@ -1,8 +1,8 @@
 """What every test stands on: one thread, fixed seeds, no network, and shapes checked at every call of vitdistill.
 
-pytest is started with ``--jaxtyping-packages=vitdistill,beartype.beartype`` (pyproject.toml), so each annotated
-function of the package compares what it gets and gives with its jaxtyping annotation. `_jaxtyped` adjusts that where a test would see
-something else than a user does.
+pytest is started with ``--jaxtyping-packages=vitdistill,beartype.beartype`` (pyproject.toml): annotated functions of
+the package compare what they get and give with their jaxtyping annotations. `_jaxtyped` adjusts that where a test would
+see something else than a user does.
 """
 
 import functools

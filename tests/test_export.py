@@ -89,6 +89,8 @@ def test_the_network_is_left_as_it_was_and_wrappers_leave_no_trace(tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     export_timm(torch.compile(model), tmp_path / "out", **options)
     assert model.training
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    export_timm(model.eval(), tmp_path / "out", **options)
     stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert stored.keys() == before.keys() and all(torch.equal(stored[key], before[key]) for key in before)
 
@@ -204,7 +206,8 @@ def test_the_config_names_its_writer_and_no_path(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", ["plain", "distilled"])
 def test_onnx_answers_the_same_for_any_batch(tmp_path, case):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     model, options = make(case)
     off = export_onnx(model, tmp_path / "net.onnx", options["input_spec"])
     assert 0 <= off < 1e-5 and os.listdir(tmp_path) == ["net.onnx"]
@@ -220,7 +223,7 @@ def test_onnx_answers_the_same_for_any_batch(tmp_path, case):
 def test_a_network_onnx_cannot_hold_is_one_sentence(tmp_path):
     class Odd(torch.nn.Module):
         def forward(self, images):
-            return images[:, 0, 0, : int(images.abs().sum().item()) % 3 + 1]
+            return torch.linalg.eigvals(images[:, 0]).real
 
     with pytest.raises(ConfigError, match="cannot be exported to ONNX") as caught:
         export_onnx(Odd(), tmp_path / "net.onnx", Spec())

@@ -8,16 +8,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Imports every module while a finder refuses what only the extras bring.
+# Imports every module where what only the extras bring is nowhere to be found.
 IMPORT_ALL = """
-import importlib, pkgutil, sys
+import importlib, importlib.machinery, pkgutil, sys
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[1:]:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Installed(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in sys.argv[1:] else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path = [Installed if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 import vitdistill
 for module in pkgutil.walk_packages(vitdistill.__path__, "vitdistill."):
     if not module.name.endswith("__main__"):

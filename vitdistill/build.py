@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +26,24 @@ class Built:
     network: Network
 
 
+def resolve_run(name: str) -> str:
+    """A run folder stands for its best weights, or its last where there was nothing to choose by; other names for themselves."""
+    path = Path(name)
+    if not (path / "recipe.yaml").is_file():
+        return name
+    for kind in ("best", "last"):
+        if (path / kind / "config.json").is_file():
+            return str(path / kind)
+    raise ConfigError(f"the run {name} has no weights yet: it was stopped before its first evaluation")
+
+
 def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int | None, **extra: Any) -> Built:
     if not config.model:
         flag = "--model" if isinstance(config, StudentConfig) else "--teacher-model"
         raise ConfigError(f"the {name} has no model: name one with {flag} (a timm name, hf-hub:org/name, or the folder of a run)")
     try:
         model = weights.create_model(
-            config.model,
+            resolve_run(config.model),
             num_classes=num_classes,
             checkpoint=config.checkpoint,
             pretrained=config.pretrained or None,
@@ -55,7 +67,7 @@ def build_student(config: StudentConfig, num_classes: int) -> Built:
 
 def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
     """A teacher's network with its own head; raises `ConfigError` when no weights are named for it, unless they are not wanted."""
-    if with_weights and config.model and not config.checkpoint and not config.pretrained and not weights.carries_weights(config.model):
+    if with_weights and config.model and not config.checkpoint and not config.pretrained and not weights.carries_weights(resolve_run(config.model)):
         raise ConfigError(
             f"the {name} {config.model} would have random weights: give --teacher-path FILE, --teacher-pretrained, "
             "or a run folder as --teacher-model"
@@ -88,4 +100,4 @@ def prefer_explicit_attention(model: nn.Module) -> None:
     """Let timm's blocks compute attention explicitly: on CPUs in bfloat16 the fused kernel is slower (0.6-0.75 of its time)."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+            setattr(module, "fused_attn", False)  # noqa: B010  (a plain attribute, which mypy takes for a submodule)

@@ -128,23 +128,22 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         num_images: training images an epoch.
         epochs: of the run.
     """
-    lines = ["What each network computes, an image"]
-    rows = [("network", "model", "parameters", "FLOPs", "against plain KD", "computes")]
     student = plan.student
-    rows.append(
+    computes = {"student": describe_needs(student, plan.student_needs, None)}
+    rows: list[tuple[str, ...]] = [
+        ("an image", "model", "parameters", "FLOPs", "against plain distillation"),
         (
-            "student (training)",
+            "student, trained",
             student.architecture,
             f"{student.num_parameters / 1e6:.2f} M",
             flops(cost.student),
             f"{cost.student / cost.student_plain:.0%} of {flops(cost.student_plain)}",
-            describe_needs(student, plan.student_needs, None),
-        )
-    )
+        ),
+    ]
     for name, teacher in plan.teachers.items():
-        text = describe_needs(teacher, plan.live[name], plan.num_keep[name])
+        computes[name] = describe_needs(teacher, plan.live[name], plan.num_keep[name])
         if name in plan.guides:
-            text += "; and once more on the whole image to choose its patches"
+            computes[name] += "; and once more on the whole image, to choose its patches"
         rows.append(
             (
                 name,
@@ -152,15 +151,15 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
                 f"{teacher.num_parameters / 1e6:.2f} M",
                 flops(cost.teachers[name]),
                 f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of {flops(cost.teachers_plain[name])}",
-                text,
             )
         )
     if plan.teachers:
-        rows.append(("together", "", "", flops(cost.step), f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}", ""))
-    lines += table(rows)
+        rows.append(("together", "", "", flops(cost.step), f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}"))
+    lines = ["What each network computes", *table(rows), ""]
+    lines += [f"  {name}: {text}" for name, text in computes.items()]
     images = num_images * epochs
     lines += ["", f"The whole run, {num_images:,} images x {epochs} epochs (1 multiply-accumulate = 2 FLOPs)"]
-    total = [("", "this plan", "plain KD"), ("student", flops(cost.student * images), flops(cost.student_plain * images))]
+    total: list[tuple[str, ...]] = [("", "this plan", "plain distillation"), ("student", flops(cost.student * images), flops(cost.student_plain * images))]
     for name in plan.teachers:
         total.append((name, flops(cost.teachers[name] * images), flops(cost.teachers_plain[name] * images)))
     if plan.teachers:
@@ -168,12 +167,11 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     lines += table(total)
     for name, teacher in plan.teachers.items():
         if teacher.walks:
-            masked = vit_macs(teacher, plan.num_keep[name]) * images / 1e15
-            whole = vit_macs(teacher) * images / 1e15
+            masked, whole = vit_macs(teacher, plan.num_keep[name]) * images, vit_macs(teacher) * images
             lines += [
                 "",
-                f"{name} in the MaskedKD paper's accounting (all patches embedded, last block whole, 10^15 multiply-accumulates):",
-                f"  {masked:,.0f} peta-MACs against {whole:,.0f} for plain KD ({masked / whole - 1:+.0%})",
+                f"The {name} as the MaskedKD paper counts it (every patch embedded, last block whole, multiply-accumulates):",
+                f"  {flops(masked, 'MACs')} against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})",
             ]
     lines += ["", "What every loss weight multiplies"]
     for name, objective in plan.objectives.items():
@@ -181,12 +179,13 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     return "\n".join(lines)
 
 
-def flops(count: float) -> str:
-    """A FLOP count with its unit: ``2.51 GFLOPs``."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+def flops(count: float, unit: str = "FLOPs") -> str:
+    """A count with its unit, at least three digits: ``2.51 GFLOPs``, ``1,282 PMACs``."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if count >= 10**power:
-            return f"{count / 10**power:.3g} {prefix}FLOPs" if count < 1e3 * 10**power else f"{count / 10**power:,.0f} {prefix}FLOPs"
-    return f"{count:.0f} FLOPs"
+            value = count / 10**power
+            return f"{value:,.0f} {prefix}{unit}" if value >= 100 else f"{value:.3g} {prefix}{unit}"
+    return f"{count:.0f} {unit}"
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

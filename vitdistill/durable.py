@@ -29,7 +29,6 @@ MANIFEST_FORMAT = 1
 
 _HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:32] or "host"
 _TEMP_NAME = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<token>[0-9a-f]{12})")
-_CHUNK = 1 << 20
 # Tokens of the temporaries this process is writing now: a leftover of an earlier process may carry our own pid.
 _active: set[str] = set()
 

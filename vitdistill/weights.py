@@ -120,21 +120,9 @@ def _read_torch(file: Path, head: bytes) -> Any:
             f"{name} holds a pickle with more than tensors{what}, which was not executed; where you trust its source, "
             f"convert it: {_converter(file)}"
         ) from error
-    # A damaged file fails in a different place of the reader each time: all of them mean the same to the user.
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OSError,
-        AssertionError,
-        MemoryError,
-        OverflowError,
-        UnicodeDecodeError,
-    ) as error:
+    # A damaged file fails in another place of the reader each time (struct.error, KeyError, RuntimeError, ...); to the
+    # user all of them mean the same.
+    except Exception as error:
         if "TorchScript" in str(error):
             raise DataError(
                 f"{name} is a TorchScript archive, which holds code and was not executed; save its state_dict() as "

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import time
@@ -165,7 +166,7 @@ def test_missing_swapped_and_renamed_files_are_found(tmp_path):
 def test_all_damaged_is_an_error_naming_the_folder(tmp_path):
     folder = checkpoint.save(tmp_path, 1, *state_of(1))
     (folder / checkpoint.STATE).write_bytes(b"{}")
-    with pytest.raises(DataError, match="None of the 1 checkpoints in .*checkpoints is intact"):
+    with pytest.raises(DataError, match=r"None of the 1 checkpoints in .*checkpoints is intact"):
         checkpoint.latest(tmp_path, lambda _: None)
 
 
@@ -225,28 +226,22 @@ def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path):
             checkpoint.save(tmp_path, step, *state_of(step, size))
             os.write(writer, step.to_bytes(4, "little"))
 
-    os.set_blocking(reader, False)
-    done, kills, leftovers = 0, 30, 0
-    for _ in range(kills):
+    done, leftovers = 0, 0
+    for _ in range(30):
         pid = in_child(lambda start=done + 1: save_for_ever(start))
-        time.sleep(rng.uniform(0.005, 0.06))
+        # However busy the machine: one save is done and the next begun when the clock starts.
+        returned = int.from_bytes(os.read(reader, 4), "little")
+        time.sleep(rng.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        try:
-            while block := os.read(reader, 4096):
-                returned = int.from_bytes(block[-4:], "little")
-                done = max(done, returned)
-        except BlockingIOError:
-            pass
-        leftovers += any(name.startswith(".tmp-") for name in os.listdir(tmp_path / "checkpoints")) if done else 0
+        while select.select([reader], [], [], 0)[0]:
+            returned = int.from_bytes(os.read(reader, 4), "little")
+        leftovers += any(name.startswith(".tmp-") for name in os.listdir(tmp_path / "checkpoints"))
         newest = checkpoint.latest(tmp_path, pytest.fail)
-        if newest is None:
-            assert done == 0
-            continue
-        step = int(newest.name.removeprefix("step-"))
-        assert step in (done, done + 1) and same(newest, step, size)
-        done = step
-    assert done > 30 and leftovers > 5
+        assert newest is not None
+        done = int(newest.name.removeprefix("step-"))
+        assert done in (returned, returned + 1) and same(newest, done, size)
+    assert done >= 30 and leftovers > 0, "some kills hit a save"
     checkpoint.save(tmp_path, done + 1, *state_of(done + 1))
     assert steps_in(tmp_path) == [f"step-{done:08d}", f"step-{done + 1:08d}"]
     os.close(reader)
@@ -335,6 +330,7 @@ OPTIMIZERS = {
     **{
         name: (lambda p, name=name: timm.optim.create_optimizer_v2(p, opt=name, lr=0.01, weight_decay=0.05))
         for name in ("lamb", "lion", "adopt", "nadamw", "adafactor", "rmsproptf", "madgrad", "muon")
+        if name in timm.optim.list_optimizers()
     },
 }
 

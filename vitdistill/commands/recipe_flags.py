@@ -103,11 +103,11 @@ def parse(command: str, flags: type[Flags], words: Sequence[str], description: s
     defaulted = flags(**{**rest, **defaults})
     given = tyro.cli(
         flags,
-        args=words,
+        args=_switches(words, flags),
         default=defaulted,
         prog=f"vitdistill {command} [RECIPE]",
         description=f"{description}\n\nDefaults below are those of the recipe {name!r}. Recipes:\n{_recipe_list()}\n  or the path of a YAML file, or of a run folder",
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     changes: dict[str, Any] = {}
     for f in fields(flags):
@@ -128,6 +128,21 @@ def parse(command: str, flags: type[Flags], words: Sequence[str], description: s
     if recipe.selector is not None and given.num_keep is not None and given.keep_rate != defaults["keep_rate"]:
         raise ConfigError("--keep-rate and --num-keep both say how many patches the teacher sees: give one of them")
     return given, recipe
+
+
+def _switches(words: Sequence[str], flags: type[RecipeFlags]) -> list[str]:
+    """``--torchcompile`` alone means ``--torchcompile True``: these flags can also be taken back, so tyro wants a value."""
+    names = {f"--{f.name.replace('_', '-')}" for f in fields(flags) if "bool | None" in str(f.type)}
+    out: list[str] = []
+    for i, word in enumerate(words):
+        out.append(word)
+        if word.replace("_", "-") in names:
+            following = words[i + 1].lower() if i + 1 < len(words) else ""
+            if following not in ("true", "false", "none"):
+                out.append("True")
+        elif out[-2:-1] and out[-2].replace("_", "-") in names:
+            out[-1] = word.capitalize()
+    return out
 
 
 def _values(words: list[str], flag: str) -> list[str]:

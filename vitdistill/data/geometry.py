@@ -1,9 +1,10 @@
 """Crops, flips, resizing and affine maps of a whole batch of images, each sample with parameters of its own.
 
-The arithmetic is Pillow's, down to its fixed-point coefficients and its rounding to 8 bits after each pass, so a
-batch on any device gets the very pixels that Pillow would give one by one (the tests compare them). The coefficients
-are integers below 2**23 and the sums stay below 2**53, so float64 products are exact in any order of summation: a
-sample does not depend on who shares its batch.
+The arithmetic is Pillow's, down to its fixed-point coefficients and its rounding to 8 bits after each pass: a batch on
+any device gets the very pixels that Pillow would give one by one (the tests compare them). Resizing goes along the rows
+first; Pillow 13 goes along the columns first where that is cheaper, which moves some pixels by one level. The
+coefficients are integers below 2**23 and the sums stay below 2**53, so float64 products are exact in any order of
+summation: a sample does not depend on who shares its batch.
 """
 
 import math
@@ -97,7 +98,7 @@ def _coefficients(
     """The weight of each input pixel of one axis in each output pixel, times 2**22, in integers; 0 outside the box."""
     device = start.device
     length = length.double()[:, None, None]
-    scale = length / out_size
+    scale = length / torch.full_like(length, out_size)  # a tensor, as GPUs take division by a number as a product
     stretch = scale.clamp(min=1.0)
     support = _SUPPORT[interpolation] * stretch
     centre = (torch.arange(out_size, device=device, dtype=torch.float64)[:, None] + 0.5) * scale

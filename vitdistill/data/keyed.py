@@ -76,14 +76,16 @@ def bits(keys: U64, index: int | I64) -> U64:
 def uniforms(keys: U64, count: int, start: int = 0) -> F64:
     """Uniform numbers in [0, 1), shape (B, ``count``): indices ``start`` to ``start + count - 1`` of every key."""
     index = np.arange(start, start + count, dtype=np.int64)
-    return (bits(keys[:, None], index[None, :]) >> np.uint64(11)) * 2.0**-53
+    numbers: F64 = (bits(keys[:, None], index[None, :]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def normals(keys: U64, count: int, start: int = 0) -> F64:
     """Standard normal numbers, shape (B, ``count``), by Box-Muller; each takes two indices, from ``start`` on."""
     pairs = uniforms(keys, 2 * count, start).reshape(len(keys), count, 2)
     radius = np.sqrt(-2.0 * np.log1p(-pairs[..., 0]))
-    return np.multiply(radius, np.cos(2.0 * np.pi * pairs[..., 1]), dtype=np.float64)
+    numbers: F64 = radius * np.cos(2.0 * np.pi * pairs[..., 1])
+    return numbers
 
 
 def permutation(seed: int, view: int, size: int, stream: Stream = Stream.ORDER) -> I64:

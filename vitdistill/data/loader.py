@@ -39,7 +39,6 @@ from vitdistill.data.views import (
     eval_view,
     normalize,
     prepare,
-    prepared_size,
     train_view,
 )
 from vitdistill.errors import ConfigError, DataError, UserError
@@ -159,18 +158,23 @@ class TrainLoader:
         if in_memory is False:
             return
         limit = None if in_memory else IN_MEMORY_BYTES
-        batchable = can_batch(self.augment, self.spec)
-        shapes = (
-            _sizes_below(self.source, limit, lambda size: prepared_size(size, self.augment, self.spec))
-            if batchable
-            else None
-        )
-        if shapes is not None and len(shapes) == 1:
-            images = _decode_alike(self.source, self.augment, self.spec, shapes.pop(), self.workers)
+        size = self._common_size(limit) if can_batch(self.augment, self.spec) else None
+        if size is not None:
+            images = _decode_alike(self.source, self.augment, self.spec, size, self.workers)
             self._memory = BatchViews(images, self.augment, self.spec, self.seed)
             self.pipeline = "batched"
-        elif _sizes_below(self.source, limit) is not None:
-            self._memory = _DecodedSource(self.source, self.workers)
+            return
+        sizes = _sizes_below(self.source, limit)
+        if sizes is not None:
+            self._memory = _DecodedSource(self.source, sizes, self.workers)
+
+    def _common_size(self, limit: int | None) -> tuple[int, int] | None:
+        """The one (width, height) of all prepared images, or None when they differ or take ``limit`` bytes or more."""
+        if self.augment.crop != "rrc":
+            height, width = self.spec.image_size
+            return (width, height) if limit is None or len(self.source) * height * width * 3 < limit else None
+        sizes = _sizes_below(self.source, limit)
+        return sizes[0] if sizes is not None and len(set(sizes)) == 1 else None
 
     def _epoch_order(self, epoch: int) -> tuple[I64, I64]:
         """Sample ids and view ids of an epoch, in order."""
@@ -319,21 +323,18 @@ def _take(items: Iterator[tuple[_Piece, Tensor]], count: int) -> Iterator[tuple[
         yield item
 
 
-def _sizes_below(
-    source: ImageSource, limit: int | None, prepared: Any = lambda size: size
-) -> set[tuple[int, int]] | None:
-    """The different (width, height) of the prepared images, or None when all of them take ``limit`` bytes or more.
+def _sizes_below(source: ImageSource, limit: int | None) -> list[tuple[int, int]] | None:
+    """(width, height) of every image, or None when decoded they take ``limit`` bytes or more.
 
     A large data set is given up after the headers of its first ``limit`` bytes.
     """
-    total, shapes = 0, set()
+    sizes, total = [], 0
     for i in range(len(source)):
-        size = prepared(source.image_size(i))
-        shapes.add(size)
-        total += size[0] * size[1] * 3
+        sizes.append(source.image_size(i))
+        total += sizes[-1][0] * sizes[-1][1] * 3
         if limit is not None and total >= limit:
             return None
-    return shapes
+    return sizes
 
 
 def _decode_alike(
@@ -365,10 +366,10 @@ def _for_each(function: Any, count: int, threads: int) -> None:
 class _DecodedSource(ImageSource):
     """A source whose images, of various sizes, are kept decoded: one flat array, which forked workers share."""
 
-    def __init__(self, source: ImageSource, threads: int) -> None:
+    def __init__(self, source: ImageSource, sizes: list[tuple[int, int]], threads: int) -> None:
         self._source = source
         self.name, self.classes, self.labels, self.sizes = source.name, source.classes, source.labels, source.sizes
-        self._shapes = np.array([source.image_size(i) for i in range(len(source))], dtype=np.int64)
+        self._shapes = np.array(sizes, dtype=np.int64)
         self._ends = np.cumsum(self._shapes[:, 0] * self._shapes[:, 1] * 3)
         self._pixels = np.empty(int(self._ends[-1]), dtype=np.uint8)
 
@@ -501,7 +502,7 @@ def _received(iterator: Any, device: torch.device) -> Iterator[tuple[_Piece, Ten
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                "a data loading worker was killed, mostly for lack of memory; use fewer workers or a smaller batch_size."
+                "a data loading worker was killed, often for lack of memory; use fewer workers or a smaller batch_size."
             ) from error
         if isinstance(item, _Failure):
             raise item.kind(item.message)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from PIL import Image
 from timm.data import auto_augment
 from torch import Tensor
@@ -229,7 +229,7 @@ def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "
     return torch.from_numpy(matrix)
 
 
-def _blend(base: Tensor, images: UInt8[Tensor, "B *shape"], factor: F64) -> UInt8[Tensor, "B *shape"]:
+def _blend(base: Tensor, images: Integer[Tensor, "B *shape"], factor: F64) -> UInt8[Tensor, "B *shape"]:
     """Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut to an integer."""
     weight = torch.from_numpy(factor).to(images.device, torch.float32).view(-1, *[1] * (images.ndim - 1))
     base = base.float()
@@ -282,7 +282,8 @@ def _autocontrast_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
     ramp = _ramp(images)
     low = present.int().argmax(2, keepdim=True)
     high = 255 - present.flip(2).int().argmax(2, keepdim=True)
-    scale = 255.0 / (high - low).clamp(min=1).double()
+    # Tensor by tensor: torch takes a number over a tensor by way of the reciprocal, which is not correctly rounded.
+    scale = torch.full_like(low, 255, dtype=torch.float64) / (high - low).clamp(min=1)
     stretched = (ramp * scale + -low * scale).clamp(0, 255).trunc().long()
     return torch.where(high > low, stretched, ramp).to(torch.uint8)
 
@@ -324,7 +325,8 @@ def _brightness_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
 
 def _contrast_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
     grey = _grey(images[rows]).flatten(1)
-    mean = (grey.sum(1).double() / grey.shape[1] + 0.5).floor()
+    count = grey.shape[1]
+    mean = (2 * grey.sum(1) + count) // (2 * count)
     ramp = _ramp(images).expand(len(rows), 1, 256)
     return _blend(mean[:, None, None].expand_as(ramp), ramp, value)
 

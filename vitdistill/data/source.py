@@ -15,16 +15,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from vitdistill.data.decode import decode_image, image_size, printable
-from vitdistill.errors import ConfigError, DataError, PermissionDenied
+from vitdistill.errors import DataError, PermissionDenied
 
 Split = Literal["train", "val"]
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "test")}
 """The folder names that hold a split, the first one found being used."""
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .pgm .ppm .pbm .pnm .jp2 .avif .ico .tga".split()
-)
+_SUFFIXES = "jpg jpeg jpe jfif png apng webp gif avif jp2 bmp dib ico tga tif tiff pgm ppm pbm pnm"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """File names that count as images, in lower case; every other file is not looked at."""
 
 
@@ -85,8 +84,6 @@ def open_source(location: str, split: Split, *, classes: tuple[str, ...] | None 
     Raises `DataError` when images, classes or the split are missing or damaged, `ConfigError` when the location has
     no meaning.
     """
-    if split not in SPLIT_NAMES:
-        raise ConfigError(f"there is no split {split!r}; use 'train' or 'val'.")
     source = _open(location, split)
     if len(source) == 0:
         raise DataError(f"{source.name} has no images.")

@@ -204,9 +204,10 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
 
 def normalize(images: UInt8[Tensor, "B 3 H W"], spec: InputSpec) -> Float[Tensor, "B 3 H W"]:
     """uint8 pixels as the network's float32 input, on the device they are on: divided by 255, minus mean, over std."""
-    mean = torch.tensor(spec.mean, dtype=torch.float32)[:, None, None].to(images.device, non_blocking=True)
-    std = torch.tensor(spec.std, dtype=torch.float32)[:, None, None].to(images.device, non_blocking=True)
-    return images.float().div_(255).sub_(mean).div_(std)
+    constants = torch.tensor([(255.0,) * 3, spec.mean, spec.std], dtype=torch.float32)
+    white, mean, std = constants[..., None, None].to(images.device, non_blocking=True)
+    # A tensor of 255s: GPUs take division by a number as a product, which rounds otherwise.
+    return images.float().div_(white).sub_(mean).div_(std)
 
 
 def eval_view(image: Image.Image, spec: InputSpec) -> UInt8[Tensor, "3 H W"]:
@@ -232,11 +233,6 @@ def _eval_transform(spec: InputSpec) -> Callable[[Image.Image], Image.Image]:
 def prepare(image: Image.Image, augment: Augment, spec: InputSpec) -> Image.Image:
     """The part of a view that never changes: nothing for ``rrc``, the whole image at the input size for the others."""
     return _preparation(augment.crop, augment.interpolation, spec)(image)
-
-
-def prepared_size(size: tuple[int, int], augment: Augment, spec: InputSpec) -> tuple[int, int]:
-    """(width, height) that `prepare` makes of an image of ``size`` (width, height)."""
-    return size if augment.crop == "rrc" else (spec.image_size[1], spec.image_size[0])
 
 
 @lru_cache(maxsize=16)

@@ -1,7 +1,7 @@
 """A job: everything a run needs, built and checked before a single file is written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,13 +9,12 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import weights
-from ..build import Built, build_student, build_teacher, plan_of, prefer_explicit_attention
+from ..build import Built, build_student, build_teacher, plan_of, prefer_explicit_attention, resolve_run
 from ..data.loader import Batch, EvalLoader, TrainLoader
 from ..data.source import ImageSource, open_source
 from ..data.views import InputSpec
 from ..distill import Distillation
 from ..errors import ConfigError
-from ..method import Network
 from ..plan import Plan
 from ..recipe import Recipe
 from ..teacher import Teacher
@@ -150,7 +149,7 @@ def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
         "val_images": val_source.fingerprint() if val_source is not None else "",
         "pipeline": train_loader.pipeline,
     }
-    architecture = weights.describe(recipe.student.model, _model_args(recipe))
+    architecture = weights.describe(resolve_run(recipe.student.model), _model_args(recipe))
     return Job(
         recipe=recipe,
         world=world,
@@ -196,7 +195,3 @@ def unused_parameters(
     distillation.train(training)
     return tuple(name.removeprefix("student.") for (name, _), grad in zip(named, grads, strict=True) if grad is None)
 
-
-def describe_student(job: Job) -> Network:
-    """The student's description with its input size, for reports."""
-    return replace(job.plan.student, architecture=job.architecture[0])

@@ -73,12 +73,10 @@ class RunFolder:
         mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         for _ in range(3):
             try:
-                fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                durable.write_atomic(path, mine, replace=False)
             except FileExistsError:
                 self._take_over_if_dead(path)
                 continue
-            with durable.disk_errors(path), os.fdopen(fd, "wb") as file:
-                file.write(mine)
             return
         raise ConfigError(f"{self.path} is being claimed by another process: wait for it, or name another folder with --output")
 
@@ -87,7 +85,7 @@ class RunFolder:
             owner = json.loads(path.read_bytes())
             host, pid = str(owner["host"]), int(owner["pid"])
         except (OSError, ValueError, KeyError, TypeError):
-            host, pid = socket.gethostname(), -1  # torn by a crash: nobody writes a claim for long
+            host, pid = socket.gethostname(), -1  # not a claim of ours
         if host != socket.gethostname():
             raise ConfigError(
                 f"{self.path} is in use by process {pid} on {host}: wait for it, or delete {path} if that run is dead"

@@ -1,0 +1,176 @@
+"""Parquet and arrow: Hugging Face's layout, other layouts, and what is wrong with them."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vitdistill.data import table as table_module
+from vitdistill.data.source import open_source
+from vitdistill.errors import ConfigError, DataError, UserError
+
+NAMES = ["cat", "dog", "eel"]
+
+
+@pytest.fixture
+def rows(picture) -> Any:
+    """``rows(count)``: encoded images and labels."""
+
+    def make(count: int) -> tuple[list[bytes], list[int]]:
+        images = []
+        for i in range(count):
+            buffer = io.BytesIO()
+            picture(i).save(buffer, "PNG")
+            images.append(buffer.getvalue())
+        return images, [i % 3 for i in range(count)]
+
+    return make
+
+
+def hugging_face(images: list[bytes], labels: list[int], names: list[str] | None = None, **more: list[int]) -> pa.Table:
+    """A table as the datasets library writes it."""
+    kind = {"names": names or NAMES, "_type": "ClassLabel"}
+    features: dict[str, Any] = {"image": {"_type": "Image"}, "label": kind, **dict.fromkeys(more, kind)}
+    columns = {"image": pa.array([{"bytes": b, "path": None} for b in images]), "label": pa.array(labels), **more}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def write_arrow(table: pa.Table, path: Path, stream: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def check(source: Any, picture: Any, count: int, classes: tuple[str, ...] = tuple(NAMES)) -> None:
+    assert len(source) == count and source.classes == classes
+    assert source.labels.tolist() == [i % 3 for i in range(count)] and source.labels.dtype == np.int64
+    for i in range(count):
+        assert source.load(i).tobytes() == picture(i).tobytes()
+        assert source.image_size(i) == (32, 32)
+    assert source.key(1) != source.key(2) and len(source.fingerprint()) == 64
+
+
+def test_parquet_as_on_the_hub(tmp_path: Path, picture, rows) -> None:
+    (tmp_path / "data").mkdir()
+    images, labels = rows(7)
+    for part, span in enumerate((slice(0, 4), slice(4, 7))):
+        path = tmp_path / "data" / f"train-0000{part}-of-00002.parquet"
+        pq.write_table(hugging_face(images[span], labels[span]), path, row_group_size=2)
+    pq.write_table(hugging_face(*rows(3)), tmp_path / "data" / "test-00000-of-00001.parquet")
+    for location in (str(tmp_path), f"hfds/{tmp_path}"):
+        check(open_source(location, "train"), picture, 7)
+        check(open_source(location, "val", classes=tuple(NAMES)), picture, 3)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_arrow_as_saved_to_disk(tmp_path: Path, picture, rows, stream: bool) -> None:
+    write_arrow(hugging_face(*rows(5)), tmp_path / "train" / "data-00000-of-00001.arrow", stream)
+    write_arrow(hugging_face(*rows(4)), tmp_path / "validation" / "data-00000-of-00001.arrow", stream)
+    write_arrow(hugging_face(*rows(3)), tmp_path / "test" / "data-00000-of-00001.arrow", stream)
+    check(open_source(str(tmp_path), "train"), picture, 5)
+    check(open_source(str(tmp_path), "val"), picture, 4)
+
+
+def test_one_file(tmp_path: Path, picture, rows) -> None:
+    path = tmp_path / "flowers.parquet"
+    pq.write_table(hugging_face(*rows(4)), path)
+    check(open_source(str(path), "train"), picture, 4)
+    with pytest.raises(DataError, match="no table whose name says 'val'"):
+        open_source(str(path), "val")
+    path.rename(tmp_path / "flowers-val.parquet")
+    check(open_source(str(tmp_path / "flowers-val.parquet"), "val"), picture, 4)
+    with pytest.raises(DataError, match="'train'"):
+        open_source(str(tmp_path / "flowers-val.parquet"), "train")
+
+
+def test_plain_columns(tmp_path: Path, picture, rows) -> None:
+    images, labels = rows(6)
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"img": images, "label": labels}), path)
+    check(open_source(str(path), "train"), picture, 6, ("0", "1", "2"))
+    pq.write_table(pa.table({"img": images, "label": [NAMES[i] for i in labels]}), path)
+    check(open_source(str(path), "train"), picture, 6)
+    pq.write_table(pa.table({"img": images}), path)
+    source = open_source(str(path), "train")
+    assert source.classes == () and source.labels.tolist() == [-1] * 6
+
+
+def test_columns_can_be_chosen(tmp_path: Path, picture, rows) -> None:
+    images, labels = rows(6)
+    path = tmp_path / "x.parquet"
+    table = hugging_face(images, [0] * 6, fine=labels)
+    metadata = {b"huggingface": table.schema.metadata[b"huggingface"].replace(b'"label"', b'"coarse"')}
+    pq.write_table(table.rename_columns(["image", "coarse", "fine"]).replace_schema_metadata(metadata), path)
+    with pytest.raises(ConfigError, match="several label columns"):
+        open_source(str(path), "train")
+    check(open_source(f"{path}?label=fine", "train"), picture, 6)
+    with pytest.raises(ConfigError, match="no column 'nothing'"):
+        open_source(f"{path}?label=nothing", "train")
+    with pytest.raises(ConfigError, match="unknown table options"):
+        open_source(f"{path}?lable=fine", "train")
+
+
+def test_what_is_wrong(tmp_path: Path, rows, monkeypatch) -> None:
+    images, labels = rows(4)
+    path = tmp_path / "train.parquet"
+
+    def refused(table: pa.Table) -> str:
+        pq.write_table(table, path)
+        with pytest.raises(DataError) as caught:
+            open_source(str(path), "train")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no image column" in refused(pa.table({"x": [1], "label": [0]}))
+    assert "row 1 has no bytes" in refused(hugging_face([images[0], b""], [0, 1]))
+    assert "row 0 has no bytes" in refused(
+        pa.table({"image": pa.array([None, images[0]], pa.binary()), "label": [0, 1]})
+    )
+    assert "label 3 is outside the 3 classes" in refused(hugging_face(images, [0, 1, 2, 3]))
+    assert "label -1" in refused(hugging_face(images, [0, 1, 2, -1]))
+    assert "1 rows have no 'label'" in refused(pa.table({"image": images, "label": [0, 1, 2, None]}))
+    assert "whole numbers or names" in refused(pa.table({"image": images, "label": [0.5, 1.0, 2.0, 3.0]}))
+    pq.write_table(hugging_face(images, labels), path)
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"x" * 1000):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged or not a table"):
+            open_source(str(path), "train")
+    path.write_bytes(content)
+    monkeypatch.setattr(table_module, "MAX_PARQUET_BYTES", 100)
+    with pytest.raises(DataError, match="save_to_disk"):
+        open_source(str(path), "train")
+
+
+def test_a_damaged_image_is_named_by_its_row(tmp_path: Path, rows) -> None:
+    images, labels = rows(3)
+    pq.write_table(hugging_face([images[0], images[1][:50], images[2]], labels), tmp_path / "x.parquet")
+    source = open_source(str(tmp_path / "x.parquet"), "train")
+    with pytest.raises(DataError, match=r"x\.parquet \(train\): row 1: "):
+        source.load(1)
+
+
+def test_tables_of_one_split_must_agree(tmp_path: Path, rows) -> None:
+    images, labels = rows(4)
+    pq.write_table(hugging_face(images, labels), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"image": images, "other": labels}), tmp_path / "train-1.parquet")
+    with pytest.raises(DataError, match="same columns"):
+        open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(("module", "location"), [("pyarrow", "x.parquet"), ("datasets", "hfds/some/name")])
+def test_a_missing_extra_is_answered_with_its_install_line(
+    tmp_path: Path, rows, monkeypatch, module: str, location: str
+) -> None:
+    pq.write_table(hugging_face(*rows(3)), tmp_path / "x.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r'pip install "vitdistill\[data\]"'):
+        open_source(location, "train")

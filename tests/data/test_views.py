@@ -1,0 +1,240 @@
+"""Views: settings that mean something, pure functions of their address, and timm's semantics."""
+
+import io
+import math
+import random
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import functional as TF
+
+from vitdistill.data import keyed
+from vitdistill.data import views as views_module
+from vitdistill.data.views import AUGMENTS, Augment, BatchViews, InputSpec, can_batch, eval_view, normalize, train_view
+from vitdistill.errors import ConfigError
+
+SPEC = InputSpec((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crop": "random"},
+        {"scale": (0.5, 0.2)},
+        {"scale": (0.0, 1.0)},
+        {"ratio": (2.0, 1.0)},
+        {"crop": "pad", "crop_padding": -1},
+        {"hflip": 1.5},
+        {"reprob": -0.1},
+        {"mixup": -1.0},
+        {"mixup": math.nan},
+        {"repeated_aug": 0},
+        {"interpolation": "lanczos"},
+        {"color_jitter": 2.0},
+        {"aa": "rand-m9-foo3"},
+        {"aa": "randm9"},
+        {"aa": "rand-m9-tnothing"},
+        {"aa": ""},
+        {"crop": "pad", "scale": (0.5, 1.0)},
+        {"crop_padding": 2},
+        {"aa": "rand-m9", "color_jitter": 0.3},
+        {"mixup_prob": 0.5},
+        {"mixup": 0.8, "mixup_switch_prob": 0.3},
+    ],
+)
+def test_meaningless_settings_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Augment(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "aa",
+    [
+        "rand-m9-mstd0.5-inc1",
+        "rand-m9-n3-p0.7-mmax12",
+        "rand-m9-tweights",
+        "v0",
+        "original-mstd0.5",
+        "augmix-m5-w2",
+        "3a",
+    ],
+)
+def test_known_policies_run(picture, aa: str) -> None:
+    view = train_view(picture(0, (40, 36)), Augment(aa=aa), SPEC, 0, 0, 0)
+    assert view.shape == (3, 32, 32) and view.dtype == torch.uint8
+
+
+def test_views_of_one_image_are_pure(picture) -> None:
+    augment = replace(AUGMENTS["deit"], color_jitter=0.0)
+    image = picture(3, (50, 41))
+    base = train_view(image, augment, SPEC, 1, 2, 3)
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    assert torch.equal(base, train_view(image, augment, SPEC, 1, 2, 3))
+    others = [train_view(image, augment, SPEC, *address) for address in ((0, 2, 3), (1, 0, 3), (1, 2, 0))]
+    assert all(not torch.equal(base, other) for other in others)
+
+
+def test_the_callers_generators_are_left_alone(picture) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    whole = io.BytesIO()
+    picture(0).save(whole, "PNG")
+    cut_short = whole.getvalue()[:300]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    wanted = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    train_view(picture(0), AUGMENTS["deit"], SPEC, 0, 0, 0)
+    with pytest.raises(OSError):
+        train_view(Image.open(io.BytesIO(cut_short)), AUGMENTS["deit"], SPEC, 0, 0, 0)
+    assert draw() == wanted
+
+
+def test_the_transform_is_timms(picture) -> None:
+    """Under one seed our pipeline of single images gives timm's pixels."""
+    augment = AUGMENTS["deit"]
+    timm_transform = create_transform(
+        32,
+        is_training=True,
+        color_jitter=0.0,
+        auto_augment=augment.aa,
+        interpolation="bicubic",
+        mean=SPEC.mean,
+        std=SPEC.std,
+    )
+
+    for i in range(20):
+        with views_module._seeded(keyed.torch_seed(0, 1, i)):
+            theirs = timm_transform(picture(i, (48, 40)))
+        assert torch.equal(normalize(train_view(picture(i, (48, 40)), augment, SPEC, 0, 1, i)[None], SPEC)[0], theirs)
+
+
+def test_zero_bits_of_posterize_do_not_raise(picture) -> None:
+    """A magnitude of 10 asks timm for 0 bits; the image turns black, whichever policy keeps the operation."""
+    augment = Augment(crop="center", hflip=0.0, aa="rand-m10-n1-p1.0-inc1")
+    images = [train_view(picture(0), augment, SPEC, 0, 0, i) for i in range(120)]
+    black = sum(int(image.max()) == 0 for image in images)
+    assert 1 <= black <= 25
+    for aa in ("rand-m0-p1.0-n4", "v0-mstd9", "augmix-m10"):
+        for i in range(60):
+            train_view(picture(0), Augment(aa=aa), SPEC, 0, 0, i)
+
+
+def test_small_recipe_on_single_images_crops_and_flips(picture) -> None:
+    image = picture(0)
+    padded = TF.pil_to_tensor(TF.pad(image, 4))
+    windows = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    windows = torch.cat([windows, windows.flip(-1)])
+    seen = set()
+    for i in range(40):
+        view = train_view(image, AUGMENTS["small"], SPEC, 0, 0, i)
+        match = (windows == view).flatten(1).all(1).nonzero().flatten().tolist()
+        assert len(match) == 1
+        seen.add(match[0])
+    assert len(seen) > 25
+
+
+def batch_of(picture, stack, augment: Augment, count: int = 12, size: tuple[int, int] = (32, 32)) -> BatchViews:
+    return BatchViews(stack([picture(i, size) for i in range(count)]), augment, SPEC, seed=5)
+
+
+@pytest.mark.parametrize("augment", [AUGMENTS["deit"], AUGMENTS["small"], AUGMENTS["none"], Augment(color_jitter=0.4)])
+def test_batched_views_depend_on_their_address_only(picture, stack, augment: Augment) -> None:
+    batched = batch_of(picture, stack, augment, size=(40, 36) if augment.crop == "rrc" else (32, 32))
+    ids, views = np.arange(12, dtype=np.int64), np.arange(12, dtype=np.int64) % 3
+    together = batched(ids, views)
+    assert together.shape == (12, 3, 32, 32) and together.dtype == torch.uint8
+    order = np.random.default_rng(0).permutation(12)
+    assert torch.equal(batched(ids[order], views[order]), together[torch.from_numpy(order)])
+    for i in range(12):
+        assert torch.equal(batched(ids[i : i + 1], views[i : i + 1])[0], together[i])
+    if augment is not AUGMENTS["none"]:
+        assert not torch.equal(batched(ids, views + 1), together)
+
+
+def test_batched_small_recipe_is_a_crop_and_a_flip(picture, stack) -> None:
+    batched = batch_of(picture, stack, AUGMENTS["small"])
+    ids, views = np.zeros(400, dtype=np.int64), np.arange(400, dtype=np.int64)
+    padded = TF.pil_to_tensor(TF.pad(picture(0), 4))
+    windows = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    windows = torch.cat([windows, windows.flip(-1)]).flatten(1)
+    match = (batched(ids, views).flatten(1)[:, None] == windows[None]).all(2)
+    assert (match.sum(1) == 1).all()
+    where = match.float().argmax(1)
+    assert len(where.unique()) > 130 and 0.4 < (where >= 81).float().mean() < 0.6
+
+
+def test_images_may_have_the_channels_last(picture, stack) -> None:
+    images = stack([picture(i) for i in range(6)])
+    ids, views = np.arange(6, dtype=np.int64), np.zeros(6, dtype=np.int64)
+    first = BatchViews(images, AUGMENTS["deit"], SPEC, 0)(ids, views)
+    last = BatchViews(images.permute(0, 2, 3, 1).contiguous(), AUGMENTS["deit"], SPEC, 0)(ids, views)
+    assert torch.equal(first, last)
+
+
+def test_policies_for_single_images_cannot_be_batched(picture, stack) -> None:
+    assert not can_batch(Augment(aa="v0"), SPEC)
+    with pytest.raises(ConfigError, match="in_memory"):
+        batch_of(picture, stack, Augment(aa="v0"))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (28, 40), (100, 37)])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("image_size", [(32, 32), (24, 48)])
+def test_the_evaluation_crop_is_timms(picture, size: tuple[int, int], mode: str, image_size: tuple[int, int]) -> None:
+    spec = InputSpec(image_size, SPEC.mean, SPEC.std, "bicubic", 0.9, mode)
+    image = picture(1, size)
+    options = {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": mode}
+    wanted = create_transform((3, *image_size), mean=spec.mean, std=spec.std, **options)(image)
+    assert torch.equal(normalize(eval_view(image, spec)[None], spec)[0], wanted)
+
+
+def test_no_augmentation_is_the_evaluation_crop(picture) -> None:
+    image = picture(1, (60, 45))
+    assert torch.equal(train_view(image, AUGMENTS["none"], SPEC, 0, 0, 0), eval_view(image, SPEC))
+
+
+def test_the_input_contract_of_a_model() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=1)
+    spec = InputSpec.of_model(model)
+    assert spec == InputSpec((64, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9, "center")
+    resnet = InputSpec.of_model(timm.create_model("resnet18"))
+    assert resnet.image_size == (224, 224) and resnet.mean == pytest.approx((0.485, 0.456, 0.406))
+    with pytest.raises(ConfigError, match="channels"):
+        InputSpec.of_model(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}]
+)
+def test_impossible_contracts_are_refused(change: dict) -> None:
+    with pytest.raises(ConfigError):
+        replace(SPEC, **change)
+
+
+def test_recipes() -> None:
+    deit = AUGMENTS["deit"]
+    assert (deit.crop, deit.scale, deit.hflip, deit.aa, deit.reprob) == (
+        "rrc",
+        (0.08, 1.0),
+        0.5,
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+    )
+    assert (deit.mixup, deit.cutmix, deit.mixup_prob, deit.mixup_switch_prob, deit.repeated_aug) == (
+        0.8,
+        1.0,
+        1.0,
+        0.5,
+        3,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(can_batch(augment, SPEC) for augment in AUGMENTS.values())

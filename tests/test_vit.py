@@ -1,0 +1,259 @@
+"""`run_vit` against timm's own forward, on every form of the plain ViT."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from vitdistill.errors import ConfigError
+from vitdistill.families import family_of
+from vitdistill.vit import Needs, run_vit
+
+SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "img_size": 64, "num_classes": 7}
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "class token": ("vit_tiny_patch16_224", {}),
+    "two tokens": ("deit_tiny_distilled_patch16_224", {}),
+    "class token without position": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+    "registers, average pooling": ("vit_little_patch16_reg4_gap_256", {}),
+    "average pooling": ("vit_medium_patch16_gap_240", {}),
+    "average pooling with class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "max pooling": ("vit_tiny_patch16_224", {"global_pool": "max"}),
+    "attention pooling": ("vit_base_patch16_siglip_224", {}),
+    "pre-norm (CLIP)": ("vit_base_patch16_clip_224", {}),
+    "layer scale, q/k norm": ("vit_tiny_patch16_224", {"qk_norm": True, "init_values": 1e-5}),
+    "no qkv bias": ("vit_tiny_patch16_224", {"qkv_bias": False}),
+    "no final norm": ("vit_tiny_patch16_224", {"final_norm": False}),
+    "no position embedding": ("vit_tiny_patch16_224", {"pos_embed": "none", "class_token": False, "global_pool": "avg"}),
+    "oblong image and patches": ("vit_tiny_patch16_224", {"img_size": (32, 96), "patch_size": (8, 16)}),
+    "dynamic size": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "img_size": 48}),
+    "dynamic size with padding": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
+}
+
+
+def build(form: str) -> tuple[nn.Module, torch.Tensor]:
+    name, args = FORMS[form]
+    torch.manual_seed(1)
+    model = timm.create_model(name, **{**SMALL, **args}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # weights timm initialises to zero or one would hide mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    size = {"dynamic size": (64, 96), "dynamic size with padding": (50, 70)}.get(form, model.patch_embed.img_size)
+    return model, torch.randn(3, 3, *size)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_equals_timm_bit_for_bit_when_every_token_is_read(form: str) -> None:
+    model, images = build(form)
+    output = run_vit(model, images, Needs(logits=True, hidden=frozenset({0, 1, -1})))
+    assert torch.equal(output.logits, model(images))
+    final, hidden = model.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")
+    assert torch.equal(model.norm(output.hidden[2]), final)
+    for i, entry in enumerate(hidden):  # patches alone where there are no prefix tokens
+        parts = reversed(entry) if isinstance(entry, tuple) else [entry]
+        assert torch.equal(output.hidden[i], torch.cat(list(parts), dim=1))
+    assert output.grid[0] * output.grid[1] == output.hidden[0].shape[1] - output.num_prefix_tokens
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_shortened_last_block_equals_timm_to_rounding(form: str) -> None:
+    model, images = build(form)
+    whole = model(images)
+    assert (run_vit(model, images, Needs(logits=True)).logits - whole).abs().max() < 1e-5
+    both = run_vit(model, images, Needs(logits=True, attention=frozenset({-1, 0})))
+    assert (both.logits - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_keeping_all_patches_in_any_order_changes_nothing(form: str) -> None:
+    model, images = build(form)
+    whole = run_vit(model, images, Needs(logits=True, hidden=frozenset({1})))
+    num_patches = whole.grid[0] * whole.grid[1]
+    keep = torch.stack([torch.randperm(num_patches) for _ in images])
+    output = run_vit(model, images, Needs(logits=True, hidden=frozenset({1})), keep)
+    assert (output.logits - whole.logits).abs().max() < 1e-5
+    prefix = whole.num_prefix_tokens
+    index = keep[:, :, None].expand(-1, -1, whole.hidden[1].shape[-1])
+    assert torch.allclose(output.hidden[1][:, prefix:], whole.hidden[1][:, prefix:].gather(1, index), atol=1e-4)
+    assert torch.equal(output.keep, keep)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_kept_subset_equals_running_the_model_on_those_tokens_alone(form: str) -> None:
+    model, images = build(form)
+    num_patches = family_of(model).grid(images)[0] * family_of(model).grid(images)[1]
+    num_keep = max(num_patches // 2, 1)
+    keep = torch.stack([torch.randperm(num_patches)[:num_keep] for _ in images])
+    tokens = model._pos_embed(model.patch_embed(images))
+    prefix = tokens.shape[1] - num_patches
+    index = keep[:, :, None].expand(-1, -1, tokens.shape[-1])
+    tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
+    alone = model.forward_head(model.norm(model.blocks(model.norm_pre(tokens))))
+    assert (run_vit(model, images, Needs(logits=True), keep).logits - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_attention_is_that_of_the_block(form: str) -> None:
+    """Against a hook on the blocks' own softmax, with timm's explicit attention."""
+    model, images = build(form)
+    family = family_of(model)
+    recorded = run_vit(model, images, Needs(attention=frozenset({1, 2}))).attention
+    for i in (1, 2):
+        block = model.blocks[i]
+        block.attn.fused_attn = False
+        seen: list[torch.Tensor] = []
+        handle = block.attn.attn_drop.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
+        model(images)
+        handle.remove()
+        expected = seen[0][:, :, 0] if family.attention_source == "class" else seen[0].mean(2)
+        if family.attention_source == "pool" and i == 2:
+            pool = model.attn_pool
+            x = model.norm(model.forward_intermediates(images, indices=[2], norm=False, intermediates_only=True, output_fmt="NLC")[0])
+            heads = (pool.num_heads, pool.head_dim)
+            q = pool.q(pool.latent).unflatten(2, heads).transpose(1, 2)
+            k = pool.kv(x).unflatten(2, (2, *heads))[:, :, 0].transpose(1, 2)
+            expected = (q @ k.transpose(-2, -1) * pool.scale).softmax(-1)[:, :, 0]
+        assert torch.allclose(recorded[i], expected, atol=1e-6)
+        assert torch.allclose(recorded[i].sum(-1), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_equal_timms(form: str) -> None:
+    """The shortened last block and the gathered embedding train the same weights in the same direction."""
+    model, images = build(form)
+    (model(images) ** 2).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    num_patches = family_of(model).grid(images)[0] * family_of(model).grid(images)[1]
+    for keep in (None, torch.arange(num_patches).flip(0).expand(len(images), -1)):
+        model.zero_grad()
+        (run_vit(model, images, Needs(logits=True, attention=frozenset({-1})), keep).logits ** 2).sum().backward()
+        for name, parameter in model.named_parameters():
+            if name in expected:
+                scale = expected[name].abs().max().clamp_min(1e-2)
+                assert (parameter.grad - expected[name]).abs().max() / scale < 1e-4, name
+
+
+def test_blocks_nobody_reads_do_not_run_and_no_head_is_computed() -> None:
+    model, images = build("class token")
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if name in ("blocks.0", "blocks.1", "blocks.2", "norm", "head"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    run_vit(model, images, Needs(hidden=frozenset({0})))
+    assert ran == ["blocks.0"]
+
+
+@given(seed=st.integers(0, 2**31), num_keep=st.integers(1, 16))
+def test_images_do_not_see_each_others_choice(seed: int, num_keep: int) -> None:
+    model, images = build("class token")
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.stack([torch.randperm(16, generator=generator)[:num_keep] for _ in images])
+    with torch.no_grad():
+        together = run_vit(model, images, Needs(logits=True), keep).logits
+        alone = torch.cat([run_vit(model, images[i : i + 1], Needs(logits=True), keep[i : i + 1]).logits for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_distilled_heads_are_recorded_apart() -> None:
+    model, images = build("two tokens")
+    output = run_vit(model, images, Needs(logits=True))
+    assert output.head_logits.shape == (3, 2, 7)
+    model.distilled_training = True
+    by_class, by_distillation = model.train()(images)
+    assert torch.allclose(output.head_logits[:, 0], by_class, atol=1e-5)
+    assert torch.allclose(output.head_logits[:, 1], by_distillation, atol=1e-5)
+
+
+def test_other_networks_give_logits_and_feature_maps_only() -> None:
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        output = run_vit(model, images, Needs(logits=True, hidden=frozenset({-1})))
+        assert torch.allclose(output.logits, model(images), atol=1e-6)
+        assert output.hidden[4].shape == (2, 4, 512)
+        with pytest.raises(ConfigError, match="no patches"):
+            run_vit(model, images, Needs(logits=True), torch.zeros(2, 1, dtype=torch.int64))
+        with pytest.raises(ConfigError, match="attention"):
+            run_vit(model, images, Needs(attention=frozenset({0})))
+
+
+def test_unusual_blocks_are_walked_whole_and_refuse_attention() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_rpn_224", **SMALL).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(run_vit(model, images, Needs(logits=True)).logits, model(images))
+        with pytest.raises(ConfigError, match="cannot be recorded"):
+            run_vit(model, images, Needs(attention=frozenset({0})))
+
+
+def test_a_subclass_with_its_own_forward_is_not_walked_by_hand() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Doubled(VisionTransformer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return 2 * super().forward(x)
+
+    model = Doubled(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(run_vit(model, images, Needs(logits=True)).logits, model(images))
+
+
+def test_dropping_patches_at_random_is_refused_with_a_choice_of_patches() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, patch_drop_rate=0.5).train()
+    with pytest.raises(ConfigError, match="patch_drop_rate"):
+        run_vit(model, torch.randn(1, 3, 64, 64), Needs(logits=True), torch.arange(4)[None])
+
+
+def test_position_dropout_and_checkpointing_are_honoured() -> None:
+    model, images = build("class token")
+    model.pos_drop.p = 0.5
+    model.train()
+    keep = torch.arange(16).expand(3, -1)
+    torch.manual_seed(0)
+    dropped = run_vit(model, images, Needs(logits=True), keep).logits
+    torch.manual_seed(0)
+    assert torch.allclose(dropped, model(images), atol=1e-5)
+    model.set_grad_checkpointing(True)
+    torch.manual_seed(0)
+    again = run_vit(model, images, Needs(logits=True), keep).logits
+    assert torch.allclose(dropped, again, atol=1e-5)
+    again.sum().backward()
+    assert model.patch_embed.proj.weight.grad is not None
+
+
+def test_traces_as_one_graph() -> None:
+    model, images = build("class token")
+    needs = Needs(logits=True, attention=frozenset({-1}))
+    keep = torch.arange(8).expand(3, -1)
+    explanation = torch._dynamo.explain(run_vit)(model, images, needs, keep)
+    assert explanation.graph_break_count == 0
+
+
+class TestNeeds:
+    """Needs are sets: united, resolved, counted."""
+
+    @given(st.frozensets(st.integers(-4, 3)), st.frozensets(st.integers(-4, 3)), st.booleans(), st.booleans())
+    def test_union_asks_for_what_either_asks(self, a: frozenset[int], b: frozenset[int], x: bool, y: bool) -> None:
+        union = Needs(x, a, b) | Needs(y, b, a)
+        assert union == Needs(x or y, a | b, a | b)
+        assert bool(union) == (x or y or bool(a | b))
+        resolved = union.resolve(4)
+        assert resolved.hidden == {i % 4 for i in a | b}
+        assert union.num_blocks(4) == (4 if x or y else max(resolved.hidden, default=-1) + 1)
+
+    @pytest.mark.parametrize("block", [4, -5])
+    def test_a_block_that_does_not_exist_is_refused(self, block: int) -> None:
+        with pytest.raises(IndexError, match="4 blocks"):
+            Needs(hidden=frozenset({block})).resolve(4)

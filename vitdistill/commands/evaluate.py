@@ -1,0 +1,145 @@
+"""``vitdistill eval``."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from ..build import build_teacher, build_teacher_model
+from ..cost import flops, forward_flops
+from ..data.loader import EvalLoader
+from ..data.source import open_source
+from ..errors import ConfigError
+from ..recipe import TeacherConfig
+from ..teacher import Teacher
+from ..train.distributed import World, world
+from ..train.job import amp_dtype_of
+from ..train.loop import evaluate
+from ..vit import Needs
+
+
+@dataclass
+class EvalFlags:
+    """Flags of ``eval``."""
+
+    model: Positional[Annotated[str, arg(metavar="MODEL", help="a run or export folder, timm name, or hf-hub:ORG/NAME")]]
+    data_dir: Annotated[str, arg(help="images: a folder or tar with val/, parquet files, hfds/NAME, torchvision/NAME?root=DIR")]
+    model_path: Annotated[str | None, arg(help="its weights (.safetensors, .pth)")] = None
+    pretrained: Annotated[bool, arg(help="take timm's pretrained weights")] = False
+    img_size: Annotated[int | None, arg(help="side of its square input, pixels; None: its own")] = None
+    reorder_classes: Annotated[bool, arg(help="accept its classes in another order, matched by name")] = False
+    teacher_model: Annotated[str | None, arg(help="a teacher to compare its answers with")] = None
+    teacher_path: Annotated[str | None, arg(help="the teacher's weights")] = None
+    teacher_pretrained: Annotated[bool, arg(help="take timm's pretrained weights for the teacher")] = False
+    split: Annotated[Literal["val", "train"], arg(help="which images")] = "val"
+    batch_size: Annotated[int, arg(aliases=["-b"], help="images a step and process")] = 256
+    workers: Annotated[int, arg(aliases=["-j"], help="loader processes")] = 2
+    amp_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], arg(help="precision; auto: bfloat16 on a GPU, float32 on a CPU")] = "auto"
+    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto"
+    json: Annotated[bool, arg(help="print one line of JSON instead of a table")] = False
+
+
+def main(words: Sequence[str]) -> int:
+    """Evaluate one model exactly, on one process or torchrun's many."""
+    description = "Top-1 and top-5 accuracy, calibration error, agreement with a teacher, parameters, FLOPs and speed of a model."
+    flags = tyro.cli(EvalFlags, args=list(words), prog="vitdistill eval", description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    if flags.batch_size < 1:
+        raise ConfigError(f"--batch-size is {flags.batch_size}: give at least 1")
+    with world(flags.device) as here:
+        result = _evaluate(flags, here)
+    if here.is_main:
+        print(json.dumps(result)) if flags.json else _print(flags, result)
+    return 0
+
+
+def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
+    source = open_source(flags.data_dir, flags.split)
+    if not source.classes:
+        raise ConfigError(f"the images in {flags.data_dir} have no labels (no class folders): there is nothing to evaluate against")
+    amp_dtype = amp_dtype_of(flags.amp_dtype, here.device)
+    config = TeacherConfig(
+        model=flags.model,
+        checkpoint=flags.model_path,
+        pretrained=flags.pretrained,
+        image_size=flags.img_size,
+        reorder_classes=flags.reorder_classes,
+    )
+    spec = build_teacher_model(config, "model").spec
+    model, _ = build_teacher(config, "model", source.classes, spec, here.device)
+    teacher = None
+    if flags.teacher_model is not None:
+        taught = TeacherConfig(model=flags.teacher_model, checkpoint=flags.teacher_path, pretrained=flags.teacher_pretrained)
+        teacher, _ = build_teacher(taught, "teacher", source.classes, spec, here.device)
+    elif flags.teacher_path is not None or flags.teacher_pretrained:
+        raise ConfigError("--teacher-path and --teacher-pretrained have no effect without --teacher-model")
+    loader = EvalLoader(
+        source, spec, batch_size=flags.batch_size, workers=flags.workers, device=here.device, rank=here.rank, world_size=here.size
+    )
+    scores = evaluate(_Matched(model), loader, here.device, amp_dtype, teacher=teacher)
+    assert scores is not None
+    return {
+        **scores,
+        "num_parameters": model.network.num_parameters,
+        "flops": forward_flops(model.model, spec.image_size),
+        "images_per_second": _speed(model, min(flags.batch_size, 64), here.device, amp_dtype),
+        "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else str(here.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class _Matched(torch.nn.Module):
+    """A model that answers in the data set's classes, as `evaluate` runs it."""
+
+    def __init__(self, matched: Teacher) -> None:
+        super().__init__()
+        self.matched = matched
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.matched(images, Needs(logits=True)).logits
+        assert logits is not None
+        return logits
+
+
+@torch.no_grad()
+def _speed(model: Teacher, batch_size: int, device: torch.device, amp_dtype: torch.dtype | None) -> float:
+    """Images a second of the forward pass alone, median of at least 3 passes and 2 seconds."""
+    images = torch.randn(batch_size, 3, *model.spec.image_size, device=device)
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 4 or (time.perf_counter() - begun < 2 and len(times) < 50):
+        start = time.perf_counter()
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            model(images, Needs(logits=True))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return batch_size / sorted(times[1:])[len(times[1:]) // 2]
+
+
+def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
+    grid = Table(title=f"{flags.model} on {flags.data_dir} ({flags.split})", show_header=False, title_justify="left")
+    rows = [
+        ("images", f"{result['num_samples']:,.0f}"),
+        ("top-1", f"{result['top1']:.2%}"),
+        ("top-5", f"{result['top5']:.2%}"),
+        ("negative log-likelihood", f"{result['nll']:.4f} nats"),
+        ("calibration error (ECE, 15 bins)", f"{result['ece']:.2%}"),
+    ]
+    if "agreement" in result:
+        rows += [("top-1 agreement with teacher", f"{result['agreement']:.2%}"), ("KL(teacher || model)", f"{result['kl']:.4f} nats")]
+    where = f"{result['device']}, {result['threads']} threads" if result["device"] == "cpu" else result["device"]
+    rows += [
+        ("parameters", f"{result['num_parameters'] / 1e6:.2f} M"),
+        ("forward pass", f"{flops(result['flops'])} an image"),
+        ("speed, without loading", f"{result['images_per_second']:,.0f} images/s ({where})"),
+    ]
+    for row in rows:
+        grid.add_row(*row)
+    Console().print(grid)

@@ -1,0 +1,55 @@
+"""``vitdistill export``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from .. import weights
+from ..build import resolve_run
+from ..data.views import InputSpec
+from ..errors import ConfigError
+from ..export import export_onnx, export_timm
+
+
+@dataclass
+class ExportFlags:
+    """Flags of ``export``."""
+
+    model: Positional[Annotated[str, arg(metavar="RUN", help="a run folder (its best weights), or a folder with config.json such as RUN/last")]]
+    output: Annotated[str | None, arg(help="folder to write for timm: config.json and model.safetensors")] = None
+    onnx: Annotated[str | None, arg(help="file to write as ONNX (needs the extra: pip install 'vitdistill[onnx]')")] = None
+
+
+def main(words: Sequence[str]) -> int:
+    """Write a run's student where other tools load it."""
+    description = (
+        "Write a run's student as a folder that timm loads with the same answers, timm.create_model('local-dir:FOLDER', pretrained=True), "
+        "or as an ONNX file checked against torch. There is no teacher and no adapter in it."
+    )
+    flags = tyro.cli(ExportFlags, args=list(words), prog="vitdistill export", description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    if flags.output is None and flags.onnx is None:
+        raise ConfigError("nothing to write: give --output FOLDER for timm, --onnx FILE, or both")
+    folder = resolve_run(flags.model)
+    if not Path(folder.removeprefix("local-dir:")).is_dir():
+        raise ConfigError(f"there is no run or export folder {flags.model}")
+    if flags.onnx is not None and Path(flags.onnx).exists():
+        raise ConfigError(f"{flags.onnx} exists already: name another file with --onnx")
+    model = weights.create_model(folder).eval()
+    spec = InputSpec.of_model(model)
+    classes = weights.class_names(model)
+    if flags.output is not None:
+        architecture, args = weights.describe(folder, {})
+        export_timm(model, flags.output, architecture=architecture, model_args=args, classes=classes, input_spec=spec)
+        print(f"wrote {flags.output}: load it with timm.create_model('local-dir:{flags.output}', pretrained=True)")
+    if flags.onnx is not None:
+        off = export_onnx(model, flags.onnx, spec)
+        height, width = spec.image_size
+        print(
+            f"wrote {flags.onnx}: input 'images' float32 (B, 3, {height}, {width}) normalised by mean {spec.mean} and std {spec.std}; "
+            f"largest difference from torch {off:.1e}"
+        )
+    return 0
