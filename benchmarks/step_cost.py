@@ -155,9 +155,7 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
     spec = InputSpec.of_model(teacher_model)
     teacher = Teacher(teacher_model, network, spec, spec)
 
-    def ours(
-        objectives: dict[str, Objective], selector: TokenSelector | None = None
-    ) -> tuple[Callable[[], None], Cost]:
+    def ours(objectives: dict[str, Objective], selector: TokenSelector | None = None) -> tuple[Callable[[], None], Cost]:
         student = build_model(pair, "student")
         teachers = {"teacher": teacher} if "kd" in objectives else {}
         networks = {name: network for name in teachers}

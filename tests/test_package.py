@@ -24,7 +24,7 @@ for module in pkgutil.walk_packages(vitdistill.__path__, "vitdistill."):
         importlib.import_module(module.name)
 """
 ONLY_IN_EXTRAS = (
-    *("sklearn", "scipy", "matplotlib", "pyarrow", "datasets", "pandas", "tensorboard", "wandb"),
+    *("sklearn", "scipy", "matplotlib", "pyarrow", "datasets", "pandas", "tensorboard"),
     *("onnx", "onnxscript", "onnxruntime", "beartype", "hypothesis", "pytest"),
 )
 

@@ -52,10 +52,7 @@ def test_an_archive_is_its_folder(make_folder, top: str, mode: str) -> None:
 def test_workers_read_one_archive_together(make_folder) -> None:
     source = open_source(str(packed(make_folder())), "train")
     runs = [
-        list(
-            TrainLoader(source, AUGMENTS["small"], SPEC, batch_size=8, seed=0, workers=w, in_memory=False).batches(0, 3)
-        )
-        for w in (0, 2)
+        list(TrainLoader(source, AUGMENTS["small"], SPEC, batch_size=8, seed=0, workers=w, in_memory=False).batches(0, 3)) for w in (0, 2)
     ]
     assert all((a.images == b.images).all() for (a,), (b,) in zip(*runs, strict=True))
 

@@ -20,9 +20,7 @@ def write_mnist(root: Path) -> np.ndarray:
         head = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in part.shape)
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + part.tobytes())
         labels = (np.arange(len(part)) % 10).astype(np.uint8)
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            (0x801).to_bytes(4, "big") + len(part).to_bytes(4, "big") + labels.tobytes()
-        )
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes((0x801).to_bytes(4, "big") + len(part).to_bytes(4, "big") + labels.tobytes())
     return images
 
 

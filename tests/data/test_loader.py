@@ -57,11 +57,7 @@ def test_processes_and_micro_batches_share_one_global_batch(make_folder, in_memo
     whole = flat(list(TrainLoader(source, augment, SPEC, **options).batches(0, 3)))
     for world, accumulate in ((2, 1), (3, 1), (1, 2), (3, 2)):
         ranks = [
-            list(
-                TrainLoader(source, augment, SPEC, **options, rank=r, world_size=world, accumulate=accumulate).batches(
-                    0, 3
-                )
-            )
+            list(TrainLoader(source, augment, SPEC, **options, rank=r, world_size=world, accumulate=accumulate).batches(0, 3))
             for r in range(world)
         ]
         assert all(len(step) == accumulate for steps in ranks for step in steps)
@@ -169,8 +165,7 @@ def test_the_pipeline_depends_on_data_and_options_only(make_folder, monkeypatch)
 def test_images_kept_decoded_give_the_views_of_the_files(make_folder) -> None:
     source = open_source(str(make_folder(sizes=((32, 32), (50, 20), (20, 47)))), "train")
     runs = [
-        flat(list(TrainLoader(source, Augment(), SPEC, batch_size=8, seed=0, in_memory=m, workers=2).batches(0, 3)))
-        for m in (False, None)
+        flat(list(TrainLoader(source, Augment(), SPEC, batch_size=8, seed=0, in_memory=m, workers=2).batches(0, 3))) for m in (False, None)
     ]
     assert same(*runs)
 
@@ -299,12 +294,7 @@ def test_a_limit_is_a_fixed_sample_over_all_classes(make_folder) -> None:
     ids = [[i for b in EvalLoader(source, SPEC, batch_size=4, limit=12) for i in b.ids.tolist()] for _ in range(2)]
     assert ids[0] == ids[1] and len(set(ids[0])) == 12
     assert set(source.labels[ids[0]].tolist()) == {0, 1, 2}
-    split = [
-        i
-        for r in range(2)
-        for b in EvalLoader(source, SPEC, batch_size=4, limit=12, rank=r, world_size=2)
-        for i in b.ids.tolist()
-    ]
+    split = [i for r in range(2) for b in EvalLoader(source, SPEC, batch_size=4, limit=12, rank=r, world_size=2) for i in b.ids.tolist()]
     assert sorted(split) == sorted(ids[0])
     with pytest.raises(ConfigError, match="limit"):
         EvalLoader(source, SPEC, batch_size=4, limit=0)

@@ -47,9 +47,7 @@ def test_operations_are_pillows(picture, stack, name: str, interpolation: str) -
     level = np.linspace(0.0, 1.0, len(images))
     sign = np.where(np.arange(len(images)) % 2, 1.0, -1.0)
     value = level_to_value(level, sign)
-    got = apply_operations(
-        stack(images), Operation(np.full(len(images), kind, dtype=np.int64), value), FILL_TENSOR, interpolation
-    )
+    got = apply_operations(stack(images), Operation(np.full(len(images), kind, dtype=np.int64), value), FILL_TENSOR, interpolation)
     for image, v, ours in zip(images, value.tolist(), got, strict=True):
         theirs = TF.pil_to_tensor(timm_operation(name, image, v, interpolation))
         assert torch.equal(ours, theirs), (name, v)
@@ -82,9 +80,7 @@ def test_an_image_does_not_depend_on_its_company(picture, stack, kinds: list[Kin
     kind = np.array(kinds, dtype=np.int64)
     together = apply_operations(images, Operation(kind, value), FILL_TENSOR, "bicubic")
     for i in range(len(kinds)):
-        alone = apply_operations(
-            images[i : i + 1], Operation(kind[i : i + 1], value[i : i + 1]), FILL_TENSOR, "bicubic"
-        )
+        alone = apply_operations(images[i : i + 1], Operation(kind[i : i + 1], value[i : i + 1]), FILL_TENSOR, "bicubic")
         assert torch.equal(alone[0], together[i])
 
 

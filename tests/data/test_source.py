@@ -125,13 +125,9 @@ def test_what_is_wrong_with_the_images(make_folder) -> None:
 
 def test_classes_that_differ(make_folder) -> None:
     root = make_folder()
-    assert "lacks 2 ('zebra', 'zoo') and adds 1 ('class1')" in refused(
-        root, "val", classes=("class0", "class2", "zebra", "zoo")
-    )
+    assert "lacks 2 ('zebra', 'zoo') and adds 1 ('class1')" in refused(root, "val", classes=("class0", "class2", "zebra", "zoo"))
     assert "lacks 5 ('a', 'b', 'c', ...)" in refused(root, "val", classes=("class0", "class1", "class2", *"abcde"))
-    assert "another order: label 0 is 'class0', not 'class1'" in refused(
-        root, "val", classes=("class1", "class0", "class2")
-    )
+    assert "another order: label 0 is 'class0', not 'class1'" in refused(root, "val", classes=("class1", "class0", "class2"))
 
 
 def test_names_cannot_write_to_the_terminal(make_folder) -> None:

@@ -130,9 +130,7 @@ def test_what_is_wrong(tmp_path: Path, rows, monkeypatch) -> None:
 
     assert "no image column" in refused(pa.table({"x": [1], "label": [0]}))
     assert "row 1 has no bytes" in refused(hugging_face([images[0], b""], [0, 1]))
-    assert "row 0 has no bytes" in refused(
-        pa.table({"image": pa.array([None, images[0]], pa.binary()), "label": [0, 1]})
-    )
+    assert "row 0 has no bytes" in refused(pa.table({"image": pa.array([None, images[0]], pa.binary()), "label": [0, 1]}))
     assert "label 3 is outside the 3 classes" in refused(hugging_face(images, [0, 1, 2, 3]))
     assert "label -1" in refused(hugging_face(images, [0, 1, 2, -1]))
     assert "1 rows have no 'label'" in refused(pa.table({"image": images, "label": [0, 1, 2, None]}))
@@ -166,9 +164,7 @@ def test_tables_of_one_split_must_agree(tmp_path: Path, rows) -> None:
 
 
 @pytest.mark.parametrize(("module", "location"), [("pyarrow", "x.parquet"), ("datasets", "hfds/some/name")])
-def test_a_missing_extra_is_answered_with_its_install_line(
-    tmp_path: Path, rows, monkeypatch, module: str, location: str
-) -> None:
+def test_a_missing_extra_is_answered_with_its_install_line(tmp_path: Path, rows, monkeypatch, module: str, location: str) -> None:
     pq.write_table(hugging_face(*rows(3)), tmp_path / "x.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)

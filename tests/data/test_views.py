@@ -15,8 +15,19 @@ from timm.data import create_transform
 from torchvision.transforms import functional as TF
 
 from vitdistill.data import keyed
-from vitdistill.data import views as views_module
-from vitdistill.data.views import AUGMENTS, Augment, BatchViews, InputSpec, can_batch, eval_view, normalize, train_view
+from vitdistill.data.views import (
+    AUGMENTS,
+    Augment,
+    BatchViews,
+    InputSpec,
+    can_batch,
+    eval_view,
+    keep_generators,
+    normalize,
+    seed_generators,
+    train_view,
+    train_views,
+)
 from vitdistill.errors import ConfigError
 
 SPEC = InputSpec((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -81,6 +92,13 @@ def test_views_of_one_image_are_pure(picture) -> None:
     assert all(not torch.equal(base, other) for other in others)
 
 
+def test_several_views_are_the_single_ones(picture) -> None:
+    augment, ids, views = AUGMENTS["deit"], np.array([3, 0, 3], dtype=np.int64), np.array([1, 1, 2], dtype=np.int64)
+    together = train_views(picture, augment, SPEC, 4, views, ids)
+    for i, view, got in zip(ids.tolist(), views.tolist(), together, strict=True):
+        assert torch.equal(got, train_view(picture(i), augment, SPEC, 4, view, i))
+
+
 def test_the_callers_generators_are_left_alone(picture) -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), np.random.rand(), torch.rand(()).item()
@@ -111,7 +129,8 @@ def test_the_transform_is_timms(picture) -> None:
     )
 
     for i in range(20):
-        with views_module._seeded(keyed.torch_seed(0, 1, i)):
+        with keep_generators():
+            seed_generators(keyed.torch_seed(0, 1, i))
             theirs = timm_transform(picture(i, (48, 40)))
         assert torch.equal(normalize(train_view(picture(i, (48, 40)), augment, SPEC, 0, 1, i)[None], SPEC)[0], theirs)
 
@@ -211,9 +230,7 @@ def test_the_input_contract_of_a_model() -> None:
         InputSpec.of_model(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
 
 
-@pytest.mark.parametrize(
-    "change", [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}]
-)
+@pytest.mark.parametrize("change", [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}])
 def test_impossible_contracts_are_refused(change: dict) -> None:
     with pytest.raises(ConfigError):
         replace(SPEC, **change)

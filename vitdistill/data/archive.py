@@ -120,9 +120,7 @@ class TarSource(ImageSource):
                 "make the archive again with tar --dereference --hard-dereference."
             )
         if member.size > _MAX_MEMBER:
-            raise DataError(
-                f"{self.name} holds {printable(member.name)!r} of {member.size} bytes, too large for an image."
-            )
+            raise DataError(f"{self.name} holds {printable(member.name)!r} of {member.size} bytes, too large for an image.")
         return "/".join(parts)
 
     def _choose(self, members: dict[str, tuple[int, int]], split: Split) -> tuple[list[str], str]:
@@ -149,9 +147,7 @@ class TarSource(ImageSource):
         for folder in folders:
             name = folder.removeprefix(prefix)
             if folder.startswith(prefix) and "/" not in name and not name.startswith(".") and name not in filled:
-                raise DataError(
-                    f"the class folder {printable(name)!r} of {self.name} has no images; fill or remove it."
-                )
+                raise DataError(f"the class folder {printable(name)!r} of {self.name} has no images; fill or remove it.")
 
 
 def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
@@ -164,17 +160,13 @@ def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
                 for chunk in _chunks(stream):
                     plain.write(chunk)
                     if plain.tell() > limit:
-                        raise DataError(
-                            f"{name} grows to more than {limit >> 20} MiB; this is not an archive of images."
-                        )
+                        raise DataError(f"{name} grows to more than {limit >> 20} MiB; this is not an archive of images.")
             plain.flush()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{name} is damaged or cut short ({error}); copy or download it again.") from error
         except OSError as error:
             place = tempfile.gettempdir()
-            raise DiskError(
-                f"{name} could not be decompressed into {place} ({error.strerror}); make room there or gunzip it."
-            ) from error
+            raise DiskError(f"{name} could not be decompressed into {place} ({error.strerror}); make room there or gunzip it.") from error
         cleanup.pop_all()
     return plain
 

@@ -28,13 +28,9 @@ class TorchvisionSource(ImageSource):
         dataset_name, _, query = location.partition("?")
         options = dict(parse_qsl(query))
         if dataset_name not in BUILTINS:
-            raise ConfigError(
-                f"torchvision/{printable(dataset_name)} is not supported; use {', '.join(BUILTINS)}, or a folder."
-            )
+            raise ConfigError(f"torchvision/{printable(dataset_name)} is not supported; use {', '.join(BUILTINS)}, or a folder.")
         if set(options) != {"root"}:
-            raise ConfigError(
-                f"torchvision/{dataset_name} needs its folder, and only that: torchvision/{dataset_name}?root=FOLDER."
-            )
+            raise ConfigError(f"torchvision/{dataset_name} needs its folder, and only that: torchvision/{dataset_name}?root=FOLDER.")
         root = Path(options["root"]).expanduser()
         self.name = f"torchvision/{dataset_name}?root={printable(str(root))} ({split})"
         dataset = self._read(dataset_name, root, split)

@@ -59,9 +59,7 @@ def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) 
         raise
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more on damaged files.
-        raise DataError(
-            f"{name}: the image is damaged or cut short ({_reason(error)}); replace the file or remove it."
-        ) from error
+        raise DataError(f"{name}: the image is damaged or cut short ({_reason(error)}); replace the file or remove it.") from error
     return image
 
 
@@ -120,20 +118,14 @@ def _open(content: bytes | io.BufferedReader, name: str, head: bytes = b"") -> I
     try:
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{name}: the image has more than {MAX_PIXELS >> 20} megapixels; make it smaller first."
-        ) from error
+        raise DataError(f"{name}: the image has more than {MAX_PIXELS >> 20} megapixels; make it smaller first.") from error
     except Exception as error:
         if head.lstrip()[:1] == b"<":
-            raise DataError(
-                f"{name}: this is a web page or markup, not an image; download the file again or remove it."
-            ) from error
+            raise DataError(f"{name}: this is a web page or markup, not an image; download the file again or remove it.") from error
         raise DataError(f"{name}: not an image in a known format; replace the file or remove it.") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels; make it smaller first."
-        )
+        raise DataError(f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels; make it smaller first.")
     return image
 
 
@@ -156,9 +148,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _on_white(image)
     if image.mode in _PLAIN:
         return image.convert("RGB")
-    raise DataError(
-        f"{name}: pixels of mode {image.mode!r} have no known white level; convert the image to 8 or 16 bits first."
-    )
+    raise DataError(f"{name}: pixels of mode {image.mode!r} have no known white level; convert the image to 8 or 16 bits first.")
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:

@@ -19,9 +19,7 @@ _AREA = (0.02, 1 / 3)
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 
 
-def erase(
-    images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: I64, views: I64
-) -> Float[Tensor, "B 3 H W"]:
+def erase(images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: I64, views: I64) -> Float[Tensor, "B 3 H W"]:
     """Fill a keyed rectangle of each chosen image with keyed noise, in place; ids and views are (B,) on the host."""
     if prob == 0.0:
         return images

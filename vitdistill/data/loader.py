@@ -10,6 +10,7 @@ import atexit
 import math
 import os
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Generator, Iterable, Iterator
@@ -39,7 +40,7 @@ from vitdistill.data.views import (
     eval_view,
     normalize,
     prepare,
-    train_view,
+    train_views,
 )
 from vitdistill.errors import ConfigError, DataError, UserError
 
@@ -113,19 +114,13 @@ class TrainLoader:
         """
         _check_sizes(batch_size, world_size, accumulate, rank, workers)
         if len(source) < batch_size:
-            raise DataError(
-                f"{source.name} has {len(source)} images, fewer than one batch of {batch_size}; lower batch_size."
-            )
+            raise DataError(f"{source.name} has {len(source)} images, fewer than one batch of {batch_size}; lower batch_size.")
         self.source, self.augment, self.spec, self.seed = source, augment, spec, seed
         self.workers, self.device = workers, torch.device(device)
         self.wait_seconds = 0.0
         self._batch_size, self._rank, self._world_size, self._accumulate = batch_size, rank, world_size, accumulate
         self._labels = torch.from_numpy(source.labels)
-        self._mixing = (
-            Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
-            if augment.mixes
-            else None
-        )
+        self._mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob) if augment.mixes else None
         if self._mixing is not None:
             check_even(batch_size // (world_size * accumulate))
         self._order: tuple[int, I64, I64] | None = None
@@ -214,9 +209,7 @@ class TrainLoader:
         views = torch.from_numpy(piece.views).to(self.device, non_blocking=True)
         batch = Batch(images, labels, ids.to(self.device, non_blocking=True), views, piece.epoch)
         if self._mixing is not None:
-            batch.images, batch.mixed_labels, batch.lam = self._mixing(
-                images, labels, self.seed, piece.ids, piece.views
-            )
+            batch.images, batch.mixed_labels, batch.lam = self._mixing(images, labels, self.seed, piece.ids, piece.views)
         return batch
 
 
@@ -248,9 +241,7 @@ class EvalLoader:
         if limit is not None:
             ids = keyed.permutation(0, 0, len(source), Stream.SUBSET)[:limit]
         mine = ids[rank::world_size]
-        self._pieces = [
-            _Piece(0, p, np.zeros_like(p)) for p in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size))
-        ]
+        self._pieces = [_Piece(0, p, np.zeros_like(p)) for p in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size))]
         self._labels = torch.from_numpy(source.labels)
         height, width = spec.image_size
         self._cacheable = len(mine) * height * width * 3 < _EVAL_CACHE_BYTES
@@ -302,17 +293,13 @@ def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> tuple[I64
 
 def _check_sizes(batch_size: int, world_size: int, accumulate: int, rank: int, workers: int) -> None:
     if batch_size < 1 or accumulate < 1 or world_size < 1:
-        raise ConfigError(
-            f"batch_size {batch_size}, world_size {world_size} and accumulate {accumulate} must all be 1 or more."
-        )
+        raise ConfigError(f"batch_size {batch_size}, world_size {world_size} and accumulate {accumulate} must all be 1 or more.")
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not one of {world_size} processes.")
     if workers < 0:
         raise ConfigError(f"workers is {workers}; it must be 0 or more.")
     if batch_size % (world_size * accumulate):
-        raise ConfigError(
-            f"batch_size {batch_size} does not divide by {world_size} processes x {accumulate} micro-batches."
-        )
+        raise ConfigError(f"batch_size {batch_size} does not divide by {world_size} processes x {accumulate} micro-batches.")
 
 
 def _take(items: Iterator[tuple[_Piece, Tensor]], count: int) -> Iterator[tuple[_Piece, Tensor]]:
@@ -337,9 +324,7 @@ def _sizes_below(source: ImageSource, limit: int | None) -> list[tuple[int, int]
     return sizes
 
 
-def _decode_alike(
-    source: ImageSource, augment: Augment, spec: InputSpec, size: tuple[int, int], threads: int
-) -> UInt8[Tensor, "N 3 H W"]:
+def _decode_alike(source: ImageSource, augment: Augment, spec: InputSpec, size: tuple[int, int], threads: int) -> UInt8[Tensor, "N 3 H W"]:
     images = torch.empty((len(source), 3, size[1], size[0]), dtype=torch.uint8)
 
     def decode(i: int) -> None:
@@ -411,9 +396,7 @@ class _TrainViews(Dataset[Any]):
 
     def __getitem__(self, piece: _Piece) -> tuple[_Piece, Tensor] | _Failure:
         try:
-            pairs = zip(piece.ids.tolist(), piece.views.tolist(), strict=True)
-            views = [train_view(self.source.load(i), self.augment, self.spec, self.seed, v, i) for i, v in pairs]
-            return piece, torch.stack(views)
+            return piece, train_views(self.source.load, self.augment, self.spec, self.seed, piece.views, piece.ids)
         except UserError as error:
             return _Failure(type(error), str(error))
 
@@ -447,17 +430,25 @@ class _Workers:
     iterator: Any
     owner: int = field(default_factory=os.getpid)
 
+    def lost(self) -> bool:
+        """Whether a worker is dead."""
+        return any(not process.is_alive() for process in _processes(self.iterator))
+
     def stop(self) -> None:
         """End the workers; they ignore SIGTERM, so one that does not leave is killed (it has no state to lose)."""
         iterator, self.iterator = self.iterator, None
         if iterator is None or os.getpid() != self.owner:
             return
-        processes = list(getattr(iterator, "_workers", []))
+        processes = _processes(iterator)
         if processes:
             iterator._shutdown_workers()
         for process in processes:
             if process.is_alive():
                 process.kill()
+
+
+def _processes(iterator: Any) -> list[Any]:
+    return list(getattr(iterator, "_workers", []))
 
 
 _RUNNING: "weakref.WeakSet[_Workers]" = weakref.WeakSet()
@@ -471,9 +462,23 @@ def _stop_all() -> None:
 
 
 @contextmanager
-def _loaded(
-    views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device
-) -> Iterator[Iterator[tuple[_Piece, Tensor]]]:
+def _without_child_handler() -> Iterator[None]:
+    """Undo the SIGCHLD handler that torch sets with the first workers.
+
+    It raises for a dead worker at any point of the program, be it in the middle of a backward pass or of a checkpoint.
+    Without it the death is noticed, within seconds, where the next batch is asked for.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGCHLD) if main else None
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGCHLD, previous)
+
+
+@contextmanager
+def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device) -> Iterator[Iterator[tuple[_Piece, Tensor]]]:
     """The pieces with their pixels, in order, made by ``workers`` processes; user errors are raised here."""
     loader: DataLoader[Any] = DataLoader(
         views,
@@ -484,22 +489,24 @@ def _loaded(
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),
     )
-    running = _Workers(iter(loader))
+    with _without_child_handler():
+        running = _Workers(iter(loader))
     _RUNNING.add(running)
     try:
-        yield _received(running.iterator, device)
+        yield _received(running, device)
     finally:
         running.stop()
 
 
-def _received(iterator: Any, device: torch.device) -> Iterator[tuple[_Piece, Tensor]]:
+def _received(running: _Workers, device: torch.device) -> Iterator[tuple[_Piece, Tensor]]:
     while True:
         try:
-            item = next(iterator)
+            item = next(running.iterator)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # A dead worker shows as torch's RuntimeError, or as a broken connection in the middle of a transfer.
+            if "DataLoader worker" not in str(error) and not running.lost():
                 raise
             raise DataError(
                 "a data loading worker was killed, often for lack of memory; use fewer workers or a smaller batch_size."

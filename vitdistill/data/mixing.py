@@ -60,9 +60,7 @@ class Mixing:
         pasted = np.flatnonzero(np.repeat(cut, 2))
         if len(pasted):
             index = torch.from_numpy(pasted).to(device, non_blocking=True)
-            inside = _inside(
-                torch.from_numpy(boxes[pasted // 2]).to(device, non_blocking=True), images.shape[2], images.shape[3]
-            )
+            inside = _inside(torch.from_numpy(boxes[pasted // 2]).to(device, non_blocking=True), images.shape[2], images.shape[3])
             mixed = mixed.index_copy(0, index, torch.where(inside[:, None], partner[index], images[index]))
         return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight
 
@@ -85,9 +83,7 @@ class Mixing:
 def check_even(batch: int) -> None:
     """Raise `ConfigError` unless a micro-batch of this size is made of pairs."""
     if batch % 2:
-        raise ConfigError(
-            f"mixup and cutmix need an even number of images a process and micro-batch, not {batch}; change batch_size."
-        )
+        raise ConfigError(f"mixup and cutmix need an even number of images a process and micro-batch, not {batch}; change batch_size.")
 
 
 def _span(draw: F64, side: F64, length: int) -> tuple[I64, I64]:

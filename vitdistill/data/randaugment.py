@@ -155,10 +155,9 @@ class Policy:
 
     def _layer(self, draws: F64, noise: F64) -> Operation:
         choice = np.floor(draws[:, 0] * len(self.names)).astype(np.int64)
-        if math.isinf(self.magnitude_std):  # timm's word for a magnitude that is uniform in [0, magnitude)
-            magnitude = self.magnitude * draws[:, 3]
-        else:
-            magnitude = self.magnitude + self.magnitude_std * noise[:, 0]
+        # An infinite deviation is timm's word for a magnitude that is uniform in [0, magnitude).
+        uniform = math.isinf(self.magnitude_std)
+        magnitude = self.magnitude * draws[:, 3] if uniform else self.magnitude + self.magnitude_std * noise[:, 0]
         level = np.clip(magnitude, 0.0, self.magnitude_max) / _LEVELS
         sign = np.where(draws[:, 2] > 0.5, -1.0, 1.0)
         table = [OPERATIONS[name] for name in self.names]
@@ -197,9 +196,7 @@ def apply_operations(
         (kind == Kind.SHARPNESS, lambda x, k, v: _blend(_smooth(x), x, v)),
         (
             kind >= _FIRST_AFFINE,
-            lambda x, k, v: affine(
-                x, _matrices(k, v, x.shape[2], x.shape[3]).to(x.device), fill.to(x.device), interpolation
-            ),
+            lambda x, k, v: affine(x, _matrices(k, v, x.shape[2], x.shape[3]).to(x.device), fill.to(x.device), interpolation),
         ),
     )
     for members, function in groups:

@@ -88,9 +88,7 @@ def open_source(location: str, split: Split, *, classes: tuple[str, ...] | None 
     if len(source) == 0:
         raise DataError(f"{source.name} has no images.")
     if split == "val" and not source.classes:
-        raise DataError(
-            f"{source.name} has no class folders, and evaluation needs labels; put the images into one folder a class."
-        )
+        raise DataError(f"{source.name} has no class folders, and evaluation needs labels; put the images into one folder a class.")
     if classes is not None:
         check_classes(source, classes)
     return source
@@ -131,12 +129,8 @@ def check_classes(source: ImageSource, classes: Sequence[str]) -> None:
     missing = sorted(set(classes) - set(source.classes))
     extra = sorted(set(source.classes) - set(classes))
     if missing or extra:
-        parts = [
-            f"{word} {len(names)} ({some(names)})" for word, names in (("lacks", missing), ("adds", extra)) if names
-        ]
-        raise DataError(
-            f"{source.name} has other classes than expected: it {' and '.join(parts)}; make the class names equal."
-        )
+        parts = [f"{word} {len(names)} ({some(names)})" for word, names in (("lacks", missing), ("adds", extra)) if names]
+        raise DataError(f"{source.name} has other classes than expected: it {' and '.join(parts)}; make the class names equal.")
     first = next(i for i, (a, b) in enumerate(zip(classes, source.classes, strict=True)) if a != b)
     raise DataError(
         f"{source.name} has the expected classes in another order: label {first} is "
@@ -170,14 +164,10 @@ def arrange(name: str, files: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...
     nested = ["/" in path for path, _ in files]
     if any(nested) and not all(nested):
         stray = next(path for (path, _), inside in zip(files, nested, strict=True) if not inside)
-        raise DataError(
-            f"{name} has class folders and also images beside them, such as {printable(stray)!r}; move or remove those."
-        )
+        raise DataError(f"{name} has class folders and also images beside them, such as {printable(stray)!r}; move or remove those.")
     for path, size in files:
         if size == 0:
-            raise DataError(
-                f"{name}/{printable(path)}: the image file is empty (0 bytes); replace the file or remove it."
-            )
+            raise DataError(f"{name}/{printable(path)}: the image file is empty (0 bytes); replace the file or remove it.")
     labelled = bool(files) and nested[0]
     owner = [path.split("/", 1)[0] if labelled else "" for path, _ in files]
     classes = tuple(sorted(set(owner))) if labelled else ()
@@ -255,9 +245,7 @@ class FolderSource(ImageSource):
         try:
             return entry.stat().st_size
         except OSError as error:
-            raise DataError(
-                f"{printable(entry.path)}: the image cannot be read ({error.strerror}); is it a broken link?"
-            ) from error
+            raise DataError(f"{printable(entry.path)}: the image cannot be read ({error.strerror}); is it a broken link?") from error
 
 
 def _list(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:

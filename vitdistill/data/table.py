@@ -66,18 +66,14 @@ def open_hub(location: str, split: Split) -> "TableSource":
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            'reading from the hub needs the datasets library; install it with: pip install "vitdistill[data]"'
-        ) from error
+        raise UserError('reading from the hub needs the datasets library; install it with: pip install "vitdistill[data]"') from error
     try:
         found = datasets.get_dataset_split_names(name)
         chosen = next((s for words in _SPLIT_WORDS[split] for s in found if s in words), None)
         table = None if chosen is None else datasets.load_dataset(name, split=chosen).data.table
     except Exception as error:
         reason = printable(" ".join(str(error).split()))[:160]
-        raise DataError(
-            f"hfds/{printable(name)} could not be loaded ({reason}); check its name and the network."
-        ) from error
+        raise DataError(f"hfds/{printable(name)} could not be loaded ({reason}); check its name and the network.") from error
     if table is None:
         raise DataError(f"hfds/{printable(name)} has no {split} split; found {some(found, 5)}.")
     columns = _columns(name, table.schema, _parse_options(options))
@@ -99,9 +95,7 @@ class TableSource(ImageSource):
         self.sizes = np.asarray(sizes.to_numpy(), dtype=np.int64)
         empty = np.flatnonzero(self.sizes == 0)
         if len(empty):
-            raise DataError(
-                f"{name}: the image of row {empty[0]} has no bytes ({len(empty)} such rows); embed the images."
-            )
+            raise DataError(f"{name}: the image of row {empty[0]} has no bytes ({len(empty)} such rows); embed the images.")
         self.classes, self.labels = _labels(name, table, label)
 
     def key(self, i: int) -> str:
@@ -121,9 +115,7 @@ def _pyarrow() -> ModuleType:
     try:
         import pyarrow
     except ImportError as error:
-        raise UserError(
-            'reading parquet and arrow needs pyarrow; install it with: pip install "vitdistill[data]"'
-        ) from error
+        raise UserError('reading parquet and arrow needs pyarrow; install it with: pip install "vitdistill[data]"') from error
     return pyarrow
 
 
@@ -146,9 +138,7 @@ def _files_of_split(root: Path, split: Split) -> list[Path]:
     known = {word for groups in _SPLIT_WORDS.values() for group in groups for word in group}
     if split == "train" and not any(words[f] & known for f in files):
         return files
-    raise DataError(
-        f"{printable(str(root))} has no table whose name says {split!r}; found {some((f.name for f in files), 5)}."
-    )
+    raise DataError(f"{printable(str(root))} has no table whose name says {split!r}; found {some((f.name for f in files), 5)}.")
 
 
 def _read_table(arrow: ModuleType, file: Path) -> Any:
@@ -238,9 +228,7 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
             raise DataError(f"{name}: the classes {some(stray)} are not among the names in the schema.")
         return classes, np.array([index[v] for v in values], dtype=np.int64)
     if not arrow.types.is_integer(column.type):
-        raise DataError(
-            f"{name}: the column {label!r} has {column.type} values; labels must be whole numbers or names."
-        )
+        raise DataError(f"{name}: the column {label!r} has {column.type} values; labels must be whole numbers or names.")
     labels = np.asarray(column.to_numpy(), dtype=np.int64)
     classes = tuple(names) if names else tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
     outside = labels[(labels < 0) | (labels >= len(classes))]

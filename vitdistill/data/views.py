@@ -185,7 +185,8 @@ class InputSpec:
         channels, *size = config["input_size"]
         built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = list(built_for) if built_for is not None else size
-        if getattr(model, "in_chans", channels) != 3 or channels != 3:
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
+        if channels != 3:
             raise ConfigError(f"the model takes {channels} channels; only RGB input is supported.")
         return cls(
             (int(size[0]), int(size[1])),
@@ -224,9 +225,7 @@ def _eval_transform(spec: InputSpec) -> Callable[[Image.Image], Image.Image]:
         crop_pct=spec.crop_pct,
         crop_mode=spec.crop_mode,
     )
-    geometry = [
-        t for t in full.transforms if "Tensor" not in type(t).__name__ and not isinstance(t, transforms.Normalize)
-    ]
+    geometry = [t for t in full.transforms if "Tensor" not in type(t).__name__ and not isinstance(t, transforms.Normalize)]
     return transforms.Compose(geometry)
 
 
@@ -244,30 +243,48 @@ def _preparation(crop: str, interpolation: str, spec: InputSpec) -> Callable[[Im
     return _eval_transform(InputSpec(spec.image_size, spec.mean, spec.std, interpolation, crop_pct=1.0))
 
 
-def train_view(
-    image: Image.Image, augment: Augment, spec: InputSpec, seed: int, view: int, sample_id: int
-) -> UInt8[Tensor, "3 H W"]:
+def train_view(image: Image.Image, augment: Augment, spec: InputSpec, seed: int, view: int, sample_id: int) -> UInt8[Tensor, "3 H W"]:
     """One training view of one RGB image, before normalisation and erasing, by timm's and torchvision's transforms.
 
     The generators of Python, numpy and torch are seeded for this view and restored afterwards.
     """
-    transform = _train_transform(augment, spec)
-    with _seeded(keyed.torch_seed(seed, view, sample_id)):
-        return pil_to_tensor(transform(prepare(image, augment, spec)))
+    with keep_generators():
+        return _seeded_view(image, augment, spec, keyed.torch_seed(seed, view, sample_id))
+
+
+def train_views(
+    load: Callable[[int], Image.Image], augment: Augment, spec: InputSpec, seed: int, views: I64, sample_ids: I64
+) -> UInt8[Tensor, "B 3 H W"]:
+    """`train_view` of several samples, stacked; ``load`` gives a sample's RGB image, ids and views are int64 (B,)."""
+    seeds = (keyed.keys(seed, views, sample_ids, Stream.LIBRARIES) >> np.uint64(1)).tolist()
+    with keep_generators():
+        return torch.stack([_seeded_view(load(i), augment, spec, s) for i, s in zip(sample_ids.tolist(), seeds, strict=True)])
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def keep_generators() -> Iterator[None]:
+    """Whatever happens inside, the generators of Python, numpy and torch (CPU) continue afterwards as if it had not."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.default_generator.set_state(torch_state)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch (CPU) with a number in [0, 2**63)."""
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    torch.default_generator.manual_seed(seed)
+
+
+def _seeded_view(image: Image.Image, augment: Augment, spec: InputSpec, seed: int) -> UInt8[Tensor, "3 H W"]:
+    transform = _train_transform(augment, spec)
+    prepared = prepare(image, augment, spec)
+    seed_generators(seed)
+    return pil_to_tensor(transform(prepared))
 
 
 @lru_cache(maxsize=16)
@@ -290,7 +307,7 @@ def _train_transform(augment: Augment, spec: InputSpec) -> Callable[[Image.Image
         first = first[1:]
     if augment.crop == "pad":
         first.insert(0, transforms.RandomCrop(spec.image_size, padding=augment.crop_padding))
-    second = list(colour.transforms)
+    second = list(colour.transforms) if augment.aa or augment.color_jitter else []
     for transform in second:
         _allow_zero_bits(transform)
     return transforms.Compose(first + second)
@@ -345,9 +362,7 @@ class BatchViews:
         padding = 0
         if augment.crop == "rrc":
             draws = keyed.uniforms(keys, CROP_UNIFORMS)
-            boxes = np.stack(
-                random_boxes(draws, images.shape[2], images.shape[3], augment.scale, augment.ratio), axis=1
-            )
+            boxes = np.stack(random_boxes(draws, images.shape[2], images.shape[3], augment.scale, augment.ratio), axis=1)
             images = resize_boxes(images, _send(boxes, device), self.spec.image_size, augment.interpolation)
         elif augment.crop == "pad":
             padding = augment.crop_padding
