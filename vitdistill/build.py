@@ -37,7 +37,7 @@ def resolve_run(name: str) -> str:
     raise ConfigError(f"the run {name} has no weights yet: it was stopped before its first evaluation")
 
 
-def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int | None, **extra: Any) -> Built:
+def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int | None, load: bool, **extra: Any) -> Built:
     if not config.model:
         flag = "--model" if isinstance(config, StudentConfig) else "--teacher-model"
         raise ConfigError(f"the {name} has no model: name one with {flag} (a timm name, hf-hub:org/name, or the folder of a run)")
@@ -45,8 +45,8 @@ def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int |
         model = weights.create_model(
             resolve_run(config.model),
             num_classes=num_classes,
-            checkpoint=config.checkpoint,
-            pretrained=config.pretrained or None,
+            checkpoint=config.checkpoint if load else None,
+            pretrained=(config.pretrained or None) if load else False,
             image_size=config.image_size,
             **extra,
             **config.model_args,
@@ -60,19 +60,20 @@ def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int |
     return Built(model, spec, Network.of(model, name, config.model, spec.image_size))
 
 
-def build_student(config: StudentConfig, num_classes: int) -> Built:
+def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:
     """The student with a head for ``num_classes``; raises `ConfigError` or `DataError` with one sentence."""
-    return _create(config, "student", num_classes, drop_path=config.drop_path or None)
+    return _create(config, "student", num_classes, with_weights, drop_path=config.drop_path or None)
 
 
 def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
     """A teacher's network with its own head; raises `ConfigError` when no weights are named for it, unless they are not wanted."""
-    if with_weights and config.model and not config.checkpoint and not config.pretrained and not weights.carries_weights(resolve_run(config.model)):
+    named = config.checkpoint or config.pretrained
+    if with_weights and config.model and not named and not weights.carries_weights(resolve_run(config.model)):
         raise ConfigError(
             f"the {name} {config.model} would have random weights: give --teacher-path FILE, --teacher-pretrained, "
             "or a run folder as --teacher-model"
         )
-    return _create(config, name, None)
+    return _create(config, name, None, with_weights)
 
 
 def build_teacher(
@@ -80,9 +81,9 @@ def build_teacher(
 ) -> tuple[Teacher, ClassMatch]:
     """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled images)."""
     built = build_teacher_model(config, name)
-    match = ClassMatch(None, "the images are unlabelled: its own classes are kept")
+    names = weights.class_names(built.model)
+    match = ClassMatch(None, "the images are unlabelled: its own classes are kept", names or ())
     if classes:
-        names = weights.class_names(built.model)
         match = match_classes(name, names, built.network.num_classes, classes, config.reorder_classes)
     network = built.network if match.index is None else replace(built.network, num_classes=len(match.index))
     index = None if match.index is None else torch.tensor(match.index)

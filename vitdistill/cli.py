@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         print(f"vitdistill {words[0]}: no permission for {error.filename}", file=sys.stderr)
         return PermissionDenied.exit_code
+    except SystemExit as done:  # tyro's, after the help
+        return 0 if done.code in (0, None) else UserError.exit_code
     except KeyboardInterrupt:
         print(f"vitdistill {words[0]}: interrupted", file=sys.stderr)
         return 130

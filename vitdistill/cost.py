@@ -129,9 +129,10 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         epochs: of the run.
     """
     student = plan.student
+    against = "plain distillation" if plan.teachers else "plain training"
     computes = {"student": describe_needs(student, plan.student_needs, None)}
     rows: list[tuple[str, ...]] = [
-        ("an image", "model", "parameters", "FLOPs", "against plain distillation"),
+        ("an image", "model", "parameters", "FLOPs", f"against {against}"),
         (
             "student, trained",
             student.architecture,
@@ -159,7 +160,10 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     lines += [f"  {name}: {text}" for name, text in computes.items()]
     images = num_images * epochs
     lines += ["", f"The whole run, {num_images:,} images x {epochs} epochs (1 multiply-accumulate = 2 FLOPs)"]
-    total: list[tuple[str, ...]] = [("", "this plan", "plain distillation"), ("student", flops(cost.student * images), flops(cost.student_plain * images))]
+    total: list[tuple[str, ...]] = [
+        ("", "this plan", against),
+        ("student", flops(cost.student * images), flops(cost.student_plain * images)),
+    ]
     for name in plan.teachers:
         total.append((name, flops(cost.teachers[name] * images), flops(cost.teachers_plain[name] * images)))
     if plan.teachers:
@@ -181,7 +185,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
 
 def flops(count: float, unit: str = "FLOPs") -> str:
     """A count with its unit, at least three digits: ``2.51 GFLOPs``, ``1,282 PMACs``."""
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if count >= 10**power:
             value = count / 10**power
             return f"{value:,.0f} {prefix}{unit}" if value >= 100 else f"{value:.3g} {prefix}{unit}"

@@ -37,25 +37,33 @@ class Distillation(nn.Module):
         self.run = run_vit
 
     def forward(self, batch: Batch, teachers: Mapping[str, Teacher]) -> dict[str, Float[Tensor, ""]]:
-        """The weighted loss of every objective by name, and their sum under ``loss``; float32 scalars, means over the batch."""
+        """The weighted loss of every objective by name, and their sum under ``loss``; float32 scalars, means over the batch.
+
+        The sum is NaN when a teacher's logits are not finite, whatever the objectives make of them (an argmax hides it).
+        """
+        student, answers = self.answer(batch, teachers)
+        losses = {}
+        for name, objective in self.plan.objectives.items():
+            teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+            adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
+            losses[name] = objective.weight * objective.loss(student, teacher, batch, adapter)
+        losses["loss"] = torch.stack(list(losses.values())).sum()
+        for answer in answers.values():
+            if answer.logits is not None:
+                losses["loss"] = losses["loss"].masked_fill(~answer.logits.isfinite().all(), torch.nan)
+        return losses
+
+    def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, dict[str, ViTOutput]]:
+        """What the student and each teacher record of a batch."""
         plan = self.plan
         student = self.run(self.student, batch.images, plan.student_needs)
         answers = {
-            name: teacher(batch.images, plan.live[name], self.choose(name, teacher, batch, student))
-            for name, teacher in teachers.items()
+            name: teacher(batch.images, plan.live[name], self.choose(name, teacher, batch, student)) for name, teacher in teachers.items()
         }
-        losses = {}
-        for name, objective in plan.objectives.items():
-            teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
-            adapter = self.adapters[name] if name in self.adapters else None
-            losses[name] = objective.weight * objective.loss(student, teacher, batch, adapter)
-        losses["loss"] = torch.stack(list(losses.values())).sum()
-        return losses
+        return student, answers
 
     @torch.no_grad()
-    def choose(
-        self, name: str, teacher: Teacher, batch: Batch, student: ViTOutput
-    ) -> Int[Tensor, "B K"] | None:
+    def choose(self, name: str, teacher: Teacher, batch: Batch, student: ViTOutput) -> Int[Tensor, "B K"] | None:
         """The patches teacher ``name`` sees of each image; None: all of them."""
         plan, selector = self.plan, self.plan.selector
         num_keep = plan.num_keep[name]

@@ -124,7 +124,7 @@ class Objective(ABC):
         """What the objective reads of its teacher."""
         return Needs(logits=self.reads_teacher)
 
-    def check(self, student: Network, teacher: Network | None) -> None:
+    def check(self, student: Network, teacher: Network | None) -> None:  # noqa: B027  (most compare any pair)
         """Refuse a pair this objective cannot compare; raises `ConfigError` with one sentence."""
 
     def adapter(self, student: Network, teacher: Network) -> nn.Module | None:
@@ -167,7 +167,8 @@ class TokenSelector(ABC):
         rate = self.keep_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
             raise ConfigError(f"keep_rate is {rate!r}: give the fraction of patches the teacher sees, above 0 and at most 1")
-        if self.num_keep is not None and (isinstance(self.num_keep, bool) or self.num_keep < 1):
+        count = self.num_keep
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ConfigError(f"num_keep is {self.num_keep!r}: give the number of patches the teacher sees, at least 1")
 
     def count(self, num_patches: int) -> int:
@@ -186,7 +187,7 @@ class TokenSelector(ABC):
         """What the choice reads of the teacher on the whole image, at the price of that extra pass."""
         return Needs()
 
-    def check(self, student: Network, teacher: Network) -> None:
+    def check(self, student: Network, teacher: Network) -> None:  # noqa: B027  (some choose for any pair)
         """Refuse a pair this selector cannot choose for; raises `ConfigError` with one sentence."""
 
     @abstractmethod
@@ -208,10 +209,10 @@ class TokenSelector(ABC):
 def num_kept_patches(num_patches: int, keep_rate: float) -> int:
     """How many of N patches a keep rate means: the paper's counts.
 
-    A unit fraction that divides N (a half, a third, a quarter...) is exact. Any other rate is rounded to the nearest multiple of 8 on
-    grids of 128 patches and more, where a fraction of a percent is not worth an odd shape, and to the nearest whole number on smaller
-    ones. A rate below 1 always drops at least one patch, and at least one is always kept. So 196 patches at 75 / 50 / 40 / 25 % keep
-    144 / 98 / 80 / 49, and 256 at 75 / 50 % keep 192 / 128.
+    The rate times N, rounded to the nearest multiple of 8 on grids of 128 patches and more, where a fraction of a percent is not worth
+    an odd shape, and to the nearest whole number on smaller ones. A divisor of N (a half, a third, a quarter... of the patches) is never
+    rounded across: such a fraction is exact, and a higher rate never keeps fewer. A rate below 1 always drops at least one patch, and at
+    least one is always kept. So 196 patches at 75 / 50 / 40 / 25 % keep 144 / 98 / 80 / 49, and 256 at 75 / 50 % keep 192 / 128.
 
     Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there, not 147; "40 %" is 80, not 78).
 
@@ -220,11 +221,11 @@ def num_kept_patches(num_patches: int, keep_rate: float) -> int:
         [144, 98, 80, 49]
     """
     exact = num_patches * keep_rate
-    whole = round(exact)
-    if whole >= 1 and abs(exact - whole) < 1e-6 and num_patches % whole == 0:
-        return whole
     step = 8 if num_patches >= 128 else 1
-    count = math.floor(exact / step + 0.5) * step
-    if count >= num_patches:
+    divisors = [d for d in range(1, num_patches + 1) if num_patches % d == 0]
+    below = max((d for d in divisors if d <= exact + 1e-6), default=1)
+    above = min((d for d in divisors if d >= exact - 1e-6), default=num_patches)
+    count = min(max(math.floor(exact / step + 0.5) * step, below), above)
+    if keep_rate < 1 and count >= num_patches:
         count = num_patches - (num_patches % step or step)
     return max(count, 1)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -167,6 +168,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         train, optim, student = self.train, self.optim, self.student
+        _require(_is_folder_name(self.name), "name", self.name, "the plain name of a folder")
+        for name in (*self.objectives, *self.teachers):
+            _require(name.isidentifier(), "the name of an objective or a teacher", name, "of letters, digits and underscores")
+        for name in self.objectives.keys() & RESERVED_NAMES:
+            _require(False, "the name of an objective", name, "another word: the logged curves use this one")
+        for name in self.teachers.keys() & {"student"}:
+            _require(False, "the name of a teacher", name, "another word: messages call the network to train so")
         _require(train.epochs >= 1, "train.epochs", train.epochs, "at least 1")
         _require(train.batch_size >= 1, "train.batch_size", train.batch_size, "at least 1")
         _require(train.accumulate >= 1, "train.accumulate", train.accumulate, "at least 1")
@@ -181,7 +189,10 @@ class Recipe:
         _require(optim.clip_grad is None or optim.clip_grad > 0, "optim.clip_grad", optim.clip_grad, "above 0, or null")
         decay = optim.layer_decay
         _require(decay is None or 0 < decay <= 1, "optim.layer_decay", decay, "above 0 and at most 1, or null")
-        _require(0 <= optim.warmup_epochs, "optim.warmup_epochs", optim.warmup_epochs, "at least 0")
+        _require(optim.warmup_epochs >= 0, "optim.warmup_epochs", optim.warmup_epochs, "at least 0")
+        _require(optim.warmup_lr >= 0, "optim.warmup_lr", optim.warmup_lr, "at least 0")
+        _require(optim.min_lr >= 0, "optim.min_lr", optim.min_lr, "at least 0")
+        _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "from 0 to below 1")
         _require(0 <= student.drop_path < 1, "student.drop_path", student.drop_path, "from 0 to below 1")
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "at least 0")
         if optim.sched == "none" and (optim.warmup_epochs > 0):
@@ -191,6 +202,14 @@ class Recipe:
                 f"optim.warmup_epochs is {optim.warmup_epochs:g}, but the run has only {train.epochs} epochs: "
                 "warm up for fewer (--warmup-epochs)"
             )
+
+
+RESERVED_NAMES = frozenset({"loss", "grad_norm", "lr", "kind", "step", "epoch"})
+"""Columns of the run's log beside its objectives."""
+
+
+def _is_folder_name(name: str) -> bool:
+    return bool(name.strip()) and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
@@ -225,12 +244,17 @@ def from_dict(data: Any, source: str = "the recipe") -> Recipe:
     return recipe
 
 
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """``value`` as a ``kind`` (a type, a union with None, a Literal); raises `ConfigError` naming ``name``."""
+    return _convert(value, kind, name, "")
+
+
 def _convert(value: Any, kind: Any, path: str, source: str) -> Any:
-    where = f"{path or 'the recipe'} in {source}" if path else source
+    where = " in ".join(part for part in (path, source) if part)
     if isinstance(kind, type) and issubclass(kind, Objective | TokenSelector):
         return _convert_method(value, kind, path, source)
     if dataclasses.is_dataclass(kind):
-        if dataclasses.is_dataclass(value) and isinstance(value, kind):  # type: ignore[arg-type]
+        if isinstance(value, kind):  # type: ignore[arg-type]
             return value
         return _convert_dataclass(value, typing.cast(type, kind), path, source, where)
     origin = get_origin(kind)
@@ -242,35 +266,61 @@ def _convert(value: Any, kind: Any, path: str, source: str) -> Any:
         return value
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} is {value!r}: a mapping is needed")
+            raise ConfigError(f"{where} is {_short(value)}: a mapping is needed")
         return {str(key): _convert(item, get_args(kind)[1], f"{path}.{key}", source) for key, item in value.items()}
     if origin is tuple:
         args = get_args(kind)
         if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise ConfigError(f"{where} is {value!r}: a list of {len(args)} numbers is needed")
+            raise ConfigError(f"{where} is {_short(value)}: a list of {len(args)} numbers is needed")
         return tuple(_convert(item, arg, f"{path}[{i}]", source) for i, (item, arg) in enumerate(zip(value, args, strict=True)))
     return _convert_scalar(value, kind, where)
 
 
 def _convert_scalar(value: Any, kind: Any, where: str) -> Any:
     if kind is Any:
+        _require_plain(value, where)
         return value
-    if kind is float and not isinstance(value, bool):
+    number = _number(value) if kind in (int, float) else None
+    if kind is float and number is not None:
+        return float(number)
+    if kind is int and number is not None and number == int(number):
+        return int(number)
+    if isinstance(value, kind) and kind not in (int, float):
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{where} is {_short(value)}: {names.get(kind, kind.__name__)} is needed")
+
+
+def _number(value: Any) -> int | float | None:
+    """A finite number, from text too (the command line has nothing else); None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    for read in (int, float):
         try:
-            number = float(value)  # YAML reads 1e-3 as a string
-        except (TypeError, ValueError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-        raise ConfigError(f"{where} is {value!r}: a number is needed")
-    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
-        return int(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    names = {int: "a whole number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{where} is {value!r}: {names.get(kind, kind.__name__)} is needed")
+            number = read(value) if isinstance(value, str) else value
+            return number if math.isfinite(number) else None
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """Raise `ConfigError` unless YAML and JSON can hold ``value``."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        for key, item in value.items():
+            _require_plain(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _require_plain(item, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value!r}: a finite number is needed")
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise ConfigError(f"{where} is {_short(value)}: text, a number, true, false, null, or lists and mappings of these are needed")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _convert_union(value: Any, options: tuple[Any, ...], path: str, source: str, where: str) -> Any:
@@ -284,18 +334,21 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str, source: str,
             return _convert(value, option, path, source)
         except ConfigError:
             continue
-    raise ConfigError(f"{where} is {value!r}: {' or '.join(getattr(o, '__name__', str(o)) for o in options)} is needed")
+    raise ConfigError(f"{where} is {_short(value)}: {' or '.join(getattr(o, '__name__', str(o)) for o in options)} is needed")
 
 
 def _convert_dataclass(value: Any, kind: type, path: str, source: str, where: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} is {value!r}: a mapping is needed")
+        raise ConfigError(f"{where} is {_short(value)}: a mapping is needed")
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     for key in value:
         if key not in names:
             full = f"{path}.{key}" if path else str(key)
             raise ConfigError(f"{source} has an unknown field {full!r}{_close(key, names) or ': known are ' + ', '.join(names)}")
+    for f in dataclasses.fields(kind):
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in value:
+            raise ConfigError(f"{where} lacks the field {f.name!r}, which has no default")
     return kind(**{key: _convert(item, hints[key], f"{path}.{key}" if path else key, source) for key, item in value.items()})
 
 
@@ -303,7 +356,8 @@ def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping) or "method" not in value:
-        raise ConfigError(f"{path} in {source} is {value!r}: a mapping with the key 'method' is needed, e.g. {{method: kd, weight: 0.5}}")
+        wanted = "a mapping with the key 'method' is needed, e.g. {method: kd, weight: 0.5}"
+        raise ConfigError(f"{path} in {source} is {_short(value)}: {wanted}")
     cls = method_class(str(value["method"]))
     if not issubclass(cls, kind):
         wanted = "an objective" if kind is Objective else "a patch selector"
@@ -342,13 +396,27 @@ def replace_fields(recipe: Recipe, values: Mapping[str, Any], source: str = "the
 # --- YAML ----------------------------------------------------------------------------------------------------------------------
 
 
+_PLAIN_WORDS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+"""What words without quotes mean: YAML 1.2's core schema. PyYAML's own 1.1 reads 1e-3 as text, no as false, 010 as 8, 1:30 as 90."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and aliases, which no recipe needs."""
+    """Safe YAML that refuses a key given twice, and aliases and tags, which no recipe needs."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name for a table of the class)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.get_event()
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        event = self.peek_event()
+        mark, tag = event.start_mark, getattr(event, "tag", None)
+        if isinstance(event, yaml.events.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", mark)
+        if tag is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the tag {tag!r} is not allowed", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -362,6 +430,45 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: Any) -> int:
+        """Whole numbers are decimal, a leading 0 or not."""
+        return int(self.construct_scalar(node))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes exactly the words that `_StrictLoader` would not read as text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name for a table of the class)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_decimal)
+for _kind, _pattern in _PLAIN_WORDS.items():
+    for _class in (_StrictLoader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
+
+
+def _read_yaml(text: str, source: str) -> Any:
+    """Raises `ConfigError` naming ``source`` and the line."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{source}{line} is not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+
+
+def parse_value(text: str, name: str) -> Any:
+    """One value as a recipe file would write it; raises `ConfigError` naming ``name``."""
+    return _read_yaml(text, f"the value of {name}")
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe file; raises `ConfigError` naming the line, or the field, that is wrong."""
@@ -372,22 +479,18 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"the recipe {path} is not UTF-8 text") from None
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"the recipe {path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (RecursionError, ValueError) as error:
-        raise ConfigError(f"the recipe {path} is not valid YAML: {error}") from None
+    data = _read_yaml(text, f"the recipe {path}")
     if not isinstance(data, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of fields")
-    return from_dict(data, str(path))
+    try:
+        return from_dict(data, str(path))
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 VOLATILE = ("data.workers", "train.log_every", "train.keep_checkpoints", "name", "description", "data.dir")
@@ -407,6 +510,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 def fingerprint(recipe: Recipe) -> str:
     """sha256 of everything in the recipe that can change the result."""
+    recipe = from_dict(to_dict(recipe))  # a recipe made in Python may hold 5 where the one read from its YAML holds 5.0
     fixed = {key: value for key, value in flatten(recipe).items() if key not in VOLATILE}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

@@ -45,9 +45,7 @@ class Teacher:
         self.class_index = None if class_index is None else class_index.to(self.device)
         self.run = run_vit
         scale = [ours / its for ours, its in zip(images_spec.std, spec.std, strict=True)]
-        shift = [
-            (ours - its) / std for ours, its, std in zip(images_spec.mean, spec.mean, spec.std, strict=True)
-        ]
+        shift = [(ours - its) / std for ours, its, std in zip(images_spec.mean, spec.mean, spec.std, strict=True)]
         same = images_spec.mean == spec.mean and images_spec.std == spec.std
         self._scale = None if same else torch.tensor(scale, device=self.device).view(1, 3, 1, 1)
         self._shift = torch.tensor(shift, device=self.device).view(1, 3, 1, 1)
@@ -61,9 +59,7 @@ class Teacher:
         return images if self.dtype is None else images.to(self.dtype)
 
     @torch.no_grad()
-    def __call__(
-        self, images: Float[Tensor, "B 3 h w"], needs: Needs, keep: Int[Tensor, "B K"] | None = None
-    ) -> ViTOutput:
+    def __call__(self, images: Float[Tensor, "B 3 h w"], needs: Needs, keep: Int[Tensor, "B K"] | None = None) -> ViTOutput:
         """Its answer to images in the student's normalisation; ``keep`` indexes its own patch grid."""
         device = self.device.type
         with torch.autocast(device, enabled=self.dtype is None and torch.is_autocast_enabled(device)):
@@ -75,10 +71,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """How a teacher's classes answer for the data set's: positions to pick (None: as they are), and a remark for the user."""
+    """How a teacher's classes answer for the data set's: positions to pick (None: as they are), and a remark for the user.
+
+    ``classes`` are the names it then answers with, in order; empty when it carries none.
+    """
 
     index: tuple[int, ...] | None
     remark: str
+    classes: tuple[str, ...] = ()
 
 
 def match_classes(
@@ -92,30 +92,35 @@ def match_classes(
     Raises:
         ConfigError: a class is missing, the order differs, or the counts do.
     """
+    ours = tuple(classes)
     if teacher_classes is None:
-        if teacher_count != len(classes):
+        if teacher_count != len(ours):
             raise ConfigError(
-                f"the {name} answers with {teacher_count} classes and the data set has {len(classes)}: train or fine-tune a teacher on "
+                f"the {name} answers with {teacher_count} classes and the data set has {len(ours)}: train or fine-tune a teacher on "
                 "these classes, or give one whose config.json names its classes (label_names)"
             )
-        return ClassMatch(None, "it carries no class names: their order is proved by its accuracy")
-    if len(teacher_classes) != teacher_count:
-        raise ConfigError(f"the {name} names {len(teacher_classes)} classes but answers with {teacher_count}: its config.json is wrong")
-    if list(teacher_classes) == list(classes):
-        return ClassMatch(None, "its classes are the data set's, in order")
-    position = {label: i for i, label in enumerate(teacher_classes)}
-    missing = [label for label in classes if label not in position]
+        return ClassMatch(None, "it carries no class names: their order is proved by its accuracy", ours)
+    its = tuple(teacher_classes)
+    if len(its) != teacher_count:
+        raise ConfigError(f"the {name} names {len(its)} classes but answers with {teacher_count}: its config.json is wrong")
+    if its == ours:
+        return ClassMatch(None, "its classes are the data set's, in order", ours)
+    position = {label: i for i, label in enumerate(its)}
+    missing = [label for label in ours if label not in position]
     if missing:
         shown = ", ".join(repr(label) for label in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ConfigError(
-            f"the {name} does not know {len(missing)} of the data set's {len(classes)} classes ({shown}): give a teacher trained on them"
+            f"the {name} does not know {len(missing)} of the data set's {len(ours)} classes ({shown}): give a teacher trained on them"
         )
-    index = tuple(position[label] for label in classes)
-    if len(teacher_classes) == len(classes) and not reorder:
-        first = next(i for i, (ours, its) in enumerate(zip(classes, teacher_classes, strict=True)) if ours != its)
+    index = tuple(position[label] for label in ours)
+    twice = next((label for label in ours if its.count(label) > 1), None) if len(position) < len(its) else None
+    if twice is not None:
+        raise ConfigError(f"the {name} has two classes called {twice!r}, and one is meant: give them different names in its config.json")
+    if len(its) == len(ours) and not reorder:
+        first = next(i for i, (our, other) in enumerate(zip(ours, its, strict=True)) if our != other)
         raise ConfigError(
-            f"the {name} has the data set's classes in another order (class {first} is {classes[first]!r} in the data set and "
-            f"{teacher_classes[first]!r} in the {name}): pass --reorder-classes to match them by name"
+            f"the {name} has the data set's classes in another order (class {first} is {ours[first]!r} in the data set and "
+            f"{its[first]!r} in the {name}): pass --reorder-classes to match them by name"
         )
-    kind = "are reordered by name" if len(teacher_classes) == len(classes) else f"are {len(classes)} of its {len(teacher_classes)}, by name"
-    return ClassMatch(index, f"the data set's classes {kind}")
+    kind = "are reordered by name" if len(its) == len(ours) else f"are {len(ours)} of its {len(its)}, by name"
+    return ClassMatch(index, f"the data set's classes {kind}", ours)

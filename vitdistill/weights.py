@@ -273,9 +273,9 @@ def create_model(
     ``name`` is timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json`` (what ``export``
     writes). ``pretrained``: None loads the weights of a folder or hub name and none for timm's plain names; False
     never; True always (a plain name then downloads). Another ``num_classes`` than the weights' gives a fresh head.
-    ``checkpoint`` is a file loaded strictly instead. ``image_size`` is (height, width) or one number, and becomes the
-    input size in the network's configuration. Raises ``ConfigError`` for a name or argument that does not exist,
-    ``DataError`` for weights that cannot be had or do not fit.
+    ``checkpoint`` is a file loaded strictly instead; without ``num_classes`` a plain timm name gets the file's.
+    ``image_size`` is (height, width) or one number, and becomes the input size in the network's configuration. Raises
+    ``ConfigError`` for a name or argument that does not exist, ``DataError`` for weights that cannot be had or do not fit.
     """
     if checkpoint is not None and pretrained:
         raise ConfigError(
@@ -300,8 +300,19 @@ def create_model(
     else:
         model = _from_hub(place, build, load=pretrained is not False and checkpoint is None)
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        state = load_state_dict(checkpoint)
+        answers = _num_answers(model, state)
+        if source == "timm" and "num_classes" not in build and answers not in (None, model.num_classes):
+            model = _from_registry(place, {**build, "num_classes": answers}, pretrained=False)
+        _load_into(model, state, shown(checkpoint))
     return model
+
+
+def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """How many classes a file's head answers in, when it has a head where timm says the network has its own."""
+    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    weight = state.get(f"{head[0] if isinstance(head, tuple | list) else head}.weight")
+    return None if weight is None else len(weight)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -178,6 +178,14 @@ def test_batched_views_depend_on_their_address_only(picture, stack, augment: Aug
         assert not torch.equal(batched(ids, views + 1), together)
 
 
+def test_autocast_does_not_reach_the_views(picture, stack) -> None:
+    batched = batch_of(picture, stack, AUGMENTS["deit"])
+    ids, views = np.arange(12, dtype=np.int64), np.zeros(12, dtype=np.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = normalize(batched(ids, views), SPEC)
+    assert inside.dtype == torch.float32 and torch.equal(inside, normalize(batched(ids, views), SPEC))
+
+
 def test_batched_small_recipe_is_a_crop_and_a_flip(picture, stack) -> None:
     batched = batch_of(picture, stack, AUGMENTS["small"])
     ids, views = np.zeros(400, dtype=np.int64), np.arange(400, dtype=np.int64)

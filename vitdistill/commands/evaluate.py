@@ -3,14 +3,13 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from ..build import build_teacher, build_teacher_model
 from ..cost import flops, forward_flops
@@ -23,33 +22,38 @@ from ..train.distributed import World, world
 from ..train.job import amp_dtype_of
 from ..train.loop import evaluate
 from ..vit import Needs
+from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
 
 
 @dataclass
 class EvalFlags:
     """Flags of ``eval``."""
 
-    model: Positional[Annotated[str, arg(metavar="MODEL", help="a run or export folder, timm name, or hf-hub:ORG/NAME")]]
-    data_dir: Annotated[str, arg(help="images: a folder or tar with val/, parquet files, hfds/NAME, torchvision/NAME?root=DIR")]
-    model_path: Annotated[str | None, arg(help="its weights (.safetensors, .pth)")] = None
-    pretrained: Annotated[bool, arg(help="take timm's pretrained weights")] = False
-    img_size: Annotated[int | None, arg(help="side of its square input, pixels; None: its own")] = None
-    reorder_classes: Annotated[bool, arg(help="accept its classes in another order, matched by name")] = False
-    teacher_model: Annotated[str | None, arg(help="a teacher to compare its answers with")] = None
-    teacher_path: Annotated[str | None, arg(help="the teacher's weights")] = None
-    teacher_pretrained: Annotated[bool, arg(help="take timm's pretrained weights for the teacher")] = False
-    split: Annotated[Literal["val", "train"], arg(help="which images")] = "val"
-    batch_size: Annotated[int, arg(aliases=["-b"], help="images a step and process")] = 256
-    workers: Annotated[int, arg(aliases=["-j"], help="loader processes")] = 2
-    amp_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], arg(help="precision; auto: bfloat16 on a GPU, float32 on a CPU")] = "auto"
-    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto"
-    json: Annotated[bool, arg(help="print one line of JSON instead of a table")] = False
+    model: Positional[Annotated[str, TEXT, about("a run or export folder, timm name, or hf-hub:ORG/NAME", metavar="MODEL")]] = field(
+        metadata={"positional": "MODEL"}
+    )
+    data_dir: Annotated[str, TEXT, about("images: a folder or tar with val/, parquet files, hfds/NAME, torchvision/NAME?root=DIR")]
+    model_path: Annotated[str | None, TEXT, about("its weights (.safetensors, .pth)")] = None
+    pretrained: Annotated[bool, about("take timm's pretrained weights")] = False
+    img_size: Annotated[int | None, COUNT, about("side of its square input, pixels; none: its own")] = None
+    reorder_classes: Annotated[bool, about("accept its classes in another order, matched by name")] = False
+    teacher_model: Annotated[str | None, TEXT, about("a teacher to compare its answers with")] = None
+    teacher_path: Annotated[str | None, TEXT, about("the teacher's weights")] = None
+    teacher_pretrained: Annotated[bool, about("take timm's pretrained weights for the teacher")] = False
+    split: Annotated[Literal["val", "train"], one_of("val", "train"), about("which images")] = "val"
+    batch_size: Annotated[int, COUNT, about("images a step and process")] = field(default=256, metadata={"aliases": ("-b",)})
+    workers: Annotated[int, COUNT, about("loader processes")] = field(default=2, metadata={"aliases": ("-j",)})
+    amp_dtype: Annotated[
+        str, one_of("auto", "float32", "bfloat16", "float16"), about("precision; auto: bfloat16 on a GPU, float32 on a CPU")
+    ] = "auto"
+    device: Annotated[str, TEXT, about("auto, cpu, cuda, cuda:N or mps")] = "auto"
+    json: Annotated[bool, about("print one line of JSON instead of a table")] = False
 
 
 def main(words: Sequence[str]) -> int:
     """Evaluate one model exactly, on one process or torchrun's many."""
     description = "Top-1 and top-5 accuracy, calibration error, agreement with a teacher, parameters, FLOPs and speed of a model."
-    flags = tyro.cli(EvalFlags, args=list(words), prog="vitdistill eval", description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    flags = parse_flags(EvalFlags, words, "vitdistill eval", wrap(description))
     if flags.batch_size < 1:
         raise ConfigError(f"--batch-size is {flags.batch_size}: give at least 1")
     with world(flags.device) as here:
@@ -82,7 +86,7 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
     loader = EvalLoader(
         source, spec, batch_size=flags.batch_size, workers=flags.workers, device=here.device, rank=here.rank, world_size=here.size
     )
-    scores = evaluate(_Matched(model), loader, here.device, amp_dtype, teacher=teacher)
+    scores = evaluate(_Matched(model), loader, here, amp_dtype, teacher=teacher)
     assert scores is not None
     return {
         **scores,

@@ -1,27 +1,29 @@
 """``vitdistill export``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from .. import weights
 from ..build import resolve_run
 from ..data.views import InputSpec
 from ..errors import ConfigError
 from ..export import export_onnx, export_timm
+from .flags import TEXT, about, parse_flags, wrap
 
 
 @dataclass
 class ExportFlags:
     """Flags of ``export``."""
 
-    model: Positional[Annotated[str, arg(metavar="RUN", help="a run folder (its best weights), or a folder with config.json such as RUN/last")]]
-    output: Annotated[str | None, arg(help="folder to write for timm: config.json and model.safetensors")] = None
-    onnx: Annotated[str | None, arg(help="file to write as ONNX (needs the extra: pip install 'vitdistill[onnx]')")] = None
+    model: Positional[
+        Annotated[str, TEXT, about("a run folder (its best weights), or a folder with config.json such as RUN/last", metavar="RUN")]
+    ] = field(metadata={"positional": "RUN"})
+    output: Annotated[str | None, TEXT, about("folder to write for timm: config.json and model.safetensors")] = None
+    onnx: Annotated[str | None, TEXT, about("file to write as ONNX (needs pip install 'vitdistill[onnx]')")] = None
 
 
 def main(words: Sequence[str]) -> int:
@@ -30,7 +32,7 @@ def main(words: Sequence[str]) -> int:
         "Write a run's student as a folder that timm loads with the same answers, timm.create_model('local-dir:FOLDER', pretrained=True), "
         "or as an ONNX file checked against torch. There is no teacher and no adapter in it."
     )
-    flags = tyro.cli(ExportFlags, args=list(words), prog="vitdistill export", description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    flags = parse_flags(ExportFlags, words, "vitdistill export", wrap(description))
     if flags.output is None and flags.onnx is None:
         raise ConfigError("nothing to write: give --output FOLDER for timm, --onnx FILE, or both")
     folder = resolve_run(flags.model)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
-from tyro.conf import arg
 
 from ..data.loader import TrainLoader
 from ..recipe import Recipe
+from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
 
 
@@ -17,13 +17,14 @@ from .recipe_flags import RecipeFlags, parse
 class TrainFlags(RecipeFlags):
     """Flags of ``train``."""
 
-    output: Annotated[str | None, arg(help="the run folder; None: runs/RECIPE. A run that is there is resumed, never overwritten")] = None
-    device: Annotated[str, arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto"
+    output: Annotated[str | None, TEXT, about("the run folder; none: runs/RECIPE. A run there is resumed, never overwritten")] = None
+    device: Annotated[str, TEXT, about("auto, cpu, cuda, cuda:N or mps")] = "auto"
 
 
 def main(words: Sequence[str]) -> int:
     """Train, or resume."""
-    flags, recipe = parse("train", TrainFlags, words, "Train a student, alone or from a teacher. The same command resumes a run that was stopped.")
+    about_it = "Train a student, alone or from a teacher. The same command resumes a run that was stopped."
+    flags, recipe = parse("train", TrainFlags, words, wrap(about_it))
     output = Path(flags.output) if flags.output is not None else Path("runs") / recipe.name
     console = Console()
     from ..train.job import Job
@@ -32,12 +33,13 @@ def main(words: Sequence[str]) -> int:
     def show(job: Job) -> None:
         console.print(_plan_text(job, recipe), highlight=False, markup=False, soft_wrap=True)
 
-    summary = train(replace(recipe, name=output.name), output, device=flags.device, console=console, prepared=show)
+    named = replace(recipe, name=output.absolute().name or recipe.name)
+    summary = train(named, output, device=flags.device, console=console, prepared=show)
     best = summary["best_top1"]
     if best is not None:
         console.print(
-            f"done: top-1 {summary['scores']['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g}); weights in {output / 'last'} and "
-            f"{output / 'best'}",
+            f"done: top-1 {summary['scores']['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g}); "
+            f"weights in {output / 'last'} and {output / 'best'}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -1,0 +1,1 @@
+"""Images in, batches out: sources, decoding, views, mixing and loaders, all deterministic for any number of workers."""

@@ -17,6 +17,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import numpy as np
@@ -431,8 +432,8 @@ class _Workers:
     owner: int = field(default_factory=os.getpid)
 
     def lost(self) -> bool:
-        """Whether a worker is dead."""
-        return any(not process.is_alive() for process in _processes(self.iterator))
+        """Whether a worker is dead, or dies within a moment: its connections break before it is gone."""
+        return bool(wait([process.sentinel for process in _processes(self.iterator)], timeout=2.0))
 
     def stop(self) -> None:
         """End the workers; they ignore SIGTERM, so one that does not leave is killed (it has no state to lose)."""

@@ -1,5 +1,6 @@
 """Logit distillation: soft (Hinton et al., arXiv 1503.02531) and hard (DeiT, arXiv 2012.12877), with DeiT's distillation token."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -68,7 +69,7 @@ class SoftKD(_LogitDistillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature!r}: give a number above 0")
 
     def loss(

@@ -22,7 +22,7 @@ def deit_tiny() -> Recipe:
         student=StudentConfig(model="deit_tiny_patch16_224", drop_path=0.1),
         objectives={"ce": CrossEntropy(smoothing=0.1)},
         data=DataConfig(workers=8, augment=AUGMENTS["deit"]),
-        optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05, sched="cosine", warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5),
+        optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05, sched="cosine", warmup_epochs=5.0, warmup_lr=1e-6, min_lr=1e-5),
         train=TrainConfig(epochs=300, batch_size=1024),
     )
 

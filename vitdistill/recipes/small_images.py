@@ -1,4 +1,4 @@
-"""32 x 32 images (CIFAR and the like), sized to finish on a laptop: a ViT teacher trained on the spot, and a student of a quarter of its width."""
+"""32 x 32 images (CIFAR and the like), sized to finish on a laptop: a ViT teacher trained on the spot, and a student half as wide."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def small_images_alone() -> Recipe:
         student=StudentConfig(model="vit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
         objectives={"ce": CrossEntropy(smoothing=0.1)},
         data=DataConfig(workers=0, augment=AUGMENTS["small"]),
-        optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2, min_lr=1e-5, clip_grad=1.0),
+        optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2.0, min_lr=1e-5, clip_grad=1.0),
         train=TrainConfig(epochs=30, batch_size=128, log_every=20),
     )
 

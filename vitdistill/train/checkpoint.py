@@ -105,9 +105,7 @@ def _checked_identity(folder: Path, body: Mapping[str, Any]) -> int:
         raise DataError(f"{durable.shown(folder)} is not a checkpoint of vitdistill.")
     match = _NAME.fullmatch(folder.name)
     if match is not None and int(match["step"]) != identity["step"]:
-        raise DataError(
-            f"{durable.shown(folder)} holds step {identity['step']}: it was renamed; give it its own name back."
-        )
+        raise DataError(f"{durable.shown(folder)} holds step {identity['step']}: it was renamed; give it its own name back.")
     return int(identity["step"])
 
 
@@ -198,8 +196,8 @@ def pack_optimizer(state_dict: Mapping[str, Any], prefix: str = "optimizer.") ->
     """Split an optimizer's ``state_dict`` into named tensors and a JSON-able rest that ``unpack_optimizer`` joins
     exactly.
 
-    Keeps dict keys that are integers, tuples, None, and the memory layout of dense tensors. ``TypeError`` for other
-    objects.
+    Keeps dict keys that are integers, tuples, None, dtypes, and the memory layout of dense tensors. ``TypeError`` for
+    other objects.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -215,6 +213,8 @@ def pack_optimizer(state_dict: Mapping[str, Any], prefix: str = "optimizer.") ->
             return {"dict": [[_key(key, where), pack(item, f"{where}.{key}")] for key, item in value.items()]}
         if type(value) in (list, tuple):
             return {type(value).__name__: [pack(item, f"{where}.{index}") for index, item in enumerate(value)]}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
         if value is None or isinstance(value, bool | int | float | str):
             return _plain(value)
         raise TypeError(f"optimizer state {where!r} is {type(value).__name__}, which cannot be saved without pickle")
@@ -251,14 +251,13 @@ def unpack_optimizer(tensors: Mapping[str, Tensor], structure: Any) -> dict[str,
             return value
         if "tensor" in value:
             if value["tensor"] not in tensors:
-                raise DataError(
-                    f"The optimizer's state lacks the tensor {value['tensor']!r}; the checkpoint does not fit this "
-                    f"version."
-                )
+                raise DataError(f"The optimizer's state lacks the tensor {value['tensor']!r}; the checkpoint does not fit this version.")
             tensor = tensors[value["tensor"]]
             if "stride" in value:
                 tensor = torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype).copy_(tensor)
             return tensor
+        if "dtype" in value:
+            return getattr(torch, value["dtype"])
         if "dict" in value:
             return {key: unpack(item) for key, item in value["dict"]}
         if "tuple" in value:

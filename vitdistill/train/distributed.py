@@ -1,16 +1,32 @@
-"""The processes of a run: one is not a special case, torchrun's many share the global batch."""
+"""The processes of a run: one is not a special case, torchrun's many share the global batch.
+
+Whatever can fail on one process alone (a damaged image, a refused folder, a full disk) is met together: every process learns of it and
+leaves with the same sentence, so that none is left waiting for the others.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
+
+T = TypeVar("T")
+
+# What torch says, as a plain RuntimeError, when a peer is gone: gloo's words, then NCCL's.
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout", "NCCL")
+
+
+class ProcessLost(UserError):
+    """Another process of the run died, or does not answer."""
+
+    exit_code = 70
 
 
 @dataclass(frozen=True)
@@ -26,12 +42,17 @@ class World:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
-    def any(self, flags: Tensor) -> list[bool]:
-        """Which of the flags is set on any process; one small reduction, one host sync."""
-        if self.size > 1:
-            flags = flags.to(torch.int32)
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in flags.tolist()]
+    def any(self, *flags: bool) -> list[bool]:
+        """Which of the flags is set on any process; one small reduction between the hosts, none for one process."""
+        if self.size == 1:
+            return list(flags)
+        merged = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in merged.tolist()]
+
+    def most(self, count: int) -> int:
+        """The largest count of all processes."""
+        return max(self.gather(count))
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over processes."""
@@ -41,14 +62,37 @@ class World:
             values /= self.size
         return values
 
-    def share(self, error: Exception | None) -> None:
-        """Wait for all processes; re-raise the main process's ``error`` on every one of them, so that none is left waiting."""
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank."""
+        values: list[Any] = [value]
         if self.size > 1:
-            box = [error if self.is_main else None]
-            dist.broadcast_object_list(box, src=0)
-            error = box[0]
-        if error is not None:
-            raise error
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, error: UserError | None) -> None:
+        """Meet, and raise on every process the error of the first that has one."""
+        first = next((found for found in self.gather(error) if found is not None), None)
+        if first is not None:
+            raise first
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave the block together: a user error of one process in it is raised on all of them. Nothing in it may meet."""
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        self.agree(failure)
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on the main process, on every one; its user errors too."""
+        found: T | None = None
+        with self.together():
+            if self.is_main:
+                found = work()
+        return self.gather(found)[0]  # type: ignore[return-value]
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -58,13 +102,19 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"the device {name!r} is unknown: choose auto, cpu, cuda, cuda:N or mps") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"the device {name!r} is not one this can train on: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"the device {name!r} was asked for, but this machine's torch sees no GPU: use --device cpu")
+        num_gpus, num_local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if num_local > 1 and device.index is not None:
+            raise ConfigError(f"the device {name!r} was asked for by {num_local} processes, and each needs its own: use --device cuda")
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
-        if index >= torch.cuda.device_count():
-            raise ConfigError(f"the device cuda:{index} was asked for, but there are only {torch.cuda.device_count()} GPUs")
+        # Every process looks at the largest index, so that all of them stop, and not only those without a GPU.
+        if max(index, num_local - 1) >= num_gpus:
+            raise ConfigError(f"the device cuda:{max(index, num_local - 1)} is needed, but there are only {num_gpus} GPUs here")
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return device
@@ -72,15 +122,29 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join torchrun's processes, or be alone."""
+    """Join torchrun's processes, or be alone.
+
+    Raises:
+        ProcessLost: another process died while this one waited for it.
+    """
     chosen = choose_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
         alone = not dist.is_initialized()
         yield World(0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size(), chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    # gloo beside NCCL: flags and sentences travel between the hosts without waiting for the GPUs.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
         yield World(dist.get_rank(), size, chosen)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _PEER_LOST):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ProcessLost(
+            f"another process of this run died or does not answer ({reason}): its own message says why, and the same command resumes "
+            "from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
 """A job: everything a run needs, built and checked before a single file is written."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .. import weights
@@ -28,9 +28,10 @@ class Job:
 
     Attributes:
         train_loader: batches of training views; val_loader: None for unlabelled images.
-        classes: of the data set, in the order of the logits; empty if unlabelled.
+        classes: of the data set, in the order of the logits; the teacher's, if it names them, where the images are unlabelled.
         architecture: timm name and arguments that rebuild the student.
         amp_dtype: autocast precision; None: none.
+        identity: what besides the recipe decides the result, so that a resume with anything else is refused.
         unused: parameters no gradient reaches.
     """
 
@@ -74,35 +75,38 @@ def open_data(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
 
 
 def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
-    """Open the data, build the networks, resolve the plan and prove the teachers; nothing is written."""
+    """Open the data, build the networks, resolve the plan and prove the teachers; nothing is written.
+
+    Call it on every process: what one of them cannot do stops them all.
+    """
+    with world.together():
+        job, proving = _build(recipe, world, say)
+    amp_dtype, classes = job.amp_dtype, job.classes
+    if proving is not None:
+        for name, teacher in job.teachers.items():
+            with torch.autocast(world.device.type, amp_dtype, enabled=amp_dtype is not None):
+                proof = prove_teacher(teacher, proving, classes, world)
+            say(f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images (chance {proof.chance:.1%})")
+    if recipe.train.compile:
+        job.distillation.run = torch.compile(job.distillation.run)
+        for teacher in job.teachers.values():
+            teacher.run = torch.compile(teacher.run)
+    return job
+
+
+def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Job, EvalLoader | None]:
+    """The job as far as one process can build it alone, and the validation images its teachers are to be proved on."""
     train_source, val_source = open_data(recipe)
-    classes = train_source.classes
     labels_needed = [name for name, objective in recipe.objectives.items() if objective.reads_labels]
-    if not classes and labels_needed:
+    if not train_source.classes and labels_needed:
         raise ConfigError(
             f"the images in {recipe.data.dir} have no labels (no class folders), and the objective {labels_needed[0]!r} needs them: "
-            "leave it out (--without ce) to learn from the teacher alone"
+            f"leave it out (--without {labels_needed[0]}) to learn from the teacher alone"
         )
-    torch.manual_seed(recipe.train.seed)
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
-    spec_source = build_student(recipe.student, max(len(classes), 1)) if not classes else None
-    student_spec = spec_source.spec if spec_source is not None else None
-    student: Built | None = None
-    if classes:
-        student = build_student(recipe.student, len(classes))
-        student_spec = student.spec
-    assert student_spec is not None
-    teachers: dict[str, Teacher] = {}
-    for name, config in recipe.teachers.items():
-        teacher, match = build_teacher(config, name, classes, student_spec, world.device)
-        teachers[name] = teacher
-        say(f"{name}: {teacher.network.architecture}, {match.remark}")
-    if student is None:
-        counts = {teacher.network.num_classes for teacher in teachers.values()}
-        if len(counts) != 1:
-            raise ConfigError("unlabelled images need exactly one set of classes, the teacher's: give teachers with equal classes")
-        torch.manual_seed(recipe.train.seed)
-        student = build_student(recipe.student, counts.pop())
+    student, teachers, classes = _build_networks(recipe, train_source.classes, world.device, say)
+    if recipe.data.augment.crop == "pad":  # trained on whole images, so evaluated on whole images
+        student = replace(student, spec=replace(student.spec, crop_pct=1.0))
     plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})
     distillation = Distillation(student.model, plan, recipe.train.seed).to(world.device)
     if world.device.type == "cpu" and amp_dtype is torch.bfloat16:
@@ -119,52 +123,76 @@ def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
     train_loader = TrainLoader(
         train_source,
         recipe.data.augment,
-        student_spec,
+        student.spec,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         accumulate=recipe.train.accumulate,
         in_memory=recipe.data.in_memory,
         **loader_args,
     )
-    val_loader = None
+    val_loader = proving = None
     if val_source is not None:
-        val_loader = EvalLoader(val_source, student_spec, batch_size=recipe.train.eval_batch_size, **loader_args)
-        probe = EvalLoader(
-            val_source, student_spec, batch_size=recipe.train.eval_batch_size, limit=NUM_IMAGES, **loader_args
-        )
-        for name, teacher in teachers.items():
-            with torch.autocast(world.device.type, amp_dtype, enabled=amp_dtype is not None):
-                scores = prove_teacher(teacher, probe, len(classes), world.device, _merge)
-            say(f"{name}: right on {scores['top1']:.1%} of {scores['num_samples']:.0f} validation images (chance {1 / len(classes):.1%})")
-    unused = unused_parameters(distillation, teachers, student_spec, world.device)
+        loader_args["batch_size"] = recipe.train.eval_batch_size
+        val_loader = EvalLoader(val_source, student.spec, **loader_args)
+        proving = EvalLoader(val_source, student.spec, limit=NUM_IMAGES, **loader_args)
+    unused = unused_parameters(distillation, teachers, student.spec, world.device)
     if unused:
         shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         say(f"no gradient reaches {len(unused)} parameters of the student ({shown}): no objective reads them")
-    if recipe.train.compile:
-        distillation.run = torch.compile(distillation.run)
-        for teacher in teachers.values():
-            teacher.run = torch.compile(teacher.run)
     identity = {
-        "train_images": train_source.fingerprint(),
-        "val_images": val_source.fingerprint() if val_source is not None else "",
-        "pipeline": train_loader.pipeline,
+        "training images": train_source.fingerprint(),
+        "validation images": val_source.fingerprint() if val_source is not None else "",
+        "image pipeline": train_loader.pipeline,
+        **{f"weights of the {name}": weights_digest(teacher.model) for name, teacher in teachers.items()},
     }
-    architecture = weights.describe(resolve_run(recipe.student.model), _model_args(recipe))
-    return Job(
+    job = Job(
         recipe=recipe,
         world=world,
         plan=plan,
         distillation=distillation,
         teachers=teachers,
-        student_spec=student_spec,
+        student_spec=student.spec,
         train_loader=train_loader,
         val_loader=val_loader,
         classes=classes,
-        architecture=architecture,
+        architecture=weights.describe(resolve_run(recipe.student.model), _model_args(recipe)),
         amp_dtype=amp_dtype,
         identity=identity,
         unused=unused,
     )
+    return job, proving
+
+
+def _build_networks(
+    recipe: Recipe, classes: tuple[str, ...], device: torch.device, say: Callable[[str], None]
+) -> tuple[Built, dict[str, Teacher], tuple[str, ...]]:
+    """Student, teachers and the classes they answer with: the data set's; the teachers' where the images are unlabelled."""
+    torch.manual_seed(recipe.train.seed)
+    student = build_student(recipe.student, max(len(classes), 1))
+    teachers: dict[str, Teacher] = {}
+    names: set[tuple[str, ...]] = set()
+    for name, config in recipe.teachers.items():
+        teacher, match = build_teacher(config, name, classes, student.spec, device)
+        teachers[name] = teacher
+        names.add(match.classes)
+        say(f"{name}: {teacher.network.architecture}, {match.remark}")
+    if not classes:
+        counts = {teacher.network.num_classes for teacher in teachers.values()}
+        if len(counts) != 1 or len(names - {()}) > 1:
+            raise ConfigError("unlabelled images need exactly one set of classes, the teacher's: give teachers with equal classes")
+        classes = max(names, key=len)
+        torch.manual_seed(recipe.train.seed)
+        student = build_student(recipe.student, counts.pop())
+    return student, teachers, classes
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of everything a network computes with."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _model_args(recipe: Recipe) -> dict[str, Any]:
@@ -174,24 +202,14 @@ def _model_args(recipe: Recipe) -> dict[str, Any]:
     return args
 
 
-def _merge(tensor: torch.Tensor) -> None:
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
-def unused_parameters(
-    distillation: Distillation, teachers: dict[str, Teacher], spec: InputSpec, device: torch.device
-) -> tuple[str, ...]:
+def unused_parameters(distillation: Distillation, teachers: dict[str, Teacher], spec: InputSpec, device: torch.device) -> tuple[str, ...]:
     """Names of trainable parameters no loss reaches, found by one backward pass over two blank images in evaluation mode."""
     training = distillation.training
     distillation.eval()
     labels = torch.zeros(2, dtype=torch.int64, device=device)
-    batch = Batch(
-        images=torch.zeros(2, 3, *spec.image_size, device=device), labels=labels, ids=labels, views=labels, view=0
-    )
+    batch = Batch(images=torch.zeros(2, 3, *spec.image_size, device=device), labels=labels, ids=labels, views=labels, view=0)
     named = [(name, parameter) for name, parameter in distillation.named_parameters() if parameter.requires_grad]
     loss = distillation(batch, teachers)["loss"]
     grads = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
     distillation.train(training)
     return tuple(name.removeprefix("student.") for (name, _), grad in zip(named, grads, strict=True) if grad is None)
-

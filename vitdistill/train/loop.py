@@ -1,4 +1,10 @@
-"""The training loop: one for one process or many, and every way it can stop."""
+"""The training loop: one for one process or many, and every way it can stop.
+
+A step is a straight line: forward and backward of its micro-batches, the next step's batches fetched while the device computes, one wait
+for the device to know that everything is finite, and the optimizer. Samples, views and the order of both depend on the recipe alone.
+Dropout and stochastic depth are drawn a micro-batch at a time, so their draws (and nothing else) also depend on the number of processes
+and micro-batches.
+"""
 
 import contextlib
 import json
@@ -19,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import durable
 from ..data import keyed
 from ..data.loader import Batch, EvalLoader
-from ..errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
+from ..errors import DataError, NonFiniteError, Preempted, UserError
 from ..export import export_timm
 from ..metrics import Metrics
 from ..recipe import Recipe, fingerprint
@@ -29,17 +35,22 @@ from . import checkpoint
 from .display import Display, Speed
 from .distributed import World, world
 from .job import Job, prepare
-from .optim import clip_gradients, learning_rate, make_optimizer, make_schedule
-from .run_folder import METRICS, TIMING, RunFolder, check_folder
+from .optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
+from .run_folder import METRICS, SUMMARY, TIMING, RunFolder, finished
 
-PROGRESS = ("step", "evaluated_at", "best", "best_step")
+PROGRESS = ("step", "evaluated_at", "best_step", "scores", "seconds")
+Resumed = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class StopRequest:
-    """SIGTERM, Ctrl-C and SIGUSR1 ask the run to save and stop; a second one stops it at once."""
+    """SIGTERM, Ctrl-C and SIGUSR1 ask the run to save and stop; one more of them stops it at once.
 
-    def __init__(self) -> None:
+    Signals within ``patience`` seconds are one request: a launcher passes on what the whole process group was sent already.
+    """
+
+    def __init__(self, patience: float = 3.0) -> None:
         self.name = ""
+        self._patience, self._asked = patience, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -53,11 +64,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.name:
-            for again, handler in self._before.items():
-                signal.signal(again, handler)
+        now = time.monotonic()
+        if not self.name:
+            self.name, self._asked = signal.Signals(number).name, now
+        elif now - self._asked > self._patience:
+            self.__exit__()
             signal.raise_signal(number)
-        self.name = signal.Signals(number).name
 
 
 def train(
@@ -70,95 +82,87 @@ def train(
 ) -> dict[str, Any]:
     """Train the recipe's student into the run folder ``output``, or resume the run that is there.
 
-    Returns the run's summary (also in ``summary.json``).
+    Returns the run's summary (also in ``summary.json``); ``prepared`` is called on the main process before the first step.
 
     Raises:
-        UserError: one sentence; before the run folder is touched for everything that can be known before.
+        UserError: one sentence, the same on every process; before the run folder is touched for everything that can be known before.
         Preempted: it was asked to stop, and has saved its state.
     """
     output = Path(output)
     console = console or Console()
     with world(device) as here:
         say = (lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) if here.is_main else (lambda text: None)
-        exists = check_folder(output, recipe)
-        if exists and (output / "summary.json").is_file():
-            summary = json.loads((output / "summary.json").read_bytes())
-            say(f"{output} is finished already: nothing to do")
-            return dict(summary)
+
+        def done() -> dict[str, Any] | None:
+            summary = finished(output, recipe)
+            if summary is not None:
+                say(f"{output} is finished already: nothing to do")
+            return summary
+
+        summary = here.from_main(done)
+        if summary is not None:
+            return summary
         job = prepare(recipe, here, say)
-        resumed = _load(output, job, say) if exists else None
-        if prepared is not None and here.is_main:
-            prepared(job)
-        folder, error = None, None
-        if here.is_main:
-            try:
-                folder = RunFolder(output, recipe)
-            except UserError as refused:
-                error = refused
-        here.share(error)
-        with folder or contextlib.nullcontext():
-            return _Run(job, output, folder, console, resumed).finish()
+        with here.together():
+            if here.is_main:
+                durable.require_free(output, _bytes_to_write(job))
+                if prepared is not None:
+                    prepared(job)
+        folder = None
+        with contextlib.ExitStack() as stack:
+            with here.together():
+                if here.is_main:
+                    folder = stack.enter_context(RunFolder(output, recipe))
+            # Until the folder was this process's own, another one may have worked on the same run.
+            summary = here.from_main(done)
+            return summary if summary is not None else _Run(job, output, folder, console, say).finish()
 
 
-def _load(output: Path, job: Job, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest verified training state, damaged ones named; None if the run had not saved any."""
-    found = checkpoint.latest(output, warn=say)
-    if found is None:
-        return None
-    tensors, state = checkpoint.load(found)
-    if state["recipe"] != fingerprint(job.recipe):
-        raise DataError(f"{found} was saved by another recipe than {output / 'recipe.yaml'}: restore the recipe, or start a new run")
-    for key, name in (("train_images", "training images"), ("val_images", "validation images"), ("pipeline", "image pipeline")):
-        if state["identity"][key] != job.identity[key]:
-            raise DataError(
-                f"the {name} are not those this run began with ({key} {state['identity'][key][:12]} then, {job.identity[key][:12]} now): "
-                f"restore them, or start a new run in another folder"
-            )
-    return tensors, state
+def _bytes_to_write(job: Job) -> int:
+    """What a run has to find room for: two training states (weights, the optimizer's two moments, the average) and two exports."""
+    size = sum(value.numel() * value.element_size() for value in job.distillation.state_dict().values())
+    states = 3 if job.recipe.train.ema_decay is None else 4
+    return 2 * (states + 1) * size
 
 
 class _Run:
     """The state of a running run, and its loop."""
 
-    def __init__(
-        self,
-        job: Job,
-        output: Path,
-        folder: RunFolder | None,
-        console: Console,
-        resumed: tuple[dict[str, Tensor], dict[str, Any]] | None,
-    ) -> None:
+    def __init__(self, job: Job, output: Path, folder: RunFolder | None, console: Console, say: Callable[[str], None]) -> None:
         recipe = job.recipe
-        self.job, self.output, self.folder, self.recipe = job, output, folder, recipe
+        self.job, self.output, self.folder, self.recipe, self.say = job, output, folder, recipe, say
         self.world: World = job.world
+        self.fingerprint = fingerprint(recipe)
         self.steps_per_epoch = job.train_loader.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.train.epochs
-        self.optimizer = make_optimizer(job.distillation, recipe.optim)
-        self.schedule = make_schedule(self.optimizer, recipe.optim, recipe.train.epochs, self.steps_per_epoch)
-        decay = recipe.train.ema_decay
-        self.ema = None if decay is None else ModelEmaV3(job.student, decay=decay)
-        scaled = job.amp_dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=scaled) if scaled else None
         self.names = [*job.plan.objectives, "loss", "grad_norm"]
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.world.device)  # last: steps summed
         self.step, self.evaluated_at, self.best, self.best_step = 0, -1, -math.inf, -1
         self.scores: dict[str, float] = {}
         self.seconds = 0.0
-        offsets: dict[str, int] = {}
-        if resumed is not None:
-            offsets = self._restore(*resumed)
+        self.waited = 0.0
+        found = self.world.from_main(lambda: checkpoint.latest(output, warn=say))
+        with self.world.together():
+            self.optimizer = make_optimizer(job.distillation, recipe.optim)
+            self.schedule = make_schedule(self.optimizer, recipe.optim, recipe.train.epochs, self.steps_per_epoch)
+            decay = recipe.train.ema_decay
+            self.ema = None if decay is None else ModelEmaV3(job.student, decay=decay)
+            self.scaler = torch.amp.GradScaler(self.world.device.type) if job.amp_dtype is torch.float16 else None
+            offsets = {} if found is None else self._restore(found)
+            if folder is not None:
+                folder.open_logs(offsets)
+                changed = folder.record_environment(self.step, self.world.size)
+                if changed:
+                    say(f"this run goes on with {'; '.join(changed)}: same samples and views, numbers may differ in their last bits")
         self.module: nn.Module = job.distillation
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             self.module = DistributedDataParallel(job.distillation, device_ids=ids, find_unused_parameters=bool(job.unused))
         self.display = Display(console, self.total_steps, self.steps_per_epoch, self.world.is_main)
         self.speed = Speed(recipe.train.batch_size)
-        self.board = None
-        if folder is not None:
-            folder.open_logs(offsets)
-            self.board = _tensorboard(output / "tensorboard", self.step)
-            if resumed is not None:
-                self.display.say(f"resuming {output} at step {self.step} of {self.total_steps}")
+        self.board = None if folder is None else _tensorboard(output / "tensorboard", self.step)
+        if found is not None:
+            say(f"resuming {output} at step {self.step} of {self.total_steps}")
 
     @property
     def model(self) -> nn.Module:
@@ -171,122 +175,174 @@ class _Run:
         """Train to the end, or until asked to stop."""
         train = self.recipe.train
         save_every = train.save_every or self.steps_per_epoch
-        batches: Iterator[tuple[Batch, ...]] = iter(self.job.train_loader.batches(self.step, self.total_steps - self.step))
-        saved_at = self.step
+        batches = self.job.train_loader.batches(self.step, self.total_steps - self.step)
+        saved_at, stopped = self.step, False
         begun = time.perf_counter() - self.seconds
-        with StopRequest() as stop, self.display:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            stack.enter_context(self.display)
+            stack.callback(batches.close)  # type: ignore[attr-defined]
+            if self.board is not None:
+                stack.callback(self.board.close)
+            with self.world.together():
+                upcoming = next(batches, None)
             while True:
                 end_of_epoch = self.step > 0 and self.step % self.steps_per_epoch == 0
                 due = end_of_epoch and (self.step // self.steps_per_epoch % train.eval_every == 0 or self.step == self.total_steps)
-                stopped = False
                 if due and self.evaluated_at != self.step:
-                    stopped = not self._evaluate(stop)
-                stopped = stopped or self.world.any(torch.tensor([bool(stop.name)], device=self.world.device))[0]
+                    stopped = not self._evaluate(stop) or stopped
                 self.seconds = time.perf_counter() - begun
                 if saved_at != self.step and (stopped or self.step % save_every == 0 or self.step == self.total_steps):
                     self._save()
                     saved_at = self.step
-                if self.step == self.total_steps and not stopped:
-                    break
                 if stopped:
                     raise Preempted(
                         f"stopped by {stop.name or 'another process'} at step {self.step} of {self.total_steps}, state saved in "
                         f"{self.output}: the same command resumes it"
                     )
-                self._step(next(batches))
+                if self.step == self.total_steps:
+                    return self._summarise()
+                assert upcoming is not None
+                upcoming, stopped = self._step(upcoming, batches, stop)
                 self.speed.tick()
                 if self.step % train.log_every == 0 or self.step % self.steps_per_epoch == 0:
                     self._log()
-        return self._summarise()
 
-    def _step(self, micro_batches: tuple[Batch, ...]) -> None:
-        """One optimizer step; raises `NonFiniteError` before it is applied if a loss or a gradient is not finite."""
+    def _step(
+        self, micro_batches: tuple[Batch, ...], batches: Iterator[tuple[Batch, ...]], stop: StopRequest
+    ) -> tuple[tuple[Batch, ...] | None, bool]:
+        """One optimizer step; returns the next step's batches, and whether any process was asked to stop.
+
+        Raises:
+            NonFiniteError: a loss or a gradient is NaN or infinite; the step was not applied.
+            DataError: the next batches cannot be had.
+        """
         job, count = self.job, len(micro_batches)
         job.distillation.train()
         self.schedule(self.step)
         self.optimizer.zero_grad()
+        finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         for i, batch in enumerate(micro_batches):
-            # Dropout and stochastic depth draw from a generator seeded by the step: a resumed run needs no generator state.
-            torch.manual_seed(int(keyed.keys(self.recipe.train.seed, self.step, i * self.world.size + self.world.rank, keyed.Stream.DROPOUT)[0]) >> 1)
-            last = i == count - 1
-            sync = contextlib.nullcontext() if last or self.world.size == 1 else self.module.no_sync()  # type: ignore[operator]
+            sync = contextlib.nullcontext() if i == count - 1 or self.world.size == 1 else self.module.no_sync()  # type: ignore[operator]
             with sync:
-                with torch.autocast(self.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None):
+                with self._as_in_step(i):
                     losses = self.module(batch, job.teachers)
                 total = losses["loss"] / count
                 (self.scaler.scale(total) if self.scaler is not None else total).backward()
             values = torch.stack([losses[name].detach() for name in self.names[:-1]])
+            finite &= values.isfinite().all()
             self.sums[: len(values)] += values / count
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(job.distillation, self.recipe.optim.clip_grad)
-        bad_loss = ~values.isfinite().all()
-        bad_grad = ~norm.isfinite()
-        if self.scaler is None:
-            bad_loss = bad_loss | bad_grad
-        if self.world.any(bad_loss.reshape(1))[0]:
+        norm = gradient_norm(job.distillation)
+        upcoming, failure = self._fetch(batches)
+        # float16 gradients overflow now and then, and the scaler leaves such a step out; with its scale used up they are not finite.
+        if self.scaler is None or self.scaler.get_scale() < 1:
+            finite &= norm.isfinite()
+        not_finite, stopped, failed = self.world.any(not bool(finite), bool(stop.name), failure is not None)
+        if not_finite:
             raise NonFiniteError(self._what_is_not_finite(micro_batches))
+        if failed:
+            self.world.agree(failure)
+        clip_gradients(job.distillation, self.recipe.optim.clip_grad, norm)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.sums[-2] += norm
+        self.sums[-2] += torch.where(norm.isfinite(), norm, 0)
         self.sums[-1] += 1
         self.step += 1
         if self.ema is not None:
             self.ema.update(job.student, step=self.step)
+        return upcoming, stopped
+
+    @contextlib.contextmanager
+    def _as_in_step(self, micro_batch: int) -> Iterator[None]:
+        """The precision and the random draws of a micro-batch's forward pass.
+
+        Dropout and stochastic depth draw from a generator seeded by the step, so that a resumed run needs no generator state.
+        """
+        place = micro_batch * self.world.size + self.world.rank
+        torch.manual_seed(int(keyed.keys(self.recipe.train.seed, self.step, place, keyed.Stream.DROPOUT)[0]) >> 1)
+        amp_dtype = self.job.amp_dtype
+        with torch.autocast(self.world.device.type, amp_dtype, enabled=amp_dtype is not None):
+            yield
+
+    def _fetch(self, batches: Iterator[tuple[Batch, ...]]) -> tuple[tuple[Batch, ...] | None, UserError | None]:
+        """The next step's batches (None: there is none) or the error of this process that prevents them."""
+        working = None
+        if self.world.device.type == "cuda":
+            working = torch.cuda.Event()
+            working.record()
+        begun = time.perf_counter()
+        try:
+            return next(batches, None), None
+        except UserError as error:
+            return None, error
+        finally:
+            # A GPU that is still busy has not waited for data, however long the host did.
+            if working is None or working.query():
+                self.waited += time.perf_counter() - begun
+
+    def _what_is_not_finite(self, micro_batches: tuple[Batch, ...]) -> str:
+        """The sentence that names the term, the step and the last good checkpoint; for all processes to say."""
+        found = [culprit for culprit in self.world.gather(self._culprit(micro_batches)) if culprit] or ["the loss"]
+        # One process's loss is in everybody's gradients: the cause comes first.
+        first = min(found, key=lambda culprit: culprit.startswith("the gradient"))
+        remedy = "lower --lr, clip gradients with --clip-grad, or use --amp-dtype float32"
+        if first.startswith("the answer"):
+            remedy = "check its weights, or use --teacher-precision float32"
+        return f"{first} is NaN or infinite at step {self.step}; the step was not applied, and {self._last_good()}: {remedy}"
 
     @torch.no_grad()
-    def _what_is_not_finite(self, micro_batches: tuple[Batch, ...]) -> str:
-        """The sentence that names the term, the step and the last good checkpoint."""
-        job, culprit = self.job, ""
-        for batch in micro_batches:
-            for name, teacher in job.teachers.items():
-                logits = teacher(batch.images, Needs(logits=True)).logits
-                if logits is not None and not bool(logits.isfinite().all()):
-                    culprit = f"the answer of the {name}"
-            if not culprit:
+    def _culprit(self, micro_batches: tuple[Batch, ...]) -> str:
+        """What was the first not to be finite in this process's part of the step, found by repeating its forward passes."""
+        job = self.job
+        for i, batch in enumerate(micro_batches):
+            samples = f"(samples {', '.join(map(str, batch.ids[:4].tolist()))}, ...)"
+            with self._as_in_step(i):
+                _, answers = job.distillation.answer(batch, job.teachers)
+            for name, answer in answers.items():
+                if answer.logits is not None and not bool(answer.logits.isfinite().all()):
+                    return f"the answer of the {name} {samples}"
+            with self._as_in_step(i):
                 losses = job.distillation(batch, job.teachers)
-                bad = [name for name in job.plan.objectives if not bool(losses[name].isfinite())]
-                if bad:
-                    culprit = f"the loss {bad[0]!r}"
-            if culprit:
-                break
-        if not culprit:
-            named = [name for name, p in job.distillation.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
-            culprit = f"the gradient of {named[0]}" if named else "the loss on another process"
+            for name in self.names[:-1]:
+                if not bool(losses[name].isfinite()):
+                    return f"the loss {name!r} {samples}"
+        for name, parameter in job.distillation.named_parameters():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                return f"the gradient of {name}"
+        return ""
+
+    def _last_good(self) -> str:
         folder = self.output / "checkpoints"
         good = sorted(path.name for path in folder.glob("step-*")) if folder.is_dir() else []
-        kept = f"the last good checkpoint is {folder / good[-1]}" if good else "no checkpoint had been saved yet"
-        first = micro_batches[0].ids[:4].tolist()
-        return (
-            f"{culprit} is NaN or infinite at step {self.step} (samples {first}...); the step was not applied, and {kept}: "
-            "lower --lr, clip gradients with --clip-grad, or use --amp-dtype float32"
-        )
+        return f"the last good checkpoint is {folder / good[-1]}" if good else "no checkpoint had been saved yet"
 
     # --- what is due between steps ------------------------------------------------------------------------------------------------
 
     def _log(self) -> None:
         sums = self.world.mean(self.sums)
-        steps = float(sums[-1])
-        if steps == 0:
-            return
-        losses = dict(zip(self.names, (sums[:-1] / steps).tolist(), strict=True))
+        means = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
         self.sums.zero_()
         lr = learning_rate(self.optimizer)
-        self.speed.read(self.job.train_loader.wait_seconds)
-        self.job.train_loader.wait_seconds = 0.0
-        self.display.step(self.step, losses, lr, self.speed)
-        if self.folder is None:
-            return
-        record = {"kind": "train", "step": self.step, "epoch": self.step / self.steps_per_epoch, "lr": lr, **losses}
-        self.folder.log(METRICS, record)
-        if math.isfinite(self.speed.images_per_second):
-            rate = {"images_per_second": round(self.speed.images_per_second, 1), "wait_share": round(self.speed.wait_share, 4)}
-            self.folder.log(TIMING, {"step": self.step, **rate})
-            self._scalars("speed", rate)
-        self._scalars("train", {"lr": lr, **losses})
+        self.speed.read(self.waited)
+        self.waited = 0.0
+        self.display.step(self.step, means, lr, self.speed)
+        with self.world.together():
+            if self.folder is None:
+                return
+            record = {"kind": "train", "step": self.step, "epoch": self.step / self.steps_per_epoch, "lr": lr, **means}
+            if self.scaler is not None:
+                record["loss_scale"] = self.scaler.get_scale()
+            self.folder.log(METRICS, record)
+            self._scalars("train", {"lr": lr, **means})
+            if math.isfinite(self.speed.images_per_second):
+                rate = {"images_per_second": round(self.speed.images_per_second, 1), "wait_share": round(self.speed.wait_share, 4)}
+                self.folder.log(TIMING, {"step": self.step, **rate})
+                self._scalars("speed", rate)
 
     def _scalars(self, group: str, values: dict[str, float]) -> None:
         if self.board is not None:
@@ -296,11 +352,13 @@ class _Run:
     def _evaluate(self, stop: StopRequest) -> bool:
         """Evaluate, and write the student's weights; False if it was abandoned because the run shall stop."""
         job, begun = self.job, time.perf_counter()
-        best = False
+        best, scores = False, None
         if job.val_loader is not None:
             self.display.working("evaluating")
-            asked = (lambda: bool(stop.name)) if self.world.size == 1 else None
-            scores = evaluate(self.model, job.val_loader, self.world.device, job.amp_dtype, asked)
+            try:
+                scores = evaluate(self.model, job.val_loader, self.world, job.amp_dtype, lambda: bool(stop.name))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"evaluation at step {self.step}: {error} {self._last_good().capitalize()}.") from error
             if scores is None:
                 return False
             self.scores = scores
@@ -308,13 +366,13 @@ class _Run:
             if best:
                 self.best, self.best_step = scores["top1"], self.step
             self.display.evaluation(self.step, scores, best)
+        with self.world.together():
             if self.folder is not None:
-                self.folder.log(METRICS, {"kind": "eval", "step": self.step, "epoch": self.step / self.steps_per_epoch, **scores})
-                self._scalars("validation", scores)
-        if self.folder is not None:
-            self._export("last")
-            if best:
-                self._export("best")
+                if scores is not None:
+                    self.folder.log(METRICS, {"kind": "eval", "step": self.step, "epoch": self.step / self.steps_per_epoch, **scores})
+                    self._scalars("validation", scores)
+                for name in ("last", "best") if best else ("last",):
+                    self._export(name)
         self.evaluated_at = self.step
         self.speed.pause(time.perf_counter() - begun)
         return True
@@ -334,37 +392,51 @@ class _Run:
     # --- saving and restoring -----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        error: UserError | None = None
         begun = time.perf_counter()
-        sums = self.world.mean(self.sums)
-        if self.folder is not None:
-            self.display.working("saving")
-            optimizer, structure = checkpoint.pack_optimizer(self.optimizer.state_dict())
-            tensors = {f"distillation.{key}": value for key, value in self.job.distillation.state_dict().items()}
-            if self.ema is not None:
-                tensors |= {f"ema.{key}": value for key, value in self.ema.module.state_dict().items()}
-            tensors |= optimizer | {"log.sums": sums}
-            state = {name: getattr(self, name) for name in PROGRESS}
-            if not math.isfinite(self.best):
-                state["best"] = None
-            state |= {
-                "optimizer": structure,
-                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-                "scores": self.scores,
-                "seconds": self.seconds,
-                "offsets": self.folder.offsets(),
-                "recipe": fingerprint(self.recipe),
-                "identity": self.job.identity,
-                "world_size": self.world.size,
-            }
-            try:
-                checkpoint.save(self.output, self.step, tensors, state, keep=self.recipe.train.keep_checkpoints)
-            except UserError as failed:
-                error = failed
-        self.world.share(error)
+        sums = self.world.gather(self.sums.tolist())
+        with self.world.together():
+            if self.folder is not None:
+                self.display.working("saving")
+                optimizer, structure = checkpoint.pack_optimizer(self.optimizer.state_dict())
+                tensors = {f"distillation.{key}": value for key, value in self.job.distillation.state_dict().items()}
+                if self.ema is not None:
+                    tensors |= {f"ema.{key}": value for key, value in self.ema.module.state_dict().items()}
+                state = {name: getattr(self, name) for name in PROGRESS}
+                state |= {
+                    "best": self.best if math.isfinite(self.best) else None,
+                    "sums": sums,
+                    "optimizer": structure,
+                    "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+                    "offsets": self.folder.offsets(),
+                    "recipe": self.fingerprint,
+                    "identity": self.job.identity,
+                }
+                keep = self.recipe.train.keep_checkpoints
+                checkpoint.save(self.output, self.step, tensors | optimizer, state, keep=keep)
         self.speed.pause(time.perf_counter() - begun)
 
-    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, int]:
+    def _restore(self, found: Path) -> dict[str, int]:
+        """Take over a checkpoint and return where its logs ended; refuse one of another recipe, other images or another teacher."""
+        tensors, state = checkpoint.load(found)
+        if state["recipe"] != self.fingerprint:
+            raise DataError(f"{found} was saved by another recipe than that of {self.output}: restore the recipe, or start a new run")
+        for what, now in self.job.identity.items():
+            then = str(state["identity"].get(what))
+            if then != now:
+                raise DataError(
+                    f"the {what} of this run have changed since {found} was saved ({then[:12]} then, {now[:12]} now): restore them, or "
+                    "start a new run in another folder"
+                )
+        try:
+            self._take_over(tensors, state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(
+                f"{found} does not fit this version's student and optimizer ({reason}): resume with the version it began with"
+            ) from error
+        return dict(state["offsets"])
+
+    def _take_over(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
@@ -374,13 +446,12 @@ class _Run:
         self.optimizer.load_state_dict(checkpoint.unpack_optimizer(tensors, state["optimizer"]))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.sums.copy_(tensors["log.sums"])
         for name in PROGRESS:
             setattr(self, name, state[name])
-        if self.best is None:
-            self.best = -math.inf
-        self.scores, self.seconds = state["scores"], state["seconds"]
-        return dict(state["offsets"])
+        self.best = -math.inf if state["best"] is None else state["best"]
+        # Each process goes on with its own sums; other processes than then share their mean.
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self.sums.copy_(sums[self.world.rank] if len(sums) == self.world.size else sums.mean(0))
 
     def _summarise(self) -> dict[str, Any]:
         summary = {
@@ -392,15 +463,9 @@ class _Run:
             "seconds": self.seconds,
             "processes": self.world.size,
         }
-        error: UserError | None = None
-        if self.folder is not None:
-            try:
-                durable.write_atomic(self.output / "summary.json", json.dumps(summary, indent=2).encode())
-            except UserError as failed:
-                error = failed
-            if self.board is not None:
-                self.board.close()
-        self.world.share(error)
+        with self.world.together():
+            if self.folder is not None:
+                durable.write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
         return summary
 
 
@@ -408,25 +473,37 @@ class _Run:
 def evaluate(
     model: nn.Module,
     loader: EvalLoader,
-    device: torch.device,
+    here: World,
     amp_dtype: torch.dtype | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False,
     teacher: Teacher | None = None,
 ) -> dict[str, float] | None:
-    """Exact metrics over all processes, every image once; None if ``stop`` said so on the way."""
+    """Exact metrics over all processes, every image once; None if ``stop`` said so to one of them on the way."""
     training = model.training
     model.eval()
-    metrics = Metrics(device)
-    for batch in loader:
-        if stop is not None and stop():
-            model.train(training)
-            return None
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = run_vit(model, batch.images, Needs(logits=True)).logits
-            answer = None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
-        assert logits is not None
-        metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
-    model.train(training)
+    metrics = Metrics(here.device)
+    batches = iter(loader)
+    try:
+        for _ in range(here.most(len(loader))):  # a process with one batch fewer meets the others all the same
+            batch, failure = None, None
+            try:
+                batch = next(batches, None)
+            except UserError as error:
+                failure = error
+            stopped, failed = here.any(stop(), failure is not None)
+            if failed:
+                here.agree(failure)
+            if stopped:
+                return None
+            if batch is None:
+                continue
+            with torch.autocast(here.device.type, amp_dtype, enabled=amp_dtype is not None):
+                logits = run_vit(model, batch.images, Needs(logits=True)).logits
+                answer = None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
+            assert logits is not None
+            metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
+    finally:
+        model.train(training)
     metrics.merge_across_processes()
     return metrics.compute()
 
@@ -438,6 +515,3 @@ def _tensorboard(path: Path, step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(path), purge_step=step)
-
-
-__all__ = ["ConfigError", "StopRequest", "evaluate", "train"]

@@ -1,10 +1,11 @@
 """Optimizer and schedule, both timm's; the schedule is a pure function of the step, so that it has no state to save."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -42,26 +43,23 @@ def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.opt
         extra.setdefault("fused", True)
     groups = parameter_groups(distillation, config)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **extra
         )
-    except (AssertionError, ValueError, KeyError):
-        from difflib import get_close_matches
+    except (AssertionError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        known = list_optimizers()
+        if config.opt.lower().removeprefix("lookahead_") not in known:
+            close = get_close_matches(config.opt, known, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"there is no optimizer {config.opt!r}{hint}") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"the optimizer {config.opt} cannot be made with optim.opt_args {config.opt_args}: {reason}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ConfigError(f"the optimizer {config.opt} needs second derivatives, which are not computed here: choose another")
+    return optimizer
 
-        from timm.optim import list_optimizers
 
-        if config.opt.lower() in list_optimizers():
-            raise
-        close = get_close_matches(config.opt, list_optimizers(), n=1)
-        hint = f": did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"there is no optimizer {config.opt!r}{hint}") from None
-    except TypeError as error:
-        raise ConfigError(f"the optimizer {config.opt} does not take optim.opt_args {config.opt_args}: {error}") from None
-
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int
-) -> Callable[[int], None]:
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int) -> Callable[[int], None]:
     """A function that sets the learning rate for step s (counted from 0), before that step is taken."""
     if config.sched == "none":
         return lambda step: None
@@ -84,6 +82,14 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def clip_gradients(module: nn.Module, max_norm: float | None) -> torch.Tensor:
-    """Clip in place and return the norm before clipping, on the device."""
-    return torch.nn.utils.clip_grad_norm_(module.parameters(), float("inf") if max_norm is None else max_norm)
+def gradient_norm(module: nn.Module) -> torch.Tensor:
+    """The norm of all gradients together, on the device; NaN or infinite when one of them is."""
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+
+
+def clip_gradients(module: nn.Module, max_norm: float | None, norm: torch.Tensor | None = None) -> torch.Tensor:
+    """Clip in place to ``max_norm`` (None: leave them) and return the norm before clipping, ``norm`` if it is known already."""
+    norm = gradient_norm(module) if norm is None else norm
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+    return norm

@@ -1,77 +1,88 @@
 """Preflight: before money is spent, every teacher is proved on a slice of the validation images."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..data.loader import Batch
 from ..errors import ConfigError, NonFiniteError
-from ..metrics import Metrics
 from ..teacher import Teacher
 from ..vit import Needs
+from .distributed import World
 
 NUM_IMAGES = 512
 
 
+@dataclass(frozen=True)
+class Proof:
+    """A teacher's accuracy on ``num_images`` validation images, and what its answers would reach without looking at them."""
+
+    accuracy: float
+    chance: float
+    num_images: int
+
+
 @torch.no_grad()
-def prove_teacher(
-    teacher: Teacher, batches: Iterable[Batch], num_classes: int, device: torch.device, merge: Callable[[torch.Tensor], None]
-) -> dict[str, float]:
-    """The teacher's metrics on labelled images it has not been trained on.
+def prove_teacher(teacher: Teacher, batches: Iterable[Batch], classes: Sequence[str], here: World) -> Proof:
+    """Prove a teacher on this process's share of labelled images it has not been trained on; call it on every process.
 
     Args:
         batches: validation images in the student's normalisation.
-        merge: sums a tensor over all processes, in place.
+        classes: of the data set, in the order of the logits.
 
     Raises:
         NonFiniteError: an answer is NaN or infinite.
         ConfigError: its accuracy is that of chance: weights not loaded, classes in another order, or a wrong input contract. When
             another order of its classes would explain its answers, the sentence says so.
     """
-    name, architecture = teacher.network.name, teacher.network.architecture
-    metrics = Metrics(device)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for batch in batches:
-        logits = teacher(batch.images, Needs(logits=True)).logits
-        assert logits is not None
-        metrics.update(logits.float(), batch.labels)
-        confusion.view(-1).index_add_(0, batch.labels * num_classes + logits.argmax(-1), torch.ones_like(batch.labels))
-    merge(confusion)
-    metrics.merge_across_processes()
-    try:
-        scores = metrics.compute()
-    except NonFiniteError:
-        raise NonFiniteError(
-            f"the {name} ({architecture}) answers with NaN or infinity on validation images: check its weights and precision"
-        ) from None
-    count, accuracy = scores["num_samples"], scores["top1"]
-    if accuracy > chance_level(count, num_classes):
-        return scores
-    reordered = reordered_accuracy(confusion)
+    name = f"the {teacher.network.name} ({teacher.network.architecture})"
+    pairs: list[tuple[int, int]] = []
+    with here.together():
+        for batch in batches:
+            logits = teacher(batch.images, Needs(logits=True)).logits
+            assert logits is not None
+            if not bool(logits.isfinite().all()):
+                raise NonFiniteError(f"{name} answers with NaN or infinity on validation images: check its weights and precision")
+            pairs += zip(batch.labels.tolist(), logits.argmax(-1).tolist(), strict=True)
+    pairs = [pair for part in here.gather(pairs) for pair in part]
+    count = len(pairs)
+    proof = Proof(sum(label == answer for label, answer in pairs) / max(count, 1), chance_accuracy(pairs), count)
+    if proof.accuracy > chance_level(proof.chance, count):
+        return proof
     reason = "its weights are not loaded, its classes are in another order, or its normalisation is not its own"
-    if reordered > max(0.5, 5 * chance_level(count, num_classes)) and count >= 5 * num_classes:
-        reason = f"its classes look permuted: in another order it would be right on {reordered:.1%}"
+    order = best_order(pairs)
+    reordered = sum(order.get(answer) == label for label, answer in pairs) / max(count, 1)
+    # Half of the way from chance to perfection: luck and the freedom to choose an order do not reach that.
+    moved = sorted((answer, label) for answer, label in order.items() if answer != label)
+    if moved and count >= 5 * len(classes) and reordered > (1 + proof.chance) / 2:
+        answer, label = moved[0]
+        reason = (
+            f"its classes look permuted: in another order it would be right on {reordered:.1%} (its class {answer} is the data set's "
+            f"{label}, {classes[label]!r})"
+        )
     raise ConfigError(
-        f"the {name} ({architecture}) is right on {accuracy:.1%} of {count:.0f} validation images, which is chance for {num_classes} "
-        f"classes: {reason}"
+        f"{name} is right on {proof.accuracy:.1%} of {count} validation images, which is chance for {len(classes)} classes: {reason}"
     )
 
 
-def chance_level(count: float, num_classes: int) -> float:
+def chance_accuracy(pairs: Sequence[tuple[int, int]]) -> float:
+    """The accuracy of these (label, answer) pairs if answers had nothing to do with labels; 1/C only where both are balanced."""
+    labels, answers = Counter(label for label, _ in pairs), Counter(answer for _, answer in pairs)
+    return sum(labels[c] * answers[c] for c in labels) / max(len(pairs), 1) ** 2
+
+
+def chance_level(chance: float, count: int) -> float:
     """The accuracy a guessing network stays below, but for one time in a thousand: chance plus 3.1 standard deviations."""
-    chance = 1 / num_classes
     return min(chance + 3.1 * math.sqrt(chance * (1 - chance) / max(count, 1)), 0.999)
 
 
-def reordered_accuracy(confusion: torch.Tensor) -> float:
-    """The best accuracy any reordering of the answers could have, greedily: each answer class stands for one label."""
-    table = confusion.clone().cpu()
-    right = 0
-    for _ in range(len(table)):
-        best = int(table.argmax())
-        row, column = divmod(best, table.shape[1])
-        right += int(table[row, column])
-        table[row, :] = -1
-        table[:, column] = -1
-    return right / max(int(confusion.sum()), 1)
+def best_order(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Which label each answer class would best stand for, each label once; greedily, the surest first."""
+    order: dict[int, int] = {}
+    for (label, answer), _ in Counter(pairs).most_common():
+        if answer not in order and label not in order.values():
+            order[answer] = label
+    return order

@@ -72,7 +72,8 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
     while size < whole and pace * size < SECONDS / 8:
         size = min(2 * size, whole)
         pace = step(size) / size
-    times, begun = [], time.perf_counter()
+    times: list[float] = []
+    begun = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - begun < SECONDS and len(times) < 30):
         times.append(step(size))
     per_image = sorted(times)[len(times) // 2] / size

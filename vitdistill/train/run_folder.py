@@ -1,26 +1,38 @@
 """A run's folder: who may write it, its recipe, logs, weights and environment.
 
 ``recipe.yaml`` (runnable again), ``metrics.jsonl`` (what the run computed: equal after a resume), ``timing.jsonl`` (how fast it went),
-``environment.json``, ``checkpoints/`` (training state), ``last/`` and ``best/`` (the student, for timm), ``tensorboard/``.
+``environment.json`` (by the step from which it held), ``checkpoints/`` (training state), ``last/`` and ``best/`` (the student, for timm),
+``tensorboard/``, ``summary.json`` (there when the run is finished).
 """
 
+import fcntl
 import json
 import os
 import platform
+import re
+import secrets
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from .. import __version__, durable
+from .. import __version__, durable, export
 from ..errors import ConfigError, PermissionDenied
 from ..recipe import Recipe, differences, dump_recipe, load_recipe
 
-RECIPE, METRICS, TIMING, ENVIRONMENT, CLAIM = "recipe.yaml", "metrics.jsonl", "timing.jsonl", "environment.json", "in_use.json"
+RECIPE, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "environment.json",
+    "summary.json",
+    "in_use.json",
+)
 
 
 def check_folder(path: Path, recipe: Recipe) -> bool:
@@ -29,19 +41,26 @@ def check_folder(path: Path, recipe: Recipe) -> bool:
     Raises:
         ConfigError: it holds something else, or a run of another recipe (the differing fields are named).
         PermissionDenied: it cannot be written.
+        DiskError: it cannot be the name of a folder.
     """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"the output {path} is a file: name a folder")
+    with durable.disk_errors(path):
+        return _check_folder(path, recipe)
+
+
+def _check_folder(path: Path, recipe: Recipe) -> bool:
     parent = path
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError(f"the output {path} needs a folder where the file {parent} is: name another with --output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionDenied(f"the output {path} cannot be written: no permission in {parent}")
-    if not path.exists() or not any(path.iterdir()):
+    # What a process killed while it began a run leaves behind is no run, and nobody's either.
+    found = sorted(name for name in os.listdir(path) if name != CLAIM and not name.startswith(".tmp-")) if path.exists() else []
+    if not found:
         return False
     if not (path / RECIPE).is_file():
-        found = sorted(entry.name for entry in path.iterdir())[0]
-        raise ConfigError(f"the output {path} is not empty ({found} is in it) and holds no run: name another folder with --output")
+        raise ConfigError(f"the output {path} is not empty ({found[0]} is in it) and holds no run: name another folder with --output")
     lines = differences(recipe, load_recipe(path / RECIPE))
     if lines:
         more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
@@ -52,59 +71,72 @@ def check_folder(path: Path, recipe: Recipe) -> bool:
     return True
 
 
+def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of this very run if it is there and finished; raises as `check_folder`."""
+    if not check_folder(path, recipe) or not (path / SUMMARY).is_file():
+        return None
+    return dict(json.loads((path / SUMMARY).read_bytes()))
+
+
 class RunFolder:
-    """The open folder of a running run, claimed for this process."""
+    """The open folder of a running run, claimed for this process until the block is left.
+
+    Raises:
+        ConfigError: another process is writing it; or as `check_folder`.
+    """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
+        self._logs: dict[str, durable.AppendLog] = {}
         durable.make_dirs(path)
-        self._claim()
+        self._claimed = self._claim()
         try:
-            if not (path / RECIPE).exists():
+            # Another process may have begun a run here since the folder was first looked at.
+            if not check_folder(path, recipe):
                 durable.write_atomic(path / RECIPE, dump_recipe(recipe).encode())
-            durable.write_atomic(path / ENVIRONMENT, json.dumps(environment(), indent=2).encode())
+            self._clear_leftovers()
         except BaseException:
             self._release()
             raise
-        self._logs: dict[str, durable.AppendLog] = {}
 
-    def _claim(self) -> None:
+    def _claim(self) -> bytes:
         path = self.path / CLAIM
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
-        for _ in range(3):
+        mine = json.dumps({**_process(os.getpid()), "token": secrets.token_hex(8)}).encode()
+        with _alone(self.path):
+            if path.exists():
+                self._refuse_if_alive(path)
+                path.unlink(missing_ok=True)
             try:
                 durable.write_atomic(path, mine, replace=False)
-            except FileExistsError:
-                self._take_over_if_dead(path)
-                continue
-            return
-        raise ConfigError(f"{self.path} is being claimed by another process: wait for it, or name another folder with --output")
+            except FileExistsError:  # where locks do not work, the first still wins
+                raise ConfigError(f"{self.path} was claimed by another process just now: name another folder with --output") from None
+        return mine
 
-    def _take_over_if_dead(self, path: Path) -> None:
+    def _refuse_if_alive(self, path: Path) -> None:
         try:
-            owner = json.loads(path.read_bytes())
+            owner = dict(json.loads(path.read_bytes()))
             host, pid = str(owner["host"]), int(owner["pid"])
         except (OSError, ValueError, KeyError, TypeError):
-            host, pid = socket.gethostname(), -1  # not a claim of ours
+            raise ConfigError(f"{path} is not a claim this program wrote: delete it if no other run writes {self.path}") from None
+        remedy = f"wait for it, name another folder with --output, or delete {path} if that run is dead"
         if host != socket.gethostname():
-            raise ConfigError(
-                f"{self.path} is in use by process {pid} on {host}: wait for it, or delete {path} if that run is dead"
-            )
-        if pid > 0 and pid != os.getpid():
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                pass
-            except PermissionError:
-                pid = -pid
-            else:
-                pid = -pid
-            if pid < 0:
-                raise ConfigError(f"{self.path} is in use by process {-pid}: wait for it, or name another folder with --output")
-        path.unlink(missing_ok=True)
+            raise ConfigError(f"{self.path} is in use by process {pid} on {host}: {remedy}")
+        now = _process(pid)
+        if now["pid"] is not None and now["started"] == owner.get("started"):
+            raise ConfigError(f"{self.path} is in use by process {pid}: {remedy}")
+
+    def _clear_leftovers(self) -> None:
+        """What an earlier process was killed over: unfinished files, and an old export whose replacement is in place."""
+        durable.remove_stale_temporaries(self.path, export.FILES)
+        for old in self.path.glob(".replaced-*-*"):
+            if (self.path / old.name.split("-")[1] / export.CONFIG).is_file():
+                durable.remove_dir(old, export.FILES)
 
     def _release(self) -> None:
-        (self.path / CLAIM).unlink(missing_ok=True)
+        path = self.path / CLAIM
+        with suppress(OSError):
+            if path.read_bytes() == self._claimed:
+                path.unlink()
 
     def open_logs(self, offsets: Mapping[str, int]) -> None:
         """Open the logs, cut back to where the resumed checkpoint was."""
@@ -119,13 +151,61 @@ class RunFolder:
         """Where the logs end, on disk."""
         return {name: log.sync() for name, log in self._logs.items()}
 
+    def record_environment(self, step: int, processes: int) -> list[str]:
+        """Note what the run runs on from ``step`` on; returns what is not as before and can change the last bits, for the user."""
+        path, now = self.path / ENVIRONMENT, {**environment(), "processes": processes}
+        known = dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        before = known[max(known, key=int)] if known else now
+        if now != before or not known:
+            kept = {begun: found for begun, found in known.items() if int(begun) < step}
+            durable.write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
+        return [f"{key} {before.get(key)} before, {now[key]} now" for key in _DECISIVE if now[key] != before.get(key)]
+
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for log in self._logs.values():
-            log.close()
-        self._release()
+        try:
+            for log in self._logs.values():
+                log.close()
+        finally:
+            self._release()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process of this host at a time looks at the claim and takes a dead one's over."""
+    with durable.disk_errors(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """Who a process of this host is; ``pid`` None when it is dead. Numbers are used again, so its start time is part of it."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return {"host": socket.gethostname(), "pid": None, "started": None}
+    except PermissionError:
+        pass
+    started = None
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, *fields = re.sub(r".*\)", "", stat, flags=re.DOTALL).split()
+        if state == "Z":  # dead already, its parent has not noticed yet
+            return {"host": socket.gethostname(), "pid": None, "started": None}
+        started = f"{boot} {fields[18]}"
+    return {"host": socket.gethostname(), "pid": pid, "started": started}
+
+
+# Other values of these leave samples and views as they are, and may change numbers in their last bits (processes: dropout's draws too).
+_DECISIVE = ("vitdistill", "torch", "torchvision", "timm", "pillow", "processor", "gpus", "threads", "processes")
 
 
 def environment() -> dict[str, Any]:
