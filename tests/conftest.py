@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import beartype
 import hypothesis
 import jaxtyping
 import numpy as np
@@ -33,6 +34,7 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100
 hypothesis.settings.load_profile("default")
 
 _check = jaxtyping.jaxtyped
+_tower = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as in PEP 484
 
 
 def _jaxtyped(target: Any = None, *, typechecker: Any) -> Any:
@@ -45,6 +47,8 @@ def _jaxtyped(target: Any = None, *, typechecker: Any) -> Any:
     """
     if target is None:
         return functools.partial(_jaxtyped, typechecker=typechecker)
+    if typechecker is not None:
+        typechecker = _tower
     if torch.compiler.is_compiling() or "<locals>" in target.__qualname__:
         return target
     if not inspect.isclass(target):

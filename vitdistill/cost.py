@@ -30,10 +30,7 @@ def vit_macs(network: Network, num_keep: int | None = None, mlp_ratio: float = 4
     return int(embed + network.depth * block + d * network.num_classes)
 
 
-@torch.no_grad()
-def forward_flops(
-    model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None, num_keep: int | None = None
-) -> int:
+def forward_flops(model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None, num_keep: int | None = None) -> int:
     """FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2), counted with `FlopCounterMode` on the meta device.
 
     ``needs=None`` counts the model's own forward.
@@ -43,15 +40,15 @@ def forward_flops(
 
 def training_flops(model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None) -> int:
     """FLOPs of one forward and backward pass on one image."""
-    with torch.enable_grad():
-        return _count(model, image_size, needs, None, backward=True)
+    return _count(model, image_size, needs, None, backward=True)
 
 
 def _count(model: nn.Module, image_size: tuple[int, int], needs: Needs | None, num_keep: int | None, backward: bool) -> int:
     model = _on_meta(model)
-    images = torch.empty(1, 3, *image_size, device="meta")
-    keep = None if num_keep is None else torch.zeros(1, num_keep, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    images = torch.empty(2, 3, *image_size, device="meta")  # two: some batch norms refuse to train on one value a channel
+    keep = None if num_keep is None else torch.zeros(2, num_keep, dtype=torch.int64, device="meta")
+    # With gradients in either case: without, torch's module tracker fails on a network that hands a parameter to a block (CaiT).
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         if needs is None:
             outputs: list[Tensor] = [model(images)]
         else:
@@ -59,7 +56,7 @@ def _count(model: nn.Module, image_size: tuple[int, int], needs: Needs | None, n
             outputs = [t for t in (out.logits, *out.hidden.values()) if t is not None]
         if backward:
             torch.autograd.backward([t.sum() for t in outputs])
-    return counter.get_total_flops()
+    return counter.get_total_flops() // 2
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -183,12 +180,13 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     return "\n".join(lines)
 
 
-def flops(count: float, unit: str = "FLOPs") -> str:
+def flops(count: int | float, unit: str = "FLOPs") -> str:
     """A count with its unit, at least three digits: ``2.51 GFLOPs``, ``1,282 PMACs``."""
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if count >= 10**power:
             value = count / 10**power
-            return f"{value:,.0f} {prefix}{unit}" if value >= 100 else f"{value:.3g} {prefix}{unit}"
+            digits = f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+            return f"{digits} {prefix}{unit}"
     return f"{count:.0f} {unit}"
 
 

@@ -66,7 +66,7 @@ def alone(images: Path, **changes: Any) -> Recipe:
     return Recipe(
         student=StudentConfig(model="vit_tiny_patch16_224", model_args=VIT),
         data=DataConfig(dir=str(images), workers=0, augment=Augment(crop="pad", crop_padding=2)),
-        optim=OptimConfig(lr=2e-3, warmup_epochs=1),
+        optim=OptimConfig(lr=2e-3, warmup_epochs=1.0),
         train=TrainConfig(**settings),
     )
 
@@ -82,14 +82,14 @@ def taught(images: Path, teacher: Path) -> Callable[..., Recipe]:
     """``taught(...)``: MaskedKD with everything that has a state or draws random numbers switched on."""
 
     def make(**changes: Any) -> Recipe:
-        base = alone(images, ema_decay=0.9, accumulate=2)
+        base = alone(images, ema_decay=0.6, accumulate=2)
         recipe = Recipe(
             student=StudentConfig(model="vit_tiny_patch16_224", model_args=VIT, drop_path=0.3),
             teachers={"teacher": TeacherConfig(model=str(teacher / "last"))},
             objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": SoftKD(weight=0.5, temperature=2.0)},
             selector=MaskedKD(keep_rate=0.5),
             data=DataConfig(dir=base.data.dir, workers=0, augment=Augment(crop="pad", crop_padding=2, mixup=0.8, cutmix=1.0, reprob=0.25)),
-            optim=OptimConfig(lr=2e-3, warmup_epochs=1, clip_grad=1.0, layer_decay=0.8),
+            optim=OptimConfig(lr=2e-3, warmup_epochs=1.0, clip_grad=1.0, layer_decay=0.8),
             train=base.train,
         )
         return replace_fields(recipe, changes)
@@ -134,6 +134,21 @@ def losses(folder: Path) -> list[dict[str, float]]:
     """The training records of a run's log."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: line[key] for key in ("step", "ce", "loss", "grad_norm")} for line in lines if line["kind"] == "train"]
+
+
+def result_losses(folder: Path) -> tuple[float, float]:
+    """The first and the last loss of a run's log."""
+    values = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return values[0], values[-1]
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Wait for something another process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing happened in {seconds} s")
+        time.sleep(0.002)
 
 
 class Child:
@@ -205,6 +220,6 @@ def tools() -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        CLASSES=CLASSES, VIT=VIT, write_images=write_images, run=run, result=result, tree=tree, losses=losses, Child=Child,
+        CLASSES=CLASSES, VIT=VIT, write_images=write_images, run=run, result=result, tree=tree, losses=losses, result_losses=result_losses, Child=Child, until=until,
         start_ranks=start_ranks, ranks=ranks,
     )  # fmt: skip

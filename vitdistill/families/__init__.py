@@ -10,7 +10,8 @@ from .plain import PlainViT
 def family_of(model: nn.Module) -> Family:
     """The family ``model`` belongs to; models outside all families run on whole images only (`WholeImage`)."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    for family in (PlainViT,):
+    families: tuple[type[Family], ...] = (PlainViT,)
+    for family in families:
         if family.accepts(model):
             return family(model)
     return WholeImage(model)

@@ -1,5 +1,7 @@
 """The plain ViT in timm's forms: class, distillation or register tokens or none, any pooling, layer scale, q/k norm, dynamic sizes."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -123,7 +125,7 @@ class PlainViT(Family):
         return model.norm_pre(tokens)
 
     def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
-        block = self.model.blocks[i]
+        block: Any = self.model.blocks[i]
         standard = self.attention_source is not None
         if attention and not standard:
             raise ConfigError(f"the attention of {type(block).__name__} cannot be recorded: choose a network of standard blocks")
@@ -136,9 +138,9 @@ class PlainViT(Family):
             tokens = block(tokens)
         return tokens, self._pool_attention(tokens) if of_pool else None
 
-    def _walk_block(self, block: Block, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
+    def _walk_block(self, block: Any, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
         """timm's `Block.forward` by hand, for the first ``rows`` tokens (None: all), with the attention row read off q and k."""
-        attn = block.attn
+        attn: Attention = block.attn
         x = block.norm1(tokens)
         every_query = attention and self.attention_source != "class"
         q, k, v = project_qkv(attn, x, None if rows is None or every_query else max(rows, 1))
@@ -151,7 +153,7 @@ class PlainViT(Family):
         if rows == 0:
             return tokens[:, :0], row
         if weights is None or fused:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=float(attn.attn_drop.p) if attn.training else 0.0)
         else:
             out = attn.attn_drop(weights[:, :, :rows].to(v.dtype)) @ v
         out = attn.norm(out.transpose(1, 2).flatten(2))

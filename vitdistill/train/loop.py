@@ -191,6 +191,7 @@ class _Run:
                 due = end_of_epoch and (self.step // self.steps_per_epoch % train.eval_every == 0 or self.step == self.total_steps)
                 if due and self.evaluated_at != self.step:
                     stopped = not self._evaluate(stop) or stopped
+                    saved_at = -1
                 self.seconds = time.perf_counter() - begun
                 if saved_at != self.step and (stopped or self.step % save_every == 0 or self.step == self.total_steps):
                     self._save()

@@ -1,0 +1,168 @@
+"""Logit distillation: what its formula promises, whatever the logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vitdistill.data.loader import Batch
+from vitdistill.methods.kd import HardKD, SoftKD, kd_loss
+from vitdistill.vit import ViTOutput
+
+
+def logits(seed: int, batch: int = 3, classes: int = 5, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(batch, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(labels: Tensor) -> Batch:
+    return Batch(torch.zeros(len(labels), 3, 4, 4), labels, labels, labels, 0)
+
+
+seeds = st.integers(0, 10**6)
+temperatures = st.floats(0.25, 8)
+
+
+def test_the_formula_by_hand() -> None:
+    student, teacher = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, -1.0]])
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        p = [math.exp(x / 2) / sum(math.exp(y / 2) for y in t) for x in t]
+        q = [math.exp(x / 2) / sum(math.exp(y / 2) for y in s) for x in s]
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert kd_loss(student, teacher, 2.0).item() == pytest.approx(4 * total / 2, abs=1e-6)
+
+
+def test_the_scale_is_a_batch_mean_and_not_an_element_mean() -> None:
+    """The trap of ``reduction='mean'``, which divides by the number of classes too."""
+    student, teacher = logits(0, 4, 1000), logits(1, 4, 1000)
+    expected = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    assert kd_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kd_loss(student.repeat(5, 1), teacher.repeat(5, 1)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@given(seed=seeds, temperature=temperatures)
+def test_equal_logits_have_no_loss_and_no_gradient(seed: int, temperature: float) -> None:
+    teacher = logits(seed)
+    student = teacher.clone().requires_grad_()
+    loss = kd_loss(student, teacher, temperature)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert student.grad is not None and student.grad.abs().max() < 1e-6
+
+
+@given(seed=seeds, temperature=temperatures)
+def test_it_is_never_negative(seed: int, temperature: float) -> None:
+    assert kd_loss(logits(seed), logits(seed + 1), temperature).item() > -1e-6
+
+
+@given(seed=seeds, temperature=temperatures)
+def test_it_carries_the_square_of_the_temperature(seed: int, temperature: float) -> None:
+    student, teacher = logits(seed), logits(seed + 1)
+    scaled = kd_loss(temperature * student, temperature * teacher, temperature)
+    assert scaled.item() == pytest.approx(temperature**2 * kd_loss(student, teacher).item(), rel=1e-3, abs=1e-6)
+
+
+def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
+    """For large T it tends to (student - teacher) / (classes * batch), centred, whatever T is."""
+    teacher = logits(1)
+    teacher = teacher - teacher.mean(1, keepdim=True)
+    for temperature in (50.0, 100.0):
+        student = torch.zeros(3, 5, requires_grad=True)
+        kd_loss(student, teacher, temperature).backward()
+        assert student.grad is not None
+        assert torch.allclose(student.grad, -teacher / 15, rtol=0.2, atol=0.01)
+
+
+@given(seed=seeds, mine=st.floats(-50, 50), its=st.floats(-50, 50), temperature=temperatures)
+def test_a_constant_added_to_all_logits_changes_nothing(seed: int, mine: float, its: float, temperature: float) -> None:
+    student, teacher = logits(seed), logits(seed + 1)
+    shifted = kd_loss(student + mine, teacher + its, temperature)
+    assert shifted.item() == pytest.approx(kd_loss(student, teacher, temperature).item(), rel=1e-3, abs=1e-4)
+
+
+@given(seed=seeds, temperature=temperatures)
+def test_the_gradient_is_the_difference_of_the_softmaxes(seed: int, temperature: float) -> None:
+    student, teacher = logits(seed).requires_grad_(), logits(seed + 1)
+    kd_loss(student, teacher, temperature).backward()
+    expected = temperature * ((student / temperature).softmax(-1) - (teacher / temperature).softmax(-1)) / len(student)
+    assert student.grad is not None and torch.allclose(student.grad, expected, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    student, teacher = logits(0, scale=1.0).requires_grad_(), logits(1, scale=1.0)
+    kd_loss(student, teacher, 2.0).backward()
+    assert student.grad is not None
+    step = 1e-2
+    for i in range(student.numel()):
+        nudge = torch.zeros(student.numel()).index_fill_(0, torch.tensor([i]), step).view_as(student)
+        with torch.no_grad():
+            slope = (kd_loss(student + nudge, teacher, 2.0) - kd_loss(student - nudge, teacher, 2.0)) / (2 * step)
+        assert slope.item() == pytest.approx(student.grad.flatten()[i].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_logits_stay_finite(dtype: torch.dtype, temperature: float) -> None:
+    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4]], dtype=dtype)
+    loss = kd_loss(student, teacher, temperature)
+    loss.backward()
+    assert loss.dtype is torch.float32 and loss.isfinite() and loss > 0
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    student, teacher = logits(0).requires_grad_(), logits(1).requires_grad_()
+    kd_loss(student, teacher).backward()
+    assert student.grad is not None and teacher.grad is None
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 1), (3, 6)])
+def test_shapes_that_would_broadcast_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(Exception, match="differ|Type-check"):
+        kd_loss(logits(0), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        kd_loss(logits(0), logits(1), temperature)
+
+
+# --- as objectives -------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_are_chosen_as_deit_trains_them() -> None:
+    heads, teacher = torch.stack([logits(0), logits(1)], dim=1), logits(2)
+    student = ViTOutput(logits=heads.mean(1), head_logits=heads)
+    answer, batch = ViTOutput(logits=teacher), batch_of(torch.tensor([0, 1, 2]))
+
+    def soft(head: str) -> Tensor:
+        return SoftKD(head=head, temperature=2.0).loss(student, answer, batch, None)  # type: ignore[arg-type]
+
+    assert torch.equal(soft("auto"), kd_loss(heads[:, 1], teacher, 2.0))
+    assert torch.equal(soft("distillation"), soft("auto"))
+    assert torch.equal(soft("class"), kd_loss(heads[:, 0], teacher, 2.0))
+    assert torch.equal(soft("all"), kd_loss(heads.mean(1), teacher, 2.0))
+    plain = ViTOutput(logits=logits(0))
+    assert torch.equal(SoftKD().loss(plain, answer, batch, None), kd_loss(logits(0), teacher))
+
+
+def test_hard_distillation_is_the_cross_entropy_with_the_top_class() -> None:
+    student, teacher = logits(0).requires_grad_(), logits(1).requires_grad_()
+    loss = HardKD().loss(ViTOutput(logits=student), ViTOutput(logits=teacher), batch_of(torch.tensor([0, 1, 2])), None)
+    assert torch.equal(loss, F.cross_entropy(student, teacher.argmax(-1)))
+    loss.backward()
+    assert student.grad is not None and teacher.grad is None
+
+
+def test_labels_are_not_read() -> None:
+    student, teacher = ViTOutput(logits=logits(0)), ViTOutput(logits=logits(1))
+    for method in (SoftKD(), HardKD()):
+        assert not method.reads_labels
+        one, other = (method.loss(student, teacher, batch_of(torch.full((3,), label)), None) for label in (0, -1))
+        assert torch.equal(one, other)

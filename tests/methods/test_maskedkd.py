@@ -1,0 +1,208 @@
+"""MaskedKD: which patches are chosen, and where they lie on another grid."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, patch_saliency, resample_saliency, select_patches
+from vitdistill.vit import ViTOutput
+
+
+def attention_of(seed: int, batch: int = 2, heads: int = 3, prefix: int = 1, patches: int = 16, scale: float = 2.0) -> Tensor:
+    logits = scale * torch.randn(batch, heads, prefix + patches, generator=torch.Generator().manual_seed(seed))
+    return logits.softmax(-1)
+
+
+def output(attention: Tensor, grid: tuple[int, int], prefix: int = 1, depth: int = 12, block: int = 11) -> ViTOutput:
+    return ViTOutput(attention={block: attention}, grid=grid, num_prefix_tokens=prefix, depth=depth)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 10**6),
+        "batch": st.integers(1, 4),
+        "heads": st.integers(1, 6),
+        "prefix": st.integers(0, 5),
+        "patches": st.integers(1, 40),
+    }
+)
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------------------
+
+
+@given(shape=shapes, share=st.floats(0, 1))
+def test_the_most_attended_patches_are_chosen(shape: dict[str, int], share: float) -> None:
+    attention, count = attention_of(**shape), max(1, round(share * shape["patches"]))
+    keep = select_patches(attention, count, shape["prefix"])
+    assert keep.shape == (shape["batch"], count) and keep.dtype is torch.int64
+    saliency = attention[:, :, shape["prefix"] :].mean(1)
+    for row, chosen in zip(saliency, keep, strict=True):
+        assert len(set(chosen.tolist())) == count and 0 <= int(chosen.min()) and int(chosen.max()) < shape["patches"]
+        left = row[[i for i in range(len(row)) if i not in chosen]]
+        assert len(left) == 0 or row[chosen].min() >= left.max()
+        assert row[chosen].tolist() == sorted(row[chosen].tolist(), reverse=True)
+
+
+@given(shape=shapes)
+def test_prefix_tokens_are_never_chosen(shape: dict[str, int]) -> None:
+    attention = attention_of(**shape)
+    attention[:, :, : shape["prefix"]] = 1e3
+    keep = select_patches(attention, shape["patches"], shape["prefix"])
+    assert sorted(keep[0].tolist()) == list(range(shape["patches"]))
+
+
+@given(shape=shapes)
+def test_the_order_of_heads_does_not_matter(shape: dict[str, int]) -> None:
+    attention = attention_of(**shape)
+    order = torch.randperm(shape["heads"], generator=torch.Generator().manual_seed(1))
+    for over in ("tokens", "patches"):
+        ours, other = (patch_saliency(a, shape["prefix"], over) for a in (attention, attention[:, order]))
+        assert torch.allclose(ours, other, atol=1e-7)
+
+
+def test_heads_count_by_their_mean() -> None:
+    one, two = torch.tensor([0.1, 0.6, 0.2, 0.1]), torch.tensor([0.1, 0.1, 0.2, 0.6])
+    saliency = patch_saliency(torch.stack([one, two])[None])
+    assert torch.allclose(saliency, torch.tensor([[0.35, 0.2, 0.35]]))
+
+
+@given(shape=shapes)
+def test_each_image_is_chosen_for_alone(shape: dict[str, int]) -> None:
+    attention = attention_of(**shape)
+    count = max(1, shape["patches"] // 2)
+    together = select_patches(attention, count, shape["prefix"])
+    alone = torch.cat([select_patches(row[None], count, shape["prefix"]) for row in attention])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("count", [1, 7, 49, 98, 196])
+def test_ties_are_broken_the_same_way_every_time(count: int) -> None:
+    attention = torch.full((4, 3, 197), 1 / 197)
+    first = select_patches(attention, count)
+    assert all(torch.equal(first, select_patches(attention.clone(), count)) for _ in range(5))
+    assert torch.equal(first, first[:1].expand(4, -1))
+
+
+@given(seed=st.integers(0, 10**6), prefix=st.integers(1, 5))
+def test_over_patches_is_a_softmax_over_patches(seed: int, prefix: int) -> None:
+    logits = 3 * torch.randn(2, 3, prefix + 9, generator=torch.Generator().manual_seed(seed))
+    over_patches = logits[:, :, prefix:].softmax(-1).mean(1)
+    assert torch.allclose(patch_saliency(logits.softmax(-1), prefix, "patches"), over_patches, atol=1e-6)
+    assert torch.allclose(patch_saliency(logits.softmax(-1), prefix, "tokens"), logits.softmax(-1)[:, :, prefix:].mean(1))
+
+
+def test_a_head_that_looks_at_the_class_token_weighs_less_over_tokens() -> None:
+    """Where the authors' code and the paper's formula choose differently."""
+    busy, absent = [0.0, 0.6, 0.4], [0.98, 0.004, 0.016]
+    attention = torch.tensor([[busy, absent]])
+    assert select_patches(attention, 1).item() == 0
+    assert patch_saliency(attention, 1, "patches").argmax().item() == 1
+
+
+def test_a_head_that_looks_only_at_the_class_token_is_no_division_by_zero() -> None:
+    attention = torch.zeros(1, 2, 5)
+    attention[:, :, 0] = 1
+    assert patch_saliency(attention, 1, "patches").isfinite().all()
+
+
+# --- another grid --------------------------------------------------------------------------------------------------------------
+
+grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
+
+
+@given(grid=grids, to_grid=grids, value=st.floats(0.125, 4, width=32))
+def test_a_constant_map_stays_constant(grid: tuple[int, int], to_grid: tuple[int, int], value: float) -> None:
+    moved = resample_saliency(torch.full((2, grid[0] * grid[1]), value), grid, to_grid)
+    assert moved.shape == (2, to_grid[0] * to_grid[1])
+    assert torch.allclose(moved, torch.full_like(moved, value), rtol=1e-5)
+
+
+@given(grid=grids, seed=st.integers(0, 100))
+def test_the_same_grid_changes_nothing(grid: tuple[int, int], seed: int) -> None:
+    saliency = torch.rand(3, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(resample_saliency(saliency, grid, grid), saliency)
+
+
+@pytest.mark.parametrize(
+    ("grid", "to_grid"),
+    [((14, 14), (16, 16)), ((16, 16), (14, 14)), ((14, 14), (7, 7)), ((8, 8), (16, 16)), ((6, 10), (9, 5)), ((10, 4), (4, 10)), ((2, 2), (37, 37))],
+)
+@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
+def test_a_bright_corner_stays_in_its_corner(grid: tuple[int, int], to_grid: tuple[int, int], corner: tuple[int, int]) -> None:
+    saliency = torch.zeros(1, *grid)
+    saliency[0, corner[0], corner[1]] = 1
+    moved = resample_saliency(saliency.flatten(1), grid, to_grid).unflatten(1, to_grid)[0]
+    assert moved[corner[0], corner[1]] == moved.max() > 0
+    assert moved.sum() > 0 and moved[-1 - corner[0], -1 - corner[1]] <= 1e-6
+
+
+@pytest.mark.parametrize(("grid", "to_grid"), [((14, 14), (16, 16)), ((12, 8), (6, 4)), ((6, 9), (8, 12))])
+def test_what_lies_left_stays_left(grid: tuple[int, int], to_grid: tuple[int, int]) -> None:
+    saliency = torch.zeros(1, *grid)
+    saliency[:, :, : grid[1] // 2] = 1
+    moved = resample_saliency(saliency.flatten(1), grid, to_grid).unflatten(1, to_grid)[0]
+    half = to_grid[1] // 2
+    assert moved[:, :half].mean() > 0.85 and moved[:, half:].mean() < 0.15
+    assert torch.allclose(moved, moved[:1].expand_as(moved), atol=1e-6)  # rows are alike, as they were
+
+
+# --- the selectors -------------------------------------------------------------------------------------------------------------
+
+
+def test_student_guided_on_one_grid_is_select_patches() -> None:
+    attention = attention_of(0)
+    keep = MaskedKD().select((4, 4), 6, output(attention, (4, 4)), None, None)
+    assert torch.equal(keep, select_patches(attention, 6))
+
+
+def test_student_guided_on_two_grids_goes_by_position() -> None:
+    attention = torch.zeros(1, 2, 1 + 16)
+    attention[:, :, 1 + 3] = 1  # top right of 4 x 4
+    keep = MaskedKD(num_keep=4).select((8, 8), 4, output(attention, (4, 4)), None, None)
+    assert set(keep[0].tolist()) == {6, 7, 14, 15}
+
+
+@pytest.mark.parametrize("block", [-1, 3, -9])
+def test_the_block_counts_from_either_end(block: int) -> None:
+    attention = {i: attention_of(i) for i in range(12)}
+    student = ViTOutput(attention=attention, grid=(4, 4), num_prefix_tokens=1, depth=12)
+    keep = MaskedKD(block=block).select((4, 4), 5, student, None, None)
+    assert torch.equal(keep, select_patches(attention[block % 12], 5))
+
+
+def test_the_choice_carries_no_gradient() -> None:
+    attention = attention_of(0).requires_grad_()
+    assert not MaskedKD().select((3, 3), 5, output(attention, (4, 4)), None, None).requires_grad
+
+
+def test_teacher_guided_reads_the_teacher_alone() -> None:
+    teacher = output(attention_of(1, prefix=2), (4, 4), prefix=2, depth=8, block=7)
+    student = output(attention_of(2, patches=9), (3, 3))
+    keep = TeacherGuided().select((4, 4), 5, student, teacher, None)
+    assert torch.equal(keep, select_patches(teacher.attention[7], 5, num_prefix_tokens=2))
+
+
+def test_random_patches_follow_the_noise() -> None:
+    noise = torch.rand(3, 16)
+    keep = RandomPatches().select((4, 4), 6, ViTOutput(), None, noise)
+    assert keep.shape == (3, 6)
+    assert all(len(set(row)) == 6 for row in keep.tolist())
+    assert torch.equal(noise.gather(1, keep).min(1).values, noise.sort(1, descending=True).values[:, 5])
+
+
+def test_random_patches_are_uniform() -> None:
+    keep = RandomPatches().select((4, 4), 4, ViTOutput(), None, torch.rand(4000, 16))
+    counts = keep.flatten().bincount(minlength=16)
+    assert counts.sum() == 16_000 and (counts - 1000).abs().max() < 150  # five standard deviations
+
+
+@pytest.mark.parametrize("kind", [MaskedKD, RandomPatches, TeacherGuided])
+def test_keeping_all_keeps_every_patch_once(kind: Any) -> None:
+    seen = output(attention_of(0), (4, 4))
+    keep = kind(keep_rate=1.0).select((4, 4), 16, seen, seen, torch.rand(2, 16))
+    assert all(sorted(row) == list(range(16)) for row in keep.tolist())
