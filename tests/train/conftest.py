@@ -9,16 +9,21 @@ import pickle
 import select
 import signal
 import socket
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, is_model, register_model, vision_transformer
 
+import vitdistill
 from vitdistill.data.views import Augment
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
@@ -97,6 +102,25 @@ def taught(images: Path, teacher: Path) -> Callable[..., Recipe]:
     return make
 
 
+def spare_vit() -> str:
+    """The timm name of a ViT with a parameter that nothing reads."""
+    if not is_model("vit_with_spare"):
+
+        class SpareViT(VisionTransformer):
+            def __init__(self, **args: Any) -> None:
+                super().__init__(**args)
+                self.spare = torch.nn.Parameter(torch.ones(3))
+
+        def vit_with_spare(pretrained: bool = False, **args: Any) -> VisionTransformer:
+            return build_model_with_cfg(SpareViT, "vit_with_spare", pretrained, **args)
+
+        module = types.ModuleType("spare_models")
+        module.default_cfgs = generate_default_cfgs({"vit_with_spare.untrained": vision_transformer._cfg()})
+        sys.modules["spare_models"], vit_with_spare.__module__ = module, "spare_models"
+        register_model(vit_with_spare)
+    return "vit_with_spare"
+
+
 def run(recipe: Recipe, folder: Path, said: list[str] | None = None, **options: Any) -> dict[str, Any]:
     """`train` on the CPU; what it prints goes to ``said``, line by line."""
     text = io.StringIO()
@@ -149,6 +173,11 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"nothing happened in {seconds} s")
         time.sleep(0.002)
+
+
+def environment() -> dict[str, str]:
+    """For processes that are started and not forked: they find this package as these tests do."""
+    return {**os.environ, "PYTHONPATH": str(Path(vitdistill.__file__).parents[1])}
 
 
 class Child:
@@ -220,6 +249,6 @@ def tools() -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        CLASSES=CLASSES, VIT=VIT, write_images=write_images, run=run, result=result, tree=tree, losses=losses, result_losses=result_losses, Child=Child, until=until,
+        CLASSES=CLASSES, VIT=VIT, write_images=write_images, run=run, result=result, tree=tree, losses=losses, result_losses=result_losses, Child=Child, environment=environment, until=until, spare_vit=spare_vit,
         start_ranks=start_ranks, ranks=ranks,
     )  # fmt: skip

@@ -1,0 +1,335 @@
+"""What every method promises. A method is held to this by being listed in `METHODS`: there is nothing to add here for a new one."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from torch import Tensor, nn
+
+from vitdistill.data.loader import Batch
+from vitdistill.data.views import InputSpec
+from vitdistill.distill import Distillation
+from vitdistill.method import Network, Objective, TeacherObjective, TokenSelector
+from vitdistill.methods import METHODS, method_class
+from vitdistill.methods.kd import SoftKD
+from vitdistill.methods.maskedkd import RandomPatches
+from vitdistill.plan import Plan, make_plan
+from vitdistill.recipe import Recipe, TeacherConfig, dump_recipe, from_dict, load_recipe, to_dict
+from vitdistill.teacher import Teacher
+from vitdistill.vit import Needs, ViTOutput, run_vit
+
+SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NUM_CLASSES, NUM_IMAGES, GRID = 5, 6, (4, 4)
+OBJECTIVES = [name for name in METHODS if issubclass(method_class(name), Objective)]
+SELECTORS = [name for name in METHODS if issubclass(method_class(name), TokenSelector)]
+
+
+def vit(seed: int, dim: int, depth: int) -> nn.Module:
+    torch.manual_seed(seed)
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": dim, "depth": depth, "num_heads": 2, "num_classes": NUM_CLASSES}
+    model = timm.create_model("vit_tiny_patch16_224", **settings).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+class Case:
+    """A student, a teacher, a batch, and the method between them."""
+
+    def __init__(self, name: str, mixed: bool = False, kept: bool = False) -> None:
+        self.method: Any = method_class(name)()
+        self.student, self.model = vit(0, 24, 4), vit(1, 36, 5)
+        self.teacher = Teacher(self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC)
+        objectives = {"it": self.method} if isinstance(self.method, Objective) else {"kd": SoftKD()}
+        teachers = {"teacher": self.teacher} if any(isinstance(o, TeacherObjective) for o in objectives.values()) else {}
+        selector = self.method if isinstance(self.method, TokenSelector) else RandomPatches(keep_rate=0.5) if kept and teachers else None
+        student = Network.of(self.student, "student", "small", (16, 16))
+        self.plan: Plan = make_plan(student, {key: t.network for key, t in teachers.items()}, objectives, selector)
+        self.teachers = teachers
+        self.module = Distillation(self.student, self.plan)
+        labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
+        self.batch = Batch(torch.randn(NUM_IMAGES, 3, 16, 16), labels, torch.arange(NUM_IMAGES), torch.zeros(NUM_IMAGES).long(), 0)
+        if mixed:
+            self.batch.mixed_labels, self.batch.lam = labels.flip(0), torch.linspace(0.1, 0.9, NUM_IMAGES)
+
+    @property
+    def adapter(self) -> nn.Module | None:
+        return self.module.adapters["it"] if "it" in self.module.adapters else None
+
+    def student_output(self, needs: Needs | None = None) -> ViTOutput:
+        return run_vit(self.student, self.batch.images, self.plan.student_needs if needs is None else needs)
+
+    def teacher_output(self, needs: Needs | None = None) -> ViTOutput | None:
+        if not self.teachers:
+            return None
+        return self.teacher(self.batch.images, self.plan.live["teacher"] if needs is None else needs)
+
+    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Batch | None = None) -> Tensor:
+        torch.manual_seed(5)  # a method that draws random numbers draws the same ones
+        answer: Tensor = self.method.loss(student, teacher, batch or self.batch, self.adapter)
+        return answer
+
+    def select(self, student: ViTOutput, teacher: ViTOutput | None, noise: Tensor | None) -> Tensor:
+        answer: Tensor = self.method.select(GRID, 5, student, teacher, noise)
+        return answer
+
+    def noise(self) -> Tensor | None:
+        return torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2)) if self.method.reads_noise else None
+
+
+def everything(depth: int) -> Needs:
+    blocks = frozenset(range(depth))
+    return Needs(logits=True, hidden=blocks, attention=blocks)
+
+
+def poisoned(full: ViTOutput, declared: Needs) -> ViTOutput:
+    """``full`` with NaN for everything that is not declared."""
+    declared = declared.resolve(full.depth)
+
+    def bad(value: Tensor) -> Tensor:
+        return torch.full_like(value, torch.nan)
+
+    return replace(
+        full,
+        logits=full.logits if declared.logits or full.logits is None else bad(full.logits),
+        hidden={i: value if i in declared.hidden else bad(value) for i, value in full.hidden.items()},
+        attention={i: value if i in declared.attention else bad(value) for i, value in full.attention.items()},
+    )
+
+
+def spoilt_one_by_one(output: ViTOutput) -> list[ViTOutput]:
+    """Copies of ``output`` with another one of its recorded tensors NaN in each."""
+    copies = [] if output.logits is None else [replace(output, logits=output.logits * torch.nan)]
+    copies += [replace(output, hidden={**output.hidden, i: value * torch.nan}) for i, value in output.hidden.items()]
+    return copies + [replace(output, attention={**output.attention, i: value * torch.nan}) for i, value in output.attention.items()]
+
+
+def permuted(output: ViTOutput | None, order: Tensor) -> ViTOutput | None:
+    if output is None:
+        return None
+    return replace(
+        output,
+        logits=None if output.logits is None else output.logits[order],
+        head_logits=None if output.head_logits is None else output.head_logits[order],
+        hidden={i: value[order] for i, value in output.hidden.items()},
+        attention={i: value[order] for i, value in output.attention.items()},
+        keep=None if output.keep is None else output.keep[order],
+    )
+
+
+def permuted_batch(batch: Batch, order: Tensor) -> Batch:
+    mixed = None if batch.mixed_labels is None else batch.mixed_labels[order]
+    lam = None if batch.lam is None else batch.lam[order]
+    return Batch(batch.images[order], batch.labels[order], batch.ids[order], batch.views[order], batch.view, mixed, lam)
+
+
+# --- objectives ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed: bool, kept: bool) -> None:
+    case = Case(name, mixed, kept)
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        losses = case.module(case.batch, case.teachers)
+    assert all(value.shape == () and value.dtype is torch.float32 and value.isfinite() for value in losses.values())
+    losses["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in case.module.parameters())
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(name: str, kept: bool) -> None:
+    case = Case(name, kept=kept)
+    output = case.student_output()
+    recorded = [t for t in (output.logits, *output.hidden.values(), *output.attention.values()) if t is not None and t.requires_grad]
+    named = dict(case.student.named_parameters())
+    reach = torch.autograd.grad([t.sum() for t in recorded], list(named.values()), allow_unused=True)
+    expected = {key for key, gradient in zip(named, reach, strict=True) if gradient is not None}
+    case.module(case.batch, case.teachers)["loss"].backward()
+    assert {key for key, p in named.items() if p.grad is not None} == expected
+    assert all(p.grad is not None for p in case.module.adapters.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in named.values())
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_reads_all_that_it_declares_and_nothing_else(name: str) -> None:
+    case = Case(name)
+    student, teacher = case.student_output(), case.teacher_output()
+    loss = case.loss(student, teacher)
+    assert loss.isfinite()
+    whole = poisoned(case.student_output(everything(4)), case.plan.student_needs)
+    rest = case.teacher_output(everything(5))
+    again = case.loss(whole, None if rest is None else poisoned(rest, case.plan.live["teacher"]))
+    assert again.item() == pytest.approx(loss.item(), rel=1e-4)
+    for spoilt in spoilt_one_by_one(student):
+        assert case.loss(spoilt, teacher).isnan()
+    if case.method.reads_teacher and not isinstance(case.method, _HARD):
+        assert teacher is not None
+        assert all(case.loss(student, spoilt).isnan() for spoilt in spoilt_one_by_one(teacher))
+
+
+_HARD = (method_class("hard_kd"),)  # the top class of NaN is a class: the loop checks the teacher's answer itself
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_labels_are_read_if_and_only_if_declared(name: str) -> None:
+    case = Case(name)
+    student, teacher = case.student_output(), case.teacher_output()
+    other = replace(case.batch, labels=(case.batch.labels + 1) % NUM_CLASSES)
+    changed = not torch.equal(case.loss(student, teacher), case.loss(student, teacher, other))
+    assert changed == case.method.reads_labels
+    if not case.method.reads_labels:
+        unlabelled = replace(case.batch, labels=torch.full((NUM_IMAGES,), -1))
+        assert torch.equal(case.loss(student, teacher, unlabelled), case.loss(student, teacher))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_order_of_the_images_does_not_change_a_loss(name: str, mixed: bool) -> None:
+    case = Case(name, mixed)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    student, teacher = case.student_output(), case.teacher_output()
+    moved = case.loss(permuted(student, order), permuted(teacher, order), permuted_batch(case.batch, order))  # type: ignore[arg-type]
+    assert moved.item() == pytest.approx(case.loss(student, teacher).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_is_a_mean_over_the_batch(name: str) -> None:
+    """So that accumulated micro-batches and processes, which are averaged, give what one big batch gives."""
+    case = Case(name)
+    student, teacher = case.student_output(), case.teacher_output()
+    halves = []
+    for part in (torch.arange(3), torch.arange(3, 6)):
+        halves.append(case.loss(permuted(student, part), permuted(teacher, part), permuted_batch(case.batch, part)))  # type: ignore[arg-type]
+    assert (sum(halves) / 2).item() == pytest.approx(case.loss(student, teacher).item(), rel=1e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_is_traced_without_a_graph_break(name: str) -> None:
+    case = Case(name, mixed=True)
+    with torch.no_grad():
+        student, teacher = case.student_output(), case.teacher_output()
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda student, teacher, batch: case.method.loss(student, teacher, batch, case.adapter), fullgraph=True, backend="eager"
+    )
+    torch.manual_seed(5)
+    assert torch.allclose(compiled(student, teacher, case.batch), case.loss(student, teacher), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_says_what_its_weight_multiplies(name: str) -> None:
+    case = Case(name)
+    assert case.method.formula and case.method.weight == 1.0
+    half = Distillation(case.student, replace(case.plan, objectives={"it": replace(case.method, weight=0.5)}))
+    half.adapters = case.module.adapters
+    torch.manual_seed(5)
+    whole = case.module(case.batch, case.teachers)["loss"]
+    torch.manual_seed(5)
+    assert half(case.batch, case.teachers)["loss"].item() == pytest.approx(whole.item() / 2, rel=1e-5)
+
+
+# --- selectors -----------------------------------------------------------------------------------------------------------------
+
+
+def selector_inputs(name: str) -> tuple[Case, ViTOutput, ViTOutput | None, Tensor | None]:
+    case = Case(name)
+    guide = case.teacher_output(case.plan.guides["teacher"]) if case.plan.guides else None
+    return case, case.student_output(), guide, case.noise()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_choice_is_of_different_patches_of_the_grid(name: str, dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        case, student, guide, noise = selector_inputs(name)
+        keep = case.select(student, guide, noise)
+        losses = case.module(case.batch, case.teachers)
+    assert keep.shape == (NUM_IMAGES, 5) and keep.dtype is torch.int64
+    assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 16 for row in keep.tolist())
+    assert losses["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_choice_reads_all_that_it_declares_and_nothing_else(name: str) -> None:
+    case, student, guide, noise = selector_inputs(name)
+    keep = case.select(student, guide, noise)
+    whole = poisoned(case.student_output(everything(4)), case.plan.student_needs)
+    rest = poisoned(case.teacher(case.batch.images, everything(5)), case.plan.guides.get("teacher", Needs()))
+    assert torch.equal(case.select(whole, rest, noise), keep)
+    read = case.method.student_needs(case.plan.student), case.method.teacher_needs(case.plan.teachers["teacher"])
+    assert any(read) or case.method.reads_noise
+    for output, needs, is_student in ((student, read[0], True), (guide, read[1], False)):
+        for block in needs.resolve(output.depth).attention if output is not None else ():
+            assert output is not None
+            turned = replace(output, attention={**output.attention, block: output.attention[block].flip(-1)})
+            other = case.select(turned, guide, noise) if is_student else case.select(student, turned, noise)
+            assert not torch.equal(other, keep)
+    if noise is not None:
+        assert not torch.equal(case.select(student, guide, noise.flip(-1)), keep)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_each_image_has_its_own_choice(name: str) -> None:
+    case, student, guide, noise = selector_inputs(name)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    moved = case.select(permuted(student, order), permuted(guide, order), None if noise is None else noise[order])  # type: ignore[arg-type]
+    keep = case.select(student, guide, noise)
+    assert torch.equal(moved, keep[order])
+    assert len({frozenset(row) for row in keep.tolist()}) > 1
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_choice_carries_no_gradient_and_is_traced_without_a_graph_break(name: str) -> None:
+    case, student, guide, noise = selector_inputs(name)
+    keep = case.select(student, guide, noise)
+    with torch.no_grad():
+        case, student, guide, noise = selector_inputs(name)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda student, guide, noise: case.method.select(GRID, 5, student, guide, noise), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(student, guide, noise), keep) and not keep.requires_grad
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selector_does_not_keep_the_gradient_from_the_student(name: str) -> None:
+    case = Case(name)
+    case.module(case.batch, case.teachers)["loss"].backward()
+    assert all(p.grad is not None for p in case.student.parameters())
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_survives_json_and_yaml(name: str, tmp_path: Any) -> None:
+    method = method_class(name)()
+    if isinstance(method, Objective):
+        recipe = Recipe(objectives={"it": method}, teachers={"teacher": TeacherConfig(model="x")})
+    else:
+        recipe = Recipe(selector=method)
+    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert yaml.safe_load(dump_recipe(recipe)) == to_dict(recipe)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_immutable_and_documented(name: str) -> None:
+    method = method_class(name)()
+    with pytest.raises(Exception, match="cannot assign"):
+        method.weight = 2.0  # type: ignore[misc, union-attr]
+    assert hash(method) == hash(method_class(name)())
+    documented = "".join(base.__doc__ or "" for base in type(method).__mro__)
+    assert all(f"{field.name}:" in documented for field in dataclasses.fields(method))

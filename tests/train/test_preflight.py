@@ -1,0 +1,172 @@
+"""A teacher that would waste the run is refused in one sentence, before anything is written."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from timm.models import create_model
+
+from vitdistill import weights
+from vitdistill.build import build_teacher
+from vitdistill.data.loader import EvalLoader
+from vitdistill.data.source import open_source
+from vitdistill.errors import ConfigError, NonFiniteError
+from vitdistill.export import export_timm
+from vitdistill.recipe import TeacherConfig
+from vitdistill.teacher import match_classes
+from vitdistill.train.distributed import World
+from vitdistill.train.preflight import best_order, chance_accuracy, chance_level, prove_teacher
+
+CLASSES = ("ant", "bee", "cat")
+HERE = World(0, 1, torch.device("cpu"))
+
+
+def prove(folder, images, **settings):
+    """The proof of the teacher in ``folder`` on 21 images, given in its own contract."""
+    config = TeacherConfig(model=str(folder), **settings)
+    spec = build_teacher(config, "teacher", CLASSES, _spec(folder), "cpu")[0].spec
+    teacher, _ = build_teacher(config, "teacher", CLASSES, spec, "cpu")
+    return prove_teacher(teacher, EvalLoader(open_source(str(images), "val"), spec, batch_size=8), CLASSES, HERE)
+
+
+def _spec(folder):
+    from vitdistill.data.views import InputSpec
+
+    return InputSpec.of_model(weights.create_model(str(folder)))
+
+
+def changed(teacher, folder, change=None, classes=None):
+    """The teacher's export with other weights, or other class names."""
+    model = create_model(f"local-dir:{teacher / 'last'}", pretrained=True).eval()
+    spec = _spec(teacher / "last")
+    args = json.loads((teacher / "last" / "config.json").read_text())
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    export_timm(
+        model, folder, architecture=args["architecture"], model_args=args["model_args"], classes=classes or CLASSES, input_spec=spec
+    )
+    return folder
+
+
+def test_a_good_teacher_is_proved(teacher, images):
+    proof = prove(teacher / "last", images)
+    assert proof.accuracy == 1.0 and proof.num_images == 21 and proof.chance == pytest.approx(1 / 3)
+
+
+def test_random_weights_are_refused(tmp_path, teacher, images):
+    folder = changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset"))
+    with pytest.raises(ConfigError, match=r"the teacher .* is right on [0-9.]+% of 21 validation images, which is chance for 3 classes: its "):
+        prove(folder, images)
+
+
+def test_permuted_classes_are_named(tmp_path, teacher, images):
+    def rotate(model):
+        model.head.weight.copy_(model.head.weight.roll(1, 0))
+        model.head.bias.copy_(model.head.bias.roll(1, 0))
+
+    folder = changed(teacher, tmp_path / "rotated", rotate)
+    with pytest.raises(ConfigError, match=r"its classes look permuted: in another order it would be right on 100\.0% \(its class 0 is .*'cat'\)"):
+        prove(folder, images)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_answer_that_is_no_number_is_refused(tmp_path, teacher, images, value):
+    folder = shutil.copytree(teacher / "last", tmp_path / "broken")
+    state = load_file(folder / "model.safetensors")
+    state["head.bias"][1] = value
+    save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vitdistill"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NonFiniteError, match=r"the teacher .* answers with NaN or infinity on validation images: check its weights"):
+        prove(folder, images)
+
+
+def test_a_refusal_changes_no_file(tmp_path, taught, teacher, images, tools):
+    folder = changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset"))
+    before = tools.tree(tmp_path)
+    with pytest.raises(ConfigError, match="chance"):
+        tools.run(taught(**{"teachers.teacher.model": str(folder)}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"would have random weights: give --teacher-path FILE"):
+        tools.run(taught(**{"teachers.teacher.model": "vit_tiny_patch16_224"}), tmp_path / "run")
+    assert tools.tree(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_order_of_the_classes_needs_a_word(tmp_path, teacher, images):
+    """Exported with its classes, and their rows of the head, in another order."""
+
+    def rotate(model):
+        model.head.weight.copy_(model.head.weight.roll(1, 0))
+        model.head.bias.copy_(model.head.bias.roll(1, 0))
+
+    folder = changed(teacher, tmp_path / "ordered", rotate, classes=("cat", "ant", "bee"))
+    with pytest.raises(ConfigError, match=r"class 0 is 'ant' in the data set and 'cat' in the teacher\): pass --reorder-classes"):
+        prove(folder, images)
+    assert prove(folder, images, reorder_classes=True).accuracy == 1.0
+
+
+def test_a_teacher_of_more_classes_answers_for_those_at_hand(tmp_path, teacher, images):
+    def widen(model):
+        head = torch.nn.Linear(24, 5)
+        head.weight[[4, 1, 3]], head.bias[[4, 1, 3]] = model.head.weight, model.head.bias
+        head.bias[[0, 2]] = 100.0
+        model.head, model.num_classes = head, 5
+
+    folder = changed(teacher, tmp_path / "wide", widen, classes=("dog", "bee", "eel", "cat", "ant"))
+    assert prove(folder, images).accuracy == 1.0
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "sentence"),
+    [
+        (None, 1000, r"answers with 1000 classes and the data set has 3: train or fine-tune"),
+        (("ant", "bee"), 3, r"names 2 classes but answers with 3: its config.json is wrong"),
+        (("ant", "bee", "dog"), 3, r"does not know 1 of the data set's 3 classes \('cat'\)"),
+        (("a", "b", "c", "d"), 4, r"does not know 3 of .* \('ant', 'bee', 'cat'\)"),
+        (("ant", "bee", "cat", "bee"), 4, r"has two classes called 'bee'"),
+        (("bee", "ant", "cat"), 3, r"another order \(class 0 is 'ant' in the data set and 'bee' in the big one\)"),
+    ],
+)
+def test_classes_that_do_not_match_are_refused(names, count, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        match_classes("big one", names, count, CLASSES, reorder=False)
+
+
+@given(st.permutations(["ant", "bee", "cat", "dog", "eel"]), st.integers(1, 5))
+def test_matching_picks_every_class_by_its_name(order, size):
+    match = match_classes("teacher", order, 5, sorted(order)[:size], reorder=True)
+    picked = order if match.index is None else [order[i] for i in match.index]
+    assert tuple(picked) == match.classes == tuple(sorted(order)[:size])
+
+
+# -- chance -----------------------------------------------------------------------------------------------------------
+
+
+def test_always_the_same_answer_is_chance_however_unequal_the_classes():
+    pairs = [(0, 0)] * 90 + [(1, 0)] * 10
+    assert chance_accuracy(pairs) == 0.9
+    assert chance_accuracy([(i % 4, i % 4) for i in range(40)]) == 0.25
+
+
+@given(st.integers(2, 200), st.integers(0, 10_000))
+def test_guessing_stays_below_the_level(classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels, answers = torch.randint(classes, (2, 512), generator=generator).tolist()
+    pairs = list(zip(labels, answers, strict=True))
+    right = sum(a == b for a, b in pairs) / 512
+    assert right <= chance_level(chance_accuracy(pairs), 512) + 0.01
+
+
+@given(st.permutations(range(8)), st.integers(0, 3))
+def test_the_best_order_undoes_a_permutation(order, mistakes):
+    pairs = [(label, order[label]) for label in range(8) for _ in range(5)] + [(0, order[1])] * mistakes
+    assert best_order(pairs) == {answer: label for label, answer in enumerate(order)}
