@@ -46,9 +46,7 @@ PAPER = [  # recipe, keep rate, peta-MACs of the teacher over the run (arXiv 230
 
 
 @pytest.mark.parametrize(("recipe", "keep_rate", "paper"), PAPER)
-def test_explain_reproduces_the_papers_teacher_cost(
-    recipe: str, keep_rate: float, paper: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_explain_reproduces_the_papers_teacher_cost(recipe: str, keep_rate: float, paper: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", recipe, "--keep-rate", str(keep_rate)]) == 0
     printed = capsys.readouterr().out
     assert f"{IMAGENET_TRAIN_IMAGES:,} images x 300 epochs" in printed
@@ -66,7 +64,7 @@ def test_the_whole_teachers_too() -> None:
 # --- counted FLOPs ---------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(keep=st.integers(1, 64))
 def test_fewer_patches_cost_less(keep: int) -> None:
     model = small()
@@ -75,7 +73,7 @@ def test_fewer_patches_cost_less(keep: int) -> None:
     assert forward_flops(model, (32, 32), LOGITS, max(1, keep - 1)) <= masked
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"])
 def test_the_recorded_pass_costs_at_most_the_models_own(name: str) -> None:
     model = vit(name)
     assert forward_flops(model, (224, 224), LOGITS) < forward_flops(model, (224, 224))
@@ -108,9 +106,12 @@ def test_counting_needs_no_weights_and_leaves_the_model_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small", "cait_xxs24_224", "swin_tiny_patch4_window7_224"])
-def test_other_networks_are_counted_by_their_own_forward(name: str) -> None:
-    model = vit(name)
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("resnet18", {}), ("mobilenetv4_conv_small", {}), ("cait_xxs24_224", {"depth": 2}), ("swin_tiny_patch4_window7_224", {})],
+)
+def test_other_networks_are_counted_by_their_own_forward(name: str, args: dict[str, int]) -> None:
+    model = vit(name, **args)
     assert forward_flops(model, (224, 224), LOGITS) == forward_flops(model, (224, 224)) > 0
     assert training_flops(model.train(), (224, 224), LOGITS) > 2 * forward_flops(model.eval(), (224, 224))
 
@@ -147,7 +148,7 @@ def test_the_explanation_names_everything() -> None:
     for part in (
         "student_model",
         "teacher_model",
-        f"{plan.student.num_parameters / 1e6:.2f} M",
+        f" {plan.student.num_parameters / 1e3:.0f} k ",
         flops(cost.student),
         flops(cost.teachers["teacher"]),
         flops(cost.teachers_plain["teacher"]),

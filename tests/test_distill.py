@@ -45,7 +45,11 @@ def teacher_of(model: nn.Module, name: str = "teacher", side: int = 16) -> Teach
 
 
 def build(
-    student: nn.Module, teachers: Mapping[str, Teacher], objectives: dict[str, Objective], selector: TokenSelector | None = None, seed: int = 0
+    student: nn.Module,
+    teachers: Mapping[str, Teacher],
+    objectives: dict[str, Objective],
+    selector: TokenSelector | None = None,
+    seed: int = 0,
 ) -> Distillation:
     network = Network.of(student, "student", "student", (16, 16))
     plan = make_plan(network, {name: teacher.network for name, teacher in teachers.items()}, objectives, selector)

@@ -73,7 +73,7 @@ def test_an_exact_count_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize("rate", [0, -0.5, 1.5, math.nan, math.inf, True, "half"])
 def test_a_keep_rate_is_a_fraction(rate: object) -> None:
-    with pytest.raises(ConfigError, match="keep_rate is .*above 0 and at most 1"):
+    with pytest.raises(ConfigError, match=r"keep_rate is .*above 0 and at most 1"):
         MaskedKD(keep_rate=rate)  # type: ignore[arg-type]
 
 
@@ -86,7 +86,7 @@ def test_a_count_is_a_whole_number_above_0(count: object) -> None:
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
 @pytest.mark.parametrize("kind", [CrossEntropy, SoftKD, HardKD])
 def test_a_weight_is_above_0(kind: type, weight: float) -> None:
-    with pytest.raises(ConfigError, match="weight of .* leave the objective out"):
+    with pytest.raises(ConfigError, match=r"weight of .* leave the objective out"):
         kind(weight=weight)
 
 

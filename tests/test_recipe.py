@@ -96,7 +96,9 @@ recipes = st.builds(
     | st.builds(MaskedKD, keep_rate=st.floats(1e-6, 1), num_keep=st.none() | st.integers(1, 9), block=st.integers(-3, 3))
     | st.builds(TeacherGuided, softmax_over=st.sampled_from(["tokens", "patches"])),
     optim=st.builds(OptimConfig, lr=st.floats(1e-12, 1e3), min_lr=st.floats(0, 1), clip_grad=st.none() | st.floats(1e-3, 1e3)),
-    train=st.builds(TrainConfig, epochs=st.integers(6, 10**6), seed=st.integers(-(2**40), 2**40), ema_decay=st.none() | st.floats(0.1, 0.9)),
+    train=st.builds(
+        TrainConfig, epochs=st.integers(6, 10**6), seed=st.integers(-(2**40), 2**40), ema_decay=st.none() | st.floats(0.1, 0.9)
+    ),
 )
 
 
@@ -295,7 +297,9 @@ def test_a_schedule_that_cannot_be() -> None:
 
 def test_fields_are_replaced_together() -> None:
     recipe = named_recipe("maskedkd")
-    changed = replace_fields(recipe, {"train.epochs": 3, "optim.warmup_epochs": 1, "selector.keep_rate": 0.25, "objectives.kd.temperature": "2"})
+    changed = replace_fields(
+        recipe, {"train.epochs": 3, "optim.warmup_epochs": 1, "selector.keep_rate": 0.25, "objectives.kd.temperature": "2"}
+    )
     assert (changed.train.epochs, changed.optim.warmup_epochs) == (3, 1.0)
     assert changed.selector == MaskedKD(keep_rate=0.25)
     assert changed.objectives["kd"] == SoftKD(weight=0.5, temperature=2.0)
@@ -334,7 +338,7 @@ def test_values_from_the_command_line() -> None:
     with pytest.raises(ConfigError, match="--set x"):
         parse_value("[", "--set x")
     assert convert("3", int | None, "--epochs") == 3
-    with pytest.raises(ConfigError, match="--epochs is '3.5': a whole number is needed"):
+    with pytest.raises(ConfigError, match=r"--epochs is '3\.5': a whole number is needed"):
         convert("3.5", int, "--epochs")
 
 
@@ -361,4 +365,6 @@ def test_every_setting_is_documented() -> None:
     for part in (Recipe, StudentConfig, TeacherConfig, OptimConfig, TrainConfig, Augment):
         for field in dataclasses.fields(part):
             documented = part.__doc__ or ""
-            assert field.name in documented or field.name in ("student", "teachers", "data", "optim", "train"), f"{part.__name__}.{field.name}"
+            assert field.name in documented or field.name in ("student", "teachers", "data", "optim", "train"), (
+                f"{part.__name__}.{field.name}"
+            )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import is_model
 from torch import nn
 
 from . import weights
@@ -68,11 +69,10 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
 def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
     """A teacher's network with its own head; raises `ConfigError` when no weights are named for it, unless they are not wanted."""
     named = config.checkpoint or config.pretrained
-    if with_weights and config.model and not named and not weights.carries_weights(resolve_run(config.model)):
-        raise ConfigError(
-            f"the {name} {config.model} would have random weights: give --teacher-path FILE, --teacher-pretrained, "
-            "or a run folder as --teacher-model"
-        )
+    known = is_model(config.model.partition(".")[0])  # of a name that does not exist something else is said
+    if with_weights and known and not named and not weights.carries_weights(resolve_run(config.model)):
+        flags = "--model-path FILE, --pretrained" if name == "model" else "--teacher-path FILE, --teacher-pretrained"
+        raise ConfigError(f"the {name} {config.model} would have random weights: give {flags}, or the folder of a run in its place")
     return _create(config, name, None, with_weights)
 
 

@@ -133,7 +133,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         (
             "student, trained",
             student.architecture,
-            f"{student.num_parameters / 1e6:.2f} M",
+            flops(student.num_parameters, ""),
             flops(cost.student),
             f"{cost.student / cost.student_plain:.0%} of {flops(cost.student_plain)}",
         ),
@@ -146,7 +146,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
             (
                 name,
                 teacher.architecture,
-                f"{teacher.num_parameters / 1e6:.2f} M",
+                flops(teacher.num_parameters, ""),
                 flops(cost.teachers[name]),
                 f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of {flops(cost.teachers_plain[name])}",
             )
@@ -169,11 +169,9 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     for name, teacher in plan.teachers.items():
         if teacher.walks:
             masked, whole = vit_macs(teacher, plan.num_keep[name]) * images, vit_macs(teacher) * images
-            lines += [
-                "",
-                f"The {name} as the MaskedKD paper counts it (every patch embedded, last block whole, multiply-accumulates):",
-                f"  {flops(masked, 'MACs')} against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})",
-            ]
+            lines += ["", f"The {name} as the MaskedKD paper counts it (every patch embedded, last block whole, multiply-accumulates):"]
+            saved = f" against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})" if masked < whole else ""
+            lines.append(f"  {flops(masked, 'MACs')}{saved}")
     lines += ["", "What every loss weight multiplies"]
     for name, objective in plan.objectives.items():
         lines.append(f"  {objective.weight:g} x {name}: {objective.formula}")

@@ -55,9 +55,7 @@ class Network:
         return self.grid[0] * self.grid[1]
 
     @classmethod
-    def of(
-        cls, model: nn.Module, name: str, architecture: str, image_size: tuple[int, int], num_classes: int | None = None
-    ) -> "Network":
+    def of(cls, model: nn.Module, name: str, architecture: str, image_size: tuple[int, int], num_classes: int | None = None) -> "Network":
         """Describe ``model``; ``num_classes`` overrides the head's own when answers are matched to fewer classes."""
         import torch
 
@@ -112,9 +110,7 @@ class Objective(ABC):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight > 0):
-            raise ConfigError(
-                f"the weight of {type(self).__name__} is {self.weight!r}: give a number above 0, or leave the objective out"
-            )
+            raise ConfigError(f"the weight of {type(self).__name__} is {self.weight!r}: give a number above 0, or leave the objective out")
 
     def student_needs(self, student: Network) -> Needs:
         """What the objective reads of the student."""
@@ -132,9 +128,7 @@ class Objective(ABC):
         return None
 
     @abstractmethod
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         """The unweighted loss, a float32 scalar: a mean over the batch."""
 
 

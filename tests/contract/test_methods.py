@@ -59,7 +59,7 @@ class Case:
 
     @property
     def adapter(self) -> nn.Module | None:
-        return self.module.adapters["it"] if "it" in self.module.adapters else None
+        return dict(self.module.adapters.items()).get("it")
 
     def student_output(self, needs: Needs | None = None) -> ViTOutput:
         return run_vit(self.student, self.batch.images, self.plan.student_needs if needs is None else needs)

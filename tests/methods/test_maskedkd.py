@@ -42,7 +42,7 @@ def test_the_most_attended_patches_are_chosen(shape: dict[str, int], share: floa
     assert keep.shape == (shape["batch"], count) and keep.dtype is torch.int64
     saliency = attention[:, :, shape["prefix"] :].mean(1)
     for row, chosen in zip(saliency, keep, strict=True):
-        assert len(set(chosen.tolist())) == count and 0 <= int(chosen.min()) and int(chosen.max()) < shape["patches"]
+        assert len(set(chosen.tolist())) == count and int(chosen.min()) >= 0 and int(chosen.max()) < shape["patches"]
         left = row[[i for i in range(len(row)) if i not in chosen]]
         assert len(left) == 0 or row[chosen].min() >= left.max()
         assert row[chosen].tolist() == sorted(row[chosen].tolist(), reverse=True)
@@ -130,7 +130,15 @@ def test_the_same_grid_changes_nothing(grid: tuple[int, int], seed: int) -> None
 
 @pytest.mark.parametrize(
     ("grid", "to_grid"),
-    [((14, 14), (16, 16)), ((16, 16), (14, 14)), ((14, 14), (7, 7)), ((8, 8), (16, 16)), ((6, 10), (9, 5)), ((10, 4), (4, 10)), ((2, 2), (37, 37))],
+    [
+        ((14, 14), (16, 16)),
+        ((16, 16), (14, 14)),
+        ((14, 14), (7, 7)),
+        ((8, 8), (16, 16)),
+        ((6, 10), (9, 5)),
+        ((10, 4), (4, 10)),
+        ((2, 2), (37, 37)),
+    ],
 )
 @pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
 def test_a_bright_corner_stays_in_its_corner(grid: tuple[int, int], to_grid: tuple[int, int], corner: tuple[int, int]) -> None:

@@ -131,6 +131,13 @@ def run(recipe: Recipe, folder: Path, said: list[str] | None = None, **options: 
             said += text.getvalue().splitlines()
 
 
+def said(recipe: Recipe, folder: Path) -> list[str]:
+    """The lines a run prints."""
+    lines: list[str] = []
+    run(recipe, folder, lines)
+    return lines
+
+
 def result(folder: Path) -> dict[str, Any]:
     """All that a finished run computed: logs and exports as bytes, the final state, the summary but for its seconds."""
     newest = checkpoint.latest(folder)
@@ -246,9 +253,5 @@ def ranks(count: int, work: Callable[[int], Any]) -> list[Any]:
 @pytest.fixture(scope="session")
 def tools() -> Any:
     """The functions of this file: the tests are not a package that could import them."""
-    from types import SimpleNamespace
-
-    return SimpleNamespace(
-        CLASSES=CLASSES, VIT=VIT, write_images=write_images, run=run, result=result, tree=tree, losses=losses, result_losses=result_losses, Child=Child, environment=environment, until=until, spare_vit=spare_vit,
-        start_ranks=start_ranks, ranks=ranks,
-    )  # fmt: skip
+    offered = (write_images, run, said, result, tree, losses, result_losses, Child, environment, until, spare_vit, start_ranks, ranks)
+    return types.SimpleNamespace(VIT=VIT, **{tool.__name__: tool for tool in offered})

@@ -324,9 +324,7 @@ OPTIMIZERS = {
     "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), capturable=False, foreach=False),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
-    "groups": lambda p: torch.optim.AdamW(
-        [{"params": p[:2], "lr": 0.1, "lr_scale": 0.5}, {"params": p[2:], "name": "x"}]
-    ),
+    "groups": lambda p: torch.optim.AdamW([{"params": p[:2], "lr": 0.1, "lr_scale": 0.5}, {"params": p[2:], "name": "x"}]),
     **{
         name: (lambda p, name=name: timm.optim.create_optimizer_v2(p, opt=name, lr=0.01, weight_decay=0.05))
         for name in ("lamb", "lion", "adopt", "nadamw", "adafactor", "rmsproptf", "madgrad", "muon")

@@ -61,7 +61,9 @@ def test_a_good_teacher_is_proved(teacher, images):
 
 def test_random_weights_are_refused(tmp_path, teacher, images):
     folder = changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset"))
-    with pytest.raises(ConfigError, match=r"the teacher .* is right on [0-9.]+% of 21 validation images, which is chance for 3 classes: its "):
+    with pytest.raises(
+        ConfigError, match=r"the teacher .* is right on [0-9.]+% of 21 validation images, which is chance for 3 classes: its "
+    ):
         prove(folder, images)
 
 
@@ -71,7 +73,9 @@ def test_permuted_classes_are_named(tmp_path, teacher, images):
         model.head.bias.copy_(model.head.bias.roll(1, 0))
 
     folder = changed(teacher, tmp_path / "rotated", rotate)
-    with pytest.raises(ConfigError, match=r"its classes look permuted: in another order it would be right on 100\.0% \(its class 0 is .*'cat'\)"):
+    with pytest.raises(
+        ConfigError, match=r"its classes look permuted: in another order it would be right on 100\.0% \(its class 0 is .*'cat'\)"
+    ):
         prove(folder, images)
 
 

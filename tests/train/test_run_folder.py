@@ -125,7 +125,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, plain, to
     os.read(ready, 1)
     before = tools.tree(folder)
     for _ in range(2):
-        with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid}: wait for it, .*or delete .*in_use\.json if that run is dead"):
+        with pytest.raises(
+            ConfigError, match=rf"is in use by process {holder.pid}: wait for it, .*or delete .*in_use\.json if that run is dead"
+        ):
             tools.run(plain(), folder)
     assert tools.tree(folder) == before
     holder.kill()

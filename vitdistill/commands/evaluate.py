@@ -140,7 +140,7 @@ def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
         rows += [("top-1 agreement with teacher", f"{result['agreement']:.2%}"), ("KL(teacher || model)", f"{result['kl']:.4f} nats")]
     where = f"{result['device']}, {result['threads']} threads" if result["device"] == "cpu" else result["device"]
     rows += [
-        ("parameters", f"{result['num_parameters'] / 1e6:.2f} M"),
+        ("parameters", flops(result["num_parameters"], "").strip()),
         ("forward pass", f"{flops(result['flops'])} an image"),
         ("speed, without loading", f"{result['images_per_second']:,.0f} images/s ({where})"),
     ]

@@ -9,7 +9,7 @@ import torch
 from ..build import Built, build_student, build_teacher_model, plan_of
 from ..cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
 from ..data.source import open_source
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..recipe import Recipe, dump_recipe
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
@@ -40,6 +40,9 @@ def main(words: Sequence[str]) -> int:
         source = open_source(recipe.data.dir, "train")
         num_images = len(source) // recipe.train.batch_size * recipe.train.batch_size
         num_classes = len(source.classes) or 1000
+        if num_images == 0:
+            few = f"{source.name} has {len(source)} images, fewer than one batch of {recipe.train.batch_size}"
+            raise ConfigError(f"{few}: lower --batch-size")
         counted = ""
     with torch.device("meta"):
         student, teachers = _networks(recipe, num_classes)

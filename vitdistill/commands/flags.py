@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
@@ -17,9 +16,6 @@ from ..errors import ConfigError, UserError
 from ..recipe import convert
 
 Flags = TypeVar("Flags")
-
-ABSENT: Any = "absent"
-"""Stands in the help for the default of a flag that has no place in the recipe at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +64,6 @@ def about(text: str, name: str | None = None, metavar: str | None = None) -> Any
 
 
 def _default_hint(default: str) -> str:
-    if default == ABSENT:
-        return "(no effect in this recipe)"
     return "" if default in ("''", "") else f"(default: {default})"
 
 
@@ -207,16 +201,16 @@ def fill(flags: type[Flags], given: dict[str, list[str]] | None, prog: str, desc
     if given is not None:
         names = {flag.field.name: flag for flag in flags_of(flags)}
         words = [word for key, items in given.items() for word in ([] if names[key].positional else [names[key].name]) + items]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="tyro", message=".*does not match any type in Union")  # ABSENT does not, on purpose
-        return tyro.cli(
-            flags,
-            args=words,
-            prog=prog,
-            description=description + _aliases(flags),
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-            default=tyro.MISSING if default is None else default,
-        )
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    filled: Flags = tyro.cli(
+        flags,
+        args=words,
+        prog=prog,
+        description=description + _aliases(flags),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        **options,
+    )
+    return filled
 
 
 def _aliases(flags: type) -> str:
@@ -226,5 +220,5 @@ def _aliases(flags: type) -> str:
 
 def wrap(text: str, indent: str = "  ") -> str:
     """Lines no wider than the terminal, the second and later ones indented (tyro joins lines that begin with a letter)."""
-    width = max(shutil.get_terminal_size().columns, 40)
+    width = max(shutil.get_terminal_size().columns - 2, 40)  # some versions of tyro keep a margin
     return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

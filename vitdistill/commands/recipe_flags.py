@@ -12,7 +12,7 @@ from ..method import Objective, TeacherObjective
 from ..methods import method_class
 from ..recipe import Recipe, TeacherConfig, flatten, parse_value, replace_fields
 from ..recipes import RECIPES, find_recipe, named_recipe
-from .flags import ABSENT, COUNT, NUMBER, SWITCH, TEXT, about, asks_help, fill, flags_of, normalise, one_of, wrap
+from .flags import COUNT, NUMBER, SWITCH, TEXT, about, asks_help, fill, flags_of, normalise, one_of, wrap
 
 DEFAULT_RECIPE = "maskedkd"
 
@@ -185,7 +185,7 @@ def parse(command: str, flags: type[Flags], words: Sequence[str], description: s
     (name,) = given.get("recipe", [DEFAULT_RECIPE])
     recipe = _compose(find_recipe(name), given.get("with_", []), given.get("without", []))
     values = flatten(recipe)
-    text = f"{description}\n\nRecipes:\n{_recipe_list()}\n\n" + wrap(f"Defaults below are those of the recipe {name!r}.")
+    text = f"{description}\n\nRecipes:\n{_recipe_list()}\n\n{_about_defaults(name, flags, values)}"
     filled = fill(flags, None if asks_help(words) else given, prog, text, _defaults(flags, values))
     changes = _changes(recipe, values, filled, given)
     recipe = replace_fields(recipe, changes)
@@ -208,7 +208,7 @@ def _defaults(flags: type[Flags], values: Mapping[str, Any]) -> Flags:
             if dataclasses.is_dataclass(item.type):
                 filled[item.name] = of(item.type)  # type: ignore[arg-type]
             elif "path" in item.metadata:
-                filled[item.name] = values.get(item.metadata["path"], ABSENT)
+                filled[item.name] = values.get(item.metadata["path"])
         return group(**filled)
 
     filled: Flags = of(flags)
@@ -222,6 +222,8 @@ def _changes(recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, giv
         path = flag.field.metadata.get("path")
         if path is None or flag.field.name not in given:
             continue
+        if path == "student.image_size" and "student.model_args.img_size" in values:
+            path = "student.model_args.img_size"  # the same setting, where the recipe has it
         if path not in values:
             raise UserError(f"{flag.name} cannot take effect: {_why_absent(recipe, path)}")
         changes[path] = _value(filled, flag.field.name)
@@ -234,8 +236,9 @@ def _changes(recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, giv
         path, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--set {item!r} has no '=': write FIELD=VALUE, e.g. optim.lr=0.001")
-        if path in changes:
-            raise UserError(f"{path} is set twice on the command line: give it once")
+        lost = next((earlier for earlier in changes if earlier == path or earlier.startswith(f"{path}.")), None)
+        if lost is not None:
+            raise UserError(f"{lost} is set twice on the command line: give it once")
         changes[path] = parse_value(text, f"--set {path}")
     return changes
 
@@ -309,6 +312,12 @@ def _refuse_idle(recipe: Recipe, given: Mapping[str, list[str]]) -> None:
         raise UserError("--min-lr cannot take effect: --sched none keeps the learning rate")
     if "warmup_lr" in given and optim.warmup_epochs == 0:
         raise UserError("--warmup-lr cannot take effect: there is no warm-up (--warmup-epochs 0)")
+
+
+def _about_defaults(name: str, flags: type, values: Mapping[str, Any]) -> str:
+    idle = [flag.name for flag in flags_of(flags) if flag.field.metadata.get("path", "data.dir") not in values]
+    text = f"Defaults below are those of the recipe {name!r}"
+    return wrap(f"{text}, in which these have no effect: {', '.join(idle)}." if idle else f"{text}.")
 
 
 def _recipe_list() -> str:

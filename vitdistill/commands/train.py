@@ -35,15 +35,11 @@ def main(words: Sequence[str]) -> int:
 
     named = replace(recipe, name=output.absolute().name or recipe.name)
     summary = train(named, output, device=flags.device, console=console, prepared=show)
-    best = summary["best_top1"]
+    best, text = summary["best_top1"], f"done: weights in {output / 'last'}"
     if best is not None:
-        console.print(
-            f"done: top-1 {summary['scores']['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g}); "
-            f"weights in {output / 'last'} and {output / 'best'}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        scores = f"top-1 {summary['scores']['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g})"
+        text = f"done: {scores}; weights in {output / 'last'} and {output / 'best'}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

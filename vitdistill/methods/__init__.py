@@ -1,5 +1,6 @@
 """One paper, one file; `METHODS` is the table of them all, one line a method, imported only when used."""
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -18,8 +19,12 @@ METHODS: dict[str, str] = {
 
 def method_names() -> dict[str, str]:
     """Every known method by name: the table above and the ``vitdistill.methods`` entry points of installed packages."""
-    outside = {point.name: point.value for point in entry_points(group="vitdistill.methods")}
-    return {**outside, **METHODS}
+    return {**_outside(), **METHODS}
+
+
+@cache
+def _outside() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group="vitdistill.methods")}
 
 
 def method_class(name: str) -> type[Objective] | type[TokenSelector]:

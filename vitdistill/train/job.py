@@ -19,6 +19,7 @@ from ..plan import Plan
 from ..recipe import Recipe
 from ..teacher import Teacher
 from .distributed import World
+from .optim import make_optimizer
 from .preflight import NUM_IMAGES, prove_teacher
 
 
@@ -109,6 +110,7 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
         student = replace(student, spec=replace(student.spec, crop_pct=1.0))
     plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})
     distillation = Distillation(student.model, plan, recipe.train.seed).to(world.device)
+    make_optimizer(distillation, recipe.optim)  # only to find a wrong name or argument before a file is written
     if world.device.type == "cpu" and amp_dtype is torch.bfloat16:
         prefer_explicit_attention(distillation)
     for teacher in teachers.values():

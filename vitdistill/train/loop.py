@@ -464,10 +464,12 @@ class _Run:
             "seconds": self.seconds,
             "processes": self.world.size,
         }
-        with self.world.together():
-            if self.folder is not None:
-                durable.write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
-        return summary
+
+        def write() -> dict[str, Any]:
+            durable.write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
+            return summary
+
+        return self.world.from_main(write)
 
 
 @torch.no_grad()
