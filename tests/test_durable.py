@@ -389,9 +389,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
 # -- names and modes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("umask", "file_mode", "dir_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)]
-)
+@pytest.mark.parametrize(("umask", "file_mode", "dir_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
 def test_umask_is_honoured(tmp_path, umask, file_mode, dir_mode):
     before = os.umask(umask)
     try:
@@ -510,9 +508,7 @@ def test_tensors_are_what_safetensors_reads(tmp_path):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        assert torch.equal(
-            found[name].view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8)
-        )
+        assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8))
     with safetensors.safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert durable.write_tensors(path, dict(reversed(tensors.items())), {"format": "pt"}) == digest

@@ -46,9 +46,7 @@ def test_values_are_their_definitions(seed, classes):
     assert values["nll"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-12)
     assert values["ece"] == pytest.approx(slow_ece(logits, labels), rel=1e-9)
     assert values["agreement"] == (logits.argmax(1) == teacher.argmax(1)).double().mean().item()
-    kl = F.kl_div(
-        logits.double().log_softmax(1), teacher.double().log_softmax(1), reduction="batchmean", log_target=True
-    )
+    kl = F.kl_div(logits.double().log_softmax(1), teacher.double().log_softmax(1), reduction="batchmean", log_target=True)
     assert values["kl"] == pytest.approx(kl.item(), rel=1e-9)
 
 

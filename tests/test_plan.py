@@ -143,3 +143,14 @@ def test_plans_are_described_in_words() -> None:
     assert describe_needs(CNN, Needs(logits=True), None) == "records logits"
     mean = replace(STUDENT, attention_source="mean")
     assert "mean attention of block 11" in describe_needs(mean, needs, None)
+
+
+def test_a_head_that_nobody_trains_is_refused() -> None:
+    """A second head is averaged into the prediction, so that leaving it at its random start would spoil every answer."""
+    student = replace(STUDENT, heads=("class", "distillation"), num_prefix_tokens=2)
+    with pytest.raises(ConfigError, match="no objective trains the distillation head"):
+        make_plan(student, {}, {"ce": CrossEntropy()})
+    assert make_plan(student, {}, {"ce": CrossEntropy(head="all")})
+    assert make_plan(student, {"teacher": TEACHER}, {"ce": CrossEntropy(), "kd": SoftKD()})
+    with pytest.raises(ConfigError, match="no objective trains the class head"):
+        make_plan(student, {"teacher": TEACHER}, {"kd": SoftKD()})

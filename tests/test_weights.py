@@ -134,9 +134,7 @@ def test_keys_that_differ_are_counted_and_named(tmp_path):
             "head.bias": state["head.bias"],
         },
         r"1 key unexpected \(extra\)": {**state, "extra": torch.ones(1)},
-        r"2 keys of another shape \(head.weight is 7x24 in the file and 5x24 in the network, head.bias": tiny(
-            num_classes=7
-        ).state_dict(),
+        r"2 keys of another shape \(head.weight is 7x24 in the file and 5x24 in the network, head.bias": tiny(num_classes=7).state_dict(),
         r"1 key of another shape \(norm.weight is a number": {**state, "norm.weight": torch.tensor(1.0)},
     }
     before = tiny(3)
@@ -258,9 +256,7 @@ def test_a_pickle_is_never_executed(tmp_path):
         folder = tmp_path / f"folder-{path.name}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"architecture": NAME, "pretrained_cfg": {}}))
-        (folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin")).write_bytes(
-            path.read_bytes()
-        )
+        (folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin")).write_bytes(path.read_bytes())
         for name in (str(folder), f"local-dir:{folder}"):
             for num_classes in (None, 3):
                 with pytest.raises(UserError):

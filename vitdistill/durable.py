@@ -152,27 +152,13 @@ def _explained(error: OSError, path: str | os.PathLike[str], needed: int | None)
                 "file system's own); raise the limit or write elsewhere."
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return PermissionDenied(
-                f"{name} may not be read or written ({reason}); choose another folder or change its permissions."
-            )
+            return PermissionDenied(f"{name} may not be read or written ({reason}); choose another folder or change its permissions.")
         case errno.EXDEV:
-            return DiskError(
-                f"{name} cannot be put in place because its folder spans two file systems; choose a folder on one."
-            )
-        case (
-            errno.ENOTDIR
-            | errno.EISDIR
-            | errno.ENAMETOOLONG
-            | errno.ELOOP
-            | errno.ENOENT
-            | errno.EEXIST
-            | errno.ENOTEMPTY
-        ):
+            return DiskError(f"{name} cannot be put in place because its folder spans two file systems; choose a folder on one.")
+        case errno.ENOTDIR | errno.EISDIR | errno.ENAMETOOLONG | errno.ELOOP | errno.ENOENT | errno.EEXIST | errno.ENOTEMPTY:
             return DiskError(f"{name} cannot be written: {reason}; choose another path.")
         case _:
-            return DiskError(
-                f"{name} could not be read or written ({reason}); check the disk and run the same command again."
-            )
+            return DiskError(f"{name} could not be read or written ({reason}); check the disk and run the same command again.")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -353,12 +339,7 @@ def remove_stale_temporaries(folder: str | os.PathLike[str], known: Iterable[str
         entries = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
         for entry in entries:
             match = _TEMP_NAME.fullmatch(entry.name)
-            if (
-                match is None
-                or match["host"] != _HOST
-                or match["token"] in _active
-                or _alive_elsewhere(int(match["pid"]))
-            ):
+            if match is None or match["host"] != _HOST or match["token"] in _active or _alive_elsewhere(int(match["pid"])):
                 continue
             if stat.S_ISDIR(entry.lstat().st_mode) and not _holds_only(entry, names):
                 continue
@@ -498,9 +479,7 @@ def _check_size(path: Path, body: Mapping[str, Any]) -> None:
 def _check_digest(path: Path, found: str, body: Mapping[str, Any]) -> None:
     expected = body["files"][path.name]["sha256"]
     if found != expected:
-        raise DataError(
-            f"{shown(path)} is damaged: its sha256 is {found[:12]}... and its manifest says {expected[:12]}...."
-        )
+        raise DataError(f"{shown(path)} is damaged: its sha256 is {found[:12]}... and its manifest says {expected[:12]}....")
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -544,9 +523,7 @@ def tensors_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] |
     return Content(8 + len(text) + offset, write)
 
 
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write tensors as a safetensors file, atomically, and return its sha256; checks for room first."""
     content = tensors_content(tensors, metadata)
     require_free(path, content.size)

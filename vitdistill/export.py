@@ -78,15 +78,11 @@ def export_timm(
     final = Path(folder)
     name, _, tag = architecture.partition(".")
     if not is_model(name):
-        raise ConfigError(
-            f"timm has no network called {durable.shown(architecture)}, so this one cannot be exported for it."
-        )
+        raise ConfigError(f"timm has no network called {durable.shown(architecture)}, so this one cannot be exported for it.")
     network = _unwrapped(model)
     num_classes = int(getattr(network, "num_classes", 0))
     if classes is not None and len(classes) != num_classes:
-        raise ConfigError(
-            f"{len(classes)} class names were given for a network of {num_classes} classes; give all, in order."
-        )
+        raise ConfigError(f"{len(classes)} class names were given for a network of {num_classes} classes; give all, in order.")
     _refuse_foreign(final)
     state = {_bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
     content = durable.tensors_content(state, {"format": "pt"})
@@ -129,17 +125,13 @@ def _refuse_foreign(folder: Path) -> None:
         return
     foreign = sorted(names - FILES)
     if foreign:
-        raise ConfigError(
-            f"{durable.shown(folder)} holds {durable.shown(foreign[0])}, which no export wrote; give another folder."
-        )
+        raise ConfigError(f"{durable.shown(folder)} holds {durable.shown(foreign[0])}, which no export wrote; give another folder.")
     try:
         ours = "weights_sha256" in json.loads(durable.read_bytes(folder / CONFIG))["vitdistill"]
     except (DataError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise ConfigError(
-            f"{durable.shown(folder)} holds a network that vitdistill did not export; give another folder."
-        )
+        raise ConfigError(f"{durable.shown(folder)} holds a network that vitdistill did not export; give another folder.")
 
 
 def _config(
@@ -197,8 +189,7 @@ def _json(config: Mapping[str, Any]) -> bytes:
         return json.dumps(config, indent=2, ensure_ascii=True).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"A model argument cannot be written into {CONFIG} ({error}); export needs plain numbers, strings "
-            "and lists."
+            f"A model argument cannot be written into {CONFIG} ({error}); export needs plain numbers, strings and lists."
         ) from error
 
 
@@ -209,9 +200,7 @@ def _version() -> str:
         return "unknown"
 
 
-def _check_reload(
-    network: nn.Module, ours: Mapping[str, Tensor], folder: Path, spec: InputLike, architecture: str
-) -> None:
+def _check_reload(network: nn.Module, ours: Mapping[str, Tensor], folder: Path, spec: InputLike, architecture: str) -> None:
     """Build the network from the folder alone and compare weights and answers, bit for bit."""
     again = create_model(str(folder))
     theirs = again.state_dict()
@@ -274,10 +263,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputLike)
         found = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
         expected = _answers(network, batch)
         if found.shape != expected.shape:
-            raise DataError(
-                f"The ONNX network answers {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing was "
-                f"written."
-            )
+            raise DataError(f"The ONNX network answers {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing was written.")
         off = max(off, (found - expected).abs().max().item())
     if not off <= ONNX_TOLERANCE:
         raise DataError(
@@ -303,14 +289,10 @@ def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
         )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(
-            f"{type(network).__name__} cannot be exported to ONNX ({first}); export for timm instead."
-        ) from error
+        raise ConfigError(f"{type(network).__name__} cannot be exported to ONNX ({first}); export for timm instead.") from error
     if program is None:
         raise ConfigError(f"{type(network).__name__} cannot be exported to ONNX; export for timm instead.")
     try:
         return program.model_proto.SerializeToString()
     except ValueError as error:
-        raise ConfigError(
-            "The network is above the 2 GB that one ONNX file can hold; export for timm instead."
-        ) from error
+        raise ConfigError("The network is above the 2 GB that one ONNX file can hold; export for timm instead.") from error

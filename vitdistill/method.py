@@ -123,6 +123,10 @@ class Objective(ABC):
     def check(self, student: Network, teacher: Network | None) -> None:  # noqa: B027  (most compare any pair)
         """Refuse a pair this objective cannot compare; raises `ConfigError` with one sentence."""
 
+    def trains_heads(self, student: Network) -> tuple[str, ...]:
+        """Which of the student's classifier heads the loss reaches; by default all of them where it reads the prediction."""
+        return student.heads if self.student_needs(student).logits else ()
+
     def adapter(self, student: Network, teacher: Network) -> nn.Module | None:
         """The objective's own trainable part (a projection, a generator), or None; it is trained and never exported."""
         return None

@@ -30,9 +30,7 @@ class Metrics:
         self._sums = torch.zeros(2 + NUM_BINS, dtype=torch.float64, device=device)
         # Views: samples, labelled, top-1, top-5, agreeing, with a teacher, unusable; then per bin how many and how
         # many right.
-        self._num, self._labelled, self._top1, self._top5, self._agree, self._taught, self._bad = self._counts[
-            :7
-        ].unbind()
+        self._num, self._labelled, self._top1, self._top5, self._agree, self._taught, self._bad = self._counts[:7].unbind()
         self._bin_num, self._bin_right = self._counts[7:].view(2, NUM_BINS).unbind()
         self._nll, self._kl = self._sums[:2].unbind()
         self._bin_confidence = self._sums[2:]
@@ -49,9 +47,7 @@ class Metrics:
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not (B, C) and (B,)")
         if teacher_logits is not None and teacher_logits.shape != logits.shape:
-            raise ValueError(
-                f"student {tuple(logits.shape)} and teacher {tuple(teacher_logits.shape)} answers differ in shape"
-            )
+            raise ValueError(f"student {tuple(logits.shape)} and teacher {tuple(teacher_logits.shape)} answers differ in shape")
         if self._merged:
             raise RuntimeError("these metrics are merged already; make new ones for the next evaluation")
         num_classes = logits.shape[1]

@@ -63,6 +63,7 @@ def make_plan(
     for name in teachers:
         if not live[name]:
             raise ConfigError(f"no objective reads the teacher {name!r}: add one (e.g. kd), or leave the teacher out")
+    _check_heads(student, objectives)
     guides: dict[str, Needs] = {}
     num_keep: dict[str, int | None] = dict.fromkeys(teachers)
     if selector is not None:
@@ -77,6 +78,17 @@ def make_plan(
             if guide:
                 guides[name] = guide
     return Plan(student, dict(teachers), dict(objectives), selector, student_needs, live, guides, num_keep)
+
+
+def _check_heads(student: Network, objectives: Mapping[str, Objective]) -> None:
+    """A second head that no objective trains would still be averaged into the student's prediction."""
+    trained = {head for objective in objectives.values() for head in objective.trains_heads(student)}
+    for head in student.heads:
+        if head not in trained and trained:
+            raise ConfigError(
+                f"no objective trains the {head} head of {student.architecture}, which is averaged into its prediction: "
+                "add kd or hard_kd, or let the labels train both (--set objectives.ce.head=all)"
+            )
 
 
 def _resolve(needs: Needs, network: Network, reader: str) -> Needs:

@@ -204,7 +204,7 @@ class Recipe:
             )
 
 
-RESERVED_NAMES = frozenset({"loss", "grad_norm", "lr", "kind", "step", "epoch"})
+RESERVED_NAMES = frozenset({"loss", "loss_scale", "grad_norm", "lr", "kind", "step", "epoch"})
 """Columns of the run's log beside its objectives."""
 
 

@@ -52,9 +52,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     file = Path(path)
     name = shown(file)
     if file.is_dir():
-        raise DataError(
-            f"{name} is a folder, not a weights file; give it as the model's name, or name the file inside it."
-        )
+        raise DataError(f"{name} is a folder, not a weights file; give it as the model's name, or name the file inside it.")
     if not file.exists():
         raise DataError(f"There is no weights file {name}; check the path.")
     try:
@@ -95,9 +93,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return dict(safetensors.torch.load_file(file))
     except safetensors.SafetensorError as error:
-        raise DataError(
-            f"{shown(file)} is cut short or not a safetensors file ({_first_line(error)}); get it again."
-        ) from error
+        raise DataError(f"{shown(file)} is cut short or not a safetensors file ({_first_line(error)}); get it again.") from error
 
 
 def _read_torch(file: Path, head: bytes) -> Any:
@@ -125,12 +121,9 @@ def _read_torch(file: Path, head: bytes) -> Any:
     except Exception as error:
         if "TorchScript" in str(error):
             raise DataError(
-                f"{name} is a TorchScript archive, which holds code and was not executed; save its state_dict() as "
-                ".safetensors instead."
+                f"{name} is a TorchScript archive, which holds code and was not executed; save its state_dict() as .safetensors instead."
             ) from error
-        raise DataError(
-            f"{name} is cut short, damaged or not a PyTorch file ({_first_line(error)}); get it again."
-        ) from error
+        raise DataError(f"{name} is cut short, damaged or not a PyTorch file ({_first_line(error)}); get it again.") from error
 
 
 def _torch_version() -> tuple[int, int]:
@@ -158,9 +151,7 @@ def _bare(name: str, found: Any) -> dict[str, Tensor]:
                 found = found[wrapper]
                 break
     if not isinstance(found, Mapping) or not found:
-        raise DataError(
-            f"{name} holds no weights: expected named tensors, or those under one of {', '.join(_WRAPPERS)}."
-        )
+        raise DataError(f"{name} holds no weights: expected named tensors, or those under one of {', '.join(_WRAPPERS)}.")
     bare: dict[str, Tensor] = {}
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
@@ -278,9 +269,7 @@ def create_model(
     ``ConfigError`` for a name or argument that does not exist, ``DataError`` for weights that cannot be had or do not fit.
     """
     if checkpoint is not None and pretrained:
-        raise ConfigError(
-            f"{shown(name)} cannot have both pretrained weights and the checkpoint {shown(checkpoint)}: choose one."
-        )
+        raise ConfigError(f"{shown(name)} cannot have both pretrained weights and the checkpoint {shown(checkpoint)}: choose one.")
     build = {key: value for key, value in model_args.items() if value is not None}
     for ours, timms in _BUILD_ARGS.items():
         value = {"drop_path": drop_path, "image_size": image_size}[ours]
@@ -343,9 +332,7 @@ def _from_registry(name: str, build: dict[str, Any], pretrained: bool) -> nn.Mod
         known = ", ".join(_tags(architecture)) or "none"
         raise ConfigError(f"{architecture} has no weights called {shown(tag)!r}; it has {known}.")
     if pretrained and not _default_cfg(name).has_weights:
-        raise ConfigError(
-            f"timm has no pretrained weights for {name}; name one of its tags, or give a checkpoint file."
-        )
+        raise ConfigError(f"timm has no pretrained weights for {name}; name one of its tags, or give a checkpoint file.")
     return _build(name, build, {}, pretrained=pretrained)
 
 
@@ -377,9 +364,7 @@ def _build(name: str, build: dict[str, Any], extra: dict[str, Any], pretrained: 
         asked = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if asked is None:
             raise ConfigError(f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}.") from error
-        raise ConfigError(
-            f"{shown(name)} takes no argument {asked[1]!r}; remove it from the model's arguments."
-        ) from error
+        raise ConfigError(f"{shown(name)} takes no argument {asked[1]!r}; remove it from the model's arguments.") from error
     except (AssertionError, ValueError, ZeroDivisionError, KeyError) as error:
         raise ConfigError(f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}.") from error
     except (RuntimeError, OSError) as error:
@@ -430,10 +415,7 @@ def _from_folder(folder: Path, build: dict[str, Any], load: bool) -> nn.Module:
         return _built_like(architecture, saved_args, cfg, build)
     file = _weights_file(folder)
     if digest is not None and hashlib.sha256(read_bytes(file)).hexdigest() != digest:
-        raise DataError(
-            f"{shown(file)} is damaged or was replaced: its sha256 is not the one in config.json beside it; export "
-            f"again."
-        )
+        raise DataError(f"{shown(file)} is damaged or was replaced: its sha256 is not the one in config.json beside it; export again.")
     return _with_weights(architecture, saved_args, cfg, build, load_state_dict(file), shown(file))
 
 
@@ -465,9 +447,7 @@ def _from_hub(place: str, build: dict[str, Any], load: bool) -> nn.Module:
     for filename in (cfg.get("hf_hub_filename"), *_FOLDER_FILES):
         file = fetch(filename) if filename else None
         if file is not None:
-            return _with_weights(
-                architecture, saved_args, cfg, build, load_state_dict(file), f"hf-hub:{place}/{filename}"
-            )
+            return _with_weights(architecture, saved_args, cfg, build, load_state_dict(file), f"hf-hub:{place}/{filename}")
     raise DataError(f"hf-hub:{shown(place)} has none of {', '.join(_FOLDER_FILES)}.")
 
 
@@ -485,8 +465,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str
         raise ConfigError(f"There is no folder {shown(folder)}; check the path.")
     if not path.is_file():
         raise ConfigError(
-            f"{shown(folder)} has no config.json, so it is no exported network; give timm's name and the weights file "
-            "as the checkpoint."
+            f"{shown(folder)} has no config.json, so it is no exported network; give timm's name and the weights file as the checkpoint."
         )
     try:
         config = json.loads(read_bytes(path))
@@ -496,9 +475,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str
         architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
         digest = (config.get("vitdistill") or {}).get("weights_sha256")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{shown(path)} is not a timm configuration (no architecture and pretrained_cfg in it)."
-        ) from error
+        raise DataError(f"{shown(path)} is not a timm configuration (no architecture and pretrained_cfg in it).") from error
     for key in ("num_classes", "label_names", "label_descriptions"):
         if key in config:
             cfg[key] = config[key]
@@ -507,11 +484,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str
     from timm.models._pretrained import PretrainedCfg
 
     known = PretrainedCfg.__dataclass_fields__
-    cfg = {
-        key: value
-        for key, value in cfg.items()
-        if key in known and key not in ("url", "file", "state_dict", "hf_hub_id", "source")
-    }
+    cfg = {key: value for key, value in cfg.items() if key in known and key not in ("url", "file", "state_dict", "hf_hub_id", "source")}
     if not is_model(architecture):
         raise ConfigError(
             f"{shown(path)} names the architecture {shown(architecture)!r}, which timm {timm.__version__} does not "
@@ -525,9 +498,7 @@ def _weights_file(folder: Path) -> Path:
     for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise DataError(
-        f"{shown(folder)} has a config.json and no weights ({', '.join(_FOLDER_FILES)}); copy them beside it."
-    )
+    raise DataError(f"{shown(folder)} has a config.json and no weights ({', '.join(_FOLDER_FILES)}); copy them beside it.")
 
 
 def _built_like(architecture: str, saved_args: dict[str, Any], cfg: dict[str, Any], build: dict[str, Any]) -> nn.Module:
@@ -550,9 +521,7 @@ def _with_weights(
         return model
     # timm drops the head of other classes and folds input channels; handing it the tensors keeps its own file reader
     # out of it.
-    model = _build(
-        architecture, {**saved_args, **build}, {"pretrained_cfg": {**cfg, "state_dict": state}}, pretrained=True
-    )
+    model = _build(architecture, {**saved_args, **build}, {"pretrained_cfg": {**cfg, "state_dict": state}}, pretrained=True)
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
     if not same_head:
         model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]

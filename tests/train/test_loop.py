@@ -283,11 +283,11 @@ def test_the_command_line_leaves_with_75_and_one_sentence(tmp_path, plain, tools
 
 def test_killed_at_random_moments(tmp_path, taught, tools):
     """kill -9, every second time as soon as a checkpoint is being written; the run that is left ends as if it had not happened."""
-    recipe = taught(**{"train.epochs": 6})
+    recipe = taught(**{"train.epochs": 5})
     tools.run(recipe, tmp_path / "whole")
     folder, moments = tmp_path / "run", random.Random(0)
     in_write = 0
-    for attempt in range(10):
+    for attempt in range(8):
         child, begun = tools.Child(lambda: tools.run(recipe, folder)), time.monotonic()
         limit = 30 if attempt % 2 else moments.uniform(0.01, 0.5)
         while time.monotonic() - begun < limit and not (attempt % 2 and any((folder / "checkpoints").glob(f".tmp-*-{child.pid}-*"))):
@@ -436,12 +436,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, plain, tools, cli
     stops_and_goes_on(tmp_path, plain(**{"optim.clip_grad": clip}), tools, fault, match)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, taught, tools, value):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, taught, tools):
     """In the first of two micro-batches of step 4, in one of two terms; the whole loss is looked at in every one."""
 
     def fault(job):
-        hook = after(9, lambda output: output * value)
+        hook = after(9, lambda output: output * torch.inf)
         job.student.norm.register_forward_hook(lambda module, inputs, output: hook(output) if module.training else output)
 
     stops_and_goes_on(tmp_path, taught(), tools, fault, r"the loss 'ce' \(samples [0-9, ]+, \.\.\.\) " + LAST + "lower --lr")
@@ -455,9 +454,8 @@ def test_a_teacher_that_answers_nonsense_stops_the_run(tmp_path, taught, tools, 
 
     def fault(job):
         hook = after(9, lambda output: output * torch.nan)
-        calls = after(1, lambda output: output)
-        # 6 batches of 21 images in the preflight are over when this is set.
-        job.teachers["teacher"].model.head.register_forward_hook(lambda module, inputs, output: hook(calls(output)))
+        # The preflight, which would refuse it, is over when this is set.
+        job.teachers["teacher"].model.head.register_forward_hook(lambda module, inputs, output: hook(output))
 
     stops_and_goes_on(tmp_path, recipe, tools, fault, r"the answer of the teacher \(samples .*" + LAST + "check its weights")
 

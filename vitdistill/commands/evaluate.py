@@ -46,7 +46,7 @@ class EvalFlags:
     amp_dtype: Annotated[
         str, one_of("auto", "float32", "bfloat16", "float16"), about("precision; auto: bfloat16 on a GPU, float32 on a CPU")
     ] = "auto"
-    device: Annotated[str, TEXT, about("auto, cpu, cuda, cuda:N or mps")] = "auto"
+    device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
     json: Annotated[bool, about("print one line of JSON instead of a table")] = False
 
 

@@ -20,7 +20,7 @@ class ExplainFlags(RecipeFlags):
     """Flags of ``explain``."""
 
     time: Annotated[bool, about("run a few steps here (random images and weights), print the hours implied")] = False
-    device: Annotated[str | None, TEXT, about("for --time: cpu, cuda, cuda:N or mps; none: the best there is")] = None
+    device: Annotated[str | None, TEXT, about("for --time: cpu, cuda or cuda:N; none: the best there is")] = None
     recipe_yaml: Annotated[bool, about("print the resolved recipe as YAML instead")] = False
 
 

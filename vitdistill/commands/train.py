@@ -18,7 +18,7 @@ class TrainFlags(RecipeFlags):
     """Flags of ``train``."""
 
     output: Annotated[str | None, TEXT, about("the run folder; none: runs/RECIPE. A run there is resumed, never overwritten")] = None
-    device: Annotated[str, TEXT, about("auto, cpu, cuda, cuda:N or mps")] = "auto"
+    device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
 
 
 def main(words: Sequence[str]) -> int:

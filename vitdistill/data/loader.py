@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -420,8 +421,8 @@ def _same(item: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """The parent alone decides when to stop: a signal to the process group must not take its workers away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(eq=False)
@@ -481,15 +482,18 @@ def _without_child_handler() -> Iterator[None]:
 @contextmanager
 def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device) -> Iterator[Iterator[tuple[_Piece, Tensor]]]:
     """The pieces with their pixels, in order, made by ``workers`` processes; user errors are raised here."""
-    loader: DataLoader[Any] = DataLoader(
-        views,
-        sampler=pieces,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_same,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),
-    )
+    with warnings.catch_warnings():
+        # More processes than cores is the user's choice (a recipe's default may be made for a larger machine), and costs little.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            views,
+            sampler=pieces,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_same,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),
+        )
     with _without_child_handler():
         running = _Workers(iter(loader))
     _RUNNING.add(running)

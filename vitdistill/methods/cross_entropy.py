@@ -39,6 +39,12 @@ def head_logits(output: ViTOutput, head: str) -> Float[Tensor, "B C"]:
     return output.logits
 
 
+def heads_read(student: Network, head: str, auto: str) -> tuple[str, ...]:
+    """The student's heads that ``head`` stands for; ``auto`` names the one it means by itself."""
+    chosen = auto if head == "auto" else head
+    return student.heads if chosen == "all" or len(student.heads) == 1 else (chosen,)
+
+
 def check_head(student: Network, head: str) -> None:
     """Raises `ConfigError` when the student does not have the head an objective names."""
     if head != "all" and head != "auto" and (head not in student.heads or len(student.heads) == 1):
@@ -69,8 +75,9 @@ class CrossEntropy(Objective):
     def check(self, student: Network, teacher: Network | None) -> None:
         check_head(student, self.head)
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    def trains_heads(self, student: Network) -> tuple[str, ...]:
+        return heads_read(student, self.head, "class")
+
+    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         logits = head_logits(student, "class" if self.head == "auto" else self.head)
         return cross_entropy_loss(logits, batch.labels, batch.mixed_labels, batch.lam, self.smoothing)

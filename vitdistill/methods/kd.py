@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..method import Labelled, Network, TeacherObjective
 from ..vit import ViTOutput
-from .cross_entropy import check_head, head_logits
+from .cross_entropy import check_head, head_logits, heads_read
 
 
-def kd_loss(
-    student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], temperature: float = 1.0
-) -> Float[Tensor, ""]:
+def kd_loss(student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], temperature: float = 1.0) -> Float[Tensor, ""]:
     """``T^2 KL(softmax(teacher / T) || softmax(student / T))``: summed over classes, mean over the batch, in float32.
 
     No gradient reaches the teacher. Raises `ValueError` when the shapes differ (they would broadcast silently) or ``temperature``
@@ -50,6 +48,9 @@ class _LogitDistillation(TeacherObjective):
                 "logits can only be compared class by class"
             )
 
+    def trains_heads(self, student: Network) -> tuple[str, ...]:
+        return heads_read(student, self.head, "distillation")
+
     def _student_logits(self, student: ViTOutput) -> Float[Tensor, "B C"]:
         return head_logits(student, "distillation" if self.head == "auto" else self.head)
 
@@ -72,9 +73,7 @@ class SoftKD(_LogitDistillation):
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature!r}: give a number above 0")
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
         return kd_loss(self._student_logits(student), teacher.logits, self.temperature)
 
@@ -89,8 +88,6 @@ class HardKD(_LogitDistillation):
 
     formula: ClassVar[str] = "cross-entropy with the teacher's top class, batch mean"
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
         return F.cross_entropy(self._student_logits(student).float(), teacher.logits.argmax(-1))

@@ -45,9 +45,7 @@ def select_patches(attention: Float[Tensor, "B H L"], num_keep: int, num_prefix_
     return patch_saliency(attention, num_prefix_tokens).topk(num_keep, dim=-1).indices
 
 
-def resample_saliency(
-    saliency: Float[Tensor, "B N"], grid: tuple[int, int], to_grid: tuple[int, int]
-) -> Float[Tensor, "B M"]:
+def resample_saliency(saliency: Float[Tensor, "B N"], grid: tuple[int, int], to_grid: tuple[int, int]) -> Float[Tensor, "B M"]:
     """Saliency on another patch grid of the same image, by position: bilinear, averaging when the new grid is coarser."""
     if grid == to_grid:
         return saliency
