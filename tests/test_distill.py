@@ -126,7 +126,7 @@ def test_what_is_not_kept_does_not_matter() -> None:
     """Poison the patches that the teacher must not see: it is shown another image there, and answers the same."""
     student, model, batch = vit(), vit(1), batch_of()
     teacher = teacher_of(model)
-    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD()}, MaskedKD(keep_rate=0.5))
+    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD(head="all")}, MaskedKD(keep_rate=0.5))
     keep = distillation.choose("teacher", teacher, batch, run_vit(student, batch.images, distillation.plan.student_needs))
     assert keep is not None and keep.shape == (4, 8)
     poisoned = batch.images.clone()
