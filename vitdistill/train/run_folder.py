@@ -5,7 +5,6 @@
 ``tensorboard/``, ``summary.json`` (there when the run is finished).
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -13,8 +12,8 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,7 +101,7 @@ class RunFolder:
     def _claim(self) -> bytes:
         path = self.path / CLAIM
         mine = json.dumps({**_process(os.getpid()), "token": secrets.token_hex(8)}).encode()
-        with _alone(self.path):
+        with durable.alone_in(self.path):
             if path.exists():
                 self._refuse_if_alive(path)
                 path.unlink(missing_ok=True)
@@ -170,19 +169,6 @@ class RunFolder:
                 log.close()
         finally:
             self._release()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one process of this host at a time looks at the claim and takes a dead one's over."""
-    with durable.disk_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _process(pid: int) -> dict[str, Any]:
