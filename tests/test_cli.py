@@ -405,7 +405,7 @@ def test_a_teacher_of_another_class_order_is_refused_unless_asked_for(
     folder = renamed(here, "other", ["green", "red", "blue"])
     assert "pass --reorder-classes" in refused(*with_teacher(folder), code=CONFIG)
     # Taken at its word it answers wrongly now, and the preflight sees that too.
-    assert "which is chance for 3 classes" in refused(*with_teacher(folder, "--reorder-classes"), code=CONFIG)
+    assert "which is not above chance (33.3% for 3 classes)" in refused(*with_teacher(folder, "--reorder-classes"), code=CONFIG)
     state = safetensors.torch.load_file(here / folder / "model.safetensors")
     state["head.weight"], state["head.bias"] = state["head.weight"][[1, 2, 0]], state["head.bias"][[1, 2, 0]]
     safetensors.torch.save_file(state, here / folder / "model.safetensors", {"format": "pt"})
@@ -426,7 +426,7 @@ def test_a_teacher_with_random_weights_is_refused(here: Path, refused: Refused) 
     safetensors.torch.save_file(model.state_dict(), here / "random.safetensors")
     args = "{img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"
     words = with_teacher("vit_tiny_patch16_224", "--teacher-path", "random.safetensors", "--set", f"teachers.teacher.model_args={args}")
-    assert "which is chance for 3 classes" in refused(*words, code=CONFIG)
+    assert "which is not above chance (33.3% for 3 classes)" in refused(*words, code=CONFIG)
 
 
 def test_a_teachers_own_file_needs_no_word_about_its_classes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -679,3 +679,16 @@ def test_ctrl_c_before_anything_happened(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("vitdistill.commands.train.main", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "vitdistill train: interrupted\n"
+
+
+def test_a_file_given_by_hand_takes_the_place_of_fetched_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's recipes fetch their teacher; ``--teacher-path`` alone is enough to use a local file instead."""
+    assert main(["explain", "deit_tiny_from_deit_small", "--recipe-yaml", "--teacher-path", "teacher.safetensors"]) == 0
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+    teacher = load_recipe(tmp_path / "recipe.yaml").teachers["teacher"]
+    assert teacher.checkpoint == "teacher.safetensors" and teacher.pretrained is False
+
+
+def test_an_export_never_replaces_what_is_there(here: Path, refused: Refused) -> None:
+    assert main(["export", "runs/teacher", "--output", "student"]) == 0
+    assert "is not empty" in refused("export", "runs/teacher", "--output", "student", code=CONFIG)

@@ -152,16 +152,16 @@ def test_the_explanation_names_everything() -> None:
         flops(cost.student),
         flops(cost.teachers["teacher"]),
         flops(cost.teachers_plain["teacher"]),
-        "student: 64 of 64 patches; 4 of 4 blocks; records logits and class-token attention of block 3",
-        "teacher: 32 of 64 patches; 4 of 4 blocks; records logits",
+        "student, student_model: 64 of 64 patches; 4 of 4 blocks; records logits and class-token attention of block 3",
+        "teacher, teacher_model: 32 of 64 patches; 4 of 4 blocks; records logits",
         "50,000 images x 30 epochs",
         flops(cost.step * 1_500_000),
         "plain distillation",
         "0.5 x ce: cross-entropy with the labels, batch mean",
         "0.25 x kd: T^2 KL(teacher || student) of the logits, summed over classes, batch mean",
     ):
-        assert part in text, part
-    assert max(map(len, text.splitlines())) <= 120
+        assert part in text or part in " ".join(text.split()), part  # long lines are wrapped
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_a_student_alone_is_compared_with_plain_training() -> None:
@@ -174,7 +174,7 @@ def test_a_student_alone_is_compared_with_plain_training() -> None:
 def test_a_guided_plan_says_that_the_teacher_runs_twice() -> None:
     student, teacher = small(), small(embed_dim=96)
     plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, {"kd": SoftKD()}, TeacherGuided())
-    assert "once more on the whole image" in explain(plan, cost_of(plan, student, {"teacher": teacher}), 1, 1)
+    assert "once more on the whole image" in " ".join(explain(plan, cost_of(plan, student, {"teacher": teacher}), 1, 1).split())
 
 
 def test_two_teachers_are_shown_apart() -> None:

@@ -1,5 +1,6 @@
 """What a plan costs before it runs: FLOPs counted on the very code that will run, and the paper's own accounting beside it."""
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,10 +130,9 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     against = "plain distillation" if plan.teachers else "plain training"
     computes = {"student": describe_needs(student, plan.student_needs, None)}
     rows: list[tuple[str, ...]] = [
-        ("an image", "model", "parameters", "FLOPs", f"against {against}"),
+        ("an image", "parameters", "FLOPs", f"against {against}"),
         (
             "student, trained",
-            student.architecture,
             flops(student.num_parameters, ""),
             flops(cost.student),
             f"{cost.student / cost.student_plain:.0%} of {flops(cost.student_plain)}",
@@ -145,16 +145,17 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         rows.append(
             (
                 name,
-                teacher.architecture,
                 flops(teacher.num_parameters, ""),
                 flops(cost.teachers[name]),
                 f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of {flops(cost.teachers_plain[name])}",
             )
         )
     if plan.teachers:
-        rows.append(("together", "", "", flops(cost.step), f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}"))
+        rows.append(("together", "", flops(cost.step), f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}"))
     lines = ["What each network computes", *table(rows), ""]
-    lines += [f"  {name}: {text}" for name, text in computes.items()]
+    networks = {"student": student, **plan.teachers}
+    for name, text in computes.items():
+        lines += _wrapped(f"{name}, {networks[name].architecture}: {text}")
     images = num_images * epochs
     lines += ["", f"The whole run, {num_images:,} images x {epochs} epochs (1 multiply-accumulate = 2 FLOPs)"]
     total: list[tuple[str, ...]] = [
@@ -169,13 +170,17 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     for name, teacher in plan.teachers.items():
         if teacher.walks:
             masked, whole = vit_macs(teacher, plan.num_keep[name]) * images, vit_macs(teacher) * images
-            lines += ["", f"The {name} as the MaskedKD paper counts it (every patch embedded, last block whole, multiply-accumulates):"]
+            lines += ["", f"The {name} as the MaskedKD paper counts it (all patches embedded, last block whole)"]
             saved = f" against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})" if masked < whole else ""
             lines.append(f"  {flops(masked, 'MACs')}{saved}")
     lines += ["", "What every loss weight multiplies"]
     for name, objective in plan.objectives.items():
-        lines.append(f"  {objective.weight:g} x {name}: {objective.formula}")
+        lines += _wrapped(f"{objective.weight:g} x {name}: {objective.formula}")
     return "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 78, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def flops(count: int | float, unit: str = "FLOPs") -> str:

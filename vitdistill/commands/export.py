@@ -40,6 +40,8 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError(f"there is no run or export folder {flags.model}")
     if flags.onnx is not None and Path(flags.onnx).exists():
         raise ConfigError(f"{flags.onnx} exists already: name another file with --onnx")
+    if flags.output is not None and Path(flags.output).is_dir() and any(Path(flags.output).iterdir()):
+        raise ConfigError(f"{flags.output} is not empty: name another folder with --output")
     model = weights.create_model(folder).eval()
     spec = InputSpec.of_model(model)
     classes = weights.class_names(model)

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from ..errors import UserError
 from ..method import Objective, TeacherObjective
-from ..methods import method_class
+from ..methods import method_class, method_names
 from ..recipe import Recipe, TeacherConfig, flatten, parse_value, replace_fields
 from ..recipes import RECIPES, find_recipe, named_recipe
 from .flags import COUNT, NUMBER, SWITCH, TEXT, about, asks_help, fill, flags_of, normalise, one_of, wrap
@@ -84,7 +84,8 @@ class Loss:
     )
     distillation_alpha: Annotated[float | None, NUMBER, about("DeiT's alpha: --kd-weight alpha and --ce-weight 1 - alpha")] = None
     with_: Annotated[
-        tuple[str, ...], about("methods to add, e.g. hard_kd; a selector replaces the recipe's", name="with", metavar="METHOD ...")
+        tuple[str, ...],
+        about(f"methods to add: {', '.join(method_names())}; a selector replaces the recipe's", name="with", metavar="METHOD ..."),
     ] = ()
     without: Annotated[tuple[str, ...], about("objectives or teachers to drop, or 'selector'", metavar="NAME ...")] = ()
 
@@ -231,6 +232,10 @@ def _changes(recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, giv
         if "num_keep" in given:
             raise UserError("--keep-rate and --num-keep both say how many patches the teacher sees: give one of them")
         changes["selector.num_keep"] = None
+    # A file given by hand takes the place of the weights the recipe would have fetched.
+    for file, fetched, network in (("model_path", "pretrained", "student"), ("teacher_path", "teacher_pretrained", "teachers.teacher")):
+        if file in given and fetched not in given:
+            changes.setdefault(f"{network}.pretrained", False)
     changes |= _alpha(recipe, filled.loss.distillation_alpha, given)
     for item in filled.set:
         path, equals, text = item.partition("=")

@@ -152,7 +152,10 @@ def is_image_name(name: str) -> bool:
 def no_split(name: str, split: Split, found: Iterable[str]) -> DataError:
     """The error for a place without the split's folder, naming what is there instead."""
     wanted = " or ".join(repr(n) for n in SPLIT_NAMES[split])
-    return DataError(f"{name} has no {wanted} folder; found {some(sorted(found), 5) or 'nothing'}.")
+    return DataError(
+        f"{name} has no {wanted} folder; found {some(sorted(found), 5) or 'nothing'}: "
+        "put a part of the images, a tenth say, into class folders there."
+    )
 
 
 def arrange(name: str, files: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], list[str], list[int], list[int]]:

@@ -37,7 +37,11 @@ def method_class(name: str) -> type[Objective] | type[TokenSelector]:
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(sorted(names))}"
         raise ConfigError(f"there is no method {name!r}: {hint}")
     module, _, attribute = names[name].partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        found: type[Objective] | type[TokenSelector] = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"the method {name!r} is registered as {names[name]}, which cannot be imported: {error}") from error
+    return found
 
 
 def method_name(method: Objective | TokenSelector) -> str:

@@ -40,11 +40,12 @@ class Display:
         self.enabled = enabled
         self._live = Live(console=console, refresh_per_second=4, transient=True) if enabled and console.is_terminal else None
         self._scores: dict[str, float] = {}
-        self._activity = ""
+        self._panel: Group | None = None
 
     def __enter__(self) -> "Display":
         if self._live is not None:
             self._live.start()
+            self.working("training; the first losses come with the first log line")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -77,7 +78,8 @@ class Display:
         if self._scores:
             grid.add_row("validation", "   ".join(f"{name} [bold]{_score(name, value)}[/]" for name, value in self._scores.items()))
         bar = ProgressBar(total=self.total_steps, completed=step, width=60)
-        self._live.update(Group(bar, grid))
+        self._panel = Group(bar, Text(), grid)
+        self._live.update(self._panel)
 
     def evaluation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
         """Show the result of an evaluation after ``step`` steps."""
@@ -86,9 +88,10 @@ class Display:
         self.say(f"epoch {step / self.steps_per_epoch:g}  validation  {text}{'  (best so far)' if best else ''}")
 
     def working(self, text: str) -> None:
-        """What is being done while no steps are taken (evaluation, saving)."""
+        """What is being done while no steps are taken (evaluation, saving), under the panel; nothing: steps are taken again."""
         if self._live is not None:
-            self._live.update(Text(text, style="dim"))
+            shown = [self._panel] if self._panel is not None else []
+            self._live.update(Group(*shown, *([Text(text, style="dim")] if text else [])))
 
 
 def _score(name: str, value: float) -> str:

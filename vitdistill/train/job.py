@@ -104,6 +104,10 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
             f"the images in {recipe.data.dir} have no labels (no class folders), and the objective {labels_needed[0]!r} needs them: "
             f"leave it out (--without {labels_needed[0]}) to learn from the teacher alone"
         )
+    if len(train_source.classes) == 1:
+        raise ConfigError(
+            f"the images in {recipe.data.dir} are all of one class ({train_source.classes[0]!r}): there is nothing to tell apart"
+        )
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
     student, teachers, classes = _build_networks(recipe, train_source.classes, world.device, say)
     if recipe.data.augment.crop == "pad":  # trained on whole images, so evaluated on whole images

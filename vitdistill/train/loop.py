@@ -367,6 +367,7 @@ class _Run:
             if best:
                 self.best, self.best_step = scores["top1"], self.step
             self.display.evaluation(self.step, scores, best)
+            self.display.working("")
         with self.world.together():
             if self.folder is not None:
                 if scores is not None:
@@ -414,6 +415,7 @@ class _Run:
                 }
                 keep = self.recipe.train.keep_checkpoints
                 checkpoint.save(self.output, self.step, tensors | optimizer, state, keep=keep)
+                self.display.working("")
         self.speed.pause(time.perf_counter() - begun)
 
     def _restore(self, found: Path) -> dict[str, int]:

@@ -64,7 +64,8 @@ def prove_teacher(teacher: Teacher, batches: Iterable[Batch], classes: Sequence[
             f"{label}, {classes[label]!r})"
         )
     raise ConfigError(
-        f"{name} is right on {proof.accuracy:.1%} of {count} validation images, which is chance for {len(classes)} classes: {reason}"
+        f"{name} is right on {proof.accuracy:.1%} of {count} validation images, which is not above chance ({proof.chance:.1%} for "
+        f"{len(classes)} classes): {reason}"
     )
 
 
@@ -75,8 +76,11 @@ def chance_accuracy(pairs: Sequence[tuple[int, int]]) -> float:
 
 
 def chance_level(chance: float, count: int) -> float:
-    """The accuracy a guessing network stays below, but for one time in a thousand: chance plus 3.1 standard deviations."""
-    return min(chance + 3.1 * math.sqrt(chance * (1 - chance) / max(count, 1)), 0.999)
+    """The accuracy a guessing network stays below, but for one time in a thousand: chance plus 3.1 standard deviations.
+
+    Never more than 0.1 above chance, so that a useful teacher is not refused because few images are there to prove it on.
+    """
+    return chance + min(3.1 * math.sqrt(chance * (1 - chance) / max(count, 1)), 0.1)
 
 
 def best_order(pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
