@@ -170,7 +170,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     for name, teacher in plan.teachers.items():
         if teacher.walks:
             masked, whole = vit_macs(teacher, plan.num_keep[name]) * images, vit_macs(teacher) * images
-            lines += ["", f"The {name} as the MaskedKD paper counts it (all patches embedded, last block whole)"]
+            lines += ["", f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"]
             saved = f" against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})" if masked < whole else ""
             lines.append(f"  {flops(masked, 'MACs')}{saved}")
     lines += ["", "What every loss weight multiplies"]
