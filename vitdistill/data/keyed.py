@@ -53,21 +53,21 @@ def _fold(state: U64, value: U64) -> U64:
     return _mix((state ^ value) + np.uint64(_GOLDEN))
 
 
-def _word(value: int | npt.NDArray[np.integer]) -> U64:
+def _word(value: int | np.ndarray) -> U64:
     """``value`` modulo 2**64 as an array of at least one element (numpy scalars would warn on overflow)."""
     if isinstance(value, int):
         return np.array([value & _MASK], dtype=np.uint64)
     return np.atleast_1d(value).astype(np.int64).view(np.uint64)
 
 
-def keys(seed: int, view: int | I64, sample_ids: int | I64, stream: Stream) -> U64:
+def keys(seed: int, view: int | np.ndarray, sample_ids: int | np.ndarray, stream: Stream) -> U64:
     """One 64-bit key a sample, shape (B,); ``view`` and ``sample_ids`` broadcast."""
     state = _fold(_fold(_word(0), _word(seed)), _word(int(stream)))
     state = _fold(_fold(state, _word(view)), _word(sample_ids))
     return state
 
 
-def bits(keys: U64, index: int | I64) -> U64:
+def bits(keys: U64, index: int | np.ndarray) -> U64:
     """SplitMix64's output number ``index`` from the state ``keys``; the two broadcast."""
     step = (_word(index) + np.uint64(1)) * np.uint64(_GOLDEN)
     return _mix(keys + step)
