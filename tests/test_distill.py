@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitdistill.data.keyed import Stream
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
-from vitdistill.distill import Distillation, patch_noise
+from vitdistill.distill import Distillation
 from vitdistill.method import Network, Objective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
@@ -32,11 +33,11 @@ def vit(seed: int = 0, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Mo
     return model
 
 
-def batch_of(size: int = 4, side: int = 16, view: int = 0, seed: int = 0) -> Batch:
+def batch_of(size: int = 4, side: int = 16, view: int = 0, seed: int = 0, run_seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.arange(size)
     images = torch.randn(size, 3, side, side, generator=generator)
-    return Batch(images, ids % 5, ids, torch.full((size,), view), view)
+    return Batch(images, ids % 5, ids, torch.full((size,), view), view, seed=run_seed)
 
 
 def teacher_of(model: nn.Module, name: str = "teacher", side: int = 16) -> Teacher:
@@ -49,11 +50,10 @@ def build(
     teachers: Mapping[str, Teacher],
     objectives: dict[str, Objective],
     selector: TokenSelector | None = None,
-    seed: int = 0,
 ) -> Distillation:
     network = Network.of(student, "student", "student", (16, 16))
     plan = make_plan(network, {name: teacher.network for name, teacher in teachers.items()}, objectives, selector)
-    return Distillation(student, plan, seed)
+    return Distillation(student, plan)
 
 
 class Spy:
@@ -150,16 +150,16 @@ def test_keeping_every_patch_is_plain_distillation() -> None:
 # --- random and teacher-guided patches -------------------------------------------------------------------------------------------
 
 
-def test_random_patches_depend_on_seed_view_and_sample_alone() -> None:
-    whole = batch_of(8)
-    noise = patch_noise(3, whole, 16)
-    assert noise.shape == (8, 16) and noise.min() >= 0 and noise.max() < 1
-    part = Batch(whole.images[5:7], whole.labels[5:7], whole.ids[5:7], whole.views[5:7], 0)
-    assert torch.equal(patch_noise(3, part, 16), noise[5:7])
+def test_a_batch_s_numbers_depend_on_seed_view_sample_and_purpose_alone() -> None:
+    whole = batch_of(8, run_seed=3)
+    noise = whole.uniforms(16)
+    assert noise.shape == (8, 16) and noise.dtype is torch.float32 and noise.min() >= 0 and noise.max() < 1
+    part = Batch(whole.images[5:7], whole.labels[5:7], whole.ids[5:7], whole.views[5:7], 0, seed=3)
+    assert torch.equal(part.uniforms(16), noise[5:7])
     order = torch.tensor([3, 0, 7, 1, 2, 6, 5, 4])
-    shuffled = Batch(whole.images[order], whole.labels[order], whole.ids[order], whole.views[order], 0)
-    assert torch.equal(patch_noise(3, shuffled, 16), noise[order])
-    for other in (patch_noise(4, whole, 16), patch_noise(3, batch_of(8, view=1), 16)):
+    shuffled = Batch(whole.images[order], whole.labels[order], whole.ids[order], whole.views[order], 0, seed=3)
+    assert torch.equal(shuffled.uniforms(16), noise[order])
+    for other in (batch_of(8, run_seed=4).uniforms(16), batch_of(8, view=1, run_seed=3).uniforms(16), whole.uniforms(16, Stream.PATCHES)):
         assert not (other == noise).any()
     assert len({tuple(row) for row in noise.tolist()}) == 8
 
@@ -167,12 +167,12 @@ def test_random_patches_depend_on_seed_view_and_sample_alone() -> None:
 def test_random_patches_reach_the_teacher() -> None:
     student, teacher, batch = vit(), teacher_of(vit(1)), batch_of()
     spy = Spy(teacher)
-    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD()}, RandomPatches(keep_rate=0.25), seed=3)
+    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD()}, RandomPatches(keep_rate=0.25))
     first, second = (distillation(batch, {"teacher": teacher})["kd"] for _ in range(2))
     assert torch.equal(first, second)
     ((_, keep), (_, again)) = spy.passes
     assert keep is not None and again is not None and torch.equal(keep, again)
-    assert torch.equal(keep, patch_noise(3, batch, 16).topk(4).indices)
+    assert torch.equal(keep, batch.uniforms(16, Stream.PATCHES).topk(4).indices)
     assert distillation.plan.student_needs == Needs(logits=True)
 
 

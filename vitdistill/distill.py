@@ -20,14 +20,12 @@ class Distillation(nn.Module):
     Args:
         student: the network to train.
         plan: what every network computes.
-        seed: of the run; keys the noise of random selectors.
     """
 
-    def __init__(self, student: nn.Module, plan: Plan, seed: int = 0) -> None:
+    def __init__(self, student: nn.Module, plan: Plan) -> None:
         super().__init__()
         self.student = student
         self.plan = plan
-        self.seed = seed
         self.adapters = nn.ModuleDict()
         for name, objective in plan.objectives.items():
             if isinstance(objective, TeacherObjective):
@@ -36,9 +34,10 @@ class Distillation(nn.Module):
                     self.adapters[name] = adapter
         self.run = run_vit
 
-    def forward(self, batch: Batch, teachers: Mapping[str, Teacher]) -> dict[str, Float[Tensor, ""]]:
+    def forward(self, batch: Batch, teachers: Mapping[str, Teacher], progress: float = 0.0) -> dict[str, Float[Tensor, ""]]:
         """The weighted loss of every objective by name, and their sum under ``loss``; float32 scalars, means over the batch.
 
+        ``progress`` is the fraction of the run that is done, for weights that follow a schedule.
         The sum is NaN when a teacher's logits are not finite, whatever the objectives make of them (an argmax hides it).
         """
         student, answers = self.answer(batch, teachers)
@@ -46,7 +45,7 @@ class Distillation(nn.Module):
         for name, objective in self.plan.objectives.items():
             teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
-            losses[name] = objective.weight * objective.loss(student, teacher, batch, adapter)
+            losses[name] = objective.weight_at(progress) * objective.loss(student, teacher, batch, adapter)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for answer in answers.values():
             if answer.logits is not None:
@@ -72,12 +71,6 @@ class Distillation(nn.Module):
         network = plan.teachers[name]
         noise = None
         if selector.reads_noise:
-            noise = patch_noise(self.seed, batch, network.num_patches)
+            noise = batch.uniforms(network.num_patches, keyed.Stream.PATCHES)
         guide = teacher(batch.images, plan.guides[name]) if name in plan.guides else None
         return selector.select(network.grid, num_keep, student, guide, noise)
-
-
-def patch_noise(seed: int, batch: Batch, num_patches: int) -> Float[Tensor, "B N"]:
-    """Uniform numbers a patch, a pure function of (seed, view, sample id, patch)."""
-    keys = keyed.keys(seed, batch.views.cpu().numpy(), batch.ids.cpu().numpy(), keyed.Stream.PATCHES)
-    return torch.from_numpy(keyed.uniforms(keys, num_patches)).float().to(batch.images.device)

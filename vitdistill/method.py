@@ -26,6 +26,7 @@ class Network:
         architecture: timm name or class name.
         image_size: height and width of its input, pixels.
         depth: blocks; dim: width; num_classes: size of its answer (after classes are matched).
+        dims: width after each block; empty: hidden states cannot be recorded.
         num_parameters: all of them.
         grid: rows and columns of patches; (0, 0) for networks without.
         patch_size: pixels; (0, 0) for networks without.
@@ -33,6 +34,7 @@ class Network:
         heads: classifier heads by name.
         walks: can be run on a subset of patches.
         attention_source: see `vitdistill.families.Family`; None: no attention to read.
+        num_heads: attention heads a block; 0: no attention to read.
     """
 
     name: str
@@ -48,11 +50,18 @@ class Network:
     heads: tuple[str, ...] = ("class",)
     walks: bool = False
     attention_source: Literal["class", "pool", "mean"] | None = None
+    dims: tuple[int, ...] = ()
+    num_heads: int = 0
 
     @property
     def num_patches(self) -> int:
         """N."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether its first token stands for the whole image."""
+        return self.attention_source == "class"
 
     @classmethod
     def of(cls, model: nn.Module, name: str, architecture: str, image_size: tuple[int, int], num_classes: int | None = None) -> "Network":
@@ -80,6 +89,8 @@ class Network:
             heads=family.heads,
             walks=family.walks,
             attention_source=family.attention_source,
+            dims=family.dims,
+            num_heads=family.num_heads,
         )
 
 
@@ -93,24 +104,74 @@ class Labelled(Protocol):
     @property
     def lam(self) -> Float[Tensor, " B"] | None: ...
 
+    def uniforms(self, count: int) -> Float[Tensor, "B {count}"]:
+        """Uniform random numbers in [0, 1): a pure function of the run's seed, the sample and its view, whatever shares the batch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSchedule:
+    """A loss weight that changes over the run: the objective's ``weight`` until ``begin``, then towards ``to``, which it has from ``end`` on.
+
+    Args:
+        to: the weight at the end, at least 0.
+        begin: where the change begins, as a fraction of the run, 0 to 1.
+        end: where it ends, as a fraction of the run, at least ``begin``; equal to it: at once.
+        shape: of the change.
+    """
+
+    to: float
+    begin: float = 0.0
+    end: float = 1.0
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.to) and self.to >= 0):
+            raise ConfigError(f"the schedule of a weight ends at {self.to!r}: give a number that is not negative (schedule.to)")
+        if not 0 <= self.begin <= self.end <= 1:
+            raise ConfigError(
+                f"the schedule of a weight runs from {self.begin!r} to {self.end!r}: give fractions of the run, 0 to 1, begin before end"
+            )
+
+    def at(self, weight: float, progress: float) -> float:
+        """The weight after the fraction ``progress`` of the run, when it was ``weight`` at first."""
+        if progress >= self.end:
+            return self.to
+        if progress <= self.begin:
+            return weight
+        way = (progress - self.begin) / (self.end - self.begin)
+        if self.shape == "cosine":
+            way = (1 - math.cos(math.pi * way)) / 2
+        return weight + (self.to - weight) * way
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
     """A loss: what it reads of student and teacher, and how it compares them.
 
     Args:
-        weight: what the loss is multiplied by before all losses are summed.
+        weight: what the loss is multiplied by before all losses are summed; 0 only where a schedule raises it.
+        schedule: how the weight changes over the run; None: not at all.
     """
 
     weight: float = 1.0
+    schedule: WeightSchedule | None = None
 
     reads_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
+    couples_images: ClassVar[bool] = False  # the loss of an image depends on the others in its micro-batch
     formula: ClassVar[str] = ""  # what the weight multiplies, for the plan's print-out
+    paper: ClassVar[str] = ""  # for docs/methods.md: whose method it is
+    use_when: ClassVar[str] = ""  # for docs/methods.md: one sentence
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight > 0):
+        rises = self.schedule is not None and self.schedule.to > 0
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and (self.weight > 0 or (rises and self.weight == 0))):
             raise ConfigError(f"the weight of {type(self).__name__} is {self.weight!r}: give a number above 0, or leave the objective out")
+
+    def weight_at(self, progress: float) -> float:
+        """The weight after the fraction ``progress`` of the run."""
+        return self.weight if self.schedule is None else self.schedule.at(self.weight, progress)
 
     def student_needs(self, student: Network) -> Needs:
         """What the objective reads of the student."""
@@ -122,6 +183,13 @@ class Objective(ABC):
 
     def check(self, student: Network, teacher: Network | None) -> None:  # noqa: B027  (most compare any pair)
         """Refuse a pair this objective cannot compare; raises `ConfigError` with one sentence."""
+
+    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
+        """What a reader of the plan should know of this objective between these two networks, in a few words; or nothing.
+
+        ``num_keep`` is how many patches the teacher sees; None: all.
+        """
+        return ""
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
         """Which of the student's classifier heads the loss reaches; by default all of them where it reads the prediction."""
@@ -152,13 +220,17 @@ class TokenSelector(ABC):
     """A choice of the patches a teacher sees, made after the student ran.
 
     Args:
+        teachers: names of the teachers it chooses for; empty: all of them.
         keep_rate: fraction of the teacher's own patches to keep, above 0 and at most 1; see `num_kept_patches` for the count.
         num_keep: the exact count instead; None: from ``keep_rate``.
     """
 
     keep_rate: float = 0.5
     num_keep: int | None = None
+    teachers: tuple[str, ...] = ()
 
+    paper: ClassVar[str] = ""  # as for an `Objective`
+    use_when: ClassVar[str] = ""
     reads_noise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -202,6 +274,19 @@ class TokenSelector(ABC):
         ``teacher`` is its answer to `teacher_needs` on the whole image; ``noise`` uniform numbers keyed by sample and view if
         ``reads_noise``.
         """
+
+
+def describe_alignment(student: Network, teacher: Network, num_keep: int | None) -> str:
+    """How patches of unequal networks meet, for the plan: ``compared at the 98 of 196 patches the teacher sees, resampled from 8 x 8``."""
+    parts = []
+    if num_keep is not None and num_keep < teacher.num_patches:
+        parts.append(f"compared at the {num_keep} of {teacher.num_patches} patches the teacher sees")
+    if student.walks and teacher.walks and student.grid != teacher.grid:
+        ours, its = (f"{network.grid[0]} x {network.grid[1]}" for network in (student, teacher))
+        parts.append(f"the student's patches resampled from {ours} to {its}")
+    elif student.walks != teacher.walks:
+        parts.append("the student's features resampled to the teacher's map by position")
+    return ", ".join(parts)
 
 
 def num_kept_patches(num_patches: int, keep_rate: float) -> int:

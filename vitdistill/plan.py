@@ -21,6 +21,7 @@ class Plan:
         live: what each teacher records in its supervising pass.
         guides: what each teacher records on the whole image for the selector's sake (an extra pass), where it does.
         num_keep: patches each teacher sees; None: all.
+        notes: what each objective has to say of itself between these networks, where it does.
     """
 
     student: Network
@@ -31,6 +32,7 @@ class Plan:
     live: dict[str, Needs]
     guides: dict[str, Needs]
     num_keep: dict[str, int | None]
+    notes: dict[str, str]
 
 
 def make_plan(
@@ -70,14 +72,35 @@ def make_plan(
         kind = type(selector).__name__
         if not teachers:
             raise ConfigError(f"{kind} chooses the patches a teacher sees, but no teacher runs: give one, or leave the selector out")
-        student_needs |= _resolve(selector.student_needs(student), student, kind)
-        for name, teacher in teachers.items():
+        for name in selector.teachers:
+            if name not in teachers:
+                raise ConfigError(f"{kind} is to choose for a teacher named {name!r}, but the teachers are {', '.join(sorted(teachers))}")
+        for name in selector.teachers or teachers:
+            teacher = teachers[name]
             selector.check(student, teacher)
             num_keep[name] = selector.count(teacher.num_patches)
             guide = _resolve(selector.teacher_needs(teacher), teacher, kind)
             if guide:
                 guides[name] = guide
-    return Plan(student, dict(teachers), dict(objectives), selector, student_needs, live, guides, num_keep)
+        student_needs |= _resolve(selector.student_needs(student), student, kind)
+    notes = {name: _note(objective, student, teachers, num_keep) for name, objective in objectives.items()}
+    return Plan(
+        student, dict(teachers), dict(objectives), selector, student_needs, live, guides, num_keep, {k: v for k, v in notes.items() if v}
+    )
+
+
+def _note(objective: Objective, student: Network, teachers: Mapping[str, Network], num_keep: Mapping[str, int | None]) -> str:
+    """What the objective says of itself, and what is true of its kind."""
+    name = objective.teacher if isinstance(objective, TeacherObjective) else ""
+    parts = [objective.describe(student, teachers.get(name), num_keep.get(name))]
+    if objective.couples_images:
+        parts.append("compares the images of a micro-batch, so accumulation and the number of processes change it")
+    if objective.schedule is not None:
+        parts.append(
+            f"weight {objective.weight:g} until {objective.schedule.begin:.0%} of the run, {objective.schedule.shape} to "
+            f"{objective.schedule.to:g} at {objective.schedule.end:.0%}"
+        )
+    return "; ".join(part for part in parts if part)
 
 
 def _check_heads(student: Network, objectives: Mapping[str, Objective]) -> None:
@@ -92,10 +115,17 @@ def _check_heads(student: Network, objectives: Mapping[str, Objective]) -> None:
 
 
 def _resolve(needs: Needs, network: Network, reader: str) -> Needs:
+    where = f"the {network.name} ({network.architecture})"
+    if (needs.hidden or needs.features) and not (network.walks or network.dims):
+        raise ConfigError(f"{reader} reads feature maps, and {where} gives none: take a timm model with forward_intermediates")
+    if (needs.attention or needs.qkv) and network.attention_source is None:
+        raise ConfigError(f"{reader} reads attention, and {where} has none that can be recorded: take a plain ViT")
+    if needs.logits and network.num_classes == 0:
+        raise ConfigError(f"{reader} reads logits, and {where} has no classifier: take one with a head, or objectives that read features")
     try:
         return needs.resolve(network.depth)
     except IndexError as error:
-        raise ConfigError(f"{reader} reads {error} in the {network.name} ({network.architecture})") from None
+        raise ConfigError(f"{reader} reads {error} in {where}") from None
 
 
 def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
@@ -112,8 +142,12 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
         recorded.append("logits")
     if needs.hidden:
         recorded.append(f"hidden states after block {', '.join(map(str, sorted(needs.hidden)))}")
+    if needs.features:
+        recorded.append("features after the final norm" if network.walks else "the last feature map")
     if needs.attention:
         source = {"class": "class-token attention", "pool": "attention-pool attention", "mean": "mean attention"}
         recorded.append(f"{source[network.attention_source or 'mean']} of block {', '.join(map(str, sorted(needs.attention)))}")
+    if needs.qkv:
+        recorded.append(f"queries, keys and values of block {', '.join(map(str, sorted(needs.qkv)))}")
     parts.append("records " + " and ".join(recorded))
     return "; ".join(parts)

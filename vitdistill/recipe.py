@@ -270,6 +270,10 @@ def _convert(value: Any, kind: Any, path: str, source: str) -> Any:
         return {str(key): _convert(item, get_args(kind)[1], f"{path}.{key}", source) for key, item in value.items()}
     if origin is tuple:
         args = get_args(kind)
+        if args[-1] is Ellipsis:
+            if not isinstance(value, list | tuple):
+                raise ConfigError(f"{where} is {_short(value)}: a list is needed, e.g. [0, 1]")
+            return tuple(_convert(item, args[0], f"{path}[{i}]", source) for i, item in enumerate(value))
         if not isinstance(value, list | tuple) or len(value) != len(args):
             raise ConfigError(f"{where} is {_short(value)}: a list of {len(args)} numbers is needed")
         return tuple(_convert(item, arg, f"{path}[{i}]", source) for i, (item, arg) in enumerate(zip(value, args, strict=True)))

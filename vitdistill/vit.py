@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .align import PatchMap
 from .errors import ConfigError
-from .families import family_of
+from .families import QKV, Family, family_of
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,31 @@ class Needs:
         logits: the model's prediction, and each head's own where it has several.
         hidden: blocks whose output (the residual stream, before the final norm) is recorded. Negative indices count from the end.
         attention: blocks whose class-token attention (post-softmax) is recorded. Negative indices count from the end.
+        qkv: blocks whose queries, keys and values are recorded. Negative indices count from the end.
+        features: the last block's output after the final norm, what timm's ``forward_features`` gives.
 
     Example:
-        >>> Needs(logits=True) | Needs(hidden=frozenset({0, -1}))
-        Needs(logits=True, hidden=frozenset({0, -1}), attention=frozenset())
+        >>> Needs(logits=True) | Needs(hidden=frozenset({0}))
+        Needs(logits=True, hidden=frozenset({0}), attention=frozenset(), qkv=frozenset(), features=False)
     """
 
     logits: bool = False
     hidden: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
+    qkv: frozenset[int] = frozenset()
+    features: bool = False
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(self.logits or other.logits, self.hidden | other.hidden, self.attention | other.attention)
+        return Needs(
+            self.logits or other.logits,
+            self.hidden | other.hidden,
+            self.attention | other.attention,
+            self.qkv | other.qkv,
+            self.features or other.features,
+        )
 
     def __bool__(self) -> bool:
-        return self.logits or bool(self.hidden) or bool(self.attention)
+        return self.logits or self.features or bool(self.hidden | self.attention | self.qkv)
 
     def resolve(self, depth: int) -> "Needs":
         """The same needs with indices in ``0 .. depth-1``; raises `IndexError` for a block the model does not have."""
@@ -45,12 +56,12 @@ class Needs:
                     raise IndexError(f"block {block} does not exist: the model has {depth} blocks (0 to {depth - 1})")
             return frozenset(block % depth for block in blocks)
 
-        return Needs(self.logits, absolute(self.hidden), absolute(self.attention))
+        return Needs(self.logits, absolute(self.hidden), absolute(self.attention), absolute(self.qkv), self.features)
 
     def num_blocks(self, depth: int) -> int:
         """How many of the model's ``depth`` blocks have to run, counted from the first."""
         needs = self.resolve(depth)
-        return depth if needs.logits else max(needs.hidden | needs.attention, default=-1) + 1
+        return depth if needs.logits or needs.features else max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,11 @@ class ViTOutput:
         hidden: block index to ``(B, P+K, D)``.
         attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all tokens. A model without a class token
             gives its stand-in, see `vitdistill.families.Family.attention_source`.
+        qkv: block index to queries, keys and values, each ``(B, H, P+K, d)``, after the block's q/k norms and before the scale.
+        features: ``(B, P+K, D)`` after the final norm; the last feature map of networks that are run whole.
         keep: ``(B, K)`` row-major indices of the patches that were seen; None: all of them, in order.
         grid: rows and columns of the patch grid.
+        grids: block index to the rows and columns of its hidden states, where they are not ``grid`` (networks that are run whole).
         num_prefix_tokens: P, tokens that are not patches.
         depth: blocks the model has, to resolve indices that count from the end.
     """
@@ -73,10 +87,24 @@ class ViTOutput:
     head_logits: Float[Tensor, "B heads C"] | None = None
     hidden: dict[int, Float[Tensor, "B L D"]] = field(default_factory=dict)
     attention: dict[int, Float[Tensor, "B H L"]] = field(default_factory=dict)
+    qkv: dict[int, QKV] = field(default_factory=dict)
+    features: Float[Tensor, "B L D"] | None = None
     keep: Int[Tensor, "B K"] | None = None
     grid: tuple[int, int] = (0, 0)
+    grids: dict[int, tuple[int, int]] = field(default_factory=dict)
     num_prefix_tokens: int = 0
     depth: int = 0
+
+    def patches(self, block: int) -> PatchMap:
+        """The patches' hidden states after ``block`` (negative counts from the end), and where they are."""
+        block %= self.depth
+        return PatchMap(self.hidden[block][:, self.num_prefix_tokens :], self.grids.get(block, self.grid), self.keep)
+
+    @property
+    def feature_patches(self) -> PatchMap:
+        """The patches' features after the final norm, and where they are."""
+        assert self.features is not None
+        return PatchMap(self.features[:, self.num_prefix_tokens :], self.grids.get(self.depth - 1, self.grid), self.keep)
 
 
 def run_vit(
@@ -104,22 +132,54 @@ def run_vit(
     family = family_of(model)
     needs = needs.resolve(family.depth)
     if not family.walks:
-        if keep is not None or needs.attention:
-            what = "patches to choose from" if keep is not None else "class-token attention to record"
+        if keep is not None or needs.attention or needs.qkv:
+            what = "patches to choose from" if keep is not None else "attention to record"
             raise ConfigError(f"{type(model).__name__} is not a plain ViT and has no {what}")
-        whole, maps = family.run_whole(images, needs.logits, needs.hidden)
-        return ViTOutput(logits=whole, hidden=maps, depth=family.depth)
+        return _run_whole(family, images, needs)
     last = needs.num_blocks(family.depth) - 1
-    hidden, attention = {}, {}
+    hidden, attention, qkv = {}, {}, {}
     tokens = family.embed(images, keep)
     for i in range(last + 1):
-        reads_all = i < last or i in needs.hidden or (needs.logits and family.num_head_tokens is None)
+        at_end = i == family.depth - 1
+        reads_all = i < last or i in needs.hidden or (at_end and needs.features) or (needs.logits and family.num_head_tokens is None)
         rows = None if reads_all else (family.num_head_tokens if needs.logits else 0)
-        tokens, row = family.run_block(i, tokens, rows, i in needs.attention)
+        ran = family.run_block(i, tokens, rows, i in needs.attention, i in needs.qkv)
+        tokens = ran.tokens
         if i in needs.hidden:
             hidden[i] = tokens
-        if row is not None:
-            attention[i] = row
-    logits, head_logits = family.head(tokens) if needs.logits else (None, None)
-    grid = family.grid(images)
-    return ViTOutput(logits, head_logits, hidden, attention, keep, grid, family.num_prefix_tokens, family.depth)
+        if ran.attention is not None:
+            attention[i] = ran.attention
+        if ran.qkv is not None:
+            qkv[i] = ran.qkv
+    logits = head_logits = features = None
+    if needs.logits or needs.features:
+        normed = family.norm(tokens)
+        features = normed if needs.features else None
+        if needs.logits:
+            logits, head_logits = family.head(normed)
+    return ViTOutput(
+        logits=logits,
+        head_logits=head_logits,
+        hidden=hidden,
+        attention=attention,
+        qkv=qkv,
+        features=features,
+        keep=keep,
+        grid=family.grid(images),
+        num_prefix_tokens=family.num_prefix_tokens,
+        depth=family.depth,
+    )
+
+
+def _run_whole(family: Family, images: Tensor, needs: Needs) -> ViTOutput:
+    last = family.depth - 1
+    stages = needs.hidden | {last} if needs.features else needs.hidden
+    logits, maps = family.run_whole(images, needs.logits, stages)
+    tokens = {i: stage.flatten(2).transpose(1, 2) for i, stage in maps.items()}
+    return ViTOutput(
+        logits=logits,
+        hidden={i: tokens[i] for i in needs.hidden},
+        features=tokens[last] if needs.features else None,
+        grids={i: (int(stage.shape[2]), int(stage.shape[3])) for i, stage in maps.items()},
+        depth=family.depth,
+    )

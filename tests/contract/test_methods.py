@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
 from vitdistill.distill import Distillation
+from vitdistill.families import QKV
 from vitdistill.method import Network, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods import METHODS, method_class
+from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import RandomPatches
 from vitdistill.plan import Plan, make_plan
@@ -29,23 +31,31 @@ OBJECTIVES = [name for name in METHODS if issubclass(method_class(name), Objecti
 SELECTORS = [name for name in METHODS if issubclass(method_class(name), TokenSelector)]
 
 
-def vit(seed: int, dim: int, depth: int) -> nn.Module:
+def vit(seed: int, dim: int, depth: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     torch.manual_seed(seed)
     settings = {"img_size": 16, "patch_size": 4, "embed_dim": dim, "depth": depth, "num_heads": 2, "num_classes": NUM_CLASSES}
-    model = timm.create_model("vit_tiny_patch16_224", **settings).eval()
+    model = timm.create_model(name, **{**settings, **args}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     return model
 
 
 class Case:
-    """A student, a teacher, a batch, and the method between them."""
+    """A student, a teacher, a batch, and the method between them.
 
-    def __init__(self, name: str, mixed: bool = False, kept: bool = False) -> None:
+    ``unlike``: a student with two prefix tokens on 2 x 2 patches, and a teacher with three on 4 x 4, of other width, depth and heads.
+    """
+
+    def __init__(self, name: str, mixed: bool = False, kept: bool = False, unlike: bool = False) -> None:
         self.method: Any = method_class(name)()
         self.student, self.model = vit(0, 24, 4), vit(1, 36, 5)
+        if unlike:
+            self.student = vit(0, 24, 4, "deit_tiny_distilled_patch16_224", patch_size=8)
+            self.model = vit(1, 36, 5, reg_tokens=2, num_heads=3)
         self.teacher = Teacher(self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC)
         objectives = {"it": self.method} if isinstance(self.method, Objective) else {"kd": SoftKD()}
+        if unlike:
+            objectives |= {"both": CrossEntropy(head="all")}
         teachers = {"teacher": self.teacher} if any(isinstance(o, TeacherObjective) for o in objectives.values()) else {}
         selector = self.method if isinstance(self.method, TokenSelector) else RandomPatches(keep_rate=0.5) if kept and teachers else None
         student = Network.of(self.student, "student", "small", (16, 16))
@@ -84,7 +94,7 @@ class Case:
 
 def everything(depth: int) -> Needs:
     blocks = frozenset(range(depth))
-    return Needs(logits=True, hidden=blocks, attention=blocks)
+    return Needs(logits=True, hidden=blocks, attention=blocks, qkv=blocks, features=True)
 
 
 def poisoned(full: ViTOutput, declared: Needs) -> ViTOutput:
@@ -99,12 +109,16 @@ def poisoned(full: ViTOutput, declared: Needs) -> ViTOutput:
         logits=full.logits if declared.logits or full.logits is None else bad(full.logits),
         hidden={i: value if i in declared.hidden else bad(value) for i, value in full.hidden.items()},
         attention={i: value if i in declared.attention else bad(value) for i, value in full.attention.items()},
+        qkv={i: value if i in declared.qkv else QKV(*map(bad, value)) for i, value in full.qkv.items()},
+        features=full.features if declared.features or full.features is None else bad(full.features),
     )
 
 
 def spoilt_one_by_one(output: ViTOutput) -> list[ViTOutput]:
     """Copies of ``output`` with another one of its recorded tensors NaN in each."""
     copies = [] if output.logits is None else [replace(output, logits=output.logits * torch.nan)]
+    copies += [] if output.features is None else [replace(output, features=output.features * torch.nan)]
+    copies += [replace(output, qkv={**output.qkv, i: QKV(*(t * torch.nan for t in value))}) for i, value in output.qkv.items()]
     copies += [replace(output, hidden={**output.hidden, i: value * torch.nan}) for i, value in output.hidden.items()]
     return copies + [replace(output, attention={**output.attention, i: value * torch.nan}) for i, value in output.attention.items()]
 
@@ -118,6 +132,8 @@ def permuted(output: ViTOutput | None, order: Tensor) -> ViTOutput | None:
         head_logits=None if output.head_logits is None else output.head_logits[order],
         hidden={i: value[order] for i, value in output.hidden.items()},
         attention={i: value[order] for i, value in output.attention.items()},
+        qkv={i: QKV(*(t[order] for t in value)) for i, value in output.qkv.items()},
+        features=None if output.features is None else output.features[order],
         keep=None if output.keep is None else output.keep[order],
     )
 
@@ -131,12 +147,13 @@ def permuted_batch(batch: Batch, order: Tensor) -> Batch:
 # --- objectives ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("unlike", [False, True], ids=["alike", "unlike"])
 @pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed: bool, kept: bool) -> None:
-    case = Case(name, mixed, kept)
+def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed: bool, kept: bool, unlike: bool) -> None:
+    case = Case(name, mixed, kept, unlike)
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         losses = case.module(case.batch, case.teachers)
     assert all(value.shape == () and value.dtype is torch.float32 and value.isfinite() for value in losses.values())
@@ -149,7 +166,9 @@ def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed:
 def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(name: str, kept: bool) -> None:
     case = Case(name, kept=kept)
     output = case.student_output()
-    recorded = [t for t in (output.logits, *output.hidden.values(), *output.attention.values()) if t is not None and t.requires_grad]
+    triples = [t for triple in output.qkv.values() for t in triple]
+    recorded = [output.logits, output.features, *output.hidden.values(), *output.attention.values(), *triples]
+    recorded = [t for t in recorded if t is not None and t.requires_grad]
     named = dict(case.student.named_parameters())
     reach = torch.autograd.grad([t.sum() for t in recorded], list(named.values()), allow_unused=True)
     expected = {key for key, gradient in zip(named, reach, strict=True) if gradient is not None}
@@ -204,13 +223,39 @@ def test_the_order_of_the_images_does_not_change_a_loss(name: str, mixed: bool) 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_loss_is_a_mean_over_the_batch(name: str) -> None:
-    """So that accumulated micro-batches and processes, which are averaged, give what one big batch gives."""
+    """So that accumulated micro-batches and processes, which are averaged, give what one big batch gives; or it says it is not."""
     case = Case(name)
     student, teacher = case.student_output(), case.teacher_output()
     halves = []
     for part in (torch.arange(3), torch.arange(3, 6)):
         halves.append(case.loss(permuted(student, part), permuted(teacher, part), permuted_batch(case.batch, part)))  # type: ignore[arg-type]
-    assert (sum(halves) / 2).item() == pytest.approx(case.loss(student, teacher).item(), rel=1e-4)  # type: ignore[union-attr]
+    whole = case.loss(student, teacher).item()
+    same = (sum(halves) / 2).item() == pytest.approx(whole, rel=1e-4)  # type: ignore[union-attr]
+    assert same != case.method.couples_images
+    assert ("it" in case.plan.notes and "micro-batch" in case.plan.notes["it"]) == case.method.couples_images
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_order_of_the_patches_a_teacher_sees_does_not_change_a_loss(name: str) -> None:
+    case = Case(name)
+    if not case.teachers:
+        return
+    keep = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:7] for i in range(NUM_IMAGES)])
+    needs, student = case.plan.live["teacher"], case.student_output()
+    loss = case.loss(student, case.teacher(case.batch.images, needs, keep))
+    turned = case.loss(student, case.teacher(case.batch.images, needs, keep.flip(1)))
+    assert turned.item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_all_patches_kept_is_the_whole_image(name: str) -> None:
+    case = Case(name)
+    if not case.teachers:
+        return
+    needs, student = case.plan.live["teacher"], case.student_output()
+    everything = torch.arange(16).expand(NUM_IMAGES, 16).contiguous()
+    kept = case.loss(student, case.teacher(case.batch.images, needs, everything))
+    assert kept.item() == pytest.approx(case.loss(student, case.teacher_output()).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -41,6 +41,7 @@ class Stream(IntEnum):
     SUBSET = 9
     PATCHES = 10
     DROPOUT = 11
+    OBJECTIVE = 12
 
 
 def _mix(x: U64) -> U64:
@@ -112,12 +113,38 @@ def to_torch(keys: U64, device: torch.device | str = "cpu") -> Int[Tensor, " B"]
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.int64)).to(device, non_blocking=True)
 
 
-def torch_bits(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """`bits` in torch: equal 64-bit patterns, on any device."""
-    x = keys + (index + 1) * _signed(_GOLDEN)
+def _torch_mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
     return x ^ _shift(x, 31)
+
+
+def torch_bits(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """`bits` in torch: equal 64-bit patterns, on any device."""
+    return _torch_mix(keys + (index + 1) * _signed(_GOLDEN))
+
+
+def torch_keys(seed: int, views: Int[Tensor, " B"], sample_ids: Int[Tensor, " B"], stream: Stream) -> Int[Tensor, " B"]:
+    """`keys` in torch: equal 64-bit patterns, on the tensors' device."""
+    golden = _signed(_GOLDEN)
+    start = _fold_int(_fold_int(0, seed & _MASK), int(stream))
+    state = _torch_mix((views ^ _signed(start)) + golden)
+    return _torch_mix((state ^ sample_ids) + golden)
+
+
+def _fold_int(state: int, value: int) -> int:
+    """`_fold` of one number, in whole numbers alone, which `torch.compile` takes as a constant."""
+    x = ((state ^ value) + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    return x ^ (x >> 31)
+
+
+def torch_uniforms(keys: Int[Tensor, " B"], count: int) -> Float[Tensor, "B {count}"]:
+    """Uniform float32 numbers in [0, 1): the first 24 bits of each key's outputs 0 to ``count - 1``."""
+    index = torch.arange(count, device=keys.device).expand(len(keys), count)
+    word = torch_bits(keys[:, None].expand(len(keys), count), index)
+    return _shift(word, 40).float() * 2.0**-24
 
 
 def torch_normals(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

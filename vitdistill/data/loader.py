@@ -64,6 +64,7 @@ class Batch:
         ids: the samples' numbers in the source, int64, on the device.
         views: which view of each sample this is, int64, on the device; the epoch, unless augmentation is repeated.
         view: the epoch.
+        seed: of the run, which keys `uniforms`.
     """
 
     images: Float[Tensor, "B 3 H W"]
@@ -73,6 +74,11 @@ class Batch:
     view: int
     mixed_labels: Int[Tensor, " B"] | None = None
     lam: Float[Tensor, " B"] | None = None
+    seed: int = 0
+
+    def uniforms(self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE) -> Float[Tensor, "B {count}"]:
+        """Uniform random numbers in [0, 1), a pure function of seed, view, sample and stream, made on the device."""
+        return keyed.torch_uniforms(keyed.torch_keys(self.seed, self.views, self.ids, stream), count)
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ class TrainLoader:
         ids = torch.from_numpy(piece.ids)
         labels = self._labels[ids].to(self.device, non_blocking=True)
         views = torch.from_numpy(piece.views).to(self.device, non_blocking=True)
-        batch = Batch(images, labels, ids.to(self.device, non_blocking=True), views, piece.epoch)
+        batch = Batch(images, labels, ids.to(self.device, non_blocking=True), views, piece.epoch, seed=self.seed)
         if self._mixing is not None:
             batch.images, batch.mixed_labels, batch.lam = self._mixing(images, labels, self.seed, piece.ids, piece.views)
         return batch

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ._base import QKV as QKV
 from ._base import Family as Family
 from ._whole import WholeImage
 from .plain import PlainViT

@@ -1,10 +1,26 @@
 """The interface between `run_vit` and a family of networks."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of one block, each ``(B, H, L, d)``, after its q/k norms and before the scale ``d ** -0.5``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class BlockRun(NamedTuple):
+    """What running one block gave: its output tokens, the class token's attention ``(B, H, L)``, and its q, k and v."""
+
+    tokens: Tensor
+    attention: Tensor | None = None
+    qkv: QKV | None = None
 
 
 class Family(ABC):
@@ -13,6 +29,8 @@ class Family(ABC):
     Attributes:
         depth: number of blocks.
         dim: width of the token stream.
+        dims: width after each block; empty: hidden states cannot be recorded.
+        num_heads: attention heads a block; 0 where attention cannot be recorded.
         num_prefix_tokens: P, tokens before the patches (class, distillation, register).
         num_head_tokens: the head reads the first this-many tokens only; None: it may read every token.
         heads: names of the classifier heads; more than one only with a distillation token.
@@ -24,6 +42,8 @@ class Family(ABC):
 
     depth: int
     dim: int
+    dims: tuple[int, ...] = ()
+    num_heads: int = 0
     num_prefix_tokens: int = 0
     num_head_tokens: int | None = None
     heads: tuple[str, ...] = ("class",)
@@ -39,7 +59,7 @@ class Family(ABC):
         """Whether ``model`` is of this family, so that walking it by hand equals its own forward."""
 
     def run_whole(self, images: Tensor, logits: bool, hidden: frozenset[int]) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Logits and hidden states of whole images, for networks that cannot be walked."""
+        """Logits and feature maps ``(B, D, rows, columns)`` of whole images, for networks that cannot be walked."""
         raise AssertionError("only families that do not walk are run whole")
 
     @abstractmethod
@@ -51,10 +71,16 @@ class Family(ABC):
         """The tokens before block 0, ``(B, P+K, D)``."""
 
     @abstractmethod
-    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Block ``i`` on the tokens: all of its output, or only the first ``rows`` tokens of it; and the class token's attention
-        ``(B, H, L)`` in float32 if asked."""
+    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False) -> BlockRun:
+        """Block ``i`` on the tokens: all of its output, or only the first ``rows`` tokens of it; and what else is asked for.
+
+        The class token's attention is float32.
+        """
 
     @abstractmethod
-    def head(self, tokens: Tensor) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B heads C"] | None]:
-        """Logits from the last block's output, and each head's own where there are several."""
+    def norm(self, tokens: Tensor) -> Tensor:
+        """The final norm of the last block's output, token by token."""
+
+    @abstractmethod
+    def head(self, features: Tensor) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B heads C"] | None]:
+        """Logits from the normed last block's output, and each head's own where there are several."""

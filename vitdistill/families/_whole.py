@@ -4,19 +4,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ._base import Family
+from ._base import BlockRun, Family
 
 
 class WholeImage(Family):
     """A network that is run by its own ``forward``: no patch subsets, no attention; its "blocks" are its feature stages.
 
-    Hidden states come from timm's ``forward_intermediates`` as ``(B, rows * columns, D)``; D may differ from stage to stage.
+    Feature maps come from timm's ``forward_intermediates``; their width and grid may differ from stage to stage.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.depth = max(len(getattr(model, "feature_info", ())), 1)
         self.dim = int(getattr(model, "num_features", 0))
+        if hasattr(model, "forward_intermediates"):
+            self.dims = tuple(int(stage["num_chs"]) for stage in getattr(model, "feature_info", ()))
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
@@ -40,13 +42,16 @@ class WholeImage(Family):
             answer = self.model.forward_head(final)  # type: ignore[operator]
         else:
             answer, maps = None, forward(images, indices=stages, intermediates_only=True)
-        return answer, {i: stage.flatten(2).transpose(1, 2) for i, stage in zip(stages, maps, strict=True)}
+        return answer, dict(zip(stages, maps, strict=True))
 
     def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
         raise AssertionError("a network that does not walk is run whole")
 
-    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
+    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False) -> BlockRun:
         raise AssertionError("a network that does not walk is run whole")
 
-    def head(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def norm(self, tokens: Tensor) -> Tensor:
+        raise AssertionError("a network that does not walk is run whole")
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         raise AssertionError("a network that does not walk is run whole")

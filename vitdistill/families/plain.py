@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from ._base import Family
+from ._base import QKV, BlockRun, Family
 
 
 def patch_grid(patch_embed: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -70,6 +70,7 @@ class PlainViT(Family):
         super().__init__(model)
         self.depth = len(model.blocks)
         self.dim = model.embed_dim
+        self.dims = (self.dim,) * self.depth
         distilled = isinstance(model, VisionTransformerDistilled)
         self.num_prefix_tokens = self._count_prefix_tokens()
         if distilled:
@@ -78,6 +79,7 @@ class PlainViT(Family):
         elif model.attn_pool is None and model.global_pool == "token":
             self.num_head_tokens = 1
         if all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
+            self.num_heads = model.blocks[0].attn.num_heads
             if model.cls_token is not None and self.num_prefix_tokens > 0:
                 self.attention_source = "class"
             else:
@@ -125,34 +127,38 @@ class PlainViT(Family):
             tokens = torch.cat([whole[:, :prefix], whole[batch, prefix + keep]], dim=1)
         return model.norm_pre(tokens)
 
-    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
+    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False) -> BlockRun:
         block: Any = self.model.blocks[i]
         standard = self.attention_source is not None
-        if attention and not standard:
+        if (attention or qkv) and not standard:
             raise ConfigError(f"the attention of {type(block).__name__} cannot be recorded: choose a network of standard blocks")
         of_pool = attention and self.attention_source == "pool" and i == self.depth - 1  # the pool reads the finished block
-        if standard and not of_pool and (attention or rows is not None):
-            return self._walk_block(block, tokens, rows, attention)
+        if of_pool:
+            ran = self.run_block(i, tokens, None, qkv=qkv)
+            return BlockRun(ran.tokens, self._pool_attention(ran.tokens), ran.qkv)
+        if standard and (attention or qkv or rows is not None):
+            return self._walk_block(block, tokens, rows, attention, qkv)
         if self.model.grad_checkpointing and self.model.training and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, use_reentrant=False)
-        else:
-            tokens = block(tokens)
-        return tokens, self._pool_attention(tokens) if of_pool else None
+            return BlockRun(checkpoint(block, tokens, use_reentrant=False))
+        return BlockRun(block(tokens))
 
-    def _walk_block(self, block: Any, tokens: Tensor, rows: int | None, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """timm's `Block.forward` by hand, for the first ``rows`` tokens (None: all), with the attention row read off q and k."""
+    def _walk_block(self, block: Any, tokens: Tensor, rows: int | None, attention: bool, qkv: bool) -> BlockRun:
+        """timm's `Block.forward` by hand, for the first ``rows`` tokens (None: all), with what is recorded read off q, k and v."""
         attn: Attention = block.attn
         x = block.norm1(tokens)
-        every_query = attention and self.attention_source != "class"
-        q, k, v = project_qkv(attn, x, None if rows is None or every_query else max(rows, 1))
-        fused = rows is None and not every_query and attn.fused_attn
-        weights = attention_rows(attn, q[:, :, :1] if fused else q, k) if attention or not fused else None
-        row = None
+        mean_row = attention and self.attention_source != "class"
+        q, k, v = project_qkv(attn, x, None if rows is None or mean_row or qkv else max(rows, 1))
+        recorded = QKV(q, k, v) if qkv else None
+        fused = rows is None and not mean_row and attn.fused_attn
+        weights = row = None
+        if attention or (rows != 0 and not fused):
+            num_queries = q.shape[2] if mean_row or (rows is None and not fused) else max(rows or 1, 1)
+            weights = attention_rows(attn, q[:, :, :num_queries], k)
         if attention:
             assert weights is not None
-            row = weights.mean(2) if every_query else weights[:, :, 0]
+            row = weights.mean(2) if mean_row else weights[:, :, 0]
         if rows == 0:
-            return tokens[:, :0], row
+            return BlockRun(tokens[:, :0], row, recorded)
         if weights is None or fused:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=float(attn.attn_drop.p) if attn.training else 0.0)
         else:
@@ -163,7 +169,7 @@ class PlainViT(Family):
             out = out * gate(x[:, : out.shape[1]]).sigmoid()
         out = attn.proj_drop(attn.proj(out))
         tokens = tokens[:, : out.shape[1]] + block.drop_path1(block.ls1(out))
-        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), row
+        return BlockRun(tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), row, recorded)
 
     def _pool_attention(self, tokens: Tensor) -> Float[Tensor, "B H L"]:
         """Attention of the attention pool's first latent over the tokens; prefix tokens the pool does not read get 0."""
@@ -180,11 +186,13 @@ class PlainViT(Family):
         row = ((pool.q_norm(q) * pool.scale) @ pool.k_norm(k).transpose(-2, -1)).float().softmax(-1)[:, :, 0]
         return F.pad(row, (skipped, 0))
 
-    def head(self, tokens: Tensor) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B heads C"] | None]:
+    def norm(self, tokens: Tensor) -> Tensor:
+        return self.model.norm(tokens)
+
+    def head(self, features: Tensor) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B heads C"] | None]:
         model = self.model
-        tokens = model.norm(tokens)
         if isinstance(model, VisionTransformerDistilled):
-            by_class = model.head(model.head_drop(tokens[:, 0]))
-            by_distillation = model.head_dist(model.head_drop(tokens[:, 1]))
+            by_class = model.head(model.head_drop(features[:, 0]))
+            by_distillation = model.head_dist(model.head_drop(features[:, 1]))
             return (by_class + by_distillation) / 2, torch.stack([by_class, by_distillation], dim=1)
-        return model.forward_head(tokens), None
+        return model.forward_head(features), None

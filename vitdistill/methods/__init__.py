@@ -11,6 +11,8 @@ METHODS: dict[str, str] = {
     "ce": "vitdistill.methods.cross_entropy:CrossEntropy",
     "kd": "vitdistill.methods.kd:SoftKD",
     "hard_kd": "vitdistill.methods.kd:HardKD",
+    "nkd": "vitdistill.methods.nkd:NKD",
+    "vitkd": "vitdistill.methods.vitkd:ViTKD",
     "maskedkd": "vitdistill.methods.maskedkd:MaskedKD",
     "random_patches": "vitdistill.methods.maskedkd:RandomPatches",
     "teacher_guided": "vitdistill.methods.maskedkd:TeacherGuided",

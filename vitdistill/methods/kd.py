@@ -27,17 +27,43 @@ def kd_loss(student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, 
         >>> kd_loss(torch.zeros(2, 3), torch.zeros(2, 3)).item()
         0.0
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature!r}: it has to be above 0")
+    check_logits(student_logits, teacher_logits, temperature)
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    """Raises `ValueError` for logits of different shapes (they would broadcast silently) or a temperature that is not above 0."""
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}: it has to be above 0")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises `ConfigError` for a temperature that is not a number above 0."""
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature!r}: give a number above 0")
+
+
+def check_factors(**factors: float) -> None:
+    """Raises `ConfigError` when a factor of one of the loss's terms is negative or not finite, or when no term is left."""
+    for name, factor in factors.items():
+        if not 0 <= factor < math.inf:
+            raise ConfigError(f"{name} is {factor!r}: give a number that is not negative")
+    if not any(factors.values()):
+        raise ConfigError(f"{' and '.join(factors)} are 0, so that nothing is left of the loss: leave the objective out")
+
+
 @dataclass(frozen=True, kw_only=True)
-class _LogitDistillation(TeacherObjective):
+class LogitObjective(TeacherObjective):
+    """An objective that compares the logits of one of the student's heads with the teacher's, class by class.
+
+    Args:
+        head: for students with a distillation token: which head learns from the teacher. ``auto``: the distillation token's.
+    """
+
     head: Literal["auto", "class", "distillation", "all"] = "auto"
 
     def check(self, student: Network, teacher: Network | None) -> None:
@@ -51,12 +77,13 @@ class _LogitDistillation(TeacherObjective):
     def trains_heads(self, student: Network) -> tuple[str, ...]:
         return heads_read(student, self.head, "distillation")
 
-    def _student_logits(self, student: ViTOutput) -> Float[Tensor, "B C"]:
+    def student_logits(self, student: ViTOutput) -> Float[Tensor, "B C"]:
+        """The logits of the head that learns from the teacher."""
         return head_logits(student, "distillation" if self.head == "auto" else self.head)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftKD(_LogitDistillation):
+class SoftKD(LogitObjective):
     """Soft logit distillation.
 
     Args:
@@ -70,16 +97,15 @@ class SoftKD(_LogitDistillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature!r}: give a number above 0")
+        check_temperature(self.temperature)
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
-        return kd_loss(self._student_logits(student), teacher.logits, self.temperature)
+        return kd_loss(self.student_logits(student), teacher.logits, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardKD(_LogitDistillation):
+class HardKD(LogitObjective):
     """Hard distillation: cross-entropy with the teacher's top class.
 
     Args:
@@ -90,4 +116,4 @@ class HardKD(_LogitDistillation):
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
-        return F.cross_entropy(self._student_logits(student).float(), teacher.logits.argmax(-1))
+        return F.cross_entropy(self.student_logits(student).float(), teacher.logits.argmax(-1))

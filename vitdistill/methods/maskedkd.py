@@ -9,10 +9,10 @@ cannot do: unequal patch grids are mapped by position, and the distillation toke
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..align import resample_patches
 from ..errors import ConfigError
 from ..method import Network, TokenSelector
 from ..vit import Needs, ViTOutput
@@ -47,10 +47,7 @@ def select_patches(attention: Float[Tensor, "B H L"], num_keep: int, num_prefix_
 
 def resample_saliency(saliency: Float[Tensor, "B N"], grid: tuple[int, int], to_grid: tuple[int, int]) -> Float[Tensor, "B M"]:
     """Saliency on another patch grid of the same image, by position: bilinear, averaging when the new grid is coarser."""
-    if grid == to_grid:
-        return saliency
-    image = saliency.unflatten(1, grid)[:, None]
-    return F.interpolate(image, to_grid, mode="bilinear", align_corners=False, antialias=True)[:, 0].flatten(1)
+    return resample_patches(saliency[:, :, None], grid, to_grid)[:, :, 0]
 
 
 def _check_teacher(selector: TokenSelector, teacher: Network) -> None:

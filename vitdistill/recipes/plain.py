@@ -5,6 +5,8 @@ from dataclasses import replace
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import HardKD, SoftKD
 from ..methods.maskedkd import MaskedKD
+from ..methods.nkd import NKD
+from ..methods.vitkd import ViTKD
 from ..recipe import Recipe, TeacherConfig
 from .deit import deit_tiny
 
@@ -42,4 +44,34 @@ def maskedkd() -> Recipe:
         name="maskedkd",
         description="MaskedKD from --teacher-model, which sees --keep-rate of its patches",
         selector=MaskedKD(keep_rate=0.5),
+    )
+
+
+def nkd() -> Recipe:
+    """NKD: the label's class and the rest of the teacher's answer, each with a loss of its own."""
+    return replace(
+        kd(),
+        name="nkd",
+        description="NKD from --teacher-model",
+        objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD()},
+    )
+
+
+def vitkd() -> Recipe:
+    """ViTKD: the teacher's first blocks mimicked, its last features generated; weights that fit any resolution and width."""
+    return replace(
+        kd(),
+        name="vitkd",
+        description="ViTKD (features) from --teacher-model",
+        objectives={"ce": CrossEntropy(smoothing=0.1), "vitkd": ViTKD(reduction="mean")},
+    )
+
+
+def vitkd_nkd() -> Recipe:
+    """ViTKD and NKD together, the combination with the largest published gains; --with maskedkd shows the teacher fewer patches."""
+    return replace(
+        kd(),
+        name="vitkd_nkd",
+        description="ViTKD (features) and NKD (logits) from --teacher-model",
+        objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD(), "vitkd": ViTKD(reduction="mean")},
     )

@@ -6,6 +6,8 @@ from ..data.views import AUGMENTS
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import SoftKD
 from ..methods.maskedkd import MaskedKD
+from ..methods.nkd import NKD
+from ..methods.vitkd import ViTKD
 from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 
 
@@ -54,5 +56,45 @@ def small_images_maskedkd() -> Recipe:
         small_images_kd(),
         name="small_images_maskedkd",
         description="the small_images student by MaskedKD; --teacher-model takes the teacher run's folder",
+        selector=MaskedKD(keep_rate=0.5),
+    )
+
+
+def small_images_nkd() -> Recipe:
+    """The same student by NKD."""
+    return replace(
+        small_images_kd(),
+        name="small_images_nkd",
+        description="the small_images student by NKD; --teacher-model takes the teacher run's folder",
+        objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD()},
+    )
+
+
+def small_images_vitkd() -> Recipe:
+    """The same student by ViTKD, with weights on means: the published ones are meant for 196 patches."""
+    return replace(
+        small_images_kd(),
+        name="small_images_vitkd",
+        description="the small_images student by ViTKD (features); --teacher-model takes the teacher run's folder",
+        objectives={"ce": CrossEntropy(smoothing=0.1), "vitkd": ViTKD(reduction="mean")},
+    )
+
+
+def small_images_vitkd_nkd() -> Recipe:
+    """The same student by ViTKD and NKD."""
+    return replace(
+        small_images_kd(),
+        name="small_images_vitkd_nkd",
+        description="the small_images student by ViTKD and NKD; --teacher-model takes the teacher run's folder",
+        objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD(), "vitkd": ViTKD(reduction="mean")},
+    )
+
+
+def small_images_masked_vitkd_nkd() -> Recipe:
+    """ViTKD and NKD with half of the teacher's patches."""
+    return replace(
+        small_images_vitkd_nkd(),
+        name="small_images_masked_vitkd_nkd",
+        description="the small_images student by ViTKD and NKD under MaskedKD; --teacher-model takes the teacher run's folder",
         selector=MaskedKD(keep_rate=0.5),
     )

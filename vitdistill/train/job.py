@@ -113,7 +113,7 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
     if recipe.data.augment.crop == "pad":  # trained on whole images, so evaluated on whole images
         student = replace(student, spec=replace(student.spec, crop_pct=1.0))
     plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})
-    distillation = Distillation(student.model, plan, recipe.train.seed).to(world.device)
+    distillation = Distillation(student.model, plan).to(world.device)
     make_optimizer(distillation, recipe.optim)  # only to find a wrong name or argument before a file is written
     if world.device.type == "cpu" and amp_dtype is torch.bfloat16:
         prefer_explicit_attention(distillation)

@@ -169,6 +169,11 @@ class _Run:
         """The weights that are evaluated and exported: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.job.student
 
+    @property
+    def progress(self) -> float:
+        """The fraction of the run that is done."""
+        return self.step / self.total_steps
+
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
@@ -227,7 +232,7 @@ class _Run:
             sync = contextlib.nullcontext() if i == count - 1 or self.world.size == 1 else self.module.no_sync()  # type: ignore[operator]
             with sync:
                 with self._as_in_step(i):
-                    losses = self.module(batch, job.teachers)
+                    losses = self.module(batch, job.teachers, self.progress)
                 total = losses["loss"] / count
                 (self.scaler.scale(total) if self.scaler is not None else total).backward()
             values = torch.stack([losses[name].detach() for name in self.names[:-1]])
@@ -308,7 +313,7 @@ class _Run:
                 if answer.logits is not None and not bool(answer.logits.isfinite().all()):
                     return f"the answer of the {name} {samples}"
             with self._as_in_step(i):
-                losses = job.distillation(batch, job.teachers)
+                losses = job.distillation(batch, job.teachers, self.progress)
             for name in self.names[:-1]:
                 if not bool(losses[name].isfinite()):
                     return f"the loss {name!r} {samples}"

@@ -41,7 +41,7 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
 
     networks = {name: replace(teacher.network, num_classes=num_classes) for name, teacher in teachers.items()}
     plan = plan_of(recipe, student.network, networks)
-    module = Distillation(student.model, plan, recipe.train.seed).to(device).train()
+    module = Distillation(student.model, plan).to(device).train()
     if device.type == "cpu" and amp_dtype is torch.bfloat16:
         prefer_explicit_attention(module)
     optimizer = make_optimizer(module, recipe.optim)
