@@ -34,10 +34,12 @@ from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
 from vitdistill.distill import Distillation
 from vitdistill.errors import ConfigError, UserError
-from vitdistill.method import Network, Objective, TokenSelector
+from vitdistill.method import Network, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD
+from vitdistill.methods.nkd import NKD
+from vitdistill.methods.vitkd import ViTKD
 from vitdistill.plan import make_plan
 from vitdistill.recipe import OptimConfig
 from vitdistill.teacher import Teacher
@@ -157,7 +159,7 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
 
     def ours(objectives: dict[str, Objective], selector: TokenSelector | None = None) -> tuple[Callable[[], None], Cost]:
         student = build_model(pair, "student")
-        teachers = {"teacher": teacher} if "kd" in objectives else {}
+        teachers = {"teacher": teacher} if any(isinstance(o, TeacherObjective) for o in objectives.values()) else {}
         networks = {name: network for name in teachers}
         plan = make_plan(Network.of(student, "student", pair.student[0], size), networks, objectives, selector)
         run = our_step(Distillation(student, plan), teachers, batch)
@@ -168,6 +170,10 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
     kd, kd_cost = ours(both)
     half, half_cost = ours(both, MaskedKD(keep_rate=0.5))
     quarter, quarter_cost = ours(both, MaskedKD(keep_rate=0.25))
+    features: dict[str, Objective] = {"ce": CrossEntropy(), "nkd": NKD(), "vitkd": ViTKD()}
+    vitkd, vitkd_cost = ours(features)
+    masked, masked_cost = ours(features, MaskedKD(keep_rate=0.5))
+    floor = alone_cost.student_plain
 
     def by_timm(with_teacher: bool) -> Callable[[], None]:
         return timm_step(build_model(pair, "student"), teacher_model if with_teacher else None, batch)
@@ -180,6 +186,8 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
         Step("ours, KD", kd, kd_cost.step, pair.targets["kd"]),
         Step("ours, MaskedKD, keep 1/2", half, half_cost.step, pair.targets["masked 1/2"]),
         Step("ours, MaskedKD, keep 1/4", quarter, quarter_cost.step, pair.targets["masked 1/4"]),
+        Step("ours, CE + NKD + ViTKD", vitkd, vitkd_cost.step, 1.05 * vitkd_cost.step / floor),
+        Step("ours, CE + NKD + ViTKD + MaskedKD, keep 1/2", masked, masked_cost.step, 1.05 * masked_cost.step / floor),
     ]
 
 
@@ -256,7 +264,7 @@ def main(
         setting: deit (DeiT-Ti from DeiT-S at 224), cifar (patch 4 on 32 x 32), or both.
         rounds: of all steps, at least 7.
         batch_size: images; default: 8 for deit, 32 for cifar.
-        write: also write the tables to benchmarks/results/step_cost_<cpu>_<date>.md.
+        write: also write the tables to benchmarks/results/step_cost_<cpu>_<instructions>_<date>.md.
     """
     if rounds < 7:
         raise ConfigError(f"--rounds is {rounds}: medians need at least 7")
@@ -274,7 +282,7 @@ def main(
         print("\n\n".join(parts[-3:]) + "\n", flush=True)
     print(describe_machine())
     if write:
-        slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+        slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}".lower()).strip("-")
         path = RESULTS / f"step_cost_{slug}_{datetime.date.today().isoformat()}.md"
         durable.write_atomic(path, ("\n\n".join(parts) + "\n").encode())
         print(f"\nwritten: {path}")

@@ -12,7 +12,7 @@ from torch import nn
 from . import weights
 from .data.views import InputSpec
 from .errors import ConfigError
-from .method import Network
+from .method import Network, Objective, TeacherObjective
 from .plan import Plan, make_plan
 from .recipe import Recipe, StudentConfig, TeacherConfig
 from .teacher import ClassMatch, Teacher, match_classes
@@ -76,14 +76,35 @@ def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool 
     return _create(config, name, None, with_weights)
 
 
+def trains_classifier(objectives: Mapping[str, Objective], student: Network) -> bool:
+    """Whether any objective reaches a classifier of the student; if not, it is built without one."""
+    return any(objective.trains_heads(student) for objective in objectives.values())
+
+
+def reads_logits(objectives: Mapping[str, Objective], teacher: Network) -> bool:
+    """Whether any objective compares with the prediction of this teacher."""
+    readers = (o for o in objectives.values() if isinstance(o, TeacherObjective) and o.teacher == teacher.name)
+    return any(objective.teacher_needs(teacher).logits for objective in readers)
+
+
 def build_teacher(
-    config: TeacherConfig, name: str, classes: tuple[str, ...], images_spec: InputSpec, device: torch.device | str
+    config: TeacherConfig,
+    name: str,
+    classes: tuple[str, ...],
+    images_spec: InputSpec,
+    device: torch.device | str,
+    objectives: Mapping[str, Objective] | None = None,
 ) -> tuple[Teacher, ClassMatch]:
-    """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled images)."""
+    """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled images).
+
+    A teacher of whom no objective reads the logits may have any classes, or none; ``objectives`` None: they are read.
+    """
     built = build_teacher_model(config, name)
     names = weights.class_names(built.model)
     match = ClassMatch(None, "the images are unlabelled: its own classes are kept", names or ())
-    if classes:
+    if objectives is not None and not reads_logits(objectives, built.network):
+        match = ClassMatch(None, "only its features are read")
+    elif classes:
         match = match_classes(name, names, built.network.num_classes, classes, config.reorder_classes)
     network = built.network if match.index is None else replace(built.network, num_classes=len(match.index))
     index = None if match.index is None else torch.tensor(match.index)

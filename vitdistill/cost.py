@@ -2,16 +2,17 @@
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .method import Network
+from .data.loader import Batch
+from .method import Network, TeacherObjective
 from .plan import Plan, describe_needs
-from .vit import Needs, run_vit
+from .vit import Needs, ViTOutput, run_vit
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 
@@ -50,11 +51,7 @@ def _count(model: nn.Module, image_size: tuple[int, int], needs: Needs | None, n
     keep = None if num_keep is None else torch.zeros(2, num_keep, dtype=torch.int64, device="meta")
     # With gradients in either case: without, torch's module tracker fails on a network that hands a parameter to a block (CaiT).
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        if needs is None:
-            outputs: list[Tensor] = [model(images)]
-        else:
-            out = run_vit(model, images, needs, keep)
-            outputs = [t for t in (out.logits, *out.hidden.values()) if t is not None]
+        outputs = [model(images)] if needs is None else run_vit(model, images, needs, keep).tensors()
         if backward:
             torch.autograd.backward([t.sum() for t in outputs])
     return counter.get_total_flops() // 2
@@ -75,22 +72,29 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs an image of one training step (a multiply-accumulate is 2).
+    """FLOPs an image of one training step (a multiply-accumulate is 2), and what training keeps in memory.
 
     Attributes:
         student: forward and backward of this plan; ``student_plain``: of the student trained alone by its own forward.
         teachers: forward of this plan, guides included; ``teachers_plain``: of the whole teacher on the whole image.
+        objectives: forward and backward of what an objective computes itself (projections, generators, products of features).
+        adapters: parameters of each objective's own trainable part, where it has one.
+        activations: bytes an image that are kept for the backward pass, in float32; ``activations_plain``: of the student alone.
     """
 
     student: int
     student_plain: int
     teachers: dict[str, int]
     teachers_plain: dict[str, int]
+    objectives: dict[str, int]
+    adapters: dict[str, int]
+    activations: int
+    activations_plain: int
 
     @property
     def step(self) -> int:
         """Everything this plan computes for one training image."""
-        return self.student + sum(self.teachers.values())
+        return self.student + sum(self.teachers.values()) + sum(self.objectives.values())
 
     @property
     def plain_kd(self) -> int:
@@ -109,14 +113,100 @@ def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -
             live[name] += forward_flops(model, size, plan.guides[name])
     was_training = student.training
     student.train()
+    objectives, adapters, total, kept = _count_objectives(plan, student, teachers)
+    kept_plain = _Kept()
+    with kept_plain:
+        plain_total = training_flops(student, plan.student.image_size)
     cost = Cost(
-        student=training_flops(student, plan.student.image_size, plan.student_needs),
-        student_plain=training_flops(student, plan.student.image_size),
+        student=total - sum(objectives.values()),
+        student_plain=plain_total,
         teachers=live,
         teachers_plain=plain,
+        objectives=objectives,
+        adapters=adapters,
+        activations=kept,
+        activations_plain=kept_plain.bytes // 2,
     )
     student.train(was_training)
     return cost
+
+
+def _count_objectives(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -> tuple[dict[str, int], dict[str, int], int, int]:
+    """FLOPs an image of each objective, parameters of each adapter, and FLOPs and kept bytes of the student with all of them."""
+    student = _on_meta(student)
+    with torch.device("meta"):
+        images, ids = torch.empty(2, 3, *plan.student.image_size), torch.zeros(2, dtype=torch.int64)
+        batch = Batch(images, ids, ids, ids, 0)
+        adapters = {
+            name: objective.adapter(plan.student, plan.teachers[objective.teacher])
+            for name, objective in plan.objectives.items()
+            if isinstance(objective, TeacherObjective)
+        }
+        answers = {name: _answer(plan, name, model) for name, model in teachers.items()}
+    counts, kept = {}, _Kept()
+    with torch.enable_grad():
+        with kept, FlopCounterMode(display=False) as counter:
+            output = run_vit(student, images, plan.student_needs)
+            torch.stack(_losses(plan, output, answers, batch, adapters)).sum().backward()
+        total = counter.get_total_flops() // 2
+        for name, objective in plan.objectives.items():
+            alone = replace(plan, objectives={name: objective})
+            with FlopCounterMode(display=False) as counter:
+                (loss,) = _losses(alone, _cut(output), answers, batch, adapters)
+                loss.backward()
+            counts[name] = counter.get_total_flops() // 2
+    parameters = {name: sum(p.numel() for p in adapter.parameters()) for name, adapter in adapters.items() if adapter is not None}
+    return counts, parameters, total, kept.bytes // 2
+
+
+def _answer(plan: Plan, name: str, model: nn.Module) -> ViTOutput:
+    """What a teacher would record, on the meta device, in the number of classes it answers for."""
+    network, num_keep = plan.teachers[name], plan.num_keep[name]
+    keep = None if num_keep is None else torch.zeros(2, num_keep, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        answer = run_vit(_on_meta(model), torch.empty(2, 3, *network.image_size, device="meta"), plan.live[name], keep)
+    return answer if answer.logits is None else replace(answer, logits=torch.empty(2, network.num_classes, device="meta"))
+
+
+def _losses(
+    plan: Plan, student: ViTOutput, answers: Mapping[str, ViTOutput], batch: Batch, adapters: Mapping[str, nn.Module | None]
+) -> list[Tensor]:
+    return [
+        objective.loss(student, answers[objective.teacher] if isinstance(objective, TeacherObjective) else None, batch, adapters.get(name))
+        for name, objective in plan.objectives.items()
+    ]
+
+
+def _cut(value: Any) -> Any:
+    """A recorded output whose tensors are leaves that want gradients: what is computed behind them is not counted."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_() if value.is_floating_point() else value
+    if isinstance(value, ViTOutput):
+        return replace(value, **{f.name: _cut(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, dict):
+        return {key: _cut(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_cut, value))
+    return value
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for the backward pass, weights left out, each storage once."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, Tensor] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if not isinstance(base, nn.Parameter):
+            self.storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them together."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages.values())
 
 
 def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
@@ -150,12 +240,21 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
                 f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of {flops(cost.teachers_plain[name])}",
             )
         )
+    for name, count in cost.objectives.items():
+        if count or name in cost.adapters:
+            added = cost.adapters.get(name, 0)
+            rows.append((f"{name}, its own part", flops(added, "") if added else "", flops(count), ""))
     if plan.teachers:
         rows.append(("together", "", flops(cost.step), f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}"))
     lines = ["What each network computes", *table(rows), ""]
     networks = {"student": student, **plan.teachers}
     for name, text in computes.items():
         lines += _wrapped(f"{name}, {networks[name].architecture}: {text}")
+    extra = sum(cost.adapters.values())
+    memory = f"  kept for the backward pass: {size(cost.activations)} an image in float32; the student alone keeps "
+    lines += ["", "Training memory", memory + size(cost.activations_plain)]
+    trained = f"{flops(student.num_parameters + extra, '').strip()} trained parameters"
+    lines.append(f"  weights, gradients and AdamW's two moments: {size(16 * (student.num_parameters + extra))} ({trained})")
     images = num_images * epochs
     lines += ["", f"The whole run, {num_images:,} images x {epochs} epochs (1 multiply-accumulate = 2 FLOPs)"]
     total: list[tuple[str, ...]] = [
@@ -164,6 +263,9 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     ]
     for name in plan.teachers:
         total.append((name, flops(cost.teachers[name] * images), flops(cost.teachers_plain[name] * images)))
+    own = sum(cost.objectives.values())
+    if own:
+        total.append(("objectives", flops(own * images), ""))
     if plan.teachers:
         total.append(("together", flops(cost.step * images), flops(cost.plain_kd * images)))
     lines += table(total)
@@ -175,12 +277,18 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
             lines.append(f"  {flops(masked, 'MACs')}{saved}")
     lines += ["", "What every loss weight multiplies"]
     for name, objective in plan.objectives.items():
-        lines += _wrapped(f"{objective.weight:g} x {name}: {objective.formula}")
+        note = f" ({plan.notes[name]})" if name in plan.notes else ""
+        lines += _wrapped(f"{objective.weight:g} x {name}: {objective.formula}{note}")
     return "\n".join(lines)
 
 
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 78, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes with their unit, at least three digits: ``24.6 MB``."""
+    return flops(num_bytes, "B")
 
 
 def flops(count: int | float, unit: str = "FLOPs") -> str:

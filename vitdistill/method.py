@@ -31,6 +31,7 @@ class Network:
         grid: rows and columns of patches; (0, 0) for networks without.
         patch_size: pixels; (0, 0) for networks without.
         num_prefix_tokens: class, distillation and register tokens.
+        has_class_token: the first of them stands for the whole image.
         heads: classifier heads by name.
         walks: can be run on a subset of patches.
         attention_source: see `vitdistill.families.Family`; None: no attention to read.
@@ -47,6 +48,7 @@ class Network:
     grid: tuple[int, int] = (0, 0)
     patch_size: tuple[int, int] = (0, 0)
     num_prefix_tokens: int = 0
+    has_class_token: bool = False
     heads: tuple[str, ...] = ("class",)
     walks: bool = False
     attention_source: Literal["class", "pool", "mean"] | None = None
@@ -57,11 +59,6 @@ class Network:
     def num_patches(self) -> int:
         """N."""
         return self.grid[0] * self.grid[1]
-
-    @property
-    def has_class_token(self) -> bool:
-        """Whether its first token stands for the whole image."""
-        return self.attention_source == "class"
 
     @classmethod
     def of(cls, model: nn.Module, name: str, architecture: str, image_size: tuple[int, int], num_classes: int | None = None) -> "Network":
@@ -86,6 +83,7 @@ class Network:
             grid=grid,
             patch_size=patch,
             num_prefix_tokens=family.num_prefix_tokens,
+            has_class_token=family.has_class_token,
             heads=family.heads,
             walks=family.walks,
             attention_source=family.attention_source,
@@ -111,7 +109,7 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSchedule:
-    """A loss weight that changes over the run: the objective's ``weight`` until ``begin``, then towards ``to``, which it has from ``end`` on.
+    """A loss weight that changes over the run: the objective's ``weight`` until ``begin``, then towards ``to``, reached at ``end``.
 
     Args:
         to: the weight at the end, at least 0.

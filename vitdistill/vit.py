@@ -80,6 +80,7 @@ class ViTOutput:
         grid: rows and columns of the patch grid.
         grids: block index to the rows and columns of its hidden states, where they are not ``grid`` (networks that are run whole).
         num_prefix_tokens: P, tokens that are not patches.
+        has_class_token: the first of them stands for the whole image.
         depth: blocks the model has, to resolve indices that count from the end.
     """
 
@@ -93,12 +94,18 @@ class ViTOutput:
     grid: tuple[int, int] = (0, 0)
     grids: dict[int, tuple[int, int]] = field(default_factory=dict)
     num_prefix_tokens: int = 0
+    has_class_token: bool = False
     depth: int = 0
 
     def patches(self, block: int) -> PatchMap:
         """The patches' hidden states after ``block`` (negative counts from the end), and where they are."""
         block %= self.depth
         return PatchMap(self.hidden[block][:, self.num_prefix_tokens :], self.grids.get(block, self.grid), self.keep)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything recorded, as a flat list of floating-point tensors."""
+        single = [t for t in (self.logits, self.head_logits, self.features) if t is not None]
+        return [*single, *self.hidden.values(), *self.attention.values(), *(t for qkv in self.qkv.values() for t in qkv)]
 
     @property
     def feature_patches(self) -> PatchMap:
@@ -167,6 +174,7 @@ def run_vit(
         keep=keep,
         grid=family.grid(images),
         num_prefix_tokens=family.num_prefix_tokens,
+        has_class_token=family.has_class_token,
         depth=family.depth,
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 
-from ..build import Built, build_student, build_teacher_model, plan_of
+from ..build import Built, build_student, build_teacher_model, plan_of, reads_logits, trains_classifier
 from ..cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
 from ..data.source import open_source
 from ..errors import ConfigError, UserError
@@ -62,8 +62,12 @@ def main(words: Sequence[str]) -> int:
 def _networks(recipe: Recipe, num_classes: int) -> tuple[Built, dict[str, Built]]:
     """Architectures without weights; a teacher's answer is taken as matched to the data set's classes."""
     student = build_student(recipe.student, num_classes, with_weights=False)
+    if not trains_classifier(recipe.objectives, student.network):
+        student = build_student(recipe.student, 0, with_weights=False)
     teachers = {}
     for name, config in recipe.teachers.items():
         built = build_teacher_model(config, name, with_weights=False)
-        teachers[name] = replace(built, network=replace(built.network, num_classes=num_classes))
+        if reads_logits(recipe.objectives, built.network):
+            built = replace(built, network=replace(built.network, num_classes=num_classes if built.network.num_classes else 0))
+        teachers[name] = built
     return student, teachers

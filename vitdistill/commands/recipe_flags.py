@@ -85,7 +85,12 @@ class Loss:
     distillation_alpha: Annotated[float | None, NUMBER, about("DeiT's alpha: --kd-weight alpha and --ce-weight 1 - alpha")] = None
     with_: Annotated[
         tuple[str, ...],
-        about(f"methods to add: {', '.join(method_names())}; a selector replaces the recipe's", name="with", metavar="METHOD ..."),
+        about(
+            f"methods to add: {', '.join(method_names())}; a selector replaces the recipe's; METHOD:NAME reads, or chooses for, "
+            "the teacher of that name",
+            name="with",
+            metavar="METHOD[:TEACHER] ...",
+        ),
     ] = ()
     without: Annotated[tuple[str, ...], about("objectives or teachers to drop, or 'selector'", metavar="NAME ...")] = ()
 
@@ -281,14 +286,20 @@ def _compose(recipe: Recipe, added: Sequence[str], dropped: Sequence[str]) -> Re
         else:
             known = ", ".join([*objectives, *teachers, *(["selector"] if selector is not None else [])])
             raise UserError(f"--without {name}: the recipe has no such part, only {known}")
-    for name in added:
-        method = method_class(name)
+    for word in added:
+        method_word, _, teacher = word.partition(":")
+        method = method_class(method_word)
         if not issubclass(method, Objective):
-            selector = method()
+            selector = method(teachers=(teacher,)) if teacher else method()
             continue
+        if teacher and not issubclass(method, TeacherObjective):
+            raise UserError(f"--with {word}: {method_word} reads no teacher")
+        name = f"{method_word}_{teacher}" if teacher else method_word
         if name in objectives:
-            raise UserError(f"--with {name}: the recipe has an objective of that name already")
+            raise UserError(f"--with {word}: the recipe has an objective of that name already")
         objectives[name] = objective = method()
+        if teacher:
+            objectives[name] = objective = replace(objective, teacher=teacher)  # type: ignore[call-arg]
         if isinstance(objective, TeacherObjective):
             teachers.setdefault(objective.teacher, TeacherConfig())
     return replace(recipe, objectives=objectives, teachers=teachers, selector=selector)

@@ -32,6 +32,7 @@ class Family(ABC):
         dims: width after each block; empty: hidden states cannot be recorded.
         num_heads: attention heads a block; 0 where attention cannot be recorded.
         num_prefix_tokens: P, tokens before the patches (class, distillation, register).
+        has_class_token: the first token stands for the whole image.
         num_head_tokens: the head reads the first this-many tokens only; None: it may read every token.
         heads: names of the classifier heads; more than one only with a distillation token.
         walks: whether `run_vit` can walk it block by block, on any patch subset; otherwise `run_whole` is all there is.
@@ -45,6 +46,7 @@ class Family(ABC):
     dims: tuple[int, ...] = ()
     num_heads: int = 0
     num_prefix_tokens: int = 0
+    has_class_token: bool = False
     num_head_tokens: int | None = None
     heads: tuple[str, ...] = ("class",)
     walks: bool = False

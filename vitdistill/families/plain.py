@@ -73,14 +73,15 @@ class PlainViT(Family):
         self.dims = (self.dim,) * self.depth
         distilled = isinstance(model, VisionTransformerDistilled)
         self.num_prefix_tokens = self._count_prefix_tokens()
+        self.has_class_token = model.cls_token is not None and self.num_prefix_tokens > 0
         if distilled:
             self.heads = ("class", "distillation")
             self.num_head_tokens = 2
         elif model.attn_pool is None and model.global_pool == "token":
             self.num_head_tokens = 1
         if all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
-            self.num_heads = model.blocks[0].attn.num_heads
-            if model.cls_token is not None and self.num_prefix_tokens > 0:
+            self.num_heads = int(model.blocks[0].attn.num_heads)  # type: ignore[arg-type, union-attr]
+            if self.has_class_token:
                 self.attention_source = "class"
             else:
                 self.attention_source = "pool" if type(model.attn_pool) is AttentionPoolLatent else "mean"

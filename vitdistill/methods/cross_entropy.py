@@ -66,6 +66,8 @@ class CrossEntropy(Objective):
     reads_teacher: ClassVar[bool] = False
     reads_labels: ClassVar[bool] = True
     formula: ClassVar[str] = "cross-entropy with the labels, batch mean"
+    paper: ClassVar[str] = "cross-entropy with label smoothing"
+    use_when: ClassVar[str] = "Whenever the images have labels; beside every other objective."
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -94,6 +94,8 @@ class SoftKD(LogitObjective):
     temperature: float = 1.0
 
     formula: ClassVar[str] = "T^2 KL(teacher || student) of the logits, summed over classes, batch mean"
+    paper: ClassVar[str] = "KD (Hinton et al., 2015, [1503.02531](https://arxiv.org/abs/1503.02531))"
+    use_when: ClassVar[str] = "The baseline to beat: no labels needed, nothing to tune but the temperature."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +115,8 @@ class HardKD(LogitObjective):
     """
 
     formula: ClassVar[str] = "cross-entropy with the teacher's top class, batch mean"
+    paper: ClassVar[str] = "hard distillation (DeiT, Touvron et al., ICML 2021, [2012.12877](https://arxiv.org/abs/2012.12877))"
+    use_when: ClassVar[str] = "With a distillation token, or a convolutional teacher whose probabilities are not to be trusted."
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None

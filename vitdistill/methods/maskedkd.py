@@ -54,7 +54,8 @@ def _check_teacher(selector: TokenSelector, teacher: Network) -> None:
     if not teacher.walks:
         raise ConfigError(
             f"the {teacher.name} ({teacher.architecture}) cannot be shown a subset of its patches: "
-            f"{type(selector).__name__} needs a plain ViT as teacher; use the kd recipe instead"
+            f"{type(selector).__name__} needs a plain ViT as teacher; use the kd recipe instead, or name the teachers it is to choose for "
+            "(--set selector.teachers='[NAME]')"
         )
     selector.count(teacher.num_patches)
 
@@ -70,6 +71,11 @@ class MaskedKD(TokenSelector):
 
     softmax_over: Literal["tokens", "patches"] = "tokens"
     block: int = -1
+
+    paper: ClassVar[str] = "MaskedKD (Son et al., ECCV 2024, [2302.10494](https://arxiv.org/abs/2302.10494))"
+    use_when: ClassVar[str] = (
+        "Whenever the teacher is a plain ViT and its forward pass is a large part of a step; half of the patches costs half of the teacher."
+    )
 
     def student_needs(self, student: Network) -> Needs:
         return Needs(attention=frozenset({self.block}))
@@ -99,6 +105,8 @@ class MaskedKD(TokenSelector):
 class RandomPatches(TokenSelector):
     """The teacher sees random patches, other ones for every sample and view: the paper's control."""
 
+    paper: ClassVar[str] = "the control of MaskedKD (Son et al., ECCV 2024, [2302.10494](https://arxiv.org/abs/2302.10494))"
+    use_when: ClassVar[str] = "To see what choosing is worth, or with a student that has no attention."
     reads_noise: ClassVar[bool] = True
 
     def check(self, student: Network, teacher: Network) -> None:
@@ -127,6 +135,9 @@ class TeacherGuided(TokenSelector):
 
     softmax_over: Literal["tokens", "patches"] = "tokens"
     block: int = -1
+
+    paper: ClassVar[str] = "the control of MaskedKD (Son et al., ECCV 2024, [2302.10494](https://arxiv.org/abs/2302.10494))"
+    use_when: ClassVar[str] = "To see what the student's own choice loses; it costs a second, whole pass of the teacher."
 
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(attention=frozenset({self.block}))

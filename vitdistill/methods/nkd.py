@@ -79,7 +79,7 @@ def nkd_loss(
 
     Raises `ValueError` when the shapes do not fit, when there is one class only, or when ``temperature`` is not above 0.
 
-    Source: arXiv 2303.13005 section 3.1; yzd-v/cls_KD@ad4876f.
+    Source: arXiv 2303.13005 (L_NKD); yzd-v/cls_KD@ad4876f.
 
     Example:
         >>> import torch

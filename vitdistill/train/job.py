@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from .. import weights
-from ..build import Built, build_student, build_teacher, plan_of, prefer_explicit_attention, resolve_run
+from ..build import (
+    Built,
+    build_student,
+    build_teacher,
+    plan_of,
+    prefer_explicit_attention,
+    reads_logits,
+    resolve_run,
+    trains_classifier,
+)
 from ..data.loader import Batch, EvalLoader, TrainLoader
 from ..data.source import ImageSource, open_source
 from ..data.views import InputSpec
@@ -20,7 +29,7 @@ from ..recipe import Recipe
 from ..teacher import Teacher
 from .distributed import World
 from .optim import make_optimizer
-from .preflight import NUM_IMAGES, prove_teacher
+from .preflight import NUM_IMAGES, prove_features, prove_teacher
 
 
 @dataclass
@@ -86,6 +95,10 @@ def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
     if proving is not None:
         for name, teacher in job.teachers.items():
             with torch.autocast(world.device.type, amp_dtype, enabled=amp_dtype is not None):
+                if not job.plan.live[name].logits:
+                    prove_features(teacher, job.plan.live[name], proving, world)
+                    say(f"{name}: its features are finite and differ from image to image")
+                    continue
                 proof = prove_teacher(teacher, proving, classes, world)
             say(f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images (chance {proof.chance:.1%})")
     if recipe.train.compile:
@@ -139,7 +152,7 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
     val_loader = proving = None
     if val_source is not None:
         loader_args["batch_size"] = recipe.train.eval_batch_size
-        val_loader = EvalLoader(val_source, student.spec, **loader_args)
+        val_loader = EvalLoader(val_source, student.spec, **loader_args) if classes else None
         proving = EvalLoader(val_source, student.spec, limit=NUM_IMAGES, **loader_args)
     unused = unused_parameters(distillation, teachers, student.spec, world.device)
     if unused:
@@ -172,18 +185,28 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
 def _build_networks(
     recipe: Recipe, classes: tuple[str, ...], device: torch.device, say: Callable[[str], None]
 ) -> tuple[Built, dict[str, Teacher], tuple[str, ...]]:
-    """Student, teachers and the classes they answer with: the data set's; the teachers' where the images are unlabelled."""
+    """Student, teachers and the classes the student answers with: the data set's; the teachers' where the images are unlabelled.
+
+    None where no objective trains a classifier.
+    """
     torch.manual_seed(recipe.train.seed)
     student = build_student(recipe.student, max(len(classes), 1))
     teachers: dict[str, Teacher] = {}
     names: set[tuple[str, ...]] = set()
+    answering = []
     for name, config in recipe.teachers.items():
-        teacher, match = build_teacher(config, name, classes, student.spec, device)
+        teacher, match = build_teacher(config, name, classes, student.spec, device, recipe.objectives)
         teachers[name] = teacher
-        names.add(match.classes)
+        if reads_logits(recipe.objectives, teacher.network):
+            names.add(match.classes)
+            answering.append(teacher)
         say(f"{name}: {teacher.network.architecture}, {match.remark}")
+    if not trains_classifier(recipe.objectives, student.network):
+        say("no objective trains the student's classifier: it is built without one, and no accuracy is measured")
+        torch.manual_seed(recipe.train.seed)
+        return build_student(recipe.student, 0), teachers, ()
     if not classes:
-        counts = {teacher.network.num_classes for teacher in teachers.values()}
+        counts = {teacher.network.num_classes for teacher in answering}
         if len(counts) != 1 or len(names - {()}) > 1:
             raise ConfigError("unlabelled images need exactly one set of classes, the teacher's: give teachers with equal classes")
         classes = max(names, key=len)

@@ -310,7 +310,7 @@ class _Run:
             with self._as_in_step(i):
                 _, answers = job.distillation.answer(batch, job.teachers)
             for name, answer in answers.items():
-                if answer.logits is not None and not bool(answer.logits.isfinite().all()):
+                if not all(bool(recorded.isfinite().all()) for recorded in answer.tensors()):
                     return f"the answer of the {name} {samples}"
             with self._as_in_step(i):
                 losses = job.distillation(batch, job.teachers, self.progress)

@@ -69,6 +69,24 @@ def prove_teacher(teacher: Teacher, batches: Iterable[Batch], classes: Sequence[
     )
 
 
+@torch.no_grad()
+def prove_features(teacher: Teacher, needs: Needs, batches: Iterable[Batch], here: World) -> None:
+    """Check what is recorded of a teacher without a classifier to judge it by; call it on every process.
+
+    Raises:
+        NonFiniteError: something recorded is NaN or infinite.
+        ConfigError: it is the same for every image, which no trained network gives.
+    """
+    name = f"the {teacher.network.name} ({teacher.network.architecture})"
+    with here.together():
+        for batch in batches:
+            for recorded in teacher(batch.images, needs).tensors():
+                if not bool(recorded.isfinite().all()):
+                    raise NonFiniteError(f"{name} gives NaN or infinity on validation images: check its weights and precision")
+                if len(recorded) > 1 and bool((recorded == recorded[:1]).all()):
+                    raise ConfigError(f"{name} gives the same features for every image: its weights are not loaded")
+
+
 def chance_accuracy(pairs: Sequence[tuple[int, int]]) -> float:
     """The accuracy of these (label, answer) pairs if answers had nothing to do with labels; 1/C only where both are balanced."""
     labels, answers = Counter(label for label, _ in pairs), Counter(answer for _, answer in pairs)

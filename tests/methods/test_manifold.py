@@ -1,0 +1,247 @@
+"""Manifold distillation: cosines between patches, within and between images."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vitdistill.data.loader import Batch
+from vitdistill.errors import ConfigError
+from vitdistill.method import Network
+from vitdistill.methods.manifold import Manifold, patch_gram_loss, random_gram_loss, sample_gram_loss
+from vitdistill.vit import ViTOutput, run_vit
+
+SIZE = (16, 16)
+DISTILLED = "deit_tiny_distilled_patch16_224"
+NO_CLASS = {"class_token": False, "global_pool": "avg"}
+seeds = st.integers(0, 10**6)
+
+
+def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model(name, **{**settings, **args}).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def network(model: nn.Module, name: str = "teacher") -> Network:
+    return Network.of(model, name, "small", SIZE)
+
+
+def batch_of(count: int = 3, seed: int = 0) -> Batch:
+    numbers = torch.arange(count)
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
+    return Batch(images, numbers, numbers, numbers * 0, 0, seed=seed)
+
+
+def some(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
+    return torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count] for i in range(images)])
+
+
+def outputs(objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> tuple[ViTOutput, ViTOutput]:
+    images, ours, its = batch_of().images, network(student, "student"), network(teacher)
+    answer = run_vit(teacher, images, objective.teacher_needs(its), keep)
+    return run_vit(student, images, objective.student_needs(ours)), answer
+
+
+def loss_of(objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> Tensor:
+    adapter = objective.adapter(network(student, "student"), network(teacher))
+    return objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    return torch.tensor([[torch.cosine_similarity(a, b, dim=0) for b in vectors] for a in vectors])
+
+
+# --- the formulas --------------------------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds, images=st.integers(1, 3), patches=st.integers(1, 4), widths=st.tuples(st.integers(1, 5), st.integers(1, 5)))
+def test_each_term_is_a_mean_of_squared_differences_of_cosines(seed: int, images: int, patches: int, widths: tuple[int, int]) -> None:
+    ours, its = some(seed, images, patches, widths[0]), some(seed + 1, images, patches, widths[1])
+    within = [(cosines(a) - cosines(b)).square().mean() for a, b in zip(ours, its, strict=True)]
+    assert patch_gram_loss(ours, its).item() == pytest.approx(torch.stack(within).mean().item(), abs=1e-5)
+    between = [(cosines(ours[:, i]) - cosines(its[:, i])).square().mean() for i in range(patches)]
+    assert sample_gram_loss(ours, its).item() == pytest.approx(torch.stack(between).mean().item(), abs=1e-5)
+    everything = (cosines(ours.flatten(0, 1)) - cosines(its.flatten(0, 1))).square().mean()
+    assert random_gram_loss(ours, its, some(seed, images, patches)).item() == pytest.approx(everything.item(), abs=1e-5)
+
+
+def test_the_formulas_by_hand() -> None:
+    """Two images of two patches. Student: cosines 0 within the first and 1 within the second; teacher: all 1."""
+    ours = torch.tensor([[[3.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [5.0, 0.0]]])
+    its = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
+    assert patch_gram_loss(ours, its).item() == pytest.approx(2 / 8)
+    assert sample_gram_loss(ours, its).item() == pytest.approx(2 / 8)  # equal at the first place, orthogonal at the second
+    drawn = random_gram_loss(ours, its, torch.tensor([[0.1, 0.9], [0.8, 0.2]]), 2)
+    assert drawn.item() == pytest.approx(2 / 4)  # the patches of 0.9 and 0.8
+    assert random_gram_loss(ours, its, torch.tensor([[0.9, 0.1], [0.8, 0.2]]), 2).item() == pytest.approx(0)
+
+
+@given(seed=seeds, scale=st.floats(0.01, 100))
+def test_turned_and_scaled_vectors_are_the_same_manifold(seed: int, scale: float) -> None:
+    its = some(seed, 2, 5, 6)
+    turn = torch.linalg.qr(some(seed + 1, 6, 6)).Q
+    lengths = scale * (0.5 + some(seed + 2, 2, 5, 1).abs())
+    ours = lengths * (its @ turn)
+    for term in (patch_gram_loss(ours, its), sample_gram_loss(ours, its), random_gram_loss(ours, its, some(seed, 2, 5), 4)):
+        assert abs(term.item()) < 1e-6
+    other = some(seed + 3, 2, 5, 6)
+    for term in (patch_gram_loss(other, its), sample_gram_loss(other, its), random_gram_loss(other, its, some(seed, 2, 5), 4)):
+        assert term.item() > 1e-4
+
+
+@given(seed=seeds, count=st.integers(2, 12))
+def test_the_largest_numbers_are_drawn(seed: int, count: int) -> None:
+    ours, its, uniforms = some(seed, 2, 5, 3), some(seed + 1, 2, 5, 4), some(seed + 2, 2, 5)
+    chosen = sorted(range(10), key=lambda i: -uniforms.flatten()[i].item())[:count]
+    expected = (cosines(ours.flatten(0, 1)[chosen]) - cosines(its.flatten(0, 1)[chosen])).square().mean()
+    assert random_gram_loss(ours, its, uniforms, count).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_vectors_of_length_zero_stay_finite() -> None:
+    ours, its = torch.zeros(2, 3, 4, requires_grad=True), some(0, 2, 3, 4)
+    loss = patch_gram_loss(ours, its) + sample_gram_loss(ours, its) + random_gram_loss(ours, its, some(1, 2, 3))
+    loss.backward()
+    assert loss.isfinite() and ours.grad is not None and ours.grad.isfinite().all()
+
+
+# --- as an objective -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_network_has_no_loss_against_itself() -> None:
+    for form in ({}, NO_CLASS, {"name": DISTILLED}, {"reg_tokens": 2, **NO_CLASS}):
+        model = vit(0, **form)
+        assert loss_of(Manifold(), model, model).item() == pytest.approx(0, abs=1e-6)
+        assert loss_of(Manifold(), model, vit(1, **form)).item() > 1e-2
+
+
+@torch.no_grad()
+def test_all_patches_in_any_order_are_the_whole_image() -> None:
+    """Each image its own order: the places are compared, not the positions in the list. Fewer are drawn than there are."""
+    student, teacher = vit(0, DISTILLED, patch_size=8), vit(1, num_heads=3, reg_tokens=2)
+    for objective in (Manifold(num_samples=20), Manifold(patch_weight=0, random_weight=0), Manifold(patch_weight=0, sample_weight=0)):
+        whole = loss_of(objective, student, teacher).item()
+        assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(whole, rel=1e-4)
+
+
+@torch.no_grad()
+def test_weights_blocks_and_kept_patches_by_hand() -> None:
+    """A student with class and distillation token; a teacher of other width and depth that sees 5 patches."""
+    student, teacher, keep = vit(0, DISTILLED), vit(1, embed_dim=36, depth=4, reg_tokens=1), kept(5)
+    objective = Manifold(blocks=(0, -1), teacher_blocks=(1, -1), patch_weight=3.0, sample_weight=0.5, random_weight=0.25, num_samples=6)
+    ours, its = outputs(objective, student, teacher, keep)
+    total = 0.0
+    for i, (mine, other) in enumerate(((0, 1), (2, 3))):
+        uniforms = batch_of().uniforms(32)[:, 16 * i : 16 * (i + 1)]
+        places = [sorted(range(5), key=lambda k, b=b: keep[b, k].item()) for b in range(3)]  # row by row
+        s = torch.stack([ours.hidden[mine][b][2 + keep[b]][places[b]] for b in range(3)])
+        t = torch.stack([its.hidden[other][b][2:][places[b]] for b in range(3)])
+        drawn = torch.stack([uniforms[b][keep[b]][places[b]] for b in range(3)])
+        total += (3 * patch_gram_loss(s, t) + 0.5 * sample_gram_loss(s, t) + 0.25 * random_gram_loss(s, t, drawn, 6)).item() / 2
+    assert loss_of(objective, student, teacher, keep).item() == pytest.approx(total, rel=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_drawn_depends_on_the_seed_and_on_nothing_else() -> None:
+    objective, student, teacher = Manifold(num_samples=8, patch_weight=0, sample_weight=0), vit(0), vit(1)
+    ours, its = outputs(objective, student, teacher)
+    losses = [objective.loss(ours, its, batch_of(seed=seed), None) for seed in (0, 0, 1)]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+
+
+@torch.no_grad()
+def test_a_term_of_no_weight_is_left_out_and_the_others_couple_images() -> None:
+    student, teacher = vit(0), vit(1)
+    parts = [
+        Manifold(sample_weight=0, random_weight=0),
+        Manifold(patch_weight=0, random_weight=0),
+        Manifold(patch_weight=0, sample_weight=0),
+    ]
+    assert [part.couples_images for part in parts] == [False, True, True] and Manifold().couples_images
+    assert sum(loss_of(part, student, teacher) for part in parts).item() == pytest.approx(
+        loss_of(Manifold(), student, teacher).item(), rel=1e-5
+    )  # type: ignore[union-attr]
+    ours, its = outputs(parts[0], student, teacher)
+    alone = []
+    for b in range(3):
+        mine, other = ({i: h[b : b + 1] for i, h in output.hidden.items()} for output in (ours, its))
+        one = [ViTOutput(hidden=hidden, grid=(4, 4), num_prefix_tokens=1, depth=3) for hidden in (mine, other)]
+        alone.append(parts[0].loss(one[0], one[1], batch_of(1), None).item())
+    assert sum(alone) / 3 == pytest.approx(loss_of(parts[0], student, teacher).item(), rel=1e-5)
+
+
+def test_any_two_networks_can_be_compared() -> None:
+    forms: list[dict[str, Any]] = [
+        {"name": DISTILLED, "patch_size": 8},
+        NO_CLASS | {"num_heads": 3, "depth": 2},
+        {"class_token": False, "global_pool": "map", "patch_size": 2, "embed_dim": 20},
+    ]
+    for i, form in enumerate(forms):
+        student, teacher = vit(0, **form), vit(1, **forms[(i + 1) % len(forms)])
+        num_patches = network(teacher).num_patches
+        for keep in (None, kept(num_patches // 2, patches=num_patches)):
+            student.zero_grad()
+            loss = loss_of(Manifold(), student, teacher, keep)
+            loss.backward()
+            assert loss.isfinite() and loss > 0 and loss.dtype is torch.float32
+            assert student.patch_embed.proj.weight.grad.abs().max() > 0
+            assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_convolutional_teacher_and_student() -> None:
+    """Their stages have grids and widths of their own: 2 x 2 after stage 3 of a 16 pixel image."""
+    vision, cnn = vit(0), timm.create_model("resnet10t", num_classes=5).eval()
+    for p in cnn.parameters():
+        nn.init.normal_(p, std=0.1)
+    for student, teacher in ((vision, cnn), (cnn, vision)):
+        objective = Manifold(blocks=(0, 2), teacher_blocks=(2, 1))
+        loss = loss_of(objective, student, teacher)
+        loss.backward()
+        assert loss.isfinite() and loss > 0
+
+
+def test_autocast_changes_nothing_but_the_networks() -> None:
+    student, teacher, objective = vit(0), vit(1, num_heads=3), Manifold()
+    ours, its = outputs(objective, student, teacher)
+    expected = objective.loss(ours, its, batch_of(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.loss(ours, its, batch_of(), None), expected)
+        loss = loss_of(objective, student, teacher)
+    assert loss.dtype is torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.1)
+
+
+def test_it_is_traced_between_unlike_networks_on_kept_patches() -> None:
+    student, teacher, objective = vit(0, DISTILLED, patch_size=8), vit(1, num_heads=3), Manifold(num_samples=7)
+    with torch.no_grad():
+        ours, its = outputs(objective, student, teacher, kept(5))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda s, t, b: objective.loss(s, t, b, None), fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), None), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"patch_weight": -1.0}, "patch_weight is -1"),
+        ({"random_weight": float("nan")}, "random_weight is nan"),
+        ({"patch_weight": 0.0, "sample_weight": 0.0, "random_weight": 0.0}, "nothing is left"),
+        ({"blocks": ()}, "blocks is empty"),
+        ({"teacher_blocks": (0, 1)}, "4 blocks of the student and teacher_blocks 2"),
+        ({"num_samples": 1}, "num_samples is 1"),
+    ],
+)
+def test_what_means_nothing_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Manifold(**settings)

@@ -1,0 +1,132 @@
+"""Feature distillation without labels: class token and patches after the final norm, each through a projection of its own (Proteus).
+
+Source: "Accessing Vision Foundation Models via ImageNet-1K", Zhang et al., ICLR 2025, arXiv 2407.10366 (Proteus), checked against
+BeSpontaneous/Proteus-pytorch@d2f87ec (pretrain/models_proteus_dinov2.py). What differs: its third term, on the masked patches of a second
+pass of the student on a masked image, is left out (an objective receives one pass); its feature term counts the class token as one more
+patch, which here is in the class term alone; networks without a class token, unequal grids, and teachers that see some of their patches.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..method import Labelled, Network, TeacherObjective, describe_alignment
+from ..vit import Needs, ViTOutput
+from .kd import check_factors
+
+Kind = Literal["mse", "smooth_l1", "cosine"]
+
+
+class TokenAdapter(nn.Module):
+    """The projections to the teacher's width, LayerNorm then Linear.
+
+    Submodules: ``class_head`` and ``patch_head``, each there if its term is.
+
+    Args:
+        student: the one network.
+        teacher: the other.
+        classes: with a ``class_head``.
+        patches: with a ``patch_head``.
+    """
+
+    def __init__(self, student: Network, teacher: Network, *, classes: bool = True, patches: bool = True) -> None:
+        super().__init__()
+        if classes:
+            self.class_head = _projection(student.dims[-1], teacher.dims[-1])
+        if patches:
+            self.patch_head = _projection(student.dims[-1], teacher.dims[-1])
+
+
+def _projection(student_dim: int, teacher_dim: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(student_dim), nn.Linear(student_dim, teacher_dim))
+
+
+def class_vector(output: ViTOutput) -> Float[Tensor, "B D"]:
+    """The class token after the final norm; of a network without one, the mean of the patches it saw."""
+    assert output.features is not None
+    return output.features[:, 0] if output.has_class_token else output.feature_patches.vectors.mean(1)
+
+
+def feature_loss(student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*tokens D"], kind: Kind = "mse") -> Float[Tensor, ""]:
+    """Between vectors of the same tokens, in float32, mean over tokens and batch. No gradient reaches the teacher.
+
+    ``mse``: squared difference, mean over channels. ``smooth_l1``: half of it where the difference is below 1, else its size less a half.
+    ``cosine``: one minus the cosine.
+
+    Source: arXiv 2407.10366; BeSpontaneous/Proteus-pytorch@d2f87ec (``mse``).
+
+    Example:
+        >>> import torch
+        >>> feature_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]])).item()
+        2.0
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+    return F.mse_loss(student, teacher) if kind == "mse" else F.smooth_l1_loss(student, teacher)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFeatures(TeacherObjective):
+    """Feature distillation after the final norm; neither network needs a head, nor the images labels.
+
+    Of a network without a class token, the mean of the patches it saw stands in; networks that are run whole (CNNs) give the last
+    feature map. Between unequal grids the student's features are resampled to the teacher's by position.
+
+    Args:
+        class_weight: of the term on the class token; 0: left out.
+        patch_weight: of the term on the patches the teacher saw; 0: left out.
+        kind: of both: ``mse``, ``smooth_l1`` or ``cosine`` (one minus it).
+    """
+
+    class_weight: float = 1.0
+    patch_weight: float = 1.0
+    kind: Kind = "mse"
+
+    formula: ClassVar[str] = (
+        "class_weight |P(class) - class|^2 + patch_weight |P'(patches) - patches|^2 after the final norm, mean over channels, tokens, batch"
+    )
+    paper: ClassVar[str] = "Proteus (Zhang et al., ICLR 2025, [2407.10366](https://arxiv.org/abs/2407.10366)) without its masked term"
+    use_when: ClassVar[str] = (
+        "The student is pre-trained without labels from a self-supervised teacher such as DINOv2, as a backbone to fine-tune or probe."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_factors(class_weight=self.class_weight, patch_weight=self.patch_weight)
+        if self.kind not in ("mse", "smooth_l1", "cosine"):
+            raise ConfigError(f"kind is {self.kind!r}: give mse, smooth_l1 or cosine")
+
+    def student_needs(self, student: Network) -> Needs:
+        return Needs(features=True)
+
+    def teacher_needs(self, teacher: Network) -> Needs:
+        return Needs(features=True)
+
+    def adapter(self, student: Network, teacher: Network) -> nn.Module | None:
+        return TokenAdapter(student, teacher, classes=self.class_weight > 0, patches=self.patch_weight > 0)
+
+    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
+        assert teacher is not None
+        parts = [
+            f"the {network.name} has no class token: mean of its patches"
+            for network in (student, teacher)
+            if self.class_weight > 0 and not network.has_class_token
+        ]
+        return ", ".join(part for part in (*parts, describe_alignment(student, teacher, num_keep)) if part)
+
+    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+        assert teacher is not None and isinstance(adapter, TokenAdapter)
+        terms = []
+        if self.class_weight > 0:
+            terms.append(self.class_weight * feature_loss(adapter.class_head(class_vector(student)), class_vector(teacher), self.kind))
+        if self.patch_weight > 0:
+            places = teacher.feature_patches
+            patches = student.feature_patches.at(places)
+            terms.append(self.patch_weight * feature_loss(adapter.patch_head(patches), places.vectors, self.kind))
+        return torch.stack(terms).sum()
