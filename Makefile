@@ -1,5 +1,6 @@
 # make demo   the first run: sets up, then `vitdistill demo`
 # make test   sets up, then everything a change has to pass
+# make docs   writes docs/methods.md from the table of methods
 # Set-up builds .venv with the exact versions and hashes of requirements/constraints.txt; it needs the network once.
 # Variables: PYTHON=python3.12 (which interpreter), WORKERS=2 (test processes).
 
@@ -8,7 +9,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test docs lint lock clean
 
 setup: $(READY)
 
@@ -17,6 +18,9 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+docs: setup
+	$(BIN)/python docs/write_methods.py
 
 lint: setup
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from vitdistill.cost import forward_flops
 from vitdistill.errors import ConfigError
 from vitdistill.families import family_of
 from vitdistill.vit import Needs, run_vit
@@ -241,6 +242,182 @@ def test_traces_as_one_graph() -> None:
     assert explanation.graph_break_count == 0
 
 
+# --- features, queries, keys and values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_features_are_timms_bit_for_bit(form: str) -> None:
+    model, images = build(form)
+    output = run_vit(model, images, Needs(features=True))
+    assert torch.equal(output.features, model.forward_features(images)) and output.logits is None and not output.hidden
+    both = run_vit(model, images, Needs(logits=True, features=True))
+    assert torch.equal(both.features, output.features) and torch.equal(both.logits, model(images))
+    patches = output.feature_patches
+    assert patches.grid == output.grid and patches.keep is None
+    assert torch.equal(patches.vectors, output.features[:, output.num_prefix_tokens :])
+    assert patches.vectors.shape[1] == output.grid[0] * output.grid[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_queries_keys_and_values_are_the_blocks_own(form: str) -> None:
+    """Those the block projects, after its norms; and what the block's attention makes of them, with the scale it applies itself."""
+    model, images = build(form)
+    output = run_vit(model, images, Needs(qkv=frozenset({0, -1})))
+    assert set(output.qkv) == {0, 2}
+    for i, (q, k, v) in output.qkv.items():
+        attn, seen = model.blocks[i].attn, {}
+        handles = [
+            module.register_forward_hook(lambda _, __, result, name=name, seen=seen: seen.update({name: result}))
+            for name, module in (("qkv", attn.qkv), ("q", attn.q_norm), ("k", attn.k_norm), ("out", attn))
+        ]
+        model(images)
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(q, seen["q"]) and torch.equal(k, seen["k"])
+        assert torch.equal(v, seen["qkv"].unflatten(2, (3, attn.num_heads, -1))[:, :, 2].transpose(1, 2))
+        out = ((q @ k.transpose(-2, -1) * attn.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        assert torch.allclose(attn.proj(out), seen["out"], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["class token", "registers", "attention pooling"])
+def test_queries_alone_stop_before_the_blocks_mlp(form: str) -> None:
+    model, images = build(form)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if name in ("blocks.0.norm1", "blocks.0.attn.proj", "blocks.0.mlp", "blocks.1.norm1", "norm"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    run_vit(model, images, Needs(qkv=frozenset({0})))
+    assert ran == ["blocks.0.norm1"]
+    size = (images.shape[2], images.shape[3])
+    costs = [
+        forward_flops(model, size, needs)
+        for needs in (Needs(qkv=frozenset({0})), Needs(hidden=frozenset({0})), Needs(qkv=frozenset({1})), Needs(features=True))
+    ]
+    tokens = run_vit(model, images, Needs(qkv=frozenset({0}))).qkv[0].q.shape[2]
+    projection_and_mlp = 2 * tokens * 9 * model.embed_dim**2
+    assert costs == sorted(set(costs)) and costs[1] - costs[0] == projection_and_mlp + 4 * tokens**2 * model.embed_dim
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_on_kept_patches_they_are_those_of_a_run_on_those_tokens_alone(form: str) -> None:
+    model, images = build(form)
+    whole = run_vit(model, images, Needs(qkv=frozenset({0})))
+    num_patches, prefix = whole.grid[0] * whole.grid[1], whole.num_prefix_tokens
+    keep = torch.stack([torch.randperm(num_patches)[: max(num_patches // 2, 1)] for _ in images])
+    output = run_vit(model, images, Needs(qkv=frozenset({0, 2}), hidden=frozenset({1}), features=True), keep)
+    embedded = model._pos_embed(model.patch_embed(images))
+    rows = torch.cat([torch.arange(prefix).expand(len(images), -1), prefix + keep], dim=1)
+    tokens = model.norm_pre(embedded.gather(1, rows[:, :, None].expand(-1, -1, embedded.shape[2])))
+    for i, block in enumerate(model.blocks):
+        if i == 2:
+            projected = block.attn.qkv(block.norm1(tokens)).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            expected = block.attn.q_norm(projected[0]), block.attn.k_norm(projected[1]), projected[2]
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(output.qkv[2], expected, strict=True))
+        tokens = block(tokens)
+        if i == 1:
+            assert torch.allclose(output.patches(-2).vectors, tokens[:, prefix:], atol=1e-4)
+    assert torch.allclose(output.features, model.norm(tokens), atol=1e-4)
+    assert output.feature_patches.keep is keep and output.patches(1).keep is keep and output.patches(1).grid == output.grid
+    index = rows[:, None, :, None]
+    for ours, all_of_them in zip(output.qkv[0], whole.qkv[0], strict=True):  # nothing is mixed before the first block's attention
+        assert torch.allclose(ours, all_of_them.gather(2, index.expand(-1, ours.shape[1], -1, ours.shape[3])), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_recording_more_changes_no_number(form: str) -> None:
+    model, images = build(form)
+    blocks = frozenset({0, 1, 2})
+    everything = run_vit(model, images, Needs(logits=True, hidden=blocks, attention=blocks, qkv=blocks, features=True))
+    # Attention of networks without a class token is computed explicitly, which agrees with the fused kernel to rounding.
+    exact = everything.num_prefix_tokens > 0 and family_of(model).attention_source == "class"
+    for needs in (
+        Needs(logits=True),
+        Needs(hidden=blocks),
+        Needs(attention=blocks),
+        Needs(qkv=blocks),
+        Needs(features=True),
+        Needs(features=True, qkv=frozenset({2})),
+        Needs(logits=True, qkv=blocks),
+    ):
+        alone = run_vit(model, images, needs)
+        pairs = [(alone.logits, everything.logits), (alone.features, everything.features)]
+        pairs += [(value, everything.hidden[i]) for i, value in alone.hidden.items()]
+        pairs += [(value, everything.attention[i]) for i, value in alone.attention.items()]
+        pairs += [(a, b) for i, qkv in alone.qkv.items() for a, b in zip(qkv, everything.qkv[i], strict=True)]
+        for value, other in pairs:
+            if value is not None:
+                assert torch.allclose(value, other, atol=2e-5)
+                assert torch.equal(value, other) or not exact or needs.logits or needs.attention
+    numbers = [everything.logits, everything.features, *everything.hidden.values(), *everything.attention.values()]
+    numbers += [part for qkv in everything.qkv.values() for part in qkv]
+    if everything.head_logits is not None:
+        numbers.append(everything.head_logits)
+    assert sorted(map(id, everything.tensors())) == sorted(map(id, numbers))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_features_equal_timms(form: str) -> None:
+    model, images = build(form)
+    num_patches = family_of(model).grid(images)[0] * family_of(model).grid(images)[1]
+    (model.forward_features(images) ** 2).mean().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for keep in (None, torch.arange(num_patches).flip(0).expand(len(images), -1)):
+        model.zero_grad()
+        (run_vit(model, images, Needs(features=True), keep).features ** 2).mean().backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is None) == (name not in expected), name
+            if name in expected:
+                scale = expected[name].abs().max().clamp_min(1e-2)
+                assert (parameter.grad - expected[name]).abs().max() / scale < 1e-4, name
+
+
+def test_gradients_of_queries_keys_and_values_reach_what_made_them() -> None:
+    model, images = build("layer scale, q/k norm")
+    for part, norm in ((0, "q_norm"), (1, "k_norm"), (2, None)):
+        model.zero_grad()
+        run_vit(model, images, Needs(qkv=frozenset({1}))).qkv[1][part].pow(2).sum().backward()
+        attn = model.blocks[1].attn
+        reached = attn.qkv.weight.grad.unflatten(0, (3, -1)).abs().amax((1, 2)) > 0
+        assert reached.tolist() == [i == part for i in range(3)]
+        assert model.patch_embed.proj.weight.grad.abs().max() > 0 and model.blocks[0].mlp.fc1.weight.grad.abs().max() > 0
+        assert model.blocks[1].mlp.fc1.weight.grad is None and attn.proj.weight.grad is None
+        for name in ("q_norm", "k_norm"):
+            assert (getattr(attn, name).weight.grad is not None) == (name == norm)
+
+
+@torch.no_grad()
+def test_feature_maps_of_other_networks_know_where_their_patches_are() -> None:
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    images = torch.randn(2, 3, 64, 96)
+    output = run_vit(model, images, Needs(features=True))
+    assert torch.equal(output.features, model.forward_features(images).flatten(2).transpose(1, 2)) and output.logits is None
+    assert output.feature_patches.grid == (2, 3) and output.feature_patches.vectors.shape == (2, 6, 512)
+    stages = run_vit(model, images, Needs(hidden=frozenset({1, -1})))
+    assert stages.patches(1).grid == (16, 24) and stages.patches(1).vectors.shape == (2, 384, 64) and stages.patches(-1).grid == (2, 3)
+    assert torch.equal(stages.hidden[4], output.features)
+    with pytest.raises(ConfigError, match="attention"):
+        run_vit(model, images, Needs(qkv=frozenset({0})))
+
+
+def test_features_and_stages_of_other_networks_are_recorded_together() -> None:
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        output = run_vit(model, images, Needs(logits=True, hidden=frozenset({0}), features=True))
+        assert output.hidden[0].shape == (2, 1024, 64) and output.features.shape == (2, 4, 512)
+        assert torch.allclose(output.logits, model(images), atol=1e-6)
+
+
+def test_queries_of_unusual_blocks_are_refused() -> None:
+    model = timm.create_model("vit_base_patch16_rpn_224", **SMALL).eval()
+    with torch.no_grad(), pytest.raises(ConfigError, match="cannot be recorded"):
+        run_vit(model, torch.randn(1, 3, 64, 64), Needs(qkv=frozenset({1})))
+
+
 class TestNeeds:
     """Needs are sets: united, resolved, counted."""
 
@@ -257,3 +434,15 @@ class TestNeeds:
     def test_a_block_that_does_not_exist_is_refused(self, block: int) -> None:
         with pytest.raises(IndexError, match="4 blocks"):
             Needs(hidden=frozenset({block})).resolve(4)
+
+    @given(st.frozensets(st.integers(-4, 3)), st.frozensets(st.integers(-4, 3)), st.booleans(), st.booleans())
+    def test_queries_and_features_are_united_too(self, a: frozenset[int], b: frozenset[int], x: bool, y: bool) -> None:
+        union = Needs(qkv=a, features=x) | Needs(qkv=b, features=y)
+        assert union == Needs(qkv=a | b, features=x or y) and bool(union) == (x or y or bool(a | b))
+        resolved = union.resolve(4)
+        assert resolved == Needs(qkv=frozenset(i % 4 for i in a | b), features=x or y)
+        assert union.num_blocks(4) == (4 if x or y else max(resolved.qkv, default=-1) + 1)
+
+    def test_queries_of_a_block_that_does_not_exist_are_refused(self) -> None:
+        with pytest.raises(IndexError, match="block 4 does not exist"):
+            Needs(qkv=frozenset({4})).resolve(4)

@@ -8,6 +8,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A context in which products of float32 tensors stay float32, whatever the autocast around it."""
+    device = tensor.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
+
+
 @dataclass(frozen=True)
 class PatchMap:
     """Vectors of an image's patches, and where they are.

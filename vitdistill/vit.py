@@ -86,7 +86,7 @@ class ViTOutput:
 
     logits: Float[Tensor, "B C"] | None = None
     head_logits: Float[Tensor, "B heads C"] | None = None
-    hidden: dict[int, Float[Tensor, "B L D"]] = field(default_factory=dict)
+    hidden: dict[int, Float[Tensor, "B _ _"]] = field(default_factory=dict)
     attention: dict[int, Float[Tensor, "B H L"]] = field(default_factory=dict)
     qkv: dict[int, QKV] = field(default_factory=dict)
     features: Float[Tensor, "B L D"] | None = None

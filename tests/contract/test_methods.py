@@ -10,7 +10,9 @@ import timm
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from vitdistill.cost import cost_of
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
 from vitdistill.distill import Distillation
@@ -269,6 +271,20 @@ def test_a_loss_is_traced_without_a_graph_break(name: str) -> None:
     )
     torch.manual_seed(5)
     assert torch.allclose(compiled(student, teacher, case.batch), case.loss(student, teacher), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_cost_of_an_objective_is_known_beforehand(name: str, kept: bool) -> None:
+    """Counted without data, and what the real step computes, but for what an attention kernel computes again backward."""
+    case = Case(name, kept=kept)
+    cost = cost_of(case.plan, case.student, {key: teacher.model for key, teacher in case.teachers.items()})
+    with FlopCounterMode(display=False) as counter:
+        case.module.train()(case.batch, case.teachers)["loss"].backward()
+    if not case.method.couples_images:  # whose cost an image depends on the batch
+        assert counter.get_total_flops() == pytest.approx(cost.step * NUM_IMAGES, rel=0.03)
+    expected = 0 if case.adapter is None else sum(p.numel() for p in case.adapter.parameters())
+    assert cost.adapters.get("it", 0) == expected and cost.activations > 0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..align import PatchMap, gather_patches, resample_patches
+from ..align import PatchMap, full_precision, gather_patches, resample_patches
 from ..errors import ConfigError
 from ..method import Labelled, Network, TeacherObjective, describe_alignment
 from ..vit import Needs, ViTOutput
@@ -68,7 +68,7 @@ def _normalised(rows: Tensor) -> Tensor:
 def token_scores(rows: Float[Tensor, "B L W"], columns: Float[Tensor, "B L W"], num_heads: int) -> Float[Tensor, "B H L L"]:
     """``rows columns^T d^-0.5`` in each of ``num_heads`` slices of width d, in float32 whatever the autocast."""
     ours, others = (vectors.float().unflatten(2, (num_heads, -1)).transpose(1, 2) for vectors in (rows, columns))
-    with torch.autocast(rows.device.type, enabled=False):
+    with full_precision(rows):
         return (ours * ours.shape[-1] ** -0.5) @ others.transpose(-2, -1)
 
 

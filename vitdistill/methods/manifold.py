@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..align import gather_patches
+from ..align import full_precision, gather_patches
 from ..errors import ConfigError
 from ..method import Labelled, Network, TeacherObjective, describe_alignment
 from ..vit import Needs, ViTOutput
@@ -23,7 +23,7 @@ from .kd import check_factors
 
 def gram_difference(ours: Float[Tensor, "G M Ds"], its: Float[Tensor, "G M Dt"]) -> Float[Tensor, ""]:
     """Mean squared difference of the two sets of ``G`` Gram matrices ``(M, M)``, in float32 whatever the autocast."""
-    with torch.autocast(ours.device.type, enabled=False):
+    with full_precision(ours):
         difference = ours @ ours.transpose(-2, -1) - its @ its.transpose(-2, -1)
     return difference.square().mean()
 

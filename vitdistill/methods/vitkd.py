@@ -79,18 +79,18 @@ def mimicking_loss(
     adapter: ViTKDAdapter,
     student: Sequence[Float[Tensor, "B K Ds"]],
     teacher: Sequence[Float[Tensor, "B K Dt"]],
-    num_patches: int,
+    seen: float = 1.0,
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Float[Tensor, ""]:
     """Squared differences of the first blocks' patches, in float32.
 
-    ``sum``: over blocks, patches and channels, ``num_patches / K`` times where the teacher saw K of its patches, mean over the batch.
+    ``sum``: over blocks, patches and channels, divided by the fraction of its patches the teacher saw, mean over the batch.
     ``mean``: over all of them.
     """
     total = torch.zeros((), device=teacher[0].device)
     for i, (ours, its) in enumerate(zip(student, teacher, strict=True)):
         error = (adapter.low(i, ours).float() - its.detach().float()).square()
-        total = total + (error.mean() if reduction == "mean" else error.sum() / len(its) * (num_patches / its.shape[1]))
+        total = total + (error.mean() if reduction == "mean" else error.sum() / len(its) / seen)
     return total / len(teacher) if reduction == "mean" else total
 
 
@@ -174,7 +174,7 @@ def vitkd_loss(
             f"{teacher_high.shape[1]}, where {num_seen} were seen"
         )
     ours = [gather_patches(block, keep) for block in student_low.unbind(1)]
-    low = low_weight * mimicking_loss(adapter, ours, teacher_low.unbind(1), num_patches, reduction)
+    low = low_weight * mimicking_loss(adapter, ours, teacher_low.unbind(1), num_seen / num_patches, reduction)
     high = high_weight * generation_loss(adapter, student_high, teacher_high, grid, keep, mask_rate, noise, reduction)
     return low, high
 
@@ -267,8 +267,9 @@ class ViTKD(TeacherObjective):
         if self._mimics:
             pairs = [(student.patches(ours), teacher.patches(its)) for ours, its in self._blocks()]
             ours = [mine.at(its) for mine, its in pairs]
-            grid = pairs[0][1].grid
-            loss = loss + low_weight * mimicking_loss(adapter, ours, [its.vectors for _, its in pairs], grid[0] * grid[1], self.reduction)
+            places = pairs[0][1]
+            seen = 1.0 if places.keep is None else places.keep.shape[1] / (places.grid[0] * places.grid[1])
+            loss = loss + low_weight * mimicking_loss(adapter, ours, [its.vectors for _, its in pairs], seen, self.reduction)
         if self._generates:
             mine, its = student.feature_patches, teacher.feature_patches
             whole = resample_patches(mine.vectors, mine.grid, its.grid)

@@ -1,0 +1,334 @@
+"""Writes docs/methods.md: what every method reads, costs and is for. ``python docs/write_methods.py``, or ``make docs``.
+
+All of it comes from the code: the table `METHODS`, the classes' docstrings and class variables, and FLOPs and bytes counted on networks
+without weights. A new method needs nothing here.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import cast
+
+import timm
+import torch
+from torch import nn
+
+from vitdistill import cost
+from vitdistill.method import Network, Objective, TeacherObjective, TokenSelector, WeightSchedule
+from vitdistill.methods import METHODS, method_class
+from vitdistill.methods.cross_entropy import CrossEntropy
+from vitdistill.methods.kd import SoftKD
+from vitdistill.plan import Plan, describe_needs, make_plan
+from vitdistill.vit import Needs
+
+PAGE = Path(__file__).with_name("methods.md")
+STUDENT, TEACHER = "deit_tiny_patch16_224", "deit_small_patch16_224"
+SIZE = (224, 224)
+RATES = (0.5, 0.25)
+ADAMW = 16  # bytes a trained parameter: weight, gradient and two moments
+COMMON = (Objective, TeacherObjective, TokenSelector)
+Method = type[Objective] | type[TokenSelector]
+
+INTRO = """# Methods
+
+<!-- Written by `make docs` (docs/write_methods.py) from the code: do not edit. -->
+
+What a run learns from and what that costs are chosen apart. **Objectives** are losses: any number of them add up, each with its weight. A
+**patch selector**, one at most, decides which patches of each image a teacher sees. Any objective goes with any selector, and the tables
+below say what each is for and what it costs.
+
+```
+# add objectives to a recipe; a selector takes the place of the recipe's own
+vitdistill explain kd --teacher-model {teacher} --with {feature} {selector}
+# one objective in place of another, with its weight, and the fraction of patches the teacher sees
+vitdistill explain kd --teacher-model {teacher} --without kd --with {logit} {selector} \\
+  --set objectives.{logit}.weight=2 --keep-rate 0.25
+# a second teacher, of the name after the colon
+vitdistill explain kd --teacher-model {teacher} --with kd:second --set teachers.second.model=deit_base_patch16_224
+# a weight that falls to 0 over the second half of the run
+vitdistill explain kd --teacher-model {teacher} --set objectives.kd.schedule='{{to: 0, begin: 0.5}}'
+```
+
+Each line prints what a run will compute and cost with the networks it names. `vitdistill train` takes the same words, and with images
+(`--data-dir`) and the teacher's weights it runs.
+
+**Couples images** means that the loss of an image depends on the others in its micro-batch: `--accumulate` and the number of processes then
+change what is learned, and small micro-batches make it weak. All other losses are means over images, whatever shares a batch.
+
+The numbers are for one pair, DeiT-Ti from DeiT-S (`{student}` from `{teacher}`, {size} pixels, {classes} classes), in
+float32, with each method's defaults. An objective is counted beside `ce`, a selector with `ce` and `kd`.
+
+- **teacher**: FLOPs of its forward pass, in percent of a whole pass ({teacher_flops} an image). Without a selector too it can be less than
+  100 %: no block runs that nobody reads from, and the last one computes only the tokens that are read.
+- **own part**: FLOPs an image of the loss itself, forward and backward. Matrix products are counted, element-wise work is not.
+- **step**: FLOPs of the whole training step, in percent of plain distillation by the networks' own forward passes ({kd_flops} an image).
+- **memory**: bytes kept an image for the backward pass, on top of training with the labels alone ({ce_bytes}); where a method has a
+  trainable adapter, its weights, gradients and AdamW's moments, once. Methods that couple images are counted on a batch of two.
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two networks everything is counted on, without weights."""
+
+    models: Mapping[str, nn.Module]
+    student: Network
+    teacher: Network
+
+    def plan(self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None) -> Plan:
+        """The plan of these methods."""
+        reads = any(isinstance(objective, TeacherObjective) for objective in objectives.values())
+        return make_plan(self.student, {"teacher": self.teacher} if reads else {}, objectives, selector)
+
+    def count(self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None) -> cost.Cost:
+        """What these methods cost together."""
+        plan = self.plan(objectives, selector)
+        with counting_once():
+            return cost.cost_of(plan, self.models["student"], {name: self.models[name] for name in plan.teachers})
+
+
+@cache
+def the_pair() -> Pair:
+    """DeiT-Ti and DeiT-S."""
+    with torch.device("meta"):
+        student, teacher = timm.create_model(STUDENT), timm.create_model(TEACHER)
+    networks = (Network.of(student, "student", STUDENT, SIZE), Network.of(teacher, "teacher", TEACHER, SIZE))
+    return Pair({"student": student, "teacher": teacher}, *networks)
+
+
+@cache
+def labels_alone() -> cost.Cost:
+    """What the student costs without a teacher."""
+    return the_pair().count({"ce": CrossEntropy()})
+
+
+ONCE = cache(cost.forward_flops), cache(cost.training_flops)
+
+
+@contextmanager
+def counting_once() -> Iterator[None]:
+    """Within it the passes that many plans share are counted once; of `Cost`, ``activations_plain`` is then not to be read."""
+    functions = cost.forward_flops, cost.training_flops
+    cost.forward_flops, cost.training_flops = ONCE
+    try:
+        yield
+    finally:
+        cost.forward_flops, cost.training_flops = functions
+
+
+def plain_kd() -> int:
+    """FLOPs an image of plain distillation by the networks' own forward passes."""
+    pair = the_pair()
+    size = pair.student.image_size
+    return ONCE[1](pair.models["student"], size) + ONCE[0](pair.models["teacher"], size)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------------------
+
+
+def prose(text: str) -> str:
+    """A docstring's sentence in Markdown."""
+    parts = " ".join(text.split()).replace("``", "`").split("`")
+    parts[::2] = [re.sub(r"([*<])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is the heading."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def reads(network: Network, needs: Needs, *more: str) -> str:
+    """What a method records of a network, and what else it looks at."""
+    words = [describe_needs(network, needs.resolve(network.depth), None).rpartition("records ")[2]] if needs else []
+    return ", ".join((*words, *more)) or "nothing"
+
+
+def percent(part: int, whole: int) -> str:
+    """Without decimals."""
+    return f"{part / whole:.0%}".replace("%", " %")
+
+
+def amount(number: int, unit: str, sign: str = "") -> str:
+    """A count with its unit, or 0."""
+    return f"{sign}{cost.flops(number, unit)}" if number else "0"
+
+
+def name_cell(name: str, couples: bool = False) -> str:
+    """The method's name, which leads to its paragraph."""
+    return f"[`{name}`](#{name})" + (" (couples images)" if couples else "")
+
+
+# --- one method ------------------------------------------------------------------------------------------------------------------
+
+
+def objective_row(name: str, cls: type[Objective]) -> list[str]:
+    """The row of an objective, counted beside the labels."""
+    pair, objective = the_pair(), cls()
+    found = labels_alone() if cls is CrossEntropy else pair.count({"ce": CrossEntropy(), name: objective})
+    its = found.teachers.get("teacher", 0)
+    labels = ("labels",) if objective.reads_labels else ()
+    added, adapter = found.activations - labels_alone().activations, found.adapters.get(name, 0)
+    return [
+        name_cell(name, objective.couples_images),
+        objective.paper,
+        reads(pair.student, objective.student_needs(pair.student), *labels),
+        reads(pair.teacher, objective.teacher_needs(pair.teacher)),
+        percent(its, found.teachers_plain["teacher"]) if its else "none",
+        amount(found.objectives[name], "FLOPs"),
+        percent(found.step, plain_kd()),
+        amount(added, "B", "+") + (f", adapter {amount(ADAMW * adapter, 'B')}" if adapter else ""),
+        prose(objective.use_when),
+    ]
+
+
+def selector_row(name: str, cls: type[TokenSelector]) -> list[str]:
+    """The row of a selector, at each of `RATES`."""
+    pair, selector = the_pair(), cls()
+    counts = [pair.count({"ce": CrossEntropy(), "kd": SoftKD()}, cls(keep_rate=rate)) for rate in RATES]
+    guide = selector.teacher_needs(pair.teacher)
+    return [
+        name_cell(name),
+        selector.paper,
+        reads(pair.student, selector.student_needs(pair.student), *(("random numbers",) if selector.reads_noise else ())),
+        reads(pair.teacher, guide) + (", on the whole image" if guide else ""),
+        " / ".join(percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts),
+        " / ".join(percent(found.step, plain_kd()) for found in counts),
+        amount(counts[0].activations - labels_alone().activations, "B", "+"),
+        prose(selector.use_when),
+    ]
+
+
+def paragraph(name: str, cls: Method) -> str:
+    """A method's description, formula, and the fields it does not share with all others."""
+    lines = [f"### `{name}`", "", "\n\n".join(prose(part) for part in description(cls))]
+    if issubclass(cls, Objective):
+        lines += ["", f"Loss: `{cls.formula}`."]
+        note = the_pair().plan({"ce": CrossEntropy(), name: cls()}).notes.get(name)
+        lines += ["", f"Of the pair above, `explain` says: {prose(note)}."] if note else []
+    shared = {field.name for base in COMMON if issubclass(cls, base) for field in fields(base)}
+    return "\n".join([*lines, "", *(field_list(cls, shared) or ["No fields of its own."])])
+
+
+def description(cls: type) -> list[str]:
+    """The paragraphs of a docstring that come before its sections."""
+    text = re.split(r"^(?:Args|Attributes|Source|Example|Raises):", inspect.getdoc(cls) or "", maxsplit=1, flags=re.MULTILINE)[0]
+    return [part for part in text.split("\n\n") if part.strip()]
+
+
+def field_list(cls: type, without: set[str] | frozenset[str] = frozenset()) -> list[str]:
+    """One line a field: name, default, meaning."""
+    shown = [field for field in fields(cls) if field.name not in without]
+    return [f"- `{field.name}` ({default(cls, field.name)}): {prose(meaning(cls, field.name))}" for field in shown]
+
+
+def default(cls: type, name: str) -> str:
+    """A field's default as YAML writes it."""
+    (field,) = (field for field in fields(cls) if field.name == name)
+    if field.default is not MISSING:
+        value = field.default
+    elif field.default_factory is not MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    return f"`{value if isinstance(value, str) else json.dumps(value, default=asdict)}`"
+
+
+def meaning(cls: type, name: str) -> str:
+    """What the docstring of the class, or of the base that has the field, says of it under ``Args``."""
+    for base in cls.__mro__:
+        section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE)
+        for entry in re.split(r"^ {4}(?=\S)", section[1], flags=re.MULTILINE) if section else ():
+            names, colon, text = entry.partition(":")
+            if colon and name in (word.strip() for word in names.split(",")):
+                return text.strip()
+    raise ValueError(f"the docstring of {cls.__name__} does not explain its field {name!r} under Args")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------------
+
+HEAD = ("method", "paper", "reads of the student", "reads of the teacher")
+
+
+def groups() -> tuple[list[str], list[str], list[str]]:
+    """The names of the methods: losses that read logits alone, losses that read more, selectors."""
+    pair = the_pair()
+    logits: list[str] = []
+    features: list[str] = []
+    selectors: list[str] = []
+    for name in METHODS:
+        cls = method_class(name)
+        if issubclass(cls, TokenSelector):
+            selectors.append(name)
+        else:
+            needs = cls().student_needs(pair.student) | cls().teacher_needs(pair.teacher)
+            (features if replace(needs, logits=False) else logits).append(name)
+    return logits, features, selectors
+
+
+def introduction() -> str:
+    """What the page is about, and how its numbers are counted."""
+    pair, (logits, features, selectors) = the_pair(), groups()
+    return INTRO.format(
+        student=STUDENT,
+        teacher=TEACHER,
+        logit=next(name for name in logits if issubclass(method_class(name), TeacherObjective) and method_class(name) is not SoftKD),
+        feature=features[0],
+        selector=selectors[0],
+        size=pair.student.image_size[0],
+        classes=pair.student.num_classes,
+        teacher_flops=cost.flops(ONCE[0](pair.models["teacher"], pair.teacher.image_size)),
+        kd_flops=cost.flops(plain_kd()),
+        ce_bytes=cost.size(labels_alone().activations),
+    )
+
+
+def loss_table(heading: str, names: list[str]) -> str:
+    """A section of objectives."""
+    head = [*HEAD, "teacher", "own part", "step", "memory an image", "use it"]
+    return f"## {heading}\n\n{table([head, *(objective_row(name, cast(type[Objective], method_class(name))) for name in names)])}\n"
+
+
+def selector_table(heading: str, names: list[str]) -> str:
+    """The section of selectors."""
+    rates = " / ".join(percent(round(rate * 100), 100) for rate in RATES)
+    head = [*HEAD, f"teacher at {rates}", f"step at {rates}", "memory an image", "use it"]
+    return f"## {heading}\n\n{table([head, *(selector_row(name, cast(type[TokenSelector], method_class(name))) for name in names)])}\n"
+
+
+def one_by_one(heading: str) -> str:
+    """What all methods have in common, and a paragraph on each."""
+    parts = [
+        f"## {heading}\n",
+        "Fields are set with `--set objectives.NAME.FIELD=VALUE` and `--set selector.FIELD=VALUE`, or in the recipe's YAML.\n",
+        "Every objective has:\n",
+        *field_list(TeacherObjective),
+        "\nA schedule has:\n",
+        *field_list(WeightSchedule),
+        "\nEvery selector has:\n",
+        *field_list(TokenSelector),
+        *(f"\n{paragraph(name, method_class(name))}" for group in groups() for name in group),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def sections() -> list[Callable[[], str]]:
+    """What the page is made of, in order; each is counted when it is called."""
+    logits, features, selectors = groups()
+    return [
+        introduction,
+        partial(loss_table, "Logit losses", logits),
+        partial(loss_table, "Feature losses", features),
+        partial(selector_table, "Patch selectors", selectors),
+        partial(one_by_one, "One by one"),
+    ]
+
+
+if __name__ == "__main__":
+    PAGE.write_text("\n".join(write() for write in sections()), encoding="utf-8")
