@@ -1,6 +1,7 @@
 """Costs: the paper's column, FLOPs counted on the code that runs, and the text that shows them."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vitdistill.cli import main
-from vitdistill.cost import IMAGENET_TRAIN_IMAGES, cost_of, explain, flops, forward_flops, table, training_flops, vit_macs
-from vitdistill.method import Network
+from vitdistill.cost import (
+    IMAGENET_TRAIN_IMAGES,
+    Cost,
+    _Kept,
+    cost_of,
+    explain,
+    flops,
+    forward_flops,
+    size,
+    table,
+    training_flops,
+    vit_macs,
+)
+from vitdistill.method import Network, Objective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.methods.maskedkd import MaskedKD, TeacherGuided
+from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
+from vitdistill.methods.nkd import NKD
+from vitdistill.methods.vitkd import ViTKD
 from vitdistill.plan import make_plan
 from vitdistill.vit import Needs
 
@@ -183,6 +198,153 @@ def test_two_teachers_are_shown_apart() -> None:
     plan = make_plan(of(student, "student"), networks, {"x": SoftKD(teacher="a"), "y": SoftKD(teacher="b")})
     text = explain(plan, cost_of(plan, student, teachers), 1, 1)
     assert "a_model" in text and "b_model" in text and "The a as" in text and "The b as" in text
+
+
+# --- what objectives cost themselves ---------------------------------------------------------------------------------------------
+
+
+def counted(
+    objectives: dict[str, Objective],
+    selector: TokenSelector | None = None,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+) -> Cost:
+    student, teacher = student or small(), teacher or small(embed_dim=96)
+    plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, objectives, selector)
+    return cost_of(plan, student, {"teacher": teacher})
+
+
+PROJECTION, GENERATOR, TOKEN = 48 * 96 + 96, 2 * (9 * 96**2 + 96), 96  # parameters
+
+
+def projections(patches: int, ours: int = 48, its: int = 96) -> int:
+    """Forward and backward of a projection of so many patches: 3 x 2 multiply-accumulates."""
+    return 6 * patches * ours * its
+
+
+def generator(patches: int = 64, width: int = 96) -> int:
+    return 6 * patches * 2 * 9 * width**2
+
+
+OWN: list[tuple[ViTKD, TokenSelector | None, int, int]] = [
+    (ViTKD(), None, 3 * projections(64) + generator(), 3 * PROJECTION + TOKEN + GENERATOR),
+    (ViTKD(mask_rate=0.0), None, 3 * projections(64) + generator(), 3 * PROJECTION + GENERATOR),
+    (ViTKD(high_weight=0.0), None, 2 * projections(64), 2 * PROJECTION),
+    (ViTKD(low_blocks=()), None, projections(64) + generator(), PROJECTION + TOKEN + GENERATOR),
+    # Only patches that were seen are mimicked; the generator needs them all.
+    (
+        ViTKD(),
+        RandomPatches(num_keep=24),
+        2 * projections(24) + projections(64) + generator(),
+        3 * PROJECTION + TOKEN + GENERATOR,
+    ),
+]
+
+
+@pytest.mark.parametrize(("objective", "selector", "own", "parameters"), OWN)
+def test_the_cost_of_vitkd_by_hand(objective: ViTKD, selector: TokenSelector | None, own: int, parameters: int) -> None:
+    cost = counted({"ce": CrossEntropy(), "vitkd": objective}, selector)
+    assert cost.objectives == {"ce": 0, "vitkd": own} and cost.adapters == {"vitkd": parameters}
+    assert cost.step == cost.student + cost.teachers["teacher"] + own
+
+
+def test_equal_widths_cost_no_projection_and_unequal_grids_no_flops() -> None:
+    same = counted({"vitkd": ViTKD()}, teacher=small())
+    assert same.objectives["vitkd"] == generator(width=48) and same.adapters["vitkd"] == 48 + 2 * (9 * 48**2 + 48)
+    coarse = counted({"vitkd": ViTKD()}, student=small(patch_size=8))
+    assert coarse.objectives["vitkd"] == 3 * projections(64) + generator()  # projected where the teacher has its patches
+
+
+def test_an_objective_that_reads_nothing_new_leaves_the_students_part_alone() -> None:
+    logits = counted({"kd": SoftKD()})
+    both = counted({"kd": SoftKD(), "nkd": NKD(), "ce": CrossEntropy()})
+    assert both.student == logits.student and set(both.objectives.values()) == {0} and both.adapters == {}
+    features = counted({"ce": CrossEntropy(), "one": ViTKD()})
+    twice = counted({"ce": CrossEntropy(), "one": ViTKD(), "two": ViTKD(mask_rate=0.75)})
+    assert twice.student == features.student > logits.student  # features are of every token, logits of the class token alone
+    assert twice.objectives == {"ce": 0, "one": features.objectives["one"], "two": features.objectives["one"]}
+    assert twice.teachers == features.teachers and twice.student_plain == logits.student_plain
+
+
+def test_features_cost_what_a_whole_training_step_costs() -> None:
+    """The last block whole, without its head: as much as the student's own step, less the head."""
+    cost = counted({"vitkd": ViTKD()})
+    assert cost.student == cost.student_plain - 6 * 48 * 10
+    early = counted({"vitkd": ViTKD(high_weight=0.0)})
+    assert early.student < 0.6 * cost.student and early.teachers["teacher"] < 0.6 * cost.teachers["teacher"]
+
+
+@pytest.mark.parametrize("objectives", [{"ce": CrossEntropy()}, {"ce": CrossEntropy(), "kd": SoftKD()}], ids=["alone", "kd"])
+def test_what_is_kept_for_the_backward_pass_grows_with_what_is_computed(objectives: dict[str, Objective]) -> None:
+    student, teacher = small(), small(embed_dim=96)
+    networks = of(student, "student"), {"teacher": of(teacher, "teacher")} if "kd" in objectives else {}
+    models = {"teacher": teacher} if "kd" in objectives else {}
+    alone = cost_of(make_plan(*networks, objectives), student, models)
+    assert 0 < alone.activations <= alone.activations_plain
+    more = counted({**objectives, "vitkd": ViTKD()})
+    assert more.activations > alone.activations and more.activations_plain == alone.activations_plain
+    # At least the inputs of three projections and two convolutions, in float32.
+    assert more.activations - alone.activations > 4 * 64 * (48 + 2 * 96)
+    deep = small(depth=8)
+    plan = make_plan(of(deep, "student"), {}, {"ce": CrossEntropy()})
+    assert 1.7 < cost_of(plan, deep, {}).activations_plain / alone.activations_plain < 2.05
+
+
+def test_a_teacher_keeps_nothing_for_the_backward_pass() -> None:
+    costs = [counted({"ce": CrossEntropy(), "kd": SoftKD()}, teacher=small(depth=depth)) for depth in (1, 8)]
+    assert costs[0].activations == costs[1].activations
+
+
+def test_kept_bytes_count_every_storage_once_and_no_weight() -> None:
+    x, weight = torch.randn(5, 3, requires_grad=True), nn.Parameter(torch.randn(4, 3))
+
+    def bytes_of(compute: Callable[[], torch.Tensor]) -> int:
+        kept = _Kept()
+        with kept:
+            compute()
+        return kept.bytes
+
+    assert bytes_of(lambda: x.exp()) == 5 * 3 * 4  # its result
+    assert bytes_of(lambda: x * x) == 5 * 3 * 4
+    assert bytes_of(lambda: (x * x) + (x * 2) * x[:2].sum()) == 5 * 3 * 4 + 5 * 3 * 4 + 4
+    assert bytes_of(lambda: nn.functional.linear(x, weight)) == 5 * 3 * 4
+    assert bytes_of(lambda: x.detach() @ weight.t()) == 5 * 3 * 4
+    assert bytes_of(lambda: x.detach() @ weight[:2].t()) == 5 * 3 * 4
+    assert bytes_of(lambda: x + 1) == 0
+    y = torch.randn(2, 2)
+    assert bytes_of(lambda: y @ y) == 0  # nothing wants a gradient
+
+
+def test_counting_objectives_leaves_networks_alone() -> None:
+    student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3).eval()
+    teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=36, depth=2, num_heads=2, num_classes=3).eval()
+    before = [p.clone() for p in (*student.parameters(), *teacher.parameters())]
+    counted({"vitkd": ViTKD(), "kd": SoftKD()}, MaskedKD(), student, teacher)
+    after = [*student.parameters(), *teacher.parameters()]
+    assert not student.training and not teacher.training and all(p.grad is None and not p.is_meta for p in after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_convolutional_teachers_features_are_counted() -> None:
+    teacher = vit("resnet10t", channels=[8, 8, 16, 16], num_classes=0)  # type: ignore[arg-type]
+    cost = counted({"ce": CrossEntropy(), "vitkd": ViTKD(low_blocks=(0,), teacher_low_blocks=(1,))}, teacher=teacher)
+    low, high = projections(64, 48, 8), projections(1, 48, 16) + generator(1, 16)
+    assert cost.objectives["vitkd"] == low + high and cost.teachers["teacher"] == cost.teachers_plain["teacher"] > 0
+
+
+def test_the_explanation_has_a_row_for_what_an_objective_computes() -> None:
+    student, teacher = small(), small(embed_dim=96)
+    plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, {"ce": CrossEntropy(), "vitkd": ViTKD()})
+    cost = cost_of(plan, student, {"teacher": teacher})
+    lines = [" ".join(line.split()) for line in explain(plan, cost, 10, 1).splitlines()]
+    row = f"vitkd, its own part {flops(cost.adapters['vitkd'], '').strip()} {flops(cost.objectives['vitkd'])}"
+    assert " ".join(row.split()) in lines and not any(line.startswith("ce, its own part") for line in lines)
+    trained = plan.student.num_parameters + cost.adapters["vitkd"]
+    text = " ".join(lines)
+    assert f"{size(cost.activations)} an image in float32; the student alone keeps {size(cost.activations_plain)}" in text
+    assert f"two moments: {size(16 * trained)} ({flops(trained, '').strip()} trained parameters)" in text
+    assert f"objectives {flops(10 * cost.objectives['vitkd'])}" in text
+    assert "1 x vitkd: low_weight |S - T|^2" in text and "(low_weight 3e-05, high_weight 3e-06 on sums)" in text
 
 
 # --- numbers as text -------------------------------------------------------------------------------------------------------------

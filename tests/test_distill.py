@@ -17,6 +17,8 @@ from vitdistill.method import Network, Objective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, resample_saliency
+from vitdistill.methods.nkd import NKD
+from vitdistill.methods.vitkd import ViTKD
 from vitdistill.plan import make_plan
 from vitdistill.teacher import Teacher
 from vitdistill.vit import Needs, ViTOutput, run_vit
@@ -232,3 +234,16 @@ def test_a_convolutional_pair_distils_by_logits() -> None:
     losses = Distillation(student, plan)(batch, {"teacher": teacher})
     by_hand = F.kl_div(student(batch.images).log_softmax(-1), model(batch.images).softmax(-1), reduction="batchmean")
     assert losses["kd"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_a_step_of_logits_features_and_chosen_patches_is_one_graph() -> None:
+    student, batch = vit(), batch_of()
+    teachers = {"teacher": teacher_of(vit(1, embed_dim=36, depth=3))}
+    objectives: dict[str, Objective] = {"ce": CrossEntropy(), "nkd": NKD(), "vitkd": ViTKD()}
+    distillation = build(student, teachers, objectives, MaskedKD(keep_rate=0.5))
+    expected = distillation(batch, teachers)
+    torch.compiler.reset()
+    losses = torch.compile(lambda batch: distillation(batch, teachers), fullgraph=True, backend="eager")(batch)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in distillation.parameters())

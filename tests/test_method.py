@@ -1,6 +1,10 @@
 """What every method shares: counts of kept patches, and settings that are checked when they are made."""
 
+import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -9,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network, num_kept_patches
+from vitdistill.method import Network, WeightSchedule, describe_alignment, num_kept_patches
 from vitdistill.methods import METHODS, method_class, method_name, method_names
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
+from vitdistill.methods.vitkd import ViTKD
+from vitdistill.recipe import Recipe, TeacherConfig, dump_recipe, load_recipe, replace_fields
 
 # --- counts --------------------------------------------------------------------------------------------------------------------
 
@@ -102,6 +108,90 @@ def test_smoothing_is_below_1(smoothing: float) -> None:
         CrossEntropy(smoothing=smoothing)
 
 
+# --- weights that change -------------------------------------------------------------------------------------------------------
+
+Shape = Literal["linear", "cosine"]
+fractions = st.floats(0, 1)
+weights = st.floats(0, 100)
+shapes = st.sampled_from(["linear", "cosine"])
+
+
+@given(weight=weights, to=weights, one=fractions, two=fractions, shape=shapes, progress=st.lists(fractions, min_size=2, max_size=20))
+def test_a_schedule_leads_from_the_weight_to_its_end(
+    weight: float, to: float, one: float, two: float, shape: Shape, progress: list[float]
+) -> None:
+    schedule = WeightSchedule(to=to, begin=min(one, two), end=max(one, two), shape=shape)
+    assert schedule.at(weight, schedule.end) == schedule.at(weight, 1.0) == to
+    if schedule.begin < schedule.end:
+        assert schedule.at(weight, schedule.begin) == schedule.at(weight, 0.0) == weight
+    values = [schedule.at(weight, p) for p in sorted(progress)]
+    assert all(min(weight, to) - 1e-9 <= value <= max(weight, to) + 1e-9 for value in values)
+    sign = 1 if to >= weight else -1
+    assert all(sign * (later - earlier) >= -1e-9 for earlier, later in itertools.pairwise(values))
+
+
+def test_the_shapes_of_a_schedule() -> None:
+    linear, cosine = (WeightSchedule(to=5.0, begin=0.2, end=0.6, shape=shape) for shape in ("linear", "cosine"))  # type: ignore[arg-type]
+    ways = {0.1: 0.0, 0.2: 0.0, 0.3: 0.25, 0.4: 0.5, 0.5: 0.75, 0.6: 1.0, 0.9: 1.0}
+    for progress, way in ways.items():
+        assert linear.at(1.0, progress) == pytest.approx(1 + 4 * way)
+        assert cosine.at(1.0, progress) == pytest.approx(1 + 4 * (1 - math.cos(math.pi * way)) / 2)
+    assert cosine.at(1.0, 0.21) < linear.at(1.0, 0.21) and cosine.at(1.0, 0.59) > linear.at(1.0, 0.59)
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
+def test_a_schedule_of_one_moment_changes_the_weight_at_once(moment: float) -> None:
+    schedule = WeightSchedule(to=0.0, begin=moment, end=moment)
+    assert schedule.at(3.0, moment) == 0.0
+    assert moment == 0 or schedule.at(3.0, math.nextafter(moment, 0)) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"to": -1.0}, r"ends at -1.0: give a number that is not negative \(schedule.to\)"),
+        ({"to": math.nan}, "ends at nan"),
+        ({"to": math.inf}, "ends at inf"),
+        ({"to": 1.0, "begin": 0.6, "end": 0.5}, "runs from 0.6 to 0.5: give fractions of the run"),
+        ({"to": 1.0, "begin": -0.1}, "runs from -0.1 to 1.0"),
+        ({"to": 1.0, "end": 1.5}, "runs from 0.0 to 1.5"),
+        ({"to": 1.0, "begin": math.nan}, "runs from nan"),
+        ({"to": 1.0, "end": math.nan}, "to nan"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        WeightSchedule(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, SoftKD, ViTKD])
+def test_a_weight_of_0_needs_a_schedule_that_raises_it(kind: type) -> None:
+    rising = kind(weight=0, schedule=WeightSchedule(to=2.0))
+    assert rising.weight_at(0.0) == 0 and rising.weight_at(0.5) == 1 and rising.weight_at(1.0) == 2
+    assert kind(schedule=WeightSchedule(to=0.0)).weight_at(1.0) == 0
+    assert kind(weight=0.25).weight_at(0.5) == 0.25
+    for weight, to in ((0, 0.0), (-1, 2.0), (math.nan, 2.0), (math.inf, 2.0)):
+        with pytest.raises(ConfigError, match=r"weight of .* leave the objective out"):
+            kind(weight=weight, schedule=WeightSchedule(to=to))
+
+
+def test_a_schedule_survives_yaml(tmp_path: Path) -> None:
+    schedule = WeightSchedule(to=0.5, begin=0.25, end=0.75, shape="cosine")
+    recipe = Recipe(
+        objectives={"ce": CrossEntropy(), "vitkd": ViTKD(weight=2.0, schedule=schedule, low_blocks=(0, 3))},
+        teachers={"teacher": TeacherConfig(model="x")},
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe and again.objectives["vitkd"].schedule == schedule and again.objectives["ce"].schedule is None
+    moved = replace_fields(recipe, {"objectives.vitkd.schedule.end": 1.0, "objectives.ce.schedule": {"to": 0.0}})
+    assert moved.objectives["vitkd"].schedule == replace(schedule, end=1.0)
+    assert moved.objectives["ce"].schedule == WeightSchedule(to=0.0)
+    with pytest.raises(ConfigError, match=r"runs from 0\.25 to 0\.1"):
+        replace_fields(recipe, {"objectives.vitkd.schedule.end": 0.1})
+
+
 # --- the table -----------------------------------------------------------------------------------------------------------------
 
 
@@ -141,3 +231,26 @@ def test_networks_are_described_without_being_run() -> None:
     assert Network.of(vit, "t", "x", (224, 224), num_classes=3).num_classes == 3
     other = Network.of(resnet, "teacher", "resnet18", (224, 224))
     assert not other.walks and other.attention_source is None and other.num_patches == 0 and other.depth == 5
+
+
+def test_how_patches_meet_is_said_in_words() -> None:
+    student = Network("student", "a", (224, 224), 12, 192, 10, 5, grid=(14, 14), walks=True)
+    teacher = replace(student, name="teacher", grid=(16, 16))
+    cnn = Network("teacher", "c", (224, 224), 5, 512, 10, 5)
+    assert describe_alignment(student, student, None) == describe_alignment(student, student, 196) == ""
+    assert describe_alignment(student, student, 98) == "compared at the 98 of 196 patches the teacher sees"
+    assert describe_alignment(student, teacher, None) == "the student's patches resampled from 14 x 14 to 16 x 16"
+    assert describe_alignment(student, teacher, 64) == (
+        "compared at the 64 of 256 patches the teacher sees, the student's patches resampled from 14 x 14 to 16 x 16"
+    )
+    assert describe_alignment(student, cnn, None) == "the student's features resampled to the teacher's map by position"
+    assert describe_alignment(cnn, teacher, 64).endswith("sees, the student's features resampled to the teacher's map by position")
+
+
+def test_networks_say_how_wide_every_block_is() -> None:
+    with torch.device("meta"):
+        vit, resnet = timm.create_model("deit_tiny_patch16_224"), timm.create_model("resnet18")
+    assert Network.of(vit, "student", "x", (224, 224)).dims == (192,) * 12 and Network.of(vit, "student", "x", (224, 224)).num_heads == 3
+    other = Network.of(resnet, "teacher", "resnet18", (224, 224))
+    assert other.dims == (64, 64, 128, 256, 512) and other.num_heads == 0 and other.dims[-1] == other.dim
+    assert Network.of(torch.nn.Flatten(), "teacher", "mine", (224, 224)).dims == ()

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network
+from vitdistill.method import Network, WeightSchedule
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
+from vitdistill.methods.nkd import NKD
+from vitdistill.methods.vitkd import ViTKD
 from vitdistill.plan import describe_needs, make_plan
 from vitdistill.vit import Needs
 
@@ -107,6 +109,55 @@ REFUSED = {
     ),
     "a block the teacher lacks": (STUDENT, {"teacher": TEACHER}, KD, TeacherGuided(block=-9), r"reads block -9 .* the teacher \(small\)"),
     "more patches than there are": (STUDENT, {"teacher": TEACHER}, KD, MaskedKD(num_keep=257), "num_keep is 257, but .* only 256"),
+    "a name no teacher has": (
+        STUDENT,
+        {"teacher": TEACHER},
+        KD,
+        MaskedKD(teachers=("vit",)),
+        "MaskedKD is to choose for a teacher named 'vit', but the teachers are teacher",
+    ),
+    "a chosen teacher without patches": (
+        STUDENT,
+        {"vit": replace(TEACHER, name="vit"), "cnn": replace(CNN, name="cnn")},
+        {"a": SoftKD(teacher="vit"), "b": SoftKD(teacher="cnn")},
+        MaskedKD(teachers=("vit", "cnn")),
+        r"the cnn \(resnet18\) cannot be shown a subset of its patches.*--set selector.teachers",
+    ),
+    "features of a teacher without feature maps": (
+        STUDENT,
+        {"teacher": CNN},
+        {"vitkd": ViTKD()},
+        None,
+        r"vitkd reads feature maps, and the teacher \(resnet18\) gives none: take a timm model with forward_intermediates",
+    ),
+    "features of a student without feature maps": (
+        replace(CNN, name="student"),
+        {"teacher": TEACHER},
+        {"vitkd": ViTKD(low_weight=0.0)},
+        None,
+        r"vitkd reads feature maps, and the student \(resnet18\) gives none",
+    ),
+    "stages of a teacher without feature maps": (
+        STUDENT,
+        {"teacher": CNN},
+        {"vitkd": ViTKD(high_weight=0.0)},
+        None,
+        "vitkd reads feature maps",
+    ),
+    "logits of a student without a classifier": (
+        replace(STUDENT, num_classes=0),
+        {},
+        CE,
+        None,
+        r"ce reads logits, and the student \(tiny\) has no classifier: take one with a head, or objectives that read features",
+    ),
+    "logits of a teacher without a classifier": (
+        replace(STUDENT, num_classes=0),
+        {"teacher": replace(TEACHER, num_classes=0)},
+        KD,
+        None,
+        "kd reads logits, and the student .* has no classifier",
+    ),
     "a head the student lacks": (STUDENT, {}, {"ce": CrossEntropy(head="distillation")}, None, "needs a student with a distillation token"),
     "a class head among one": (STUDENT, {}, {"ce": CrossEntropy(head="class")}, None, "has one head"),
     "a distillation head for kd": (
@@ -154,3 +205,66 @@ def test_a_head_that_nobody_trains_is_refused() -> None:
     assert make_plan(student, {"teacher": TEACHER}, {"ce": CrossEntropy(), "kd": SoftKD()})
     with pytest.raises(ConfigError, match="no objective trains the class head"):
         make_plan(student, {"teacher": TEACHER}, {"kd": SoftKD()})
+
+
+# --- some teachers masked, others whole ------------------------------------------------------------------------------------------
+
+
+def test_a_selector_chooses_for_the_teachers_it_names() -> None:
+    teachers = {"vit": replace(TEACHER, name="vit"), "cnn": replace(CNN, name="cnn")}
+    objectives = {"a": SoftKD(teacher="vit"), "b": HardKD(teacher="cnn")}
+    plan = make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.5, teachers=("vit",)))
+    assert plan.num_keep == {"vit": 128, "cnn": None} and plan.student_needs.attention == {11}
+    guided = make_plan(STUDENT, teachers, objectives, TeacherGuided(teachers=("vit",)))
+    assert guided.guides == {"vit": Needs(attention=frozenset({7}))}
+    with pytest.raises(ConfigError, match=r"the cnn \(resnet18\) cannot be shown"):  # no names mean all of them
+        make_plan(STUDENT, teachers, objectives, MaskedKD())
+    two = {"a": replace(TEACHER, name="a"), "b": replace(STUDENT, name="b")}
+    plan = make_plan(STUDENT, two, {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b")}, RandomPatches(num_keep=7, teachers=("b",)))
+    assert plan.num_keep == {"a": None, "b": 7}
+
+
+def test_a_teacher_whose_logits_nobody_reads_may_have_no_classifier() -> None:
+    headless = replace(TEACHER, num_classes=0)
+    plan = make_plan(STUDENT, {"teacher": headless}, CE | {"vitkd": ViTKD()})
+    assert plan.live == {"teacher": Needs(hidden=frozenset({0, 1}), features=True)}
+    assert plan.student_needs == Needs(logits=True, hidden=frozenset({0, 1}), features=True)
+    alone = make_plan(replace(STUDENT, num_classes=0), {"teacher": headless}, {"vitkd": ViTKD()})
+    assert not alone.student_needs.logits
+
+
+def test_features_of_a_network_with_feature_maps_are_taken() -> None:
+    maps = replace(CNN, dims=(64, 64, 128, 256, 512))
+    plan = make_plan(STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 1), teacher_low_blocks=(2, -1))})
+    assert plan.live == {"teacher": Needs(hidden=frozenset({2, 4}), features=True)}
+    with pytest.raises(ConfigError, match=r"vitkd reads block 5 .* the teacher \(resnet18\)"):
+        make_plan(STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 5))})
+
+
+# --- what an objective has to say ------------------------------------------------------------------------------------------------
+
+
+def test_notes_are_those_of_the_objectives_own_teacher() -> None:
+    teachers = {"vit": replace(TEACHER, name="vit"), "whole": replace(STUDENT, name="whole")}
+    objectives = {"ce": CrossEntropy(), "a": ViTKD(teacher="vit"), "b": ViTKD(teacher="whole"), "c": NKD(teacher="whole")}
+    notes = make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.5, teachers=("vit",))).notes
+    assert "128 of 256 patches" in notes["a"] and "from 14 x 14 to 16 x 16" in notes["a"]
+    assert notes["b"] == "low_weight 3e-05, high_weight 3e-06 on sums"
+    assert "ce" not in notes
+
+
+def test_a_changing_weight_is_in_the_notes() -> None:
+    schedule = WeightSchedule(to=0.0, begin=0.25, end=0.5, shape="cosine")
+    objectives = {"ce": CrossEntropy(weight=0.5, schedule=schedule), "vitkd": ViTKD(schedule=WeightSchedule(to=2.0))}
+    notes = make_plan(STUDENT, {"teacher": STUDENT}, objectives).notes
+    assert notes["ce"] == "weight 0.5 until 25% of the run, cosine to 0 at 50%"
+    assert notes["vitkd"] == ("low_weight 3e-05, high_weight 3e-06 on sums; weight 1 until 0% of the run, linear to 2 at 100%")
+
+
+def test_features_and_queries_are_described_in_words() -> None:
+    needs = Needs(hidden=frozenset({0}), qkv=frozenset({3, 1}), features=True)
+    assert describe_needs(TEACHER, needs, 64) == (
+        "64 of 256 patches; 8 of 8 blocks; records hidden states after block 0 and features after the final norm and "
+        "queries, keys and values of block 1, 3"
+    )
+    assert describe_needs(CNN, Needs(features=True), None) == "records the last feature map"

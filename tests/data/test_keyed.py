@@ -53,6 +53,47 @@ def test_torch_gives_the_same_bits(state: list[int], index: int) -> None:
     assert keyed.to_torch(ours).tolist() == theirs.tolist()
 
 
+SEEDS = st.one_of(WORDS, st.sampled_from([0, -1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, 2**64 + 5, -(2**70)]))
+
+
+@given(seed=SEEDS, addresses=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8), stream=st.sampled_from(Stream))
+def test_torch_gives_the_same_keys(seed: int, addresses: list[tuple[int, int]], stream: Stream) -> None:
+    views, ids = np.array(addresses, dtype=np.int64).T
+    ours = keyed.keys(seed, views, ids, stream)
+    theirs = keyed.torch_keys(seed, torch.from_numpy(views.copy()), torch.from_numpy(ids.copy()), stream)
+    assert theirs.dtype is torch.int64 and ours.view(np.int64).tolist() == theirs.tolist()
+
+
+@given(state=st.lists(WORDS, min_size=1, max_size=8), count=st.integers(0, 40))
+def test_torch_uniforms_are_the_first_24_bits(state: list[int], count: int) -> None:
+    words = np.array(state, dtype=np.int64)
+    ours = keyed.bits(words.view(np.uint64)[:, None], np.arange(count)[None]) >> np.uint64(40)
+    numbers = keyed.torch_uniforms(torch.from_numpy(words), count)
+    assert numbers.dtype is torch.float32 and numbers.shape == (len(state), count)
+    assert (numbers.double() * 2**24).tolist() == ours.astype(np.float64).tolist()
+    assert bool(((numbers >= 0) & (numbers < 1)).all())
+    whole = keyed.uniforms(words.view(np.uint64), count)  # the same numbers with more digits
+    assert count == 0 or (np.abs(whole - numbers.double().numpy()) < 2.0**-24).all()
+
+
+def test_torch_uniforms_are_uniform() -> None:
+    ids = torch.arange(20000)
+    u = keyed.torch_uniforms(keyed.torch_keys(0, torch.zeros_like(ids), ids, Stream.OBJECTIVE), 4).double().numpy()
+    counts = np.histogram(u, bins=64, range=(0, 1))[0]
+    expected = u.size / 64
+    assert ((counts - expected) ** 2 / expected).sum() < 110  # as below
+    assert np.abs(np.corrcoef(u, rowvar=False) - np.eye(4)).max() < 0.03 and abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.03
+
+
+def test_torch_keys_are_traced_without_a_graph_break() -> None:
+    views, ids = torch.arange(5), torch.arange(5) + 2**40
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda views, ids: keyed.torch_uniforms(keyed.torch_keys(-7, views, ids, Stream.PATCHES), 3), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(views, ids), keyed.torch_uniforms(keyed.torch_keys(-7, views, ids, Stream.PATCHES), 3))
+
+
 @given(seed=WORDS, view=WORDS, sample=WORDS)
 def test_every_part_of_the_address_counts(seed: int, view: int, sample: int) -> None:
     def key(seed: int, view: int, sample: int, stream: Stream) -> int:

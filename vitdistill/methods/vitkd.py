@@ -77,8 +77,8 @@ class ViTKDAdapter(nn.Module):
 
 def mimicking_loss(
     adapter: ViTKDAdapter,
-    student: Sequence[Float[Tensor, "B K Ds"]],
-    teacher: Sequence[Float[Tensor, "B K Dt"]],
+    student: Sequence[Float[Tensor, "B _ _"]],
+    teacher: Sequence[Float[Tensor, "B _ _"]],
     seen: float = 1.0,
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Float[Tensor, ""]:
