@@ -28,6 +28,10 @@ import torch
 
 torch.set_num_threads(1)
 
+# Autograd counts the devices at the first backward of a process, and forks nothing with gradients afterwards if there are any.
+# FakeTensorMode (torch.compile) pretends that there is one: tests fork, so the first backward comes before any of it.
+torch.ones(1, requires_grad=True).sum().backward()
+
 # Same examples in every run, so that a red test is red for everybody. `--hypothesis-profile=thorough` looks further.
 hypothesis.settings.register_profile("default", derandomize=True, database=None, deadline=None, max_examples=20)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)

@@ -197,6 +197,8 @@ IDLE = [
     (["train", "small_images_kd", "--img-size", "64", "--set", "student.model_args={}"], "student.model_args.img_size is set twice"),
     (["train", "kd", "--without", "selector"], "no such part, only ce, kd, teacher"),
     (["train", "kd", "--with", "kd"], "has an objective of that name already"),
+    (["train", "kd", "--with", "kd:cnn", "kd:cnn"], "--with kd:cnn: the recipe has an objective of that name already"),
+    (["train", "kd", "--with", "ce:cnn"], "--with ce:cnn: ce reads no teacher"),
     (["explain", "kd", "--device", "cpu"], "only --time runs anything on a device"),
     (["explain", "kd", "--time", "--recipe-yaml"], "give one of them"),
 ]
@@ -241,6 +243,12 @@ WRONG = [
     (["explain", "alone", "--img-size", "-16"], "-16"),
     (["explain", "kd", "--without", "kd", "--teacher-model", "vit_tiny_patch16_224"], "no objective reads the teacher 'teacher'"),
     (["explain", "alone", "--with", "maskedkd"], "no teacher runs"),
+    (["explain", "kd", "--with", "kdd:cnn"], "there is no method 'kdd': did you mean 'kd'"),
+    (["explain", "kd", "--teacher-model", "vit_tiny_patch16_224", "--with", "kd:cnn"], "the cnn has no model"),
+    (
+        ["explain", "kd", "--teacher-model", "vit_tiny_patch16_224", "--with", "maskedkd:vit"],
+        "MaskedKD is to choose for a teacher named 'vit', but the teachers are teacher",
+    ),
     (["explain", "alone", "--without", "ce"], "there is no objective"),
     (["export", "nowhere", "--output", "x"], "there is no run or export folder nowhere"),
     (["export", "runs/teacher"], "nothing to write: give --output FOLDER"),
@@ -571,6 +579,22 @@ def test_a_teacher_comes_and_goes_with_its_objective(here: Path, capsys: pytest.
     assert "1 x kd:" in capsys.readouterr().out
     assert main(["explain", "small_images_kd", "--without", "kd", "teacher"]) == 0
     assert "plain training" in capsys.readouterr().out
+
+
+def test_a_method_reads_the_teacher_it_is_given(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["explain", "small_images_kd", "--teacher-model", "runs/teacher", "--set", VIT, "teachers.cnn.model=resnet10t"]
+    words += ["teachers.cnn.model_args={channels: [8, 8, 16, 16]}", "objectives.kd_cnn.weight=0.25"]
+    words += ["--with", "kd:cnn", "maskedkd:teacher"]
+    assert main([*words, "--recipe-yaml"]) == 0
+    (here / "both.yaml").write_text(capsys.readouterr().out)
+    recipe = load_recipe(here / "both.yaml")
+    assert list(recipe.teachers) == ["teacher", "cnn"] and list(recipe.objectives)[-1] == "kd_cnn"
+    assert (recipe.objectives["kd_cnn"].teacher, recipe.objectives["kd_cnn"].weight) == ("cnn", 0.25)  # type: ignore[attr-defined]
+    assert recipe.objectives["kd"].teacher == "teacher"  # type: ignore[attr-defined]
+    assert recipe.selector is not None and recipe.selector.teachers == ("teacher",)
+    assert main([*words, "--data-dir", "photos", "--batch-size", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "teacher, runs/teacher: 8 of 16 patches" in printed and "cnn, resnet10t: records logits" in printed
 
 
 def test_explaining_reads_no_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,7 +209,7 @@ def counted(
     student: nn.Module | None = None,
     teacher: nn.Module | None = None,
 ) -> Cost:
-    student, teacher = student or small(), teacher or small(embed_dim=96)
+    student, teacher = student or small(depth=3), teacher or small(depth=3, embed_dim=96)
     plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, objectives, selector)
     return cost_of(plan, student, {"teacher": teacher})
 
@@ -249,9 +249,9 @@ def test_the_cost_of_vitkd_by_hand(objective: ViTKD, selector: TokenSelector | N
 
 
 def test_equal_widths_cost_no_projection_and_unequal_grids_no_flops() -> None:
-    same = counted({"vitkd": ViTKD()}, teacher=small())
+    same = counted({"vitkd": ViTKD()}, teacher=small(depth=3))
     assert same.objectives["vitkd"] == generator(width=48) and same.adapters["vitkd"] == 48 + 2 * (9 * 48**2 + 48)
-    coarse = counted({"vitkd": ViTKD()}, student=small(patch_size=8))
+    coarse = counted({"vitkd": ViTKD()}, student=small(depth=3, patch_size=8))
     assert coarse.objectives["vitkd"] == 3 * projections(64) + generator()  # projected where the teacher has its patches
 
 
@@ -271,27 +271,23 @@ def test_features_cost_what_a_whole_training_step_costs() -> None:
     cost = counted({"vitkd": ViTKD()})
     assert cost.student == cost.student_plain - 6 * 48 * 10
     early = counted({"vitkd": ViTKD(high_weight=0.0)})
-    assert early.student < 0.6 * cost.student and early.teachers["teacher"] < 0.6 * cost.teachers["teacher"]
+    assert early.student < 0.75 * cost.student and early.teachers["teacher"] < 0.75 * cost.teachers["teacher"]
 
 
-@pytest.mark.parametrize("objectives", [{"ce": CrossEntropy()}, {"ce": CrossEntropy(), "kd": SoftKD()}], ids=["alone", "kd"])
-def test_what_is_kept_for_the_backward_pass_grows_with_what_is_computed(objectives: dict[str, Objective]) -> None:
-    student, teacher = small(), small(embed_dim=96)
-    networks = of(student, "student"), {"teacher": of(teacher, "teacher")} if "kd" in objectives else {}
-    models = {"teacher": teacher} if "kd" in objectives else {}
-    alone = cost_of(make_plan(*networks, objectives), student, models)
-    assert 0 < alone.activations <= alone.activations_plain
-    more = counted({**objectives, "vitkd": ViTKD()})
-    assert more.activations > alone.activations and more.activations_plain == alone.activations_plain
-    # At least the inputs of three projections and two convolutions, in float32.
-    assert more.activations - alone.activations > 4 * 64 * (48 + 2 * 96)
-    deep = small(depth=8)
-    plan = make_plan(of(deep, "student"), {}, {"ce": CrossEntropy()})
-    assert 1.7 < cost_of(plan, deep, {}).activations_plain / alone.activations_plain < 2.05
+def test_what_is_kept_for_the_backward_pass_grows_with_what_is_computed() -> None:
+    kd = counted({"ce": CrossEntropy(), "kd": SoftKD()})
+    assert 0 < kd.activations < kd.activations_plain  # the class token alone goes through the last MLP
+    more = counted({"ce": CrossEntropy(), "kd": SoftKD(), "vitkd": ViTKD()})
+    assert more.activations_plain == kd.activations_plain
+    # At least the whole last block's tokens, and the inputs of a projection and two convolutions, in float32.
+    assert more.activations - kd.activations > 4 * 64 * (4 * 48 + 48 + 2 * 96)
+    deep = small(depth=6)
+    alone = cost_of(make_plan(of(deep, "student"), {}, {"ce": CrossEntropy()}), deep, {})
+    assert 1.7 < alone.activations_plain / kd.activations_plain < 2.05
 
 
 def test_a_teacher_keeps_nothing_for_the_backward_pass() -> None:
-    costs = [counted({"ce": CrossEntropy(), "kd": SoftKD()}, teacher=small(depth=depth)) for depth in (1, 8)]
+    costs = [counted({"ce": CrossEntropy(), "kd": SoftKD()}, teacher=small(depth=depth)) for depth in (1, 4)]
     assert costs[0].activations == costs[1].activations
 
 

@@ -17,7 +17,7 @@ from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
 from vitdistill.distill import Distillation
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network, TokenSelector
+from vitdistill.method import Network, TokenSelector, WeightSchedule
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
 from vitdistill.methods.vitkd import ViTKD, ViTKDAdapter, generation_loss, mimicking_loss, vitkd_loss
 from vitdistill.plan import make_plan
@@ -612,3 +612,14 @@ def test_autocast_keeps_the_loss_in_float32(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype):
             rough = pair.loss()
     assert rough.dtype is torch.float32 and rough.item() == pytest.approx(exact.item(), rel=2e-2)
+
+
+@torch.no_grad()
+def test_its_weight_follows_the_progress_of_the_run() -> None:
+    schedule = WeightSchedule(to=6.0, begin=0.25, end=0.75)
+    plain, pair = Pair("plain", "plain"), Pair("plain", "plain", ViTKD(weight=2.0, schedule=schedule))
+    pair.module.adapters = plain.module.adapters
+    loss = plain.loss().item()
+    for progress, weight in ((0.0, 2.0), (0.25, 2.0), (0.5, 4.0), (0.75, 6.0), (1.0, 6.0)):
+        losses = pair.module(pair.batch, {"teacher": pair.teacher}, progress)
+        assert losses["vitkd"].item() == losses["loss"].item() == pytest.approx(weight * loss, rel=1e-5)

@@ -22,8 +22,9 @@ from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import open_source
 from vitdistill.data.views import InputSpec
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
-from vitdistill.method import Objective
+from vitdistill.method import Objective, WeightSchedule
 from vitdistill.methods.kd import HardKD, SoftKD
+from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipe import TeacherConfig, dump_recipe, replace_fields
 from vitdistill.train import checkpoint
 from vitdistill.train.distributed import World
@@ -627,3 +628,76 @@ def test_dropout_draws_other_numbers_every_time_and_does_not_ask_the_caller(tmp_
     first = masks(1, "first")
     assert len(set(first)) == len(first) == 12
     assert masks(2, "second") == first
+
+
+# -- features, weights that change ------------------------------------------------------------------------------------
+
+
+def test_weights_follow_their_schedule_also_after_a_resume(tmp_path, taught, tools):
+    """Cross-entropy fades, ViTKD sets in; the masks of its generator are random too."""
+    base = taught()
+    schedules = {
+        "objectives.ce.schedule": {"to": 0.0, "begin": 0.2, "end": 0.9, "shape": "cosine"},
+        "objectives.kd.schedule": {"to": 2.0, "begin": 0.5, "end": 0.5},
+    }
+    vitkd = ViTKD(weight=0, schedule=WeightSchedule(to=1.0), reduction="mean")
+    recipe = replace_fields(type(base)(**{**vars(base), "objectives": {**base.objectives, "vitkd": vitkd}}), schedules)
+    seen = []
+
+    def watch(job):
+        job.distillation.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]) if module.training else None)
+
+    tools.run(recipe, tmp_path / "whole", prepared=watch)
+    assert seen == [step / 9 for step in range(9) for _ in range(2)]  # two micro-batches a step
+    for step in (1, 4, 8):
+        folder = unfinished(tmp_path / "whole", tmp_path / f"from {step}", step)
+        tools.run(recipe, folder)
+        assert tools.result(folder) == tools.result(tmp_path / "whole")
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    ce, kd, vitkd = ({r["step"]: r[name] for r in records if r["kind"] == "train"} for name in ("ce", "kd", "vitkd"))
+    assert ce[9] < 0.1 * ce[2] and vitkd[9] > vitkd[2] > 0
+    assert kd[6] > 1.5 * kd[4]  # four times the weight from step 5 on, after which 4 of 9 are done
+    with pytest.raises(ConfigError, match=r"another recipe \(objectives\.kd\.schedule\.to is 1\.0 here and 2\.0 there"):
+        tools.run(replace_fields(recipe, {"objectives.kd.schedule.to": 1.0}), tmp_path / "whole")
+
+
+def test_a_teacher_of_other_classes_teaches_features(tmp_path, taught, tools):
+    other = tools.write_images(tmp_path / "other")
+    for split in ("train", "val"):
+        for name in ("ant", "bee", "cat"):
+            (other / split / name).rename(other / split / f"other {name}")
+    base = taught()
+    alone = type(base)(**{**vars(base), "teachers": {}, "objectives": {"ce": base.objectives["ce"]}, "selector": None})
+    tools.run(replace_fields(alone, {"data.dir": str(other)}), tmp_path / "teacher")
+    recipe = taught(**{"teachers.teacher.model": str(tmp_path / "teacher" / "last")})
+    with pytest.raises(ConfigError, match="does not know 3 of the data set's 3 classes"):
+        tools.run(recipe, tmp_path / "run")
+    said = []
+    recipe = type(recipe)(**{**vars(recipe), "objectives": {"ce": recipe.objectives["ce"], "vitkd": ViTKD(reduction="mean")}})
+    summary = tools.run(recipe, tmp_path / "run", said)
+    assert summary["scores"]["top1"] > 0
+    assert any(line.startswith("teacher: ") and line.endswith("only its features are read") for line in said)
+    assert "teacher: its features are finite and differ from image to image" in said
+
+
+def test_a_student_of_features_alone_has_no_classifier_and_no_accuracy(tmp_path, taught, tools):
+    base = taught()
+    recipe = type(base)(**{**vars(base), "objectives": {"vitkd": ViTKD(reduction="mean")}})
+    said = []
+    summary = tools.run(recipe, tmp_path / "run", said)
+    assert "no objective trains the student's classifier: it is built without one, and no accuracy is measured" in said
+    assert not any("no gradient reaches" in line for line in said)
+    assert summary["best_top1"] is None and summary["scores"] == {}
+    assert '"kind": "eval"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    first, last = tools.result_losses(tmp_path / "run")
+    assert last < first
+    model = create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
+    assert model.num_classes == 0 and model(torch.zeros(1, 3, 16, 16)).shape == (1, 24)
+    tensors, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 4))
+    assert "distillation.adapters.vitkd.mask_token" in tensors and not any("student.head" in key for key in tensors)
+    folder = unfinished(tmp_path / "run", tmp_path / "again", 4)
+    tools.run(recipe, folder)
+    again, _ = checkpoint.load(checkpoint.latest(folder))
+    whole, _ = checkpoint.load(checkpoint.latest(tmp_path / "run"))
+    assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -12,15 +12,20 @@ from safetensors.torch import load_file, save_file
 from timm.models import create_model
 
 from vitdistill import weights
-from vitdistill.build import build_teacher
+from vitdistill.build import build_teacher, reads_logits, trains_classifier
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import open_source
 from vitdistill.errors import ConfigError, NonFiniteError
 from vitdistill.export import export_timm
+from vitdistill.method import Network
+from vitdistill.methods.cross_entropy import CrossEntropy
+from vitdistill.methods.kd import SoftKD
+from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipe import TeacherConfig
 from vitdistill.teacher import match_classes
 from vitdistill.train.distributed import World
-from vitdistill.train.preflight import best_order, chance_accuracy, chance_level, prove_teacher
+from vitdistill.train.preflight import best_order, chance_accuracy, chance_level, prove_features, prove_teacher
+from vitdistill.vit import Needs
 
 CLASSES = ("ant", "bee", "cat")
 HERE = World(0, 1, torch.device("cpu"))
@@ -101,6 +106,81 @@ def test_a_refusal_changes_no_file(tmp_path, taught, teacher, images, tools):
     with pytest.raises(ConfigError, match=r"would have random weights: give --teacher-path FILE"):
         tools.run(taught(**{"teachers.teacher.model": "vit_tiny_patch16_224"}), tmp_path / "run")
     assert tools.tree(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+NEEDS = Needs(hidden=frozenset({0}), features=True)
+
+
+def prove_its_features(folder, images, needs=NEEDS):
+    """The proof of what is recorded of the teacher in ``folder``, whatever its classes."""
+    spec = _spec(folder)
+    teacher, match = build_teacher(TeacherConfig(model=str(folder)), "teacher", CLASSES, spec, "cpu", {"vitkd": ViTKD()})
+    assert match.index is None and match.remark == "only its features are read"
+    prove_features(teacher, needs, EvalLoader(open_source(str(images), "val"), spec, batch_size=8), HERE)
+
+
+def test_features_need_no_classes(tmp_path, teacher, images):
+    prove_its_features(teacher / "last", images)
+    prove_its_features(changed(teacher, tmp_path / "other", classes=("dog", "eel", "fox")), images)
+    prove_its_features(changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset")), images)
+
+    def behead(model):
+        model.head, model.num_classes = torch.nn.Identity(), 0
+
+    folder = tmp_path / "headless"
+    model = create_model(f"local-dir:{teacher / 'last'}", pretrained=True).eval()
+    behead(model)
+    args = json.loads((teacher / "last" / "config.json").read_text())
+    spec = _spec(teacher / "last")
+    export_timm(model, folder, architecture=args["architecture"], model_args=args["model_args"], classes=None, input_spec=spec)
+    prove_its_features(folder, images)
+    with pytest.raises(ConfigError, match="answers with 0 classes and the data set has 3"):
+        build_teacher(TeacherConfig(model=str(folder)), "teacher", CLASSES, spec, "cpu", {"kd": SoftKD()})
+
+
+def test_a_teacher_of_other_classes_is_refused_as_soon_as_its_logits_are_read(tmp_path, teacher):
+    folder = changed(teacher, tmp_path / "other", classes=("dog", "eel", "fox"))
+    config, spec = TeacherConfig(model=str(folder)), _spec(folder)
+    for objectives in (None, {"kd": SoftKD()}, {"vitkd": ViTKD(), "kd": SoftKD()}):
+        with pytest.raises(ConfigError, match="does not know 3 of the data set's 3 classes"):
+            build_teacher(config, "teacher", CLASSES, spec, "cpu", objectives)
+    for objectives in ({"vitkd": ViTKD()}, {"vitkd": ViTKD(), "kd": SoftKD(teacher="another")}):
+        assert build_teacher(config, "teacher", CLASSES, spec, "cpu", objectives)[0].class_index is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_no_numbers_are_refused(tmp_path, teacher, images, value):
+    folder = shutil.copytree(teacher / "last", tmp_path / "broken")
+    state = load_file(folder / "model.safetensors")
+    state["blocks.0.mlp.fc2.bias"][1] = value
+    save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vitdistill"]
+    (folder / "config.json").write_text(json.dumps(config))
+    sentence = r"the teacher .* gives NaN or infinity on validation images: check its weights"
+    for needs in (NEEDS, Needs(hidden=frozenset({0})), Needs(features=True), Needs(qkv=frozenset({1})), Needs(attention=frozenset({1}))):
+        with pytest.raises(NonFiniteError, match=sentence):
+            prove_its_features(folder, images, needs)
+    prove_its_features(folder, images, Needs(qkv=frozenset({0})))  # what is broken is not read
+
+
+def test_features_that_are_the_same_for_every_image_are_refused(tmp_path, teacher, images):
+    folder = changed(teacher, tmp_path / "blind", lambda model: model.patch_embed.proj.weight.zero_())
+    for needs in (NEEDS, Needs(qkv=frozenset({0}))):
+        with pytest.raises(ConfigError, match=r"the teacher .* gives the same features for every image: its weights are not loaded"):
+            prove_its_features(folder, images, needs)
+
+
+def test_who_reads_logits_and_who_trains_a_classifier():
+    student = Network("student", "tiny", (16, 16), 2, 24, 3, 5, grid=(4, 4), walks=True, attention_source="class", dims=(24, 24))
+    one, two = (Network(name, "big", (16, 16), 2, 24, 9, 5, walks=True, dims=(24, 24)) for name in ("one", "two"))
+    objectives = {"a": ViTKD(teacher="one"), "b": SoftKD(teacher="two"), "ce": CrossEntropy()}
+    assert not reads_logits(objectives, one) and reads_logits(objectives, two)
+    assert trains_classifier(objectives, student)
+    assert trains_classifier({"ce": CrossEntropy()}, student) and trains_classifier({"b": SoftKD()}, student)
+    assert not trains_classifier({"a": ViTKD()}, student) and not reads_logits({"ce": CrossEntropy()}, one)
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
