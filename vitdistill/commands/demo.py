@@ -27,7 +27,7 @@ from ..vit import Needs, run_vit
 from .flags import TEXT, about, parse_flags, wrap
 
 NUM_VALIDATION = 360
-KEEP_RATES = (0.75, 0.5, 0.25)
+KEEP_RATES = (0.75, 0.5)
 
 
 @dataclass
