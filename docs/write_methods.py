@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from vitdistill import cost
-from vitdistill.method import Network, Objective, TeacherObjective, TokenSelector, WeightSchedule
+from vitdistill.method import Masking, Network, Objective, TeacherObjective, TokenSelector, WeightSchedule
 from vitdistill.methods import METHODS, method_class
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
@@ -30,17 +30,19 @@ PAGE = Path(__file__).with_name("methods.md")
 STUDENT, TEACHER = "deit_tiny_patch16_224", "deit_small_patch16_224"
 SIZE = (224, 224)
 RATES = (0.5, 0.25)
+MASK_RATES = (0.75, 0.9)
 ADAMW = 16  # bytes a trained parameter: weight, gradient and two moments
-COMMON = (Objective, TeacherObjective, TokenSelector)
-Method = type[Objective] | type[TokenSelector]
+COMMON = (Objective, TeacherObjective, TokenSelector, Masking)
+Method = type[Objective] | type[TokenSelector] | type[Masking]
 
 INTRO = """# Methods
 
 <!-- Written by `make docs` (docs/write_methods.py) from the code: do not edit. -->
 
 What a run learns from and what that costs are chosen apart. **Objectives** are losses: any number of them add up, each with its weight. A
-**patch selector**, one at most, decides which patches of each image a teacher sees. Any objective goes with any selector, and the tables
-below say what each is for and what it costs.
+**patch selector**, one at most, decides which patches of each image a teacher sees. A **masking** in its place hides patches from the
+student too, for pre-training without labels. Any objective goes with any of them, but where the plan says no in one sentence, and the
+tables below say what each is for and what it costs.
 
 ```
 # add objectives to a recipe; a selector takes the place of the recipe's own
@@ -61,7 +63,8 @@ Each line prints what a run will compute and cost with the networks it names. `v
 change what is learned, and small micro-batches make it weak. All other losses are means over images, whatever shares a batch.
 
 The numbers are for one pair, DeiT-Ti from DeiT-S (`{student}` from `{teacher}`, {size} pixels, {classes} classes), in
-float32, with each method's defaults. An objective is counted beside `ce`, a selector with `ce` and `kd`.
+float32, with each method's defaults. An objective is counted beside `ce`, one of masked pre-training beside the methods its paragraph
+names, a selector with `ce` and `kd`, a masking with `mae` and `dmae`.
 
 - **teacher**: FLOPs of its forward pass, in percent of a whole pass ({teacher_flops} an image). Without a selector too it can be less than
   100 %: no block runs that nobody reads from, and the last one computes only the tokens that are read.
@@ -80,14 +83,18 @@ class Pair:
     student: Network
     teacher: Network
 
-    def plan(self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None) -> Plan:
-        """The plan of these methods."""
-        reads = any(isinstance(objective, TeacherObjective) for objective in objectives.values())
-        return make_plan(self.student, {"teacher": self.teacher} if reads else {}, objectives, selector)
+    def plan(self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None, masking: Masking | None = None) -> Plan:
+        """The plan of these methods; a teacher whose logits nobody reads is one without a classifier."""
+        reading = [objective for objective in objectives.values() if isinstance(objective, TeacherObjective)]
+        headless = not any(objective.teacher_needs(self.teacher).logits for objective in reading)
+        teacher = replace(self.teacher, num_classes=0) if headless else self.teacher
+        return make_plan(self.student, {"teacher": teacher} if reading else {}, objectives, selector, masking)
 
-    def count(self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None) -> cost.Cost:
+    def count(
+        self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None, masking: Masking | None = None
+    ) -> cost.Cost:
         """What these methods cost together."""
-        plan = self.plan(objectives, selector)
+        plan = self.plan(objectives, selector, masking)
         with counting_once():
             return cost.cost_of(plan, self.models["student"], {name: self.models[name] for name in plan.teachers})
 
@@ -168,10 +175,24 @@ def name_cell(name: str, couples: bool = False) -> str:
 # --- one method ------------------------------------------------------------------------------------------------------------------
 
 
+def beside(name: str, cls: type[Objective]) -> tuple[dict[str, Objective], Masking | None]:
+    """An objective with what it is counted beside: the labels, or the methods it goes with."""
+    objectives: dict[str, Objective] = {} if cls.goes_with else {"ce": CrossEntropy()}
+    masking = None
+    for other in cls.goes_with:
+        method = method_class(other)()
+        if isinstance(method, Objective):
+            objectives[other] = method
+        else:
+            masking = cast(Masking, method)
+    return {**objectives, name: cls()}, masking
+
+
 def objective_row(name: str, cls: type[Objective]) -> list[str]:
     """The row of an objective, counted beside the labels."""
     pair, objective = the_pair(), cls()
-    found = labels_alone() if cls is CrossEntropy else pair.count({"ce": CrossEntropy(), name: objective})
+    objectives, masking = beside(name, cls)
+    found = labels_alone() if cls is CrossEntropy else pair.count(objectives, masking=masking)
     its = found.teachers.get("teacher", 0)
     labels = ("labels",) if objective.reads_labels else ()
     added, adapter = found.activations - labels_alone().activations, found.adapters.get(name, 0)
@@ -183,7 +204,8 @@ def objective_row(name: str, cls: type[Objective]) -> list[str]:
         percent(its, found.teachers_plain["teacher"]) if its else "none",
         amount(found.objectives[name], "FLOPs"),
         percent(found.step, plain_kd()),
-        amount(added, "B", "+") + (f", adapter {amount(ADAMW * adapter, 'B')}" if adapter else ""),
+        (amount(added, "B", "+") if added >= 0 else amount(-added, "B", "-"))
+        + (f", adapter {amount(ADAMW * adapter, 'B')}" if adapter else ""),
         prose(objective.use_when),
     ]
 
@@ -205,12 +227,28 @@ def selector_row(name: str, cls: type[TokenSelector]) -> list[str]:
     ]
 
 
+def masking_row(name: str, cls: type[Masking]) -> list[str]:
+    """The row of a masking, at each of `MASK_RATES`."""
+    objectives = {other: cast(Objective, method_class(other)()) for other in ("mae", "dmae")}
+    counts = [the_pair().count(objectives, masking=cls(mask_rate=rate)) for rate in MASK_RATES]  # type: ignore[call-arg]
+    return [
+        name_cell(name),
+        cls.paper,
+        " / ".join(percent(found.student, found.student_plain) for found in counts),
+        " / ".join(percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts),
+        " / ".join(percent(found.step, plain_kd()) for found in counts),
+        prose(cls.use_when),
+    ]
+
+
 def paragraph(name: str, cls: Method) -> str:
     """A method's description, formula, and the fields it does not share with all others."""
     lines = [f"### `{name}`", "", "\n\n".join(prose(part) for part in description(cls))]
     if issubclass(cls, Objective):
         lines += ["", f"Loss: `{cls.formula}`."]
-        note = the_pair().plan({"ce": CrossEntropy(), name: cls()}).notes.get(name)
+        objectives, masking = beside(name, cls)
+        lines[-1] += f" Goes with {' and '.join(name_cell(other) for other in cls.goes_with)}." if cls.goes_with else ""
+        note = the_pair().plan(objectives, masking=masking).notes.get(name)
         lines += ["", f"Of the pair above, `explain` says: {prose(note)}."] if note else []
     shared = {field.name for base in COMMON if issubclass(cls, base) for field in fields(base)}
     return "\n".join([*lines, "", *(field_list(cls, shared) or ["No fields of its own."])])
@@ -256,25 +294,31 @@ def meaning(cls: type, name: str) -> str:
 HEAD = ("method", "paper", "reads of the student", "reads of the teacher")
 
 
-def groups() -> tuple[list[str], list[str], list[str]]:
-    """The names of the methods: losses that read logits alone, losses that read more, selectors."""
+def groups() -> tuple[list[str], list[str], list[str], list[str], list[str]]:
+    """The names of the methods: losses that read logits alone, losses that read more, those of pre-training, selectors, maskings."""
     pair = the_pair()
     logits: list[str] = []
     features: list[str] = []
+    pretraining: list[str] = []
     selectors: list[str] = []
+    maskings: list[str] = []
     for name in METHODS:
         cls = method_class(name)
         if issubclass(cls, TokenSelector):
             selectors.append(name)
+        elif issubclass(cls, Masking):
+            maskings.append(name)
+        elif cls.goes_with:
+            pretraining.append(name)
         else:
             needs = cls().student_needs(pair.student) | cls().teacher_needs(pair.teacher)
             (features if replace(needs, logits=False) else logits).append(name)
-    return logits, features, selectors
+    return logits, features, pretraining, selectors, maskings
 
 
 def introduction() -> str:
     """What the page is about, and how its numbers are counted."""
-    pair, (logits, features, selectors) = the_pair(), groups()
+    pair, (logits, features, _, selectors, _) = the_pair(), groups()
     return INTRO.format(
         student=STUDENT,
         teacher=TEACHER,
@@ -302,11 +346,19 @@ def selector_table(heading: str, names: list[str]) -> str:
     return f"## {heading}\n\n{table([head, *(selector_row(name, cast(type[TokenSelector], method_class(name))) for name in names)])}\n"
 
 
+def masking_table(heading: str, names: list[str]) -> str:
+    """The section of maskings."""
+    rates = " / ".join(percent(round(rate * 100), 100) for rate in MASK_RATES)
+    head = ["method", "paper", f"student at {rates} masked", "teacher", "step", "use it"]
+    return f"## {heading}\n\n{table([head, *(masking_row(name, cast(type[Masking], method_class(name))) for name in names)])}\n"
+
+
 def one_by_one(heading: str) -> str:
     """What all methods have in common, and a paragraph on each."""
     parts = [
         f"## {heading}\n",
-        "Fields are set with `--set objectives.NAME.FIELD=VALUE` and `--set selector.FIELD=VALUE`, or in the recipe's YAML.\n",
+        "Fields are set with `--set objectives.NAME.FIELD=VALUE`, `--set selector.FIELD=VALUE` and `--set masking.FIELD=VALUE`, or in the "
+        "recipe's YAML.\n",
         "Every objective has:\n",
         *field_list(TeacherObjective),
         "\nA schedule has:\n",
@@ -320,12 +372,14 @@ def one_by_one(heading: str) -> str:
 
 def sections() -> list[Callable[[], str]]:
     """What the page is made of, in order; each is counted when it is called."""
-    logits, features, selectors = groups()
+    logits, features, pretraining, selectors, maskings = groups()
     return [
         introduction,
         partial(loss_table, "Logit losses", logits),
         partial(loss_table, "Feature losses", features),
+        partial(loss_table, "Losses of masked pre-training", pretraining),
         partial(selector_table, "Patch selectors", selectors),
+        partial(masking_table, "Maskings", maskings),
         partial(one_by_one, "One by one"),
     ]
 

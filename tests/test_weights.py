@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import random
+import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ import torch
 
 from vitdistill import weights
 from vitdistill.errors import ConfigError, DataError, UserError
+from vitdistill.export import export_timm
+from vitdistill.models.mae import MaskedAutoencoder
+from vitdistill.vit import Needs, run_vit
 from vitdistill.weights import class_names, create_model, load_state_dict, load_weights
 
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}
@@ -155,6 +160,261 @@ def test_position_embeddings_of_another_size_go_through_timms_converter(tmp_path
     assert "converter" in caplog.text
     assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
     assert large.pos_embed.shape == (1, 65, 24)
+
+
+# -- masked autoencoders, and other files without a classifier ----------------------------------------------------------
+
+ENCODER = 4 + 2 * 12 + 2  # class token, positions, patch projection; 12 a block; the final norm
+DECODER = 2 + 2 + 12 + 2 + 2
+
+
+def mae(seed: int = 0, **changes) -> MaskedAutoencoder:
+    """An autoencoder whose encoder is `tiny`'s, with nothing at its initial value, so that no tensor can stand in for another."""
+    torch.manual_seed(seed)
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 24, "depth": 2, "num_heads": 2}
+    model = MaskedAutoencoder(**{**sizes, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def encoder_of(model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(("decoder_", "mask_token"))}
+
+
+def hugging_face(state: dict[str, torch.Tensor], base: str) -> dict[str, torch.Tensor]:
+    """The same tensors under the names of transformers' ViTMAE."""
+    names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
+    names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    whole = {
+        "cls_token": f"{base}embeddings.cls_token",
+        "pos_embed": f"{base}embeddings.position_embeddings",
+        "patch_embed.proj.weight": f"{base}embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": f"{base}embeddings.patch_embeddings.projection.bias",
+        "norm.weight": f"{base}layernorm.weight",
+        "norm.bias": f"{base}layernorm.bias",
+    }
+    renamed = {}
+    for key, value in state.items():
+        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", key)
+        if block is None:
+            renamed[whole.get(key, f"decoder.{key}")] = value
+            continue
+        layers = f"decoder.decoder_layers.{block[2]}" if block[1] else f"{base}encoder.layer.{block[2]}"
+        if block[3] == "attn.qkv":
+            for part, tensor in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[f"{layers}.attention.attention.{part}.{block[4]}"] = tensor.clone()
+        else:
+            renamed[f"{layers}.{names[block[3]]}.{block[4]}"] = value
+    return renamed
+
+
+def write(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    path.write_bytes(safetensors.torch.save(state) if path.suffix == ".safetensors" else torch_bytes({"model": state}))
+    return path
+
+
+@torch.no_grad()
+def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    recorded = run_vit(model.eval(), images, Needs(features=True)).features
+    assert recorded is not None
+    return recorded
+
+
+KINDS = ("encoder", "full", "hf-full", "hf-encoder", "hf-model")
+
+
+def file_of(kind: str, model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
+    state = model.state_dict() if kind.endswith("full") else encoder_of(model)
+    if kind.startswith("hf"):
+        state = hugging_face(state, "" if kind == "hf-model" else "vit.")
+    return state
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_from_any_mae_checkpoint_has_its_features(tmp_path, caplog, kind, suffix):
+    source = mae(1)
+    path = write(tmp_path / f"mae{suffix}", file_of(kind, source))
+    teacher = create_model(NAME, checkpoint=path, **TINY)
+    images = torch.randn(2, 3, 32, 32)
+    assert teacher.num_classes == 0 and equal(teacher.state_dict(), encoder_of(source))
+    assert torch.equal(features(teacher, images), source.forward_features(images))
+    said = f"{path}: MAE checkpoint with decoder (visualisation or full); {ENCODER} encoder tensors are used, {DECODER} of the decoder"
+    assert [said in message for message in caplog.messages] == [True] * kind.endswith("full")
+    asked = create_model(NAME, num_classes=0, checkpoint=path, **TINY)
+    assert equal(asked.state_dict(), teacher.state_dict())
+    plain = tiny(2, num_classes=0)
+    load_weights(plain, path)
+    assert equal(plain.state_dict(), teacher.state_dict())
+
+
+def test_the_projections_of_dmae_are_left_with_the_decoder(tmp_path, caplog):
+    source = mae(1)
+    state = {**source.state_dict(), "aligned_feature_projection_heads.0.weight": torch.ones(2, 2)}
+    teacher = create_model(NAME, checkpoint=write(tmp_path / "dmae.pth", state), **TINY)
+    assert equal(teacher.state_dict(), encoder_of(source)) and f"{DECODER + 1} of the decoder" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["full", "hf-full"])
+@torch.no_grad()
+def test_an_autoencoder_takes_its_decoder_too(tmp_path, caplog, kind):
+    source, model = mae(1), mae(2)
+    load_weights(model, write(tmp_path / "mae.pth", file_of(kind, source)))
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    assert equal(model.state_dict(), source.state_dict()) and not caplog.messages
+    assert torch.equal(model(images, noise)[0], source(images, noise)[0])
+    with pytest.raises(DataError, match=rf"{DECODER} keys missing \(mask_token, decoder_pos_embed"):
+        load_weights(model, write(tmp_path / "encoder.pth", encoder_of(source)))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "hf-full"])
+def test_a_student_from_a_headless_file_has_a_fresh_head(tmp_path, caplog, kind):
+    source = mae(1)
+    path = write(tmp_path / "mae.pth", file_of(kind, source))
+    student = create_model(NAME, num_classes=7, checkpoint=path, **TINY)
+    state = student.state_dict()
+    assert state.keys() - encoder_of(source).keys() == {"head.weight", "head.bias"}
+    assert equal({key: state[key] for key in encoder_of(source)}, encoder_of(source))
+    assert state["head.weight"].shape == (7, 24) and state["head.weight"].std() > 0
+    assert f"{path} has no classifier: head.weight, head.bias start fresh." in caplog.messages
+    assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("num_classes", [None, 0, 7])
+def test_averaging_the_patches_leaves_the_final_norm_out(tmp_path, caplog, num_classes):
+    source = mae(1)
+    path = write(tmp_path / "mae.pth", source.state_dict())
+    student = create_model(NAME, num_classes=num_classes, checkpoint=path, global_pool="avg", **TINY)
+    state, encoder = student.state_dict(), encoder_of(source)
+    kept = {key: value for key, value in encoder.items() if not key.startswith("norm.")}
+    assert equal({key: state[key] for key in kept}, kept)
+    fresh = ["fc_norm.weight", "fc_norm.bias", *(["head.weight", "head.bias"] if num_classes else [])]
+    assert state.keys() - kept.keys() == set(fresh)
+    assert (state["fc_norm.weight"] == 1).all() and (state["fc_norm.bias"] == 0).all()
+    assert f"has no classifier: {', '.join(fresh)} start fresh; its final norm is not used" in caplog.text
+
+
+def test_a_fresh_head_is_only_for_who_asked_and_only_for_headless_files(tmp_path):
+    headless, whole = write(tmp_path / "mae.pth", encoder_of(mae(1))), write(tmp_path / "whole.pth", tiny(1).state_dict())
+    with pytest.raises(DataError, match=r"2 keys missing \(head.weight, head.bias\)"):
+        load_weights(tiny(), headless)
+    with pytest.raises(DataError, match=r"head.weight is 5x24 in the file and 7x24"):
+        create_model(NAME, num_classes=7, checkpoint=whole, **TINY)
+    with pytest.raises(DataError, match=r"2 keys unexpected \(head.weight, head.bias\)"):
+        create_model(NAME, num_classes=0, checkpoint=whole, **TINY)
+    pooled = write(tmp_path / "tuned.pth", tiny(1, global_pool="avg").state_dict())  # Meta's fine-tuned files are such
+    with pytest.raises(DataError, match=r"2 keys missing \(norm.weight, norm.bias\); 2 keys unexpected \(fc_norm.weight"):
+        create_model(NAME, checkpoint=pooled, **TINY)
+    with pytest.raises(DataError, match=r"2 keys missing \(fc_norm.weight, fc_norm.bias\); 2 keys unexpected \(norm.weight"):
+        create_model(NAME, checkpoint=whole, global_pool="avg", **TINY)
+    assert create_model(NAME, checkpoint=pooled, global_pool="avg", **TINY).num_classes == 5
+    without = {key: value for key, value in encoder_of(mae(1)).items() if key != "blocks.1.norm2.bias"}
+    with pytest.raises(DataError, match=r": 1 key missing \(blocks.1.norm2.bias\);"):
+        create_model(NAME, num_classes=7, checkpoint=write(tmp_path / "cut.pth", without), **TINY)
+
+
+def test_other_vits_are_refused_in_one_sentence(tmp_path):
+    decoder = {key: value for key, value in mae().state_dict().items() if key.startswith(("decoder_", "mask_token"))}
+    cases = {
+        "holds the decoder of a masked autoencoder and no encoder": decoder,
+        "holds the decoder of a masked autoencoder and no encoder;": hugging_face(decoder, "vit."),
+        "this checkpoint has 4 x 4 patches and the network 8 x 8": encoder_of(mae(image_size=16, patch_size=4)),
+        "this checkpoint has 8 x 4 patches and the network 8 x 8": hugging_face(mae(patch_size=(8, 4)).state_dict(), "vit."),
+        "this checkpoint is 32 wide and the network 24;": mae(dim=32).state_dict(),
+        "this checkpoint has 3 blocks and the network 2;": encoder_of(mae(depth=3)),
+        "this checkpoint is 12 wide and the network 24, it has 1 block and the network 2, it has 16 x 16 patches and the network 8 x 8": (
+            encoder_of(mae(dim=12, depth=1, patch_size=16))
+        ),
+        "is 12 wide and the network 24": tiny(embed_dim=12).state_dict(),
+        "holds nothing of vit_tiny_patch16_224: its tensors are called a, b, c, ...; use a file": {key: torch.ones(1) for key in "abcd"},
+    }
+    for sentence, state in cases.items():
+        for name in ("w.safetensors", "w.pth"):
+            path = write(tmp_path / name, state)
+            for options in ({}, {"num_classes": 3}):
+                with pytest.raises(DataError, match=re.escape(sentence)) as caught:
+                    create_model(NAME, checkpoint=path, **options, **TINY)
+                assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_positions_of_an_autoencoder_of_another_image_size_are_resampled(tmp_path, caplog):
+    source = mae(1)
+    path = write(tmp_path / "mae.pth", source.state_dict())
+    teacher = create_model(NAME, checkpoint=path, **{**TINY, "image_size": (48, 32)})
+    assert f"{path} is for another image size: its 17 positions were resampled to 25 by timm's converter." in caplog.messages
+    assert teacher.pos_embed.shape == (1, 25, 24) and torch.equal(teacher.pos_embed[:, 0], source.pos_embed[:, 0])
+    assert torch.equal(teacher.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    assert features(teacher, torch.randn(1, 3, 48, 32)).shape == (1, 25, 24)
+
+
+@dataclass(frozen=True)
+class Input:
+    image_size: tuple[int, int] = (32, 32)
+    mean: tuple[float, ...] = (0.5, 0.4, 0.3)
+    std: tuple[float, ...] = (0.2, 0.3, 0.4)
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+
+
+def exported(folder: Path, architecture: str = NAME, **changes) -> torch.nn.Module:
+    """What a pre-training writes: a network without classes."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, **changes}
+    model = create_model(architecture, num_classes=0, **sizes).eval()
+    export_timm(model, folder, architecture=architecture, model_args=sizes, classes=None, input_spec=Input())
+    return model
+
+
+@pytest.mark.parametrize("num_classes", [None, 0, 7])
+@pytest.mark.parametrize("pool", [None, "avg"])
+def test_a_folder_without_classes_starts_a_student(tmp_path, caplog, num_classes, pool):
+    source = exported(tmp_path / "pretrained").state_dict()
+    student = create_model(str(tmp_path / "pretrained"), num_classes=num_classes, global_pool=pool, drop_path=0.1)
+    kept = {key: value for key, value in source.items() if not (pool and key.startswith("norm."))}
+    state = student.state_dict()
+    fresh = (["fc_norm.weight", "fc_norm.bias"] if pool else []) + (["head.weight", "head.bias"] if num_classes else [])
+    assert state.keys() - kept.keys() == set(fresh) and equal({key: state[key] for key in kept}, kept)
+    assert student.num_classes == (num_classes or 0) and student.global_pool == (pool or "token")
+    assert (f"has no classifier: {', '.join(fresh)} start fresh" in caplog.text) == bool(fresh)
+    assert class_names(student) is None
+    torch.manual_seed(2)
+    again = create_model(str(tmp_path / "pretrained"), num_classes=num_classes, global_pool=pool, image_size=64)
+    assert again.pos_embed.shape == (1, 65, 24) and torch.equal(again.patch_embed.proj.weight, student.patch_embed.proj.weight)
+
+
+def test_a_distilled_folder_without_classes_has_both_heads_fresh(tmp_path, caplog):
+    source = exported(tmp_path / "pretrained", "deit_tiny_distilled_patch16_224").state_dict()
+    student = create_model(str(tmp_path / "pretrained"), num_classes=7)
+    assert student.head_dist.weight.shape == (7, 24) and equal({key: student.state_dict()[key] for key in source}, source)
+    assert "head.weight, head.bias, head_dist.weight, head_dist.bias start fresh" in caplog.text
+
+
+def test_a_folder_without_classes_but_with_its_own_mean_norm_keeps_it(tmp_path):
+    source = exported(tmp_path / "pretrained", global_pool="avg")
+    with torch.no_grad():
+        source.fc_norm.weight.fill_(3)
+    export_timm(
+        source,
+        tmp_path / "again",
+        architecture=NAME,
+        model_args={"patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, "global_pool": "avg"},
+        classes=None,
+        input_spec=Input(),
+    )
+    student = create_model(str(tmp_path / "again"), num_classes=7)
+    assert (student.fc_norm.weight == 3).all() and student.head.weight.shape == (7, 24)
+    with pytest.raises(DataError, match=r"keys missing \(norm.weight, norm.bias\); 2 keys unexpected \(fc_norm"):
+        create_model(str(tmp_path / "again"), num_classes=7, global_pool="token")
+
+
+def test_convolutional_folders_without_classes_get_a_head_from_timm(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("resnet18", num_classes=0).eval()
+    export_timm(model, tmp_path / "cnn", architecture="resnet18", model_args={}, classes=None, input_spec=Input())
+    student = create_model(str(tmp_path / "cnn"), num_classes=3)
+    assert student.fc.weight.shape == (3, 512) and torch.equal(student.conv1.weight, model.conv1.weight)
 
 
 # -- files that are not weights ---------------------------------------------------------------------------------------

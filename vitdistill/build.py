@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from timm.models import is_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from . import weights
 from .data.views import InputSpec
 from .errors import ConfigError
 from .method import Network, Objective, TeacherObjective
+from .models.mae import hold_positions, init_mae
 from .plan import Plan, make_plan
 from .recipe import Recipe, StudentConfig, TeacherConfig
 from .teacher import ClassMatch, Teacher, match_classes
@@ -28,8 +30,16 @@ class Built:
 
 
 def resolve_run(name: str) -> str:
-    """A run folder stands for its best weights, or its last where there was nothing to choose by; other names for themselves."""
+    """A run folder stands for its best weights, or its last where there was nothing to choose by; other names for themselves.
+
+    A folder of stages stands for the run of its last one.
+    """
     path = Path(name)
+    if (path / "stages.yaml").is_file():
+        from .stages import last_run
+
+        path = last_run(path)
+        name = str(path)
     if not (path / "recipe.yaml").is_file():
         return name
     for kind in ("best", "last"):
@@ -63,7 +73,15 @@ def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int |
 
 def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:
     """The student with a head for ``num_classes``; raises `ConfigError` or `DataError` with one sentence."""
-    return _create(config, "student", num_classes, with_weights, drop_path=config.drop_path or None)
+    built = _create(config, "student", num_classes, with_weights, drop_path=config.drop_path or None)
+    if config.init == "mae":
+        if not isinstance(built.model, VisionTransformer):
+            raise ConfigError(f"student.init is mae, which is for plain ViTs, and {config.model} is none: leave it out, or take another")
+        if config.checkpoint or config.pretrained or weights.carries_weights(resolve_run(config.model)):
+            hold_positions(built.model)
+        else:
+            init_mae(built.model)
+    return built
 
 
 def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
@@ -85,6 +103,18 @@ def reads_logits(objectives: Mapping[str, Objective], teacher: Network) -> bool:
     """Whether any objective compares with the prediction of this teacher."""
     readers = (o for o in objectives.values() if isinstance(o, TeacherObjective) and o.teacher == teacher.name)
     return any(objective.teacher_needs(teacher).logits for objective in readers)
+
+
+def blank_teacher(config: TeacherConfig, name: str, objectives: Mapping[str, Objective]) -> Built:
+    """A teacher's network without weights, as far as it can be known without them.
+
+    Whether it has a classifier is its file's to say: where no objective reads logits, one with a file is taken to have none.
+    """
+    built = build_teacher_model(config, name, with_weights=False)
+    if config.checkpoint and not reads_logits(objectives, built.network) and hasattr(built.model, "reset_classifier"):
+        built.model.reset_classifier(0)  # type: ignore[operator]
+        built = replace(built, network=Network.of(built.model, name, config.model, built.spec.image_size))
+    return built
 
 
 def build_teacher(
@@ -115,7 +145,7 @@ def build_teacher(
 
 def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -> Plan:
     """The plan of a recipe for these networks."""
-    return make_plan(student, teachers, recipe.objectives, recipe.selector)
+    return make_plan(student, teachers, recipe.objectives, recipe.selector, recipe.masking)
 
 
 def prefer_explicit_attention(model: nn.Module) -> None:

@@ -48,13 +48,17 @@ def training_flops(model: nn.Module, image_size: tuple[int, int], needs: Needs |
 def _count(model: nn.Module, image_size: tuple[int, int], needs: Needs | None, num_keep: int | None, backward: bool) -> int:
     model = _on_meta(model)
     images = torch.empty(2, 3, *image_size, device="meta")  # two: some batch norms refuse to train on one value a channel
-    keep = None if num_keep is None else torch.zeros(2, num_keep, dtype=torch.int64, device="meta")
+    keep = _blank_keep(num_keep)
     # With gradients in either case: without, torch's module tracker fails on a network that hands a parameter to a block (CaiT).
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         outputs = [model(images)] if needs is None else run_vit(model, images, needs, keep).tensors()
         if backward:
             torch.autograd.backward([t.sum() for t in outputs])
     return counter.get_total_flops() // 2
+
+
+def _blank_keep(num_keep: int | None) -> Tensor | None:
+    return None if num_keep is None else torch.zeros(2, num_keep, dtype=torch.int64, device="meta")
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -138,15 +142,15 @@ def _count_objectives(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.
         images, ids = torch.empty(2, 3, *plan.student.image_size), torch.zeros(2, dtype=torch.int64)
         batch = Batch(images, ids, ids, ids, 0)
         adapters = {
-            name: objective.adapter(plan.student, plan.teachers[objective.teacher])
+            name: objective.adapter(plan.student, plan.teachers[objective.teacher] if isinstance(objective, TeacherObjective) else None)
             for name, objective in plan.objectives.items()
-            if isinstance(objective, TeacherObjective)
         }
-        answers = {name: _answer(plan, name, model) for name, model in teachers.items()}
+        seen = _blank_keep(plan.student_keep)
+        answers = {name: _answer(plan, name, model, seen) for name, model in teachers.items()}
     counts, kept = {}, _Kept()
     with torch.enable_grad():
         with kept, FlopCounterMode(display=False) as counter:
-            output = run_vit(student, images, plan.student_needs)
+            output = run_vit(student, images, plan.student_needs, seen)
             torch.stack(_losses(plan, output, answers, batch, adapters)).sum().backward()
         total = counter.get_total_flops() // 2
         for name, objective in plan.objectives.items():
@@ -159,12 +163,12 @@ def _count_objectives(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.
     return counts, parameters, total, kept.bytes // 2
 
 
-def _answer(plan: Plan, name: str, model: nn.Module) -> ViTOutput:
-    """What a teacher would record, on the meta device, in the number of classes it answers for."""
+def _answer(plan: Plan, name: str, model: nn.Module, seen: Tensor | None) -> ViTOutput:
+    """What a teacher would record, on the meta device, in the number of classes it answers for; ``seen`` are the student's patches."""
     network, num_keep = plan.teachers[name], plan.num_keep[name]
-    keep = None if num_keep is None else torch.zeros(2, num_keep, dtype=torch.int64, device="meta")
     with torch.no_grad():
-        answer = run_vit(_on_meta(model), torch.empty(2, 3, *network.image_size, device="meta"), plan.live[name], keep)
+        answer = run_vit(_on_meta(model), torch.empty(2, 3, *network.image_size, device="meta"), plan.live[name], _blank_keep(num_keep))
+    answer = answer if seen is None else answer.first_patches(seen)
     return answer if answer.logits is None else replace(answer, logits=torch.empty(2, network.num_classes, device="meta"))
 
 
@@ -218,7 +222,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     """
     student = plan.student
     against = "plain distillation" if plan.teachers else "plain training"
-    computes = {"student": describe_needs(student, plan.student_needs, None)}
+    computes = {"student": describe_needs(student, plan.student_needs, plan.student_keep)}
     rows: list[tuple[str, ...]] = [
         ("an image", "parameters", "FLOPs", f"against {against}"),
         (
@@ -270,7 +274,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         total.append(("together", flops(cost.step * images), flops(cost.plain_kd * images)))
     lines += table(total)
     for name, teacher in plan.teachers.items():
-        if teacher.walks:
+        if teacher.walks and plan.live[name].logits:
             masked, whole = vit_macs(teacher, plan.num_keep[name]) * images, vit_macs(teacher) * images
             lines += ["", f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"]
             saved = f" against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})" if masked < whole else ""

@@ -28,10 +28,10 @@ class Distillation(nn.Module):
         self.plan = plan
         self.adapters = nn.ModuleDict()
         for name, objective in plan.objectives.items():
-            if isinstance(objective, TeacherObjective):
-                adapter = objective.adapter(plan.student, plan.teachers[objective.teacher])
-                if adapter is not None:
-                    self.adapters[name] = adapter
+            teacher = plan.teachers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+            adapter = objective.adapter(plan.student, teacher)
+            if adapter is not None:
+                self.adapters[name] = adapter
         self.run = run_vit
 
     def forward(self, batch: Batch, teachers: Mapping[str, Teacher], progress: float = 0.0) -> dict[str, Float[Tensor, ""]]:
@@ -53,13 +53,36 @@ class Distillation(nn.Module):
         return losses
 
     def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, dict[str, ViTOutput]]:
-        """What the student and each teacher record of a batch."""
+        """What the student and each teacher record of a batch; of a teacher that sees more patches, what it says of the student's."""
         plan = self.plan
-        student = self.run(self.student, batch.images, plan.student_needs)
-        answers = {
-            name: teacher(batch.images, plan.live[name], self.choose(name, teacher, batch, student)) for name, teacher in teachers.items()
-        }
+        order = self.mask(batch)
+        keep = None if order is None else order[:, : plan.student_keep]
+        student = self.run(self.student, batch.images, plan.student_needs, keep)
+        answers = {}
+        for name, teacher in teachers.items():
+            seen = self.choose(name, teacher, batch, student) if order is None else order[:, : plan.num_keep[name]]
+            answer = teacher(batch.images, plan.live[name], seen)
+            answers[name] = answer if keep is None else answer.first_patches(keep)
         return student, answers
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch, student: nn.Module | None = None) -> dict[str, Float[Tensor, "B 3 h w"]]:
+        """What the objectives have to show of a batch, the input first; empty if there is nothing. ``student``: in place of its own."""
+        order = self.mask(batch)
+        keep = None if order is None else order[:, : self.plan.student_keep]
+        output = run_vit(self.student if student is None else student, batch.images, self.plan.student_needs, keep)
+        shown: dict[str, Tensor] = {}
+        for name, objective in self.plan.objectives.items():
+            adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
+            shown |= {f"{name}: {what}": images for what, images in objective.pictures(output, batch, adapter).items()}
+        return {"input": batch.images, **shown} if shown else {}
+
+    @torch.no_grad()
+    def mask(self, batch: Batch) -> Int[Tensor, "B N"] | None:
+        """The student's patches, those to be seen first; None: nothing is hidden."""
+        if self.plan.masking is None:
+            return None
+        return self.plan.masking.order(batch.uniforms(self.plan.student.num_patches, keyed.Stream.PATCHES))
 
     @torch.no_grad()
     def choose(self, name: str, teacher: Teacher, batch: Batch, student: ViTOutput) -> Int[Tensor, "B K"] | None:

@@ -1,6 +1,6 @@
-"""The two things a distillation method is made of: an `Objective` (what supervision says) and a `TokenSelector` (what it costs).
+"""What a distillation method is made of: an `Objective` (what supervision says), and what it costs: a `Masking` or a `TokenSelector`.
 
-Both are frozen dataclasses whose fields are their configuration. They declare what they read, receive recorded outputs, and never call
+All are frozen dataclasses whose fields are their configuration. They declare what they read, receive recorded outputs, and never call
 a model: that is why any objective runs with any selector, live or from stored answers.
 """
 
@@ -93,8 +93,10 @@ class Network:
 
 
 class Labelled(Protocol):
-    """The ground truth of a batch; a mixed image has two labels, of weight ``lam`` and ``1 - lam``."""
+    """The images of a batch and their ground truth; a mixed image has two labels, of weight ``lam`` and ``1 - lam``."""
 
+    @property
+    def images(self) -> Float[Tensor, "B 3 h w"]: ...
     @property
     def labels(self) -> Int[Tensor, " B"]: ...
     @property
@@ -158,6 +160,9 @@ class Objective(ABC):
     reads_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
     couples_images: ClassVar[bool] = False  # the loss of an image depends on the others in its micro-batch
+    needs_masking: ClassVar[bool] = False  # there is nothing to learn from patches that nobody hides
+    needs_every_patch: ClassVar[bool] = False  # of the student: it cannot run on a part of them
+    goes_with: ClassVar[tuple[str, ...]] = ()  # names of the methods it is meant to stand beside; docs/methods.md counts it with them
     formula: ClassVar[str] = ""  # what the weight multiplies, for the plan's print-out
     paper: ClassVar[str] = ""  # for docs/methods.md: whose method it is
     use_when: ClassVar[str] = ""  # for docs/methods.md: one sentence
@@ -193,9 +198,13 @@ class Objective(ABC):
         """Which of the student's classifier heads the loss reaches; by default all of them where it reads the prediction."""
         return student.heads if self.student_needs(student).logits else ()
 
-    def adapter(self, student: Network, teacher: Network) -> nn.Module | None:
+    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
         """The objective's own trainable part (a projection, a generator), or None; it is trained and never exported."""
         return None
+
+    def pictures(self, student: ViTOutput, batch: Labelled, adapter: nn.Module | None) -> dict[str, Float[Tensor, "B 3 h w"]]:
+        """What there is to look at beside the input, by what it shows, in the student's normalisation; most objectives have nothing."""
+        return {}
 
     @abstractmethod
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
@@ -211,6 +220,26 @@ class TeacherObjective(Objective):
     """
 
     teacher: str = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking(ABC):
+    """A choice of patches made before the student runs: it sees no others, and its teachers see the same, or more."""
+
+    paper: ClassVar[str] = ""  # as for an `Objective`
+    use_when: ClassVar[str] = ""
+
+    @abstractmethod
+    def count(self, num_patches: int) -> int:
+        """How many of ``num_patches`` patches the student sees; raises `ConfigError` when none would be left."""
+
+    @abstractmethod
+    def teacher_count(self, num_patches: int) -> int:
+        """How many the teachers see, at least `count`."""
+
+    @abstractmethod
+    def order(self, noise: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+        """All patches of each image, those to be seen first; ``noise`` is uniform and keyed by sample and view."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .method import Network, Objective, TeacherObjective, TokenSelector
+from .method import Masking, Network, Objective, TeacherObjective, TokenSelector
 from .vit import Needs
 
 
@@ -21,6 +21,8 @@ class Plan:
         live: what each teacher records in its supervising pass.
         guides: what each teacher records on the whole image for the selector's sake (an extra pass), where it does.
         num_keep: patches each teacher sees; None: all.
+        masking: hides patches from the student and its teachers; None: nothing is hidden.
+        student_keep: patches the student sees; None: all.
         notes: what each objective has to say of itself between these networks, where it does.
     """
 
@@ -33,6 +35,8 @@ class Plan:
     guides: dict[str, Needs]
     num_keep: dict[str, int | None]
     notes: dict[str, str]
+    masking: Masking | None = None
+    student_keep: int | None = None
 
 
 def make_plan(
@@ -40,6 +44,7 @@ def make_plan(
     teachers: Mapping[str, Network],
     objectives: Mapping[str, Objective],
     selector: TokenSelector | None = None,
+    masking: Masking | None = None,
 ) -> Plan:
     """Resolve what every network must compute.
 
@@ -58,6 +63,10 @@ def make_plan(
                 raise ConfigError(f"the objective {name!r} reads a teacher named {objective.teacher!r}, but {known}")
             teacher = teachers[objective.teacher]
         objective.check(student, teacher)
+        if objective.needs_masking and masking is None:
+            raise ConfigError(f"{name} learns from hidden patches, and nothing hides any: add a masking (--with random_masking)")
+        if objective.needs_every_patch and masking is not None:
+            raise ConfigError(f"{name} reads every patch of the student, and {type(masking).__name__} hides some: leave one of them out")
         student_needs |= _resolve(objective.student_needs(student), student, name)
         if teacher is not None:
             assert isinstance(objective, TeacherObjective)
@@ -68,6 +77,14 @@ def make_plan(
     _check_heads(student, objectives)
     guides: dict[str, Needs] = {}
     num_keep: dict[str, int | None] = dict.fromkeys(teachers)
+    student_keep = None
+    if masking is not None:
+        if selector is not None:
+            raise ConfigError(
+                f"{type(masking).__name__} and {type(selector).__name__} both choose the patches a teacher sees: leave one of them out"
+            )
+        student_keep = _masked(masking, student, teachers, live)
+        num_keep = {name: masking.teacher_count(teacher.num_patches) for name, teacher in teachers.items()}
     if selector is not None:
         kind = type(selector).__name__
         if not teachers:
@@ -83,10 +100,41 @@ def make_plan(
             if guide:
                 guides[name] = guide
         student_needs |= _resolve(selector.student_needs(student), student, kind)
-    notes = {name: _note(objective, student, teachers, num_keep) for name, objective in objectives.items()}
+    compared = num_keep if student_keep is None else dict.fromkeys(teachers, student_keep)
+    notes = {name: _note(objective, student, teachers, compared) for name, objective in objectives.items()}
     return Plan(
-        student, dict(teachers), dict(objectives), selector, student_needs, live, guides, num_keep, {k: v for k, v in notes.items() if v}
+        student=student,
+        teachers=dict(teachers),
+        objectives=dict(objectives),
+        selector=selector,
+        student_needs=student_needs,
+        live=live,
+        guides=guides,
+        num_keep=num_keep,
+        notes={name: note for name, note in notes.items() if note},
+        masking=masking,
+        student_keep=student_keep,
     )
+
+
+def _masked(masking: Masking, student: Network, teachers: Mapping[str, Network], live: Mapping[str, Needs]) -> int:
+    """How many patches the student sees; raises `ConfigError` for networks that cannot see the same ones."""
+    kind = type(masking).__name__
+    for network in (student, *teachers.values()):
+        where = f"the {network.name} ({network.architecture})"
+        if not network.walks:
+            raise ConfigError(f"{kind} hides patches, and {where} cannot be run on a part of them: take a plain ViT")
+        if network.grid != student.grid:
+            ours, its = (f"{n.grid[0]} x {n.grid[1]} patches of {n.patch_size[0]} x {n.patch_size[1]} pixels" for n in (student, network))
+            raise ConfigError(
+                f"{kind} shows the same patches to all, and the student has {ours}, {where} {its}: give networks of equal grids "
+                "(--img-size, --teacher-img-size)"
+            )
+    count, more = masking.count(student.num_patches), masking.teacher_count(student.num_patches)
+    for name, needs in live.items():
+        if more > count and needs.attention:
+            raise ConfigError(f"the {name} sees more patches than the student, so that their attention cannot be compared: mask both alike")
+    return count
 
 
 def _note(objective: Objective, student: Network, teachers: Mapping[str, Network], num_keep: Mapping[str, int | None]) -> str:
@@ -125,7 +173,7 @@ def _resolve(needs: Needs, network: Network, reader: str) -> Needs:
     try:
         return needs.resolve(network.depth)
     except IndexError as error:
-        raise ConfigError(f"{reader} reads {error} in {where}") from None
+        raise ConfigError(f"{reader} reads from {where}, where {error}") from None
 
 
 def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:

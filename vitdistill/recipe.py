@@ -17,7 +17,7 @@ import yaml
 
 from .data.views import Augment
 from .errors import ConfigError
-from .method import Objective, TokenSelector
+from .method import Masking, Objective, TokenSelector
 from .methods import method_class, method_name
 from .methods.cross_entropy import CrossEntropy
 
@@ -32,6 +32,8 @@ class StudentConfig:
         pretrained: start from timm's pretrained weights.
         image_size: side of its square input, pixels; None: the model's own.
         drop_path: stochastic depth rate of its last block, 0 to below 1.
+        init: ``mae``: the initialisation of masked autoencoders, with a sine-cosine position table that is not trained; with weights to
+            start from, only the table stays as it is. ``model``: the model's own.
         model_args: further arguments of the model, as timm takes them (``embed_dim``, ``depth``, ...).
     """
 
@@ -40,6 +42,7 @@ class StudentConfig:
     pretrained: bool = False
     image_size: int | None = None
     drop_path: float = 0.0
+    init: Literal["model", "mae"] = "model"
     model_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -154,6 +157,7 @@ class Recipe:
         description: what it reproduces, one line.
         objectives: losses by name; the names are those of the logged curves.
         selector: which patches the teachers see; None: all.
+        masking: which patches student and teachers see; None: all.
     """
 
     name: str = "run"
@@ -162,13 +166,14 @@ class Recipe:
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     objectives: dict[str, Objective] = field(default_factory=lambda: {"ce": CrossEntropy()})
     selector: TokenSelector | None = None
+    masking: Masking | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         train, optim, student = self.train, self.optim, self.student
-        _require(_is_folder_name(self.name), "name", self.name, "the plain name of a folder")
+        _require(is_folder_name(self.name), "name", self.name, "the plain name of a folder")
         for name in (*self.objectives, *self.teachers):
             _require(name.isidentifier(), "the name of an objective or a teacher", name, "of letters, digits and underscores")
         for name in self.objectives.keys() & RESERVED_NAMES:
@@ -208,7 +213,8 @@ RESERVED_NAMES = frozenset({"loss", "loss_scale", "grad_norm", "lr", "kind", "st
 """Columns of the run's log beside its objectives."""
 
 
-def _is_folder_name(name: str) -> bool:
+def is_folder_name(name: str) -> bool:
+    """Whether a folder can be called so, anywhere."""
     return bool(name.strip()) and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
@@ -222,7 +228,7 @@ def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
 
 def to_dict(value: Any) -> Any:
     """A recipe, or any part of it, as plain data: dicts, lists, strings, numbers, booleans, None."""
-    if isinstance(value, Objective | TokenSelector):
+    if isinstance(value, Objective | TokenSelector | Masking):
         return {"method": method_name(value), **_fields(value)}
     if dataclasses.is_dataclass(value):
         return _fields(value)
@@ -251,7 +257,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
 
 def _convert(value: Any, kind: Any, path: str, source: str) -> Any:
     where = " in ".join(part for part in (path, source) if part)
-    if isinstance(kind, type) and issubclass(kind, Objective | TokenSelector):
+    if isinstance(kind, type) and issubclass(kind, Objective | TokenSelector | Masking):
         return _convert_method(value, kind, path, source)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):  # type: ignore[arg-type]
@@ -364,7 +370,7 @@ def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
         raise ConfigError(f"{path} in {source} is {_short(value)}: {wanted}")
     cls = method_class(str(value["method"]))
     if not issubclass(cls, kind):
-        wanted = "an objective" if kind is Objective else "a patch selector"
+        wanted = {"Objective": "an objective", "TokenSelector": "a patch selector", "Masking": "a masking"}[kind.__name__]
         raise ConfigError(f"{path} in {source} names the method {value['method']!r}, which is not {wanted}")
     rest = {key: item for key, item in value.items() if key != "method"}
     return _convert_dataclass(rest, cls, path, source, f"{path} in {source}")
@@ -474,8 +480,8 @@ def parse_value(text: str, name: str) -> Any:
     return _read_yaml(text, f"the value of {name}")
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe file; raises `ConfigError` naming the line, or the field, that is wrong."""
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping a recipe file holds, not looked at yet; raises `ConfigError` naming the line that is wrong."""
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -486,6 +492,17 @@ def load_recipe(path: str | Path) -> Recipe:
     data = _read_yaml(text, f"the recipe {path}")
     if not isinstance(data, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of fields")
+    return data
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read the recipe file of one run; raises `ConfigError` naming the line, or the field, that is wrong.
+
+    `vitdistill.stages.load` also reads those of several stages.
+    """
+    data = read_mapping(path)
+    if "stages" in data:
+        raise ConfigError(f"the recipe {path} has stages, and that of one run is needed: name the recipe.yaml in a stage's folder")
     try:
         return from_dict(data, str(path))
     except ConfigError as error:
@@ -494,7 +511,12 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(to_dict(recipe))
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that is read back to equal data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 VOLATILE = ("data.workers", "train.log_every", "train.keep_checkpoints", "name", "description", "data.dir")

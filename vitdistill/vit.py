@@ -3,7 +3,7 @@
 Shape letters: B images, L tokens, P prefix tokens, N patches, K kept patches, H heads, D width, C classes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -101,6 +101,17 @@ class ViTOutput:
         """The patches' hidden states after ``block`` (negative counts from the end), and where they are."""
         block %= self.depth
         return PatchMap(self.hidden[block][:, self.num_prefix_tokens :], self.grids.get(block, self.grid), self.keep)
+
+    def first_patches(self, keep: Int[Tensor, "B K"]) -> "ViTOutput":
+        """The same record of the first K of the patches that were seen, ``keep``; logits are of all of them, attention is not to be cut."""
+        size = self.num_prefix_tokens + keep.shape[1]
+        return replace(
+            self,
+            hidden={i: tokens[:, :size] for i, tokens in self.hidden.items()},
+            qkv={i: QKV(*(t[:, :, :size] for t in qkv)) for i, qkv in self.qkv.items()},
+            features=None if self.features is None else self.features[:, :size],
+            keep=keep,
+        )
 
     def tensors(self) -> list[Tensor]:
         """Everything recorded, as a flat list of floating-point tensors."""

@@ -23,6 +23,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import is_model, list_models
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitdistill.durable import read_bytes, shown
@@ -35,6 +36,32 @@ _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 # torch.load(weights_only=True) could be made to corrupt memory before this version (CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
+# What a checkpoint of a masked autoencoder holds for pre-training alone: its decoder, and the projections DMAE adds.
+_PRETRAINING = ("decoder_", "mask_token", "aligned_feature_projection_heads.")
+_HEAD = ("head.", "head_dist.", "fc_norm.")
+_CLASSIFIER = ("head.", "head_dist.", "classifier.")
+_PATCHES = "patch_embed.proj.weight"
+_HF_PATCHES = ("vit.embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.projection.weight")
+# Hugging Face's names of a ViT and of a masked autoencoder as timm's, applied in this order.
+_HF_NAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^vit\.", ""),
+        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^layernorm\.", "norm."),
+        (r"^decoder\.decoder_layers\.", "decoder_blocks."),
+        (r"^decoder\.", ""),
+        (r"(?<=blocks)(\.\d+\.)layernorm_before\.", r"\1norm1."),
+        (r"(?<=blocks)(\.\d+\.)layernorm_after\.", r"\1norm2."),
+        (r"(?<=blocks)(\.\d+\.)attention\.attention\.", r"\1attn."),
+        (r"(?<=blocks)(\.\d+\.)attention\.output\.dense\.", r"\1attn.proj."),
+        (r"(?<=blocks)(\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
+        (r"(?<=blocks)(\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
+    )
+)
 _BUILD_ARGS = {"drop_path": "drop_path_rate", "image_size": "img_size"}
 
 _log = logging.getLogger(__name__)
@@ -177,29 +204,129 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a weights file into a network: every key present, none left over, every shape equal.
 
     A file in another public layout of the same network (the authors' own names, position embeddings of another image
-    size) goes through the converter timm has for that family, and that is logged. Raises ``DataError`` naming the
-    first keys that differ.
+    size) goes through the converter timm has for that family, and that is logged. A plain ViT takes the encoder of a
+    masked autoencoder's checkpoint, Meta's or Hugging Face's, with or without decoder; a `MaskedAutoencoder` takes all
+    of it. Raises ``DataError`` naming the first keys that differ.
     """
     _load_into(model, load_state_dict(path), shown(path))
 
 
-def _load_into(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
+def _load_into(model: nn.Module, state: dict[str, Tensor], name: str, *, fresh_head: bool = False) -> None:
+    """Load a file's tensors; ``fresh_head``: a plain ViT's head may start fresh where the file has none."""
+    notes: list[str] = []
+    if isinstance(model, VisionTransformer) and _difference(model, state):
+        headless = _is_headless(model, state)
+        state = _without_decoder(model, _timm_names(state), name, notes)
+        _refuse_other_vit(model, state, name, headless)
+        if fresh_head and headless:
+            state = _with_fresh_head(model, state, name, notes)
     if _difference(model, state):
         converted = _converted(model, state)
         # A sentence about the file as it is says more than one about a failed conversion.
         if converted is None or _difference(model, converted):
-            raise DataError(
-                f"{name} does not fit {_name_of(model)}: {_difference(model, state)}; use the file that belongs to "
-                f"this "
-                "network, or its own num_classes and image size."
-            )
-        _log.warning(
-            "%s is in another layout or for another image size; timm's converter for %s was applied.",
-            name,
-            _name_of(model),
-        )
+            raise DataError(_misfit(model, state, name))
+        notes.append(_conversion(model, state, name))
         state = converted
     model.load_state_dict(state, strict=True)
+    for note in notes:
+        _log.warning("%s", note)
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> str:
+    if not model.state_dict().keys() & state.keys():
+        keys = ", ".join(list(state)[:3]) + (", ..." if len(state) > 3 else "")
+        return f"{name} holds nothing of {_name_of(model)}: its tensors are called {keys}; use a file of this network."
+    return (
+        f"{name} does not fit {_name_of(model)}: {_difference(model, state)}; use the file that belongs to this network, or its own "
+        "num_classes and image size."
+    )
+
+
+def _conversion(model: nn.Module, state: Mapping[str, Tensor], name: str) -> str:
+    own = model.state_dict()
+    if own.keys() == state.keys() and [key for key in own if own[key].shape != state[key].shape] == ["pos_embed"]:
+        ours, its = own["pos_embed"].shape[1], state["pos_embed"].shape[1]
+        return f"{name} is for another image size: its {its} positions were resampled to {ours} by timm's converter."
+    return f"{name} is in another layout or for another image size; timm's converter for {_name_of(model)} was applied."
+
+
+# -- plain ViTs: names, decoders and heads ----------------------------------------------------------------------------
+
+
+def _is_headless(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether the network is a plain ViT and the file one without any classifier."""
+    return (
+        isinstance(model, VisionTransformer)
+        and any(key in state for key in (_PATCHES, *_HF_PATCHES))
+        and not any(key.startswith(_CLASSIFIER) for key in state)
+    )
+
+
+def _timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's names of a ViT or a masked autoencoder as timm's, with query, key and value in one; other files as they are."""
+    if not any(key in _HF_PATCHES or key.startswith("decoder.decoder_") for key in state):
+        return state
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, name in _HF_NAMES:
+            key = pattern.sub(name, key)
+        renamed[key] = value
+    for key in [key for key in renamed if ".attn.query." in key]:
+        parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):
+            renamed[key.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
+
+
+def _without_decoder(model: VisionTransformer, state: dict[str, Tensor], name: str, notes: list[str]) -> dict[str, Tensor]:
+    """A masked autoencoder's encoder, for a network that has no decoder; other files as they are."""
+    if hasattr(model, "decoder_pred") or not any(key.startswith("decoder_") for key in state):
+        return state
+    encoder = {key: value for key, value in state.items() if not key.startswith(_PRETRAINING)}
+    if _PATCHES not in encoder:
+        raise DataError(f"{name} holds the decoder of a masked autoencoder and no encoder; use the checkpoint with the encoder.")
+    notes.append(
+        f"{name}: MAE checkpoint with decoder (visualisation or full); {len(encoder)} encoder tensors are used, "
+        f"{len(state) - len(encoder)} of the decoder are not."
+    )
+    return encoder
+
+
+def _refuse_other_vit(model: VisionTransformer, state: Mapping[str, Tensor], name: str, headless: bool) -> None:
+    """Raises ``DataError`` for a plain ViT of another width or depth and, without a classifier, of another patch size.
+
+    The patches of a classifier's file go through timm's converter.
+    """
+    theirs, ours = state.get(_PATCHES), model.state_dict().get(_PATCHES)
+    if theirs is None or ours is None or theirs.ndim != 4 or ours.ndim != 4:
+        return
+    blocks = [int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))]
+    depth = max(blocks, default=-1) + 1
+    wrong = []
+    if len(theirs) != len(ours):
+        wrong.append(f"is {len(theirs)} wide and the network {len(ours)}")
+    if depth and depth != len(model.blocks):
+        wrong.append(f"has {depth} block{'s' if depth > 1 else ''} and the network {len(model.blocks)}")
+    if headless and theirs.shape[2:] != ours.shape[2:]:
+        its, own = (" x ".join(map(str, kernel.shape[2:])) for kernel in (theirs, ours))
+        wrong.append(f"has {its} patches and the network {own}")
+    if wrong:
+        raise DataError(
+            f"{name} does not fit {_name_of(model)}: this checkpoint {', it '.join(wrong)}; use the file that belongs to this network, or "
+            "name the network it belongs to."
+        )
+
+
+def _with_fresh_head(model: VisionTransformer, state: dict[str, Tensor], name: str, notes: list[str]) -> dict[str, Tensor]:
+    """A file without a classifier, with the network's own new head; a final norm that the network has in its head is left out."""
+    own = model.state_dict()
+    fresh = {key: value for key, value in own.items() if key.startswith(_HEAD) and key not in state}
+    if not fresh:
+        return state
+    moved = "norm.weight" not in own and "fc_norm.weight" in fresh and "norm.weight" in state
+    norm = "; its final norm is not used, because the network normalises what it pools instead (fc_norm)" if moved else ""
+    notes.append(f"{name} has no classifier: {', '.join(fresh)} start fresh{norm}.")
+    return {**{key: value for key, value in state.items() if not (moved and key.startswith("norm."))}, **fresh}
 
 
 def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -264,7 +391,9 @@ def create_model(
     ``name`` is timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json`` (what ``export``
     writes). ``pretrained``: None loads the weights of a folder or hub name and none for timm's plain names; False
     never; True always (a plain name then downloads). Another ``num_classes`` than the weights' gives a fresh head.
-    ``checkpoint`` is a file loaded strictly instead; without ``num_classes`` a plain timm name gets the file's.
+    ``checkpoint`` is a file loaded strictly instead; without ``num_classes`` a plain timm name gets the file's. A plain
+    ViT's file without a classifier (a masked autoencoder's, an export without classes) gives a network without one, or
+    a fresh head where ``num_classes`` is given, which is logged.
     ``image_size`` is (height, width) or one number, and becomes the input size in the network's configuration. Raises
     ``ConfigError`` for a name or argument that does not exist, ``DataError`` for weights that cannot be had or do not fit.
     """
@@ -290,10 +419,10 @@ def create_model(
         model = _from_hub(place, build, load=pretrained is not False and checkpoint is None)
     if checkpoint is not None:
         state = load_state_dict(checkpoint)
-        answers = _num_answers(model, state)
+        answers = 0 if _is_headless(model, state) else _num_answers(model, state)
         if source == "timm" and "num_classes" not in build and answers not in (None, model.num_classes):
             model = _from_registry(place, {**build, "num_classes": answers}, pretrained=False)
-        _load_into(model, state, shown(checkpoint))
+        _load_into(model, state, shown(checkpoint), fresh_head="num_classes" in build or not getattr(model, "num_classes", 1))
     return model
 
 
@@ -515,10 +644,12 @@ def _with_weights(
 ) -> nn.Module:
     saved_classes = cfg.get("num_classes", 1000)
     same_head = build.get("num_classes", saved_classes) == saved_classes
-    if same_head and build.get("in_chans", saved_args.get("in_chans", 3)) == (cfg.get("input_size") or (3,))[0]:
+    same_chans = build.get("in_chans", saved_args.get("in_chans", 3)) == (cfg.get("input_size") or (3,))[0]
+    if same_chans and (same_head or not saved_classes):
         model = _built_like(architecture, saved_args, cfg, build)
-        _load_into(model, state, name)
-        return model
+        if same_head or _is_headless(model, state):
+            _load_into(model, state, name, fresh_head=not saved_classes)
+            return model
     # timm drops the head of other classes and folds input channels; handing it the tensors keeps its own file reader
     # out of it.
     model = _build(architecture, {**saved_args, **build}, {"pretrained_cfg": {**cfg, "state_dict": state}}, pretrained=True)

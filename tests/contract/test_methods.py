@@ -16,12 +16,14 @@ from vitdistill.cost import cost_of
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
 from vitdistill.distill import Distillation
+from vitdistill.errors import ConfigError
 from vitdistill.families import QKV
-from vitdistill.method import Network, Objective, TeacherObjective, TokenSelector
+from vitdistill.method import Masking, Network, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods import METHODS, method_class
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import RandomPatches
+from vitdistill.methods.masking import RandomMasking
 from vitdistill.plan import Plan, make_plan
 from vitdistill.recipe import Recipe, TeacherConfig, dump_recipe, from_dict, load_recipe, to_dict
 from vitdistill.teacher import Teacher
@@ -31,6 +33,9 @@ SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NUM_CLASSES, NUM_IMAGES, GRID = 5, 6, (4, 4)
 OBJECTIVES = [name for name in METHODS if issubclass(method_class(name), Objective)]
 SELECTORS = [name for name in METHODS if issubclass(method_class(name), TokenSelector)]
+MASKINGS = [name for name in METHODS if issubclass(method_class(name), Masking)]
+SEEN = ["whole", "kept", "masked"]
+"""How much student and teacher see: all; the teacher half of it; both half of it."""
 
 
 def vit(seed: int, dim: int, depth: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
@@ -48,20 +53,29 @@ class Case:
     ``unlike``: a student with two prefix tokens on 2 x 2 patches, and a teacher with three on 4 x 4, of other width, depth and heads.
     """
 
-    def __init__(self, name: str, mixed: bool = False, kept: bool = False, unlike: bool = False) -> None:
+    def __init__(self, name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False) -> None:
         self.method: Any = method_class(name)()
+        is_objective = isinstance(self.method, Objective)
+        if is_objective and self.method.needs_masking:
+            seen = "masked"
+        masking = self.method if isinstance(self.method, Masking) else RandomMasking(mask_rate=0.5) if seen == "masked" else None
         self.student, self.model = vit(0, 24, 4), vit(1, 36, 5)
-        if unlike:
-            self.student = vit(0, 24, 4, "deit_tiny_distilled_patch16_224", patch_size=8)
-            self.model = vit(1, 36, 5, reg_tokens=2, num_heads=3)
+        if is_objective and not self.method.teacher_needs(Network.of(self.model, "teacher", "big", (16, 16))).logits:
+            self.model = vit(1, 36, 5, num_classes=0)
+        if unlike:  # under a mask both have to have the same patches
+            self.student = vit(0, 24, 4, "deit_tiny_distilled_patch16_224", **({} if masking else {"patch_size": 8}))
+            self.model = vit(1, 36, 5, reg_tokens=2, num_heads=3, num_classes=self.model.num_classes)
         self.teacher = Teacher(self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC)
-        objectives = {"it": self.method} if isinstance(self.method, Objective) else {"kd": SoftKD()}
+        objectives = {"it": self.method} if is_objective else {"kd": SoftKD()}
         if unlike:
             objectives |= {"both": CrossEntropy(head="all")}
         teachers = {"teacher": self.teacher} if any(isinstance(o, TeacherObjective) for o in objectives.values()) else {}
-        selector = self.method if isinstance(self.method, TokenSelector) else RandomPatches(keep_rate=0.5) if kept and teachers else None
+        selector = (
+            self.method if isinstance(self.method, TokenSelector) else RandomPatches(keep_rate=0.5) if seen == "kept" and teachers else None
+        )
         student = Network.of(self.student, "student", "small", (16, 16))
-        self.plan: Plan = make_plan(student, {key: t.network for key, t in teachers.items()}, objectives, selector)
+        self.plan: Plan = make_plan(student, {key: t.network for key, t in teachers.items()}, objectives, selector, masking)
+        self._keep: Tensor | None = None
         self.teachers = teachers
         self.module = Distillation(self.student, self.plan)
         labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
@@ -73,13 +87,22 @@ class Case:
     def adapter(self) -> nn.Module | None:
         return dict(self.module.adapters.items()).get("it")
 
+    @property
+    def keep(self) -> Tensor | None:
+        """The patches that are left of a masking: the same tensor at every call."""
+        if self._keep is None and self.plan.masking is not None:
+            order = self.module.mask(self.batch)
+            assert order is not None
+            self._keep = order[:, : self.plan.student_keep]
+        return self._keep
+
     def student_output(self, needs: Needs | None = None) -> ViTOutput:
-        return run_vit(self.student, self.batch.images, self.plan.student_needs if needs is None else needs)
+        return run_vit(self.student, self.batch.images, self.plan.student_needs if needs is None else needs, self.keep)
 
     def teacher_output(self, needs: Needs | None = None) -> ViTOutput | None:
         if not self.teachers:
             return None
-        return self.teacher(self.batch.images, self.plan.live["teacher"] if needs is None else needs)
+        return self.teacher(self.batch.images, self.plan.live["teacher"] if needs is None else needs, self.keep)
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Batch | None = None) -> Tensor:
         torch.manual_seed(5)  # a method that draws random numbers draws the same ones
@@ -92,6 +115,16 @@ class Case:
 
     def noise(self) -> Tensor | None:
         return torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2)) if self.method.reads_noise else None
+
+
+def case_if_possible(name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False) -> Case:
+    """The case; with everything in sight where the objective says that it needs every patch, and the plan then refuses a masking."""
+    method = method_class(name)()
+    if seen == "masked" and isinstance(method, Objective) and method.needs_every_patch:
+        with pytest.raises(ConfigError, match="reads every patch of the student, and RandomMasking hides some"):
+            Case(name, mixed, seen, unlike)
+        seen = "whole"
+    return Case(name, mixed, seen, unlike)
 
 
 def everything(depth: int) -> Needs:
@@ -150,12 +183,12 @@ def permuted_batch(batch: Batch, order: Tensor) -> Batch:
 
 
 @pytest.mark.parametrize("unlike", [False, True], ids=["alike", "unlike"])
-@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed: bool, kept: bool, unlike: bool) -> None:
-    case = Case(name, mixed, kept, unlike)
+def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed: bool, seen: str, unlike: bool) -> None:
+    case = case_if_possible(name, mixed, seen, unlike)
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         losses = case.module(case.batch, case.teachers)
     assert all(value.shape == () and value.dtype is torch.float32 and value.isfinite() for value in losses.values())
@@ -163,10 +196,10 @@ def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed:
     assert all(p.grad is None or p.grad.isfinite().all() for p in case.module.parameters())
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(name: str, kept: bool) -> None:
-    case = Case(name, kept=kept)
+def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(name: str, seen: str) -> None:
+    case = case_if_possible(name, seen=seen)
     output = case.student_output()
     triples = [t for triple in output.qkv.values() for t in triple]
     recorded = [output.logits, output.features, *output.hidden.values(), *output.attention.values(), *triples]
@@ -176,7 +209,7 @@ def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(name: str, kept
     expected = {key for key, gradient in zip(named, reach, strict=True) if gradient is not None}
     case.module(case.batch, case.teachers)["loss"].backward()
     assert {key for key, p in named.items() if p.grad is not None} == expected
-    assert all(p.grad is not None for p in case.module.adapters.parameters())
+    assert all(p.grad is not None for p in case.module.adapters.parameters() if p.requires_grad)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in named.values())
     assert all(p.grad is None for p in case.model.parameters())
 
@@ -240,7 +273,7 @@ def test_a_loss_is_a_mean_over_the_batch(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_order_of_the_patches_a_teacher_sees_does_not_change_a_loss(name: str) -> None:
     case = Case(name)
-    if not case.teachers:
+    if not case.teachers or case.plan.masking is not None:
         return
     keep = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:7] for i in range(NUM_IMAGES)])
     needs, student = case.plan.live["teacher"], case.student_output()
@@ -252,7 +285,7 @@ def test_the_order_of_the_patches_a_teacher_sees_does_not_change_a_loss(name: st
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_all_patches_kept_is_the_whole_image(name: str) -> None:
     case = Case(name)
-    if not case.teachers:
+    if not case.teachers or case.plan.masking is not None:
         return
     needs, student = case.plan.live["teacher"], case.student_output()
     everything = torch.arange(16).expand(NUM_IMAGES, 16).contiguous()
@@ -273,11 +306,11 @@ def test_a_loss_is_traced_without_a_graph_break(name: str) -> None:
     assert torch.allclose(compiled(student, teacher, case.batch), case.loss(student, teacher), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_cost_of_an_objective_is_known_beforehand(name: str, kept: bool) -> None:
+def test_the_cost_of_an_objective_is_known_beforehand(name: str, seen: str) -> None:
     """Counted without data, and what the real step computes, but for what an attention kernel computes again backward."""
-    case = Case(name, kept=kept)
+    case = case_if_possible(name, seen=seen)
     cost = cost_of(case.plan, case.student, {key: teacher.model for key, teacher in case.teachers.items()})
     with FlopCounterMode(display=False) as counter:
         case.module.train()(case.batch, case.teachers)["loss"].backward()
@@ -370,6 +403,36 @@ def test_a_selector_does_not_keep_the_gradient_from_the_student(name: str) -> No
     assert all(p.grad is None for p in case.model.parameters())
 
 
+# --- maskings ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MASKINGS)
+def test_a_masking_puts_all_patches_in_an_order_of_each_image_alone(name: str) -> None:
+    masking: Any = method_class(name)()
+    noise = torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2))
+    order = masking.order(noise)
+    assert order.dtype is torch.int64 and all(sorted(row) == list(range(16)) for row in order.tolist())
+    assert torch.equal(masking.order(noise.flip(0)), order.flip(0)) and len(set(map(tuple, order.tolist()))) == NUM_IMAGES
+    assert 1 <= masking.count(16) <= masking.teacher_count(16) <= 16
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(masking.order, fullgraph=True, backend="eager")(noise), order)
+
+
+@pytest.mark.parametrize("name", MASKINGS)
+def test_under_a_masking_student_and_teacher_see_the_same_and_nothing_else(name: str) -> None:
+    case = Case(name)
+    student, answers = case.module.answer(case.batch, case.teachers)
+    answer = answers["teacher"]
+    assert student.keep is answer.keep and student.keep is not None and student.keep.shape == (NUM_IMAGES, case.plan.student_keep)
+    losses = case.module(case.batch, case.teachers)
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and all(p.grad is not None for p in case.student.parameters())
+    hidden = torch.ones(NUM_IMAGES, 16).scatter(1, student.keep, 0.0).bool().unflatten(1, GRID)
+    spoilt = case.batch.images.masked_fill(hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None], 1e4)
+    again = case.module(replace(case.batch, images=spoilt), case.teachers)
+    assert again["loss"].item() == losses["loss"].item()
+
+
 # --- all of them ---------------------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +442,7 @@ def test_a_method_survives_json_and_yaml(name: str, tmp_path: Any) -> None:
     if isinstance(method, Objective):
         recipe = Recipe(objectives={"it": method}, teachers={"teacher": TeacherConfig(model="x")})
     else:
-        recipe = Recipe(selector=method)
+        recipe = Recipe(selector=method) if isinstance(method, TokenSelector) else Recipe(masking=method)
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
     assert yaml.safe_load(dump_recipe(recipe)) == to_dict(recipe)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import open_source
 from vitdistill.data.views import InputSpec
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
+from vitdistill.features import knn_evaluation
 from vitdistill.method import Objective, WeightSchedule
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.vitkd import ViTKD
@@ -680,17 +682,31 @@ def test_a_teacher_of_other_classes_teaches_features(tmp_path, taught, tools):
     assert "teacher: its features are finite and differ from image to image" in said
 
 
-def test_a_student_of_features_alone_has_no_classifier_and_no_accuracy(tmp_path, taught, tools):
-    base = taught()
-    recipe = type(base)(**{**vars(base), "objectives": {"vitkd": ViTKD(reduction="mean")}})
-    said = []
+def features_alone(taught, **changes):
+    base = taught(**changes)
+    return type(base)(**{**vars(base), "objectives": {"vitkd": ViTKD(reduction="mean")}})
+
+
+def test_a_student_of_features_alone_has_no_classifier_and_is_judged_by_knn(tmp_path, images, taught, tools):
+    recipe, said = features_alone(taught), []
     summary = tools.run(recipe, tmp_path / "run", said)
-    assert "no objective trains the student's classifier: it is built without one, and no accuracy is measured" in said
+    assert "no objective trains the student's classifier: it is built without one, and its features are judged by k-NN" in said
+    assert any(line.startswith("evaluations ask the 20 nearest of 48 training images for the class of 21 ") for line in said)
     assert not any("no gradient reaches" in line for line in said)
-    assert summary["best_top1"] is None and summary["scores"] == {}
-    assert '"kind": "eval"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    first, last = tools.result_losses(tmp_path / "run")
-    assert last < first
+    assert summary["best_top1"] is None and summary["best_epoch"] is None and not (tmp_path / "run" / "best").exists()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    assert [record["step"] for record in evaluations] == [3, 6, 9]
+    assert all(record.keys() == {"kind", "step", "epoch", "num_samples", "knn_top1"} for record in evaluations)
+    assert summary["scores"] == {"num_samples": 21, "knn_top1": evaluations[-1]["knn_top1"]}
+    assert sum("  validation  knn_top1 " in line and "%" in line and "best" not in line for line in said) == 3
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    exported = create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
+    spec, here = replace(InputSpec.of_model(exported), crop_pct=1.0), World(0, 1, torch.device("cpu"))
+    bank, queries = (EvalLoader(open_source(str(images), split), spec, batch_size=5) for split in ("train", "val"))
+    assert knn_evaluation(exported, bank, queries, here) == pytest.approx(summary["scores"])
+    assert summary["scores"]["knn_top1"] > 0.6
     model = create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
     assert model.num_classes == 0 and model(torch.zeros(1, 3, 16, 16)).shape == (1, 24)
     tensors, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 4))
@@ -701,3 +717,34 @@ def test_a_student_of_features_alone_has_no_classifier_and_no_accuracy(tmp_path,
     whole, _ = checkpoint.load(checkpoint.latest(tmp_path / "run"))
     assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
     assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("calls", [3, 15])
+def test_a_signal_in_a_knn_evaluation_abandons_it(tmp_path, taught, tools, calls):
+    """48 training images make 12 batches, 21 validation images 6: the signal comes in the one or in the other."""
+    recipe = features_alone(taught, **{"train.ema_decay": None})
+    tools.run(recipe, tmp_path / "whole")
+    folder = tmp_path / "run"
+    with pytest.raises(Preempted, match=r"stopped by SIGTERM at step 3 of 9"):
+        tools.run(recipe, folder, prepared=lambda job: signal_from(job.student.norm, signal.SIGTERM, calls, training=False))
+    assert "eval" not in (folder / "metrics.jsonl").read_text()
+    tools.run(recipe, folder)
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_knn_over_processes_is_that_of_one(tmp_path, taught, tools):
+    recipe = features_alone(taught, **{"student.drop_path": 0.0, "train.ema_decay": None})
+    alone = tools.run(recipe, tmp_path / "one")
+    for answer in tools.ranks(2, lambda rank: tools.run(recipe, tmp_path / "two")):
+        assert answer["scores"]["num_samples"] == 21
+        assert answer["scores"]["knn_top1"] == pytest.approx(alone["scores"]["knn_top1"], abs=1.5 / 21)  # rounding may turn one image
+
+
+def test_features_without_labels_are_not_judged(tmp_path, images, taught, tools):
+    flat, said = tmp_path / "flat", []
+    flat.mkdir()
+    for path in (images / "train").rglob("*.png"):
+        shutil.copy(path, flat / f"{path.parent.name}{path.name}")
+    summary = tools.run(features_alone(taught, **{"data.dir": str(flat)}), tmp_path / "run", said)
+    assert any(line.endswith("it is built without one, and the images have no labels to judge its features by") for line in said)
+    assert summary["scores"] == {} and "eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()

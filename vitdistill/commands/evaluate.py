@@ -1,4 +1,4 @@
-"""``vitdistill eval``."""
+"""``vitdistill eval``: what a model answers, and what its features are worth."""
 
 import json
 import time
@@ -14,8 +14,9 @@ from tyro.conf import Positional
 from ..build import build_teacher, build_teacher_model
 from ..cost import flops, forward_flops
 from ..data.loader import EvalLoader
-from ..data.source import open_source
+from ..data.source import ImageSource, open_source
 from ..errors import ConfigError
+from ..features import TEMPERATURE, K, Pool, check_pool, extract, knn_accuracy, linear_probe
 from ..recipe import TeacherConfig
 from ..teacher import Teacher
 from ..train.distributed import World, world
@@ -37,6 +38,15 @@ class EvalFlags:
     pretrained: Annotated[bool, about("take timm's pretrained weights")] = False
     img_size: Annotated[int | None, COUNT, about("side of its square input, pixels; none: its own")] = None
     reorder_classes: Annotated[bool, about("accept its classes in another order, matched by name")] = False
+    knn: Annotated[
+        int | None,
+        COUNT,
+        about(f"judge its features by the K nearest training images (Wu et al. 2018); no K: {K}", metavar="[K]"),
+    ] = None
+    linear_probe: Annotated[bool, about("judge its features by a linear classifier trained on them")] = False
+    pool: Annotated[str | None, one_of("mean", "class"), about("features of an image: mean of its patches or class token; none: mean")] = (
+        None
+    )
     teacher_model: Annotated[str | None, TEXT, about("a teacher to compare its answers with")] = None
     teacher_path: Annotated[str | None, TEXT, about("the teacher's weights")] = None
     teacher_pretrained: Annotated[bool, about("take timm's pretrained weights for the teacher")] = False
@@ -49,13 +59,27 @@ class EvalFlags:
     device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
     json: Annotated[bool, about("print one line of JSON instead of a table")] = False
 
+    @property
+    def probes(self) -> bool:
+        """Whether features are judged."""
+        return self.knn is not None or self.linear_probe
+
+    @property
+    def pooled(self) -> Pool:
+        """Which features, with the default."""
+        return "class" if self.pool == "class" else "mean"
+
 
 def main(words: Sequence[str]) -> int:
     """Evaluate one model exactly, on one process or torchrun's many."""
-    description = "Top-1 and top-5 accuracy, calibration error, agreement with a teacher, parameters, FLOPs and speed of a model."
-    flags = parse_flags(EvalFlags, words, "vitdistill eval", wrap(description))
+    description = (
+        "Top-1 and top-5 accuracy, calibration error, agreement with a teacher, parameters, FLOPs and speed of a model; k-NN and a "
+        "linear probe of its features, also where it has no classifier."
+    )
+    flags = parse_flags(EvalFlags, _with_k(words), "vitdistill eval", wrap(description))
     if flags.batch_size < 1:
         raise ConfigError(f"--batch-size is {flags.batch_size}: give at least 1")
+    _check_probes(flags)
     with world(flags.device) as here:
         result = _evaluate(flags, here)
     if here.is_main:
@@ -63,31 +87,54 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _with_k(words: Sequence[str]) -> list[str]:
+    """The words with the default number of neighbours after a ``--knn`` that names none."""
+    spelled: list[str] = []
+    for word, following in zip(words, (*words[1:], ""), strict=False):
+        spelled += [word, str(K)] if word == "--knn" and not following.lstrip("+-").isdigit() else [word]
+    return spelled
+
+
+def _check_probes(flags: EvalFlags) -> None:
+    probe = "--knn" if flags.knn is not None else "--linear-probe"
+    if flags.pool is not None and not flags.probes:
+        raise ConfigError("--pool has no effect without --knn or --linear-probe")
+    if flags.knn is not None and flags.knn < 1:
+        raise ConfigError(f"--knn is {flags.knn}: give at least 1 neighbour")
+    if flags.split == "train" and flags.probes:
+        raise ConfigError(f"{probe} learns from the training images and cannot be judged on them: leave --split out")
+
+
 def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
     source = open_source(flags.data_dir, flags.split)
     if not source.classes:
         raise ConfigError(f"the images in {flags.data_dir} have no labels (no class folders): there is nothing to evaluate against")
+    bank = open_source(flags.data_dir, "train", classes=source.classes) if flags.probes else None
+    if bank is not None and flags.knn is not None and flags.knn > len(bank):
+        raise ConfigError(f"--knn is {flags.knn}, and there are only {len(bank)} training images: give at most that")
     amp_dtype = amp_dtype_of(flags.amp_dtype, here.device)
-    config = TeacherConfig(
-        model=flags.model,
-        checkpoint=flags.model_path,
-        pretrained=flags.pretrained,
-        image_size=flags.img_size,
-        reorder_classes=flags.reorder_classes,
-    )
-    spec = build_teacher_model(config, "model").spec
-    model, _ = build_teacher(config, "model", source.classes, spec, here.device)
+    model, no_answers = _build(flags, source.classes, here.device)
+    spec = model.spec
     teacher = None
     if flags.teacher_model is not None:
         taught = TeacherConfig(model=flags.teacher_model, checkpoint=flags.teacher_path, pretrained=flags.teacher_pretrained)
         teacher, _ = build_teacher(taught, "teacher", source.classes, spec, here.device)
     elif flags.teacher_path is not None or flags.teacher_pretrained:
         raise ConfigError("--teacher-path and --teacher-pretrained have no effect without --teacher-model")
-    loader = EvalLoader(
-        source, spec, batch_size=flags.batch_size, workers=flags.workers, device=here.device, rank=here.rank, world_size=here.size
-    )
-    scores = evaluate(_Matched(model), loader, here, amp_dtype, teacher=teacher)
-    assert scores is not None
+
+    def load(images: ImageSource) -> EvalLoader:
+        return EvalLoader(
+            images, spec, batch_size=flags.batch_size, workers=flags.workers, device=here.device, rank=here.rank, world_size=here.size
+        )
+
+    loader = load(source)
+    scores: dict[str, Any] = {"num_samples": float(len(source))}
+    if no_answers:
+        scores["no_top1"] = no_answers
+    else:
+        scores |= evaluate(_Matched(model), loader, here, amp_dtype, teacher=teacher) or {}
+    if bank is not None:
+        scores |= _probe(flags, model, load(bank), loader, here, amp_dtype)
     return {
         **scores,
         "num_parameters": model.network.num_parameters,
@@ -96,6 +143,52 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else str(here.device),
         "threads": torch.get_num_threads(),
     }
+
+
+def _build(flags: EvalFlags, classes: tuple[str, ...], device: torch.device) -> tuple[Teacher, str]:
+    """The model, and why it has no answers to be counted; empty if it has.
+
+    Without a classifier for these classes its features can still be judged, where that is asked for.
+    """
+    config = TeacherConfig(
+        model=flags.model,
+        checkpoint=flags.model_path,
+        pretrained=flags.pretrained,
+        image_size=flags.img_size,
+        reorder_classes=flags.reorder_classes,
+    )
+    built = build_teacher_model(config, "model")
+    if flags.probes:
+        check_pool(flags.pooled, built.network.has_class_token)
+    if built.network.num_classes == 0:
+        reason = f"{flags.model} has no classifier"
+        if not flags.probes:
+            raise ConfigError(f"{reason}, so it has no accuracy: give --knn or --linear-probe to judge its features")
+        if flags.teacher_model is not None:
+            raise ConfigError(f"{reason}, and a teacher's answers cannot be compared with any: leave --teacher-model out")
+    else:
+        try:
+            return build_teacher(config, "model", classes, built.spec, device)[0], ""
+        except ConfigError as error:
+            if not flags.probes or flags.teacher_model is not None:
+                raise
+            reason = str(error)
+    return build_teacher(config, "model", classes, built.spec, device, {})[0], reason
+
+
+def _probe(
+    flags: EvalFlags, model: Teacher, bank: EvalLoader, loader: EvalLoader, here: World, amp_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What its features are worth, and how that was judged."""
+    train = extract(model.model, bank, here, amp_dtype, flags.pooled)
+    val = extract(model.model, loader, here, amp_dtype, flags.pooled)
+    assert train is not None and val is not None
+    found: dict[str, Any] = {"pool": flags.pooled, "num_train_samples": len(train[1])}
+    if flags.knn is not None:
+        found |= {"knn_k": flags.knn, **knn_accuracy(*train, *val, k=flags.knn)}
+    if flags.linear_probe:
+        found |= linear_probe(*train, *val)
+    return found
 
 
 class _Matched(torch.nn.Module):
@@ -129,13 +222,23 @@ def _speed(model: Teacher, batch_size: int, device: torch.device, amp_dtype: tor
 
 def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
     grid = Table(title=f"{flags.model} on {flags.data_dir} ({flags.split})", show_header=False, title_justify="left")
-    rows = [
-        ("images", f"{result['num_samples']:,.0f}"),
-        ("top-1", f"{result['top1']:.2%}"),
-        ("top-5", f"{result['top5']:.2%}"),
-        ("negative log-likelihood", f"{result['nll']:.4f} nats"),
-        ("calibration error (ECE, 15 bins)", f"{result['ece']:.2%}"),
-    ]
+    rows = [("images", f"{result['num_samples']:,.0f}")]
+    if "top1" in result:
+        rows += [
+            ("top-1", f"{result['top1']:.2%}"),
+            ("top-5", f"{result['top5']:.2%}"),
+            ("negative log-likelihood", f"{result['nll']:.4f} nats"),
+            ("calibration error (ECE, 15 bins)", f"{result['ece']:.2%}"),
+        ]
+    if "pool" in result:
+        pooled = "class token" if result["pool"] == "class" else "mean of the patches"
+        rows += [("features", f"{pooled}, {result['num_train_samples']:,} training images")]
+    if "knn_top1" in result:
+        rows += [(f"k-NN top-1 (k {result['knn_k']}, T {TEMPERATURE})", f"{result['knn_top1']:.2%}")]
+    if "knn_top5" in result:
+        rows += [("k-NN top-5", f"{result['knn_top5']:.2%}")]
+    if "linear_top1" in result:
+        rows += [(f"linear probe top-1 (L2 {result['linear_l2']:g})", f"{result['linear_top1']:.2%}")]
     if "agreement" in result:
         rows += [("top-1 agreement with teacher", f"{result['agreement']:.2%}"), ("KL(teacher || model)", f"{result['kl']:.4f} nats")]
     where = f"{result['device']}, {result['threads']} threads" if result["device"] == "cpu" else result["device"]
@@ -147,3 +250,5 @@ def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
     for row in rows:
         grid.add_row(*row)
     Console().print(grid)
+    if "no_top1" in result:
+        Console().print(f"no accuracy of its own: {result['no_top1']}", highlight=False, markup=False, soft_wrap=True)

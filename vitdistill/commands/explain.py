@@ -1,16 +1,15 @@
 """``vitdistill explain``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-
-from ..build import Built, build_student, build_teacher_model, plan_of, reads_logits, trains_classifier
-from ..cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
+from ..build import Built, plan_of
+from ..cost import IMAGENET_TRAIN_IMAGES, cost_of, explain, flops, table
 from ..data.source import open_source
 from ..errors import ConfigError, UserError
-from ..recipe import Recipe, dump_recipe
+from ..recipe import Recipe
+from ..stages import Stages, dump, in_stage, networks, networks_ahead, sources
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
 
@@ -24,6 +23,24 @@ class ExplainFlags(RecipeFlags):
     recipe_yaml: Annotated[bool, about("print the resolved recipe as YAML instead")] = False
 
 
+@dataclass(frozen=True)
+class _Images:
+    """What is known of the training images: how many an epoch has, of how many classes."""
+
+    count: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run as it will be: its recipe with networks to build, what is to say of it, and the FLOPs of the whole of it."""
+
+    recipe: Recipe
+    images: _Images
+    text: str
+    flops: int
+
+
 def main(words: Sequence[str]) -> int:
     """Print the plan and its cost; nothing is trained and nothing is written."""
     about_it = "What a run will compute and cost, before it runs. No weights are read and nothing is written."
@@ -33,41 +50,65 @@ def main(words: Sequence[str]) -> int:
     if flags.device is not None and not flags.time:
         raise UserError("--device cannot take effect: only --time runs anything on a device")
     if flags.recipe_yaml:
-        print(dump_recipe(recipe), end="")
+        print(dump(recipe), end="")
         return 0
-    num_images, num_classes, counted = IMAGENET_TRAIN_IMAGES, 1000, "ImageNet-1k's 1,281,167 training images and 1,000 classes"
-    if recipe.data.dir:
-        source = open_source(recipe.data.dir, "train")
-        num_images = len(source) // recipe.train.batch_size * recipe.train.batch_size
-        num_classes = len(source.classes) or 1000
-        if num_images == 0:
-            few = f"{source.name} has {len(source)} images, fewer than one batch of {recipe.train.batch_size}"
-            raise ConfigError(f"{few}: lower --batch-size")
-        counted = ""
-    with torch.device("meta"):
-        student, teachers = _networks(recipe, num_classes)
-    plan = plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
-    cost = cost_of(plan, student.model, {name: built.model for name, built in teachers.items()})
-    if counted:
-        print(f"no --data-dir is given: counting {counted}\n")
-    print(explain(plan, cost, num_images, recipe.train.epochs))
-    if flags.time:
-        from ..train.probe import measure_step
+    stages = recipe.stages if isinstance(recipe, Stages) else {"": recipe}
+    if isinstance(recipe, Stages):
+        runs = _explain_stages(recipe)
+    else:
+        images = _images(recipe)
+        runs = [_explain(recipe, *networks(recipe, images.num_classes), images)]
+    if not all(stage.data.dir for stage in stages.values()):
+        print("no --data-dir is given: counting ImageNet-1k's 1,281,167 training images and 1,000 classes\n")
+    for number, ((key, stage), run) in enumerate(zip(stages.items(), runs, strict=True), 1):
+        if key:
+            heading = f"Stage {number} of {len(stages)}: {key}" + "".join(f", {of}" for of in _origins(stage))
+            print(f"{heading}\n{'=' * len(heading)}\n")
+        print(run.text)
+        if flags.time:
+            from ..train.probe import measure_step
 
-        print()
-        print(measure_step(recipe, num_classes, num_images, flags.device or "auto"))
+            print()
+            print(measure_step(run.recipe, run.images.num_classes, run.images.count, flags.device or "auto"))
+        if key:
+            print()
+    if len(runs) > 1:
+        rows = [(key, str(run.recipe.train.epochs), flops(run.flops)) for key, run in zip(stages, runs, strict=True)]
+        print("\n".join(table([("all stages", "epochs", "FLOPs"), *rows, ("together", "", flops(sum(run.flops for run in runs)))])))
     return 0
 
 
-def _networks(recipe: Recipe, num_classes: int) -> tuple[Built, dict[str, Built]]:
-    """Architectures without weights; a teacher's answer is taken as matched to the data set's classes."""
-    student = build_student(recipe.student, num_classes, with_weights=False)
-    if not trains_classifier(recipe.objectives, student.network):
-        student = build_student(recipe.student, 0, with_weights=False)
-    teachers = {}
-    for name, config in recipe.teachers.items():
-        built = build_teacher_model(config, name, with_weights=False)
-        if reads_logits(recipe.objectives, built.network):
-            built = replace(built, network=replace(built.network, num_classes=num_classes if built.network.num_classes else 0))
-        teachers[name] = built
-    return student, teachers
+def _origins(stage: Recipe) -> list[str]:
+    """Which networks of a stage come from which earlier one, in words."""
+    return [f"{'student' if path == 'student.model' else path.split('.')[1]} from {source}" for path, source in sources(stage).items()]
+
+
+def _images(recipe: Recipe) -> _Images:
+    if not recipe.data.dir:
+        return _Images(IMAGENET_TRAIN_IMAGES, 1000)
+    source = open_source(recipe.data.dir, "train")
+    count = len(source) // recipe.train.batch_size * recipe.train.batch_size
+    if count == 0:
+        few = f"{source.name} has {len(source)} images, fewer than one batch of {recipe.train.batch_size}"
+        raise ConfigError(f"{few}: lower --batch-size")
+    return _Images(count, len(source.classes) or 1000)
+
+
+def _explain(recipe: Recipe, student: Built, teachers: dict[str, Built], images: _Images) -> _Run:
+    plan = plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
+    cost = cost_of(plan, student.model, {name: built.model for name, built in teachers.items()})
+    text = explain(plan, cost, images.count, recipe.train.epochs)
+    return _Run(recipe, images, text, cost.step * images.count * recipe.train.epochs)
+
+
+def _explain_stages(stages: Stages) -> list[_Run]:
+    """Every stage as it will run, whether or not the ones before it have."""
+    before: dict[str, int] = {}
+    runs = []
+    for key, stage in stages.stages.items():
+        with in_stage(key):
+            images = _images(stage)
+        recipe, student, teachers = networks_ahead(stages, key, images.num_classes, before)
+        with in_stage(key):
+            runs.append(_explain(recipe, student, teachers, images))
+    return runs

@@ -1,17 +1,20 @@
 """Flags that change a recipe: timm's spellings, DeiT's as aliases, and every other field by ``--set``."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, TypeVar
+from difflib import get_close_matches
+from functools import partial
+from typing import Annotated, Any, TypeVar, get_args
 
 from tyro.conf import Positional
 
 from ..errors import UserError
-from ..method import Objective, TeacherObjective
+from ..method import Masking, TeacherObjective, TokenSelector
 from ..methods import method_class, method_names
 from ..recipe import Recipe, TeacherConfig, flatten, parse_value, replace_fields
 from ..recipes import RECIPES, find_recipe, named_recipe
+from ..stages import Stages, in_stage, refuse_sources
 from .flags import COUNT, NUMBER, SWITCH, TEXT, about, asks_help, fill, flags_of, normalise, one_of, wrap
 
 DEFAULT_RECIPE = "maskedkd"
@@ -86,13 +89,15 @@ class Loss:
     with_: Annotated[
         tuple[str, ...],
         about(
-            f"methods to add: {', '.join(method_names())}; a selector replaces the recipe's; METHOD:NAME reads, or chooses for, "
-            "the teacher of that name",
+            f"methods to add: {', '.join(method_names())}; a selector or a masking replaces the recipe's; METHOD:NAME reads, or "
+            "chooses for, the teacher of that name; in stages: STAGE.METHOD",
             name="with",
             metavar="METHOD[:TEACHER] ...",
         ),
     ] = ()
-    without: Annotated[tuple[str, ...], about("objectives or teachers to drop, or 'selector'", metavar="NAME ...")] = ()
+    without: Annotated[
+        tuple[str, ...], about("objectives or teachers to drop, or 'selector', or 'masking'; in stages: STAGE.NAME", metavar="NAME ...")
+    ] = ()
 
 
 @dataclass
@@ -173,15 +178,42 @@ class RecipeFlags:
     loop: Loop = field(default_factory=Loop)
     set: Annotated[
         tuple[str, ...],
-        about("any field of the recipe ('explain --recipe-yaml' shows all), e.g. student.model_args.depth=6", metavar="FIELD=VALUE ..."),
+        about(
+            "any field of the recipe ('explain --recipe-yaml' shows all), e.g. student.model_args.depth=6; in stages: STAGE.FIELD=VALUE",
+            metavar="FIELD=VALUE ...",
+        ),
     ] = ()
+
+
+EVERY, FIRST, TAUGHT = "every stage", "the first stage", "the one stage with a teacher"
+STAGED: dict[str, str] = {
+    "data_dir": EVERY,
+    "workers": EVERY,
+    "in_memory": EVERY,
+    "amp_dtype": EVERY,
+    "torchcompile": EVERY,
+    "seed": EVERY,
+    "save_every": EVERY,
+    "log_every": EVERY,
+    "model": FIRST,
+    "model_path": FIRST,
+    "pretrained": FIRST,
+    "img_size": FIRST,
+    **{item.name: TAUGHT for item in fields(Teacher)},
+}
+"""Which stages of a staged recipe a flag is for. Any other is a setting of one stage, and given by ``--set STAGE.FIELD=VALUE``.
+
+A later stage that starts from the first has its architecture and its image size, unless it says otherwise.
+"""
 
 
 Flags = TypeVar("Flags", bound=RecipeFlags)
 
 
-def parse(command: str, flags: type[Flags], words: Sequence[str], description: str) -> tuple[Flags, Recipe]:
+def parse(command: str, flags: type[Flags], words: Sequence[str], description: str) -> tuple[Flags, Recipe | Stages]:
     """Read ``[RECIPE] [flags]``: the flags' defaults are the recipe's own values, and what is given replaces them.
+
+    Of a staged recipe, `STAGED` says which stages a flag is for.
 
     Raises:
         UserError: an unknown recipe, method, flag or field, a wrong value, or a flag that cannot take effect in this recipe.
@@ -189,14 +221,29 @@ def parse(command: str, flags: type[Flags], words: Sequence[str], description: s
     prog = f"vitdistill {command}"
     given = _known_words(flags, words, prog) if asks_help(words) else normalise(flags, words, prog)
     (name,) = given.get("recipe", [DEFAULT_RECIPE])
-    recipe = _compose(find_recipe(name), given.get("with_", []), given.get("without", []))
-    values = flatten(recipe)
-    text = f"{description}\n\nRecipes:\n{_recipe_list()}\n\n{_about_defaults(name, flags, values)}"
-    filled = fill(flags, None if asks_help(words) else given, prog, text, _defaults(flags, values))
-    changes = _changes(recipe, values, filled, given)
-    recipe = replace_fields(recipe, changes)
-    _refuse_idle(recipe, given)
+    found = find_recipe(name)
+    asked = asks_help(words)
+    if isinstance(found, Stages):
+        recipes = _compose_stages(found.stages, given)
+        values, about_it = _common(recipes), partial(_about_stages, name, flags, recipes)
+    else:
+        recipes = {"": _compose(found, given.get("with_", []), given.get("without", []))}
+        values = flatten(recipes[""])
+        about_it = partial(_about_defaults, name, flags, values)
+    text = f"{description}\n\nRecipes:\n{_recipe_list()}\n\n{about_it()}" if asked else ""
+    filled = fill(flags, None if asked else given, prog, text, _defaults(flags, values))
+    if isinstance(found, Stages):
+        return filled, replace(found, stages=_changed_stages(recipes, filled, given))
+    recipe = _changed(recipes[""], filled, given)
+    refuse_sources(recipe)
     return filled, recipe
+
+
+def _changed(recipe: Recipe, filled: RecipeFlags, given: Mapping[str, list[str]]) -> Recipe:
+    """The recipe with what the flags replace."""
+    recipe = replace_fields(recipe, _changes(recipe, flatten(recipe), filled, given))
+    _refuse_idle(recipe, given)
+    return recipe
 
 
 def _known_words(flags: type, words: Sequence[str], prog: str) -> dict[str, list[str]]:
@@ -275,21 +322,31 @@ def _why_absent(recipe: Recipe, path: str) -> str:
 
 
 def _compose(recipe: Recipe, added: Sequence[str], dropped: Sequence[str]) -> Recipe:
-    objectives, teachers, selector = dict(recipe.objectives), dict(recipe.teachers), recipe.selector
+    objectives, teachers, selector, masking = dict(recipe.objectives), dict(recipe.teachers), recipe.selector, recipe.masking
     for name in dropped:
         if name == "selector" and selector is not None:
             selector = None
+        elif name == "masking" and masking is not None:
+            masking = None
         elif name in objectives:
             del objectives[name]
         elif name in teachers:
             del teachers[name]
         else:
-            known = ", ".join([*objectives, *teachers, *(["selector"] if selector is not None else [])])
+            parts = [word for word, part in (("selector", selector), ("masking", masking)) if part is not None]
+            known = ", ".join([*objectives, *teachers, *parts])
             raise UserError(f"--without {name}: the recipe has no such part, only {known}")
     for word in added:
         method_word, _, teacher = word.partition(":")
         method = method_class(method_word)
-        if not issubclass(method, Objective):
+        if issubclass(method, Masking):
+            if teacher:
+                raise UserError(
+                    f"--with {word}: {method_word} hides the same patches from the student and all teachers: leave :{teacher} out"
+                )
+            masking = method()
+            continue
+        if issubclass(method, TokenSelector):
             selector = method(teachers=(teacher,)) if teacher else method()
             continue
         if teacher and not issubclass(method, TeacherObjective):
@@ -302,7 +359,100 @@ def _compose(recipe: Recipe, added: Sequence[str], dropped: Sequence[str]) -> Re
             objectives[name] = objective = replace(objective, teacher=teacher)  # type: ignore[call-arg]
         if isinstance(objective, TeacherObjective):
             teachers.setdefault(objective.teacher, TeacherConfig())
-    return replace(recipe, objectives=objectives, teachers=teachers, selector=selector)
+    return replace(recipe, objectives=objectives, teachers=teachers, selector=selector, masking=masking)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------------------
+
+
+def _compose_stages(stages: Mapping[str, Recipe], given: Mapping[str, list[str]]) -> dict[str, Recipe]:
+    added = _by_stage(stages, given.get("with_", []), "--with")
+    dropped = _by_stage(stages, given.get("without", []), "--without")
+    composed = {}
+    for key, recipe in stages.items():
+        with in_stage(key):
+            composed[key] = _compose(recipe, added[key], dropped[key])
+    return composed
+
+
+def _changed_stages(stages: Mapping[str, Recipe], filled: RecipeFlags, given: Mapping[str, list[str]]) -> dict[str, Recipe]:
+    """The recipes of the stages with what the flags replace in those they are for."""
+    own = _by_stage(stages, filled.set, "--set")
+    mine: dict[str, dict[str, list[str]]] = {key: {} for key in stages}
+    for flag in flags_of(type(filled)):
+        name = flag.field.name
+        if name in given and ("path" in flag.field.metadata or name == "distillation_alpha"):
+            for key in _stages_of(stages, flag, given[name]):
+                mine[key][name] = given[name]
+    changed = {}
+    for key, recipe in stages.items():
+        with in_stage(key):
+            changed[key] = _changed(recipe, replace(filled, set=tuple(own[key])), mine[key])
+    return changed
+
+
+def _stages_of(stages: Mapping[str, Recipe], flag: Any, words: Sequence[str]) -> list[str]:
+    """The stages a flag is for; raises `UserError` with what to write where that is not plain."""
+    keys = [*stages]
+    scope = STAGED.get(flag.field.name)
+    if scope == EVERY:
+        return keys
+    if scope == FIRST:
+        return keys[:1]
+    path = flag.field.metadata.get("path")
+    if path is None:
+        raise UserError(f"{flag.name} is a setting of one stage: give the weights themselves, --set STAGE.objectives.NAME.weight=VALUE")
+    keys = [key for key in keys if path in flatten(stages[key])]
+    if scope == TAUGHT and len(keys) == 1:
+        return keys
+    if not keys:
+        what = {"selector": "a patch selector (--with STAGE.maskedkd)", "teachers": "a teacher of that name (--with STAGE.kd)"}
+        raise UserError(f"{flag.name} cannot take effect: no stage has {what.get(path.partition('.')[0], path)}")
+    value = words[0]
+    if value.lower() == "none" and flag.optional and "none" not in get_args(flag.value.kind):
+        value = "null"
+    raise UserError(f"{flag.name} is a setting of one stage: --set " + " or ".join(f"{key}.{path}={value}" for key in keys))
+
+
+def _by_stage(stages: Mapping[str, Recipe], words: Iterable[str], flag: str) -> dict[str, list[str]]:
+    """Words like ``finetune.kd`` under the stage they begin with, without it."""
+    found: dict[str, list[str]] = {key: [] for key in stages}
+    for word in words:
+        key, dot, rest = word.partition(".")
+        if not dot or not rest or key not in found:
+            close = get_close_matches(key, found, n=1) if dot else []
+            known = " or ".join(f"{flag} {stage}.{word}" for stage in found)
+            hint = f"there is no stage {key!r}: did you mean {close[0]!r}?" if close else f"say which stage it is for ({known})"
+            raise UserError(f"{flag} {word}: {hint}")
+        found[key].append(rest)
+    return found
+
+
+def _common(stages: Mapping[str, Recipe]) -> dict[str, Any]:
+    """The values of the stages by field, None where those that have it do not agree."""
+    flat = [flatten(recipe) for recipe in stages.values()]
+    paths = {path for values in flat for path in values}
+    found = {}
+    for path in paths:
+        values = [of[path] for of in flat if path in of]
+        found[path] = values[0] if all(value == values[0] for value in values) else None
+    return found
+
+
+def _about_stages(name: str, flags: type, stages: Mapping[str, Recipe]) -> str:
+    def of(scope: str | None) -> str:
+        known = [flag for flag in flags_of(flags) if "path" in flag.field.metadata]
+        return ", ".join(flag.name for flag in known if STAGED.get(flag.field.name) == scope)
+
+    text = (
+        f"The recipe {name!r} has the stages {', '.join(stages)}. {EVERY.capitalize()} is meant by {of(EVERY)}; {FIRST} by "
+        f"{of(FIRST)}; {TAUGHT} by {of(TAUGHT)}. The others are settings of one stage: --set STAGE.FIELD=VALUE. Defaults below are those "
+        "in which the stages agree, none where they do not."
+    )
+    return wrap(text)
+
+
+# --- what is refused, and the help -------------------------------------------------------------------------------------------------
 
 
 def _alpha(recipe: Recipe, alpha: float | None, given: Mapping[str, list[str]]) -> dict[str, Any]:

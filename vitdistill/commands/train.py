@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 
 from ..data.loader import TrainLoader
-from ..recipe import Recipe
+from ..errors import UserError
+from ..stages import STAGES, Stages, train_stages
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
 
@@ -19,6 +20,7 @@ class TrainFlags(RecipeFlags):
 
     output: Annotated[str | None, TEXT, about("the run folder; none: runs/RECIPE. A run there is resumed, never overwritten")] = None
     device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
+    stage: Annotated[str | None, TEXT, about("of a recipe in stages, the one to stop after; none: the last")] = None
 
 
 def main(words: Sequence[str]) -> int:
@@ -30,25 +32,49 @@ def main(words: Sequence[str]) -> int:
     from ..train.job import Job
     from ..train.loop import train
 
-    def show(job: Job) -> None:
-        console.print(_plan_text(job, recipe), highlight=False, markup=False, soft_wrap=True)
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def show(job: Job) -> None:
+        say(_plan_text(job))
+
+    if isinstance(recipe, Stages):
+        if flags.output is None and (Path(flags.recipe) / STAGES).is_file():
+            output = Path(flags.recipe)
+        train_stages(
+            recipe,
+            output,
+            device=flags.device,
+            console=console,
+            prepared=show,
+            done=lambda key, folder, summary: say(f"{key} {_done_text(summary, folder)}"),
+            until=flags.stage,
+        )
+        return 0
+    if flags.stage is not None:
+        raise UserError(f"--stage cannot take effect: the recipe {recipe.name!r} has no stages")
     named = replace(recipe, name=output.absolute().name or recipe.name)
     summary = train(named, output, device=flags.device, console=console, prepared=show)
-    best, text = summary["best_top1"], f"done: weights in {output / 'last'}"
-    if best is not None:
-        scores = f"top-1 {summary['scores']['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g})"
-        text = f"done: {scores}; weights in {output / 'last'} and {output / 'best'}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(_done_text(summary, output))
     return 0
 
 
-def _plan_text(job: "object", recipe: Recipe) -> str:
+def _done_text(summary: dict[str, Any], output: Path) -> str:
+    best, scores = summary["best_top1"], summary["scores"]
+    if best is not None:
+        text = f"top-1 {scores['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g})"
+        return f"done: {text}; weights in {output / 'last'} and {output / 'best'}"
+    if "knn_top1" in scores:
+        return f"done: top-1 of nearest neighbours {scores['knn_top1']:.2%}; weights in {output / 'last'}"
+    return f"done: weights in {output / 'last'}"
+
+
+def _plan_text(job: "object") -> str:
     from ..cost import cost_of, explain
     from ..train.job import Job
 
     assert isinstance(job, Job)
     cost = cost_of(job.plan, job.student, {name: teacher.model for name, teacher in job.teachers.items()})
     loader: TrainLoader = job.train_loader
-    images = loader.steps_per_epoch * recipe.train.batch_size
-    return explain(job.plan, cost, images, recipe.train.epochs) + "\n"
+    images = loader.steps_per_epoch * job.recipe.train.batch_size
+    return explain(job.plan, cost, images, job.recipe.train.epochs) + "\n"

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 from ..errors import ConfigError
-from ..method import Objective, TokenSelector
+from ..method import Masking, Objective, TokenSelector
 
 METHODS: dict[str, str] = {
     "ce": "vitdistill.methods.cross_entropy:CrossEntropy",
@@ -20,6 +20,9 @@ METHODS: dict[str, str] = {
     "relations": "vitdistill.methods.relations:Relations",
     "manifold": "vitdistill.methods.manifold:Manifold",
     "tokens": "vitdistill.methods.tokens:TokenFeatures",
+    "mae": "vitdistill.methods.mae:PixelReconstruction",
+    "dmae": "vitdistill.methods.dmae:DMAE",
+    "random_masking": "vitdistill.methods.masking:RandomMasking",
     "maskedkd": "vitdistill.methods.maskedkd:MaskedKD",
     "random_patches": "vitdistill.methods.maskedkd:RandomPatches",
     "teacher_guided": "vitdistill.methods.maskedkd:TeacherGuided",
@@ -36,7 +39,7 @@ def _outside() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group="vitdistill.methods")}
 
 
-def method_class(name: str) -> type[Objective] | type[TokenSelector]:
+def method_class(name: str) -> type[Objective] | type[TokenSelector] | type[Masking]:
     """The class behind a method's name; raises `ConfigError` with a suggestion for an unknown one."""
     from difflib import get_close_matches
 
@@ -47,13 +50,13 @@ def method_class(name: str) -> type[Objective] | type[TokenSelector]:
         raise ConfigError(f"there is no method {name!r}: {hint}")
     module, _, attribute = names[name].partition(":")
     try:
-        found: type[Objective] | type[TokenSelector] = getattr(import_module(module), attribute)
+        found: type[Objective] | type[TokenSelector] | type[Masking] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"the method {name!r} is registered as {names[name]}, which cannot be imported: {error}") from error
     return found
 
 
-def method_name(method: Objective | TokenSelector) -> str:
+def method_name(method: Objective | TokenSelector | Masking) -> str:
     """The name under which a method's class stands in the table; raises `ConfigError` if it stands nowhere."""
     path = f"{type(method).__module__}:{type(method).__qualname__}"
     for name, target in method_names().items():

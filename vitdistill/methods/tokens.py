@@ -108,7 +108,8 @@ class TokenFeatures(TeacherObjective):
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(features=True)
 
-    def adapter(self, student: Network, teacher: Network) -> nn.Module | None:
+    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
+        assert teacher is not None
         return TokenAdapter(student, teacher, classes=self.class_weight > 0, patches=self.patch_weight > 0)
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:

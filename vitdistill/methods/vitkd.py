@@ -237,6 +237,11 @@ class ViTKD(TeacherObjective):
     def _generates(self) -> bool:
         return self._weights[1] > 0
 
+    @property
+    def needs_every_patch(self) -> bool:  # type: ignore[override]
+        """The generator is a convolution over the student's whole map."""
+        return self._generates
+
     def _blocks(self) -> list[tuple[int, int]]:
         """Student's and teacher's block of each mimicked pair."""
         theirs = self.low_blocks if self.teacher_low_blocks is None else self.teacher_low_blocks
@@ -248,7 +253,8 @@ class ViTKD(TeacherObjective):
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(hidden=frozenset(its for _, its in self._blocks()), features=self._generates)
 
-    def adapter(self, student: Network, teacher: Network) -> nn.Module | None:
+    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
+        assert teacher is not None
         low_dims = [(student.dims[ours], teacher.dims[its]) for ours, its in self._blocks()]
         return ViTKDAdapter(student.dims[-1], teacher.dims[-1], low_dims, generates=self._generates, masks=self.mask_rate > 0)
 

@@ -1,4 +1,4 @@
-"""Named recipes: Python functions that return a `Recipe`; `RECIPES` is the table of them, name to function."""
+"""Named recipes: Python functions that return a `Recipe` or `Stages`; `RECIPES` is the table of them, name to function."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -6,7 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe
+from ..stages import STAGES, Stages, load
 
 RECIPES: dict[str, str] = {
     "alone": "vitdistill.recipes.plain:alone",
@@ -33,6 +34,18 @@ RECIPES: dict[str, str] = {
     "deit_base_nkd": "vitdistill.recipes.vitkd:deit_base_nkd",
     "deit_base_vitkd": "vitdistill.recipes.vitkd:deit_base_vitkd",
     "deit_base_vitkd_nkd": "vitdistill.recipes.vitkd:deit_base_vitkd_nkd",
+    "dmae_base_from_mae_large": "vitdistill.recipes.dmae:dmae_base_from_mae_large",
+    "dmae_base_from_mae_large_90": "vitdistill.recipes.dmae:dmae_base_from_mae_large_90",
+    "dmae_base_from_mae_large_95": "vitdistill.recipes.dmae:dmae_base_from_mae_large_95",
+    "dmae_base_from_mae_large_98": "vitdistill.recipes.dmae:dmae_base_from_mae_large_98",
+    "dmae_small_from_mae_base": "vitdistill.recipes.dmae:dmae_small_from_mae_base",
+    "dmae_tiny_from_mae_base": "vitdistill.recipes.dmae:dmae_tiny_from_mae_base",
+    "dmae_base_from_mae_large_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_first_release",
+    "dmae_base_from_mae_large_90_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_90_first_release",
+    "dmae_base_from_mae_large_95_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_95_first_release",
+    "dmae_base_from_mae_large_98_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_98_first_release",
+    "dmae_small_from_mae_base_first_release": "vitdistill.recipes.dmae:dmae_small_from_mae_base_first_release",
+    "dmae_tiny_from_mae_base_first_release": "vitdistill.recipes.dmae:dmae_tiny_from_mae_base_first_release",
     "small_images_teacher": "vitdistill.recipes.small_images:small_images_teacher",
     "small_images_alone": "vitdistill.recipes.small_images:small_images_alone",
     "small_images_kd": "vitdistill.recipes.small_images:small_images_kd",
@@ -41,29 +54,33 @@ RECIPES: dict[str, str] = {
     "small_images_vitkd": "vitdistill.recipes.small_images:small_images_vitkd",
     "small_images_vitkd_nkd": "vitdistill.recipes.small_images:small_images_vitkd_nkd",
     "small_images_masked_vitkd_nkd": "vitdistill.recipes.small_images:small_images_masked_vitkd_nkd",
+    "small_images_mae": "vitdistill.recipes.small_images:small_images_mae",
+    "small_images_mae_finetuned": "vitdistill.recipes.small_images:small_images_mae_finetuned",
+    "small_images_dmae": "vitdistill.recipes.small_images:small_images_dmae",
 }
 
 
-def named_recipe(name: str) -> Recipe:
+def named_recipe(name: str) -> Recipe | Stages:
     """The recipe of that name; raises `ConfigError` with a suggestion."""
     if name not in RECIPES:
         close = get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "'vitdistill train --help' lists them"
         raise ConfigError(f"there is no recipe {name!r}: {hint}")
     module, _, function = RECIPES[name].partition(":")
-    make: Callable[[], Recipe] = getattr(import_module(module), function)
+    make: Callable[[], Recipe | Stages] = getattr(import_module(module), function)
     return make()
 
 
-def find_recipe(name: str) -> Recipe:
-    """A recipe by its name, by the path of a YAML file, or by a run folder that holds ``recipe.yaml``."""
+def find_recipe(name: str) -> Recipe | Stages:
+    """A recipe by its name, by the path of a YAML file, or by the folder of a run or of stages, which holds its recipe."""
     if name in RECIPES:
         return named_recipe(name)
     path = Path(name)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return load_recipe(path / "recipe.yaml")
+    for file in (STAGES, "recipe.yaml"):
+        if path.is_dir() and (path / file).is_file():
+            return load(path / file)
     if path.suffix in (".yaml", ".yml") or "/" in name:
         if not path.is_file():
             raise ConfigError(f"there is no recipe file {name}")
-        return load_recipe(path)
+        return load(path)
     return named_recipe(name)

@@ -4,11 +4,15 @@ from dataclasses import replace
 
 from ..data.views import AUGMENTS
 from ..methods.cross_entropy import CrossEntropy
+from ..methods.dmae import DMAE
 from ..methods.kd import SoftKD
+from ..methods.mae import PixelReconstruction
 from ..methods.maskedkd import MaskedKD
+from ..methods.masking import RandomMasking
 from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
 from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from ..stages import Stages
 
 
 def _vit(dim: int, depth: int, heads: int) -> dict[str, int]:
@@ -97,4 +101,45 @@ def small_images_masked_vitkd_nkd() -> Recipe:
         name="small_images_masked_vitkd_nkd",
         description="the small_images student by ViTKD and NKD under MaskedKD; --teacher-model takes the teacher run's folder",
         selector=MaskedKD(keep_rate=0.5),
+    )
+
+
+def small_images_mae() -> Recipe:
+    """The same student, pre-trained as a masked autoencoder; a teacher for small_images_dmae when it is made wider."""
+    recipe = small_images_alone()
+    return replace(
+        recipe,
+        name="small_images_mae",
+        description="the small_images student pre-trained by MAE at 75 % masked: no labels, 30 epochs",
+        student=replace(recipe.student, init="mae"),
+        objectives={"mae": PixelReconstruction(decoder_dim=64, decoder_depth=1, decoder_num_heads=4, norm_pix=True)},
+        masking=RandomMasking(mask_rate=0.75),
+        data=DataConfig(workers=0, augment=replace(AUGMENTS["small"], crop="rrc", scale=(0.2, 1.0))),
+        optim=replace(recipe.optim, opt_args={"betas": [0.9, 0.95]}, min_lr=0.0),
+        train=replace(recipe.train, eval_every=5),
+    )
+
+
+def small_images_mae_finetuned() -> Stages:
+    """MAE, then fine-tuning: what DMAE is compared with."""
+    fine = replace(small_images_alone(), name="finetune", description="")
+    fine = replace(fine, student=StudentConfig(model="stage:pretrain", model_args={"global_pool": "avg"}))
+    fine = replace(fine, optim=replace(fine.optim, layer_decay=0.75))
+    return Stages(
+        name="small_images_mae_finetuned",
+        description="the small_images student pre-trained by MAE, then fine-tuned, 30 epochs each",
+        stages={"pretrain": replace(small_images_mae(), name="pretrain", description=""), "finetune": fine},
+    )
+
+
+def small_images_dmae() -> Stages:
+    """DMAE, then fine-tuning; give the run folder of an MAE teacher with ``--teacher-model``."""
+    plain = small_images_mae_finetuned()
+    pretrain = plain.stages["pretrain"]
+    taught = replace(pretrain, teachers={"teacher": TeacherConfig()}, objectives={**pretrain.objectives, "dmae": DMAE()})
+    return replace(
+        plain,
+        name="small_images_dmae",
+        description="the same by DMAE; --teacher-model takes the run folder of a wider small_images_mae",
+        stages={**plain.stages, "pretrain": taught},
     )

@@ -12,6 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+SHOWN = ("top1", "top5", "nll", "agreement", "knn_top1", "knn_top5")
+"""The scores of an evaluation that are shown; all of them are logged."""
+
 
 def duration(seconds: float) -> str:
     """``1 h 05 min``, ``3 min 20 s``, ``12 s``."""
@@ -83,7 +86,7 @@ class Display:
 
     def evaluation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
         """Show the result of an evaluation after ``step`` steps."""
-        self._scores = {name: value for name, value in scores.items() if name in ("top1", "top5", "nll", "agreement")}
+        self._scores = {name: value for name, value in scores.items() if name in SHOWN}
         text = "  ".join(f"{name} {_score(name, value)}" for name, value in self._scores.items())
         self.say(f"epoch {step / self.steps_per_epoch:g}  validation  {text}{'  (best so far)' if best else ''}")
 
@@ -95,7 +98,7 @@ class Display:
 
 
 def _score(name: str, value: float) -> str:
-    return f"{value:.2%}" if name in ("top1", "top5", "agreement", "ece") else f"{value:.4f}"
+    return f"{value:.4f}" if name in ("nll", "kl") else f"{value:.2%}"
 
 
 class Speed:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from timm.utils import ModelEmaV3
@@ -27,6 +28,8 @@ from ..data import keyed
 from ..data.loader import Batch, EvalLoader
 from ..errors import DataError, NonFiniteError, Preempted, UserError
 from ..export import export_timm
+from ..features import Stopped, batches_together, knn_evaluation
+from ..method import Objective
 from ..metrics import Metrics
 from ..recipe import Recipe, fingerprint
 from ..teacher import Teacher
@@ -36,7 +39,8 @@ from .display import Display, Speed
 from .distributed import World, world
 from .job import Job, prepare
 from .optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
-from .run_folder import METRICS, SUMMARY, TIMING, RunFolder, finished
+from .pictures import draw_sheet, png
+from .run_folder import METRICS, PICTURES, SUMMARY, TIMING, RunFolder, finished
 
 PROGRESS = ("step", "evaluated_at", "best_step", "scores", "seconds")
 Resumed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -362,13 +366,13 @@ class _Run:
         if job.val_loader is not None:
             self.display.working("evaluating")
             try:
-                scores = evaluate(self.model, job.val_loader, self.world, job.amp_dtype, lambda: bool(stop.name))
+                scores = self._scores_now(job.val_loader, lambda: bool(stop.name))
             except NonFiniteError as error:
                 raise NonFiniteError(f"evaluation at step {self.step}: {error} {self._last_good().capitalize()}.") from error
             if scores is None:
                 return False
             self.scores = scores
-            best = scores["top1"] > self.best
+            best = scores.get("top1", -math.inf) > self.best
             if best:
                 self.best, self.best_step = scores["top1"], self.step
             self.display.evaluation(self.step, scores, best)
@@ -380,9 +384,34 @@ class _Run:
                     self._scalars("validation", scores)
                 for name in ("last", "best") if best else ("last",):
                     self._export(name)
+                self._draw()
         self.evaluated_at = self.step
         self.speed.pause(time.perf_counter() - begun)
         return True
+
+    def _scores_now(self, images: EvalLoader, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """The accuracy of the classifier, or that of k-NN on the features of a student without one; None if it was abandoned."""
+        job = self.job
+        if job.bank_loader is None:
+            return evaluate(self.model, images, self.world, job.amp_dtype, stop)
+        return knn_evaluation(self.model, job.bank_loader, images, self.world, job.amp_dtype, stop)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """What the objectives have to show of a few images, as a file and in TensorBoard."""
+        job = self.job
+        if all(type(objective).pictures is Objective.pictures for objective in job.plan.objectives.values()):
+            return
+        for batch in job.shown_loader:
+            batch.seed = self.recipe.train.seed
+            job.distillation.eval()
+            with torch.autocast(self.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None):
+                rows = job.distillation.pictures(batch, self.model)
+            if rows:
+                sheet = draw_sheet(rows, job.student_spec)
+                durable.write_atomic(self.output / PICTURES, png(sheet))
+                if self.board is not None:
+                    self.board.add_image("pictures", np.array(sheet), self.step, dataformats="HWC")
 
     def _export(self, name: str) -> None:
         job = self.job
@@ -492,26 +521,15 @@ def evaluate(
     training = model.training
     model.eval()
     metrics = Metrics(here.device)
-    batches = iter(loader)
     try:
-        for _ in range(here.most(len(loader))):  # a process with one batch fewer meets the others all the same
-            batch, failure = None, None
-            try:
-                batch = next(batches, None)
-            except UserError as error:
-                failure = error
-            stopped, failed = here.any(stop(), failure is not None)
-            if failed:
-                here.agree(failure)
-            if stopped:
-                return None
-            if batch is None:
-                continue
+        for batch in batches_together(loader, here, stop):
             with torch.autocast(here.device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = run_vit(model, batch.images, Needs(logits=True)).logits
                 answer = None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
             assert logits is not None
             metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
+    except Stopped:
+        return None
     finally:
         model.train(training)
     metrics.merge_across_processes()

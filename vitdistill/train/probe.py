@@ -1,10 +1,11 @@
 """A measured step: a few real optimizer steps on random images, and the hours they imply."""
 
 import time
+from dataclasses import replace
 
 import torch
 
-from ..build import build_student, build_teacher_model, plan_of, prefer_explicit_attention
+from ..build import blank_teacher, build_student, plan_of, prefer_explicit_attention, reads_logits, trains_classifier
 from ..data.loader import Batch
 from ..distill import Distillation
 from ..recipe import Recipe, replace_fields
@@ -27,20 +28,22 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, device)
     plain = {"student.pretrained": False, "student.checkpoint": None}
     plain |= {f"teachers.{name}.{key}": value for name in recipe.teachers for key, value in (("pretrained", False), ("checkpoint", None))}
-    recipe = replace_fields(recipe, plain)
+    named, recipe = recipe.teachers, replace_fields(recipe, plain)
     student = build_student(recipe.student, num_classes)
+    if not trains_classifier(recipe.objectives, student.network):
+        student = build_student(recipe.student, 0)
     teachers = {}
-    for name, config in recipe.teachers.items():
-        built = build_teacher_model(config, name, with_weights=False)
+    for name, config in named.items():
+        built = blank_teacher(config, name, recipe.objectives)
         dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
-        index = torch.arange(num_classes) % max(built.network.num_classes, 1)
-        teachers[name] = Teacher(built.model, built.network, built.spec, student.spec, class_index=index, dtype=dtype, device=device)
+        index, network = None, built.network
+        if reads_logits(recipe.objectives, network):
+            index = torch.arange(num_classes) % max(network.num_classes, 1)
+            network = replace(network, num_classes=num_classes)
+        teachers[name] = Teacher(built.model, network, built.spec, student.spec, class_index=index, dtype=dtype, device=device)
         if device.type == "cpu" and (dtype or amp_dtype) is torch.bfloat16:
             prefer_explicit_attention(built.model)
-    from dataclasses import replace
-
-    networks = {name: replace(teacher.network, num_classes=num_classes) for name, teacher in teachers.items()}
-    plan = plan_of(recipe, student.network, networks)
+    plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})
     module = Distillation(student.model, plan).to(device).train()
     if device.type == "cpu" and amp_dtype is torch.bfloat16:
         prefer_explicit_attention(module)

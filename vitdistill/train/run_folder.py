@@ -24,13 +24,14 @@ from .. import __version__, durable, export
 from ..errors import ConfigError, PermissionDenied
 from ..recipe import Recipe, differences, dump_recipe, load_recipe
 
-RECIPE, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM = (
+RECIPE, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM, PICTURES = (
     "recipe.yaml",
     "metrics.jsonl",
     "timing.jsonl",
     "environment.json",
     "summary.json",
     "in_use.json",
+    "pictures.png",
 )
 
 

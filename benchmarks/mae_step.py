@@ -1,0 +1,267 @@
+"""What a DMAE step costs, against the step of the authors' code: the whole teacher and its decoder run, and are thrown away.
+
+    python benchmarks/mae_step.py                  # ViT-S from ViT-B, about five minutes
+    python benchmarks/mae_step.py large --write    # ViT-B from ViT-L, and keep the table in benchmarks/results/
+
+The steps of one mask rate run in one process, one after another, round after round in another order, on the same images, masks and
+weights, and have to give the same losses. A step is compared with the authors' of its own round. The clock is the CPU time of this
+process. Random images and weights, float32, one thread. Memory is the peak of what torch allocates in a step, beyond the weights.
+"""
+
+import datetime
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import step_cost
+import timm
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitdistill import durable
+from vitdistill.align import gather_patches
+from vitdistill.cost import cost_of
+from vitdistill.data.loader import Batch
+from vitdistill.data.views import InputSpec
+from vitdistill.distill import Distillation
+from vitdistill.errors import ConfigError, UserError
+from vitdistill.method import Network
+from vitdistill.methods.dmae import DMAE, DMAEAdapter, alignment_loss
+from vitdistill.methods.mae import PixelReconstruction
+from vitdistill.methods.masking import RandomMasking
+from vitdistill.models.mae import MAEDecoder, init_mae, reconstruction_loss
+from vitdistill.plan import make_plan
+from vitdistill.recipe import OptimConfig
+from vitdistill.teacher import Teacher
+from vitdistill.train.optim import clip_gradients, make_optimizer
+
+RATES = (0.75, 0.9, 0.95, 0.98)
+PAIRS = {"small": ("deit_small_patch16_224", "deit_base_patch16_224"), "large": ("deit_base_patch16_224", "vit_large_patch16_224")}
+SIZE = (224, 224)
+
+
+def build(name: str, seed: int) -> nn.Module:
+    """A ViT without a classifier, with MAE's random weights."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=0)
+    init_mae(model)
+    return model
+
+
+class WholeTeacher(nn.Module):
+    """What the authors' code does with a batch: every patch is embedded, all of both networks runs, the teacher's decoder too.
+
+    The student half is the same decoder as ours; the arithmetic is PyTorch's own, block by block.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, decoder: MAEDecoder, teacher_decoder: MAEDecoder, align: nn.Module) -> None:
+        super().__init__()
+        self.student, self.decoder, self.align = student, decoder, align
+        self.other = [teacher, teacher_decoder]  # in a list: not trained
+
+    def walk(self, model: Any, images: Tensor, keep: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Hidden states after ``block``, and the features after the final norm, of the kept patches."""
+        patches = model.patch_embed(images) + model.pos_embed[:, 1:]
+        first = (model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1)
+        tokens = torch.cat([first, gather_patches(patches, keep)], dim=1)
+        hidden = tokens
+        for i, layer in enumerate(model.blocks):
+            tokens = layer(tokens)
+            hidden = tokens if i == block else hidden
+        return hidden, model.norm(tokens)
+
+    def forward(self, images: Tensor, keep: Tensor, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Reconstruction and alignment loss."""
+        teacher, teacher_decoder = self.other
+        with torch.no_grad():
+            target, features = self.walk(teacher, images, keep, blocks[1])
+            teacher_decoder(features, keep, 1)
+        hidden, features = self.walk(self.student, images, keep, blocks[0])
+        prediction = self.decoder(features, keep, 1)
+        mask = prediction.new_ones(prediction.shape[:2]).scatter(1, keep, 0.0)
+        loss = reconstruction_loss(prediction, images, mask, self.decoder.patch_size)
+        return loss, alignment_loss(self.align(hidden), target)
+
+
+@dataclass
+class Made:
+    """A step under measurement, and its losses on the first batch."""
+
+    step: step_cost.Step
+    losses: Callable[[], tuple[float, ...]]
+
+
+def make_steps(pair: str, rate: float, batch_size: int) -> list[Made]:
+    """The authors' step first, then ours, then ours with a decoder of two blocks."""
+    names = PAIRS[pair]
+    teacher_model = build(names[1], 2).eval().requires_grad_(False)
+    network = Network.of(teacher_model, "teacher", names[1], SIZE)
+    spec = InputSpec.of_model(teacher_model)
+    teacher = Teacher(teacher_model, network, spec, spec)
+    torch.manual_seed(0)
+    ids = torch.arange(batch_size)
+    batch = Batch(torch.randn(batch_size, 3, *SIZE), ids * 0, ids, ids * 0, 0)
+    made = []
+    for title, depth in (("the authors' step", 8), ("ours", 8), ("ours, decoder of 2 blocks", 2)):
+        student = build(names[0], 1)
+        plan = make_plan(
+            Network.of(student, "student", names[0], SIZE),
+            {"teacher": network},
+            {"mae": PixelReconstruction(decoder_depth=depth), "dmae": DMAE()},
+            masking=RandomMasking(mask_rate=rate),
+        )
+        torch.manual_seed(3)
+        ours = Distillation(student, plan)
+        if title == "the authors' step":
+            made.append(_authors(ours, teacher_model, batch))
+        else:
+            made.append(_ours(title, ours, teacher, batch))
+    return made
+
+
+def _ours(title: str, module: Distillation, teacher: Teacher, batch: Batch) -> Made:
+    cost = cost_of(module.plan, module.student, {"teacher": teacher.model})
+
+    @torch.no_grad()
+    def losses() -> tuple[float, ...]:
+        found = module(batch, {"teacher": teacher})
+        return found["mae"].item(), found["dmae"].item()
+
+    return Made(step_cost.Step(title, step_cost.our_step(module, {"teacher": teacher}, batch), cost.step), losses)
+
+
+def _authors(module: Distillation, teacher: nn.Module, batch: Batch) -> Made:
+    decoder, adapter = module.adapters["mae"], module.adapters["dmae"]
+    assert isinstance(decoder, MAEDecoder) and isinstance(adapter, DMAEAdapter)
+    network = module.plan.teachers["teacher"]
+    torch.manual_seed(4)
+    other = MAEDecoder(network.dim, network.grid, network.patch_size)
+    whole = WholeTeacher(module.student, teacher, decoder, other.requires_grad_(False), adapter.projections[0])
+    order = module.mask(batch)
+    assert order is not None
+    keep = order[:, : module.plan.student_keep]
+    (pair,) = module.plan.objectives["dmae"].pairs(module.plan.student.depth, network.depth)  # type: ignore[attr-defined]
+    # The same optimizer as ours: it is not what is compared.
+    optimizer = make_optimizer(module, OptimConfig(lr=step_cost.LR, weight_decay=step_cost.WEIGHT_DECAY, sched="none", warmup_epochs=0))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        reconstruction, distance = whole(batch.images, keep, pair)
+        loss = reconstruction + distance
+        loss.backward()
+        norm = clip_gradients(module, None)
+        if not bool(loss.isfinite() & norm.isfinite()):
+            raise AssertionError("the benchmark diverged")
+        optimizer.step()
+
+    @torch.no_grad()
+    def losses() -> tuple[float, ...]:
+        reconstruction, distance = whole(batch.images, keep, pair)
+        return reconstruction.item(), distance.item()
+
+    with FlopCounterMode(display=False) as counter:
+        reconstruction, distance = whole(batch.images, keep, pair)
+        (reconstruction + distance).backward()
+    flops = counter.get_total_flops() // len(batch.images)
+    return Made(step_cost.Step("the authors' step", step, flops), losses)
+
+
+def peak_memory(run: Callable[[], None]) -> int:
+    """The most that torch has allocated at once within ``run``, bytes, beyond what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    total = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most
+
+
+def rows(rate: float, made: list[Made], memory: list[int], batch_size: int) -> Iterator[str]:
+    """Markdown rows of one mask rate."""
+    authors = made[0].step
+    for one, peak in zip(made, memory, strict=True):
+        step = one.step
+        relative = [its / mine for mine, its in zip(step.seconds, authors.seconds, strict=True)]
+        low, median, high = statistics.quantiles(relative, n=4, method="inclusive")
+        expected = authors.flops / step.flops
+        cells = (
+            f"{rate:.0%}",
+            step.name,
+            f"{1e3 * statistics.median(step.seconds) / batch_size:.0f}",
+            f"**{median:.2f}**",
+            f"{low:.2f} .. {high:.2f}",
+            f"{expected:.2f}",
+            f"{median / expected:.2f}",
+            f"{step.flops / 1e9:.1f}",
+            f"{peak / batch_size / 1e6:.0f}",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def main(
+    pair: Literal["small", "large"] = "small",
+    /,
+    rounds: int = 7,
+    batch_size: int = 8,
+    write: bool = False,
+    rates: tuple[float, ...] = RATES,
+) -> None:
+    """Measure DMAE steps against the authors'.
+
+    Args:
+        pair: small (ViT-S from ViT-B) or large (ViT-B from ViT-L), 224 x 224, decoder 512 wide.
+        rounds: of all steps, at least 5.
+        batch_size: images.
+        write: also write the table to benchmarks/results/mae_step_<pair>_<cpu>_<instructions>_<date>.md.
+        rates: fractions of the patches that are hidden.
+    """
+    if rounds < 5:
+        raise ConfigError(f"--rounds is {rounds}: medians need at least 5")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}: it has to be at least 1")
+    torch.set_num_threads(1)
+    head = "| masked | step | ms / image | times faster | quartiles | by FLOPs | measured / FLOPs | GFLOPs / image | peak MB / image |"
+    lines = [head, "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for rate in rates:
+        made = make_steps(pair, rate, batch_size)
+        first, ours = made[0].losses(), made[1].losses()
+        if any(abs(a - b) > 1e-5 * abs(a) for a, b in zip(first, ours, strict=True)):
+            raise AssertionError(f"the losses differ: {first} and {ours}")
+        memory = [peak_memory(one.step.run) for one in made]
+        step_cost.measure([one.step for one in made], rounds)
+        lines += rows(rate, made, memory, batch_size)
+        print("\n".join(lines[-3:]), flush=True)
+    student, teacher = PAIRS[pair]
+    machine = step_cost.describe_machine().replace("benchmarks/step_cost.py", "benchmarks/mae_step.py")
+    text = "\n\n".join(
+        [
+            f"# DMAE: {student} from {teacher}",
+            machine,
+            f"Batch {batch_size}, {rounds} rounds, float32, one thread; ratios are medians over rounds. The losses of the first two steps "
+            "agree to 1e-5.",
+            "\n".join(lines),
+        ]
+    )
+    print(text)
+    if write:
+        cpu = f"{step_cost.cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
+        slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+        path = step_cost.RESULTS / f"mae_step_{pair}_{slug}_{datetime.date.today().isoformat()}.md"
+        durable.write_atomic(path, (text + "\n").encode())
+        print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,90 @@
+"""Random masking: how many patches stay visible, and which."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitdistill.errors import ConfigError
+from vitdistill.methods.masking import num_visible, random_masking
+
+counts = st.integers(1, 2000)
+rates = st.floats(0, 1, exclude_max=True)
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "expected"),
+    [
+        (196, {0.0: 196, 0.75: 49, 0.8: 39, 0.85: 29, 0.9: 19, 0.95: 9, 0.98: 3}),
+        (100, {0.8: 19, 0.9: 9}),  # exact arithmetic would say 20 and 10
+        (400, {0.8: 79, 0.9: 39}),
+    ],
+)
+def test_the_counts_of_the_authors(num_patches: int, expected: dict[float, int]) -> None:
+    assert {rate: num_visible(num_patches, rate) for rate in expected} == expected
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.5, -0.1, -1e-9, math.nan, math.inf])
+def test_a_rate_that_means_nothing_is_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match=r"^mask_rate is .*: give the fraction of patches to hide, from 0 to below 1$"):
+        num_visible(16, rate)
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "rate", "highest"),
+    [
+        (196, 0.995, 0.9948),
+        (16, 0.95, 0.937),
+        (5, 0.8, 0.79),
+        (2, 0.6, 0.5),
+        (1, 0.5, 0.0),
+        (100, 0.999, 0.99),
+        (100_000, 0.99999999, 0.9999899),
+    ],
+)
+def test_nothing_left_is_refused_and_the_highest_rate_told(num_patches: int, rate: float, highest: float) -> None:
+    with pytest.raises(ConfigError, match=rf"leaves none of {num_patches} patches visible: the highest that leaves one is {highest}$"):
+        num_visible(num_patches, rate)
+
+
+@given(num_patches=counts, rate=rates)
+def test_the_rate_that_is_told_works_and_is_the_highest(num_patches: int, rate: float) -> None:
+    try:
+        assert num_patches * (1 - rate) - 1 <= num_visible(num_patches, rate) <= num_patches * (1 - rate) + 1e-9
+    except ConfigError as error:
+        told = float(str(error).rsplit(" ", 1)[1])
+        assert num_visible(num_patches, told) == 1 and told < rate and 1 - 1 / num_patches - told < 0.02
+
+
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), num_patches=st.integers(2, 60), rate=st.floats(0, 0.5))
+def test_keep_restore_and_mask_say_the_same(seed: int, batch: int, num_patches: int, rate: float) -> None:
+    noise = torch.rand(batch, num_patches, generator=torch.Generator().manual_seed(seed))
+    keep, restore, mask = random_masking(noise, rate)
+    visible = num_visible(num_patches, rate)
+    assert keep.shape == (batch, visible) and keep.dtype is restore.dtype is torch.int64 and mask.dtype is torch.float32
+    for row in range(batch):
+        order = sorted(range(num_patches), key=lambda patch: noise[row, patch].item())
+        assert keep[row].tolist() == order[:visible]
+        assert torch.tensor(order)[restore[row]].tolist() == list(range(num_patches))
+        assert {i for i in range(num_patches) if mask[row, i] == 0} == set(order[:visible])
+        assert mask[row].sum() == num_patches - visible
+
+
+def test_equal_noise_keeps_the_first_patches() -> None:
+    keep, restore, _ = random_masking(torch.zeros(2, 64), 0.75)
+    assert keep.tolist() == [list(range(16))] * 2 and restore.tolist() == [list(range(64))] * 2
+
+
+def test_an_images_mask_does_not_depend_on_the_batch() -> None:
+    noise = torch.rand(5, 16)
+    together = random_masking(noise, 0.75)
+    alone = random_masking(noise[3:4], 0.75)
+    for one, many in zip(alone, together, strict=True):
+        assert torch.equal(one[0], many[3])
+
+
+def test_every_patch_is_hidden_equally_often() -> None:
+    _, _, mask = random_masking(torch.rand(4000, 16), 0.75)
+    assert mask.mean(0).sub(0.75).abs().max() < 0.04

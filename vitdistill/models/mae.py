@@ -1,0 +1,287 @@
+"""Masked autoencoders: the decoder, the whole network under the names of the public checkpoints, its initialisation and its loss.
+
+Source: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022, arXiv 2111.06377, checked against
+facebookresearch/mae@efb2a80 and UCSC-VLAA/DMAE@a0f4959. What the authors' code cannot do: images and patches that are not square, and
+encoders with no class token or with several prefix tokens.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from timm.layers import RmsNorm
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..families.plain import PlainViT
+from ..methods.masking import random_masking
+
+_NORMS = (nn.LayerNorm, RmsNorm)
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 L {dim}"]:
+    """The fixed table of positions, ``(1, 1 + rows * columns, dim)`` float32: zeros for the class token, then the patches, row-major.
+
+    ``e(t) = [sin(t w) | cos(t w)]`` with ``w_i = 10000^(-i / (dim / 4))``; the patch in row y and column x has ``[e(x) | e(y)]``: its
+    first half says the column. Computed in float64. Raises `ConfigError` when ``dim`` is not a multiple of 4.
+
+    Source: ``get_2d_sincos_pos_embed`` of facebookresearch/mae@efb2a80.
+    """
+    if dim < 4 or dim % 4:
+        raise ConfigError(f"sine-cosine positions need a width that is a multiple of 4, and this one is {dim}")
+    rows, columns = grid
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    halves = []
+    for places in (torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)):
+        angles = places[:, None].double() * frequencies
+        halves += [angles.sin(), angles.cos()]
+    table = torch.cat(halves, dim=1)
+    return torch.cat([table.new_zeros(1, dim), table])[None].float()
+
+
+def patchify(images: Float[Tensor, "B c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "B N pixels"]:
+    """Images as patches: row-major, within each row, column, channel. Raises `ConfigError` when patches do not fill the images."""
+    height, width = patch_size
+    if images.shape[2] % height or images.shape[3] % width:
+        raise ConfigError(f"patches of {height} x {width} do not fill images of {images.shape[2]} x {images.shape[3]}")
+    return images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Float[Tensor, "B N pixels"], grid: tuple[int, int], patch_size: tuple[int, int]) -> Float[Tensor, "B c h w"]:
+    """Patches as images, the inverse of `patchify`; ``grid`` is rows and columns."""
+    pixels = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)
+    return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def reconstruction_loss(
+    prediction: Float[Tensor, "B N pixels"],
+    images: Float[Tensor, "B c h w"],
+    mask: Float[Tensor, "B N"],
+    patch_size: tuple[int, int],
+    norm_pix: bool = False,
+) -> Float[Tensor, ""]:
+    """``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``, in float32 (float64 stays); 0 where nothing is hidden.
+
+    Args:
+        prediction: pixels of every patch, as `patchify` orders them.
+        images: as the network sees them.
+        mask: 1 at hidden patches, 0 at visible ones.
+        patch_size: height and width, pixels.
+        norm_pix: the target is each patch less its mean, over ``sqrt(var + 1e-6)``; the variance is the unbiased one.
+
+    Source: arXiv 2111.06377 section 3; ``forward_loss`` of facebookresearch/mae@efb2a80.
+    """
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    target = patchify(images.to(dtype), patch_size)
+    if norm_pix:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    error = (prediction.to(dtype) - target).square().mean(-1)
+    mask = mask.to(dtype)
+    return (error * mask).sum() / mask.sum().clamp_min(1)
+
+
+class _Decoder:
+    """MAE's decoder, for a module to inherit; the attributes carry the names of the public checkpoints."""
+
+    decoder_embed: nn.Linear
+    mask_token: nn.Parameter
+    decoder_pos_embed: nn.Parameter
+    decoder_blocks: nn.ModuleList
+    decoder_norm: nn.LayerNorm
+    decoder_pred: nn.Linear
+
+    def _build_decoder(
+        self, dim: int, grid: tuple[int, int], patch_size: tuple[int, int], decoder_dim: int, decoder_depth: int, decoder_num_heads: int
+    ) -> None:
+        _check_heads("decoder_dim", decoder_dim, decoder_num_heads)
+        if decoder_depth < 0:
+            raise ConfigError(f"decoder_depth is {decoder_depth}: give the number of the decoder's blocks, 0 or more")
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim).normal_(std=0.02))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_dim, decoder_num_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = norm(decoder_dim)
+        self.decoder_pred = nn.Linear(decoder_dim, math.prod(patch_size) * 3)
+
+    def decode(self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1) -> Float[Tensor, "B N pixels"]:
+        """The pixels of every patch, predicted from the visible ones.
+
+        Args:
+            features: after the encoder's final norm, prefix tokens first (L = P + K).
+            keep: row-major places of the K visible patches, in the order of ``features``.
+            num_prefix_tokens: P; they are decoded at the class token's position and dropped at the end.
+        """
+        tokens = self.decoder_embed(features)
+        prefix, visible = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+        places = keep[:, :, None].expand_as(visible)
+        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), self.decoder_pos_embed.shape[1] - 1, -1)
+        patches = hidden.scatter(1, places, visible)
+        tokens = torch.cat([prefix + self.decoder_pos_embed[:, :1], patches + self.decoder_pos_embed[:, 1:]], dim=1)
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens))[:, num_prefix_tokens:]
+
+
+class MAEDecoder(_Decoder, nn.Module):
+    """MAE's decoder for any encoder: `decode` as a module, initialised as MAE.
+
+    Args:
+        dim: width of the encoder's features.
+        grid: rows and columns of patches.
+        patch_size: height and width of a patch, pixels.
+        decoder_dim: width, a multiple of 4 and of ``decoder_num_heads``.
+        decoder_depth: blocks; 0: a linear prediction from each visible patch, and one constant for the hidden ones.
+        decoder_num_heads: attention heads.
+
+    Raises:
+        ConfigError: for a width that does not divide as said.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        patch_size: tuple[int, int],
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patch_size = patch_size
+        self._build_decoder(dim, grid, patch_size, decoder_dim, decoder_depth, decoder_num_heads)
+        self.apply(_init_module)
+
+    def forward(
+        self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
+    ) -> Float[Tensor, "B N pixels"]:
+        return self.decode(features, keep, num_prefix_tokens)
+
+
+class MaskedAutoencoder(_Decoder, VisionTransformer):
+    """A plain ViT and MAE's decoder in one network; its parameters have the names of the public MAE checkpoints.
+
+    Args:
+        image_size: height and width, or one number for both; pixels.
+        patch_size: height and width, or one number for both; pixels. Patches have to fill the image.
+        dim, depth, num_heads: of the encoder.
+        decoder_dim, decoder_depth, decoder_num_heads: as for `MAEDecoder`.
+
+    Raises:
+        ConfigError: for sizes that do not divide as said.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+    ) -> None:
+        size = _pair(image_size)
+        patch = _pair(patch_size)
+        if size[0] % patch[0] or size[1] % patch[1]:
+            raise ConfigError(f"patches of {patch[0]} x {patch[1]} do not fill images of {size[0]} x {size[1]}")
+        _check_heads("dim", dim, num_heads)
+        super().__init__(
+            img_size=size,
+            patch_size=patch,
+            num_classes=0,
+            embed_dim=dim,
+            depth=depth,
+            num_heads=num_heads,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        grid = (size[0] // patch[0], size[1] // patch[1])
+        self._build_decoder(dim, grid, patch, decoder_dim, decoder_depth, decoder_num_heads)
+        init_mae(self)
+
+    def forward(  # type: ignore[override]  # it learns from hidden patches, and answers with pixels
+        self, images: Float[Tensor, "B c h w"], noise: Float[Tensor, "B N"], mask_rate: float = 0.75
+    ) -> tuple[Float[Tensor, "B N pixels"], Float[Tensor, "B N"]]:
+        """The predicted pixels of every patch, as `patchify` orders them, and the mask: 1 at hidden patches.
+
+        Raises `ConfigError` for images of another size, for noise of another number of patches, and as `random_masking` does.
+        """
+        size, num_patches = self.patch_embed.img_size, self.patch_embed.num_patches
+        if tuple(images.shape[2:]) != tuple(size):
+            raise ConfigError(f"the network is for images of {size[0]} x {size[1]}, and these are {images.shape[2]} x {images.shape[3]}")
+        if noise.shape[1] != num_patches:
+            raise ConfigError(f"noise has {noise.shape[1]} numbers an image, and the network has {num_patches} patches")
+        keep, _, mask = random_masking(noise, mask_rate)
+        encoder = PlainViT(self)
+        tokens = encoder.embed(images, keep)
+        for i in range(encoder.depth):
+            tokens = encoder.run_block(i, tokens, None).tokens
+        return self.decode(encoder.norm(tokens), keep, encoder.num_prefix_tokens), mask
+
+
+def init_mae(model: VisionTransformer) -> None:
+    """Initialise a plain ViT as MAE does, in place, whatever it held; its positions become the sine-cosine table and are not trained.
+
+    Xavier-uniform on every linear layer and on the patch projection seen as a matrix ``[out, in * height * width]``; biases 0 except the
+    patch projection's, which has PyTorch's own; norms 1 and 0; class token and other prefix tokens N(0, 0.02). Raises `ConfigError` for a
+    network without a table of absolute positions.
+
+    Source: ``initialize_weights`` of facebookresearch/mae@efb2a80.
+    """
+    hold_positions(model)
+    positions = model.pos_embed
+    assert positions is not None
+    model.apply(_init_module)
+    projection = model.patch_embed.proj
+    fan_out, fan_in = len(projection.weight), projection.weight[0].numel()
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    nn.init.uniform_(projection.weight, -bound, bound)
+    if projection.bias is not None:
+        nn.init.uniform_(projection.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+    for name in ("cls_token", "dist_token", "reg_token"):
+        token = getattr(model, name, None)
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    table = sincos_positions(positions.shape[2], model.patch_embed.grid_size)
+    num_prefix_tokens = positions.shape[1] - table.shape[1] + 1  # 0 where prefix tokens have no position
+    with torch.no_grad():
+        positions[:, :num_prefix_tokens] = 0
+        positions[:, num_prefix_tokens:] = table[:, 1:]
+
+
+def hold_positions(model: VisionTransformer) -> None:
+    """Leave a network's table of positions out of training, as MAE's pre-training does; raises `ConfigError` where there is none."""
+    if model.pos_embed is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no table of absolute positions, which masked autoencoding needs: take a plain ViT with one"
+        )
+    model.pos_embed.requires_grad_(False)
+
+
+def _init_module(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, _NORMS):
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _check_heads(name: str, dim: int, num_heads: int) -> None:
+    if num_heads < 1 or dim < 1 or dim % num_heads:
+        raise ConfigError(f"{name} is {dim}, which {num_heads} attention heads do not divide: give a multiple of them")

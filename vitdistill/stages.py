@@ -1,0 +1,522 @@
+"""Stages: recipes that run one after the other, where a later one starts from, or learns from, what an earlier one trained.
+
+Every stage is an ordinary run in a folder of its own: resumed, skipped when it is finished, evaluated and exported like any other.
+"""
+
+import json
+import os
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+
+from . import durable
+from .build import Built, blank_teacher, build_student, plan_of, reads_logits, resolve_run, trains_classifier
+from .errors import ConfigError, DataError, UserError
+from .method import Network
+from .recipe import (
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    differences,
+    dump_yaml,
+    flatten,
+    from_dict,
+    is_folder_name,
+    load_recipe,
+    read_mapping,
+    to_dict,
+)
+
+STAGES, STARTS = "stages.yaml", "starts.json"
+PREFIX = "stage:"
+
+Config = TypeVar("Config", StudentConfig, TeacherConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """A recipe of several runs, in order.
+
+    A stage names what an earlier one trained as ``stage:NAME`` in ``student.model`` (it starts from its weights) or in a teacher's model.
+
+    Args:
+        name: of the folder that holds the stages' own.
+        description: what it reproduces, one line.
+        stages: the recipe of each stage, at least two. A recipe's name is that of the stage's folder; one that has none is called as its
+            stage.
+
+    Raises:
+        ConfigError: a stage refers to one that is not there or comes later, or nothing follows from a stage's output.
+    """
+
+    name: str = "run"
+    description: str = ""
+    stages: dict[str, Recipe] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not is_folder_name(self.name):
+            raise ConfigError(f"name is {self.name!r}: it has to be the plain name of a folder")
+        if len(self.stages) < 2:
+            raise ConfigError(f"a staged recipe needs at least two stages, and {self.name!r} has {len(self.stages)}: write a plain recipe")
+        for key in self.stages:
+            if not key.isidentifier():
+                raise ConfigError(f"the name of a stage is {key!r}: it has to be of letters, digits and underscores")
+        unnamed = Recipe.__dataclass_fields__["name"].default
+        named = {key: replace(recipe, name=key) if recipe.name == unnamed else recipe for key, recipe in self.stages.items()}
+        object.__setattr__(self, "stages", named)
+        folders: dict[str, str] = {}
+        for key, recipe in named.items():
+            if recipe.name in folders:
+                raise ConfigError(
+                    f"the stages {folders[recipe.name]!r} and {key!r} would share the folder {recipe.name!r}: give one another name "
+                    f"({key}.name)"
+                )
+            if recipe.name in (STAGES, STARTS):
+                raise ConfigError(f"{key}.name is {recipe.name!r}, which is a file beside the stages: choose another")
+            folders[recipe.name] = key
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        used: set[str] = set()
+        earlier: list[str] = []
+        for key, recipe in self.stages.items():
+            for path, source in sources(recipe).items():
+                if source not in earlier:
+                    reason = _why_not_earlier(source, key, [*self.stages], earlier)
+                    raise ConfigError(f"{key}.{path} is '{PREFIX}{source}', but {reason}")
+                used.add(source)
+            earlier.append(key)
+        for key in earlier[:-1]:
+            if key not in used:
+                raise ConfigError(
+                    f"no later stage uses what the stage {key!r} trains: name it as '{PREFIX}{key}' in a later student.model or teacher, "
+                    "or leave the stage out"
+                )
+
+    @property
+    def last(self) -> Recipe:
+        """The recipe whose student is the result of all stages."""
+        return [*self.stages.values()][-1]
+
+
+def _why_not_earlier(source: str, key: str, stages: list[str], earlier: list[str]) -> str:
+    if source == key:
+        return "a stage cannot begin with its own end: name an earlier one"
+    if source in stages:
+        return f"the stage {source!r} comes after {key!r}: put it before"
+    close = get_close_matches(source, earlier, n=1)
+    known = f"did you mean {close[0]!r}?" if close else f"the ones before {key!r} are {', '.join(earlier) or 'none'}"
+    return f"there is no stage {source!r}: {known}"
+
+
+def sources(recipe: Recipe) -> dict[str, str]:
+    """The stages a recipe builds on, by the field that names them.
+
+    Raises:
+        ConfigError: a field names a stage where it cannot, or another one takes its place.
+    """
+    found = {}
+    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
+    configs |= {f"teachers.{name}": config for name, config in recipe.teachers.items()}
+    for path, config in configs.items():
+        if (config.checkpoint or "").startswith(PREFIX):
+            raise ConfigError(
+                f"{path}.checkpoint is {config.checkpoint!r}, but a stage is a network with its weights: name it in {path}.model"
+            )
+        if not config.model.startswith(PREFIX):
+            continue
+        for name in ("checkpoint", "pretrained"):
+            if getattr(config, name):
+                raise ConfigError(f"{path}.{name} would take the place of the weights of {config.model!r}: give one of them")
+        found[f"{path}.model"] = config.model.removeprefix(PREFIX)
+    return found
+
+
+def refuse_sources(recipe: Recipe) -> None:
+    """Raise `ConfigError` when a recipe of one run names a stage."""
+    for path, source in sources(recipe).items():
+        raise ConfigError(f"{path} is '{PREFIX}{source}', but this recipe has no stages: name a model, or the folder of a run")
+
+
+@contextmanager
+def in_stage(key: str) -> Iterator[None]:
+    """User errors within say which stage they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"in the stage {key!r}, {error}") from error
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path) -> Recipe | Stages:
+    """Read a recipe file, of one run or of stages; raises `ConfigError` naming the line, or the field, that is wrong."""
+    data = read_mapping(path)
+    if "stages" not in data:
+        return load_recipe(path)
+    try:
+        return from_data(data, str(path))
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:
+    """A staged recipe from plain data; raises `ConfigError` as `vitdistill.recipe.from_dict` does, naming the stage."""
+    known = [*Stages.__dataclass_fields__]
+    for key in data:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            if close:
+                hint = f" (did you mean {close[0]!r}?)"
+            elif key in Recipe.__dataclass_fields__:
+                hint = f": in a staged recipe it is a field of each stage, stages.NAME.{key}"
+            else:
+                hint = f": known are {', '.join(known)}"
+            raise ConfigError(f"{source} has an unknown field {str(key)!r}{hint}")
+    stages = data.get("stages")
+    if not isinstance(stages, Mapping):
+        raise ConfigError(f"stages in {source} is {stages!r}: a mapping of recipes by the stage's name is needed")
+    for key in ("name", "description"):
+        if not isinstance(data.get(key, ""), str):
+            raise ConfigError(f"{key} in {source} is {data[key]!r}: text is needed")
+    recipes = {}
+    for key, item in stages.items():
+        where = f"the stage {str(key)!r} of {source}"
+        try:
+            recipes[str(key)] = from_dict({} if item is None else item, where)
+        except ConfigError as error:
+            raise ConfigError(str(error) if where in str(error) else f"in {where}, {error}") from None
+    return Stages(**{key: data[key] for key in ("name", "description") if key in data}, stages=recipes)
+
+
+def dump(recipe: Recipe | Stages) -> str:
+    """The recipe as YAML that `load` reads back to an equal one."""
+    return dump_yaml(to_dict(recipe))
+
+
+# --- what a stage builds on ------------------------------------------------------------------------------------------------------
+
+
+def _with_models(recipe: Recipe, models: Mapping[str, str]) -> Recipe:
+    """The recipe with other models at the fields that `sources` names."""
+    student = replace(recipe.student, model=models.get("student.model", recipe.student.model))
+    teachers = {name: replace(config, model=models.get(f"teachers.{name}.model", config.model)) for name, config in recipe.teachers.items()}
+    return replace(recipe, student=student, teachers=teachers)
+
+
+def resolved(stages: Stages, key: str, output: Path) -> Recipe:
+    """The recipe of a stage as it runs in ``output``: the folders of earlier stages in place of their names.
+
+    A folder is spelled as the stage's own run already spells it, so that the way to ``output`` may be written differently.
+    """
+    return _resolved(stages, key, output, _saved(output / stages.stages[key].name))
+
+
+def _saved(folder: Path) -> Recipe | None:
+    """The recipe of the run in a folder, if there is one."""
+    path = folder / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def _resolved(stages: Stages, key: str, output: Path, saved: Recipe | None) -> Recipe:
+    recipe = stages.stages[key]
+    then = {} if saved is None else flatten(saved)
+    models = {}
+    for path, source in sources(recipe).items():
+        folder = output / stages.stages[source].name
+        spelled = str(then.get(path, ""))
+        same = folder.is_dir() and os.path.isdir(spelled) and os.path.samefile(folder, spelled)
+        models[path] = spelled if same else str(folder)
+    return _with_models(recipe, models)
+
+
+def foreseen(stages: Stages, key: str) -> Recipe:
+    """The recipe of a stage with the architectures of earlier ones in place of their names: all that is known before they run."""
+    recipe = stages.stages[key]
+    found = sources(recipe)
+    student = recipe.student
+    if "student.model" in found:
+        student = _merged(student, _architecture(stages, found["student.model"]))
+    teachers = dict(recipe.teachers)
+    for name, source in _teaching(recipe).items():
+        teachers[name] = _merged(teachers[name], _architecture(stages, source))
+    return replace(recipe, student=student, teachers=teachers)
+
+
+def _teaching(recipe: Recipe) -> dict[str, str]:
+    """The stages whose students are teachers here, by the teacher's name."""
+    found = sources(recipe)
+    return {name: found[f"teachers.{name}.model"] for name in recipe.teachers if f"teachers.{name}.model" in found}
+
+
+def _architecture(stages: Stages, key: str) -> StudentConfig:
+    recipe = stages.stages[key]
+    source = sources(recipe).get("student.model")
+    return recipe.student if source is None else _merged(recipe.student, _architecture(stages, source))
+
+
+def _merged(config: Config, base: StudentConfig) -> Config:
+    """What a network is when it begins as ``base``: arguments of training alone are not handed on, as in an export."""
+    args = {key: value for key, value in base.model_args.items() if not key.endswith(("drop_rate", "drop_path_rate"))}
+    if base.image_size is not None:
+        args["img_size"] = base.image_size
+    if config.image_size is not None:
+        args.pop("img_size", None)
+    return replace(config, model=base.model, model_args={**args, **config.model_args})
+
+
+def networks(recipe: Recipe, num_classes: int, answers: Mapping[str, int] | None = None) -> tuple[Built, dict[str, Built]]:
+    """Student and teachers as architectures without weights, on the meta device.
+
+    ``answers``: how many classes a teacher answers in, where it is not built for them. Its answer is taken as matched to the data set's.
+    """
+    with torch.device("meta"):
+        student = build_student(recipe.student, num_classes, with_weights=False)
+        if not trains_classifier(recipe.objectives, student.network):
+            student = build_student(recipe.student, 0, with_weights=False)
+        teachers = {}
+        for name, config in recipe.teachers.items():
+            built = blank_teacher(config, name, recipe.objectives)
+            if answers is not None and name in answers:
+                built.model.reset_classifier(answers[name])  # type: ignore[operator]
+                built = replace(built, network=Network.of(built.model, name, config.model, built.spec.image_size))
+            if reads_logits(recipe.objectives, built.network):
+                built = replace(built, network=replace(built.network, num_classes=num_classes if built.network.num_classes else 0))
+            teachers[name] = built
+    return student, teachers
+
+
+def networks_ahead(stages: Stages, key: str, num_classes: int, before: dict[str, int]) -> tuple[Recipe, Built, dict[str, Built]]:
+    """The recipe of a stage and its networks before any stage has run.
+
+    ``before`` is how many classes the students of the stages before this one answer in; this one's is added.
+    """
+    recipe = foreseen(stages, key)
+    answers = {name: before[source] for name, source in _teaching(stages.stages[key]).items()}
+    with in_stage(key):
+        student, teachers = networks(recipe, num_classes, answers)
+    before[key] = student.network.num_classes
+    return recipe, student, teachers
+
+
+# --- running ---------------------------------------------------------------------------------------------------------------------
+
+
+def train_stages(
+    stages: Stages,
+    output: str | Path,
+    *,
+    device: str = "auto",
+    console: Console | None = None,
+    prepared: Callable[[Any], None] | None = None,
+    done: Callable[[str, Path, dict[str, Any]], None] | None = None,
+    until: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Train the stages one after the other into folders of ``output``; what is finished is not repeated, what was stopped is resumed.
+
+    ``prepared`` is called with the job before the first step of each stage that runs, ``done`` with the stage's name, folder and summary
+    after it, both on the main process. ``until`` names the stage to stop after. Returns the summaries by stage.
+
+    Raises:
+        UserError: as `vitdistill.train.loop.train` does; before anything runs also for what is wrong with a later stage, and for a folder
+            that holds a stage with other settings, or one that began from other weights.
+    """
+    from .train.distributed import world
+    from .train.loop import train
+
+    output, console = Path(output), console or Console()
+    stages = replace(stages, name=output.absolute().name or stages.name)
+    if until is not None and until not in stages.stages:
+        close = get_close_matches(until, stages.stages, n=1)
+        raise ConfigError(
+            f"there is no stage {until!r}: " + (f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(stages.stages)}")
+        )
+    summaries = {}
+    with world(device) as here:
+        here.from_main(partial(_check, stages, output, until))
+        for number, (key, stage) in enumerate(stages.stages.items(), 1):
+            if here.is_main:
+                console.print(
+                    f"stage {key} ({number} of {len(stages.stages)}): {output / stage.name}", highlight=False, markup=False, soft_wrap=True
+                )
+            with in_stage(key):
+                recipe = here.from_main(partial(_begin, stages, key, output))
+                note = partial(_note, stages=stages, key=key, output=output, prepared=prepared)
+                summaries[key] = train(recipe, output / stage.name, device=device, console=console, prepared=note)
+            if here.is_main and done is not None:
+                done(key, output / stage.name, summaries[key])
+            if key == until:
+                break
+        here.from_main(partial(_save, stages, output))
+    return summaries
+
+
+def _check(stages: Stages, output: Path, until: str | None) -> None:
+    """Refuse before anything runs what can be known of every stage; nothing is written."""
+    from .train.run_folder import RECIPE, SUMMARY, check_folder
+
+    with durable.disk_errors(output):
+        found = sorted(name for name in os.listdir(output) if not name.startswith(".tmp-")) if output.is_dir() else []
+    foreign = [name for name in found if name not in {recipe.name for recipe in stages.stages.values()}]
+    if RECIPE in found:
+        raise ConfigError(f"the output {output} holds a run without stages: name another folder with --output")
+    if foreign and STAGES not in found:
+        raise ConfigError(f"the output {output} is not empty ({foreign[0]} is in it) and holds no stages: name another with --output")
+    _refuse_changed(stages, output)
+    pending, keys = [], [*stages.stages]
+    for key in keys[: None if until is None else keys.index(until) + 1]:
+        folder = output / stages.stages[key].name
+        with in_stage(key):
+            check_folder(folder, resolved(stages, key, output))
+        if not (folder / SUMMARY).is_file():
+            pending.append(key)
+    if len(pending) > 1:  # one finds its own mistakes
+        _foresee(stages, pending)
+
+
+def _refuse_changed(stages: Stages, output: Path) -> None:
+    """Raise `ConfigError` when the folder of a stage holds a run of other settings, or one that began from other weights."""
+    changed: dict[str, str] = {}
+    for key, recipe in stages.stages.items():
+        saved = _saved(output / recipe.name)
+        if saved is None:
+            continue
+        reason = _what_changed(stages, key, output, saved)
+        before = [source for source in sources(recipe).values() if source in changed]
+        if reason is None and before:
+            reason = f"it builds on {before[0]!r}"
+        if reason is not None:
+            changed[key] = reason
+    if changed:
+        (key, reason), *_ = changed.items()
+        new = [f"{name}.name={_free_name(stages, stages.stages[name].name, output)}" for name in changed]
+        verb = "a new folder" if len(new) == 1 else "new folders"
+        raise ConfigError(
+            f"{output / stages.stages[key].name} holds the stage {key!r} as it was before ({reason}): keep both by giving {verb}, "
+            f"--set {' '.join(new)}"
+        )
+
+
+def _what_changed(stages: Stages, key: str, output: Path, saved: Recipe) -> str | None:
+    """How the run in a stage's folder is not this stage, in a few words; None: it is."""
+    lines = differences(_resolved(stages, key, output, saved), saved)
+    if lines:
+        more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+        return "; ".join(lines[:3]) + more
+    return _other_weights(stages, key, output)
+
+
+def _other_weights(stages: Stages, key: str, output: Path) -> str | None:
+    """Which stage's weights are not those the run in a stage's folder began from, in a few words; None: all are."""
+    recipe = stages.stages[key]
+    then = _read_starts(output).get(recipe.name, {})
+    for source in sources(recipe).values():
+        place = output / stages.stages[source].name
+        now = _weights_of(place)
+        if now is not None and then.get(place.name, now) != now:
+            return f"it began from other weights of {source!r} than are in {place} now"
+    return None
+
+
+def _free_name(stages: Stages, name: str, output: Path) -> str:
+    """A folder name like ``name`` that is not taken: finetune_b, finetune_c, ..."""
+    taken = {recipe.name for recipe in stages.stages.values()}
+    base = re.sub(r"_[a-z]$", "", name)
+    names = (f"{base}_{letter}" for letter in string.ascii_lowercase[1:])
+    return next((new for new in names if new not in taken and not (output / new).exists()), f"{base}_new")
+
+
+def _foresee(stages: Stages, pending: list[str]) -> None:
+    """Resolve the plans of the stages that are to run, and open the later ones' images: what is wrong shows before the first runs."""
+    from .train.job import open_data
+
+    labelled: dict[str, bool] = {}
+    before: dict[str, int] = {}
+    for key, stage in stages.stages.items():
+        recipe, student, teachers = networks_ahead(stages, key, 1000, before)
+        with in_stage(key):
+            if key in pending:
+                plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
+            if key in pending[1:]:
+                if stage.data.dir not in labelled:
+                    labelled[stage.data.dir] = bool(open_data(stage)[0].classes)
+                needing = [name for name, objective in stage.objectives.items() if objective.reads_labels]
+                if needing and not labelled[stage.data.dir]:
+                    raise ConfigError(
+                        f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have none (no class folders): set "
+                        f"{key}.data.dir to others, or leave it out"
+                    )
+
+
+def _begin(stages: Stages, key: str, output: Path) -> Recipe:
+    """The recipe to run, once the stages before it are finished; refuses a run that began from other weights than they gave."""
+    recipe = resolved(stages, key, output)
+    if (output / recipe.name / "recipe.yaml").is_file() and _other_weights(stages, key, output) is not None:
+        _refuse_changed(stages, output)
+    return recipe
+
+
+def _note(job: Any, *, stages: Stages, key: str, output: Path, prepared: Callable[[Any], None] | None) -> None:
+    """Write down the staged recipe, and the weights a new run begins from, before its first file is written."""
+    _save(stages, output)
+    recipe = stages.stages[key]
+    if not (output / recipe.name / "recipe.yaml").is_file():
+        places = sorted({stages.stages[source].name for source in sources(recipe).values()})
+        with durable.alone_in(output):
+            then = _read_starts(output)
+            now = {**then, recipe.name: {place: _weights_of(output / place) for place in places}}
+            if now != then:
+                durable.write_atomic(output / STARTS, json.dumps(now, indent=2, sort_keys=True).encode())
+    if prepared is not None:
+        prepared(job)
+
+
+def _save(stages: Stages, output: Path) -> None:
+    text = dump(stages).encode()
+    path = output / STAGES
+    if not path.is_file() or path.read_bytes() != text:
+        durable.write_atomic(path, text)
+
+
+def _read_starts(output: Path) -> dict[str, dict[str, str]]:
+    """What the run in each folder began from: the digest of the weights by the folder they were in."""
+    path = output / STARTS
+    if not path.is_file():
+        return {}
+    try:
+        return {str(name): dict(began) for name, began in json.loads(path.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise DataError(
+            f"{path} is damaged: delete it to go on without the check that stages began from the weights that are there"
+        ) from None
+
+
+def last_run(output: Path) -> Path:
+    """The folder of the run that is the result of the stages in ``output``; raises `ConfigError` when it has not begun."""
+    stages = load(output / STAGES)
+    if not isinstance(stages, Stages):
+        raise ConfigError(f"{output / STAGES} has no stages: name the folder of a run")
+    folder = output / stages.last.name
+    if not (folder / "recipe.yaml").is_file():
+        first = output / next(iter(stages.stages.values())).name
+        raise ConfigError(f"the last stage in {output} has not begun, so {folder} is not there: name an earlier stage's folder, as {first}")
+    return folder
+
+
+def _weights_of(folder: Path) -> str | None:
+    """The digest of what a finished run gives to others; None while it is not finished."""
+    from .train.run_folder import SUMMARY
+
+    if not (folder / SUMMARY).is_file():
+        return None
+    return durable.sha256_file(Path(resolve_run(str(folder))) / "model.safetensors")
