@@ -586,9 +586,9 @@ def test_terms_add_up_and_equal_widths_need_no_projection() -> None:
 
 
 def test_a_block_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"vitkd reads block 4 .* the student"):
+    with pytest.raises(ConfigError, match=r"vitkd reads from the student .*, where block 4 "):
         Pair("plain", "wider, deeper", ViTKD(low_blocks=(0, 4)))
-    with pytest.raises(ConfigError, match=r"vitkd reads block 3 .* the teacher"):
+    with pytest.raises(ConfigError, match=r"vitkd reads from the teacher .*, where block 3 "):
         Pair("wider, deeper", "plain", ViTKD(low_blocks=(0, 3)))
     Pair("wider, deeper", "plain", ViTKD(low_blocks=(0, 4), teacher_low_blocks=(0, -1)))
 
