@@ -28,8 +28,9 @@ from vitdistill.cli import main
 from vitdistill.commands.explain import ExplainFlags
 from vitdistill.commands.flags import flags_of
 from vitdistill.commands.recipe_flags import EVERY, FIRST, STAGED, TAUGHT, parse
+from vitdistill.data.source import open_source
 from vitdistill.data.views import Augment
-from vitdistill.errors import ConfigError, Preempted, UserError
+from vitdistill.errors import ConfigError, DataError, Preempted, UserError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipe import (
@@ -46,7 +47,7 @@ from vitdistill.recipe import (
     to_dict,
 )
 from vitdistill.recipes import RECIPES, find_recipe, named_recipe
-from vitdistill.stages import STAGES, STARTS, Stages, dump, load, networks_ahead, resolved, sources, train_stages
+from vitdistill.stages import IMAGES, STAGES, STARTS, Stages, dump, in_stage, load, networks_ahead, resolved, sources, train_stages
 
 USAGE, DATA, PREEMPTED, CONFIG = 64, 65, 75, 78
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -457,6 +458,94 @@ def test_a_first_stage_trained_anew_is_noticed(here: Path, capsys: pytest.Captur
     assert main(again) == 0
 
 
+def other_images(here: Path) -> None:
+    """The images in ``images``, and the same without one in ``fewer``."""
+    shutil.copytree(here / "images", here / "fewer")
+    (here / "fewer" / "train" / "ant" / "00.png").unlink()
+
+
+def test_other_images_are_noticed(here: Path, refused: Refused) -> None:
+    """With the same names, with a new name for the last stage alone, and in a stage that has begun."""
+    other_images(here)
+    again = ["train", "three.yaml", "--output", "runs/o", "--data-dir", "fewer"]
+    sentence = refused(*again, code=CONFIG)
+    assert "runs/o/pretrain holds the stage 'pretrain' as it was before (it was trained on other images than are in fewer now)" in sentence
+    assert "--set pretrain.data.dir=images finetune.data.dir=images distill.data.dir=images, or keep both" in sentence
+    assert "--set pretrain.name=pretrain_b finetune.name=finetune_b distill.name=distill_b, or another --output" in sentence
+    last = [*again, "--set", "distill.name=distill_b"]
+    assert "--set pretrain.data.dir=images finetune.data.dir=images distill.data.dir=fewer, or" in refused(*last, code=CONFIG)
+    assert "there is no folder or file 'nowhere'" in refused(*again[:-1], "nowhere", code=DATA)
+    assert "in the stage 'pretrain', there is no" in refused(*again[:-1], "nowhere", "--stage", "pretrain", code=DATA)
+    Path("runs/o/pretrain/summary.json").unlink()
+    assert "the stage 'pretrain' as it was before (it was trained on other" in refused(*again, "--stage", "pretrain", code=CONFIG)
+
+
+def test_a_stage_keeps_its_images_beside_another_with_others(here: Path) -> None:
+    other_images(here)
+    before = {name: tree(here / "runs" / "o" / name) for name in ("pretrain", "finetune", "distill")}
+    own = ["pretrain.data.dir=images", "finetune.data.dir=images", "distill.data.dir=fewer", "distill.name=distill_b"]
+    assert main(["train", "three.yaml", "--output", "runs/o", "--device", "cpu", "--set", *own]) == 0
+    assert {name: tree(here / "runs" / "o" / name) for name in before} == before
+    kept = load("runs/o/stages.yaml")
+    assert isinstance(kept, Stages) and [recipe.data.dir for recipe in kept.stages.values()] == ["images", "images", "fewer"]
+    starts = json.loads(Path("runs/o", STARTS).read_bytes())
+    found = {place: open_source(place, "train").fingerprint() for place in ("images", "fewer")}
+    assert {name: began[IMAGES] for name, began in starts.items()} == {
+        **dict.fromkeys(before, found["images"]),
+        "distill_b": found["fewer"],
+    }
+
+
+def test_images_that_were_moved_or_changed_in_place(here: Path, refused: Refused) -> None:
+    before = {name: tree(here / "runs" / "o" / name) for name in ("pretrain", "finetune", "distill")}
+    again = ["train", "three.yaml", "--output", "runs/o", "--device", "cpu"]
+    shutil.move("images", "moved")
+    assert main([*again, "--data-dir", "moved"]) == 0
+    assert main(again) == 0  # finished, and the images it names are gone
+    assert {name: tree(here / "runs" / "o" / name) for name in before} == before
+    shutil.copytree("moved", "images")
+    Path("images/train/bee/03.png").unlink()
+    sentence = refused(*again[:-2], code=CONFIG)
+    assert "other images than are in images now): keep both by giving new folders, --set pretrain.name=pretrain_b " in sentence
+
+
+def test_a_command_that_runs_nothing_leaves_the_recipe_of_the_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(here)
+    renamed = ["--set", "finetune.optim.lr=0.01", "finetune.name=finetune_b", "distill.name=distill_b"]
+    words = ["train", "three.yaml", "--output", "runs/o", "--device", "cpu", *renamed, "--stage"]
+    assert main([*words, "pretrain"]) == 0
+    assert tree(here) == before and resolve_run("runs/o") == "runs/o/distill/best"
+    assert main([*words, "finetune"]) == 0  # a stage began: now the folder is of this recipe
+    with pytest.raises(ConfigError, match=r"runs/o/distill_b is not there: name a finished run, .*runs/o/distill or .*finetune_b or "):
+        resolve_run("runs/o")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("accept it (--set objectives.dmae.any_teacher=true)", "accept it (--set s.objectives.dmae.any_teacher=true)"),
+        ("(--set selector.teachers='[NAME]')", "(--set s.selector.teachers='[NAME]')"),
+        ("--set optim.lr=1 train.epochs=2 or so", "--set s.optim.lr=1 s.train.epochs=2 or so"),
+        ("--set name=x", "--set s.name=x"),
+        ("--set teachers.t.model=a data.dir=b, or leave it", "--set s.teachers.t.model=a s.data.dir=b, or leave it"),
+        ("--set other.name=b s.name=c", "--set other.name=b s.name=c"),
+        ("--set s.optim.lr=1", "--set s.optim.lr=1"),
+        ("--set 'optim' has no '='", "--set 'optim' has no '='"),
+        ("add one (--with random_masking:teacher)", "add one (--with s.random_masking:teacher)"),
+        ("leave it out (--without ce) to", "leave it out (--without s.ce) to"),
+        ("drop ce or kd (--without)", "drop ce or kd (--without)"),
+        ("give --with or --without", "give --with or --without"),
+    ],
+)
+def test_a_sentence_names_the_flags_of_its_stage(text: str, expected: str) -> None:
+    with pytest.raises(DataError) as caught, in_stage("s"):
+        raise DataError(text)
+    assert str(caught.value) == f"in the stage 's', {expected}"
+    with pytest.raises(DataError) as again, in_stage("t"):
+        raise caught.value
+    assert str(again.value) == str(caught.value)
+
+
 def test_damaged_notes_are_named(here: Path, refused: Refused) -> None:
     Path("runs/o", STARTS).write_text("[")
     assert f"runs/o/{STARTS} is damaged" in refused("train", "runs/o", code=DATA)
@@ -638,8 +727,8 @@ def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
         ),
         (["--with", "kd"], "--with kd: say which stage it is for (--with pretrain.kd or --with finetune.kd or", USAGE),
         (["--with", "finetun.kd"], "there is no stage 'finetun': did you mean 'finetune'?", USAGE),
-        (["--with", "distill.kd"], "in the stage 'distill', --with kd: the recipe has an objective of that name already", USAGE),
-        (["--without", "finetune.kd"], "in the stage 'finetune', --without kd: the recipe has no such part, only ce", USAGE),
+        (["--with", "distill.kd"], "in the stage 'distill', --with distill.kd: the recipe has an objective of that name already", USAGE),
+        (["--without", "finetune.kd"], "in the stage 'finetune', --without finetune.kd: the recipe has no such part, only ce", USAGE),
         (["--with", "finetune.random_masking:teacher"], "hides the same patches from the student and all teachers", USAGE),
         (["--set", "optim.lr=1"], "--set optim.lr=1: say which stage it is for (--set pretrain.optim.lr=1 or", USAGE),
         (["--set", "finetune"], "say which stage it is for", USAGE),

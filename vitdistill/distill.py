@@ -66,11 +66,11 @@ class Distillation(nn.Module):
         return student, answers
 
     @torch.no_grad()
-    def pictures(self, batch: Batch, student: nn.Module | None = None) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """What the objectives have to show of a batch, the input first; empty if there is nothing. ``student``: in place of its own."""
+    def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "B 3 h w"]]:
+        """What the objectives have to show of a batch, the input first; empty if there is nothing."""
         order = self.mask(batch)
         keep = None if order is None else order[:, : self.plan.student_keep]
-        output = run_vit(self.student if student is None else student, batch.images, self.plan.student_needs, keep)
+        output = run_vit(self.student, batch.images, self.plan.student_needs, keep)
         shown: dict[str, Tensor] = {}
         for name, objective in self.plan.objectives.items():
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)

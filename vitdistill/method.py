@@ -36,6 +36,7 @@ class Network:
         walks: can be run on a subset of patches.
         attention_source: see `vitdistill.families.Family`; None: no attention to read.
         num_heads: attention heads a block; 0: no attention to read.
+        final_norm: the last block's output is normed token by token, as `Needs.features` has it, and not only after pooling.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Network:
     attention_source: Literal["class", "pool", "mean"] | None = None
     dims: tuple[int, ...] = ()
     num_heads: int = 0
+    final_norm: bool = True
 
     @property
     def num_patches(self) -> int:
@@ -89,6 +91,7 @@ class Network:
             attention_source=family.attention_source,
             dims=family.dims,
             num_heads=family.num_heads,
+            final_norm=not isinstance(getattr(model, "norm", None), nn.Identity),
         )
 
 

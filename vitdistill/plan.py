@@ -131,6 +131,8 @@ def _masked(masking: Masking, student: Network, teachers: Mapping[str, Network],
                 "(--img-size, --teacher-img-size)"
             )
     count, more = masking.count(student.num_patches), masking.teacher_count(student.num_patches)
+    if more != count and not teachers:
+        raise ConfigError(f"{kind} shows teachers more than the student, but there is no teacher: leave masking.teacher_mask_rate out")
     for name, needs in live.items():
         if more > count and needs.attention:
             raise ConfigError(f"the {name} sees more patches than the student, so that their attention cannot be compared: mask both alike")

@@ -100,6 +100,7 @@ class OptimConfig:
         clip_grad: largest gradient norm; None: no clipping.
         sched: a timm schedule, stepped every update.
         warmup_epochs: linear warm-up, epochs; warmup_lr: where it starts; min_lr: where the schedule ends.
+        warmup_prefix: the schedule begins at its peak after the warm-up (as MAE's); otherwise it has been running meanwhile (as DeiT's).
     """
 
     opt: str = "adamw"
@@ -111,6 +112,7 @@ class OptimConfig:
     clip_grad: float | None = None
     sched: Literal["cosine", "tanh", "poly", "none"] = "cosine"
     warmup_epochs: float = 5.0
+    warmup_prefix: bool = False
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
 
@@ -202,6 +204,8 @@ class Recipe:
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "at least 0")
         if optim.sched == "none" and (optim.warmup_epochs > 0):
             raise ConfigError("optim.sched is none, so optim.warmup_epochs cannot take effect: set it to 0 or choose a schedule")
+        if optim.warmup_prefix and optim.warmup_epochs == 0:
+            raise ConfigError("optim.warmup_prefix cannot take effect: there is no warm-up (optim.warmup_epochs is 0)")
         if optim.sched != "none" and optim.warmup_epochs >= train.epochs:
             raise ConfigError(
                 f"optim.warmup_epochs is {optim.warmup_epochs:g}, but the run has only {train.epochs} epochs: "

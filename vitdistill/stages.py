@@ -20,6 +20,7 @@ from rich.console import Console
 
 from . import durable
 from .build import Built, blank_teacher, build_student, plan_of, reads_logits, resolve_run, trains_classifier
+from .data.source import open_source
 from .errors import ConfigError, DataError, UserError
 from .method import Network
 from .recipe import (
@@ -38,6 +39,8 @@ from .recipe import (
 
 STAGES, STARTS = "stages.yaml", "starts.json"
 PREFIX = "stage:"
+IMAGES = "images/train"
+"""The fingerprint of the images in ``starts.json``, beside the digests of weights by folder: no folder can be called so."""
 
 Config = TypeVar("Config", StudentConfig, TeacherConfig)
 
@@ -149,11 +152,30 @@ def refuse_sources(recipe: Recipe) -> None:
 
 @contextmanager
 def in_stage(key: str) -> Iterator[None]:
-    """User errors within say which stage they are about."""
+    """User errors within say which stage they are about, and name flags as that stage takes them."""
     try:
         yield
     except UserError as error:
-        raise type(error)(f"in the stage {key!r}, {error}") from error
+        if str(error).startswith("in the stage "):
+            raise
+        raise type(error)(f"in the stage {key!r}, {_flags_of_stage(str(error), key)}") from error
+
+
+_FIELDS = "|".join(Recipe.__dataclass_fields__)
+_SET = re.compile(rf"(?<=--set )(?:{_FIELDS})[.=]\S*(?: (?:{_FIELDS})(?:\.[\w.]+)?=\S*)*")
+_PART = re.compile(r"(--with(?:out)?) (?!(?:or|and)\b)(?=\w)")
+
+
+def _flags_of_stage(text: str, key: str) -> str:
+    """``--set FIELD``, ``--with METHOD`` and ``--without NAME`` in a sentence as ``--set STAGE.FIELD`` and so on; others stay."""
+
+    def staged(word: str) -> str:
+        first, _, rest = word.partition(".")
+        there = first == key and re.match(rf"(?:{_FIELDS})[.=]", rest)
+        return word if there else f"{key}.{word}"
+
+    text = _SET.sub(lambda found: " ".join(staged(word) for word in found[0].split(" ")), text)
+    return _PART.sub(rf"\1 {key}.", text)
 
 
 # --- YAML ----------------------------------------------------------------------------------------------------------------------
@@ -329,7 +351,7 @@ def train_stages(
 
     Raises:
         UserError: as `vitdistill.train.loop.train` does; before anything runs also for what is wrong with a later stage, and for a folder
-            that holds a stage with other settings, or one that began from other weights.
+            that holds a stage with other settings, or one that began from other weights or images.
     """
     from .train.distributed import world
     from .train.loop import train
@@ -357,7 +379,7 @@ def train_stages(
                 done(key, output / stage.name, summaries[key])
             if key == until:
                 break
-        here.from_main(partial(_save, stages, output))
+        here.from_main(partial(_save_unless_cut_short, stages, output, until))
     return summaries
 
 
@@ -385,13 +407,18 @@ def _check(stages: Stages, output: Path, until: str | None) -> None:
 
 
 def _refuse_changed(stages: Stages, output: Path) -> None:
-    """Raise `ConfigError` when the folder of a stage holds a run of other settings, or one that began from other weights."""
+    """Raise `ConfigError` when the folder of a stage holds a run of other settings, or one that began from other weights or images."""
     changed: dict[str, str] = {}
+    images: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
     for key, recipe in stages.stages.items():
         saved = _saved(output / recipe.name)
         if saved is None:
             continue
         reason = _what_changed(stages, key, output, saved)
+        if reason is None and _other_images(stages, key, output, saved, fingerprints):
+            reason = f"it was trained on other images than are in {recipe.data.dir} now"
+            images[key] = saved.data.dir
         before = [source for source in sources(recipe).values() if source in changed]
         if reason is None and before:
             reason = f"it builds on {before[0]!r}"
@@ -401,9 +428,12 @@ def _refuse_changed(stages: Stages, output: Path) -> None:
         (key, reason), *_ = changed.items()
         new = [f"{name}.name={_free_name(stages, stages.stages[name].name, output)}" for name in changed]
         verb = "a new folder" if len(new) == 1 else "new folders"
+        given = {name: recipe.data.dir for name, recipe in stages.stages.items()}
+        own = [f"{name}.data.dir={folder}" for name, folder in {**given, **images}.items()]
+        hint = f"name the images of each stage in place of --data-dir, --set {' '.join(own)}, or " if {**given, **images} != given else ""
         raise ConfigError(
-            f"{output / stages.stages[key].name} holds the stage {key!r} as it was before ({reason}): keep both by giving {verb}, "
-            f"--set {' '.join(new)}"
+            f"{output / stages.stages[key].name} holds the stage {key!r} as it was before ({reason}): {hint}keep both by giving {verb}, "
+            f"--set {' '.join(new)}" + (", or another --output" if images else "")
         )
 
 
@@ -426,6 +456,26 @@ def _other_weights(stages: Stages, key: str, output: Path) -> str | None:
         if now is not None and then.get(place.name, now) != now:
             return f"it began from other weights of {source!r} than are in {place} now"
     return None
+
+
+def _other_images(stages: Stages, key: str, output: Path, saved: Recipe, fingerprints: dict[str, str]) -> bool:
+    """Whether the images of a stage are not those the run in its folder began with; ``fingerprints`` of those already read are kept.
+
+    A folder that was moved has the same fingerprint. Where none was noted, or the images that were named then are gone, nothing is said.
+    """
+    recipe = stages.stages[key]
+    then, place = _read_starts(output).get(recipe.name, {}).get(IMAGES), recipe.data.dir
+    if then is None or not place:
+        return False
+    if place not in fingerprints:
+        try:
+            with in_stage(key):
+                fingerprints[place] = open_source(place, "train").fingerprint()
+        except UserError:
+            if place != saved.data.dir:
+                raise
+            return False
+    return fingerprints[place] != then
 
 
 def _free_name(stages: Stages, name: str, output: Path) -> str:
@@ -467,18 +517,25 @@ def _begin(stages: Stages, key: str, output: Path) -> Recipe:
 
 
 def _note(job: Any, *, stages: Stages, key: str, output: Path, prepared: Callable[[Any], None] | None) -> None:
-    """Write down the staged recipe, and the weights a new run begins from, before its first file is written."""
+    """Write down the staged recipe, and the weights and images a new run begins from, before its first file is written."""
     _save(stages, output)
     recipe = stages.stages[key]
     if not (output / recipe.name / "recipe.yaml").is_file():
         places = sorted({stages.stages[source].name for source in sources(recipe).values()})
         with durable.alone_in(output):
             then = _read_starts(output)
-            now = {**then, recipe.name: {place: _weights_of(output / place) for place in places}}
+            began = {place: _weights_of(output / place) for place in places}
+            now = {**then, recipe.name: {**began, IMAGES: job.identity["training images"]}}
             if now != then:
                 durable.write_atomic(output / STARTS, json.dumps(now, indent=2, sort_keys=True).encode())
     if prepared is not None:
         prepared(job)
+
+
+def _save_unless_cut_short(stages: Stages, output: Path, until: str | None) -> None:
+    """Write down the staged recipe once its last stage is finished: until then the one there may be of a folder that has all."""
+    if until is None or stages.stages[until] is stages.last or not (output / STAGES).is_file():
+        _save(stages, output)
 
 
 def _save(stages: Stages, output: Path) -> None:
@@ -489,7 +546,7 @@ def _save(stages: Stages, output: Path) -> None:
 
 
 def _read_starts(output: Path) -> dict[str, dict[str, str]]:
-    """What the run in each folder began from: the digest of the weights by the folder they were in."""
+    """What the run in each folder began from: the digest of the weights by the folder they were in, and of the `IMAGES`."""
     path = output / STARTS
     if not path.is_file():
         return {}
@@ -497,19 +554,23 @@ def _read_starts(output: Path) -> dict[str, dict[str, str]]:
         return {str(name): dict(began) for name, began in json.loads(path.read_bytes()).items()}
     except (ValueError, TypeError, AttributeError):
         raise DataError(
-            f"{path} is damaged: delete it to go on without the check that stages began from the weights that are there"
+            f"{path} is damaged: delete it to go on without the check that stages began from the weights and images that are there"
         ) from None
 
 
 def last_run(output: Path) -> Path:
     """The folder of the run that is the result of the stages in ``output``; raises `ConfigError` when it has not begun."""
+    from .train.run_folder import SUMMARY
+
     stages = load(output / STAGES)
     if not isinstance(stages, Stages):
         raise ConfigError(f"{output / STAGES} has no stages: name the folder of a run")
     folder = output / stages.last.name
     if not (folder / "recipe.yaml").is_file():
+        finished = [str(path.parent) for path in sorted(output.glob(f"*/{SUMMARY}"))]
         first = output / next(iter(stages.stages.values())).name
-        raise ConfigError(f"the last stage in {output} has not begun, so {folder} is not there: name an earlier stage's folder, as {first}")
+        what = f"name a finished run, {' or '.join(finished)}" if finished else f"name an earlier stage's folder, as {first}"
+        raise ConfigError(f"the last stage in {output} has not begun, so {folder} is not there: {what}")
     return folder
 
 

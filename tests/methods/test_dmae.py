@@ -253,6 +253,7 @@ def network(model: nn.Module, name: str, size: int = 16) -> Network:
         ({"dmae": DMAE()}, RandomMasking(), {"patch_size": 8}, "4 x 4 patches of 4 x 4 pixels, .* 2 x 2 patches of 8 x 8 pixels"),
         ({"dmae": DMAE(projection="none")}, RandomMasking(), {}, "the student is 24 wide and the teacher 36"),
         ({"vitkd": ViTKD()}, RandomMasking(), {}, "vitkd reads every patch of the student, and RandomMasking hides some"),
+        ({"mae": SMALL}, RandomMasking(teacher_mask_rate=0.5), None, "there is no teacher: leave masking.teacher_mask_rate out"),
         ({"mae": SMALL}, RandomMasking(mask_rate=0.95), None, "leaves none of 16 patches visible"),
     ],
 )
@@ -291,3 +292,22 @@ def test_a_selector_and_a_masking_are_one_too_many() -> None:
 def test_a_setting_that_means_nothing_is_refused(make: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"model": "vit_tiny_r_s16_p8_224", "img_size": 64}, "do not cut its images of 64 x 64 into pixels"),
+        ({"model": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "global_pool": "avg"}, "norms its features after pooling"),
+    ],
+)
+def test_students_that_a_masked_autoencoder_cannot_be_made_of_are_refused(args: dict[str, Any], words: str) -> None:
+    model = timm.create_model(args.pop("model"), num_classes=0, depth=1, **args)
+    size = args["img_size"]
+    with pytest.raises(ConfigError, match=words):
+        make_plan(network(model, "student", size), {}, {"mae": SMALL}, masking=RandomMasking(mask_rate=0.5))
+
+
+def test_without_a_projection_raw_features_are_compared_as_the_authors_do() -> None:
+    raw, unit = (Pair({"dmae": DMAE(projection="none", normalize=how)}, RandomMasking(), embed_dim=24) for how in (None, True))
+    assert raw.losses()["dmae"].item() > 2 * unit.losses()["dmae"].item()

@@ -1,6 +1,7 @@
 """Which weight gets which decay and learning rate, and when; and what of an optimizer comes back from a checkpoint."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -135,3 +136,19 @@ def test_clipping():
     torch.testing.assert_close(module.weight.grad, torch.tensor([[0.6, 0.8]]))
     module.weight.grad[0, 0] = torch.nan
     assert gradient_norm(module).isnan() and module.weight.grad.isnan().tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(10, 4), (10, 2.5), (100, 40), (3, 1)])
+def test_after_a_prefix_the_cosine_begins_at_its_peak_and_ends_at_its_minimum(epochs, warmup):
+    """MAE's schedule: linear to the peak, then half a cosine over what is left."""
+    steps = 8
+    config = OptimConfig(lr=2.4e-3, min_lr=1e-6, warmup_lr=0.0, warmup_epochs=warmup, warmup_prefix=True)
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=config.lr)
+    schedule = make_schedule(optimizer, config, epochs, steps)
+    for step in range(epochs * steps + 1):
+        schedule(step)
+        at = step / steps
+        cosine = (1 + math.cos(math.pi * (at - warmup) / (epochs - warmup))) / 2
+        expected = config.lr * at / warmup if at < warmup else config.min_lr + (config.lr - config.min_lr) * cosine
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6, abs=1e-12)

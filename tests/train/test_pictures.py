@@ -1,6 +1,7 @@
 """Pictures of what a masked autoencoder sees and predicts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -76,3 +77,19 @@ def test_a_masked_autoencoder_learns_resumes_and_is_fine_tuned(tmp_path, taught,
 def test_a_run_without_pictures_has_none(tmp_path, plain, tools):
     tools.run(plain(), tmp_path / "run")
     assert not (tmp_path / "run" / "pictures.png").exists()
+
+
+def test_images_without_validation_or_of_one_class_are_enough(tmp_path, taught, tools):
+    """What needs no labels runs on ``train/photos`` and on class folders without ``val``."""
+    recipe = masked(taught, objectives={"mae": SMALL})
+    several = tools.write_images(tmp_path / "several")
+    shutil.rmtree(several / "val")
+    single = tmp_path / "single" / "train" / "photos"
+    single.mkdir(parents=True)
+    for i, path in enumerate(sorted((several / "train").rglob("*.png"))):
+        shutil.copy(path, single / f"{i}.png")
+    for folder in (several, tmp_path / "single"):
+        said = []
+        summary = tools.run(replace(recipe, data=replace(recipe.data, dir=str(folder))), tmp_path / f"run {folder.name}", said)
+        assert summary["scores"] == {} and any("nothing is evaluated" in line for line in said)
+        assert (tmp_path / f"run {folder.name}" / "pictures.png").exists()

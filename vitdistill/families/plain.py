@@ -111,7 +111,7 @@ class PlainViT(Family):
         if keep is None:
             return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         if model.training and not isinstance(model.patch_drop, nn.Identity):
-            raise ConfigError("patch_drop_rate drops patches at random and cannot be used together with a patch selector: set it to 0")
+            raise ConfigError("patch_drop_rate drops patches at random, which a masking or a patch selector does already: set it to 0")
         prefix = self.num_prefix_tokens
         plain_embed = type(model.patch_embed) is PatchEmbed and not (model.training and model.pos_drop.p > 0)
         if plain_embed:

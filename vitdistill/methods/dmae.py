@@ -89,7 +89,8 @@ class DMAE(TeacherObjective):
         projection: of the student's features to the teacher's width: ``linear``, ``mlp`` or ``none`` (widths have to agree).
         distance: ``l1`` as published, ``l2`` (mean squared) or ``smooth_l1``.
         beta: where ``smooth_l1`` turns from squared to absolute.
-        normalize: scale every token to unit length first, as the authors' code does with a projection; the paper's formula does not.
+        normalize: scale every token to unit length first. null: where there is a projection, as the authors' code; the paper's formula does
+            not.
         any_teacher: accept a teacher with a classifier. The paper finds a fine-tuned teacher 1.2 points worse than a pre-trained one.
     """
 
@@ -98,7 +99,7 @@ class DMAE(TeacherObjective):
     projection: Projection = "linear"
     distance: Distance = "l1"
     beta: float = 1.0
-    normalize: bool = True
+    normalize: bool | None = None
     any_teacher: bool = False
 
     goes_with: ClassVar[tuple[str, ...]] = ("mae", "random_masking")
@@ -143,8 +144,7 @@ class DMAE(TeacherObjective):
         if teacher.num_classes and not self.any_teacher:
             raise ConfigError(
                 f"the {teacher.name} ({teacher.architecture}) is a classifier of {teacher.num_classes} classes, and DMAE learns from a "
-                "network pre-trained by masked autoencoding: give its checkpoint (--teacher-path FILE), or accept this one "
-                "(--set objectives.dmae.any_teacher=true)"
+                "network pre-trained by masked autoencoding: give that one, or accept this one with the objective's any_teacher=true"
             )
         if self.projection == "none" and student.dims and teacher.dims:
             for ours, its in self._dims(student, teacher):
@@ -186,5 +186,6 @@ class DMAE(TeacherObjective):
                 z_teacher = torch.cat([teacher.hidden[its % teacher.depth][:, :1], z_teacher], dim=1)
             if isinstance(adapter, DMAEAdapter):
                 z_student = adapter.projections[i](z_student)
-            terms.append(alignment_loss(z_student, z_teacher, self.distance, self.normalize, self.beta))
+            normalize = self.projection != "none" if self.normalize is None else self.normalize
+            terms.append(alignment_loss(z_student, z_teacher, self.distance, normalize, self.beta))
         return torch.stack(terms).sum()

@@ -7,12 +7,14 @@ facebookresearch/mae@efb2a80 and UCSC-VLAA/DMAE@a0f4959.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..align import gather_patches
 from ..errors import ConfigError
 from ..method import Labelled, Network, Objective
-from ..models.mae import MAEDecoder, patchify, reconstruction_loss, unpatchify
+from ..models.mae import MAEDecoder, patchify, pixel_targets, unpatchify
 from ..vit import Needs, ViTOutput
 
 
@@ -52,6 +54,19 @@ class PixelReconstruction(Objective):
                 f"decoder_dim is {self.decoder_dim}: it has to be a multiple of 4 and of decoder_num_heads ({self.decoder_num_heads})"
             )
 
+    def check(self, student: Network, teacher: Network | None) -> None:
+        if student.walks and tuple(a * b for a, b in zip(student.grid, student.patch_size, strict=True)) != student.image_size:
+            height, width = student.image_size
+            raise ConfigError(
+                f"masked autoencoding predicts pixels, and the patches of {student.architecture} do not cut its images of {height} x "
+                f"{width} into pixels: take a plain ViT without a convolutional stem, whose patches fill the image"
+            )
+        if student.walks and not student.final_norm:
+            raise ConfigError(
+                f"{student.architecture} norms its features after pooling, and masked autoencoding reads them before: pre-train it with "
+                "model_args.global_pool=token; it may pool when it is fine-tuned"
+            )
+
     def student_needs(self, student: Network) -> Needs:
         return Needs(features=True)
 
@@ -79,6 +94,7 @@ class PixelReconstruction(Objective):
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert isinstance(adapter, MAEDecoder) and student.features is not None and student.keep is not None
-        prediction = adapter(student.features, student.keep, student.num_prefix_tokens)
-        mask = prediction.new_ones(prediction.shape[:2]).scatter(1, student.keep, 0.0)
-        return reconstruction_loss(prediction, batch.images, mask, adapter.patch_size, self.norm_pix)
+        prediction, hidden = adapter.decode_hidden(student.features, student.keep, student.num_prefix_tokens)
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        target = gather_patches(pixel_targets(batch.images.to(dtype), adapter.patch_size, self.norm_pix), hidden)
+        return (prediction.to(dtype) - target).square().sum() / max(target.numel(), 1)

@@ -10,13 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers import RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from ..align import gather_patches
 from ..errors import ConfigError
-from ..families.plain import PlainViT
+from ..families.plain import PlainViT, project_qkv
 from ..methods.masking import random_masking
 
 _NORMS = (nn.LayerNorm, RmsNorm)
@@ -75,12 +77,17 @@ def reconstruction_loss(
     Source: arXiv 2111.06377 section 3; ``forward_loss`` of facebookresearch/mae@efb2a80.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    target = patchify(images.to(dtype), patch_size)
-    if norm_pix:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    error = (prediction.to(dtype) - target).square().mean(-1)
+    error = (prediction.to(dtype) - pixel_targets(images.to(dtype), patch_size, norm_pix)).square().mean(-1)
     mask = mask.to(dtype)
     return (error * mask).sum() / mask.sum().clamp_min(1)
+
+
+def pixel_targets(images: Float[Tensor, "B c h w"], patch_size: tuple[int, int], norm_pix: bool) -> Float[Tensor, "B N pixels"]:
+    """What is to be predicted of every patch; see `reconstruction_loss`."""
+    target = patchify(images, patch_size)
+    if norm_pix:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return target
 
 
 class _Decoder:
@@ -126,6 +133,40 @@ class _Decoder:
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, num_prefix_tokens:]
+
+    def decode_hidden(
+        self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
+    ) -> tuple[Float[Tensor, "B M pixels"], Int[Tensor, "B M"]]:
+        """The pixels of the M hidden patches alone, and their places: the same numbers as `decode` gives for them, to rounding.
+
+        Nobody reads what the last block makes of the other tokens, and it is not computed.
+        """
+        embedded = self.decoder_embed(features)
+        positions = self.decoder_pos_embed.expand(len(features), -1, -1)
+        num_hidden = positions.shape[1] - 1 - keep.shape[1]
+        seen = torch.ones(positions.shape[0], positions.shape[1] - 1, device=keep.device).scatter(1, keep, 0.0)
+        hidden = seen.argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
+        tokens = torch.cat(
+            [
+                self.mask_token.to(embedded.dtype) + gather_patches(positions[:, 1:], hidden),
+                embedded[:, num_prefix_tokens:] + gather_patches(positions[:, 1:], keep),
+                embedded[:, :num_prefix_tokens] + positions[:, :1],
+            ],
+            dim=1,
+        )
+        for block in self.decoder_blocks[:-1]:
+            tokens = block(tokens)
+        for block in self.decoder_blocks[-1:]:
+            tokens = _first_rows(block, tokens, num_hidden)
+        return self.decoder_pred(self.decoder_norm(tokens[:, :num_hidden])), hidden
+
+
+def _first_rows(block: Any, tokens: Float[Tensor, "B L D"], rows: int) -> Float[Tensor, "B rows D"]:
+    """The first ``rows`` tokens of a plain block's output (no dropout, no layer scale, as the decoder's are)."""
+    q, k, v = project_qkv(block.attn, block.norm1(tokens), rows)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    tokens = tokens[:, :rows] + block.attn.proj(attended)
+    return tokens + block.mlp(block.norm2(tokens))
 
 
 class MAEDecoder(_Decoder, nn.Module):

@@ -115,7 +115,7 @@ def small_images_mae() -> Recipe:
         objectives={"mae": PixelReconstruction(decoder_dim=64, decoder_depth=1, decoder_num_heads=4, norm_pix=True)},
         masking=RandomMasking(mask_rate=0.75),
         data=DataConfig(workers=0, augment=replace(AUGMENTS["small"], crop="rrc", scale=(0.2, 1.0))),
-        optim=replace(recipe.optim, opt_args={"betas": [0.9, 0.95]}, min_lr=0.0),
+        optim=replace(recipe.optim, opt_args={"betas": [0.9, 0.95]}, min_lr=0.0, warmup_prefix=True),
         train=replace(recipe.train, eval_every=5),
     )
 

@@ -23,7 +23,7 @@ from ..data.loader import Batch, EvalLoader, TrainLoader
 from ..data.source import ImageSource, open_source
 from ..data.views import InputSpec
 from ..distill import Distillation
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..features import K, evenly
 from ..plan import Plan
 from ..recipe import Recipe
@@ -86,13 +86,24 @@ def amp_dtype_of(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def open_data(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images; unlabelled training images have no validation set."""
+    """Training and validation images; unlabelled training images have no validation set, and where no label is read there may be none."""
     if not recipe.data.dir:
         raise ConfigError("no images are named: give --data-dir, a folder with train/ and val/ in it")
     train = open_source(recipe.data.dir, "train")
-    if not train.classes:
+    unread = not _reads_labels(recipe)
+    if not train.classes or (unread and len(train.classes) == 1):
         return train, None
-    return train, open_source(recipe.data.dir, "val", classes=train.classes)
+    try:
+        return train, open_source(recipe.data.dir, "val", classes=train.classes)
+    except DataError:
+        if unread:
+            return train, None
+        raise
+
+
+def _reads_labels(recipe: Recipe) -> list[str]:
+    """Names of the objectives that read the images' labels."""
+    return [name for name, objective in recipe.objectives.items() if objective.reads_labels]
 
 
 def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
@@ -122,18 +133,21 @@ def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
 def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Job, EvalLoader | None]:
     """The job as far as one process can build it alone, and the validation images its teachers are to be proved on."""
     train_source, val_source = open_data(recipe)
-    labels_needed = [name for name, objective in recipe.objectives.items() if objective.reads_labels]
+    labels_needed = _reads_labels(recipe)
+    folders = train_source.classes if val_source is not None or labels_needed else ()
+    if train_source.classes and not folders:
+        say("there are no validation images, or one class alone, and no objective reads labels: nothing is evaluated")
     if not train_source.classes and labels_needed:
         raise ConfigError(
             f"the images in {recipe.data.dir} have no labels (no class folders), and the objective {labels_needed[0]!r} needs them: "
             f"leave it out (--without {labels_needed[0]}) to learn from the teacher alone"
         )
-    if len(train_source.classes) == 1:
+    if len(folders) == 1:
         raise ConfigError(
             f"the images in {recipe.data.dir} are all of one class ({train_source.classes[0]!r}): there is nothing to tell apart"
         )
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
-    student, teachers, classes = _build_networks(recipe, train_source.classes, world.device, say)
+    student, teachers, classes = _build_networks(recipe, folders, world.device, say)
     if recipe.data.augment.crop == "pad":  # trained on whole images, so evaluated on whole images
         student = replace(student, spec=replace(student.spec, crop_pct=1.0))
     plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})

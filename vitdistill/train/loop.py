@@ -406,7 +406,7 @@ class _Run:
             batch.seed = self.recipe.train.seed
             job.distillation.eval()
             with torch.autocast(self.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None):
-                rows = job.distillation.pictures(batch, self.model)
+                rows = job.distillation.pictures(batch)  # the student that the decoder is trained with, not its average
             if rows:
                 sheet = draw_sheet(rows, job.student_spec)
                 durable.write_atomic(self.output / PICTURES, png(sheet))

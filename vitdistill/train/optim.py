@@ -63,10 +63,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, epochs:
     """A function that sets the learning rate for step s (counted from 0), before that step is taken."""
     if config.sched == "none":
         return lambda step: None
+    length = epochs - config.warmup_epochs if config.warmup_prefix else epochs  # of the schedule itself, which timm begins after a prefix
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,
-        num_epochs=epochs,
+        num_epochs=length,  # type: ignore[arg-type]
+        warmup_prefix=config.warmup_prefix,
         min_lr=config.min_lr,
         warmup_lr=config.warmup_lr,
         warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
