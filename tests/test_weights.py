@@ -305,7 +305,7 @@ def test_a_fresh_head_is_only_for_who_asked_and_only_for_headless_files(tmp_path
     with pytest.raises(DataError, match=r"2 keys unexpected \(head.weight, head.bias\)"):
         create_model(NAME, num_classes=0, checkpoint=whole, **TINY)
     pooled = write(tmp_path / "tuned.pth", tiny(1, global_pool="avg").state_dict())  # Meta's fine-tuned files are such
-    with pytest.raises(DataError, match=r"2 keys missing \(norm.weight, norm.bias\); 2 keys unexpected \(fc_norm.weight"):
+    with pytest.raises(DataError, match=r"norms its features after pooling \(it has fc_norm\)"):
         create_model(NAME, checkpoint=pooled, **TINY)
     with pytest.raises(DataError, match=r"2 keys missing \(fc_norm.weight, fc_norm.bias\); 2 keys unexpected \(norm.weight"):
         create_model(NAME, checkpoint=whole, global_pool="avg", **TINY)
@@ -405,7 +405,7 @@ def test_a_folder_without_classes_but_with_its_own_mean_norm_keeps_it(tmp_path):
     )
     student = create_model(str(tmp_path / "again"), num_classes=7)
     assert (student.fc_norm.weight == 3).all() and student.head.weight.shape == (7, 24)
-    with pytest.raises(DataError, match=r"keys missing \(norm.weight, norm.bias\); 2 keys unexpected \(fc_norm"):
+    with pytest.raises(DataError, match=r"norms its features after pooling \(it has fc_norm\)"):
         create_model(str(tmp_path / "again"), num_classes=7, global_pool="token")
 
 

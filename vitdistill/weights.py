@@ -236,10 +236,10 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> str:
     if not model.state_dict().keys() & state.keys():
         keys = ", ".join(list(state)[:3]) + (", ..." if len(state) > 3 else "")
         return f"{name} holds nothing of {_name_of(model)}: its tensors are called {keys}; use a file of this network."
-    if "fc_norm.weight" in state and "head.weight" in state and "norm.weight" in model.state_dict():
+    if "fc_norm.weight" in state and "norm.weight" in model.state_dict():
         return (
-            f"{name} is a fine-tuned classifier that pools its patches (it has fc_norm and head); where a pre-trained network is wanted, "
-            "give the checkpoint it was fine-tuned from, otherwise build it with model_args.global_pool=avg."
+            f"{name} is of a network that norms its features after pooling (it has fc_norm), as fine-tuned classifiers do, and this one "
+            "norms every token; build it with model_args.global_pool=avg, or give the checkpoint it was fine-tuned from."
         )
     return (
         f"{name} does not fit {_name_of(model)}: {_difference(model, state)}; use the file that belongs to this network, or its own "
