@@ -9,31 +9,21 @@ CPU time of this process. Extra memory is the most that torch held at once beyon
 allocation. Random images, float32, one thread; "training" is forward and backward.
 """
 
-import datetime
-import os
-import platform
 import random
-import re
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import timm
+import step_cost
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from vitdistill import durable
-from vitdistill.errors import ConfigError, UserError
+from vitdistill.errors import ConfigError
 from vitdistill.models.involution import Involution
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TARGET = 0.15
 WARM_UP = 2
 
@@ -171,24 +161,6 @@ def table(rounds: int) -> Iterator[str]:
         yield row(case, *pair)
 
 
-def cpu_name() -> str:
-    """The processor's model name as lscpu prints it, or what the platform knows."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
-def describe_machine() -> str:
-    """Everything the numbers depend on, one Markdown list."""
-    lines = {
-        "date": datetime.date.today().isoformat(),
-        "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "software": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
-        "command": f"`python {shlex.join(['benchmarks/involution.py', *sys.argv[1:]])}`",
-    }
-    return "\n".join(f"- {key}: {value}" for key, value in lines.items())
-
-
 def main(rounds: int = 9, write: bool = False) -> None:
     """Measure our involution against the naive one.
 
@@ -199,23 +171,16 @@ def main(rounds: int = 9, write: bool = False) -> None:
     if rounds < 5:
         raise ConfigError(f"--rounds is {rounds}: medians need at least 5")
     torch.set_num_threads(1)
-    print(describe_machine() + "\n")
+    machine = step_cost.describe_machine("involution.py")
+    print(machine + "\n")
     lines = []
     for line in table(rounds):
         print(line, flush=True)
         lines.append(line)
     if write:
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}".lower()).strip("-")
-        path = RESULTS / f"involution_{slug}_{datetime.date.today().isoformat()}.md"
         note = f"{rounds} rounds, float32, one thread; ratios are ours to naive, median over rounds."
-        parts = ["# Involution against the naive unfold", describe_machine(), note, "\n".join(lines)]
-        durable.write_atomic(path, ("\n\n".join(parts) + "\n").encode())
-        print(f"\nwritten: {path}")
+        step_cost.keep("involution", ["# Involution against the naive unfold", machine, note, "\n".join(lines)])
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    step_cost.start(main)

@@ -8,10 +8,7 @@ weights, and have to give the same losses. A step is compared with the authors' 
 process. Random images and weights, float32, one thread. Memory is the peak of what torch allocates in a step, beyond the weights.
 """
 
-import datetime
-import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,18 +16,16 @@ from typing import Any, Literal
 import step_cost
 import timm
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdistill import durable
 from vitdistill.align import gather_patches
 from vitdistill.cost import cost_of
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
 from vitdistill.distill import Distillation
-from vitdistill.errors import ConfigError, UserError
+from vitdistill.errors import ConfigError
 from vitdistill.method import Network
 from vitdistill.methods.dmae import DMAE, DMAEAdapter, alignment_loss
 from vitdistill.methods.mae import PixelReconstruction
@@ -240,28 +235,17 @@ def main(
         lines += rows(rate, made, memory, batch_size)
         print("\n".join(lines[-3:]), flush=True)
     student, teacher = PAIRS[pair]
-    machine = step_cost.describe_machine().replace("benchmarks/step_cost.py", "benchmarks/mae_step.py")
-    text = "\n\n".join(
-        [
-            f"# DMAE: {student} from {teacher}",
-            machine,
-            f"Batch {batch_size}, {rounds} rounds, float32, one thread; ratios are medians over rounds. The losses of the first two steps "
-            "agree to 1e-5.",
-            "\n".join(lines),
-        ]
-    )
-    print(text)
+    note = f"Batch {batch_size}, {rounds} rounds, float32, one thread; ratios are medians over rounds."
+    parts = [
+        f"# DMAE: {student} from {teacher}",
+        step_cost.describe_machine("mae_step.py"),
+        f"{note} The losses of the first two steps agree to 1e-5.",
+        "\n".join(lines),
+    ]
+    print("\n\n".join(parts))
     if write:
-        cpu = f"{step_cost.cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
-        slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
-        path = step_cost.RESULTS / f"mae_step_{pair}_{slug}_{datetime.date.today().isoformat()}.md"
-        durable.write_atomic(path, (text + "\n").encode())
-        print(f"\nwritten: {path}")
+        step_cost.keep(f"mae_step_{pair}", parts)
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    step_cost.start(main)

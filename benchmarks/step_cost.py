@@ -240,13 +240,13 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def describe_machine() -> str:
-    """Everything the numbers depend on, one Markdown list."""
+def describe_machine(script: str = "step_cost.py") -> str:
+    """Everything the numbers of ``script`` depend on, one Markdown list."""
     lines = {
         "date": datetime.date.today().isoformat(),
         "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "software": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
-        "command": f"`python {shlex.join(['benchmarks/step_cost.py', *sys.argv[1:]])}`",
+        "command": f"`python {shlex.join([f'benchmarks/{script}', *sys.argv[1:]])}`",
     }
     return "\n".join(f"- {key}: {value}" for key, value in lines.items())
 
@@ -282,15 +282,25 @@ def main(
         print("\n\n".join(parts[-3:]) + "\n", flush=True)
     print(describe_machine())
     if write:
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}".lower()).strip("-")
-        path = RESULTS / f"step_cost_{slug}_{datetime.date.today().isoformat()}.md"
-        durable.write_atomic(path, ("\n\n".join(parts) + "\n").encode())
-        print(f"\nwritten: {path}")
+        keep("step_cost", parts)
 
 
-if __name__ == "__main__":
+def keep(name: str, parts: list[str]) -> None:
+    """Write a result to benchmarks/results/<name>_<cpu>_<instructions>_<date>.md."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}".lower()).strip("-")
+    path = RESULTS / f"{name}_{slug}_{datetime.date.today().isoformat()}.md"
+    durable.write_atomic(path, ("\n\n".join(parts) + "\n").encode())
+    print(f"\nwritten: {path}")
+
+
+def start(command: Callable[..., None]) -> None:
+    """Run a benchmark from the command line; a user's mistake is one sentence."""
     try:
-        tyro.cli(main)
+        tyro.cli(command)
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    start(main)

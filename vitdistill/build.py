@@ -124,12 +124,14 @@ def build_teacher(
     images_spec: InputSpec,
     device: torch.device | str,
     objectives: Mapping[str, Objective] | None = None,
+    built: Built | None = None,
 ) -> tuple[Teacher, ClassMatch]:
     """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled images).
 
     A teacher of whom no objective reads the logits may have any classes, or none; ``objectives`` None: they are read.
+    ``built`` is its network if that is there already.
     """
-    built = build_teacher_model(config, name)
+    built = build_teacher_model(config, name) if built is None else built
     names = weights.class_names(built.model)
     match = ClassMatch(None, "the images are unlabelled: its own classes are kept", names or ())
     if objectives is not None and not reads_logits(objectives, built.network):

@@ -1,6 +1,6 @@
 """`Distillation`: the one module with everything trainable (student and adapters), and one step's straight line through it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -56,21 +56,23 @@ class Distillation(nn.Module):
         """What the student and each teacher record of a batch; of a teacher that sees more patches, what it says of the student's."""
         plan = self.plan
         order = self.mask(batch)
-        keep = None if order is None else order[:, : plan.student_keep]
-        student = self.run(self.student, batch.images, plan.student_needs, keep)
+        student = self._student(batch, order, self.run)
         answers = {}
         for name, teacher in teachers.items():
             seen = self.choose(name, teacher, batch, student) if order is None else order[:, : plan.num_keep[name]]
             answer = teacher(batch.images, plan.live[name], seen)
-            answers[name] = answer if keep is None else answer.first_patches(keep)
+            answers[name] = answer if student.keep is None else answer.first_patches(student.keep)
         return student, answers
+
+    def _student(self, batch: Batch, order: Int[Tensor, "B N"] | None, run: Callable[..., ViTOutput]) -> ViTOutput:
+        """What the student records of the patches that ``order`` leaves it; ``run`` is `run_vit`, compiled or not."""
+        keep = None if order is None else order[:, : self.plan.student_keep]
+        return run(self.student, batch.images, self.plan.student_needs, keep)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "B 3 h w"]]:
         """What the objectives have to show of a batch, the input first; empty if there is nothing."""
-        order = self.mask(batch)
-        keep = None if order is None else order[:, : self.plan.student_keep]
-        output = run_vit(self.student, batch.images, self.plan.student_needs, keep)
+        output = self._student(batch, self.mask(batch), run_vit)
         shown: dict[str, Tensor] = {}
         for name, objective in self.plan.objectives.items():
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)

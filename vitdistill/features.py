@@ -26,7 +26,7 @@ Pool = Literal["mean", "class"]
 
 K = 20
 TEMPERATURE = 0.07
-L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 """Strengths of the linear probe's L2 penalty that are tried, the strongest first."""
 
 _SIMILARITIES = 2**25  # of one chunk of queries: 128 MiB

@@ -168,12 +168,12 @@ def _build(flags: EvalFlags, classes: tuple[str, ...], device: torch.device) -> 
             raise ConfigError(f"{reason}, and a teacher's answers cannot be compared with any: leave --teacher-model out")
     else:
         try:
-            return build_teacher(config, "model", classes, built.spec, device)[0], ""
+            return build_teacher(config, "model", classes, built.spec, device, built=built)[0], ""
         except ConfigError as error:
             if not flags.probes or flags.teacher_model is not None:
                 raise
             reason = str(error)
-    return build_teacher(config, "model", classes, built.spec, device, {})[0], reason
+    return build_teacher(config, "model", classes, built.spec, device, {}, built)[0], reason
 
 
 def _probe(
