@@ -1,6 +1,6 @@
 """Plans: what every network has to compute, and what is refused before anything is computed."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -164,14 +164,20 @@ REFUSED = {
         None,
         "kd reads logits, and the student .* has no classifier",
     ),
-    "a head the student lacks": (STUDENT, {}, {"ce": CrossEntropy(head="distillation")}, None, "needs a student with a distillation token"),
-    "a class head among one": (STUDENT, {}, {"ce": CrossEntropy(head="class")}, None, "has one head"),
+    "a head the student lacks": (STUDENT, {}, {"ce": CrossEntropy(head="distillation")}, None, r"tiny has no head .* it has \(class\)"),
     "a distillation head for kd": (
         STUDENT,
         {"teacher": TEACHER},
         {"kd": SoftKD(head="distillation")},
         None,
-        "needs a student with a distillation token",
+        "tiny has no head called 'distillation'",
+    ),
+    "a teacher without a head of its own": (
+        replace(STUDENT, heads=("class", "conv", "inv")),
+        {"teacher": TEACHER},
+        CE | KD,
+        None,
+        "tiny has the heads class, conv, inv, and none for the teacher 'teacher'",
     ),
 }
 
@@ -209,8 +215,31 @@ def test_a_head_that_nobody_trains_is_refused() -> None:
         make_plan(student, {}, {"ce": CrossEntropy()})
     assert make_plan(student, {}, {"ce": CrossEntropy(head="all")})
     assert make_plan(student, {"teacher": TEACHER}, {"ce": CrossEntropy(), "kd": SoftKD()})
-    with pytest.raises(ConfigError, match="no objective trains the class head"):
+    with pytest.raises(ConfigError, match="no objective trains the class head .*: add ce, or"):
         make_plan(student, {"teacher": TEACHER}, {"kd": SoftKD()})
+
+
+def test_every_teachers_head_has_to_be_trained_where_the_prediction_reads_it() -> None:
+    student = replace(STUDENT, heads=("class", "conv", "inv"), num_prefix_tokens=3)
+    conv, inv = {"conv": replace(TEACHER, name="conv")}, {"inv": replace(TEACHER, name="inv")}
+    kd_conv, kd_inv = {"kd_conv": SoftKD(teacher="conv")}, {"kd_inv": SoftKD(teacher="inv")}
+    assert make_plan(student, conv | inv, CE | kd_conv | kd_inv).student_needs == Needs(logits=True)
+    with pytest.raises(ConfigError, match=r"no objective trains the inv head of tiny, .* \(--with kd:inv\), or let the labels train every head"):
+        make_plan(student, conv, CE | kd_conv)
+    with pytest.raises(ConfigError, match="trains the class head"):
+        make_plan(student, conv | inv, kd_conv | kd_inv)
+    assert make_plan(student, conv, kd_conv | {"ce": CrossEntropy(head="all")})
+    with pytest.raises(ConfigError, match="no objective trains the conv head"):
+        make_plan(student, inv, CE | {"kd": SoftKD(teacher="inv", head="inv")})
+    by_class = _Answering(**{**vars(student), "answering": ("class",)})
+    assert make_plan(by_class, conv, CE | kd_conv) and make_plan(by_class, {}, CE)
+    with pytest.raises(ConfigError, match="no objective trains the class head"):
+        make_plan(by_class, conv, kd_conv)
+
+
+@dataclass(frozen=True)
+class _Answering(Network):
+    answering: tuple[str, ...] = ()
 
 
 # --- some teachers masked, others whole ------------------------------------------------------------------------------------------

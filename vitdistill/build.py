@@ -13,6 +13,8 @@ from torch import nn
 from . import weights
 from .data.views import InputSpec
 from .errors import ConfigError
+from .labels.identity import network_from_json
+from .labels.store import LabelStore
 from .method import Network, Objective, TeacherObjective
 from .models.mae import hold_positions, init_mae
 from .plan import Plan, make_plan
@@ -145,9 +147,40 @@ def build_teacher(
     return teacher, match
 
 
+def open_labels(recipe: Recipe) -> dict[str, LabelStore]:
+    """The label stores of the teachers that have one, by the teacher's name; raises `DataError` for what is no store."""
+    return {name: LabelStore.open(config.labels) for name, config in recipe.teachers.items() if config.labels is not None}
+
+
+def stored_network(store: LabelStore, name: str) -> Network:
+    """The description of the teacher behind stored labels, under the name it has in this run."""
+    return network_from_json(store.manifest.about.get("network", {}), name)
+
+
+def with_views_of_labels(recipe: Recipe) -> Recipe:
+    """The recipe with as many views as its labels have, where it does not say how many there are.
+
+    Raises:
+        ConfigError: it wants more views than are labelled.
+    """
+    for name, store in open_labels(recipe).items():
+        have, config = store.manifest.num_views, recipe.teachers[name]
+        if recipe.data.views is None and have < recipe.train.epochs:
+            recipe = replace(recipe, data=replace(recipe.data, views=have))
+        if config.missing == "error" and recipe.data.views is not None and recipe.data.views > have:
+            raise ConfigError(
+                f"the recipe shows {recipe.data.views} views of each image (data.views), and the labels of the {name} are of {have}: set "
+                f"--views {have}, or label more"
+            )
+    return recipe
+
+
 def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -> Plan:
-    """The plan of a recipe for these networks."""
-    return make_plan(student, teachers, recipe.objectives, recipe.selector, recipe.masking)
+    """The plan of a recipe for these networks; teachers whose answers are stored are described by their labels."""
+    stores = open_labels(recipe)
+    known = {name: stored_network(stores[name], name) if name in stores else teachers[name] for name in recipe.teachers}
+    layouts = {name: store.layout for name, store in stores.items()}
+    return make_plan(student, known, recipe.objectives, recipe.selector, recipe.masking, layouts)
 
 
 def prefer_explicit_attention(model: nn.Module) -> None:

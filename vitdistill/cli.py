@@ -1,4 +1,4 @@
-"""The command line: ``vitdistill demo | train | eval | explain | export``; imports are per command, so that help is instant."""
+"""The command line: ``vitdistill demo | train | label | eval | explain | export``; imports are per command, so that help is instant."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from .errors import PermissionDenied, UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("vitdistill.commands.demo:main", "the whole job in two minutes on a laptop: teacher, student, table, picture"),
     "train": ("vitdistill.commands.train:main", "train a student, alone or from a teacher; the same command resumes a run"),
+    "label": ("vitdistill.commands.label:main", "store a teacher's answers once, so that training needs no teacher"),
     "explain": ("vitdistill.commands.explain:main", "what a run will compute and cost, before it runs"),
     "eval": ("vitdistill.commands.evaluate:main", "accuracy, calibration, agreement with a teacher, FLOPs and speed of a model"),
     "export": ("vitdistill.commands.export:main", "a run's student as a folder timm loads, or as ONNX"),

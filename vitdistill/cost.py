@@ -6,10 +6,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data.loader import Batch
+from .labels.reader import StoredAnswer, blank_targets
 from .method import Network, TeacherObjective
 from .plan import Plan, describe_needs
 from .vit import Needs, ViTOutput, run_vit
@@ -84,6 +86,7 @@ class Cost:
         objectives: forward and backward of what an objective computes itself (projections, generators, products of features).
         adapters: parameters of each objective's own trainable part, where it has one.
         activations: bytes an image that are kept for the backward pass, in float32; ``activations_plain``: of the student alone.
+        stems: what of ``student`` its patch embedding is, where that is more than a tenth of its forward pass; else 0.
     """
 
     student: int
@@ -94,6 +97,7 @@ class Cost:
     adapters: dict[str, int]
     activations: int
     activations_plain: int
+    stems: int = 0
 
     @property
     def step(self) -> int:
@@ -107,14 +111,18 @@ class Cost:
 
 
 def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -> Cost:
-    """Count what ``plan`` computes an image; models may live on the meta device."""
+    """Count what ``plan`` computes an image; models may live on the meta device. A teacher whose answers are stored costs nothing."""
     live, plain = {}, {}
     for name, model in teachers.items():
+        if name in plan.stored:
+            continue
         size = plan.teachers[name].image_size
         plain[name] = forward_flops(model, size)
         live[name] = forward_flops(model, size, plan.live[name], plan.num_keep[name])
         if name in plan.guides:
             live[name] += forward_flops(model, size, plan.guides[name])
+    for name in plan.stored:
+        live[name], plain[name] = 0, plan.teachers[name].flops
     was_training = student.training
     student.train()
     objectives, adapters, total, kept = _count_objectives(plan, student, teachers)
@@ -130,9 +138,18 @@ def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -
         adapters=adapters,
         activations=kept,
         activations_plain=kept_plain.bytes // 2,
+        stems=_count_stems(plan, student),
     )
     student.train(was_training)
     return cost
+
+
+def _count_stems(plan: Plan, student: nn.Module) -> int:
+    """FLOPs an image of the patch embedding, forward and backward, where they are worth a line of their own; else 0."""
+    embed, size = getattr(student, "patch_embed", None), plan.student.image_size
+    if not plan.student.walks or embed is None or (type(embed) is PatchEmbed and plan.student_keep is not None):
+        return 0
+    return training_flops(embed, size) if forward_flops(embed, size) > 0.1 * forward_flops(student, size) else 0
 
 
 def _count_objectives(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -> tuple[dict[str, int], dict[str, int], int, int]:
@@ -146,7 +163,11 @@ def _count_objectives(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.
             for name, objective in plan.objectives.items()
         }
         seen = _blank_keep(plan.student_keep)
-        answers = {name: _answer(plan, name, model, seen) for name, model in teachers.items()}
+        answers: dict[str, ViTOutput | StoredAnswer] = {
+            name: _answer(plan, name, model, seen) for name, model in teachers.items() if name in plan.live
+        }
+    for name, layout in plan.labels.items():
+        answers[name] = StoredAnswer(blank_targets(layout, 2).to("meta"), plan.teachers[name])
     counts, kept = {}, _Kept()
     with torch.enable_grad():
         with kept, FlopCounterMode(display=False) as counter:
@@ -173,12 +194,19 @@ def _answer(plan: Plan, name: str, model: nn.Module, seen: Tensor | None) -> ViT
 
 
 def _losses(
-    plan: Plan, student: ViTOutput, answers: Mapping[str, ViTOutput], batch: Batch, adapters: Mapping[str, nn.Module | None]
+    plan: Plan,
+    student: ViTOutput,
+    answers: Mapping[str, ViTOutput | StoredAnswer],
+    batch: Batch,
+    adapters: Mapping[str, nn.Module | None],
 ) -> list[Tensor]:
-    return [
-        objective.loss(student, answers[objective.teacher] if isinstance(objective, TeacherObjective) else None, batch, adapters.get(name))
-        for name, objective in plan.objectives.items()
-    ]
+    losses = []
+    for name, objective in plan.objectives.items():
+        teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+        if isinstance(teacher, StoredAnswer):
+            teacher = teacher.at(plan.temperatures[name])
+        losses.append(objective.loss(student, teacher, batch, adapters.get(name)))
+    return losses
 
 
 def _cut(value: Any) -> Any:
@@ -232,7 +260,14 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
             f"{cost.student / cost.student_plain:.0%} of {flops(cost.student_plain)}",
         ),
     ]
+    if cost.stems:
+        rows.append(("of which the stems (patch embedding)", "", flops(cost.stems), f"({cost.stems / cost.student:.0%} of the student)"))
     for name, teacher in plan.teachers.items():
+        if name in plan.stored:
+            computes[name] = f"does not run; its labels are read, {size(plan.labels[name].record_bytes)} an image"
+            of = f"0% of {flops(teacher.flops)}" if teacher.flops else "stored"
+            rows.append((name, flops(teacher.num_parameters, ""), flops(0), of))
+            continue
         computes[name] = describe_needs(teacher, plan.live[name], plan.num_keep[name])
         if name in plan.guides:
             computes[name] += "; and once more on the whole image, to choose its patches"
@@ -274,7 +309,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         total.append(("together", flops(cost.step * images), flops(cost.plain_kd * images)))
     lines += table(total)
     for name, teacher in plan.teachers.items():
-        if teacher.walks and plan.live[name].logits:
+        if name in plan.live and teacher.walks and plan.live[name].logits:
             masked, whole = vit_macs(teacher, plan.num_keep[name]) * images, vit_macs(teacher) * images
             lines += ["", f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"]
             saved = f" against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})" if masked < whole else ""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .data import keyed
 from .data.loader import Batch
+from .labels.reader import StoredAnswer, live_rows
 from .method import TeacherObjective
 from .plan import Plan
 from .teacher import Teacher
@@ -44,21 +45,32 @@ class Distillation(nn.Module):
         losses = {}
         for name, objective in self.plan.objectives.items():
             teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+            if isinstance(teacher, StoredAnswer):
+                teacher = teacher.at(self.plan.temperatures[name])
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
             losses[name] = objective.weight_at(progress) * objective.loss(student, teacher, batch, adapter)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for answer in answers.values():
-            if answer.logits is not None:
+            if isinstance(answer, ViTOutput) and answer.logits is not None:
                 losses["loss"] = losses["loss"].masked_fill(~answer.logits.isfinite().all(), torch.nan)
         return losses
 
-    def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, dict[str, ViTOutput]]:
-        """What the student and each teacher record of a batch; of a teacher that sees more patches, what it says of the student's."""
+    def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, dict[str, ViTOutput | StoredAnswer]]:
+        """What the student and each teacher record of a batch; of a teacher that sees more patches, what it says of the student's.
+
+        A teacher with labels runs on the images without a record alone, if it is there.
+        """
         plan = self.plan
         order = self.mask(batch)
         student = self._student(batch, order, self.run)
-        answers = {}
+        answers: dict[str, ViTOutput | StoredAnswer] = {}
+        for name, needs in plan.stored.items():
+            answers[name] = stored = StoredAnswer(batch.targets[name], plan.teachers[name])
+            if len(batch.missing[name]):
+                stored.missing, stored.live = live_rows(teachers[name], batch.images, needs, batch.missing[name])
         for name, teacher in teachers.items():
+            if name in plan.stored:
+                continue
             seen = self.choose(name, teacher, batch, student) if order is None else order[:, : plan.num_keep[name]]
             answer = teacher(batch.images, plan.live[name], seen)
             answers[name] = answer if student.keep is None else answer.first_patches(student.keep)

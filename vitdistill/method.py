@@ -6,7 +6,7 @@ a model: that is why any objective runs with any selector, live or from stored a
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 from jaxtyping import Float, Int
@@ -37,6 +37,8 @@ class Network:
         attention_source: see `vitdistill.families.Family`; None: no attention to read.
         num_heads: attention heads a block; 0: no attention to read.
         final_norm: the last block's output is normed token by token, as `Needs.features` has it, and not only after pooling.
+        grids: rows and columns of its feature maps by block, where its answers are stored and it does not walk.
+        flops: of one forward pass on one image, where its answers are stored; 0: not known.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Network:
     dims: tuple[int, ...] = ()
     num_heads: int = 0
     final_norm: bool = True
+    grids: dict[int, tuple[int, int]] = field(default_factory=dict, compare=False)
+    flops: int = 0
 
     @property
     def num_patches(self) -> int:
@@ -223,6 +227,16 @@ class TeacherObjective(Objective):
     """
 
     teacher: str = "teacher"
+
+    linear_in_teacher: ClassVar[bool] = False  # its gradient is linear in the teacher's probabilities: an unbiased sample of them will do
+
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...] | None:
+        """The temperatures T at which it takes ``softmax(logits / T)`` of the teacher's logits, reading nothing else of them.
+
+        (): their order alone. None: the logits themselves; stored ones then have to be complete.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

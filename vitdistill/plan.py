@@ -1,9 +1,10 @@
 """The plan: resolved once from methods, networks and teachers, it says what each network must compute, and refuses what cannot work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import ConfigError
+from .labels.encoding import Layout
 from .method import Masking, Network, Objective, TeacherObjective, TokenSelector
 from .vit import Needs
 
@@ -18,7 +19,9 @@ class Plan:
         objectives: losses by name.
         selector: chooses the patches of every live teacher; None: teachers see everything.
         student_needs: what the student records.
-        live: what each teacher records in its supervising pass.
+        live: what each teacher records in its supervising pass; those whose answers are stored do not run.
+        stored: what is read of each teacher whose answers are stored; ``labels``: what its records hold.
+        temperatures: at which each objective reads a stored teacher's logits; None: they are complete.
         guides: what each teacher records on the whole image for the selector's sake (an extra pass), where it does.
         num_keep: patches each teacher sees; None: all.
         masking: hides patches from the student and its teachers; None: nothing is hidden.
@@ -37,6 +40,13 @@ class Plan:
     notes: dict[str, str]
     masking: Masking | None = None
     student_keep: int | None = None
+    stored: dict[str, Needs] = field(default_factory=dict)
+    labels: dict[str, Layout] = field(default_factory=dict)
+    temperatures: dict[str, float | None] = field(default_factory=dict)
+
+    def reads(self, teacher: str) -> Needs:
+        """What is read of a teacher, live or stored."""
+        return self.live[teacher] if teacher in self.live else self.stored[teacher]
 
 
 def make_plan(
@@ -45,8 +55,9 @@ def make_plan(
     objectives: Mapping[str, Objective],
     selector: TokenSelector | None = None,
     masking: Masking | None = None,
+    labels: Mapping[str, Layout] | None = None,
 ) -> Plan:
-    """Resolve what every network must compute.
+    """Resolve what every network must compute; ``labels``: what the records hold of each teacher whose answers are stored.
 
     Raises:
         ConfigError: one sentence, for a combination that is impossible or would silently have no effect.
@@ -74,6 +85,9 @@ def make_plan(
     for name in teachers:
         if not live[name]:
             raise ConfigError(f"no objective reads the teacher {name!r}: add one (e.g. kd), or leave the teacher out")
+    labels = labels or {}
+    stored = {name: live.pop(name) for name in labels}
+    temperatures = _check_stored(labels, stored, teachers, objectives, selector, masking)
     _check_heads(student, objectives)
     guides: dict[str, Needs] = {}
     num_keep: dict[str, int | None] = dict.fromkeys(teachers)
@@ -87,12 +101,12 @@ def make_plan(
         num_keep = {name: masking.teacher_count(teacher.num_patches) for name, teacher in teachers.items()}
     if selector is not None:
         kind = type(selector).__name__
-        if not teachers:
+        if not live:
             raise ConfigError(f"{kind} chooses the patches a teacher sees, but no teacher runs: give one, or leave the selector out")
         for name in selector.teachers:
             if name not in teachers:
                 raise ConfigError(f"{kind} is to choose for a teacher named {name!r}, but the teachers are {', '.join(sorted(teachers))}")
-        for name in selector.teachers or teachers:
+        for name in selector.teachers or live:
             teacher = teachers[name]
             selector.check(student, teacher)
             num_keep[name] = selector.count(teacher.num_patches)
@@ -114,7 +128,77 @@ def make_plan(
         notes={name: note for name, note in notes.items() if note},
         masking=masking,
         student_keep=student_keep,
+        stored=stored,
+        labels=dict(labels),
+        temperatures=temperatures,
     )
+
+
+def _check_stored(
+    labels: Mapping[str, Layout],
+    stored: Mapping[str, Needs],
+    teachers: Mapping[str, Network],
+    objectives: Mapping[str, Objective],
+    selector: TokenSelector | None,
+    masking: Masking | None,
+) -> dict[str, float | None]:
+    """The temperature at which each objective reads stored logits; raises `ConfigError` for what the records cannot give."""
+    for name, layout in labels.items():
+        needs, where = stored[name], f"the labels of the {name}"
+        if masking is not None:
+            raise ConfigError(
+                f"{where} are its answers to whole images, and {type(masking).__name__} hides patches: leave the masking or the labels out"
+            )
+        if selector is not None and name in selector.teachers:
+            raise ConfigError(
+                f"{type(selector).__name__} is to choose what the {name} sees, but its answers are stored: leave one of them out"
+            )
+        if needs.attention or needs.qkv:
+            reader = next(key for key, o in objectives.items() if _reads_attention(o, name, teachers[name]))
+            raise ConfigError(
+                f"{reader} reads attention of the {name}, which labels do not hold: let it run (without teachers.{name}.labels)"
+            )
+        missing = sorted(needs.hidden - {block for block, _, _ in layout.hidden})
+        absent = ["logits"] * (needs.logits and layout.logits is None) + [f"hidden states after block {i}" for i in missing]
+        absent += ["features after the final norm"] * (needs.features and layout.features is None)
+        if absent:
+            raise ConfigError(f"{where} do not hold its {' and '.join(absent)}: label again with this recipe, or leave out what reads them")
+    return {
+        key: _temperature(key, objective, labels[objective.teacher])
+        for key, objective in objectives.items()
+        if isinstance(objective, TeacherObjective) and objective.teacher in labels
+    }
+
+
+def _reads_attention(objective: Objective, teacher: str, network: Network) -> bool:
+    if not isinstance(objective, TeacherObjective) or objective.teacher != teacher:
+        return False
+    needs = objective.teacher_needs(network)
+    return bool(needs.attention or needs.qkv)
+
+
+def _temperature(key: str, objective: TeacherObjective, layout: Layout) -> float | None:
+    logits, where = layout.logits, f"the labels of the {objective.teacher}"
+    if logits is None or logits.is_complete:
+        return None
+    sparse = f"{logits.k} {'classes' if logits.kind == 'topk' else 'draws'} an image"
+    wanted = objective.teacher_temperatures
+    if wanted is None:
+        raise ConfigError(f"{key} reads complete logits, and {where} hold {sparse}: label with --encoding float16")
+    if logits.kind == "sampled" and not objective.linear_in_teacher:
+        raise ConfigError(
+            f"{key} would be biased by labels that are a sample ({where} hold {sparse}): take kd, or label with another --encoding"
+        )
+    if len(wanted) > 1:
+        shown = " and ".join(f"{t:g}" for t in sorted(wanted))
+        raise ConfigError(f"{key} reads logits at temperatures {shown} together, and {where} hold {sparse}: label with --encoding float16")
+    if wanted and wanted[0] not in logits.temperatures:
+        declared = ", ".join(f"{t:g}" for t in logits.temperatures)
+        raise ConfigError(
+            f"{key} reads logits at temperature {wanted[0]:g}, and {where} hold {sparse}, right at {declared} only: set that "
+            f"(--set objectives.{key}.temperature={logits.temperatures[0]:g}), or label with --temperatures {wanted[0]:g}"
+        )
+    return wanted[0] if wanted else logits.temperatures[0]
 
 
 def _masked(masking: Masking, student: Network, teachers: Mapping[str, Network], live: Mapping[str, Needs]) -> int:
@@ -154,13 +238,14 @@ def _note(objective: Objective, student: Network, teachers: Mapping[str, Network
 
 
 def _check_heads(student: Network, objectives: Mapping[str, Objective]) -> None:
-    """A second head that no objective trains would still be averaged into the student's prediction."""
+    """A head that no objective trains would still be part of the student's prediction."""
     trained = {head for objective in objectives.values() for head in objective.trains_heads(student)}
-    for head in student.heads:
+    for head in getattr(student, "answering", student.heads):
         if head not in trained and trained:
+            added = {"class": "ce", "distillation": "kd or hard_kd"}.get(head, f"one that reads a teacher of that name (--with kd:{head})")
             raise ConfigError(
-                f"no objective trains the {head} head of {student.architecture}, which is averaged into its prediction: "
-                "add kd or hard_kd, or let the labels train both (--set objectives.ce.head=all)"
+                f"no objective trains the {head} head of {student.architecture}, which is part of its prediction: add {added}, or let the "
+                "labels train every head (--set objectives.ce.head=all)"
             )
 
 

@@ -58,6 +58,9 @@ class TeacherConfig:
         precision: of its arithmetic. ``same``: that of the run; ``bfloat16`` is faster and not exact; ``float32``.
         reorder_classes: accept the data set's classes in another order, matched by name.
         model_args: further arguments of the model.
+        labels: folder of its stored labels, which are read in its place; None: it runs. A model beside them is only compared with the one
+            that made them.
+        missing: what to do where labels have no record: ``error``, or ``online``: it runs on those images.
     """
 
     model: str = ""
@@ -67,6 +70,8 @@ class TeacherConfig:
     precision: Literal["same", "float32", "bfloat16"] = "same"
     reorder_classes: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
+    labels: str | None = None
+    missing: Literal["error", "online"] = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +83,15 @@ class DataConfig:
         workers: loader processes for images that are decoded one by one; no influence on the result.
         in_memory: keep the decoded training images in memory; None: when they fit 2 GiB.
         augment: the training views.
+        views: how many different views of each image there are, shown in turn; None: a new one every epoch, or with stored labels as many
+            as they have.
     """
 
     dir: str = ""
     workers: int = 2
     in_memory: bool | None = None
     augment: Augment = field(default_factory=Augment)
+    views: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +210,17 @@ class Recipe:
         _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "from 0 to below 1")
         _require(0 <= student.drop_path < 1, "student.drop_path", student.drop_path, "from 0 to below 1")
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "at least 0")
+        _require(self.data.views is None or self.data.views >= 1, "data.views", self.data.views, "at least 1, or null")
+        if self.data.views is not None and self.data.augment.repeated_aug > 1:
+            raise ConfigError(
+                f"data.views counts the views of an image, and repeated_aug shows {self.data.augment.repeated_aug} an epoch, of a part of "
+                "the images: set --repeated-aug 1"
+            )
+        for name, teacher in self.teachers.items():
+            if teacher.missing == "online" and teacher.labels is None:
+                raise ConfigError(f"teachers.{name}.missing cannot take effect: the {name} has no labels (teachers.{name}.labels)")
+            if teacher.missing == "online" and not teacher.model:
+                raise ConfigError(f"teachers.{name}.missing is online, and no model is named to run (teachers.{name}.model)")
         if optim.sched == "none" and (optim.warmup_epochs > 0):
             raise ConfigError("optim.sched is none, so optim.warmup_epochs cannot take effect: set it to 0 or choose a schedule")
         if optim.warmup_prefix and optim.warmup_epochs == 0:
@@ -524,7 +543,12 @@ def dump_yaml(data: Any) -> str:
 
 
 VOLATILE = ("data.workers", "train.log_every", "train.keep_checkpoints", "name", "description", "data.dir")
-"""Fields that do not change the result, so that a run may be resumed with others. Images are compared by fingerprint, not by path."""
+"""Fields that do not change the result, so that a run may be resumed with others. Images are compared by fingerprint, not by path; and
+so are stored labels (``teachers.NAME.labels``)."""
+
+
+def _is_volatile(path: str) -> bool:
+    return path in VOLATILE or bool(re.fullmatch(r"teachers\.\w+\.labels", path))
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -541,7 +565,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 def fingerprint(recipe: Recipe) -> str:
     """sha256 of everything in the recipe that can change the result."""
     recipe = from_dict(to_dict(recipe))  # a recipe made in Python may hold 5 where the one read from its YAML holds 5.0
-    fixed = {key: value for key, value in flatten(recipe).items() if key not in VOLATILE}
+    fixed = {key: value for key, value in flatten(recipe).items() if not _is_volatile(key)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -550,6 +574,6 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     a, b = flatten(ours), flatten(theirs)
     lines = []
     for key in sorted(a.keys() | b.keys()):
-        if key not in VOLATILE and a.get(key) != b.get(key):
+        if not _is_volatile(key) and a.get(key) != b.get(key):
             lines.append(f"{key} is {a.get(key)!r} here and {b.get(key)!r} there")
     return lines

@@ -19,7 +19,17 @@ import torch
 from rich.console import Console
 
 from . import durable
-from .build import Built, blank_teacher, build_student, plan_of, reads_logits, resolve_run, trains_classifier
+from .build import (
+    Built,
+    blank_teacher,
+    build_student,
+    open_labels,
+    plan_of,
+    reads_logits,
+    resolve_run,
+    stored_network,
+    trains_classifier,
+)
 from .data.source import open_source
 from .errors import ConfigError, DataError, UserError
 from .method import Network
@@ -308,6 +318,8 @@ def networks(recipe: Recipe, num_classes: int, answers: Mapping[str, int] | None
             student = build_student(recipe.student, 0, with_weights=False)
         teachers = {}
         for name, config in recipe.teachers.items():
+            if config.labels is not None:
+                continue
             built = blank_teacher(config, name, recipe.objectives)
             if answers is not None and name in answers:
                 built.model.reset_classifier(answers[name])  # type: ignore[operator]
@@ -493,7 +505,9 @@ def _foresee(stages: Stages, pending: list[str]) -> None:
     labelled: dict[str, bool] = {}
     before: dict[str, int] = {}
     for key, stage in stages.stages.items():
-        recipe, student, teachers = networks_ahead(stages, key, 1000, before)
+        with in_stage(key):
+            stored = [stored_network(store, name).num_classes for name, store in open_labels(stage).items()]
+        recipe, student, teachers = networks_ahead(stages, key, max(stored, default=1000), before)
         with in_stage(key):
             if key in pending:
                 plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})

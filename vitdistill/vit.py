@@ -71,6 +71,7 @@ class ViTOutput:
     Attributes:
         logits: ``(B, C)``, the prediction the model's own ``forward`` gives in evaluation; None unless needed.
         head_logits: ``(B, heads, C)`` for models with several heads (DeiT: class token, distillation token); else None.
+        heads: their names, in order.
         hidden: block index to ``(B, P+K, D)``.
         attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all tokens. A model without a class token
             gives its stand-in, see `vitdistill.families.Family.attention_source`.
@@ -86,6 +87,7 @@ class ViTOutput:
 
     logits: Float[Tensor, "B C"] | None = None
     head_logits: Float[Tensor, "B heads C"] | None = None
+    heads: tuple[str, ...] = ("class",)
     hidden: dict[int, Float[Tensor, "B _ _"]] = field(default_factory=dict)
     attention: dict[int, Float[Tensor, "B H L"]] = field(default_factory=dict)
     qkv: dict[int, QKV] = field(default_factory=dict)
@@ -178,6 +180,7 @@ def run_vit(
     return ViTOutput(
         logits=logits,
         head_logits=head_logits,
+        heads=family.heads,
         hidden=hidden,
         attention=attention,
         qkv=qkv,

@@ -26,7 +26,8 @@ from timm.models import is_model, list_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import vitdistill.models.involution  # noqa: F401 - its networks get their names in timm's registry
+import vitdistill.models.advised
+import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 from vitdistill.durable import read_bytes, shown
 from vitdistill.errors import ConfigError, DataError, PermissionDenied
 

@@ -10,7 +10,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from vitdistill.data.loader import Batch
-from vitdistill.methods.cross_entropy import CrossEntropy, cross_entropy_loss
+from vitdistill.errors import ConfigError
+from vitdistill.methods.cross_entropy import CrossEntropy, chosen_head, cross_entropy_loss, head_logits
 from vitdistill.vit import ViTOutput
 
 LOGITS = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -65,11 +66,11 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype, mixed: bool) -> None:
 
 def test_the_head_of_the_class_token_learns_from_the_labels() -> None:
     heads = torch.stack([LOGITS, LOGITS.flip(1)], dim=1)
-    student = ViTOutput(logits=heads.mean(1), head_logits=heads)
+    student = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation"))
     batch = Batch(torch.zeros(6, 3, 4, 4), LABELS, LABELS, LABELS, 0)
 
     def loss(head: str) -> Tensor:
-        return CrossEntropy(head=head).loss(student, None, batch, None)  # type: ignore[arg-type]
+        return CrossEntropy(head=head).loss(student, None, batch, None)
 
     assert torch.equal(loss("auto"), F.cross_entropy(LOGITS, LABELS))
     assert torch.equal(loss("class"), loss("auto"))
@@ -82,3 +83,46 @@ def test_a_mixed_batch_is_seen_as_such() -> None:
     batch = Batch(torch.zeros(6, 3, 4, 4), LABELS, LABELS, LABELS, 0, mixed_labels=OTHER, lam=lam)
     loss = CrossEntropy(smoothing=0.1).loss(ViTOutput(logits=LOGITS), None, batch, None)
     assert torch.equal(loss, cross_entropy_loss(LOGITS, LABELS, OTHER, lam, 0.1))
+
+
+HEADS = ("class", "conv", "inv")
+
+
+@pytest.mark.parametrize(
+    ("heads", "head", "teacher", "chosen"),
+    [
+        (("class",), "auto", None, "class"),
+        (("class",), "auto", "teacher", "class"),
+        (("class",), "class", "teacher", "class"),
+        (("class",), "all", None, "all"),
+        (("class", "distillation"), "auto", None, "class"),
+        (("class", "distillation"), "auto", "teacher", "distillation"),
+        (("class", "distillation"), "class", "teacher", "class"),
+        (HEADS, "auto", None, "class"),
+        (HEADS, "auto", "inv", "inv"),
+        (HEADS, "conv", "inv", "conv"),
+        (HEADS, "all", "inv", "all"),
+        (("class", "distillation", "inv"), "auto", "inv", "inv"),
+    ],
+)
+def test_which_head_is_meant(heads: tuple[str, ...], head: str, teacher: str | None, chosen: str) -> None:
+    assert chosen_head(heads, head, teacher) == chosen
+    every = torch.randn(2, len(heads), 4) if len(heads) > 1 else None
+    output = ViTOutput(logits=torch.randn(2, 4), head_logits=every, heads=heads)
+    expected = output.logits if every is None or chosen == "all" else every[:, heads.index(chosen)]
+    assert torch.equal(head_logits(output, head, teacher), expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head", "teacher", "sentence"),
+    [
+        (("class",), "distillation", None, r"the student has no head called 'distillation': .* \(class\), to all"),
+        (HEADS, "distillation", "conv", r"no head called 'distillation': set head to one it has \(class, conv, inv\), to all, or to auto"),
+        (HEADS, "auto", "teacher", r"heads class, conv, inv, and none for the teacher 'teacher': .* \(head=inv\)"),
+        (HEADS, "", None, "no head called ''"),
+    ],
+)
+def test_a_head_that_is_not_there_is_refused(heads: tuple[str, ...], head: str, teacher: str | None, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        chosen_head(heads, head, teacher)
+    assert "\n" not in str(caught.value)

@@ -138,11 +138,11 @@ def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None
 
 def test_heads_are_chosen_as_deit_trains_them() -> None:
     heads, teacher = torch.stack([logits(0), logits(1)], dim=1), logits(2)
-    student = ViTOutput(logits=heads.mean(1), head_logits=heads)
+    student = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation"))
     answer, batch = ViTOutput(logits=teacher), batch_of(torch.tensor([0, 1, 2]))
 
     def soft(head: str) -> Tensor:
-        return SoftKD(head=head, temperature=2.0).loss(student, answer, batch, None)  # type: ignore[arg-type]
+        return SoftKD(head=head, temperature=2.0).loss(student, answer, batch, None)
 
     assert torch.equal(soft("auto"), kd_loss(heads[:, 1], teacher, 2.0))
     assert torch.equal(soft("distillation"), soft("auto"))
@@ -150,6 +150,18 @@ def test_heads_are_chosen_as_deit_trains_them() -> None:
     assert torch.equal(soft("all"), kd_loss(heads.mean(1), teacher, 2.0))
     plain = ViTOutput(logits=logits(0))
     assert torch.equal(SoftKD().loss(plain, answer, batch, None), kd_loss(logits(0), teacher))
+
+
+@pytest.mark.parametrize("method", [SoftKD, HardKD])
+@given(order=st.permutations(["class", "conv", "inv", "distillation"]), teacher=st.sampled_from(["conv", "inv", "other"]))
+def test_a_teacher_trains_the_head_called_like_it(method: type[SoftKD | HardKD], order: list[str], teacher: str) -> None:
+    heads, answer = torch.stack([logits(i) for i in range(4)], dim=1), ViTOutput(logits=logits(9))
+    student, batch = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=tuple(order)), batch_of(torch.tensor([0, 1, 2]))
+    expected = method(teacher=teacher, head="conv" if teacher == "conv" else "inv" if teacher == "inv" else "distillation")
+    assert torch.equal(method(teacher=teacher).loss(student, answer, batch, None), expected.loss(student, answer, batch, None))
+    for i, head in enumerate(order):
+        alone = method(teacher=teacher).loss(ViTOutput(logits=heads[:, i]), answer, batch, None)
+        assert torch.equal(method(teacher=teacher, head=head).loss(student, answer, batch, None), alone)
 
 
 def test_hard_distillation_is_the_cross_entropy_with_the_top_class() -> None:

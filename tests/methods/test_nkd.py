@@ -258,7 +258,7 @@ def test_the_distillation_tokens_head_learns_from_the_teacher(method: Any) -> No
     batch = batch_of(torch.tensor([0, 1, 4]))
 
     def loss(head: str) -> Tensor:
-        student = ViTOutput(logits=heads.mean(1), head_logits=heads)
+        student = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation"))
         answer: Tensor = type(method)(head=head).loss(student, ViTOutput(logits=teacher), batch, None)
         return answer
 

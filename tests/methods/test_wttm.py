@@ -120,7 +120,7 @@ def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None
 
 def test_the_objective_compares_the_head_that_learns_from_the_teacher() -> None:
     heads, teacher = torch.randn(3, 2, 5), torch.randn(3, 5)
-    student, labels = ViTOutput(logits=heads.mean(1), head_logits=heads), torch.full((3,), -1)
+    student, labels = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")), torch.full((3,), -1)
     method = WTTM(temperature=3.0)
     loss = method.loss(student, ViTOutput(logits=teacher), Batch(torch.zeros(3, 3, 4, 4), labels, labels, labels, 0), None)
     assert not method.reads_labels and torch.equal(loss, wttm_loss(heads[:, 1], teacher, 3.0))

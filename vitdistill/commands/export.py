@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from timm.models import model_entrypoint
 from tyro.conf import Positional
 
 from .. import weights
@@ -48,7 +49,9 @@ def main(words: Sequence[str]) -> int:
     if flags.output is not None:
         architecture, args = weights.describe(folder, {})
         export_timm(model, flags.output, architecture=architecture, model_args=args, classes=classes, input_spec=spec)
-        print(f"wrote {flags.output}: load it with timm.create_model('local-dir:{flags.output}', pretrained=True)")
+        file = model_entrypoint(architecture.partition(".")[0]).__module__
+        first = "" if file.startswith("timm.") else f", after 'import {file}', because plain timm does not know {architecture}"
+        print(f"wrote {flags.output}: load it with timm.create_model('local-dir:{flags.output}', pretrained=True){first}")
     if flags.onnx is not None:
         off = export_onnx(model, flags.onnx, spec)
         height, width = spec.image_size

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from tyro.conf import Positional
 
+from ..durable import MANIFEST
 from ..errors import UserError
 from ..method import Masking, TeacherObjective, TokenSelector
 from ..methods import method_class, method_names
@@ -65,6 +67,9 @@ class Teacher:
     reorder_classes: Annotated[bool | None, SWITCH, about("accept its classes in another order, matched by name")] = _at(
         "teachers.teacher.reorder_classes"
     )
+    labels: Annotated[
+        str | None, TEXT, about("stored labels to read in place of running it, as 'vitdistill label' wrote them; for all teachers at once")
+    ] = None
     keep_rate: Annotated[float | None, NUMBER, about("fraction of its patches it sees, above 0 to 1")] = _at("selector.keep_rate")
     num_keep: Annotated[int | None, COUNT, about("number of patches it sees, instead of --keep-rate")] = _at(
         "selector.num_keep", "--len-num-keep"
@@ -136,6 +141,9 @@ class Augmentation:
     mixup: Annotated[float | None, NUMBER, about("alpha of Mixup; 0: none")] = _at("data.augment.mixup")
     cutmix: Annotated[float | None, NUMBER, about("alpha of CutMix; 0: none")] = _at("data.augment.cutmix")
     repeated_aug: Annotated[int | None, COUNT, about("views an epoch has of an image; DeiT: 3")] = _at("data.augment.repeated_aug")
+    views: Annotated[int | None, COUNT, about("different views there are of an image, in turn; none: one an epoch, or as labelled")] = _at(
+        "data.views"
+    )
 
 
 @dataclass
@@ -289,6 +297,7 @@ def _changes(recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, giv
         if file in given and fetched not in given:
             changes.setdefault(f"{network}.pretrained", False)
     changes |= _alpha(recipe, filled.loss.distillation_alpha, given)
+    changes |= _labels(recipe, filled.teacher.labels)
     for item in filled.set:
         path, equals, text = item.partition("=")
         if not equals:
@@ -381,7 +390,7 @@ def _changed_stages(stages: Mapping[str, Recipe], filled: RecipeFlags, given: Ma
     mine: dict[str, dict[str, list[str]]] = {key: {} for key in stages}
     for flag in flags_of(type(filled)):
         name = flag.field.name
-        if name in given and ("path" in flag.field.metadata or name == "distillation_alpha"):
+        if name in given and ("path" in flag.field.metadata or name in ("distillation_alpha", "labels")):
             for key in _stages_of(stages, flag, given[name]):
                 mine[key][name] = given[name]
     changed = {}
@@ -400,6 +409,11 @@ def _stages_of(stages: Mapping[str, Recipe], flag: Any, words: Sequence[str]) ->
     if scope == FIRST:
         return keys[:1]
     path = flag.field.metadata.get("path")
+    if flag.field.name == "labels":
+        taught = [key for key in keys if stages[key].teachers]
+        if len(taught) == 1:
+            return taught
+        raise UserError("--labels is a setting of one stage with a teacher: --set STAGE.teachers.NAME.labels=FOLDER")
     if path is None:
         raise UserError(f"{flag.name} is a setting of one stage: give the weights themselves, --set STAGE.objectives.NAME.weight=VALUE")
     keys = [key for key in keys if path in flatten(stages[key])]
@@ -450,6 +464,22 @@ def _about_stages(name: str, flags: type, stages: Mapping[str, Recipe]) -> str:
         "in which the stages agree, none where they do not."
     )
     return wrap(text)
+
+
+def _labels(recipe: Recipe, folder: str | None) -> dict[str, Any]:
+    """Which teachers' labels are in ``folder``."""
+    if folder is None:
+        return {}
+    if not recipe.teachers:
+        raise UserError("--labels cannot take effect: this recipe has no teacher (take a kd recipe, or --with kd)")
+    if len(recipe.teachers) == 1:
+        (name,) = recipe.teachers
+        own = Path(folder) / name
+        return {f"teachers.{name}.labels": str(own if (own / MANIFEST).is_file() else folder)}
+    found = {f"teachers.{name}.labels": str(Path(folder) / name) for name in recipe.teachers if (Path(folder) / name / MANIFEST).is_file()}
+    if not found:
+        raise UserError(f"--labels {folder}: there are no labels of {' or '.join(recipe.teachers)} in it")
+    return found
 
 
 # --- what is refused, and the help -------------------------------------------------------------------------------------------------

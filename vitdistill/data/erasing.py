@@ -44,6 +44,15 @@ def erase(images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: 
     return images
 
 
+def erased_boxes(prob: float, seed: int, sample_ids: I64, views: I64, height: int, width: int) -> I64:
+    """What `erase` does to each image of this size: ``(top, left, height, width)``, all 0 where nothing is erased."""
+    boxes = np.zeros((len(sample_ids), 4), dtype=np.int64)
+    draws = keyed.uniforms(keyed.keys(seed, views, sample_ids, Stream.ERASE), 3 + 2 * _ATTEMPTS)
+    rows, *box = _boxes(draws, prob, height, width)
+    boxes[rows] = np.stack(box, axis=1)
+    return boxes
+
+
 def _boxes(draws: F64, prob: float, height: int, width: int) -> tuple[I64, I64, I64, I64, I64]:
     """Which images are erased, and where: ``(rows, top, left, height, width)``; ten tries, as timm."""
     tries = draws[:, 3:].reshape(-1, _ATTEMPTS, 2)

@@ -42,6 +42,8 @@ class Stream(IntEnum):
     PATCHES = 10
     DROPOUT = 11
     OBJECTIVE = 12
+    PAIRS = 13
+    LABELS = 14
 
 
 def _mix(x: U64) -> U64:

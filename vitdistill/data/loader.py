@@ -14,14 +14,16 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
@@ -30,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from vitdistill.data import keyed
+from vitdistill.data.checksums import view_checksums
 from vitdistill.data.erasing import erase
 from vitdistill.data.keyed import I64, Stream
 from vitdistill.data.mixing import Mixing, check_even
@@ -45,11 +48,16 @@ from vitdistill.data.views import (
     train_views,
 )
 from vitdistill.errors import ConfigError, DataError, UserError
+from vitdistill.labels.encoding import Targets
+from vitdistill.labels.reader import LabelReader
 
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""
 
 _EVAL_CACHE_BYTES = 2**30
+
+
+_Pixels = tuple["_Piece", UInt8[Tensor, "B 3 H W"], npt.NDArray[np.uint32] | None]
 
 
 @dataclass
@@ -65,6 +73,8 @@ class Batch:
         views: which view of each sample this is, int64, on the device; the epoch, unless augmentation is repeated.
         view: the epoch.
         seed: of the run, which keys `uniforms`.
+        targets: what is stored of each teacher that has labels, on the device.
+        missing: of those that lack records of this batch, the rows without, on the host.
     """
 
     images: Float[Tensor, "B 3 H W"]
@@ -75,6 +85,8 @@ class Batch:
     mixed_labels: Int[Tensor, " B"] | None = None
     lam: Float[Tensor, " B"] | None = None
     seed: int = 0
+    targets: dict[str, Targets] = field(default_factory=dict)
+    missing: dict[str, I64] = field(default_factory=dict)
 
     def uniforms(self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE) -> Float[Tensor, "B {count}"]:
         """Uniform random numbers in [0, 1), a pure function of seed, view, sample and stream, made on the device."""
@@ -88,6 +100,20 @@ class _Piece:
     epoch: int
     ids: I64
     views: I64
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Whole training images, mixed as a student would see them, to be shown to a teacher.
+
+    Attributes:
+        images: float32, in the student's normalisation, on the device.
+        ids: the samples' numbers, int64; checksums: of their views, uint32, see `view_checksums`.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    ids: I64
+    checksums: npt.NDArray[np.uint32]
 
 
 class TrainLoader:
@@ -113,12 +139,16 @@ class TrainLoader:
         world_size: int = 1,
         accumulate: int = 1,
         in_memory: bool | None = None,
+        views: int | None = None,
+        labels: Mapping[str, LabelReader] | None = None,
     ) -> None:
         """Prepare to load; ``batch_size`` counts the images of an optimizer step over all processes and micro-batches.
 
         ``workers`` are processes that make views, or threads that decode a data set into memory. ``in_memory`` None
-        keeps images decoded when they take less than 2 GiB. Raises `ConfigError` when the sizes do not divide,
-        `DataError` when the data set is smaller than one batch or an image is damaged.
+        keeps images decoded when they take less than 2 GiB. ``views``: how many different views of each image there
+        are, None for a new one every epoch. ``labels``: stored answers to put beside the images, by teacher. Raises
+        `ConfigError` when the sizes do not divide, `DataError` when the data set is smaller than one batch or an image
+        is damaged.
         """
         _check_sizes(batch_size, world_size, accumulate, rank, workers)
         if len(source) < batch_size:
@@ -126,6 +156,7 @@ class TrainLoader:
         self.source, self.augment, self.spec, self.seed = source, augment, spec, seed
         self.workers, self.device = workers, torch.device(device)
         self.wait_seconds = 0.0
+        self._views, self._labels_of = views, dict(labels or {})
         self._batch_size, self._rank, self._world_size, self._accumulate = batch_size, rank, world_size, accumulate
         self._labels = torch.from_numpy(source.labels)
         self._mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob) if augment.mixes else None
@@ -143,16 +174,42 @@ class TrainLoader:
         Step ``s`` is step ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``.
         """
         end = None if num_steps is None else start_step + num_steps
-        pixels = self._pixels(start_step, end)
+        pixels = self._pixels(self._pieces(start_step, end))
         started = time.perf_counter()
         try:
             while True:
-                micro_batches = [self._finish(piece, images) for piece, images in _take(pixels, self._accumulate)]
+                micro_batches = [self._finish(piece, images, sums) for piece, images, sums in islice(pixels, self._accumulate)]
                 if not micro_batches:
                     return
                 self.wait_seconds += time.perf_counter() - started
                 yield tuple(micro_batches)
                 started = time.perf_counter()
+        finally:
+            pixels.close()
+
+    def labelling(self, view: int, first: int, last: int, batch_size: int) -> Iterator[Labelling]:
+        """View ``view`` of the samples ``first`` to ``last - 1``, in order, for a teacher that is to label them.
+
+        Where images are mixed, every sample comes mixed with its partner in that view; the one without a partner (of
+        an odd number) comes as it is.
+        """
+        partners = pair_partners(len(self.source), self.seed, view) if self._mixing is not None else None
+        starts = range(first, last, batch_size)
+
+        def pieces() -> Iterator[_Piece]:
+            for start in starts:
+                ids = np.arange(start, min(start + batch_size, last), dtype=np.int64)
+                if partners is not None:
+                    ids = np.stack([ids, partners[ids]], axis=1).flatten()
+                yield _Piece(view, ids, np.full(len(ids), view, dtype=np.int64))
+
+        pixels = self._pixels(pieces(), checked=True)
+        try:
+            for piece, images, sums in pixels:
+                assert sums is not None
+                batch = self._mixed(piece, images)
+                own = slice(None, None, 1 if partners is None else 2)
+                yield Labelling(batch.images[own], piece.ids[own], sums[own])
         finally:
             pixels.close()
 
@@ -182,7 +239,7 @@ class TrainLoader:
     def _epoch_order(self, epoch: int) -> tuple[I64, I64]:
         """Sample ids and view ids of an epoch, in order."""
         if self._order is None or self._order[0] != epoch:
-            ids, views = epoch_order(len(self.source), self.seed, epoch, self.augment.repeated_aug)
+            ids, views = epoch_order(len(self.source), self.seed, epoch, self.augment.repeated_aug, self._views)
             self._order = (epoch, ids, views)
         return self._order[1], self._order[2]
 
@@ -198,19 +255,35 @@ class TrainLoader:
                 yield _Piece(epoch, ids[start : start + micro], views[start : start + micro])
             step += 1
 
-    def _pixels(self, start_step: int, end_step: int | None) -> Generator[tuple[_Piece, Tensor], None, None]:
-        """uint8 views on the device."""
-        pieces = self._pieces(start_step, end_step)
+    def _pixels(self, pieces: Iterator[_Piece], checked: bool = False) -> "Generator[_Pixels, None, None]":
+        """uint8 views on the device; with their checksums where ``checked``, or where labels have to fit them.
+
+        Views made on a GPU are copied to the host for it, so they are looked at from time to time only: the first four
+        micro-batches, and one in 64 afterwards.
+        """
+        wanted = checked or bool(self._labels_of)
         if isinstance(self._memory, BatchViews):
-            for piece in pieces:
-                yield piece, self._memory(piece.ids, piece.views, self.device)
+            for number, piece in enumerate(pieces):
+                images = self._memory(piece.ids, piece.views, self.device)
+                due = checked or self.device.type == "cpu" or number < 4 or number % 64 == 0
+                yield piece, images, self._checksums(piece, images.cpu()) if wanted and due else None
             return
         views = _TrainViews(self._memory, self.augment, self.spec, self.seed)
         with _loaded(views, pieces, self.workers, self.device) as loaded:
             for piece, images in loaded:
-                yield piece, images.to(self.device, non_blocking=True)
+                sums = self._checksums(piece, images) if wanted else None
+                yield piece, images.to(self.device, non_blocking=True), sums
 
-    def _finish(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
+    def _checksums(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> npt.NDArray[np.uint32]:
+        return view_checksums(pixels, self.augment.reprob, self._mixing, self.seed, piece.ids, piece.views)
+
+    def _finish(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"], checksums: npt.NDArray[np.uint32] | None) -> Batch:
+        batch = self._mixed(piece, pixels)
+        for name, reader in self._labels_of.items():
+            batch.targets[name], batch.missing[name] = reader(piece.views, piece.ids, checksums, self.device)
+        return batch
+
+    def _mixed(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
         images = erase(normalize(pixels, self.spec), self.augment.reprob, self.seed, piece.ids, piece.views)
         ids = torch.from_numpy(piece.ids)
         labels = self._labels[ids].to(self.device, non_blocking=True)
@@ -281,13 +354,22 @@ class EvalLoader:
             yield from loaded
 
 
-def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> tuple[I64, I64]:
+def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1, num_views: int | None = None) -> tuple[I64, I64]:
     """``(sample ids, view ids)`` of an epoch, int64 each.
+
+    With ``num_views`` V, epoch ``e`` shows view ``e mod V``: up to epoch V - 1 in the order it has anyway, later with
+    the same pairs of neighbours, which may be mixed, in an order of that epoch's own.
 
     With ``repeats`` R > 1, ceil(size / R) images (made even) come R times each, in the order p0 p1 p0' p1' p0'' p1''
     p2 p3 ..., so that neighbours, which may be mixed, are different images. Repeat ``r`` of epoch ``e`` is view ``e R
     + r``.
     """
+    if num_views is not None and epoch >= num_views:
+        assert repeats == 1
+        order = keyed.permutation(seed, epoch % num_views, size)
+        couples = order[: size // 2 * 2].reshape(-1, 2)
+        shuffled = couples[keyed.permutation(seed, epoch, len(couples), Stream.PAIRS)].flatten()
+        return np.concatenate([shuffled, order[len(shuffled) :]]), np.full(size, epoch % num_views, dtype=np.int64)
     order = keyed.permutation(seed, epoch, size)
     if repeats == 1:
         return order, np.full(size, epoch, dtype=np.int64)
@@ -299,6 +381,15 @@ def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> tuple[I64
     return np.broadcast_to(pairs, shape).flatten(), np.broadcast_to(views, shape).flatten()
 
 
+def pair_partners(size: int, seed: int, view: int) -> I64:
+    """Of each sample, the one it is mixed with in ``view``; itself for the one that is left over of an odd number."""
+    order = keyed.permutation(seed, view, size)
+    partners = np.arange(size, dtype=np.int64)
+    pairs = order[: size // 2 * 2].reshape(-1, 2)
+    partners[pairs[:, 0]], partners[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
+    return partners
+
+
 def _check_sizes(batch_size: int, world_size: int, accumulate: int, rank: int, workers: int) -> None:
     if batch_size < 1 or accumulate < 1 or world_size < 1:
         raise ConfigError(f"batch_size {batch_size}, world_size {world_size} and accumulate {accumulate} must all be 1 or more.")
@@ -308,14 +399,6 @@ def _check_sizes(batch_size: int, world_size: int, accumulate: int, rank: int, w
         raise ConfigError(f"workers is {workers}; it must be 0 or more.")
     if batch_size % (world_size * accumulate):
         raise ConfigError(f"batch_size {batch_size} does not divide by {world_size} processes x {accumulate} micro-batches.")
-
-
-def _take(items: Iterator[tuple[_Piece, Tensor]], count: int) -> Iterator[tuple[_Piece, Tensor]]:
-    for _ in range(count):
-        item = next(items, None)
-        if item is None:
-            return
-        yield item
 
 
 def _sizes_below(source: ImageSource, limit: int | None) -> list[tuple[int, int]] | None:

@@ -34,7 +34,8 @@ class Family(ABC):
         num_prefix_tokens: P, tokens before the patches (class, distillation, register).
         has_class_token: the first token stands for the whole image.
         num_head_tokens: the head reads the first this-many tokens only; None: it may read every token.
-        heads: names of the classifier heads; more than one only with a distillation token.
+        heads: names of the classifier heads; more than one only with distillation or teacher tokens.
+        answering: those of them that the prediction is made of.
         walks: whether `run_vit` can walk it block by block, on any patch subset; otherwise `run_whole` is all there is.
         attention_source: what stands for "class-token attention": the class token's own row; ``pool``: the query of an attention
             pool (last block only; other blocks fall back on ``mean``); ``mean``: the mean over all tokens' rows, i.e. how much
@@ -49,6 +50,7 @@ class Family(ABC):
     has_class_token: bool = False
     num_head_tokens: int | None = None
     heads: tuple[str, ...] = ("class",)
+    answering: tuple[str, ...] = ("class",)
     walks: bool = False
     attention_source: Literal["class", "pool", "mean"] | None = None
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
+from ..models.advised import TokenHeads
 from ._base import QKV, BlockRun, Family
 
 
@@ -57,7 +58,7 @@ def project_qkv(attn: Attention, x: Tensor, rows: int | None) -> tuple[Tensor, T
 
 
 class PlainViT(Family):
-    """timm's `VisionTransformer` and `VisionTransformerDistilled`.
+    """timm's `VisionTransformer` and `VisionTransformerDistilled`, and students with a token for each teacher (`TokenHeads`).
 
     The class-token attention of a block comes from its own q and k, so that every block keeps its fastest attention kernel. A network
     without a class token that pools by attention gives the pool's query; one that averages gives the mean row (see `Family`).
@@ -75,8 +76,11 @@ class PlainViT(Family):
         self.num_prefix_tokens = self._count_prefix_tokens()
         self.has_class_token = model.cls_token is not None and self.num_prefix_tokens > 0
         if distilled:
-            self.heads = ("class", "distillation")
+            self.heads = self.answering = ("class", "distillation")
             self.num_head_tokens = 2
+        elif isinstance(model.head, TokenHeads):
+            self.heads, self.answering = model.head.names, model.head.answering
+            self.num_head_tokens = len(self.heads)
         elif model.attn_pool is None and model.global_pool == "token":
             self.num_head_tokens = 1
         if all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
@@ -196,4 +200,7 @@ class PlainViT(Family):
             by_class = model.head(model.head_drop(features[:, 0]))
             by_distillation = model.head_dist(model.head_drop(features[:, 1]))
             return (by_class + by_distillation) / 2, torch.stack([by_class, by_distillation], dim=1)
+        if isinstance(model.head, TokenHeads):
+            logits = model.head.logits(model.forward_head(features, pre_logits=True))
+            return model.head.predict(logits), logits
         return model.forward_head(features), None

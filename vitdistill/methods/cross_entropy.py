@@ -1,7 +1,7 @@
 """Cross-entropy with the ground truth: label smoothing, and the soft labels of mixed images."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -31,24 +31,47 @@ def cross_entropy_loss(
     return (lam * first + (1 - lam) * second).mean()
 
 
-def head_logits(output: ViTOutput, head: str) -> Float[Tensor, "B C"]:
-    """The logits of one head of a student with a class and a distillation token, or of the prediction (``head="all"``)."""
-    if output.head_logits is not None and head != "all":
-        return output.head_logits[:, ("class", "distillation").index(head)]
+def chosen_head(heads: tuple[str, ...], head: str, teacher: str | None = None, student: str = "the student") -> str:
+    """The head that ``head`` stands for among those a student has: one of their names, or ``all`` for its prediction.
+
+    ``auto`` is the only head there is; else for the labels (no ``teacher``) ``class``; for a teacher the head called like it, or else
+    ``distillation``.
+
+    Raises:
+        ConfigError: the student has no such head, or none that ``auto`` could mean.
+
+    Example:
+        >>> chosen_head(("class", "conv", "inv"), "auto", "inv")
+        'inv'
+    """
+    if head == "all" or head in heads:
+        return head
+    if head != "auto":
+        raise ConfigError(f"{student} has no head called {head!r}: set head to one it has ({', '.join(heads)}), to all, or to auto")
+    if len(heads) == 1:
+        return heads[0]
+    for name in ("class",) if teacher is None else (teacher, "distillation"):
+        if name in heads:
+            return name
+    raise ConfigError(
+        f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}: call the teacher like the head that learns "
+        f"from it, or set the objective's head (head={heads[-1]})"
+    )
+
+
+def head_logits(output: ViTOutput, head: str, teacher: str | None = None) -> Float[Tensor, "B C"]:
+    """The logits of the head of `chosen_head`, or of the prediction (``all``, and students with a single head)."""
+    chosen = chosen_head(output.heads, head, teacher)
+    if output.head_logits is not None and chosen != "all":
+        return output.head_logits[:, output.heads.index(chosen)]
     assert output.logits is not None
     return output.logits
 
 
-def heads_read(student: Network, head: str, auto: str) -> tuple[str, ...]:
-    """The student's heads that ``head`` stands for; ``auto`` names the one it means by itself."""
-    chosen = auto if head == "auto" else head
-    return student.heads if chosen == "all" or len(student.heads) == 1 else (chosen,)
-
-
-def check_head(student: Network, head: str) -> None:
-    """Raises `ConfigError` when the student does not have the head an objective names."""
-    if head != "all" and head != "auto" and (head not in student.heads or len(student.heads) == 1):
-        raise ConfigError(f"head={head!r} needs a student with a distillation token: {student.architecture} has one head")
+def heads_read(student: Network, head: str, teacher: str | None = None) -> tuple[str, ...]:
+    """The student's heads that ``head`` stands for; raises `ConfigError` when it has none of them, see `chosen_head`."""
+    chosen = chosen_head(student.heads, head, teacher, student.architecture)
+    return student.heads if chosen == "all" else (chosen,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +80,12 @@ class CrossEntropy(Objective):
 
     Args:
         smoothing: label smoothing, 0 to below 1.
-        head: for students with a distillation token: which head learns from the labels. ``auto``: the class token's, as DeiT trains it.
+        head: for students with several heads: the name of the one that learns from the labels, or ``all``: their prediction. ``auto``: the
+            class token's, as DeiT and Co-advise train it.
     """
 
     smoothing: float = 0.0
-    head: Literal["auto", "class", "distillation", "all"] = "auto"
+    head: str = "auto"
 
     reads_teacher: ClassVar[bool] = False
     reads_labels: ClassVar[bool] = True
@@ -75,11 +99,11 @@ class CrossEntropy(Objective):
             raise ConfigError(f"smoothing is {self.smoothing!r}: give a number from 0 to below 1")
 
     def check(self, student: Network, teacher: Network | None) -> None:
-        check_head(student, self.head)
+        heads_read(student, self.head)
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
-        return heads_read(student, self.head, "class")
+        return heads_read(student, self.head)
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
-        logits = head_logits(student, "class" if self.head == "auto" else self.head)
+        logits = head_logits(student, self.head)
         return cross_entropy_loss(logits, batch.labels, batch.mixed_labels, batch.lam, self.smoothing)

@@ -90,6 +90,10 @@ class DIST(LogitObjective):
         check_factors(beta=self.beta, gamma=self.gamma)
         check_temperature(self.temperature)
 
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...]:
+        return (self.temperature,)
+
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
         return dist_loss(self.student_logits(student), teacher.logits, self.beta, self.gamma, self.temperature)

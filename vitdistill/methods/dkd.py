@@ -101,6 +101,10 @@ class DKD(TargetObjective):
         check_factors(alpha=self.alpha, beta=self.beta)
         check_temperature(self.temperature)
 
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...]:
+        return (self.temperature,)
+
     def per_image(
         self, student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
     ) -> Float[Tensor, " B"]:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..method import Labelled, Network, TeacherObjective
 from ..vit import ViTOutput
-from .cross_entropy import check_head, head_logits, heads_read
+from .cross_entropy import head_logits, heads_read
 
 
 def kd_loss(student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], temperature: float = 1.0) -> Float[Tensor, ""]:
@@ -61,13 +61,14 @@ class LogitObjective(TeacherObjective):
     """An objective that compares the logits of one of the student's heads with the teacher's, class by class.
 
     Args:
-        head: for students with a distillation token: which head learns from the teacher. ``auto``: the distillation token's.
+        head: for students with several heads: the name of the one that learns from the teacher, or ``all``: their prediction. ``auto``:
+            the head called like the teacher, or else the distillation token's.
     """
 
-    head: Literal["auto", "class", "distillation", "all"] = "auto"
+    head: str = "auto"
 
     def check(self, student: Network, teacher: Network | None) -> None:
-        check_head(student, self.head)
+        heads_read(student, self.head, self.teacher)
         if teacher is not None and teacher.num_classes != student.num_classes:
             raise ConfigError(
                 f"the {teacher.name} answers with {teacher.num_classes} classes and the student with {student.num_classes}: "
@@ -75,11 +76,11 @@ class LogitObjective(TeacherObjective):
             )
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
-        return heads_read(student, self.head, "distillation")
+        return heads_read(student, self.head, self.teacher)
 
     def student_logits(self, student: ViTOutput) -> Float[Tensor, "B C"]:
         """The logits of the head that learns from the teacher."""
-        return head_logits(student, "distillation" if self.head == "auto" else self.head)
+        return head_logits(student, self.head, self.teacher)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +89,13 @@ class SoftKD(LogitObjective):
 
     Args:
         temperature: T, above 0; the loss carries T^2, so that its gradient does not shrink with T. DeiT uses 1, timm's default is 4.
-        head: for students with a distillation token: which head learns from the teacher. ``auto``: the distillation token's.
+        head: for students with several heads: the name of the one that learns from the teacher, or ``all``: their prediction. ``auto``:
+            the head called like the teacher, or else the distillation token's.
     """
 
     temperature: float = 1.0
 
+    linear_in_teacher: ClassVar[bool] = True
     formula: ClassVar[str] = "T^2 KL(teacher || student) of the logits, summed over classes, batch mean"
     paper: ClassVar[str] = "KD (Hinton et al., 2015, [1503.02531](https://arxiv.org/abs/1503.02531))"
     use_when: ClassVar[str] = "The baseline to beat: no labels needed, nothing to tune but the temperature."
@@ -100,6 +103,10 @@ class SoftKD(LogitObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_temperature(self.temperature)
+
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...]:
+        return (self.temperature,)
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
@@ -111,12 +118,17 @@ class HardKD(LogitObjective):
     """Hard distillation: cross-entropy with the teacher's top class.
 
     Args:
-        head: for students with a distillation token: which head learns from the teacher. ``auto``: the distillation token's.
+        head: for students with several heads: the name of the one that learns from the teacher, or ``all``: their prediction. ``auto``:
+            the head called like the teacher, or else the distillation token's.
     """
 
     formula: ClassVar[str] = "cross-entropy with the teacher's top class, batch mean"
     paper: ClassVar[str] = "hard distillation (DeiT, Touvron et al., ICML 2021, [2012.12877](https://arxiv.org/abs/2012.12877))"
     use_when: ClassVar[str] = "With a distillation token, or a convolutional teacher whose probabilities are not to be trusted."
+
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...]:
+        return ()
 
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None

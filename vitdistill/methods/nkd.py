@@ -153,6 +153,10 @@ class NKD(TargetObjective):
         check_factors(target=1.0, gamma=self.gamma)
         check_temperature(self.temperature)
 
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...]:
+        return tuple({1.0, self.temperature})
+
     def per_image(
         self, student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
     ) -> Float[Tensor, " B"]:

@@ -62,6 +62,10 @@ class WTTM(LogitObjective):
         super().__post_init__()
         check_temperature(self.temperature)
 
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...]:
+        return tuple({1.0, self.temperature})
+
     def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
         return wttm_loss(self.student_logits(student), teacher.logits, self.temperature)

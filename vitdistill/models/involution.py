@@ -338,7 +338,7 @@ class _Block(Bottleneck):
 class RedNet(ResNet):
     """timm's ResNet with involutions: 7 x 7 in the bottlenecks, 3 x 3 in the stem.
 
-    Stages of 256, 512, 1024 and 2048 channels, 4, 8, 16 and 32 times smaller than the image. Everything else is timm's ResNet's:
+    Stages of 256, 512, 1024 and 2048 channels by default, 4, 8, 16 and 32 times smaller than the image. Everything else is timm's ResNet's:
     ``forward_intermediates``, ``reset_classifier``, stochastic depth, gradient checkpointing.
 
     Args:
@@ -348,6 +348,8 @@ class RedNet(ResNet):
         global_pool: timm's name of the pooling before the classifier.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; earlier ones have less, in proportion.
+        channels: of the 7 x 7 involutions of each stage, whose output is 4 times as wide; multiples of 16.
+        stem_width: channels of the stem's involution, whose output is twice as wide; a multiple of 16.
         small_images: no stride in the stem and no pooling after it, so that the stages are 1, 2, 4 and 8 times smaller than the
             image, for images of about 32 x 32, where the authors' network ends at one pixel. This form is ours.
 
@@ -362,6 +364,8 @@ class RedNet(ResNet):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        stem_width: int = 32,
         small_images: bool = False,
     ) -> None:
         block: Any = _Block
@@ -373,13 +377,14 @@ class RedNet(ResNet):
             global_pool=global_pool,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
-            stem_width=32,
+            channels=tuple(channels),
+            stem_width=stem_width,
             stem_type="deep",
         )
         stem: Any = self.conv1  # timm's deep stem: convolution, norm, act, convolution, norm, act, convolution
-        stem[3] = Involution(32, 3)
+        stem[3] = Involution(stem_width, 3)
         if small_images:
-            stem[0] = nn.Conv2d(in_chans, 32, 3, padding=1, bias=False)
+            stem[0] = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(stem[0].weight, mode="fan_out", nonlinearity="relu")
             self.maxpool = nn.Sequential()
             for stage, reduction in zip(self.feature_info, (1, 1, 2, 4, 8), strict=True):

@@ -46,6 +46,9 @@ RECIPES: dict[str, str] = {
     "dmae_base_from_mae_large_98_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_98_first_release",
     "dmae_small_from_mae_base_first_release": "vitdistill.recipes.dmae:dmae_small_from_mae_base_first_release",
     "dmae_tiny_from_mae_base_first_release": "vitdistill.recipes.dmae:dmae_tiny_from_mae_base_first_release",
+    "libkd": "vitdistill.recipes.libkd:libkd",
+    "libkd_cit_tiny": "vitdistill.recipes.libkd:libkd_cit_tiny",
+    "libkd_cit_small": "vitdistill.recipes.libkd:libkd_cit_small",
     "small_images_teacher": "vitdistill.recipes.small_images:small_images_teacher",
     "small_images_alone": "vitdistill.recipes.small_images:small_images_alone",
     "small_images_kd": "vitdistill.recipes.small_images:small_images_kd",
@@ -57,6 +60,10 @@ RECIPES: dict[str, str] = {
     "small_images_mae": "vitdistill.recipes.small_images:small_images_mae",
     "small_images_mae_finetuned": "vitdistill.recipes.small_images:small_images_mae_finetuned",
     "small_images_dmae": "vitdistill.recipes.small_images:small_images_dmae",
+    "small_images_conv_teacher": "vitdistill.recipes.small_images:small_images_conv_teacher",
+    "small_images_inv_teacher": "vitdistill.recipes.small_images:small_images_inv_teacher",
+    "small_images_libkd": "vitdistill.recipes.small_images:small_images_libkd",
+    "small_images_cit": "vitdistill.recipes.small_images:small_images_cit",
 }
 
 

@@ -13,6 +13,7 @@ from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
 from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from ..stages import Stages
+from .libkd import losses
 
 
 def _vit(dim: int, depth: int, heads: int) -> dict[str, int]:
@@ -142,4 +143,60 @@ def small_images_dmae() -> Stages:
         name="small_images_dmae",
         description="the same by DMAE; --teacher-model takes the run folder of a wider small_images_mae",
         stages={**plain.stages, "pretrain": taught},
+    )
+
+
+def small_images_conv_teacher() -> Recipe:
+    """A convolutional teacher: a narrow ResNet of 1.2 M parameters that sees 64 x 64 pixels, half the compute of the student."""
+    return replace(
+        small_images_alone(),
+        name="small_images_conv_teacher",
+        description="a narrow ResNet at 64 x 64, 30 epochs: the convolutional teacher of small_images_libkd",
+        student=StudentConfig(
+            model="resnet18",
+            image_size=64,
+            model_args={"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_type": "deep", "stem_width": 16},
+        ),
+    )
+
+
+def small_images_inv_teacher() -> Recipe:
+    """An involutional teacher: a narrow RedNet of 1.2 M parameters that sees 64 x 64 pixels."""
+    return replace(
+        small_images_alone(),
+        name="small_images_inv_teacher",
+        description="a narrow RedNet at 64 x 64, 30 epochs: the involutional teacher of small_images_libkd",
+        student=StudentConfig(
+            model="rednet26",
+            image_size=64,
+            model_args={"layers": [1, 2, 2, 1], "channels": [32, 64, 128, 192], "stem_width": 16},
+        ),
+    )
+
+
+def small_images_libkd() -> Recipe:
+    """The same student with a learned token for each of two teachers, by Co-advise's losses."""
+    recipe = small_images_alone()
+    return replace(
+        recipe,
+        name="small_images_libkd",
+        description="the small_images student with a token for each of two teachers: --set teachers.conv.model=RUN teachers.inv.model=RUN",
+        student=replace(
+            recipe.student,
+            model="advised_vit",
+            model_args={"base": "vit_tiny_patch16_224", "teachers": ["conv", "inv"], **_vit(96, 6, 3)},
+        ),
+        teachers={"conv": TeacherConfig(), "inv": TeacherConfig()},
+        objectives=losses(),
+    )
+
+
+def small_images_cit() -> Recipe:
+    """The same with Co-advise's two stems, whose tokens' means are the teachers' tokens."""
+    recipe = small_images_libkd()
+    return replace(
+        recipe,
+        name="small_images_cit",
+        description="small_images_libkd with Co-advise's convolutional and involutional stems in the place of the patch embedding",
+        student=StudentConfig(model="cit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,10 +14,12 @@ from ..build import (
     Built,
     build_student,
     build_teacher,
+    open_labels,
     plan_of,
     prefer_explicit_attention,
     reads_logits,
     resolve_run,
+    stored_network,
     trains_classifier,
 )
 from ..data.loader import Batch, EvalLoader, TrainLoader
@@ -25,6 +28,10 @@ from ..data.views import InputSpec
 from ..distill import Distillation
 from ..errors import ConfigError, DataError
 from ..features import K, evenly
+from ..labels.identity import differing, images_identity, of_views, view_identity
+from ..labels.reader import LabelReader, blank_targets
+from ..labels.store import LabelStore
+from ..method import Network
 from ..plan import Plan
 from ..recipe import Recipe
 from ..teacher import Teacher
@@ -116,9 +123,10 @@ def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
     amp_dtype, classes = job.amp_dtype, job.classes
     if proving is not None:
         for name, teacher in job.teachers.items():
+            needs = job.plan.reads(name)
             with torch.autocast(world.device.type, amp_dtype, enabled=amp_dtype is not None):
-                if not job.plan.live[name].logits:
-                    prove_features(teacher, job.plan.live[name], proving, world)
+                if not needs.logits:
+                    prove_features(teacher, needs, proving, world)
                     say(f"{name}: its features are finite and differ from image to image")
                     continue
                 proof = prove_teacher(teacher, proving, classes, world)
@@ -147,7 +155,8 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
             f"the images in {recipe.data.dir} are all of one class ({train_source.classes[0]!r}): there is nothing to tell apart"
         )
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
-    student, teachers, classes = _build_networks(recipe, folders, world.device, say)
+    stores = open_labels(recipe)
+    student, teachers, classes = _build_networks(recipe, folders, world.device, stores, say)
     if recipe.data.augment.crop == "pad":  # trained on whole images, so evaluated on whole images
         student = replace(student, spec=replace(student.spec, crop_pct=1.0))
     plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})
@@ -172,8 +181,15 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
         seed=recipe.train.seed,
         accumulate=recipe.train.accumulate,
         in_memory=recipe.data.in_memory,
+        views=recipe.data.views,
+        labels={name: LabelReader(name, store, recipe.teachers[name].missing == "online") for name, store in stores.items()},
         **loader_args,
     )
+    ours = identity_of_views(train_source, classes, student.spec, recipe, train_loader)
+    for name, store in stores.items():
+        _check_labels(name, store, ours, recipe, teachers.get(name), say)
+        if recipe.teachers[name].missing == "error":
+            teachers.pop(name, None)  # it was built to be compared with the one that made the labels
     val_loader = bank_loader = proving = None
     if val_source is not None:
         loader_args["batch_size"] = recipe.train.eval_batch_size
@@ -198,6 +214,7 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
         "validation images": val_source.fingerprint() if val_source is not None else "",
         "image pipeline": train_loader.pipeline,
         **{f"weights of the {name}": weights_digest(teacher.model) for name, teacher in teachers.items()},
+        **{f"labels of the {name}": store.manifest.digest for name, store in stores.items()},
     }
     job = Job(
         recipe=recipe,
@@ -219,8 +236,34 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
     return job, proving
 
 
+def identity_of_views(
+    source: ImageSource, classes: tuple[str, ...], spec: InputSpec, recipe: Recipe, loader: TrainLoader
+) -> dict[str, Any]:
+    """What labels for this run have to share with it."""
+    return images_identity(source, classes) | view_identity(spec, recipe.data.augment, recipe.train.seed, loader.pipeline)
+
+
+def _check_labels(
+    name: str, store: LabelStore, ours: dict[str, Any], recipe: Recipe, teacher: Teacher | None, say: Callable[[str], None]
+) -> None:
+    """Raise `DataError` unless the labels are of these images, these views and, if it is here, this teacher."""
+    theirs = of_views(store.manifest.identity)
+    if teacher is not None:
+        ours = ours | {"teacher.weights": weights_digest(teacher.model)}
+        theirs["teacher.weights"] = store.manifest.identity["teacher.weights"]
+    changed = differing(theirs, ours)
+    if changed:
+        raise DataError(
+            f"the labels of the {name} ({store.path}) are not for this run: {'; '.join(changed)}: make the recipe agree, or label again"
+        )
+    status = store.status()
+    of = f"{status.records:,} of {store.manifest.num_samples * store.manifest.num_views:,} records"
+    views = recipe.data.views or recipe.train.epochs
+    say(f"{name}: {store.manifest.about['network']['architecture']}, stored labels, {of}, {views} views used")
+
+
 def _build_networks(
-    recipe: Recipe, classes: tuple[str, ...], device: torch.device, say: Callable[[str], None]
+    recipe: Recipe, classes: tuple[str, ...], device: torch.device, stores: dict[str, LabelStore], say: Callable[[str], None]
 ) -> tuple[Built, dict[str, Teacher], tuple[str, ...]]:
     """Student, teachers and the classes the student answers with: the data set's; the teachers' where the images are unlabelled.
 
@@ -230,13 +273,20 @@ def _build_networks(
     student = build_student(recipe.student, max(len(classes), 1))
     teachers: dict[str, Teacher] = {}
     names: set[tuple[str, ...]] = set()
-    answering = []
+    answering: list[Network] = []
     for name, config in recipe.teachers.items():
+        if name in stores:
+            network = stored_network(stores[name], name)
+            if reads_logits(recipe.objectives, network):
+                names.add(tuple(stores[name].manifest.about.get("classes", ())))
+                answering.append(network)
+            if not config.model:
+                continue
         teacher, match = build_teacher(config, name, classes, student.spec, device, recipe.objectives)
         teachers[name] = teacher
-        if reads_logits(recipe.objectives, teacher.network):
+        if name not in stores and reads_logits(recipe.objectives, teacher.network):
             names.add(match.classes)
-            answering.append(teacher)
+            answering.append(teacher.network)
         say(f"{name}: {teacher.network.architecture}, {match.remark}")
     if not trains_classifier(recipe.objectives, student.network):
         judged = "its features are judged by k-NN" if classes else "the images have no labels to judge its features by"
@@ -244,7 +294,7 @@ def _build_networks(
         torch.manual_seed(recipe.train.seed)
         return build_student(recipe.student, 0), teachers, ()
     if not classes:
-        counts = {teacher.network.num_classes for teacher in answering}
+        counts = {network.num_classes for network in answering}
         if len(counts) != 1 or len(names - {()}) > 1:
             raise ConfigError("unlabelled images need exactly one set of classes, the teacher's: give teachers with equal classes")
         classes = max(names, key=len)
@@ -275,6 +325,8 @@ def unused_parameters(distillation: Distillation, teachers: dict[str, Teacher], 
     distillation.eval()
     labels = torch.zeros(2, dtype=torch.int64, device=device)
     batch = Batch(images=torch.zeros(2, 3, *spec.image_size, device=device), labels=labels, ids=labels, views=labels, view=0)
+    for name, layout in distillation.plan.labels.items():
+        batch.targets[name], batch.missing[name] = blank_targets(layout, 2).to(device), np.zeros(0, dtype=np.int64)
     named = [(name, parameter) for name, parameter in distillation.named_parameters() if parameter.requires_grad]
     loss = distillation(batch, teachers)["loss"]
     grads = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)

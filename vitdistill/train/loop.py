@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import durable
+from ..build import with_views_of_labels
 from ..data import keyed
 from ..data.loader import Batch, EvalLoader
 from ..errors import DataError, NonFiniteError, Preempted, UserError
@@ -33,7 +34,7 @@ from ..method import Objective
 from ..metrics import Metrics
 from ..recipe import Recipe, fingerprint
 from ..teacher import Teacher
-from ..vit import Needs, run_vit
+from ..vit import Needs, ViTOutput, run_vit
 from . import checkpoint
 from .display import Display, Speed
 from .distributed import World, world
@@ -94,6 +95,7 @@ def train(
     """
     output = Path(output)
     console = console or Console()
+    recipe = with_views_of_labels(recipe)
     with world(device) as here:
         say = (lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) if here.is_main else (lambda text: None)
 
@@ -314,7 +316,7 @@ class _Run:
             with self._as_in_step(i):
                 _, answers = job.distillation.answer(batch, job.teachers)
             for name, answer in answers.items():
-                if not all(bool(recorded.isfinite().all()) for recorded in answer.tensors()):
+                if isinstance(answer, ViTOutput) and not all(bool(recorded.isfinite().all()) for recorded in answer.tensors()):
                     return f"the answer of the {name} {samples}"
             with self._as_in_step(i):
                 losses = job.distillation(batch, job.teachers, self.progress)

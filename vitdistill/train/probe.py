@@ -3,11 +3,13 @@
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ..build import blank_teacher, build_student, plan_of, prefer_explicit_attention, reads_logits, trains_classifier
 from ..data.loader import Batch
 from ..distill import Distillation
+from ..labels.reader import blank_targets
 from ..recipe import Recipe, replace_fields
 from ..teacher import Teacher
 from .display import duration
@@ -34,6 +36,8 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
         student = build_student(recipe.student, 0)
     teachers = {}
     for name, config in named.items():
+        if config.labels is not None:
+            continue
         built = blank_teacher(config, name, recipe.objectives)
         dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
         index, network = None, built.network
@@ -57,6 +61,8 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
         labels = torch.randint(num_classes, (size,), device=device)
         ids = torch.arange(size, device=device)
         batch = Batch(torch.randn(size, 3, *student.spec.image_size, device=device), labels, ids, torch.zeros_like(ids), 0)
+        for name, layout in plan.labels.items():
+            batch.targets[name], batch.missing[name] = blank_targets(layout, size).to(device), np.zeros(0, dtype=np.int64)
         _wait(device)
         begun = time.perf_counter()
         optimizer.zero_grad()

@@ -1,0 +1,127 @@
+"""Small stores whose records say which sample and view they are of, and processes to write them with."""
+
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vitdistill.labels.encoding import Layout, LogitEncoding
+from vitdistill.labels.store import LabelStore, Manifest
+
+IDENTITY = {
+    "teacher": {"model": "vit_tiny_patch16_224", "weights": "sha256 0123", "precision": "float32"},
+    "data": {"name": "flowers", "train": 37, "classes": ["lily", "rose"]},
+    "augment.crop": [0.08, 1.0],
+    "seed": 7,
+    "mixed": False,
+}
+
+
+def _layout(k: int = 3) -> Layout:
+    return Layout(logits=LogitEncoding(kind="topk", num_classes=100, k=k, temperatures=(1.0,)))
+
+
+def _manifest(**changes: Any) -> Manifest:
+    fields = {"identity": IDENTITY, "layout": _layout(), "num_samples": 37, "num_views": 2, "part_size": 8}
+    return Manifest(**{**fields, **changes})
+
+
+def _records(layout: Layout, view: int, samples: Any) -> np.ndarray:
+    """What these samples' records are: a function of view and sample alone, and different for all of them."""
+    samples = np.asarray(samples, dtype=np.int64)
+    records = np.zeros(len(samples), dtype=layout.dtype)
+    k = layout.dtype["ids"].shape[0]
+    records["pixels"] = view * 1_000_003 + samples
+    records["ids"] = (samples[:, None] * 7 + np.arange(k) * 13 + view) % 100
+    records["values"] = -np.arange(k) * (1 + samples[:, None] % 5) / 4
+    records["tails"] = -np.log(2.0 + samples[:, None] + view)
+    return records
+
+
+@pytest.fixture(scope="session")
+def layout() -> Callable[..., Layout]:
+    """``layout(k)``."""
+    return _layout
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Callable[..., Manifest]:
+    """``manifest(num_samples=..., ...)``: of 37 samples, 2 views and parts of 8, unless told otherwise."""
+    return _manifest
+
+
+@pytest.fixture(scope="session")
+def records() -> Callable[..., np.ndarray]:
+    """``records(layout, view, samples)``."""
+    return _records
+
+
+@pytest.fixture(scope="session")
+def made() -> Callable[..., LabelStore]:
+    """``made(path, without=..., **manifest)``: a store with every part but those (view, part)."""
+
+    def make(path: Path, without: Any = (), **changes: Any) -> LabelStore:
+        store = LabelStore.create(path, _manifest(**changes))
+        for view in range(store.manifest.num_views):
+            for part in range(store.num_parts):
+                if (view, part) not in without:
+                    assert store.seal(view, part, _records(store.layout, view, np.arange(*store.part_range(part))))
+        return store
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def is_right() -> Callable[[LabelStore], int]:
+    """``is_right(store)``: asserts that every record there is the right one, opened anew, and returns how many there are."""
+
+    def check(store: LabelStore) -> int:
+        store = LabelStore.open(store.path)
+        count = 0
+        for view in range(store.manifest.num_views):
+            ids = np.random.default_rng(view).permutation(store.manifest.num_samples)
+            found, present = store.read(np.full(len(ids), view), ids)
+            np.testing.assert_array_equal(found[present], _records(store.layout, view, ids[present]))
+            assert not found[~present].view(np.uint8).any()
+            count += int(present.sum())
+        return count
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """``tree(folder)``: every file's content."""
+    return lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def fork() -> Callable[[Callable[[], object]], int]:
+    """``fork(work)``: the pid of a child that does it and leaves with 0, or with 1 on an exception."""
+
+    def start(work: Callable[[], object]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            signal.alarm(120)  # none is left behind by a test that fails
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return pid
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def join() -> Callable[[int], int]:
+    """``join(pid)``: how the child left."""
+    return lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,192 @@
+"""United and pruned stores hold what their sources held, and nothing is made of sources that contradict each other."""
+
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitdistill.errors import ConfigError, DataError
+from vitdistill.labels.encoding import Layout, LogitEncoding
+from vitdistill.labels.store import LabelStore, Manifest
+from vitdistill.labels.tools import merge, prune
+
+PLACES = [(view, part) for view in range(2) for part in range(5)]
+
+
+# -- merge ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    missing=st.lists(st.sets(st.sampled_from(PLACES)), min_size=1, max_size=3),
+    already=st.sets(st.sampled_from(PLACES)) | st.none(),
+)
+def test_a_merged_store_has_the_parts_of_all(made, is_right, tree, missing, already):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, without in enumerate(missing):
+            made(folder / f"source{number}", without)
+        if already is not None:
+            made(folder / "target", already)
+        sources = [folder / f"source{number}" for number in range(len(missing))]
+        before = [tree(source) for source in sources]
+        said = []
+        united = merge(sources, folder / "target", said.append)
+        absent = set.intersection(*map(set, missing), set(PLACES) if already is None else already)
+        assert set(united.missing_parts()) == absent
+        is_right(united)
+        assert united.verify() == [] and [tree(source) for source in sources] == before
+        assert len(said) == len((set(PLACES) if already is None else already) - absent)
+        after = tree(folder / "target")
+        merge(sources, folder / "target")
+        assert tree(folder / "target") == after
+
+
+def test_parts_that_differ_are_refused_before_anything_is_written(made, manifest, records, tmp_path, tree):
+    made(tmp_path / "a", without=[(1, 3)])
+    made(tmp_path / "b", without=[(0, 0), (1, 4)])
+    other = LabelStore.open(tmp_path / "b")
+    other.part_path(1, 2).unlink()
+    rows = records(other.layout, 1, np.arange(16, 24))
+    rows["pixels"][5] += 1
+    other.seal(1, 2, rows)
+    assert other.verify() == []
+    before = tree(tmp_path)
+    name = "view-00001/part-00002.bin"
+    with pytest.raises(DataError, match=rf"/a/{name} and .*/b/{name} hold different records of the same samples: delete the wrong one"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
+    assert {path: data for path, data in tree(tmp_path).items() if not path.startswith("target")} == before
+    assert LabelStore.open(tmp_path / "target").status().sealed == 0
+    # Also when one of the two is in the target already.
+    with pytest.raises(DataError, match=rf"/a/{name} and .*/b/{name}"):
+        merge([tmp_path / "b"], tmp_path / "a")
+    assert LabelStore.open(tmp_path / "a").status().sealed == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"identity": {"teacher": {"model": "vit_small"}}},
+            r'/b and .*/a hold .*\(teacher.model is "vit_small" in the former and "vit_tiny_patch16_224" in the latter',
+        ),
+        ({"num_views": 3}, r"\(num_views is 3 in the former and 2 in the latter\); leave"),
+        ({"part_size": 9}, r"part_size is 9 in the former and 8 in the latter"),
+        ({"layout": Layout(logits=LogitEncoding(kind="topk", num_classes=100, k=2, temperatures=(1.0,)))}, r"layout.logits.k is 2 in"),
+    ],
+)
+def test_stores_of_other_labels_are_not_merged(made, manifest, tmp_path, change, sentence):
+    made(tmp_path / "a")
+    if "identity" in change:
+        change = {"identity": {**manifest().identity, **change["identity"]}}
+    LabelStore.create(tmp_path / "b", manifest(**change))
+    with pytest.raises(DataError, match=sentence):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    with pytest.raises(DataError, match="holds labels of something else"):
+        merge([tmp_path / "a"], tmp_path / "b")
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge([], tmp_path / "target")
+
+
+@pytest.mark.parametrize("position", [3, -50, -1])
+def test_a_damaged_part_is_not_copied(made, tmp_path, position):
+    made(tmp_path / "a", without=[(1, 3)])
+    path = made(tmp_path / "b").part_path(1, 3)
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=re.escape(f"{path} is damaged")):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
+    target = LabelStore.open(tmp_path / "target")
+    assert not target.is_sealed(1, 3) and target.verify() == []
+
+
+# -- prune ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=8)
+@given(views=st.integers(1, 2), k=st.integers(1, 3), without=st.sets(st.sampled_from(PLACES), max_size=4))
+def test_a_pruned_store_holds_the_same_in_less(made, manifest, layout, records, views, k, without):
+    with tempfile.TemporaryDirectory() as name:
+        source = made(Path(name) / "source", without)
+        pruned = prune(source.path, Path(name) / "target", num_views=views, k=k)
+        assert pruned.manifest.identity == source.manifest.identity and pruned.layout == layout(k)
+        assert pruned.manifest.num_views == views and pruned.manifest.num_samples == 37
+        assert set(pruned.missing_parts()) == {place for place in without if place[0] < views}
+        assert pruned.verify() == []
+        for view in range(views):
+            found, present = pruned.read(np.full(37, view), np.arange(37))
+            expected = source.layout.convert(records(source.layout, view, np.arange(37)), layout(k))
+            np.testing.assert_array_equal(found[present], expected[present])
+
+
+def test_a_pruned_store_gets_what_its_source_gets(made, records, layout, tmp_path, tree):
+    source = made(tmp_path / "source", without=[(0, 1)], about={"versions": {"torch": "2.6"}})
+    said = []
+    pruned = prune(source.path, tmp_path / "target", k=2, say=said.append)
+    assert len(said) == 9 and pruned.manifest.about["versions"] == {"torch": "2.6"}
+    assert pruned.manifest.about["pruned_from"] == {"num_views": 2, "layout": source.layout.to_json()}
+    before = tree(pruned.path)
+    source.seal(0, 1, records(source.layout, 0, np.arange(8, 16)))
+    prune(source.path, tmp_path / "target", k=2, say=said.append)
+    assert len(said) == 10 and before.items() < tree(pruned.path).items()
+    assert pruned.records(0, [9]).pixels.tolist() == [9] and pruned.verify() == []
+    # A pruned store is pruned again, to the same bytes as at once.
+    again = prune(pruned.path, tmp_path / "again", k=1, num_views=1)
+    once = prune(source.path, tmp_path / "once", k=1, num_views=1)
+    (found, _), (expected, _) = (store.read(np.zeros(37, np.int64), np.arange(37)) for store in (again, once))
+    np.testing.assert_array_equal(found[["pixels", "ids", "values"]], expected[["pixels", "ids", "values"]])
+    np.testing.assert_allclose(found["tails"], expected["tails"], rtol=1e-4, atol=1e-6)
+
+
+def test_dense_labels_become_sparse_ones(tmp_path):
+    torch.manual_seed(0)
+    dense = Layout(logits=LogitEncoding(kind="float32", num_classes=30), hidden=((2, 3, 4),))
+    small = Layout(logits=LogitEncoding(kind="topk", num_classes=30, k=4, temperatures=(1.0, 4.0)))
+    logits, ids = torch.randn(10, 30), np.arange(10)
+    hidden = {2: torch.randn(10, 3, 4)}
+    rows = dense.encode(logits, hidden, None, ids.astype(np.uint32), ids.astype(np.uint64))
+    source = LabelStore.create(tmp_path / "source", Manifest(identity={"a": 1}, layout=dense, num_samples=10, num_views=1))
+    source.seal(0, 0, rows)
+    pruned = prune(tmp_path / "source", tmp_path / "target", layout=small)
+    expected = small.targets(small.encode(logits, {}, None, ids.astype(np.uint32), ids.astype(np.uint64)))
+    found = pruned.records(0, ids)
+    assert found.hidden == {} and torch.equal(found.pixels, expected.pixels)
+    for temperature in (1.0, 4.0):
+        torch.testing.assert_close(found.logits(temperature), expected.logits(temperature))
+
+
+def test_what_cannot_be_pruned_is_refused_before_anything_is_written(made, layout, tmp_path):
+    made(tmp_path / "source")
+    for settings_, kind, sentence in (
+        ({}, ConfigError, "nothing would become smaller"),
+        ({"k": 2, "layout": layout(2)}, ConfigError, "k and layout both"),
+        ({"num_views": 3}, ConfigError, r"has 2 views, of which 3 cannot be kept: choose 1 to 2"),
+        ({"num_views": 0}, ConfigError, "of which 0 cannot be kept"),
+        ({"k": 4}, ConfigError, "k 3, which cannot become 4"),
+        ({"layout": layout(4)}, ConfigError, "k 3, which cannot become 4"),
+        ({"layout": Layout(features=(2, 3))}, ConfigError, "features"),
+    ):
+        with pytest.raises(kind, match=sentence):
+            prune(tmp_path / "source", tmp_path / "target", **settings_)
+        assert not (tmp_path / "target").exists()
+    made(tmp_path / "other", identity={"teacher": "another"})
+    with pytest.raises(DataError, match="holds labels of something else"):
+        prune(tmp_path / "source", tmp_path / "other", k=2)
+
+
+def test_a_damaged_part_is_not_pruned(made, tmp_path):
+    path = made(tmp_path / "source").part_path(0, 3)
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=re.escape(f"{path} is damaged")):
+        prune(tmp_path / "source", tmp_path / "target", k=1)
+    target = LabelStore.open(tmp_path / "target")
+    assert target.verify() == [] and not target.is_sealed(0, 3)

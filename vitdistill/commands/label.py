@@ -1,0 +1,259 @@
+"""``vitdistill label``: write a recipe's labels, and look after label stores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from ..durable import bytes_shown
+from ..errors import ConfigError, DataError, UserError
+from ..labels.encoding import Layout
+from ..labels.store import LabelStore
+from ..stages import Stages
+from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
+from .recipe_flags import RecipeFlags, parse
+
+ENCODINGS = ("auto", "float32", "float16", "uint8", "topk", "sampled")
+
+
+@dataclass
+class LabelFlags(RecipeFlags):
+    """Flags of ``label RECIPE``."""
+
+    output: Annotated[
+        str | None, TEXT, about("the folder; every teacher's labels go into a folder of its name there; none: labels/RECIPE")
+    ] = None
+    encoding: Annotated[
+        str,
+        one_of(*ENCODINGS),
+        about("of the logits; auto: float16 up to 256 classes, else the k largest and the mass of the others (topk)"),
+    ] = "auto"
+    k: Annotated[int | None, COUNT, about("classes an image of topk, draws of sampled; none: 10")] = None
+    temperatures: Annotated[
+        tuple[str, ...], about("at which topk and sampled are right; none: those of the recipe's objectives", metavar="T ...")
+    ] = ()
+    hidden_dtype: Annotated[str | None, one_of("float16", "float32"), about("of hidden states the recipe reads; none: float16")] = None
+    part_size: Annotated[int, COUNT, about("images a part: what one process writes at a time, and a crash can cost")] = 16384
+    device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
+
+
+@dataclass
+class _StoreFlags:
+    store: Positional[Annotated[str, TEXT, about("a teacher's labels, or a folder of several teachers'", metavar="FOLDER")]] = field(
+        metadata={"positional": "FOLDER"}
+    )
+
+
+@dataclass
+class _CheckFlags(_StoreFlags):
+    samples: Annotated[int, COUNT, about("how many (view, image) to answer anew")] = 256
+    data_dir: Annotated[str | None, TEXT, about("where the images are now; none: where they were")] = None
+    teacher_model: Annotated[str | None, TEXT, about("the teacher; none: where it was")] = None
+    device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
+
+
+@dataclass
+class _MergeFlags:
+    target: Positional[Annotated[str, TEXT, about("the folder to write; it may have parts already", metavar="TARGET")]] = field(
+        metadata={"positional": "TARGET"}
+    )
+    source: Annotated[tuple[str, ...], about("labels of one teacher, as they were written apart", name="from", metavar="FOLDER ...")] = ()
+
+
+@dataclass
+class _PruneFlags(_StoreFlags):
+    to: Annotated[str | None, TEXT, about("the folder to write")] = None
+    views: Annotated[int | None, COUNT, about("keep the first so many views; none: all")] = None
+    k: Annotated[int | None, COUNT, about("keep the largest k classes of an image; none: all that are stored")] = None
+    encoding: Annotated[str | None, one_of("float16", "uint8", "topk"), about("store logits so instead; none: as they are")] = None
+    temperatures: Annotated[tuple[str, ...], about("of --encoding topk; none: 1", metavar="T ...")] = ()
+
+
+def main(words: Sequence[str]) -> int:
+    """Write labels, or do what the first word says with a store."""
+    verbs: dict[str, Callable[[Sequence[str]], int]] = {
+        "status": _status,
+        "info": _info,
+        "verify": _verify,
+        "check": _check,
+        "merge": _merge,
+        "prune": _prune,
+        "import": _import,
+        "export": _export,
+    }
+    if words and words[0] in verbs:
+        return verbs[words[0]](words[1:])
+    return _write(words)
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------------------
+
+
+def _write(words: Sequence[str]) -> int:
+    about_it = (
+        "Run a recipe's teachers once, over the very views its student will see, and store what they say. Training with --labels then "
+        "needs no teacher. The same command goes on where it was stopped, in any number of processes at once.\n"
+        "Of labels that are there: vitdistill label status | info | verify | check | merge | prune | import | export"
+    )
+    flags, recipe = parse("label", LabelFlags, words, wrap(about_it))
+    if isinstance(recipe, Stages):
+        raise UserError(f"the recipe {recipe.name!r} has stages: label the recipe of one of them (its recipe.yaml in the run's folder)")
+    output = Path(flags.output) if flags.output is not None else Path("labels") / recipe.name
+    from ..labelling import LabelOptions, label
+
+    options = LabelOptions(
+        encoding=flags.encoding,  # type: ignore[arg-type]
+        k=flags.k,
+        temperatures=_temperatures(flags.temperatures),
+        hidden_dtype=flags.hidden_dtype,  # type: ignore[arg-type]
+        part_size=flags.part_size,
+    )
+    done = label(recipe, output, options, device=flags.device, say=_say)
+    for name, store in done.stores.items():
+        status = store.status()
+        _say(f"{name}: {status.records:,} records, {bytes_shown(status.bytes)} in {store.path}")
+    _say(f"done: train with the same recipe and --labels {output}")
+    return 0
+
+
+def _temperatures(words: Sequence[str]) -> tuple[float, ...]:
+    from .flags import read_value
+
+    return tuple(read_value(word, float, "--temperatures", optional=False) for word in words)
+
+
+# --- looking after ------------------------------------------------------------------------------------------------------------------
+
+
+def open_all(folder: str) -> dict[str, LabelStore]:
+    """Every store in a folder by its name, or the one that the folder itself is."""
+    path = Path(folder)
+    if (path / "manifest.json").exists() or not path.is_dir():
+        return {path.name: LabelStore.open(path)}
+    inside = sorted(child for child in path.iterdir() if (child / "manifest.json").exists())
+    return {child.name: LabelStore.open(child) for child in inside} or {path.name: LabelStore.open(path)}
+
+
+def _status(words: Sequence[str]) -> int:
+    flags = parse_flags(_StoreFlags, words, "vitdistill label status", wrap("How far labels are written, and by whom."))
+    for name, store in open_all(flags.store).items():
+        status = store.status()
+        state = "complete" if status.sealed == status.parts else f"{status.sealed / status.parts:.0%}"
+        _say(f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
+        for lease in status.writing:
+            _say(f"  view {lease.view} part {lease.part} is being written by process {lease.pid} of {lease.host}")
+    return 0
+
+
+def _info(words: Sequence[str]) -> int:
+    flags = parse_flags(_StoreFlags, words, "vitdistill label info", wrap("What labels are of."))
+    from ..labelling import describe
+
+    for name, store in open_all(flags.store).items():
+        manifest = store.manifest
+        _say(f"{name}: {manifest.about['network']['architecture']}, {describe(store.layout)}, {store.layout.record_bytes} bytes a record")
+        _say(f"  {manifest.num_samples:,} images x {manifest.num_views} views, parts of {manifest.part_size:,}")
+        for key, value in manifest.identity.items():
+            _say(f"  {key:<32}{_plain(value)}")
+        for library, version in manifest.about.get("versions", {}).items():
+            _say(f"  made with {library:<22}{version}")
+        if manifest.about.get("command"):
+            _say(f"  made by   {manifest.about['command']}")
+    return 0
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _verify(words: Sequence[str]) -> int:
+    flags = parse_flags(_StoreFlags, words, "vitdistill label verify", wrap("Read every record and compare it with its checksum."))
+    bad = []
+    for name, store in open_all(flags.store).items():
+        found = store.verify()
+        status = store.status()
+        _say(f"{name}: {status.sealed} of {status.parts} parts are there, {len(found)} files are damaged or foreign")
+        for sentence in found:
+            _say(f"  {sentence}")
+        bad += found
+    if bad:
+        raise DataError(f"{len(bad)} files of {flags.store} are not as they were written: delete them and run vitdistill label again")
+    return 0
+
+
+def _check(words: Sequence[str]) -> int:
+    flags = parse_flags(_CheckFlags, words, "vitdistill label check", wrap("Run the teachers again on some images and compare."))
+    if flags.samples < 1:
+        raise UserError(f"--samples is {flags.samples}: give at least 1")
+    from ..labelling import check
+
+    wrong = 0
+    for name, store in open_all(flags.store).items():
+        found = check(store, name, flags.samples, data_dir=flags.data_dir, model=flags.teacher_model, device=flags.device, say=_say)
+        _say(f"{name}: {found}")
+        wrong += not found.as_stored
+    if wrong:
+        raise DataError(f"the teacher does not answer as {flags.store} says: it, the images or a library has changed; label again")
+    return 0
+
+
+def _merge(words: Sequence[str]) -> int:
+    flags = parse_flags(_MergeFlags, words, "vitdistill label merge", wrap("Unite labels of one teacher that were written apart."))
+    if not flags.source:
+        raise UserError("--from is missing: name the labels to unite")
+    from ..labels.tools import merge
+
+    store = merge(flags.source, flags.target)
+    status = store.status()
+    _say(f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
+    return 0
+
+
+def _prune(words: Sequence[str]) -> int:
+    flags = parse_flags(_PruneFlags, words, "vitdistill label prune", wrap("Write a smaller copy: fewer views, fewer classes an image."))
+    if flags.to is None:
+        raise UserError("--to is missing: name the folder to write")
+    from ..labels.tools import prune
+
+    layout = None
+    source = LabelStore.open(flags.store)
+    if flags.encoding is not None:
+        layout = _smaller(source.layout, flags.encoding, flags.k, _temperatures(flags.temperatures))
+    elif flags.temperatures:
+        raise UserError("--temperatures cannot take effect: they are of --encoding topk")
+    store = prune(flags.store, flags.to, num_views=flags.views, k=None if layout is not None else flags.k, layout=layout)
+    before, after = source.status(), store.status()
+    _say(f"{flags.to}: {after.records:,} records, {bytes_shown(after.bytes)} (from {bytes_shown(before.bytes)})")
+    return 0
+
+
+def _smaller(layout: Layout, encoding: str, k: int | None, temperatures: tuple[float, ...]) -> Layout:
+    from dataclasses import replace
+
+    from ..labels.encoding import LogitEncoding
+
+    if layout.logits is None:
+        raise ConfigError("these labels hold no logits, so --encoding cannot take effect")
+    if encoding != "topk" and (k is not None or temperatures):
+        raise UserError(f"--k and --temperatures cannot take effect with --encoding {encoding}")
+    sparse = {"k": k or 10, "temperatures": temperatures or layout.logits.temperatures or (1.0,)} if encoding == "topk" else {}
+    return replace(layout, logits=LogitEncoding(kind=encoding, num_classes=layout.logits.num_classes, **sparse))  # type: ignore[arg-type]
+
+
+def _import(words: Sequence[str]) -> int:
+    from .label_exchange import import_main
+
+    return import_main(words)
+
+
+def _export(words: Sequence[str]) -> int:
+    from .label_exchange import export_main
+
+    return export_main(words)

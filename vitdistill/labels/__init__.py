@@ -1,0 +1,1 @@
+"""The label store: a teacher's answers, written once and read for ever."""

@@ -1,0 +1,109 @@
+"""What labels belong to: the images, the views, and the teacher, as plain values with names that a message can show."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ..data.source import ImageSource
+from ..data.views import Augment, InputSpec
+from ..errors import DataError
+from ..method import Network
+
+RANDOM = "splitmix64/1"
+"""Name and version of the arithmetic behind every view (`vitdistill.data.keyed`)."""
+
+_OF_VIEWS = ("images.", "classes.", "view.")
+
+
+def images_identity(source: ImageSource, classes: Sequence[str]) -> dict[str, Any]:
+    """Of the images, in their order, and of the classes, in the order of the logits."""
+    digest = hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape")).hexdigest()
+    shown = list(classes) if len(classes) <= 20 else [*classes[:3], f"... {len(classes)} classes"]
+    return {
+        "images.count": len(source),
+        "images.fingerprint": source.fingerprint(),
+        "classes.names": shown,
+        "classes.digest": digest if classes else "",
+    }
+
+
+def view_identity(spec: InputSpec, augment: Augment, seed: int, pipeline: str) -> dict[str, Any]:
+    """Of everything that makes view v of sample i, mixing included."""
+    identity: dict[str, Any] = {
+        "view.seed": seed,
+        "view.random": RANDOM,
+        "view.pipeline": pipeline,
+        "view.image_size": list(spec.image_size),
+        "view.mean": list(spec.mean),
+        "view.std": list(spec.std),
+    }
+    if augment.crop == "center":
+        identity |= {"view.crop_pct": spec.crop_pct, "view.crop_mode": spec.crop_mode, "view.eval_interpolation": spec.interpolation}
+    for field in dataclasses.fields(augment):
+        value = getattr(augment, field.name)
+        identity[f"view.augment.{field.name}"] = list(value) if isinstance(value, tuple) else value
+    return identity
+
+
+def teacher_identity(weights: str, spec: InputSpec, precision: str, batch_size: int) -> dict[str, Any]:
+    """Of the teacher: its weights and how it was run; the batch size too, on which the last bits of an answer depend."""
+    return {
+        "teacher.weights": weights,
+        "teacher.image_size": list(spec.image_size),
+        "teacher.mean": list(spec.mean),
+        "teacher.std": list(spec.std),
+        "teacher.precision": precision,
+        "teacher.batch_size": batch_size,
+    }
+
+
+def of_views(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that a student has to share with the labels it learns from."""
+    return {key: value for key, value in identity.items() if key.startswith(_OF_VIEWS)}
+
+
+def network_to_json(network: Network) -> dict[str, Any]:
+    """A `Network` as plain JSON."""
+    plain = dataclasses.asdict(network)
+    plain["grids"] = {str(block): list(grid) for block, grid in network.grids.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
+    """The `Network` that `network_to_json` wrote, under the name that this run gives it; raises `DataError` for anything else."""
+    try:
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+        values["grids"] = {int(block): tuple(grid) for block, grid in plain["grids"].items()}
+        values["name"] = name
+        return Network(**values)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"the labels of the {name} describe no network ({error}): they were written by another version") from error
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that make views and run teachers; informative, as the checksums of views decide."""
+    found = {}
+    for name in ("vitdistill", "torch", "torchvision", "timm", "Pillow", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One phrase for each value of the labels' identity that is another here, with both."""
+    return [
+        f"{key} is {_brief(theirs[key]) if key in theirs else 'not there'} in the labels and "
+        f"{_brief(ours[key]) if key in ours else 'not there'} here"
+        for key in dict.fromkeys([*theirs, *ours])
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
