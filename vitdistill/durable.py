@@ -401,13 +401,21 @@ def _remove(path: Path, known: frozenset[str] | None) -> None:
 
 def write_manifest(folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]) -> None:
     """Write ``manifest.json`` into an unpublished folder: each file's size and sha256, what it is, its own digest."""
+    write_new(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
+
+
+def replace_manifest(folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]) -> None:
+    """The same in a published folder, in place of the manifest that is there."""
+    write_atomic(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
+
+
+def _manifest_body(folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {name: (Path(folder) / name).stat().st_size for name in files}
-    body = {
+    return {
         "format": MANIFEST_FORMAT,
         "files": {name: {"bytes": sizes[name], "sha256": digest} for name, digest in files.items()},
         "identity": dict(identity),
     }
-    write_new(Path(folder) / MANIFEST, _manifest_bytes(body))
 
 
 def _manifest_bytes(body: Mapping[str, Any]) -> bytes:

@@ -78,7 +78,7 @@ def test_the_files_are_as_documented(made, tmp_path, records, tree):
     text = json.dumps(footer, sort_keys=True, separators=(",", ":")).encode()
     assert data == body + text + len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(4, "little") + b"vitdpart"
     assert hashlib.sha256(body).hexdigest() == "c6c611f80eb9b74362fb8d14cd472697e0b062dae6f10287adddde2db158b081"
-    assert store.digest == "4b9662dfd220c77767270c7d2bce219216d571a8c9fdf6a3fb0954d737622f60"
+    assert store.digest == "f1f8625f560161c4ad95ca445de235525553e58fef6a6bf76ad995d8d8d6ea3b"
 
 
 def test_large_records_have_blocks_of_a_mebibyte(tmp_path):
@@ -329,13 +329,28 @@ def test_each_field_of_the_identity_is_compared(manifest, tmp_path, tree, field)
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(("field", "value"), [("num_samples", 38), ("num_views", 3), ("part_size", 16), ("layout", None)])
+@pytest.mark.parametrize(("field", "value"), [("num_samples", 38), ("part_size", 16), ("layout", None)])
 def test_sizes_and_layout_are_compared(manifest, layout, tmp_path, field, value):
     LabelStore.create(tmp_path / "s", manifest())
     wanted = manifest(**{field: layout(4) if field == "layout" else value})
     name, theirs, ours = ("layout.logits.k", 3, 4) if field == "layout" else (field, getattr(manifest(), field), value)
     with pytest.raises(DataError, match=rf"\({name} is {theirs} in the store and {ours} here\)"):
         LabelStore.create(tmp_path / "s", wanted)
+
+
+def test_views_may_be_added_and_what_was_written_stays(made, manifest, tree, tmp_path):
+    small = made(tmp_path / "s")
+    before = tree(tmp_path)
+    digest = small.digest
+    grown = LabelStore.create(tmp_path / "s", manifest(num_views=4))
+    assert (grown.manifest.num_views, grown.digest) == (4, digest) and grown.status().sealed == small.status().sealed
+    assert sorted({view for view, _ in grown.missing_parts()}) == [2, 3] and not grown.verify()
+    assert {name: data for name, data in tree(tmp_path).items() if "manifest" not in name} == {
+        name: data for name, data in before.items() if "manifest" not in name
+    }
+    again = LabelStore.create(tmp_path / "s", manifest(num_views=1))  # nothing is taken away
+    assert again.manifest.num_views == LabelStore.open(tmp_path / "s").manifest.num_views == 4
+    assert again.manifest.about == small.manifest.about
 
 
 def test_many_differences_are_shortened(manifest, tmp_path):

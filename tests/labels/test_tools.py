@@ -75,7 +75,6 @@ def test_parts_that_differ_are_refused_before_anything_is_written(made, manifest
             {"identity": {"teacher": {"model": "vit_small"}}},
             r'/b and .*/a hold .*\(teacher.model is "vit_small" in the former and "vit_tiny_patch16_224" in the latter',
         ),
-        ({"num_views": 3}, r"\(num_views is 3 in the former and 2 in the latter\); leave"),
         ({"part_size": 9}, r"part_size is 9 in the former and 8 in the latter"),
         ({"layout": Layout(logits=LogitEncoding(kind="topk", num_classes=100, k=2, temperatures=(1.0,)))}, r"layout.logits.k is 2 in"),
     ],
@@ -92,6 +91,13 @@ def test_stores_of_other_labels_are_not_merged(made, manifest, tmp_path, change,
         merge([tmp_path / "a"], tmp_path / "b")
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge([], tmp_path / "target")
+
+
+def test_stores_of_more_and_fewer_views_are_merged(made, manifest, tmp_path):
+    made(tmp_path / "a")
+    LabelStore.create(tmp_path / "b", manifest(num_views=3))
+    united = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
+    assert united.manifest.num_views == 3 and united.status().sealed == LabelStore.open(tmp_path / "a").status().sealed
 
 
 @pytest.mark.parametrize("position", [3, -50, -1])

@@ -18,7 +18,7 @@ import resource
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +54,7 @@ class Manifest:
         identity: what the answers depend on, as plain JSON; compared field by field.
         layout: what a record holds.
         num_samples: samples of the data set; ids are 0 to ``num_samples - 1``.
-        num_views: views of every sample.
+        num_views: views of every sample; more may be added.
         part_size: samples of a part; the last part of a view may be shorter.
         about: versions and the like, for people; never compared.
 
@@ -79,17 +79,17 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The sha256 (hex) of everything but ``about``."""
+        """The sha256 (hex) of everything but ``num_views``, which may grow, and ``about``."""
         text = json.dumps({**self._compared(), "format": FORMAT}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _compared(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in ("num_samples", "num_views", "part_size")}
+        sizes = {name: getattr(self, name) for name in ("num_samples", "part_size")}
         return {"identity": self.identity, "layout": json.loads(json.dumps(self.layout.to_json())), **sizes}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, `from_json` reads it."""
-        return {"kind": _KIND, "format": FORMAT, **self._compared(), "about": self.about}
+        return {"kind": _KIND, "format": FORMAT, **self._compared(), "num_views": self.num_views, "about": self.about}
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "Manifest":
@@ -108,7 +108,7 @@ class Manifest:
 
 
 def differences(ours: Manifest, theirs: Manifest, *, here: str = "here", there: str = "in the store") -> list[str]:
-    """One phrase for each field in which the store's manifest (``theirs``) is not as ``ours``; ``about`` is not compared."""
+    """One phrase for each field in which the store's manifest (``theirs``) is not as ``ours``; views and ``about`` are not compared."""
     mine, found = (_flat(manifest._compared()) for manifest in (ours, theirs))
     return [
         f"{name} is {_brief(found, name)} {there} and {_brief(mine, name)} {here}"
@@ -336,7 +336,7 @@ class LabelStore:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest) -> "LabelStore":
-        """Make an empty store, or open the one that is there if its manifest is equal.
+        """Make an empty store, or open the one that is there if its manifest is equal; one of fewer views is made to have as many.
 
         Raises:
             DataError: the store there has another manifest (the differing fields are named), or a damaged one.
@@ -365,7 +365,7 @@ class LabelStore:
             raise DataError(
                 f"{shown(folder)} holds labels of something else ({'; '.join(lines[:5])}{more}): name another folder, or delete this one."
             )
-        return store
+        return store if store.manifest.num_views >= manifest.num_views else cls(folder, _grown(folder, manifest.num_views))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "LabelStore":
@@ -608,6 +608,16 @@ def _read_manifest(folder: Path) -> Manifest:
         return Manifest.from_json(body)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not what this version writes ({error!r}); use the version of vitdistill that wrote it.") from None
+
+
+def _grown(folder: Path, num_views: int) -> Manifest:
+    """The store's manifest with at least so many views, written."""
+    with durable.alone_in(folder):
+        manifest = _read_manifest(folder)  # another process may have been faster
+        if manifest.num_views < num_views:
+            manifest = replace(manifest, num_views=num_views)
+            durable.replace_manifest(folder, {}, manifest.to_json())
+    return manifest
 
 
 def _read_lease(view: int, part: int, path: Path) -> Lease:

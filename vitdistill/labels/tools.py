@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .. import durable
 from ..durable import shown
@@ -31,7 +32,8 @@ def merge(
         if lines:
             both = f"{shown(store.path)} and {shown(stores[0].path)}"
             raise DataError(f"{both} hold labels of different things and cannot be merged ({'; '.join(lines[:5])}); leave one of them out.")
-    united = LabelStore.create(target, stores[0].manifest)
+    num_views = max(store.manifest.num_views for store in stores)
+    united = LabelStore.create(target, replace(stores[0].manifest, num_views=num_views))
     origin: dict[tuple[int, int], LabelStore] = {}
     for store in [united, *stores]:
         for place in _sealed(store):
