@@ -215,7 +215,7 @@ def test_a_head_that_nobody_trains_is_refused() -> None:
         make_plan(student, {}, {"ce": CrossEntropy()})
     assert make_plan(student, {}, {"ce": CrossEntropy(head="all")})
     assert make_plan(student, {"teacher": TEACHER}, {"ce": CrossEntropy(), "kd": SoftKD()})
-    with pytest.raises(ConfigError, match="no objective trains the class head .*: add ce, or"):
+    with pytest.raises(ConfigError, match=r"no objective trains the class head .*: add ce, or"):
         make_plan(student, {"teacher": TEACHER}, {"kd": SoftKD()})
 
 
@@ -224,7 +224,7 @@ def test_every_teachers_head_has_to_be_trained_where_the_prediction_reads_it() -
     conv, inv = {"conv": replace(TEACHER, name="conv")}, {"inv": replace(TEACHER, name="inv")}
     kd_conv, kd_inv = {"kd_conv": SoftKD(teacher="conv")}, {"kd_inv": SoftKD(teacher="inv")}
     assert make_plan(student, conv | inv, CE | kd_conv | kd_inv).student_needs == Needs(logits=True)
-    with pytest.raises(ConfigError, match=r"no objective trains the inv head of tiny, .* \(--with kd:inv\), or let the labels train every head"):
+    with pytest.raises(ConfigError, match=r"no objective trains the inv head of tiny, .* \(--with kd:inv\), or let the labels train"):
         make_plan(student, conv, CE | kd_conv)
     with pytest.raises(ConfigError, match="trains the class head"):
         make_plan(student, conv | inv, kd_conv | kd_inv)

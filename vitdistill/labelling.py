@@ -1,5 +1,6 @@
 """Labelling: a recipe's teachers answer, once, to the very views its student will see."""
 
+import itertools
 import shlex
 import sys
 import time
@@ -104,9 +105,12 @@ def label(
     """
     recipe = _without_labels(recipe)
     with world(device) as here:
-        job = prepare(recipe, here, say if here.is_main else lambda text: None)
+        # Batches of training do not matter here, so they need not divide among the processes.
+        batches = replace(recipe.train, batch_size=2 * here.size, accumulate=1)
+        job = prepare(replace(recipe, train=batches), here, say if here.is_main else lambda text: None)
         if not job.teachers:
             raise ConfigError("the recipe has no teacher to label with: take one that has, or add one (--with kd --teacher-model ...)")
+        job.recipe = recipe
         work = _Work(job, options)
         with here.together():
             stores = work.stores(Path(output), say if here.is_main else lambda text: None)
@@ -342,12 +346,16 @@ def check(
             raise DataError(f"what made the labels in {store.path} has changed: {'; '.join(changed)}")
         order = keyed.permutation(recipe.train.seed, 0, len(sealed), keyed.Stream.SUBSET)
         compared: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
-        for number in range(-(-samples // CHUNK)):
+        left = samples
+        for number in itertools.count():
+            if left <= 0:
+                break
             view, part = sealed[order[number % len(order)]]
             low, high = store.part_range(part)
             draw = keyed.uniforms(keyed.keys(recipe.train.seed, number, view, keyed.Stream.SUBSET), 1)[0, 0]
             first = low + int(draw * max(high - low - CHUNK, 0))
-            last = min(first + min(CHUNK, samples - number * CHUNK), high)
+            last = min(first + min(CHUNK, left), high)
+            left -= last - first
             for batch, answers in work.answers(view, first, last):
                 written, _ = store.read(np.full(len(batch.ids), view), batch.ids)
                 compared.append((written, work.records(teacher, view, batch, answers[teacher])))

@@ -571,10 +571,11 @@ def _without_child_handler() -> Iterator[None]:
 @contextmanager
 def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device) -> Iterator[Iterator[tuple[_Piece, Tensor]]]:
     """The pieces with their pixels, in order, made by ``workers`` processes; user errors are raised here."""
+    loader: DataLoader[Any]
     with warnings.catch_warnings():
         # More processes than cores is the user's choice (a recipe's default may be made for a larger machine), and costs little.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader: DataLoader[Any] = DataLoader(
+        loader = DataLoader(
             views,
             sampler=pieces,
             batch_size=None,
@@ -583,8 +584,8 @@ def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device:
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),
         )
-    with _without_child_handler():
-        running = _Workers(iter(loader))
+        with _without_child_handler():
+            running = _Workers(iter(loader))
     _RUNNING.add(running)
     try:
         yield _received(running, device)

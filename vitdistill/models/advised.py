@@ -193,8 +193,8 @@ class TwoStems(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
         bias: bool = True,
@@ -251,7 +251,7 @@ class TwoStems(nn.Module):
         """Rows and columns of patches for images of this size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
-    def forward(self, images: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 2+N D"]:
+    def forward(self, images: Float[Tensor, "B c h w"]) -> Float[Tensor, "B L D"]:
         if tuple(images.shape[-2:]) != self.img_size:
             raise ConfigError(
                 f"images are {images.shape[-2]} x {images.shape[-1]}, and the student takes {self.img_size[0]} x {self.img_size[1]}"
