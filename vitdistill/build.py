@@ -158,12 +158,15 @@ def stored_network(store: LabelStore, name: str) -> Network:
 
 
 def with_views_of_labels(recipe: Recipe) -> Recipe:
-    """The recipe with as many views as its labels have, where it does not say how many there are.
+    """The recipe with the views of its labels, their number and their seed, where it does not say which.
 
     Raises:
         ConfigError: it wants more views than are labelled.
     """
     for name, store in open_labels(recipe).items():
+        seed = store.manifest.identity.get("view.seed")
+        if recipe.data.seed is None and isinstance(seed, int) and seed != recipe.train.seed:
+            recipe = replace(recipe, data=replace(recipe.data, seed=seed))
         have, config = store.manifest.num_views, recipe.teachers[name]
         if recipe.data.views is None and have < recipe.train.epochs:
             recipe = replace(recipe, data=replace(recipe.data, views=have))

@@ -240,7 +240,7 @@ class _Work:
 
     def records(self, name: str, view: int, batch: Labelling, answer: ViTOutput) -> npt.NDArray[Any]:
         """A teacher's answer to a batch as records."""
-        keys = keyed.keys(self.job.recipe.train.seed, view, batch.ids, keyed.Stream.LABELS)
+        keys = keyed.keys(self.job.recipe.data_seed, view, batch.ids, keyed.Stream.LABELS)
         try:
             return self.layouts[name].encode(answer.logits, answer.hidden, answer.features, batch.checksums, keys)
         except NonFinite as error:
@@ -344,7 +344,7 @@ def check(
         changed = differing(store.manifest.identity, work.identity(teacher))
         if changed:
             raise DataError(f"what made the labels in {store.path} has changed: {'; '.join(changed)}")
-        order = keyed.permutation(recipe.train.seed, 0, len(sealed), keyed.Stream.SUBSET)
+        order = keyed.permutation(recipe.data_seed, 0, len(sealed), keyed.Stream.SUBSET)
         compared: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         left = samples
         for number in itertools.count():
@@ -352,7 +352,7 @@ def check(
                 break
             view, part = sealed[order[number % len(order)]]
             low, high = store.part_range(part)
-            draw = keyed.uniforms(keyed.keys(recipe.train.seed, number, view, keyed.Stream.SUBSET), 1)[0, 0]
+            draw = keyed.uniforms(keyed.keys(recipe.data_seed, number, view, keyed.Stream.SUBSET), 1)[0, 0]
             first = low + int(draw * max(high - low - CHUNK, 0))
             last = min(first + min(CHUNK, left), high)
             left -= last - first

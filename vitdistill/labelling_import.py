@@ -90,7 +90,7 @@ def import_labels(
         recipe.data.augment,
         student.spec,
         batch_size=recipe.train.batch_size,
-        seed=recipe.train.seed,
+        seed=recipe.data_seed,
         accumulate=recipe.train.accumulate,
         in_memory=recipe.data.in_memory,
         views=recipe.data.views,
@@ -433,6 +433,6 @@ class _Import:
             if stop():
                 raise Preempted(f"stopped by {stop()}; what is written stays, and the same command goes on from there")
             self._check_pixels(view, batch.ids, batch.checksums)
-            keys = keyed.keys(self.recipe.train.seed, view, batch.ids, keyed.Stream.LABELS)
+            keys = keyed.keys(self.recipe.data_seed, view, batch.ids, keyed.Stream.LABELS)
             made.append(self.layout.encode(torch.from_numpy(answers[batch.ids - lo]), {}, None, batch.checksums, keys))
         return np.concatenate(made)

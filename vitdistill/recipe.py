@@ -85,6 +85,8 @@ class DataConfig:
         augment: the training views.
         views: how many different views of each image there are, shown in turn; None: a new one every epoch, or with stored labels as many
             as they have.
+        seed: of the order of images and their views; None: ``train.seed``, or with stored labels theirs, so that one set of labels serves
+            students of any seed.
     """
 
     dir: str = ""
@@ -92,6 +94,7 @@ class DataConfig:
     in_memory: bool | None = None
     augment: Augment = field(default_factory=Augment)
     views: int | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,7 @@ class TrainConfig:
         amp_dtype: autocast precision; ``auto``: bfloat16 on a GPU that has it, float32 on a CPU.
         compile: torch.compile the networks.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated and exported; None: none.
-        seed: of everything random.
+        seed: of everything random; of the images' order and views where ``data.seed`` is not given.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         save_every: steps between checkpoints; None: once an epoch.
         log_every: steps between log lines.
@@ -180,6 +183,11 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the images' order and views."""
+        return self.train.seed if self.data.seed is None else self.data.seed
 
     def __post_init__(self) -> None:
         train, optim, student = self.train, self.optim, self.student

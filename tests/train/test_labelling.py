@@ -213,7 +213,7 @@ def stored(kd, labels):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"train.seed": 3}, r"view.seed is 0 in the labels and 3 here"),
+        ({"data.seed": 3}, r"view.seed is 0 in the labels and 3 here"),
         ({"data.augment.reprob": 0.25}, r"view.augment.reprob is 0.5 in the labels and 0.25 here"),
         ({"data.augment.mixup": 0.0, "data.augment.cutmix": 0.0}, r"view.augment.mixup is 0.8 in the labels and 0.0 here"),
         ({"data.augment.hflip": 0.0}, r"view.augment.hflip is 0.5 in the labels and 0.0 here"),
@@ -373,6 +373,15 @@ def test_views_come_from_the_labels_where_the_recipe_does_not_say(stored):
     assert with_views_of_labels(stored(**{"data.views": None})).data.views == 2
     assert with_views_of_labels(stored(**{"data.views": None, "train.epochs": 2})).data.views is None
     assert with_views_of_labels(stored(**{"data.views": 1})).data.views == 1
+
+
+def test_one_set_of_labels_serves_students_of_any_seed(stored, tools, tmp_path):
+    """Their views are those of the labels; their weights are not."""
+    other = with_views_of_labels(stored(**{"train.seed": 4}))
+    assert other.data.seed == 0 and with_views_of_labels(stored()).data.seed is None
+    tools.run(stored(), tmp_path / "one")
+    tools.run(stored(**{"train.seed": 4}), tmp_path / "two")
+    assert records_of(tmp_path / "one")[0]["ce"] != records_of(tmp_path / "two")[0]["ce"]
 
 
 def test_a_finished_run_is_not_repeated_and_other_labels_do_not_continue_it(stored, kd, tools, tmp_path):

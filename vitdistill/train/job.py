@@ -178,7 +178,7 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
         recipe.data.augment,
         student.spec,
         batch_size=recipe.train.batch_size,
-        seed=recipe.train.seed,
+        seed=recipe.data_seed,
         accumulate=recipe.train.accumulate,
         in_memory=recipe.data.in_memory,
         views=recipe.data.views,
@@ -240,7 +240,7 @@ def identity_of_views(
     source: ImageSource, classes: tuple[str, ...], spec: InputSpec, recipe: Recipe, loader: TrainLoader
 ) -> dict[str, Any]:
     """What labels for this run have to share with it."""
-    return images_identity(source, classes) | view_identity(spec, recipe.data.augment, recipe.train.seed, loader.pipeline)
+    return images_identity(source, classes) | view_identity(spec, recipe.data.augment, recipe.data_seed, loader.pipeline)
 
 
 def _check_labels(
