@@ -360,9 +360,8 @@ def check(
                 written, _ = store.read(np.full(len(batch.ids), view), batch.ids)
                 compared.append((written, work.records(teacher, view, batch, answers[teacher])))
         precision = store.manifest.identity["teacher.precision"]
-    return _compared(
-        store.layout, *(np.concatenate(side) for side in zip(*compared, strict=True)), 1e-3 if precision == "float32" else 5e-2
-    )
+    stored, now = (np.concatenate([pair[side] for pair in compared]) for side in (0, 1))
+    return _compared(store.layout, stored, now, 1e-3 if precision == "float32" else 5e-2)
 
 
 def _alone(recipe: Recipe, name: str, data_dir: str | None, model: str | None) -> Recipe:

@@ -32,7 +32,7 @@ class Network:
         patch_size: pixels; (0, 0) for networks without.
         num_prefix_tokens: class, distillation and register tokens.
         has_class_token: the first of them stands for the whole image.
-        heads: classifier heads by name.
+        heads: classifier heads by name; answering: those that the prediction is made of, empty for all.
         walks: can be run on a subset of patches.
         attention_source: see `vitdistill.families.Family`; None: no attention to read.
         num_heads: attention heads a block; 0: no attention to read.
@@ -53,6 +53,7 @@ class Network:
     num_prefix_tokens: int = 0
     has_class_token: bool = False
     heads: tuple[str, ...] = ("class",)
+    answering: tuple[str, ...] = ()
     walks: bool = False
     attention_source: Literal["class", "pool", "mean"] | None = None
     dims: tuple[int, ...] = ()
@@ -91,6 +92,7 @@ class Network:
             num_prefix_tokens=family.num_prefix_tokens,
             has_class_token=family.has_class_token,
             heads=family.heads,
+            answering=family.answering,
             walks=family.walks,
             attention_source=family.attention_source,
             dims=family.dims,

@@ -240,7 +240,7 @@ def _note(objective: Objective, student: Network, teachers: Mapping[str, Network
 def _check_heads(student: Network, objectives: Mapping[str, Objective]) -> None:
     """A head that no objective trains would still be part of the student's prediction."""
     trained = {head for objective in objectives.values() for head in objective.trains_heads(student)}
-    for head in getattr(student, "answering", student.heads):
+    for head in student.answering or student.heads:
         if head not in trained and trained:
             added = {"class": "ce", "distillation": "kd or hard_kd"}.get(head, f"one that reads a teacher of that name (--with kd:{head})")
             raise ConfigError(
