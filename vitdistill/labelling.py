@@ -104,6 +104,7 @@ def label(
         Preempted: it was asked to stop; what is written stays, and the same command goes on.
     """
     recipe = _without_labels(recipe)
+    _refuse_foreign(Path(output))
     with world(device) as here:
         # Batches of training do not matter here, so they need not divide among the processes.
         batches = replace(recipe.train, batch_size=2 * here.size, accumulate=1)
@@ -129,6 +130,14 @@ def _agree_on_stop(here: World, name: str, output: str | Path) -> None:
     stopped = next((found for found in here.gather(name) if found), "")
     if stopped:
         raise Preempted(f"stopped by {stopped}; what is written in {output} stays, and the same command goes on from there")
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raise `ConfigError` for a folder that holds something, and no labels."""
+    with durable.disk_errors(output):
+        found = sorted(path.name for path in output.iterdir() if path.name[0] != ".") if output.is_dir() else []
+    if found and not any((output / name / durable.MANIFEST).is_file() for name in found):
+        raise ConfigError(f"the output {output} is not empty ({found[0]} is in it) and holds no labels: name another folder")
 
 
 def _without_labels(recipe: Recipe) -> Recipe:

@@ -60,7 +60,7 @@ class _MergeFlags:
     target: Positional[Annotated[str, TEXT, about("the folder to write; it may have parts already", metavar="TARGET")]] = field(
         metadata={"positional": "TARGET"}
     )
-    source: Annotated[tuple[str, ...], about("labels of one teacher, as they were written apart", name="from", metavar="FOLDER ...")] = ()
+    from_: Annotated[tuple[str, ...], about("labels of one teacher, as they were written apart", name="from", metavar="FOLDER ...")] = ()
 
 
 @dataclass
@@ -206,11 +206,11 @@ def _check(words: Sequence[str]) -> int:
 
 def _merge(words: Sequence[str]) -> int:
     flags = parse_flags(_MergeFlags, words, "vitdistill label merge", wrap("Unite labels of one teacher that were written apart."))
-    if not flags.source:
+    if not flags.from_:
         raise UserError("--from is missing: name the labels to unite")
     from ..labels.tools import merge
 
-    store = merge(flags.source, flags.target)
+    store = merge(flags.from_, flags.target)
     status = store.status()
     _say(f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
     return 0
