@@ -277,6 +277,10 @@ def test_a_missing_record_is_an_error_or_the_teachers_own_answer(stored, kd, too
         tools.run(stored(**broken), tmp_path / "run")
     tools.run(stored(**broken, **{"teachers.teacher.missing": "online"}), tmp_path / "online")
     tools.run(stored(), tmp_path / "whole")
+    more = {"teachers.teacher.missing": "online", "data.views": 3}  # the third view has no labels at all
+    tools.run(stored(**more), tmp_path / "more")
+    tools.run(kd(**{"data.views": 3}), tmp_path / "live")
+    assert records_of(tmp_path / "more")[-2]["loss"] == pytest.approx(records_of(tmp_path / "live")[-2]["loss"], rel=1e-4)
     for ours, theirs in zip(records_of(tmp_path / "whole"), records_of(tmp_path / "online"), strict=True):
         assert theirs["loss" if "loss" in ours else "nll"] == pytest.approx(ours["loss" if "loss" in ours else "nll"], rel=1e-5)
 

@@ -40,7 +40,9 @@ class LabelReader:
         Raises:
             DataError: a record is missing, or a view is not the one that was labelled, by its checksum.
         """
-        records, present = self.store.read(views, ids)
+        labelled = views < self.store.manifest.num_views
+        records, present = self.store.read(np.where(labelled, views, 0), ids)
+        present &= labelled
         missing = np.flatnonzero(~present)
         if len(missing) and not self.online:
             row = missing[0]
