@@ -157,18 +157,24 @@ def stored_network(store: LabelStore, name: str) -> Network:
     return network_from_json(store.manifest.about.get("network", {}), name)
 
 
-def with_views_of_labels(recipe: Recipe) -> Recipe:
+def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     """The recipe with the views of its labels, their number and their seed, where it does not say which.
+
+    A run that ``began`` goes on with the views it had, whatever has been labelled since.
 
     Raises:
         ConfigError: it wants more views than are labelled.
     """
-    for name, store in open_labels(recipe).items():
+    stores = open_labels(recipe)
+    if stores and began is not None:
+        data = replace(recipe.data, views=recipe.data.views or began.data.views)
+        recipe = replace(recipe, data=data if data.seed is not None else replace(data, seed=began.data.seed))
+    for name, store in stores.items():
         seed = store.manifest.identity.get("view.seed")
-        if recipe.data.seed is None and isinstance(seed, int) and seed != recipe.train.seed:
+        if recipe.data.seed is None and began is None and isinstance(seed, int) and seed != recipe.train.seed:
             recipe = replace(recipe, data=replace(recipe.data, seed=seed))
         have, config = store.manifest.num_views, recipe.teachers[name]
-        if recipe.data.views is None and have < recipe.train.epochs:
+        if recipe.data.views is None and have < recipe.train.epochs and began is None:
             recipe = replace(recipe, data=replace(recipe.data, views=have))
         if config.missing == "error" and recipe.data.views is not None and recipe.data.views > have:
             raise ConfigError(

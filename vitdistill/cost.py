@@ -204,7 +204,7 @@ def _losses(
     for name, objective in plan.objectives.items():
         teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
         if isinstance(teacher, StoredAnswer):
-            teacher = teacher.at(plan.temperatures[name])
+            teacher = teacher.at(plan.temperatures.get(name))
         losses.append(objective.loss(student, teacher, batch, adapters.get(name)))
     return losses
 

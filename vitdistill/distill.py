@@ -46,13 +46,14 @@ class Distillation(nn.Module):
         for name, objective in self.plan.objectives.items():
             teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
             if isinstance(teacher, StoredAnswer):
-                teacher = teacher.at(self.plan.temperatures[name])
+                teacher = teacher.at(self.plan.temperatures.get(name))
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
             losses[name] = objective.weight_at(progress) * objective.loss(student, teacher, batch, adapter)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for answer in answers.values():
-            if isinstance(answer, ViTOutput) and answer.logits is not None:
-                losses["loss"] = losses["loss"].masked_fill(~answer.logits.isfinite().all(), torch.nan)
+            live = answer.live if isinstance(answer, StoredAnswer) else answer
+            if live is not None and live.logits is not None:
+                losses["loss"] = losses["loss"].masked_fill(~live.logits.isfinite().all(), torch.nan)
         return losses
 
     def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, dict[str, ViTOutput | StoredAnswer]]:

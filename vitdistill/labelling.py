@@ -1,6 +1,5 @@
 """Labelling: a recipe's teachers answer, once, to the very views its student will see."""
 
-import itertools
 import shlex
 import sys
 import time
@@ -13,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import durable
+from . import durable, weights
+from .build import resolve_run
 from .cost import forward_flops
 from .data import keyed
 from .data.loader import Labelling
@@ -71,11 +71,11 @@ class Labelled:
     parts: int = 0
 
 
-def logit_encoding(recipe: Recipe, name: str, num_classes: int, options: LabelOptions) -> LogitEncoding:
-    """How this teacher's logits are stored; raises `ConfigError` for temperatures that cannot be found."""
+def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> LogitEncoding:
+    """How this teacher's logits are stored."""
+    name, num_classes = teacher.name, teacher.num_classes
     readers = [o for o in recipe.objectives.values() if isinstance(o, TeacherObjective) and o.teacher == name]
-    readers = [o for o in readers if o.teacher_temperatures != () or len(readers) == 1]
-    wanted = [o.teacher_temperatures for o in readers]
+    wanted = [o.teacher_temperatures for o in readers if o.teacher_needs(teacher).logits]
     kind = options.encoding
     if kind == "auto":
         all_at_one = all(found is not None and len(found) <= 1 for found in wanted)
@@ -83,7 +83,7 @@ def logit_encoding(recipe: Recipe, name: str, num_classes: int, options: LabelOp
     if kind not in ("topk", "sampled"):
         return LogitEncoding(kind=kind, num_classes=num_classes)
     temperatures = options.temperatures or tuple(sorted({t for found in wanted if found is not None for t in found})) or (1.0,)
-    return LogitEncoding(kind=kind, num_classes=num_classes, k=options.k or 10, temperatures=temperatures)
+    return LogitEncoding(kind=kind, num_classes=num_classes, k=10 if options.k is None else options.k, temperatures=temperatures)
 
 
 def label(
@@ -106,9 +106,7 @@ def label(
     recipe = _without_labels(recipe)
     _refuse_foreign(Path(output))
     with world(device) as here:
-        # Batches of training do not matter here, so they need not divide among the processes.
-        batches = replace(recipe.train, batch_size=2 * here.size, accumulate=1)
-        job = prepare(replace(recipe, train=batches), here, say if here.is_main else lambda text: None)
+        job = prepare(for_teachers(recipe, here.size), here, say if here.is_main else lambda text: None)
         if not job.teachers:
             raise ConfigError("the recipe has no teacher to label with: take one that has, or add one (--with kd --teacher-model ...)")
         job.recipe = recipe
@@ -130,6 +128,12 @@ def _agree_on_stop(here: World, name: str, output: str | Path) -> None:
     stopped = next((found for found in here.gather(name) if found), "")
     if stopped:
         raise Preempted(f"stopped by {stopped}; what is written in {output} stays, and the same command goes on from there")
+
+
+def for_teachers(recipe: Recipe, processes: int = 1) -> Recipe:
+    """The recipe as labelling needs it: of the student only its input, and batches of training that divide among any processes."""
+    student = replace(recipe.student, checkpoint=None, pretrained=False)
+    return replace(recipe, student=student, train=replace(recipe.train, batch_size=2 * processes, accumulate=1))
 
 
 def _refuse_foreign(output: Path) -> None:
@@ -168,12 +172,17 @@ class _Work:
                 raise ConfigError(
                     f"the recipe reads attention of the {name}, which is too large to be stored: leave out the objective that does"
                 )
-        begun = time.perf_counter()
-        first = next(self.answers(0, 0, min(self.batch_size, len(job.train_loader.source))))
-        self.images_per_second = len(first[0].ids) / (time.perf_counter() - begun)
-        for name, output in first[1].items():
-            self.layouts[name] = self._layout(name, output)
-            self.networks[name] = replace(job.plan.teachers[name], grids=dict(output.grids))
+        count = min(2 * self.batch_size, len(job.train_loader.source))
+        timed = begun = time.perf_counter()
+        for batch, answers in self.answers(0, 0, count):
+            if not self.layouts:
+                for name, output in answers.items():
+                    self.layouts[name] = self._layout(name, output)
+                    self.networks[name] = replace(job.plan.teachers[name], grids=dict(output.grids))
+                timed = begun if count <= self.batch_size else time.perf_counter()
+            for name, answer in answers.items():
+                self.records(name, 0, batch, answer)  # which waits for the device
+            self.images_per_second = len(batch.ids) / (time.perf_counter() - timed)
 
     def _layout(self, name: str, output: ViTOutput) -> Layout:
         needs = self.job.plan.live[name]
@@ -181,7 +190,7 @@ class _Work:
             raise ConfigError(f"hidden_dtype cannot take effect: the recipe reads no hidden states of the {name}, only logits")
         shapes = {block: (hidden.shape[1], hidden.shape[2]) for block, hidden in sorted(output.hidden.items())}
         return Layout(
-            logits=None if output.logits is None else logit_encoding(self.job.recipe, name, output.logits.shape[1], self.options),
+            logits=None if output.logits is None else logit_encoding(self.job.recipe, self.job.plan.teachers[name], self.options),
             hidden=tuple((block, *shape) for block, shape in shapes.items()),
             features=None if output.features is None else (output.features.shape[1], output.features.shape[2]),
             hidden_dtype=self.options.hidden_dtype or "float16",
@@ -190,15 +199,18 @@ class _Work:
     def stores(self, output: Path, say: Callable[[str], None]) -> dict[str, LabelStore]:
         """The teachers' stores, made if they are not there; says what is to be written."""
         manifests = {name: self._manifest(name) for name in self.layouts}
-        size = sum(m.layout.record_bytes for m in manifests.values()) * len(self.job.train_loader.source) * self.num_views
-        durable.require_free(output, size + 1_000_000)
+        there = {name: LabelStore.open(output / name) for name in manifests if (output / name / durable.MANIFEST).is_file()}
+        images = len(self.job.train_loader.source)
+        left = {name: images * self.num_views - (there[name].status().records if name in there else 0) for name in manifests}
+        size = sum(max(left[name], 0) * manifest.layout.record_bytes for name, manifest in manifests.items())
+        if size:
+            durable.require_free(output, size + 1_000_000)
         stores = {name: LabelStore.create(output / name, manifest) for name, manifest in manifests.items()}
         for name, store in stores.items():
             say(f"{name}: {describe(store.layout)}, {store.layout.record_bytes} bytes a record")
-        images = len(self.job.train_loader.source)
         say(
-            f"{images:,} images x {self.num_views} views: {durable.bytes_shown(size)} in {output}, about "
-            f"{duration(images * self.num_views / self.images_per_second)} of one process at {self.images_per_second:,.0f} images/s"
+            f"{images:,} images x {self.num_views} views: {durable.bytes_shown(size)} to write in {output}, about "
+            f"{duration(max(left.values()) / self.images_per_second)} of one process at {self.images_per_second:,.0f} images/s"
         )
         return stores
 
@@ -206,8 +218,14 @@ class _Work:
         """What the labels of this teacher belong to."""
         job, teacher = self.job, self.job.teachers[name]
         precision = str(teacher.dtype or job.amp_dtype or torch.float32).removeprefix("torch.")
+        if precision == "float32" and job.world.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+            precision = "tf32"
         views = identity_of_views(job.train_loader.source, job.classes, job.student_spec, job.recipe, job.train_loader)
-        return views | teacher_identity(weights_digest(teacher.model), teacher.spec, precision, self.batch_size)
+        config = job.recipe.teachers[name]
+        architecture, args = weights.describe(resolve_run(config.model), config.model_args)
+        classes = None if teacher.class_index is None else teacher.class_index.tolist()
+        made = {"teacher.architecture": architecture.partition(".")[0], "teacher.model_args": args, "teacher.classes_taken": classes}
+        return views | made | teacher_identity(weights_digest(teacher.model), teacher.spec, precision, self.batch_size)
 
     def _manifest(self, name: str) -> Manifest:
         job = self.job
@@ -345,25 +363,25 @@ def check(
     if not sealed:
         raise DataError(f"{store.path} has no records yet: run 'vitdistill label' first")
     with world(device) as here:
-        job = prepare(recipe, here, say)
-        options = LabelOptions(part_size=store.manifest.part_size)
-        work = _Work(job, options)
+        job = prepare(for_teachers(recipe, here.size), here, say)
+        job.recipe = recipe
+        work = _Work(job, LabelOptions())
         (teacher,) = work.layouts
         work.layouts[teacher] = store.layout
         changed = differing(store.manifest.identity, work.identity(teacher))
         if changed:
             raise DataError(f"what made the labels in {store.path} has changed: {'; '.join(changed)}")
         order = keyed.permutation(recipe.data_seed, 0, len(sealed), keyed.Stream.SUBSET)
+        chunks = -(-store.manifest.part_size // CHUNK)
         compared: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         left = samples
-        for number in itertools.count():
-            if left <= 0:
-                break
+        for number in range(len(sealed) * chunks):  # every record once, before any twice
             view, part = sealed[order[number % len(order)]]
             low, high = store.part_range(part)
-            draw = keyed.uniforms(keyed.keys(recipe.data_seed, number, view, keyed.Stream.SUBSET), 1)[0, 0]
-            first = low + int(draw * max(high - low - CHUNK, 0))
+            first = low + (number // len(order) + int(order[number % len(order)])) % chunks * CHUNK
             last = min(first + min(CHUNK, left), high)
+            if left <= 0 or first >= high:
+                continue
             left -= last - first
             for batch, answers in work.answers(view, first, last):
                 written, _ = store.read(np.full(len(batch.ids), view), batch.ids)
@@ -376,7 +394,8 @@ def check(
 def _alone(recipe: Recipe, name: str, data_dir: str | None, model: str | None) -> Recipe:
     """The recipe with this one teacher, and the objectives that do not read another."""
     objectives = {
-        key: objective
+        # Heads are the student's, and none is to be missed here because its teacher is.
+        key: replace(objective, head="all") if hasattr(objective, "head") else objective  # type: ignore[call-arg]
         for key, objective in recipe.objectives.items()
         if not isinstance(objective, TeacherObjective) or objective.teacher == name
     }
@@ -414,7 +433,9 @@ def describe(layout: Layout) -> str:
             "float32": f"{logits.num_classes} logits, exact",
             "float16": f"{logits.num_classes} logits in float16",
             "uint8": f"{logits.num_classes} logits of one byte",
-            "topk": f"the {logits.k} largest of {logits.num_classes} logits and the mass of the others at T = {at}",
+            "topk": f"all {logits.num_classes} logits in float16, largest first"
+            if logits.is_complete
+            else f"the {logits.k} largest of {logits.num_classes} logits and the mass of the others at T = {at}",
             "sampled": f"{logits.k} draws of {logits.num_classes} classes at T = {at}",
         }
         parts.append(words[logits.kind])

@@ -82,16 +82,15 @@ def import_labels(
     network = Network(name, "imported", student.spec.image_size, depth=0, dim=0, num_classes=count, num_parameters=0)
     if not reads_logits(recipe.objectives, network):
         raise ConfigError(f"no objective of the recipe reads logits of the {name}, and nothing else can be imported: add one (--with kd)")
-    layout = Layout(logits=logit_encoding(recipe, name, count, options))
+    layout = Layout(logits=logit_encoding(recipe, network, options))
     if len(recipe.teachers) == 1:  # what training would refuse; of other teachers only training knows
         make_plan(student.network, {name: network}, recipe.objectives, recipe.selector, recipe.masking, {name: layout})
     loader = TrainLoader(
         train,
         recipe.data.augment,
         student.spec,
-        batch_size=recipe.train.batch_size,
+        batch_size=2,
         seed=recipe.data_seed,
-        accumulate=recipe.train.accumulate,
         in_memory=recipe.data.in_memory,
         views=recipe.data.views,
         workers=recipe.data.workers,
@@ -123,7 +122,10 @@ def import_labels(
         },
     )
     place = Path(output) / name
-    durable.require_free(place, layout.record_bytes * len(train) * work.num_views + 1_000_000)
+    there = LabelStore.open(place).status().records if (place / durable.MANIFEST).is_file() else 0
+    left = len(train) * work.num_views - there
+    if left > 0:
+        durable.require_free(place, layout.record_bytes * left + 1_000_000)
     store = LabelStore.create(place, manifest)
     say(f"{name}: {describe(layout)}, {layout.record_bytes} bytes a record, {len(train):,} images x {work.num_views} views")
     with StopRequest() as stop:
@@ -350,11 +352,9 @@ class _Import:
 
     def prove(self, say: Callable[[str], None]) -> None:
         """Compare answers with the labels; raises `ConfigError` when they are not better than chance."""
-        if self.recipe.data.augment.mixes:
-            say(f"{self.file}: the views are mixed, so its answers are not compared with the labels")
-            return
         classes = self.source.classes
-        pairs = [(int(self.source.labels[sample]), answer) for sample, answer in self._guesses.items()]
+        shown_most = self.loader.most_of(0, np.fromiter(self._guesses, np.int64, len(self._guesses)))
+        pairs = [(int(self.source.labels[sample]), answer) for sample, answer in zip(shown_most, self._guesses.values(), strict=True)]
         count, chance = len(pairs), chance_accuracy(pairs)
         accuracy = sum(label == answer for label, answer in pairs) / count
         if accuracy > chance_level(chance, count):

@@ -167,6 +167,7 @@ def _check_stored(
         key: _temperature(key, objective, labels[objective.teacher])
         for key, objective in objectives.items()
         if isinstance(objective, TeacherObjective) and objective.teacher in labels
+        if objective.teacher_needs(teachers[objective.teacher]).logits
     }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from ..durable import bytes_shown
 from ..errors import ConfigError, DataError, UserError
 from ..labels.encoding import Layout
 from ..labels.store import LabelStore
+from ..recipe import Recipe
 from ..stages import Stages
 from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
 from .recipe_flags import RecipeFlags, parse
@@ -67,9 +69,9 @@ class _MergeFlags:
 class _PruneFlags(_StoreFlags):
     to: Annotated[str | None, TEXT, about("the folder to write")] = None
     views: Annotated[int | None, COUNT, about("keep the first so many views; none: all")] = None
-    k: Annotated[int | None, COUNT, about("keep the largest k classes of an image; none: all that are stored")] = None
+    k: Annotated[int | None, COUNT, about("largest classes of an image to keep; none: all that are stored, or 10")] = None
     encoding: Annotated[str | None, one_of("float16", "uint8", "topk"), about("store logits so instead; none: as they are")] = None
-    temperatures: Annotated[tuple[str, ...], about("of --encoding topk; none: 1", metavar="T ...")] = ()
+    temperatures: Annotated[tuple[str, ...], about("of --encoding topk; none: those that are stored, or 1", metavar="T ...")] = ()
 
 
 def main(words: Sequence[str]) -> int:
@@ -86,6 +88,10 @@ def main(words: Sequence[str]) -> int:
     }
     if words and words[0] in verbs:
         return verbs[words[0]](words[1:])
+    if len(words) > 1 and not words[1].startswith("-"):  # two words: no recipe and its flags
+        close = get_close_matches(words[0], verbs, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(verbs)}, or give a recipe and flags"
+        raise UserError(f"there is no 'vitdistill label {words[0]}': {hint}")
     return _write(words)
 
 
@@ -105,6 +111,7 @@ def _write(words: Sequence[str]) -> int:
     flags, recipe = parse("label", LabelFlags, words, wrap(about_it))
     if isinstance(recipe, Stages):
         raise UserError(f"the recipe {recipe.name!r} has stages: label the recipe of one of them (its recipe.yaml in the run's folder)")
+    refuse_labels(recipe)
     output = Path(flags.output) if flags.output is not None else Path("labels") / recipe.name
     from ..labelling import LabelOptions, label
 
@@ -121,6 +128,13 @@ def _write(words: Sequence[str]) -> int:
         _say(f"{name}: {status.records:,} records, {bytes_shown(status.bytes)} in {store.path}")
     _say(f"done: train with the same recipe and --labels {output}")
     return 0
+
+
+def refuse_labels(recipe: Recipe) -> None:
+    """Raise `UserError` for a recipe that reads labels: these are to be written."""
+    for name, teacher in recipe.teachers.items():
+        if teacher.labels is not None:
+            raise UserError(f"--labels cannot take effect (teachers.{name}.labels): labels are written here, into --output")
 
 
 def _temperatures(words: Sequence[str]) -> tuple[float, ...]:
@@ -145,10 +159,10 @@ def _status(words: Sequence[str]) -> int:
     flags = parse_flags(_StoreFlags, words, "vitdistill label status", wrap("How far labels are written, and by whom."))
     for name, store in open_all(flags.store).items():
         status = store.status()
-        state = "complete" if status.sealed == status.parts else f"{status.sealed / status.parts:.0%}"
+        state = "complete" if status.sealed == status.parts else f"{100 * status.sealed // status.parts} %"
         _say(f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
         for lease in status.writing:
-            _say(f"  view {lease.view} part {lease.part} is being written by process {lease.pid} of {lease.host}")
+            _say(f"  view {lease.view} part {lease.part} is claimed by process {lease.pid} of {lease.host or 'an unreadable lease'}")
     return 0
 
 
@@ -243,7 +257,10 @@ def _smaller(layout: Layout, encoding: str, k: int | None, temperatures: tuple[f
         raise ConfigError("these labels hold no logits, so --encoding cannot take effect")
     if encoding != "topk" and (k is not None or temperatures):
         raise UserError(f"--k and --temperatures cannot take effect with --encoding {encoding}")
-    sparse = {"k": k or 10, "temperatures": temperatures or layout.logits.temperatures or (1.0,)} if encoding == "topk" else {}
+    own = layout.logits.k if layout.logits.temperatures else 10
+    sparse = (
+        {"k": own if k is None else k, "temperatures": temperatures or layout.logits.temperatures or (1.0,)} if encoding == "topk" else {}
+    )
     return replace(layout, logits=LogitEncoding(kind=encoding, num_classes=layout.logits.num_classes, **sparse))  # type: ignore[arg-type]
 
 

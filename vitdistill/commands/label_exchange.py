@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..labels.store import LabelStore
 from ..stages import Stages
 from .flags import COUNT, TEXT, about, asks_help, one_of, parse_flags, read_value, wrap
+from .label import refuse_labels
 from .recipe_flags import RecipeFlags, parse
 
 
@@ -70,6 +71,7 @@ def import_main(words: Sequence[str]) -> int:
     flags, recipe = parse("label import FILE", ImportFlags, words, wrap(about_it))
     if isinstance(recipe, Stages):
         raise UserError(f"the recipe {recipe.name!r} has stages: label the recipe of one of them (its recipe.yaml in the run's folder)")
+    refuse_labels(recipe)
     output = Path(flags.output) if flags.output is not None else Path("labels") / recipe.name
     from ..labelling import LabelOptions
     from ..labelling_import import import_labels

@@ -477,8 +477,12 @@ def _labels(recipe: Recipe, folder: str | None) -> dict[str, Any]:
         own = Path(folder) / name
         return {f"teachers.{name}.labels": str(own if (own / MANIFEST).is_file() else folder)}
     found = {f"teachers.{name}.labels": str(Path(folder) / name) for name in recipe.teachers if (Path(folder) / name / MANIFEST).is_file()}
-    if not found:
-        raise UserError(f"--labels {folder}: there are no labels of {' or '.join(recipe.teachers)} in it")
+    lacking = [name for name in recipe.teachers if f"teachers.{name}.labels" not in found]
+    if lacking:
+        raise UserError(
+            f"--labels {folder}: there are no labels of {' and '.join(lacking)} in it: label them too, or name those that are stored "
+            "(--set teachers.NAME.labels=FOLDER) and let the others run"
+        )
     return found
 
 

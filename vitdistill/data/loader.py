@@ -163,6 +163,7 @@ class TrainLoader:
         if self._mixing is not None:
             check_even(batch_size // (world_size * accumulate))
         self._order: tuple[int, I64, I64] | None = None
+        self._pairs: tuple[int, I64] | None = None
         self.steps_per_epoch = len(self._epoch_order(0)[0]) // batch_size
         self.pipeline: Literal["batched", "per-sample"] = "per-sample"
         self._memory: ImageSource | BatchViews = source
@@ -193,7 +194,7 @@ class TrainLoader:
         Where images are mixed, every sample comes mixed with its partner in that view; the one without a partner (of
         an odd number) comes as it is.
         """
-        partners = pair_partners(len(self.source), self.seed, view) if self._mixing is not None else None
+        partners = self._partners(view) if self._mixing is not None else None
         starts = range(first, last, batch_size)
 
         def pieces() -> Iterator[_Piece]:
@@ -212,6 +213,20 @@ class TrainLoader:
                 yield Labelling(batch.images[own], piece.ids[own], sums[own])
         finally:
             pixels.close()
+
+    def most_of(self, view: int, ids: I64) -> I64:
+        """The sample that makes up the most of each of these views: itself, or the one that is mixed in."""
+        if self._mixing is None:
+            return ids
+        partners = self._partners(view)[ids]
+        keys = keyed.keys(self.seed, view, np.minimum(ids, partners), Stream.MIX)
+        lam, _, _ = self._mixing.draw(keys, *self.spec.image_size)
+        return np.where(lam >= 0.5, ids, partners)
+
+    def _partners(self, view: int) -> I64:
+        if self._pairs is None or self._pairs[0] != view:
+            self._pairs = (view, pair_partners(len(self.source), self.seed, view))
+        return self._pairs[1]
 
     def _choose_pipeline(self, in_memory: bool | None) -> None:
         """Depends on the data set and the options only: never on workers, device or processes."""
@@ -268,14 +283,14 @@ class TrainLoader:
                 due = checked or self.device.type == "cpu" or number < 4 or number % 64 == 0
                 yield piece, images, self._checksums(piece, images.cpu()) if wanted and due else None
             return
-        views = _TrainViews(self._memory, self.augment, self.spec, self.seed)
+        views = _TrainViews(self._memory, self.augment, self.spec, self.seed, self._checksums if wanted else None)
         with _loaded(views, pieces, self.workers, self.device) as loaded:
-            for piece, images in loaded:
-                sums = self._checksums(piece, images) if wanted else None
+            for piece, images, sums in loaded:
                 yield piece, images.to(self.device, non_blocking=True), sums
 
-    def _checksums(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> npt.NDArray[np.uint32]:
-        return view_checksums(pixels, self.augment.reprob, self._mixing, self.seed, piece.ids, piece.views)
+    @property
+    def _checksums(self) -> "_Checksums":
+        return _Checksums(self.augment.reprob, self._mixing, self.seed)
 
     def _finish(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"], checksums: npt.NDArray[np.uint32] | None) -> Batch:
         batch = self._mixed(piece, pixels)
@@ -351,7 +366,8 @@ class EvalLoader:
             yield from zip(self._pieces, self._cache, strict=True)
             return
         with _loaded(_EvalViews(self.source, self.spec), self._pieces, self.workers, self.device) as loaded:
-            yield from loaded
+            for piece, images, _ in loaded:
+                yield piece, images
 
 
 def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1, num_views: int | None = None) -> tuple[I64, I64]:
@@ -479,15 +495,29 @@ class _Failure:
 
 
 @dataclass(frozen=True)
+class _Checksums:
+    """Checksums of a micro-batch's views, in whichever process makes them."""
+
+    reprob: float
+    mixing: Mixing | None
+    seed: int
+
+    def __call__(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> npt.NDArray[np.uint32]:
+        return view_checksums(pixels, self.reprob, self.mixing, self.seed, piece.ids, piece.views)
+
+
+@dataclass(frozen=True)
 class _TrainViews(Dataset[Any]):
     source: ImageSource
     augment: Augment
     spec: InputSpec
     seed: int
+    checksums: _Checksums | None = None
 
-    def __getitem__(self, piece: _Piece) -> tuple[_Piece, Tensor] | _Failure:
+    def __getitem__(self, piece: _Piece) -> _Pixels | _Failure:
         try:
-            return piece, train_views(self.source.load, self.augment, self.spec, self.seed, piece.views, piece.ids)
+            images = train_views(self.source.load, self.augment, self.spec, self.seed, piece.views, piece.ids)
+            return piece, images, None if self.checksums is None else self.checksums(piece, images)
         except UserError as error:
             return _Failure(type(error), str(error))
 
@@ -497,9 +527,9 @@ class _EvalViews(Dataset[Any]):
     source: ImageSource
     spec: InputSpec
 
-    def __getitem__(self, piece: _Piece) -> tuple[_Piece, Tensor] | _Failure:
+    def __getitem__(self, piece: _Piece) -> _Pixels | _Failure:
         try:
-            return piece, torch.stack([eval_view(self.source.load(i), self.spec) for i in piece.ids.tolist()])
+            return piece, torch.stack([eval_view(self.source.load(i), self.spec) for i in piece.ids.tolist()]), None
         except UserError as error:
             return _Failure(type(error), str(error))
 
@@ -569,7 +599,7 @@ def _without_child_handler() -> Iterator[None]:
 
 
 @contextmanager
-def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device) -> Iterator[Iterator[tuple[_Piece, Tensor]]]:
+def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device) -> Iterator[Iterator[_Pixels]]:
     """The pieces with their pixels, in order, made by ``workers`` processes; user errors are raised here."""
     loader: DataLoader[Any]
     with warnings.catch_warnings():
@@ -593,7 +623,7 @@ def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device:
         running.stop()
 
 
-def _received(running: _Workers, device: torch.device) -> Iterator[tuple[_Piece, Tensor]]:
+def _received(running: _Workers, device: torch.device) -> Iterator[_Pixels]:
     while True:
         try:
             item = next(running.iterator)
@@ -608,5 +638,5 @@ def _received(running: _Workers, device: torch.device) -> Iterator[tuple[_Piece,
             ) from error
         if isinstance(item, _Failure):
             raise item.kind(item.message)
-        piece, images = item
-        yield piece, images.pin_memory() if device.type == "cuda" else images
+        piece, images, sums = item
+        yield piece, images.pin_memory() if device.type == "cuda" else images, sums

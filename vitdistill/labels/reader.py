@@ -92,9 +92,9 @@ class StoredAnswer:
         return self._read[temperature]
 
     def _output(self, temperature: float | None) -> ViTOutput:
-        network, layout = self.network, self.targets.layout
+        network = self.network
         return ViTOutput(
-            logits=None if layout.logits is None else self.targets.logits(temperature),
+            logits=self._logits(temperature),
             hidden=dict(self.targets.hidden),
             features=self.targets.features,
             grid=network.grid,
@@ -103,6 +103,12 @@ class StoredAnswer:
             has_class_token=network.has_class_token,
             depth=network.depth,
         )
+
+    def _logits(self, temperature: float | None) -> Float[Tensor, "B C"] | None:
+        logits = self.targets.layout.logits
+        if logits is None or (temperature is None and not logits.is_complete):  # of sparse labels that nobody reads
+            return None
+        return self.targets.logits(temperature)
 
     def _filled(self, output: ViTOutput) -> ViTOutput:
         if self.live is None or self.missing is None:

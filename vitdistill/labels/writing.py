@@ -151,10 +151,10 @@ class _Claims:
         return json.dumps({**_process(), "beat": self._count, "token": secrets.token_hex(6)}).encode()
 
     def _claim(self, path: Path, mine: bytes) -> bool:
-        if _created(path, mine):
-            return True
         theirs = _content(path)
-        if theirs is not None and not self._is_over(path, theirs):
+        if theirs is None:
+            return _created(path, mine)
+        if not self._is_over(path, theirs):
             return False
         # One of those who see that it is over removes it: another may have taken it over already.
         with durable.alone_in(path.parent), durable.disk_errors(path):

@@ -33,7 +33,7 @@ from ..labels.reader import LabelReader, blank_targets
 from ..labels.store import LabelStore
 from ..method import Network
 from ..plan import Plan
-from ..recipe import Recipe
+from ..recipe import Recipe, TeacherConfig, to_dict
 from ..teacher import Teacher
 from .distributed import World
 from .optim import make_optimizer
@@ -256,10 +256,26 @@ def _check_labels(
         raise DataError(
             f"the labels of the {name} ({store.path}) are not for this run: {'; '.join(changed)}: make the recipe agree, or label again"
         )
+    views = recipe.data.views or recipe.train.epochs
+    if recipe.teachers[name].missing == "error":
+        absent = [place for place in store.missing_parts() if place[0] < views]
+        if absent:
+            raise DataError(
+                f"{len(absent)} of {views * store.num_parts} parts of the labels of the {name} are not written yet (the first: view "
+                f"{absent[0][0]}, part {absent[0][1]}): label the rest, show fewer views (--views), or let the teacher answer there "
+                f"(--set teachers.{name}.missing=online)"
+            )
     status = store.status()
     of = f"{status.records:,} of {store.manifest.num_samples * store.manifest.num_views:,} records"
-    views = recipe.data.views or recipe.train.epochs
     say(f"{name}: {store.manifest.about['network']['architecture']}, stored labels, {of}, {views} views used")
+
+
+def made_by(store: LabelStore, config: TeacherConfig) -> bool:
+    """Whether these labels were written by a teacher of this very configuration, so that its weights need not be looked at again."""
+    recipe = store.manifest.about.get("recipe") or {}
+    then = recipe.get("teachers", {}).get(store.manifest.about.get("teacher"))
+    now = to_dict(config)
+    return then is not None and all(then.get(key) == now[key] for key in now if key not in ("labels", "missing"))
 
 
 def _build_networks(
@@ -280,7 +296,7 @@ def _build_networks(
             if reads_logits(recipe.objectives, network):
                 names.add(tuple(stores[name].manifest.about.get("classes", ())))
                 answering.append(network)
-            if not config.model:
+            if config.missing == "error" and (not config.model or made_by(stores[name], config)):
                 continue
         teacher, match = build_teacher(config, name, classes, student.spec, device, recipe.objectives)
         teachers[name] = teacher

@@ -41,7 +41,7 @@ from .distributed import World, world
 from .job import Job, prepare
 from .optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
 from .pictures import draw_sheet, png
-from .run_folder import METRICS, PICTURES, SUMMARY, TIMING, RunFolder, finished
+from .run_folder import METRICS, PICTURES, SUMMARY, TIMING, RunFolder, finished, saved_recipe
 
 PROGRESS = ("step", "evaluated_at", "best_step", "scores", "seconds")
 Resumed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -95,7 +95,7 @@ def train(
     """
     output = Path(output)
     console = console or Console()
-    recipe = with_views_of_labels(recipe)
+    recipe = with_views_of_labels(recipe, saved_recipe(output))
     with world(device) as here:
         say = (lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) if here.is_main else (lambda text: None)
 

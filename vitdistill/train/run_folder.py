@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .. import __version__, durable, export
-from ..errors import ConfigError, PermissionDenied
+from ..errors import ConfigError, PermissionDenied, UserError
 from ..recipe import Recipe, differences, dump_recipe, load_recipe
 
 RECIPE, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM, PICTURES = (
@@ -69,6 +69,14 @@ def _check_folder(path: Path, recipe: Recipe) -> bool:
             f"or resume that run with 'vitdistill train {path / RECIPE} --output {path}'"
         )
     return True
+
+
+def saved_recipe(path: Path) -> Recipe | None:
+    """The recipe of the run in this folder; None where there is none, or none that this version reads."""
+    try:
+        return load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
+    except UserError:
+        return None
 
 
 def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
