@@ -1,6 +1,7 @@
 """From a recipe to networks: the student, the teachers, their input contracts, and the plan that ties them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from timm.models import is_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import weights
 from .data.views import InputSpec
@@ -29,6 +31,23 @@ class Built:
     model: nn.Module
     spec: InputSpec
     network: Network
+
+
+class _StepsOnCPU(TorchFunctionMode):
+    """timm 1.0.20 reads the numbers of a ``torch.linspace`` while it builds a network, and on the meta device there are none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Networks that are built inside are on the meta device: they have shapes and no numbers."""
+    with torch.device("meta"), _StepsOnCPU():
+        yield
 
 
 def resolve_run(name: str) -> str:

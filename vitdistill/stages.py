@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 
 from . import durable
@@ -29,6 +28,7 @@ from .build import (
     resolve_run,
     stored_network,
     trains_classifier,
+    without_memory,
 )
 from .data.source import open_source
 from .errors import ConfigError, DataError, UserError
@@ -312,7 +312,7 @@ def networks(recipe: Recipe, num_classes: int, answers: Mapping[str, int] | None
 
     ``answers``: how many classes a teacher answers in, where it is not built for them. Its answer is taken as matched to the data set's.
     """
-    with torch.device("meta"):
+    with without_memory():
         student = build_student(recipe.student, num_classes, with_weights=False)
         if not trains_classifier(recipe.objectives, student.network):
             student = build_student(recipe.student, 0, with_weights=False)

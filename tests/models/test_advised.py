@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from vitdistill.build import without_memory
 from vitdistill.commands.export import main as export
 from vitdistill.cost import cost_of, explain, forward_flops
 from vitdistill.data.views import InputSpec
@@ -180,7 +181,7 @@ def test_tokens_and_heads_start_as_deits() -> None:
     [("tiny", 7_632_906, 2.84), ("small", 25_776_138, 6.50), ("base", 93_913_098, 20.2)],
 )
 def test_sizes_are_the_authors(size: str, parameters: int, gmacs: float) -> None:
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(f"cit_{size}_patch16_224")
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert forward_flops(model, (224, 224)) / 2e9 == pytest.approx(gmacs, rel=0.003)
@@ -293,7 +294,7 @@ def test_networks_of_timm_need_no_import(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_stems_have_a_line_in_the_costs() -> None:
     for name, shown in (("cit_tiny_patch16_224", True), ("advised_vit", False)):
-        with torch.device("meta"):
+        with without_memory():
             model = timm.create_model(name, num_classes=10)
         plan = make_plan(Network.of(model, "student", name, (224, 224)), {}, {"ce": CrossEntropy(head="all")})
         text = explain(plan, cost_of(plan, model, {}), 100, 1)

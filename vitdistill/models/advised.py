@@ -40,6 +40,9 @@ class TokenHeads(nn.Module):
         prediction: ``mean``: the mean of all heads' logits; ``class``: the class token's; or one weight for each head, class token first,
             not negative, which are divided by their sum.
 
+    Attributes:
+        names: of the heads, "class" first; answering: of those that the prediction is made of.
+
     Raises:
         ConfigError: the names or the weights make no sense.
 
@@ -56,13 +59,9 @@ class TokenHeads(nn.Module):
         for linear in self.linears:
             nn.init.trunc_normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
             nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
-        self.register_buffer("weights", torch.tensor(_prediction_weights(prediction, len(self.names))), persistent=False)
-
-    @property
-    def answering(self) -> tuple[str, ...]:
-        """Names of the heads that the prediction is made of."""
-        weights = _prediction_weights(self.prediction, len(self.names))
-        return tuple(name for name, weight in zip(self.names, weights, strict=True) if weight)
+        weights = _prediction_weights(prediction, len(self.names))
+        self.answering = tuple(name for name, weight in zip(self.names, weights, strict=True) if weight)
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
 
     def logits(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B heads C"]:
         """Every head's own answer, in the order of ``names``."""
