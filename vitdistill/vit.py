@@ -49,20 +49,19 @@ class Needs:
 
     def resolve(self, depth: int) -> "Needs":
         """The same needs with indices in ``0 .. depth-1``; raises `IndexError` for a block the model does not have."""
-        hidden, attention, qkv = (_absolute(blocks, depth) for blocks in (self.hidden, self.attention, self.qkv))
-        return Needs(self.logits, hidden, attention, qkv, self.features)
+
+        def absolute(blocks: frozenset[int]) -> frozenset[int]:
+            for block in blocks:
+                if not -depth <= block < depth:
+                    raise IndexError(f"block {block} does not exist: the model has {depth} blocks (0 to {depth - 1})")
+            return frozenset(block % depth for block in blocks)
+
+        return Needs(self.logits, absolute(self.hidden), absolute(self.attention), absolute(self.qkv), self.features)
 
     def num_blocks(self, depth: int) -> int:
         """How many of the model's ``depth`` blocks have to run, counted from the first."""
         needs = self.resolve(depth)
         return depth if needs.logits or needs.features else max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
-
-
-def _absolute(blocks: frozenset[int], depth: int) -> frozenset[int]:
-    for block in blocks:
-        if not -depth <= block < depth:
-            raise IndexError(f"block {block} does not exist: the model has {depth} blocks (0 to {depth - 1})")
-    return frozenset(block % depth for block in blocks)
 
 
 @dataclass(frozen=True)
