@@ -145,7 +145,7 @@ def test_the_help_lists_recipes_and_shows_the_defaults_of_the_one_that_is_named(
 
 MISTYPED = [
     (["trian"], "there is no command 'trian': did you mean 'train'?"),
-    (["zzz"], "choose from demo, train, explain, eval, export"),
+    (["zzz"], "choose from demo, train, label, explain, eval, export"),
     (["train", "--lrr", "1"], "there is no flag --lrr: did you mean --lr?"),
     (["train", "--zzzzzz"], "'vitdistill train --help' lists them"),
     (["train", "kd", "--keep-rate", "half"], "--keep-rate is 'half': a number is needed"),

@@ -574,7 +574,7 @@ def writes_files(call: ast.Call) -> bool:
         "save_model",
     ):
         return True
-    if name.split(".")[-1] != "open" or name == "Image.open":
+    if name.split(".")[-1] != "open" or name in ("Image.open", "archive.open"):  # a member of an archive, which is a stream of durable's
         return False
     modes = [a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     modes += [k.value.value for k in call.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
