@@ -3,7 +3,7 @@
     python benchmarks/mae_step.py                  # ViT-S from ViT-B, about half an hour
     python benchmarks/mae_step.py large --write    # ViT-B from ViT-L, and keep the table in benchmarks/results/
 
-The optimizer's work does not grow with the batch and is the same in every step: below 16 images it hides a part of what is saved.
+The optimizer's work does not grow with the batch and is the same in every step: in a batch of four it hides a part of what is saved.
 
 The steps of one mask rate run in one process, one after another, round after round in another order, on the same images, masks and
 weights, and have to give the same losses. A step is compared with the authors' of its own round. The clock is the CPU time of this
@@ -46,7 +46,7 @@ SIZE = (224, 224)
 def build(name: str, seed: int) -> nn.Module:
     """A ViT without a classifier, with MAE's random weights."""
     torch.manual_seed(seed)
-    model = timm.create_model(name, num_classes=0)
+    model: Any = timm.create_model(name, num_classes=0)
     init_mae(model)
     return model
 
@@ -173,7 +173,7 @@ def peak_memory(run: Callable[[], None]) -> int:
     """The most that torch has allocated at once within ``run``, bytes, beyond what there was before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()

@@ -59,7 +59,7 @@ class Pair:
     image_size: int
     num_classes: int
     batch_size: int
-    targets: dict[str, float]
+    targets: dict[str, float] = field(default_factory=dict)
 
 
 _CIFAR = {"img_size": 32, "patch_size": 4}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from rich.console import Console
 from tyro.conf import Positional
@@ -18,16 +18,17 @@ from ..stages import Stages
 from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
 from .recipe_flags import RecipeFlags, parse
 
+if TYPE_CHECKING:
+    from ..labelling import LabelOptions
+
 ENCODINGS = ("auto", "float32", "float16", "uint8", "topk", "sampled")
 
 
 @dataclass
-class LabelFlags(RecipeFlags):
-    """Flags of ``label RECIPE``."""
+class WritingFlags(RecipeFlags):
+    """Flags of everything that writes labels for a recipe."""
 
-    output: Annotated[
-        str | None, TEXT, about("the folder; every teacher's labels go into a folder of its name there; none: labels/RECIPE")
-    ] = None
+    output: Annotated[str | None, TEXT, about("the folder; a teacher's labels go into one of its name there; none: labels/RECIPE")] = None
     encoding: Annotated[
         str,
         one_of(*ENCODINGS),
@@ -37,9 +38,27 @@ class LabelFlags(RecipeFlags):
     temperatures: Annotated[
         tuple[str, ...], about("at which topk and sampled are right; none: those of the recipe's objectives", metavar="T ...")
     ] = ()
-    hidden_dtype: Annotated[str | None, one_of("float16", "float32"), about("of hidden states the recipe reads; none: float16")] = None
     part_size: Annotated[int, COUNT, about("images a part: what one process writes at a time, and a crash can cost")] = 16384
     device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
+
+    def options(self, hidden_dtype: str | None = None) -> "LabelOptions":
+        """How answers are stored; raises `ConfigError` for flags that do not fit together."""
+        from ..labelling import LabelOptions
+
+        return LabelOptions(
+            encoding=self.encoding,  # type: ignore[arg-type]
+            k=self.k,
+            temperatures=_temperatures(self.temperatures),
+            hidden_dtype=hidden_dtype,  # type: ignore[arg-type]
+            part_size=self.part_size,
+        )
+
+
+@dataclass
+class LabelFlags(WritingFlags):
+    """Flags of ``label RECIPE``."""
+
+    hidden_dtype: Annotated[str | None, one_of("float16", "float32"), about("of hidden states the recipe reads; none: float16")] = None
 
 
 @dataclass
@@ -95,7 +114,7 @@ def main(words: Sequence[str]) -> int:
     return _write(words)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -108,33 +127,29 @@ def _write(words: Sequence[str]) -> int:
         "needs no teacher. The same command goes on where it was stopped, in any number of processes at once.\n"
         "Of labels that are there: vitdistill label status | info | verify | check | merge | prune | import | export"
     )
-    flags, recipe = parse("label", LabelFlags, words, wrap(about_it))
-    if isinstance(recipe, Stages):
-        raise UserError(f"the recipe {recipe.name!r} has stages: label the recipe of one of them (its recipe.yaml in the run's folder)")
-    refuse_labels(recipe)
-    output = Path(flags.output) if flags.output is not None else Path("labels") / recipe.name
-    from ..labelling import LabelOptions, label
+    flags, recipe, output = parse_writing("label", LabelFlags, words, wrap(about_it))
+    from ..labelling import label
 
-    options = LabelOptions(
-        encoding=flags.encoding,  # type: ignore[arg-type]
-        k=flags.k,
-        temperatures=_temperatures(flags.temperatures),
-        hidden_dtype=flags.hidden_dtype,  # type: ignore[arg-type]
-        part_size=flags.part_size,
-    )
-    done = label(recipe, output, options, device=flags.device, say=_say)
+    done = label(recipe, output, flags.options(flags.hidden_dtype), device=flags.device, say=say)
     for name, store in done.stores.items():
         status = store.status()
-        _say(f"{name}: {status.records:,} records, {bytes_shown(status.bytes)} in {store.path}")
-    _say(f"done: train with the same recipe and --labels {output}")
+        say(f"{name}: {status.records:,} records, {bytes_shown(status.bytes)} in {store.path}")
+    say(f"done: train with the same recipe and --labels {output}")
     return 0
 
 
-def refuse_labels(recipe: Recipe) -> None:
-    """Raise `UserError` for a recipe that reads labels: these are to be written."""
+Flags = TypeVar("Flags", bound=WritingFlags)
+
+
+def parse_writing(command: str, flags: type[Flags], words: Sequence[str], about_it: str) -> tuple[Flags, Recipe, Path]:
+    """Flags and the recipe to label for, and the folder to write into; `UserError` for a recipe of stages, or one that reads labels."""
+    found, recipe = parse(command, flags, words, about_it)
+    if isinstance(recipe, Stages):
+        raise UserError(f"the recipe {recipe.name!r} has stages: label the recipe of one of them (its recipe.yaml in the run's folder)")
     for name, teacher in recipe.teachers.items():
         if teacher.labels is not None:
             raise UserError(f"--labels cannot take effect (teachers.{name}.labels): labels are written here, into --output")
+    return found, recipe, Path(found.output) if found.output is not None else Path("labels") / recipe.name
 
 
 def _temperatures(words: Sequence[str]) -> tuple[float, ...]:
@@ -160,9 +175,9 @@ def _status(words: Sequence[str]) -> int:
     for name, store in open_all(flags.store).items():
         status = store.status()
         state = "complete" if status.sealed == status.parts else f"{100 * status.sealed // status.parts} %"
-        _say(f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
+        say(f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
         for lease in status.writing:
-            _say(f"  view {lease.view} part {lease.part} is claimed by process {lease.pid} of {lease.host or 'an unreadable lease'}")
+            say(f"  view {lease.view} part {lease.part} is claimed by process {lease.pid} of {lease.host or 'an unreadable lease'}")
     return 0
 
 
@@ -172,14 +187,14 @@ def _info(words: Sequence[str]) -> int:
 
     for name, store in open_all(flags.store).items():
         manifest = store.manifest
-        _say(f"{name}: {manifest.about['network']['architecture']}, {describe(store.layout)}, {store.layout.record_bytes} bytes a record")
-        _say(f"  {manifest.num_samples:,} images x {manifest.num_views} views, parts of {manifest.part_size:,}")
+        say(f"{name}: {manifest.about['network']['architecture']}, {describe(store.layout)}, {store.layout.record_bytes} bytes a record")
+        say(f"  {manifest.num_samples:,} images x {manifest.num_views} views, parts of {manifest.part_size:,}")
         for key, value in manifest.identity.items():
-            _say(f"  {key:<32}{_plain(value)}")
+            say(f"  {key:<32}{_plain(value)}")
         for library, version in manifest.about.get("versions", {}).items():
-            _say(f"  made with {library:<22}{version}")
+            say(f"  made with {library:<22}{version}")
         if manifest.about.get("command"):
-            _say(f"  made by   {manifest.about['command']}")
+            say(f"  made by   {manifest.about['command']}")
     return 0
 
 
@@ -193,9 +208,9 @@ def _verify(words: Sequence[str]) -> int:
     for name, store in open_all(flags.store).items():
         found = store.verify()
         status = store.status()
-        _say(f"{name}: {status.sealed} of {status.parts} parts are there, {len(found)} files are damaged or foreign")
+        say(f"{name}: {status.sealed} of {status.parts} parts are there, {len(found)} files are damaged or foreign")
         for sentence in found:
-            _say(f"  {sentence}")
+            say(f"  {sentence}")
         bad += found
     if bad:
         raise DataError(f"{len(bad)} files of {flags.store} are not as they were written: delete them and run vitdistill label again")
@@ -210,8 +225,8 @@ def _check(words: Sequence[str]) -> int:
 
     wrong = 0
     for name, store in open_all(flags.store).items():
-        found = check(store, name, flags.samples, data_dir=flags.data_dir, model=flags.teacher_model, device=flags.device, say=_say)
-        _say(f"{name}: {found}")
+        found = check(store, name, flags.samples, data_dir=flags.data_dir, model=flags.teacher_model, device=flags.device, say=say)
+        say(f"{name}: {found}")
         wrong += not found.as_stored
     if wrong:
         raise DataError(f"the teacher does not answer as {flags.store} says: it, the images or a library has changed; label again")
@@ -226,7 +241,7 @@ def _merge(words: Sequence[str]) -> int:
 
     store = merge(flags.from_, flags.target)
     status = store.status()
-    _say(f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
+    say(f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
     return 0
 
 
@@ -244,7 +259,7 @@ def _prune(words: Sequence[str]) -> int:
         raise UserError("--temperatures cannot take effect: they are of --encoding topk")
     store = prune(flags.store, flags.to, num_views=flags.views, k=None if layout is not None else flags.k, layout=layout)
     before, after = source.status(), store.status()
-    _say(f"{flags.to}: {after.records:,} records, {bytes_shown(after.bytes)} (from {bytes_shown(before.bytes)})")
+    say(f"{flags.to}: {after.records:,} records, {bytes_shown(after.bytes)} (from {bytes_shown(before.bytes)})")
     return 0
 
 
