@@ -243,7 +243,7 @@ def build_steps(setting: Setting, store: LabelStore) -> tuple[list[step_cost.Ste
         plan = make_plan(description, {"teacher": network}, setting.objectives, labels=labels)
         batch = blank_batch(pair)
         run = step_cost.our_step(Distillation(student, plan), {} if stored else {"teacher": teacher}, batch)
-        return run, cost_of(plan, student, {"teacher": model}).step, batch
+        return run, cost_of(plan, student, {"teacher": model}, pair.batch_size).step, batch
 
     live, live_flops, _ = ours(stored=False)
     steps = [step_cost.Step("with the live teacher", live, live_flops)]

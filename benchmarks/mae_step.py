@@ -123,7 +123,7 @@ def make_steps(pair: str, rate: float, batch_size: int) -> list[Made]:
 
 
 def _ours(title: str, module: Distillation, teacher: Teacher, batch: Batch) -> Made:
-    cost = cost_of(module.plan, module.student, {"teacher": teacher.model})
+    cost = cost_of(module.plan, module.student, {"teacher": teacher.model}, len(batch.ids))
 
     @torch.no_grad()
     def losses() -> tuple[float, ...]:

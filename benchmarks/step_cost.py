@@ -163,7 +163,7 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
         networks = {name: network for name in teachers}
         plan = make_plan(Network.of(student, "student", pair.student[0], size), networks, objectives, selector)
         run = our_step(Distillation(student, plan), teachers, batch)
-        return run, cost_of(plan, student, {name: teacher_model for name in teachers})
+        return run, cost_of(plan, student, {name: teacher_model for name in teachers}, batch_size)
 
     both: dict[str, Objective] = {"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)}
     alone, alone_cost = ours({"ce": CrossEntropy()})

@@ -71,7 +71,8 @@ names, a selector with `ce` and `kd`, a masking with `mae` and `dmae`.
 - **own part**: FLOPs an image of the loss itself, forward and backward. Matrix products are counted, element-wise work is not.
 - **step**: FLOPs of the whole training step, in percent of plain distillation by the networks' own forward passes ({kd_flops} an image).
 - **memory**: bytes kept an image for the backward pass, on top of training with the labels alone ({ce_bytes}); where a method has a
-  trainable adapter, its weights, gradients and AdamW's moments, once. Methods that couple images are counted on a batch of two.
+  trainable adapter, its weights, gradients and AdamW's moments, once. Counted in micro-batches of 64,
+  which matters to methods that couple images and to `mae`.
 """
 
 

@@ -25,10 +25,13 @@ from vitdistill.cost import (
     training_flops,
     vit_macs,
 )
-from vitdistill.method import Network, Objective, TokenSelector
+from vitdistill.method import Masking, Network, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
+from vitdistill.methods.mae import PixelReconstruction
+from vitdistill.methods.manifold import Manifold
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
+from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.plan import make_plan
@@ -284,6 +287,23 @@ def test_what_is_kept_for_the_backward_pass_grows_with_what_is_computed() -> Non
     deep = small(depth=6)
     alone = cost_of(make_plan(of(deep, "student"), {}, {"ce": CrossEntropy()}), deep, {})
     assert 1.7 < alone.activations_plain / kd.activations_plain < 2.05
+
+
+def test_what_is_computed_once_for_a_batch_or_between_images_depends_on_its_size() -> None:
+    model = small(depth=3)
+
+    def steps(objective: Objective, masking: Masking | None = None) -> list[int]:
+        reads = isinstance(objective, TeacherObjective)
+        plan = make_plan(of(model, "student"), {"teacher": of(model, "teacher")} if reads else {}, {"it": objective}, masking=masking)
+        return [cost_of(plan, model, {"teacher": model} if reads else {}, batch_size).step for batch_size in (2, 8, 64)]
+
+    two, eight, many = steps(PixelReconstruction(decoder_dim=16, decoder_depth=2, decoder_num_heads=2), RandomMasking())
+    assert two > eight > many  # the mask tokens' first projection
+    # q, k and v of the 64 places, 16 wide, forward and backward (6 FLOPs a weight), once a batch.
+    assert two - many == pytest.approx(64 * 3 * 16 * 16 * 6 * (1 / 2 - 1 / 64), rel=0.01)
+    two, eight, many = steps(Manifold(patch_weight=0.0, random_weight=0.0))
+    assert two < eight < many
+    assert len(set(steps(SoftKD()))) == 1
 
 
 def test_a_teacher_keeps_nothing_for_the_backward_pass() -> None:

@@ -50,17 +50,17 @@ def training_flops(model: nn.Module, image_size: tuple[int, int], needs: Needs |
 def _count(model: nn.Module, image_size: tuple[int, int], needs: Needs | None, num_keep: int | None, backward: bool) -> int:
     model = _on_meta(model)
     images = torch.empty(2, 3, *image_size, device="meta")  # two: some batch norms refuse to train on one value a channel
-    keep = _blank_keep(num_keep)
+    keep = _blank_keep(num_keep, len(images))
     # With gradients in either case: without, torch's module tracker fails on a network that hands a parameter to a block (CaiT).
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         outputs = [model(images)] if needs is None else run_vit(model, images, needs, keep).tensors()
         if backward:
             torch.autograd.backward([t.sum() for t in outputs])
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // len(images)
 
 
-def _blank_keep(num_keep: int | None) -> Tensor | None:
-    return None if num_keep is None else torch.zeros(2, num_keep, dtype=torch.int64, device="meta")
+def _blank_keep(num_keep: int | None, batch_size: int) -> Tensor | None:
+    return None if num_keep is None else torch.zeros(batch_size, num_keep, dtype=torch.int64, device="meta")
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -110,8 +110,13 @@ class Cost:
         return self.student_plain + sum(self.teachers_plain.values())
 
 
-def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -> Cost:
-    """Count what ``plan`` computes an image; models may live on the meta device. A teacher whose answers are stored costs nothing."""
+def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module], batch_size: int = 64) -> Cost:
+    """Count what ``plan`` computes an image; models may live on the meta device. A teacher whose answers are stored costs nothing.
+
+    ``batch_size``: images of a micro-batch, at least 2. What an objective computes once for all of them is shared among them, and what it
+    computes between any two of them grows with it.
+    """
+    batch_size = max(batch_size, 2)  # some batch norms refuse to train on one value a channel
     live, plain = {}, {}
     for name, model in teachers.items():
         if name in plan.stored:
@@ -125,7 +130,7 @@ def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -
         live[name], plain[name] = 0, plan.teachers[name].flops
     was_training = student.training
     student.train()
-    objectives, adapters, total, kept = _count_objectives(plan, student, teachers)
+    objectives, adapters, total, kept = _count_objectives(plan, student, teachers, batch_size)
     kept_plain = _Kept()
     with kept_plain:
         plain_total = training_flops(student, plan.student.image_size)
@@ -152,45 +157,50 @@ def _count_stems(plan: Plan, student: nn.Module) -> int:
     return training_flops(embed, size) if forward_flops(embed, size) > 0.1 * forward_flops(student, size) else 0
 
 
-def _count_objectives(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module]) -> tuple[dict[str, int], dict[str, int], int, int]:
+def _count_objectives(
+    plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module], batch_size: int
+) -> tuple[dict[str, int], dict[str, int], int, int]:
     """FLOPs an image of each objective, parameters of each adapter, and FLOPs and kept bytes of the student with all of them."""
     student = _on_meta(student)
     with torch.device("meta"):
-        images, ids = torch.empty(2, 3, *plan.student.image_size), torch.zeros(2, dtype=torch.int64)
+        images, ids = torch.empty(batch_size, 3, *plan.student.image_size), torch.zeros(batch_size, dtype=torch.int64)
         batch = Batch(images, ids, ids, ids, 0)
         adapters = {
             name: objective.adapter(plan.student, plan.teachers[objective.teacher] if isinstance(objective, TeacherObjective) else None)
             for name, objective in plan.objectives.items()
         }
-        seen = _blank_keep(plan.student_keep)
+        seen = _blank_keep(plan.student_keep, batch_size)
         answers: dict[str, ViTOutput | StoredAnswer] = {
-            name: _answer(plan, name, model, seen) for name, model in teachers.items() if name in plan.live
+            name: _answer(plan, name, model, seen, batch_size) for name, model in teachers.items() if name in plan.live
         }
     for name, layout in plan.labels.items():
-        answers[name] = StoredAnswer(blank_targets(layout, 2).to("meta"), plan.teachers[name])
+        answers[name] = StoredAnswer(blank_targets(layout, batch_size, "meta"), plan.teachers[name])
     counts, kept = {}, _Kept()
     with torch.enable_grad():
         with kept, FlopCounterMode(display=False) as counter:
             output = run_vit(student, images, plan.student_needs, seen)
             torch.stack(_losses(plan, output, answers, batch, adapters)).sum().backward()
-        total = counter.get_total_flops() // 2
+        total = counter.get_total_flops() // batch_size
         for name, objective in plan.objectives.items():
             alone = replace(plan, objectives={name: objective})
             with FlopCounterMode(display=False) as counter:
                 (loss,) = _losses(alone, _cut(output), answers, batch, adapters)
                 loss.backward()
-            counts[name] = counter.get_total_flops() // 2
+            counts[name] = counter.get_total_flops() // batch_size
     parameters = {name: sum(p.numel() for p in adapter.parameters()) for name, adapter in adapters.items() if adapter is not None}
-    return counts, parameters, total, kept.bytes // 2
+    return counts, parameters, total, kept.bytes // batch_size
 
 
-def _answer(plan: Plan, name: str, model: nn.Module, seen: Tensor | None) -> ViTOutput:
+def _answer(plan: Plan, name: str, model: nn.Module, seen: Tensor | None, batch_size: int) -> ViTOutput:
     """What a teacher would record, on the meta device, in the number of classes it answers for; ``seen`` are the student's patches."""
-    network, num_keep = plan.teachers[name], plan.num_keep[name]
+    network, keep = plan.teachers[name], _blank_keep(plan.num_keep[name], batch_size)
+    images = torch.empty(batch_size, 3, *network.image_size, device="meta")
     with torch.no_grad():
-        answer = run_vit(_on_meta(model), torch.empty(2, 3, *network.image_size, device="meta"), plan.live[name], _blank_keep(num_keep))
+        answer = run_vit(_on_meta(model), images, plan.live[name], keep)
     answer = answer if seen is None else answer.first_patches(seen)
-    return answer if answer.logits is None else replace(answer, logits=torch.empty(2, network.num_classes, device="meta"))
+    if answer.logits is None:
+        return answer
+    return replace(answer, logits=torch.empty(batch_size, network.num_classes, device="meta"))
 
 
 def _losses(

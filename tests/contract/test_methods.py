@@ -311,11 +311,10 @@ def test_a_loss_is_traced_without_a_graph_break(name: str) -> None:
 def test_the_cost_of_an_objective_is_known_beforehand(name: str, seen: str) -> None:
     """Counted without data, and what the real step computes, but for what an attention kernel computes again backward."""
     case = case_if_possible(name, seen=seen)
-    cost = cost_of(case.plan, case.student, {key: teacher.model for key, teacher in case.teachers.items()})
+    cost = cost_of(case.plan, case.student, {key: teacher.model for key, teacher in case.teachers.items()}, NUM_IMAGES)
     with FlopCounterMode(display=False) as counter:
         case.module.train()(case.batch, case.teachers)["loss"].backward()
-    if not case.method.couples_images:  # whose cost an image depends on the batch
-        assert counter.get_total_flops() == pytest.approx(cost.step * NUM_IMAGES, rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(cost.step * NUM_IMAGES, rel=0.03)
     expected = 0 if case.adapter is None else sum(p.numel() for p in case.adapter.parameters())
     assert cost.adapters.get("it", 0) == expected and cost.activations > 0
 

@@ -214,7 +214,7 @@ def test_widths_that_agree_need_no_projection() -> None:
 def test_what_it_costs_is_what_the_step_computes() -> None:
     for rate in (0.5, 0.75, 0.9):
         pair = Pair({"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=rate))
-        cost = cost_of(pair.plan, pair.student, {"teacher": pair.model})
+        cost = cost_of(pair.plan, pair.student, {"teacher": pair.model}, 6)
         with FlopCounterMode(display=False) as counter:
             pair.module.train()(pair.batch, pair.teachers)["loss"].backward()
         assert counter.get_total_flops() == pytest.approx(cost.step * 6, rel=0.03)

@@ -418,7 +418,7 @@ def test_a_network_without_a_table_of_positions_is_refused() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
 @pytest.mark.parametrize(("num_keep", "num_prefix_tokens"), [(1, 1), (5, 0), (7, 3), (11, 1)])
 def test_hidden_patches_alone_are_decoded_as_among_all(depth: int, num_keep: int, num_prefix_tokens: int) -> None:
     torch.manual_seed(depth)
@@ -426,12 +426,12 @@ def test_hidden_patches_alone_are_decoded_as_among_all(depth: int, num_keep: int
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     keep = torch.stack([torch.randperm(12)[:num_keep] for _ in range(3)])
-    features = torch.randn(3, num_prefix_tokens + num_keep, 12).double()
+    features = torch.randn(3, num_prefix_tokens + num_keep, 12, dtype=torch.float64, requires_grad=True)
     whole = decoder(features, keep, num_prefix_tokens)
     alone, hidden = decoder.decode_hidden(features, keep, num_prefix_tokens)
     assert [sorted([*a, *b]) for a, b in zip(keep.tolist(), hidden.tolist(), strict=True)] == [list(range(12))] * 3
     assert torch.allclose(alone, whole[torch.arange(3)[:, None], hidden], rtol=1e-10, atol=1e-10)
-    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    trained = [features, *(parameter for parameter in decoder.parameters() if parameter.requires_grad)]
     ours = torch.autograd.grad(alone.square().sum(), trained, allow_unused=True)
     theirs = torch.autograd.grad(whole[torch.arange(3)[:, None], hidden].square().sum(), trained, allow_unused=True)
     for a, b in zip(ours, theirs, strict=True):

@@ -135,7 +135,7 @@ def _cost(recipe: Recipe) -> tuple[int, int]:
     student = build_student(recipe.student, 10)
     teachers = {name: build_teacher_model(config, name) for name, config in recipe.teachers.items()}
     plan = plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
-    cost = cost_of(plan, student.model, {name: built.model for name, built in teachers.items()})
+    cost = cost_of(plan, student.model, {name: built.model for name, built in teachers.items()}, recipe.train.batch_size)
     return sum(cost.teachers.values()), cost.step
 
 

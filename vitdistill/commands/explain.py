@@ -96,7 +96,8 @@ def _images(recipe: Recipe) -> _Images:
 
 def _explain(recipe: Recipe, student: Built, teachers: dict[str, Built], images: _Images) -> _Run:
     plan = plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
-    cost = cost_of(plan, student.model, {name: built.model for name, built in teachers.items()})
+    micro_batch = recipe.train.batch_size // recipe.train.accumulate
+    cost = cost_of(plan, student.model, {name: built.model for name, built in teachers.items()}, micro_batch)
     text = explain(plan, cost, images.count, recipe.train.epochs)
     return _Run(recipe, images, text, cost.step * images.count * recipe.train.epochs)
 

@@ -74,7 +74,8 @@ def _plan_text(job: "object") -> str:
     from ..train.job import Job
 
     assert isinstance(job, Job)
-    cost = cost_of(job.plan, job.student, {name: teacher.model for name, teacher in job.teachers.items()})
+    micro_batch = job.recipe.train.batch_size // (job.recipe.train.accumulate * job.world.size)
+    cost = cost_of(job.plan, job.student, {name: teacher.model for name, teacher in job.teachers.items()}, micro_batch)
     loader: TrainLoader = job.train_loader
     images = loader.steps_per_epoch * job.recipe.train.batch_size
     return explain(job.plan, cost, images, job.recipe.train.epochs) + "\n"

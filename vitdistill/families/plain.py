@@ -40,7 +40,7 @@ def attention_rows(attn: Attention, q: Tensor, k: Tensor) -> Float[Tensor, "B H 
     return ((q * attn.scale) @ k.transpose(-2, -1)).float().softmax(-1)
 
 
-def _heads(attn: Attention, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+def split_heads(attn: Attention, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
     """``(B, tokens, parts * H * d)`` as ``parts`` tensors ``(B, H, tokens, d)``."""
     return projected.unflatten(2, (parts, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -48,12 +48,12 @@ def _heads(attn: Attention, projected: Tensor, parts: int) -> tuple[Tensor, ...]
 def project_qkv(attn: Attention, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """q of the first ``rows`` tokens (None: all), k and v of every token, each ``(B, H, tokens, d)``."""
     if rows is None:
-        q, k, v = _heads(attn, attn.qkv(x), 3)
+        q, k, v = split_heads(attn, attn.qkv(x), 3)
     else:
         size = attn.num_heads * attn.head_dim
         weight, bias = attn.qkv.weight, attn.qkv.bias
-        (q,) = _heads(attn, F.linear(x[:, :rows], weight[:size], None if bias is None else bias[:size]), 1)
-        k, v = _heads(attn, F.linear(x, weight[size:], None if bias is None else bias[size:]), 2)
+        (q,) = split_heads(attn, F.linear(x[:, :rows], weight[:size], None if bias is None else bias[:size]), 1)
+        k, v = split_heads(attn, F.linear(x, weight[size:], None if bias is None else bias[size:]), 2)
     return attn.q_norm(q), attn.k_norm(k), v
 
 

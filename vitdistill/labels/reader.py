@@ -130,6 +130,7 @@ def live_rows(
     return rows, teacher(images[rows], needs)
 
 
-def blank_targets(layout: Layout, count: int) -> Targets:
-    """``count`` records of zeros, to try a plan without any labels."""
-    return layout.targets(np.zeros(count, layout.dtype))
+def blank_targets(layout: Layout, count: int, device: torch.device | str = "cpu") -> Targets:
+    """``count`` equal records of zeros on ``device``, to try a plan without any labels."""
+    one = layout.targets(np.zeros(1, layout.dtype)).to(device)
+    return Targets(layout, {name: value.expand(count, *value.shape[1:]) for name, value in one.fields.items()})

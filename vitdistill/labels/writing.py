@@ -23,7 +23,7 @@ from .. import durable
 from ..errors import ConfigError, UserError
 from .store import LabelStore
 
-_POLL_S, _BEAT_S = 0.2, 5.0
+_POLL_S, _BEAT_S = (0.2, 2.0), 5.0  # from the shortest to the longest
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def write_missing(
     total = stores[0].manifest.num_views * stores[0].num_parts if stores else 0
     pending = sorted({place for store in stores for place in store.missing_parts()})
     _clean(stores)
-    sealed = 0
+    sealed, waited = 0, 0.0
     while pending and not (stop is not None and stop()):
         if progress is not None:
             progress(total - len(pending), total)
@@ -103,8 +103,9 @@ def write_missing(
             elif lacking:
                 left.append((view, part))
         pending = left
-        if pending and not worked:
-            time.sleep(_POLL_S)
+        waited = 0.0 if worked else min(max(2 * waited, _POLL_S[0]), _POLL_S[1])
+        if pending and waited:
+            time.sleep(waited)
     if not pending:
         _clean(stores)
         if progress is not None:
@@ -158,7 +159,7 @@ class _Claims:
             return False
         # One of those who see that it is over removes it: another may have taken it over already.
         with durable.alone_in(path.parent), durable.disk_errors(path):
-            if theirs is not None and _content(path) == theirs:
+            if _content(path) == theirs:
                 path.unlink(missing_ok=True)
         return _created(path, mine)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..align import gather_patches
 from ..errors import ConfigError
-from ..families.plain import PlainViT, project_qkv
+from ..families.plain import PlainViT, project_qkv, split_heads
 from ..methods.masking import random_masking
 
 _NORMS = (nn.LayerNorm, RmsNorm)
@@ -139,33 +139,36 @@ class _Decoder:
     ) -> tuple[Float[Tensor, "B M pixels"], Int[Tensor, "B M"]]:
         """The pixels of the M hidden patches alone, and their places: the same numbers as `decode` gives for them, to rounding.
 
-        Nobody reads what the last block makes of the other tokens, and it is not computed.
+        Nobody reads what the last block makes of the other tokens, and it is not computed. What enters the first block at a hidden patch is
+        the same for every image, and is projected once for the batch.
         """
         embedded = self.decoder_embed(features)
-        positions = self.decoder_pos_embed.expand(len(features), -1, -1)
-        num_hidden = positions.shape[1] - 1 - keep.shape[1]
-        seen = torch.ones(positions.shape[0], positions.shape[1] - 1, device=keep.device).scatter(1, keep, 0.0)
-        hidden = seen.argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
-        tokens = torch.cat(
-            [
-                self.mask_token.to(embedded.dtype) + gather_patches(positions[:, 1:], hidden),
-                embedded[:, num_prefix_tokens:] + gather_patches(positions[:, 1:], keep),
-                embedded[:, :num_prefix_tokens] + positions[:, :1],
-            ],
-            dim=1,
-        )
-        for block in self.decoder_blocks[:-1]:
+        positions = self.decoder_pos_embed
+        num_patches, num_hidden = positions.shape[1] - 1, positions.shape[1] - 1 - keep.shape[1]
+        unseen = torch.ones(len(features), num_patches, device=keep.device).scatter(1, keep, 0.0)
+        hidden = unseen.argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
+        blank = self.mask_token[0].to(embedded.dtype) + positions[0, 1:]
+        visible = embedded[:, num_prefix_tokens:] + gather_patches(positions[:, 1:].expand(len(features), -1, -1), keep)
+        seen = torch.cat([visible, embedded[:, :num_prefix_tokens] + positions[:, :1]], dim=1)
+        tokens = torch.cat([F.embedding(hidden, blank), seen], dim=1)
+        blocks: list[Any] = list(self.decoder_blocks)
+        for block in blocks[:1]:
+            projected = [F.embedding(hidden, block.attn.qkv(block.norm1(blank))), block.attn.qkv(block.norm1(seen))]
+            q, k, v = split_heads(block.attn, torch.cat(projected, dim=1), 3)
+            tokens = _rest_of_block(block, tokens, q[:, :, :num_hidden] if len(blocks) == 1 else q, k, v)
+        for block in blocks[1:-1]:
             tokens = block(tokens)
-        for block in self.decoder_blocks[-1:]:
-            tokens = _first_rows(block, tokens, num_hidden)
+        for block in blocks[1:][-1:]:
+            tokens = _rest_of_block(block, tokens, *project_qkv(block.attn, block.norm1(tokens), num_hidden))
         return self.decoder_pred(self.decoder_norm(tokens[:, :num_hidden])), hidden
 
 
-def _first_rows(block: Any, tokens: Float[Tensor, "B L D"], rows: int) -> Float[Tensor, "B rows D"]:
-    """The first ``rows`` tokens of a plain block's output (no dropout, no layer scale, as the decoder's are)."""
-    q, k, v = project_qkv(block.attn, block.norm1(tokens), rows)
+def _rest_of_block(
+    block: Any, tokens: Float[Tensor, "B L D"], q: Float[Tensor, "B H rows d"], k: Float[Tensor, "B H L d"], v: Float[Tensor, "B H L d"]
+) -> Float[Tensor, "B rows D"]:
+    """What a plain block makes of its first ``rows`` tokens once they are projected (no dropout, no layer scale, as the decoder's are)."""
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    tokens = tokens[:, :rows] + block.attn.proj(attended)
+    tokens = tokens[:, : q.shape[2]] + block.attn.proj(attended)
     return tokens + block.mlp(block.norm2(tokens))
 
 

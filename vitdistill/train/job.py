@@ -342,7 +342,7 @@ def unused_parameters(distillation: Distillation, teachers: dict[str, Teacher], 
     labels = torch.zeros(2, dtype=torch.int64, device=device)
     batch = Batch(images=torch.zeros(2, 3, *spec.image_size, device=device), labels=labels, ids=labels, views=labels, view=0)
     for name, layout in distillation.plan.labels.items():
-        batch.targets[name], batch.missing[name] = blank_targets(layout, 2).to(device), np.zeros(0, dtype=np.int64)
+        batch.targets[name], batch.missing[name] = blank_targets(layout, 2, device), np.zeros(0, dtype=np.int64)
     named = [(name, parameter) for name, parameter in distillation.named_parameters() if parameter.requires_grad]
     loss = distillation(batch, teachers)["loss"]
     grads = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)

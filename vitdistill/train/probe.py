@@ -62,7 +62,7 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
         ids = torch.arange(size, device=device)
         batch = Batch(torch.randn(size, 3, *student.spec.image_size, device=device), labels, ids, torch.zeros_like(ids), 0)
         for name, layout in plan.labels.items():
-            batch.targets[name], batch.missing[name] = blank_targets(layout, size).to(device), np.zeros(0, dtype=np.int64)
+            batch.targets[name], batch.missing[name] = blank_targets(layout, size, device), np.zeros(0, dtype=np.int64)
         _wait(device)
         begun = time.perf_counter()
         optimizer.zero_grad()
