@@ -206,8 +206,8 @@ def rows(rate: float, made: list[Made], memory: list[int], batch_size: int) -> I
 def main(
     pair: Literal["small", "large"] = "small",
     /,
-    rounds: int = 5,
-    batch_size: int = 32,
+    rounds: int = 11,
+    batch_size: int = 16,
     write: bool = False,
     rates: tuple[float, ...] = RATES,
 ) -> None:
