@@ -347,17 +347,12 @@ class LabelStore:
         if not (folder / durable.MANIFEST).is_file():
             with durable.disk_errors(folder):
                 found = sorted(os.listdir(folder)) if folder.is_dir() else []
-            if found:
+            if found and durable.MANIFEST not in found:  # another process may have made it since
                 raise ConfigError(
                     f"the output {shown(folder)} is not empty ({shown(found[0])} is in it) and holds no labels: name another folder"
                 )
-            try:
-                with durable.staged_dir(folder) as temp:
-                    durable.write_manifest(temp, {}, manifest.to_json())
-            except DiskError:
-                # Another process may have made it first.
-                if not (folder / durable.MANIFEST).is_file():
-                    raise
+            if not found:
+                cls._make(folder, manifest)
         store = cls(folder, _read_manifest(folder))
         lines = differences(manifest, store.manifest)
         if lines:
@@ -366,6 +361,16 @@ class LabelStore:
                 f"{shown(folder)} holds labels of something else ({'; '.join(lines[:5])}{more}): name another folder, or delete this one."
             )
         return store if store.manifest.num_views >= manifest.num_views else cls(folder, _grown(folder, manifest.num_views))
+
+    @staticmethod
+    def _make(folder: Path, manifest: Manifest) -> None:
+        try:
+            with durable.staged_dir(folder) as temp:
+                durable.write_manifest(temp, {}, manifest.to_json())
+        except DiskError:
+            # Another process may have made it first.
+            if not (folder / durable.MANIFEST).is_file():
+                raise
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "LabelStore":
