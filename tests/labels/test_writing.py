@@ -270,6 +270,17 @@ def test_beats_change_the_lease_until_it_is_lost(manifest, tmp_path, make):
     assert leftovers(store.path) == []
 
 
+def test_a_writer_that_gives_up_leaves_the_lease_of_the_one_that_took_over(manifest, tmp_path):
+    store = LabelStore.create(tmp_path / "s", manifest(num_views=1, num_samples=3))
+    path = store.lease_path(0, 0)
+
+    def taken_over(unit: Unit) -> None:
+        durable.write_atomic(path, b"another's")
+
+    assert write_missing([store], taken_over) == 0
+    assert path.read_bytes() == b"another's"
+
+
 def test_beats_are_rare(manifest, tmp_path, make, tree):
     store = LabelStore.create(tmp_path / "s", manifest(num_views=1, num_samples=3))
 
@@ -304,8 +315,9 @@ def test_an_error_frees_the_part(manifest, tmp_path, make, error):
 def test_stopping(manifest, tmp_path, make):
     store = LabelStore.create(tmp_path / "s", manifest())
     assert write_missing([store], make, stop=lambda: store.status().sealed == 3) == 3
-    assert write_missing([store], lambda unit: None) == 0
-    assert leftovers(store.path) == [] and store.status().sealed == 3
+    given_up: list[Unit] = []
+    assert write_missing([store], given_up.append) == 0
+    assert len(given_up) == 1 and leftovers(store.path) == [] and store.status().sealed == 3
     # While there is nothing to do but to wait.
     durable.write_atomic(store.lease_path(1, 4), lease(host="elsewhere"))
     started = time.monotonic()
