@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitdistill.data import loader as loader_module
-from vitdistill.data.loader import Batch, EvalLoader, TrainLoader, epoch_order
+from vitdistill.data.loader import Batch, EvalLoader, TrainLoader, epoch_order, pair_partners
 from vitdistill.data.source import open_source
 from vitdistill.data.views import AUGMENTS, Augment, InputSpec, eval_view, normalize
 from vitdistill.errors import ConfigError, DataError
@@ -298,3 +298,24 @@ def test_a_limit_is_a_fixed_sample_over_all_classes(make_folder) -> None:
     assert sorted(split) == sorted(ids[0])
     with pytest.raises(ConfigError, match="limit"):
         EvalLoader(source, SPEC, batch_size=4, limit=0)
+
+
+@pytest.mark.parametrize("mixes", [{"mixup": 0.8}, {"cutmix": 1.0}, {}])
+def test_what_makes_up_the_most_of_a_mixed_view(make_folder, mixes: dict[str, float]) -> None:
+    """Judged by the pixels: of the two unmixed views, the one that more places of the mixed view are nearer to."""
+    source = open_source(str(make_folder()), "train")
+    plain = replace(AUGMENTS["small"], mixup=0.0, cutmix=0.0, reprob=0.0)
+    ids = np.arange(len(source), dtype=np.int64)
+    for view in range(3):
+        alone, mixed = (
+            next(TrainLoader(source, augment, SPEC, batch_size=2, seed=5).labelling(view, 0, len(ids), len(ids))).images
+            for augment in (plain, replace(plain, **mixes))
+        )
+        most = TrainLoader(source, replace(plain, **mixes), SPEC, batch_size=2, seed=5).most_of(view, ids)
+        partners = pair_partners(len(ids), 5, view)
+        own, other = ((mixed - views).abs().sum(1) for views in (alone, alone[partners]))
+        lead = ((own < other).sum((1, 2)) - (other < own).sum((1, 2))).numpy()
+        clear = np.abs(lead) > 64  # of 1024; in padding both are alike
+        assert not mixes or clear.mean() > 0.5
+        assert most[clear].tolist() == np.where(lead > 0, ids, partners)[clear].tolist()
+        assert bool(mixes) == (most.tolist() != ids.tolist())
