@@ -306,6 +306,16 @@ def test_what_is_computed_once_for_a_batch_or_between_images_depends_on_its_size
     assert len(set(steps(SoftKD()))) == 1
 
 
+def test_explain_counts_for_the_micro_batch_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    def own_part(*flags: str) -> str:
+        assert main(["explain", "small_images_mae", *flags]) == 0
+        (found,) = re.findall(r"mae, its own part +[\d.]+ \S* +([\d.]+ \S+)", capsys.readouterr().out)
+        return found
+
+    few, many = own_part("--batch-size", "4"), own_part("--batch-size", "512")
+    assert few != many and own_part("--batch-size", "512", "--accumulate", "128") == few
+
+
 def test_a_teacher_keeps_nothing_for_the_backward_pass() -> None:
     costs = [counted({"ce": CrossEntropy(), "kd": SoftKD()}, teacher=small(depth=depth)) for depth in (1, 4)]
     assert costs[0].activations == costs[1].activations

@@ -390,6 +390,19 @@ def test_many_create_one_store_at_once(manifest, tmp_path, fork, join):
     assert [path.name for path in tmp_path.rglob("*")] == ["s", "manifest.json"]
 
 
+def test_a_store_that_another_process_makes_meanwhile_is_opened(manifest, tmp_path, monkeypatch):
+    listdir = os.listdir
+
+    def slow(folder):
+        monkeypatch.setattr(os, "listdir", listdir)
+        LabelStore.create(folder, manifest(about={"pid": 1}))
+        return listdir(folder)
+
+    (tmp_path / "s").mkdir()
+    monkeypatch.setattr(os, "listdir", slow)
+    assert LabelStore.create(tmp_path / "s", manifest(about={"pid": 2})).manifest.about["pid"] == 1
+
+
 def test_folders_of_something_else_are_told_apart(made, manifest, tmp_path, tree):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.doc").write_bytes(b"x")

@@ -144,7 +144,8 @@ class _Decoder:
         """
         embedded = self.decoder_embed(features)
         positions = self.decoder_pos_embed
-        num_patches, num_hidden = positions.shape[1] - 1, positions.shape[1] - 1 - keep.shape[1]
+        num_patches = positions.shape[1] - 1
+        num_hidden = num_patches - keep.shape[1]
         unseen = torch.ones(len(features), num_patches, device=keep.device).scatter(1, keep, 0.0)
         hidden = unseen.argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
         blank = self.mask_token[0].to(embedded.dtype) + positions[0, 1:]
@@ -166,7 +167,7 @@ class _Decoder:
 def _rest_of_block(
     block: Any, tokens: Float[Tensor, "B L D"], q: Float[Tensor, "B H rows d"], k: Float[Tensor, "B H L d"], v: Float[Tensor, "B H L d"]
 ) -> Float[Tensor, "B rows D"]:
-    """What a plain block makes of its first ``rows`` tokens once they are projected (no dropout, no layer scale, as the decoder's are)."""
+    """What a plain block makes of its first ``rows`` tokens once they are projected; the decoder's have no dropout, scale or q/k norm."""
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     tokens = tokens[:, : q.shape[2]] + block.attn.proj(attended)
     return tokens + block.mlp(block.norm2(tokens))
