@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -180,23 +181,40 @@ def test_a_claim_that_cannot_be_read_is_left_alone(tmp_path, content):
     assert (tmp_path / "in_use.json").read_bytes() == content
 
 
-def test_of_many_that_take_a_dead_claim_over_one_wins(tmp_path, tools):
+def test_of_many_that_take_a_dead_claim_over_one_wins(tmp_path, tools, monkeypatch):
+    look = RunFolder._refuse_if_alive
+
+    def slow_look(folder, path):
+        look(folder, path)
+        time.sleep(0.02 * random.Random(os.getpid()).random())  # the claim found dead is removed later: by then it may be another's
+
+    monkeypatch.setattr(RunFolder, "_refuse_if_alive", slow_look)
+    attempts = 6
     dead = tools.Child(lambda: None)
     dead.wait()
     (tmp_path / "recipe.yaml").write_text(dump_recipe(RECIPE))
+    (tmp_path / "in_use.json").write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid, "started": "x"}))
+    (begin, start), (tries, tried), (all_tried, tell) = os.pipe(), os.pipe(), os.pipe()
 
     def attempt():
+        os.read(begin, 1)
         try:
-            folder = RunFolder(tmp_path, RECIPE)
+            RunFolder(tmp_path, RECIPE)
         except ConfigError:
             return 0
-        time.sleep(0.3)
-        folder._release()
+        finally:
+            os.write(tried, b".")
+        os.read(all_tried, 1)  # who wins holds the folder until all have tried, however late they started
         return 1
 
-    for _ in range(3):
-        (tmp_path / "in_use.json").write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid, "started": "x"}))
-        assert sum(child.wait() for child in [tools.Child(attempt) for _ in range(6)]) == 1
+    children = [tools.Child(attempt) for _ in range(attempts)]
+    os.write(start, b"." * attempts)
+    for _ in children:
+        assert os.read(tries, 1)
+    os.write(tell, b"." * attempts)
+    assert sum(child.wait() for child in children) == 1
+    for end in (begin, start, tries, tried, all_tried, tell):
+        os.close(end)
 
 
 def test_only_ones_own_claim_is_released(tmp_path):
