@@ -80,7 +80,7 @@ def test_kill_9_at_random_moments_leaves_whole_parts(made, manifest, tmp_path, m
         write_missing([LabelStore.open(store.path)], slow)
 
     kills, left, counts = 0, 0, [0]
-    until = time.monotonic() + 3
+    until = time.monotonic() + 60
     while time.monotonic() < until and kills < 40 and any(store.missing_parts()):
         pids = [fork(write) for _ in range(2)]
         os.read(reader, 1)  # somebody is at work when the clock starts, however busy the machine
@@ -156,10 +156,14 @@ def test_the_first_of_two_that_made_one_part_wins(manifest, tmp_path, make, reco
 
 def test_reading_while_writing(manifest, tmp_path, make, fork, join, records):
     store = LabelStore.create(tmp_path / "s", manifest(num_samples=200))
+    reads, read = os.pipe()
 
     def write():
+        os.close(read)
+
         def slow(unit: Unit) -> list[np.ndarray]:
-            time.sleep(0.004)
+            os.read(reads, 1 << 16)
+            os.read(reads, 1)  # a reading ends between two parts, however busy the machine
             return make(unit)
 
         write_missing([store], slow)
@@ -172,8 +176,11 @@ def test_reading_while_writing(manifest, tmp_path, make, fork, join, records):
         found, present = reading.read(np.ones(200, np.int64), ids)
         np.testing.assert_array_equal(found[present], records(store.layout, 1, ids[present]))
         counts.append(int(present.sum()))
+        os.write(read, b".")
+    os.close(read)
     assert join(pid) == 0
-    assert counts == sorted(counts) and counts[-1] == 200 and len(set(counts)) > 3
+    os.close(reads)
+    assert counts == sorted(counts) and counts[-1] == 200 and len(set(counts)) > 20
 
 
 # -- leases -----------------------------------------------------------------------------------------------------------
@@ -239,8 +246,8 @@ def test_another_host_is_waited_for_while_its_lease_changes(manifest, tmp_path, 
 
     thread = threading.Thread(target=beat)
     thread.start()
-    assert write_missing([store], make, patience_s=0.9) == 10
-    assert len(last) == 8 and time.monotonic() - last[-1] > 0.6
+    assert write_missing([store], make, patience_s=3.0) == 10
+    assert len(last) == 8 and time.monotonic() - last[-1] > 2.5
     thread.join()
     assert is_right(store) == 74 and leftovers(store.path) == []
 
@@ -320,9 +327,8 @@ def test_stopping(manifest, tmp_path, make):
     assert len(given_up) == 1 and leftovers(store.path) == [] and store.status().sealed == 3
     # While there is nothing to do but to wait.
     durable.write_atomic(store.lease_path(1, 4), lease(host="elsewhere"))
-    started = time.monotonic()
-    assert write_missing([store], make, stop=lambda: time.monotonic() - started > 1) == 6
-    assert time.monotonic() - started < 60
+    rounds = iter(range(2))
+    assert write_missing([store], make, stop=lambda: store.status().sealed == 9 and next(rounds, None) is None) == 6
 
 
 def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, tmp_path, make):
