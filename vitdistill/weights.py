@@ -507,9 +507,8 @@ def _build(name: str, build: dict[str, Any], extra: dict[str, Any], pretrained: 
         if not pretrained:
             raise ConfigError(f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}.") from error
         raise DataError(
-            f"The pretrained weights of {shown(name)} cannot be had ({_first_line(error)}); without network, download "
-            f"the "
-            "file elsewhere and give it as the checkpoint."
+            f"The pretrained weights of {shown(name)} cannot be had ({_first_line(error)}); without network, download the file "
+            "elsewhere and give it as the checkpoint."
         ) from error
     _record_input(model, size, build.get("in_chans"))
     _check_grid(name, model)
@@ -539,8 +538,7 @@ def _check_grid(name: str, model: nn.Module) -> None:
         return
     if any(side % step for side, step in zip(size, patch, strict=False)):
         raise ConfigError(
-            f"{shown(name)} cuts images into patches of {patch[0]} x {patch[1]}, which do not fill {size[0]} x "
-            f"{size[1]}; "
+            f"{shown(name)} cuts images into patches of {patch[0]} x {patch[1]}, which do not fill {size[0]} x {size[1]}; "
             "choose an image size that is a multiple of the patch size."
         )
 
@@ -623,8 +621,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str
     cfg = {key: value for key, value in cfg.items() if key in known and key not in ("url", "file", "state_dict", "hf_hub_id", "source")}
     if not is_model(architecture):
         raise ConfigError(
-            f"{shown(path)} names the architecture {shown(architecture)!r}, which timm {timm.__version__} does not "
-            f"have; "
+            f"{shown(path)} names the architecture {shown(architecture)!r}, which timm {timm.__version__} does not have; "
             "install the timm version that wrote it."
         )
     return architecture, args, cfg, digest

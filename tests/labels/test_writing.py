@@ -252,6 +252,24 @@ def test_another_host_is_waited_for_while_its_lease_changes(manifest, tmp_path, 
     assert is_right(store) == 74 and leftovers(store.path) == []
 
 
+def test_who_waits_looks_less_and_less_often_until_there_is_work(manifest, tmp_path, make, is_right, monkeypatch):
+    store = LabelStore.create(tmp_path / "s", manifest(num_views=1))
+    held = [store.lease_path(0, part) for part in (1, 3)]
+    for path in held:
+        durable.write_atomic(path, lease(host="elsewhere"))
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) in (6, 8):
+            held.pop().unlink()
+
+    monkeypatch.setattr(writing.time, "sleep", sleep)
+    assert write_missing([store], make, patience_s=1e6) == 5
+    assert waits == pytest.approx([0.2, 0.4, 0.8, 1.6, 2, 2, 0.2, 0.4])
+    assert is_right(store) == 37
+
+
 def test_beats_change_the_lease_until_it_is_lost(manifest, tmp_path, make):
     store = LabelStore.create(tmp_path / "s", manifest(num_views=1, num_samples=3))
     path = store.lease_path(0, 0)
