@@ -134,6 +134,20 @@ def test_epoch_order(size: int, repeats: int, epoch: int, seed: int) -> None:
     assert (paired_views[:, 0] == paired_views[:, 1]).all()
 
 
+@given(size=st.integers(2, 60), num_views=st.integers(1, 4), later=st.integers(0, 9), seed=st.integers(-(2**70), 2**70))
+def test_views_come_back_in_the_same_pairs(size: int, num_views: int, later: int, seed: int) -> None:
+    def pairs(epoch: int) -> list[list[int]]:
+        ids, views = epoch_order(size, seed, epoch, num_views=num_views)
+        assert sorted(ids.tolist()) == list(range(size)) and set(views.tolist()) == {epoch % num_views}
+        return ids[: size // 2 * 2].reshape(-1, 2).tolist()
+
+    first = pairs(later % num_views)
+    again = pairs(num_views + later)
+    assert sorted(again) == sorted(first)
+    if len(first) > 20:
+        assert again != first
+
+
 def test_repeats_follow_the_documented_order() -> None:
     ids, views = epoch_order(12, 7, 2, 3)
     p = ids[[0, 1, 6, 7]]

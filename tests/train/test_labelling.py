@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vitdistill import labelling
 from vitdistill.build import with_views_of_labels
 from vitdistill.data.views import Augment
 from vitdistill.errors import ConfigError, DataError, NonFiniteError, Preempted
@@ -331,8 +333,6 @@ def test_sparse_labels_train(kd, tools, tmp_path):
 
 
 def test_answers_that_are_not_finite_are_not_stored(kd, teacher, tools, tmp_path):
-    import vitdistill.labelling as labelling
-
     recipe = kd()
     with world("cpu") as here:
         job = prepare(recipe, here, lambda text: None)
@@ -343,7 +343,7 @@ def test_answers_that_are_not_finite_are_not_stored(kd, teacher, tools, tmp_path
             work.records("teacher", 0, batch, answers["teacher"])
 
 
-def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, teacher, tools, tmp_path):
+def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, plain, tools, tmp_path):
     for encoding in ("float32", "uint8", "topk", "sampled"):
         store = written(kd(), tmp_path / encoding, LabelOptions(encoding=encoding, part_size=8))
         found = check(store, "teacher", 40, device="cpu")
@@ -357,6 +357,28 @@ def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, teacher, t
     empty = LabelStore.create(tmp_path / "empty", store.manifest)
     with pytest.raises(DataError, match="has no records yet"):
         check(empty, "teacher", 4, device="cpu")
+    tools.run(plain(**{"train.epochs": 2, "train.seed": 6}), tmp_path / "other")
+    with pytest.raises(DataError, match=r'what made the labels in .* has changed: teacher.weights is "\w+" in the labels and "\w+" here'):
+        check(store, "teacher", 4, model=str(tmp_path / "other" / "last"), device="cpu")
+
+
+def test_draws_are_of_an_image_and_a_view(kd):
+    with world("cpu") as here:
+        work = labelling._Work(prepare(kd(), here, lambda text: None), LabelOptions(encoding="sampled", k=50))
+        batch, answers = next(work.answers(0, 0, 4))
+        again, first, second = (work.records("teacher", view, batch, answers["teacher"])["ids"] for view in (0, 0, 1))
+    assert (again == first).all()
+    assert len({row.tobytes() for row in (*first, *second)}) == 8
+
+
+def test_which_of_a_teachers_classes_are_labelled_is_part_of_what_labels_are(kd, tools, tmp_path):
+    found = []
+    for gone in (None, "bee", "cat"):
+        root = tools.write_images(tmp_path / str(gone))
+        for split in ("train", "val") if gone else ():
+            shutil.rmtree(root / split / gone)
+        found.append(written(kd(**{"data.dir": str(root)}), tmp_path / f"labels_{gone}").manifest.identity["teacher.classes_taken"])
+    assert found == [None, [0, 2], [0, 1]]
 
 
 # -- what is chosen ---------------------------------------------------------------------------------------------------
