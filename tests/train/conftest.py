@@ -173,7 +173,7 @@ def result_losses(folder: Path) -> tuple[float, float]:
     return values[0], values[-1]
 
 
-def until(condition: Callable[[], Any], seconds: float = 180) -> None:
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
     """Wait for something another process does."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -214,7 +214,7 @@ class Child:
         """Send a signal."""
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 180) -> Any:
+    def wait(self, seconds: float = 60) -> Any:
         """What came back (None if it was killed); a child that takes longer is killed, and that is an error."""
         data, deadline = b"", time.monotonic() + seconds
         try:

@@ -278,7 +278,7 @@ def test_the_command_line_leaves_with_75_and_one_sentence(tmp_path, plain, tools
     for line in child.stdout:
         if line.startswith("step 2/"):
             child.send_signal(signal.SIGTERM)
-    _, sentence = child.communicate(timeout=180)
+    _, sentence = child.communicate(timeout=60)
     assert child.returncode == 75
     assert sentence.startswith("vitdistill train: stopped by SIGTERM at step ") and sentence.count("\n") == 1
     assert checkpoint.latest(folder) is not None
@@ -299,7 +299,7 @@ def test_killed_at_random_moments(tmp_path, taught, tools):
         assert child.wait() is None and child.code == -signal.SIGKILL, "it did not take the folder over"
         in_write += any((folder / "checkpoints").glob(f".tmp-*-{child.pid}-*"))
     tools.run(recipe, folder)
-    assert in_write, "no kill hit a checkpoint that was being written"
+    assert in_write >= 3
     assert tools.result(folder) == tools.result(tmp_path / "whole")
     assert not list(folder.rglob(".tmp-*")) and not (folder / "in_use.json").exists()
 
