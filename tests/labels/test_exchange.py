@@ -321,6 +321,14 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "b.npy").rename(tmp_path / "b.npz")
     with pytest.raises(DataError, match=r"b.npz is damaged"):
         open_answers(tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", sample_id=np.arange(len(LOGITS)), logits=LOGITS)
+    packed = bytearray((tmp_path / "c.npz").read_bytes())
+    for mark, field in ((b"PK\x01\x02", 10), (b"PK\x03\x04", 8)):  # an unknown compression, in both kinds of header
+        for at in (i for i in range(len(packed)) if packed[i : i + 4] == mark):
+            packed[at + field : at + field + 2] = (99).to_bytes(2, "little")
+    (tmp_path / "c.npz").write_bytes(packed)
+    with pytest.raises(DataError, match=r"c.npz is damaged, or no .npz file of plain arrays \(.*compression"):
+        open_answers(tmp_path / "c.npz")
 
 
 def test_parquet_without_pyarrow_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
