@@ -235,8 +235,8 @@ class Recipe:
             raise ConfigError("optim.warmup_prefix cannot take effect: there is no warm-up (optim.warmup_epochs is 0)")
         if optim.sched != "none" and optim.warmup_epochs >= train.epochs:
             raise ConfigError(
-                f"optim.warmup_epochs is {optim.warmup_epochs:g}, but the run has only {train.epochs} epochs: "
-                "warm up for fewer (--warmup-epochs)"
+                f"optim.warmup_epochs is {optim.warmup_epochs:g}, and train.epochs {train.epochs}: warm up for fewer than "
+                "the run has (--warmup-epochs)"
             )
 
 
