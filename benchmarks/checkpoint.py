@@ -39,7 +39,9 @@ def works(folder: Path, model: str) -> tuple[list[Work], int]:
     """Saving and loading a training state of ``model``, and its bytes."""
     torch.manual_seed(0)
     weights = timm.create_model(model).state_dict()
-    tensors = {f"{part}.{key}": torch.randn_like(value) for part in ("model", "ema", "exp_avg", "exp_avg_sq") for key, value in weights.items()}
+    tensors = {
+        f"{part}.{key}": torch.randn_like(value) for part in ("model", "ema", "exp_avg", "exp_avg_sq") for key, value in weights.items()
+    }
     plain = folder / "plain.pt"
 
     def synced() -> None:

@@ -27,7 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitdistill.align import gather_patches
-from vitdistill.cost import cost_of
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
 from vitdistill.distill import Distillation
@@ -92,9 +91,10 @@ class WholeTeacher(nn.Module):
 
 @dataclass
 class Made:
-    """A step under measurement, and its losses on the first batch."""
+    """A step to be measured, and its losses now."""
 
-    step: step_cost.Step
+    name: str
+    step: Callable[[], None]
     losses: Callable[[], tuple[float, ...]]
 
 
@@ -127,14 +127,12 @@ def make_steps(pair: str, rate: float, batch_size: int) -> list[Made]:
 
 
 def _ours(title: str, module: Distillation, teacher: Teacher, batch: Batch) -> Made:
-    cost = cost_of(module.plan, module.student, {"teacher": teacher.model}, len(batch.ids))
-
     @torch.no_grad()
     def losses() -> tuple[float, ...]:
         found = module(batch, {"teacher": teacher})
         return found["mae"].item(), found["dmae"].item()
 
-    return Made(step_cost.Step(title, step_cost.our_step(module, {"teacher": teacher}, batch), cost.step), losses)
+    return Made(title, step_cost.our_step(module, {"teacher": teacher}, batch), losses)
 
 
 def _authors(module: Distillation, teacher: nn.Module, batch: Batch) -> Made:
@@ -166,11 +164,14 @@ def _authors(module: Distillation, teacher: nn.Module, batch: Batch) -> Made:
         reconstruction, distance = whole(batch.images, keep, pair)
         return reconstruction.item(), distance.item()
 
+    return Made("the authors' step", step, losses)
+
+
+def flops_of(step: Callable[[], None]) -> int:
+    """What torch counts in a step: matrix products, convolutions and attention, whose backward pass computes its scores once more."""
     with FlopCounterMode(display=False) as counter:
-        reconstruction, distance = whole(batch.images, keep, pair)
-        (reconstruction + distance).backward()
-    flops = counter.get_total_flops() // len(batch.images)
-    return Made(step_cost.Step("the authors' step", step, flops), losses)
+        step()
+    return counter.get_total_flops()
 
 
 def keep_freed_memory() -> None:
@@ -193,11 +194,10 @@ def peak_memory(run: Callable[[], None]) -> int:
     return most
 
 
-def rows(rate: float, made: list[Made], memory: list[int], batch_size: int) -> Iterator[str]:
+def rows(rate: float, steps: list[step_cost.Step], memory: list[int], batch_size: int) -> Iterator[str]:
     """Markdown rows of one mask rate."""
-    authors = made[0].step
-    for one, peak in zip(made, memory, strict=True):
-        step = one.step
+    authors = steps[0]
+    for step, peak in zip(steps, memory, strict=True):
         relative = [its / mine for mine, its in zip(step.seconds, authors.seconds, strict=True)]
         low, median, high = statistics.quantiles(relative, n=4, method="inclusive")
         expected = authors.flops / step.flops
@@ -245,9 +245,10 @@ def main(
         first, ours = made[0].losses(), made[1].losses()
         if any(abs(a - b) > 1e-5 * abs(a) for a, b in zip(first, ours, strict=True)):
             raise AssertionError(f"the losses differ: {first} and {ours}")
-        memory = [peak_memory(one.step.run) for one in made]
-        step_cost.measure([one.step for one in made], rounds)
-        lines += rows(rate, made, memory, batch_size)
+        memory = [peak_memory(one.step) for one in made]
+        steps = [step_cost.Step(one.name, one.step, flops_of(one.step) // batch_size) for one in made]
+        step_cost.measure(steps, rounds)
+        lines += rows(rate, steps, memory, batch_size)
         print("\n".join(lines[-3:]), flush=True)
     student, teacher = PAIRS[pair]
     note = f"Batch {batch_size}, {rounds} rounds, float32, one thread; ratios are medians over rounds."
