@@ -222,7 +222,9 @@ WRONG = [
     (["train", "--set", "optim.lr=["], "the value of --set optim.lr, line 1 is not valid YAML"),
     (["train", "--set", "objectives.kd.method=kdd"], "did you mean 'kd'"),
     (["train", "--epochs", "0"], "train.epochs is 0"),
-    (["train", "--epochs", "3"], "warm up for fewer (--warmup-epochs)"),
+    (["train", "alone", "--seed", "99999999999999999999"], "train.seed is 99999999999999999999: it has to be from -2**63 to 2**64 - 1"),
+    (["train", "alone", "--set", "masking.mask_rate=0.5"], "the recipe has no masking: add one first (--with random_masking)"),
+    (["train", "--epochs", "3"], "warm up for fewer than the run has (--warmup-epochs)"),
     (["train", "--lr", "none"], "optim.lr in the command line is None"),
     (["train", "--mixup", "-1"], "mixup is -1.0"),
     (["train", "--aa", "rend-m9"], "aa is 'rend-m9'"),
@@ -326,7 +328,8 @@ def test_no_such_folder(refused: Refused) -> None:
 
 def test_no_split(here: Path, refused: Refused) -> None:
     (here / "flat" / "red").mkdir(parents=True)
-    assert "has no 'train' folder; found 'red'" in refused(*on("flat"), code=DATA)
+    sentence = refused(*on("flat"), code=DATA)
+    assert "has no 'train' folder; found 'red': put the class folders into flat/train/ and about a tenth" in sentence
 
 
 def test_an_empty_class_folder(here: Path, refused: Refused) -> None:
@@ -608,6 +611,11 @@ def test_explaining_reads_no_weights(here: Path, capsys: pytest.CaptureFixture[s
         assert "30 images x 30 epochs" in capsys.readouterr().out
     assert main([*words, "--batch-size", "64"]) == CONFIG
     assert "photos/train has 36 images, fewer than one batch of 64" in capsys.readouterr().err
+    (here / "one").mkdir()
+    shutil.copy(here / "photos" / "train" / "red" / "00.png", here / "one")
+    before = tree(here)
+    assert main(["explain", "alone", "--data-dir", "one"]) == CONFIG
+    assert "one has 1 image, fewer than one batch of 1024" in capsys.readouterr().err
     assert tree(here) == before
 
 
@@ -618,7 +626,7 @@ def test_a_measured_step_implies_hours(capsys: pytest.CaptureFixture[str], monke
     assert main([*[*words, args, "--batch-size", "8"][:-3], "--set", args, "--batch-size", "8"]) == 0
     printed = capsys.readouterr().out
     assert (
-        "Measured on this CPU (1 threads), float32" in printed
+        "Measured on this CPU (1 thread), float32" in printed
         and "s a step of 8 images" in printed
         and "the whole run would take" in printed
     )
@@ -635,6 +643,23 @@ def test_evaluating_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert all(part in printed for part in ("top-1", "100.00%", "calibration error", "agreement", "images/s"))
     assert tree(here) == before
+
+
+def test_a_teacher_of_another_class_order_is_compared_by_name(here: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = renamed(here, "other", ["green", "red", "blue"])
+    words = ["eval", "runs/teacher", "--data-dir", "photos", "--teacher-model", folder, "--workers", "0", "--device", "cpu", "--json"]
+    assert "the teacher has the data set's classes in another order" in refused(*words, code=CONFIG)
+    assert "pass --reorder-classes" in refused(*words, code=CONFIG)
+    assert main([*words, "--reorder-classes"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["top1"] == 1.0 and scores["agreement"] == 0.0  # what it calls blue, it calls green now
+
+
+def test_a_run_in_the_place_of_a_recipes_student_keeps_its_shape(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "small_images_alone", "--data-dir", "photos", "--model", "runs/teacher", "--output", "runs/new"]
+    assert main([*words, "--epochs", "1", "--warmup-epochs", "0", "-b", "12", "--device", "cpu"]) == 0
+    assert "are left out for runs/teacher" in capsys.readouterr().out
+    assert create_model("runs/new/last").embed_dim == create_model("runs/teacher/last").embed_dim == 24
 
 
 def test_exporting_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,7 @@ def test_the_explanation_names_everything() -> None:
     ):
         assert part in text or part in " ".join(text.split()), part  # long lines are wrapped
     assert max(map(len, text.splitlines())) <= 100
+    assert "1 image x 1 epoch (" in explain(plan, cost, 1, 1)
 
 
 def test_a_student_alone_is_compared_with_plain_training() -> None:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vitdistill import durable
+from vitdistill import durable, processes
 from vitdistill.errors import DataError, DiskError, PermissionDenied, UserError
 
 OLD, NEW = b"old " * 700, b"new!" * 900
@@ -341,6 +343,49 @@ def test_no_room_is_told_before_any_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+PLACE = re.compile(r"[A-Za-z0-9._]+\.[0-9a-f]{8}")
+
+
+def test_two_writers_under_one_name_do_not_take_each_others_temporaries(tmp_path):
+    """Containers are cut off after 32 characters alike, and each has a process 1: what tells them apart is the hash."""
+    long = "train.job.of.a.long.name.in.the.cluster."
+    spaces = ("boot pid:[4026532001]", "boot pid:[4026532002]", "other pid:[4026532001]")
+    places = {durable._place(host, space) for host in (f"{long}1", f"{long}2") for space in spaces}
+    assert len(places) == 6 and all(PLACE.fullmatch(place) and place.startswith(long[:32]) for place in places)
+    assert durable._place(socket.gethostname(), processes.space()) == durable._HOST
+    theirs = [tmp_path / f".tmp-{place}-{2**22 + 1}-0123456789ab" for place in sorted(places)]
+    mine = tmp_path / f".tmp-{durable._HOST}-{2**22 + 1}-0123456789ab"
+    for path in (*theirs, mine):
+        path.write_bytes(b"half")
+    assert durable.remove_stale_temporaries(tmp_path, ()) == [mine]
+    assert sorted(tmp_path.iterdir()) == theirs
+    assert durable.remove_stale_temporaries(tmp_path, (), alone=True) == theirs
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alone_is_no_licence_to_take_what_a_living_process_writes(tmp_path):
+    living = tmp_path / f".tmp-{durable._HOST}-{os.getppid()}-0123456789ab"
+    living.write_bytes(b"half")
+    assert durable.remove_stale_temporaries(tmp_path, (), alone=True) == [] and living.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
+def test_what_a_network_disk_keeps_for_a_reader_is_taken_later(tmp_path, monkeypatch, code):
+    """NFS keeps a removed file that somebody has open under another name, and with it the folder."""
+    with durable.staged_dir(tmp_path / "old") as temp:
+        durable.write_new(temp / "mine", b"1")
+
+    def kept(path):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", kept)
+        assert durable.remove_dir(tmp_path / "old", {"mine"})
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp-") and list(left.iterdir()) == []
+    assert durable.remove_stale_temporaries(tmp_path, {"mine"}) == [left] and list(tmp_path.iterdir()) == []
+
+
 CALLS = ("open", "write", "fsync", "replace", "close")
 
 
@@ -393,7 +438,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
 def test_umask_is_honoured(tmp_path, umask, file_mode, dir_mode):
     before = os.umask(umask)
     try:
-        durable.write_tensors(tmp_path / "sub" / "w.safetensors", {"a": torch.ones(3)})
+        durable.write_atomic(tmp_path / "sub" / "w.safetensors", durable.tensors_content({"a": torch.ones(3)}))
     finally:
         os.umask(before)
     assert (tmp_path / "sub" / "w.safetensors").stat().st_mode & 0o777 == file_mode
@@ -502,7 +547,7 @@ def test_tensors_are_what_safetensors_reads(tmp_path):
         "conj": torch.arange(3, dtype=torch.int8),
     }
     path = tmp_path / "w.safetensors"
-    digest = durable.write_tensors(path, tensors, {"format": "pt"})
+    digest = durable.write_atomic(path, durable.tensors_content(tensors, {"format": "pt"}))
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == durable.sha256_file(path)
     found = safetensors.torch.load_file(path)
     assert found.keys() == tensors.keys()
@@ -511,14 +556,13 @@ def test_tensors_are_what_safetensors_reads(tmp_path):
         assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8))
     with safetensors.safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
-    assert durable.write_tensors(path, dict(reversed(tensors.items())), {"format": "pt"}) == digest
+    assert durable.write_atomic(path, durable.tensors_content(dict(reversed(tensors.items())), {"format": "pt"})) == digest
 
 
-def test_types_without_a_name_are_refused(tmp_path):
+def test_types_without_a_name_are_refused():
     for tensor in (torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()):
         with pytest.raises(DataError, match="'x' is torch"):
-            durable.write_tensors(tmp_path / "w.safetensors", {"x": tensor})
-    assert list(tmp_path.iterdir()) == []
+            durable.tensors_content({"x": tensor})
 
 
 # -- logs -------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """An exported network answers what the trained one answers, in timm and in onnxruntime."""
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ class Spec:
     std: tuple[float, ...] = (0.2, 0.3, 0.4)
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
 
 SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 2}
@@ -32,7 +34,7 @@ CASES = {
     "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 4, **SMALL}, Spec()),
     "no-position-on-class": ("deit3_small_patch16_224", {"img_size": 32, **SMALL}, Spec()),
     "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28, **SMALL}, Spec((28, 28))),
-    "average": ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "avg", "class_token": False, **SMALL}, Spec()),
+    "average": ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "avg", "class_token": False, **SMALL}, Spec(crop_mode="squash")),
     "attention-pool": ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "map", **SMALL}, Spec()),
     "dynamic": (
         "vit_tiny_patch16_224",
@@ -79,7 +81,7 @@ def test_timm_gives_the_same_answers_bit_for_bit(tmp_path, case):
     data = timm.data.resolve_model_data_config(theirs)
     assert tuple(data["input_size"]) == (batch.shape[1], *spec.image_size)
     assert (tuple(data["mean"]), tuple(data["std"])) == (spec.mean, spec.std)
-    assert (data["interpolation"], data["crop_pct"]) == (spec.interpolation, spec.crop_pct)
+    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == (spec.interpolation, spec.crop_pct, spec.crop_mode)
     assert theirs.pretrained_cfg["label_names"] == list(NAMES)
 
 
@@ -121,6 +123,39 @@ def test_exporting_again_replaces_and_anything_else_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=sentence):
             export_timm(model, tmp_path / name, **options)
     assert tree(tmp_path) == before
+
+
+def test_hidden_files_of_the_system_are_no_obstacle_and_stay(tmp_path):
+    """Finder's .DS_Store, an editor's folder, and what NFS keeps while somebody reads a file that was replaced."""
+    model, options = make("plain")
+    export_timm(model, tmp_path / "out", **options)
+    (tmp_path / "out" / ".DS_Store").write_text("finder")
+    (tmp_path / "out" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "out" / ".ipynb_checkpoints" / "mine").write_text("work")
+    second, _ = make("plain", seed=5)
+    export_timm(second, tmp_path / "out", **options)
+    assert torch.equal(create_model(str(tmp_path / "out")).head.weight, second.head.weight)
+    assert (tmp_path / "out" / ".DS_Store").read_text() == "finder"
+    assert (tmp_path / "out" / ".ipynb_checkpoints" / "mine").read_text() == "work"
+    assert os.listdir(tmp_path) == ["out"]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / ".DS_Store").write_text("finder")
+    assert sorted(os.listdir(export_timm(model, alone, **options))) == [".DS_Store", "config.json", "model.safetensors"]
+
+
+def test_an_old_export_that_cannot_go_yet_does_not_undo_the_new_one(tmp_path, monkeypatch):
+    model, options = make("plain")
+    export_timm(model, tmp_path / "out", **options)
+    second, _ = make("plain", seed=5)
+
+    def busy(path, *args, **kw):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        export_timm(second, tmp_path / "out", **options)
+    assert torch.equal(create_model(str(tmp_path / "out")).head.weight, second.head.weight)
 
 
 def test_what_would_not_load_the_same_is_refused_before_anything_is_written(tmp_path):

@@ -238,13 +238,13 @@ def test_how_patches_meet_is_said_in_words() -> None:
     teacher = replace(student, name="teacher", grid=(16, 16))
     cnn = Network("teacher", "c", (224, 224), 5, 512, 10, 5)
     assert describe_alignment(student, student, None) == describe_alignment(student, student, 196) == ""
-    assert describe_alignment(student, student, 98) == "compared at the 98 of 196 patches the teacher sees"
+    assert describe_alignment(student, student, 98) == "compared at the 98 of 196 patches both see"
     assert describe_alignment(student, teacher, None) == "the student's patches resampled from 14 x 14 to 16 x 16"
     assert describe_alignment(student, teacher, 64) == (
-        "compared at the 64 of 256 patches the teacher sees, the student's patches resampled from 14 x 14 to 16 x 16"
+        "compared at the 64 of 256 patches both see, the student's patches resampled from 14 x 14 to 16 x 16"
     )
     assert describe_alignment(student, cnn, None) == "the student's features resampled to the teacher's map by position"
-    assert describe_alignment(cnn, teacher, 64).endswith("sees, the student's features resampled to the teacher's map by position")
+    assert describe_alignment(cnn, teacher, 64).endswith("see, the student's features resampled to the teacher's map by position")
 
 
 def test_networks_say_how_wide_every_block_is() -> None:

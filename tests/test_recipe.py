@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -280,6 +281,9 @@ def test_a_run_folder_stands_for_its_recipe(tmp_path: Path) -> None:
         ("optim.warmup_lr", -1.0),
         ("student.drop_path", 1.0),
         ("data.workers", -1),
+        ("train.seed", 2**64),
+        ("train.seed", -(2**63) - 1),
+        ("data.seed", 2**64),
     ],
 )
 def test_values_out_of_range(field: str, value: Any) -> None:
@@ -322,7 +326,10 @@ def test_open_ended_fields_take_new_keys() -> None:
         ("optim.lrr", "no field 'optim.lrr' .*did you mean 'lr'"),
         ("optm.lr", "no field 'optm' .*did you mean 'optim'"),
         ("optim.lr.x", "no field 'optim.lr.x'"),
-        ("selector.keep_rate", "no field 'selector'"),
+        ("selector.keep_rate", r"has no patch selector: add one first \(--with maskedkd\)"),
+        ("masking.mask_rate", r"has no masking: add one first \(--with random_masking\)"),
+        ("objectives.ce.schedule.to", "objectives.ce.schedule is null, so it has no 'to': .*--set objectives.ce.schedule='{to: 0}'"),
+        ("optim.clip_grad.x", "optim.clip_grad is null, so it has no 'x': set it itself"),
         ("teachers.teacher.model", "no field 'teachers.teacher'"),
         ("", "no field ''"),
         ("..", "no field ''"),
@@ -331,6 +338,18 @@ def test_open_ended_fields_take_new_keys() -> None:
 def test_a_wrong_path_is_refused(path: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         replace_fields(Recipe(), {path: 1})
+
+
+def test_what_is_null_is_set_as_the_refusal_says() -> None:
+    schedule = replace_fields(Recipe(), {"objectives.ce.schedule": parse_value("{to: 0}", "--set x")}).objectives["ce"].schedule
+    assert schedule is not None and schedule.to == 0
+    assert replace_fields(Recipe(), {"optim.clip_grad": 3}).optim.clip_grad == 3
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])
+def test_every_seed_that_is_taken_is_one_for_torch(seed: int) -> None:
+    assert replace_fields(Recipe(), {"train.seed": seed, "data.seed": seed}).train.seed == seed
+    torch.Generator().manual_seed(seed)
 
 
 def test_values_from_the_command_line() -> None:

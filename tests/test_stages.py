@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitdistill import weights
+from vitdistill import labelling, weights
 from vitdistill.build import build_student, build_teacher_model, resolve_run
 from vitdistill.cli import main
 from vitdistill.commands.explain import ExplainFlags
@@ -31,9 +31,11 @@ from vitdistill.commands.recipe_flags import EVERY, FIRST, STAGED, TAUGHT, parse
 from vitdistill.data.source import open_source
 from vitdistill.data.views import Augment
 from vitdistill.errors import ConfigError, DataError, Preempted, UserError
+from vitdistill.labelling import LabelOptions
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipe import (
+    VOLATILE,
     DataConfig,
     OptimConfig,
     Recipe,
@@ -347,6 +349,63 @@ def test_a_stopped_run_goes_on_in_the_stage_it_was_stopped_in(here: Path) -> Non
         assert result(here / "runs" / "p" / name) == result(here / "runs" / "o" / name)
 
 
+def stored() -> Stages:
+    """From stored labels of one view, in two epochs, then fine-tuned."""
+    plain = replace(three().stages["pretrain"], name="run")
+    taught = {"teacher": TeacherConfig(labels="labels/teacher")}
+    distill = replace(plain, teachers=taught, objectives={"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)})
+    return Stages(name="stored", stages={"distill": distill, "finetune": replace(plain, student=StudentConfig(model="stage:distill"))})
+
+
+def test_a_stage_with_stored_labels_goes_on(here: Path) -> None:
+    """Its recipe.yaml has the labels' views and seed, which the staged recipe leaves open."""
+    (here / "stored.yaml").write_text(dump(stored()))
+    live = {"teachers.teacher.labels": None, "teachers.teacher.model": "runs/o/finetune", "data.views": 1, "train.seed": 5}
+    labelling.label(replace_fields(stored().stages["distill"], live), "labels", LabelOptions(part_size=16), device="cpu")
+    run("runs/whole", stored())
+    data = load_recipe("runs/whole/distill/recipe.yaml").data
+    assert (data.views, data.seed) == (1, 5)
+    with pytest.raises(Preempted, match=r"in the stage 'distill', stopped by SIGINT at step 4 of 6"):
+        run("runs/p", stored(), prepared=interrupt("distill", 4))
+    for words in (["stored.yaml", "--output", "runs/p"], ["runs/p"]):  # once to go on, and once when all is done
+        assert main(["train", *words, "--device", "cpu"]) == 0
+    before = tree(here)
+    assert main(["train", "stored.yaml", "--output", "runs/p", "--device", "cpu"]) == 0
+    assert tree(here) == before
+    for name in ("distill", "finetune"):
+        assert result(here / "runs" / "p" / name) == result(here / "runs" / "whole" / name)
+
+
+def test_stages_go_on_from_elsewhere_and_after_a_move(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the last stage; where its recipe.yaml would lead from there is a run of other weights."""
+    shutil.copytree("runs/o/pretrain", "runs/p/pretrain")
+    with pytest.raises(Preempted):
+        run("runs/p", prepared=interrupt("distill", 2))
+    for name in ("moved", "elsewhere"):
+        (tmp_path / name).mkdir()
+    shutil.move("runs/p", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(here / "runs" / "o" / "pretrain", "runs/p/finetune")
+    again = ["train", str(tmp_path / "moved" / "p"), "--data-dir", str(here / "images"), "--device", "cpu"]
+    began: dict[str, Any] = {}
+    stages = load(tmp_path / "moved" / "p" / STAGES)
+    assert isinstance(stages, Stages)
+    images = {key: replace_fields(recipe, {"data.dir": str(here / "images")}) for key, recipe in stages.stages.items()}
+
+    def look(job: Any) -> None:
+        began[job.recipe.name] = {name: digest(teacher.model) for name, teacher in job.teachers.items()}
+
+    run(tmp_path / "moved" / "p", replace(stages, stages=images), prepared=look)
+    expected = torch.load(here / "began.pt", weights_only=True)
+    assert began == {"distill": expected["distill"][1]}
+    for name in ("pretrain", "finetune", "distill"):
+        assert result(tmp_path / "moved" / "p" / name) == result(here / "runs" / "o" / name)
+    assert load_recipe(tmp_path / "moved/p/distill/recipe.yaml").teachers["teacher"].model == "runs/p/finetune"
+    before = tree(tmp_path / "moved")
+    assert main(again) == 0
+    assert tree(tmp_path / "moved") == before
+
+
 def test_one_stage_at_a_time(here: Path, refused: Refused) -> None:
     words = ["train", "three.yaml", "--output", "runs/p", "--stage"]
     assert main([*words, "pretrain", "--device", "cpu"]) == 0
@@ -509,6 +568,40 @@ def test_images_that_were_moved_or_changed_in_place(here: Path, refused: Refused
     assert "other images than are in images now): keep both by giving new folders, --set pretrain.name=pretrain_b " in sentence
 
 
+def test_a_stage_goes_on_with_an_image_that_was_replaced(here: Path) -> None:
+    """It stopped over the image; the stage before had read it, whole. One that has learnt nothing yet begins with any images."""
+    stages = three()
+    stages = replace(stages, stages={key: replace_fields(recipe, {"data.in_memory": False}) for key, recipe in stages.stages.items()})
+    image = Path("images/train/bee/03.png")
+    seen = 0
+
+    def damage(module: torch.nn.Module, *_: Any) -> None:
+        nonlocal seen
+        seen += module.training
+        if seen == 3:  # the end of the first epoch
+            image.write_bytes(image.read_bytes()[:-40])
+
+    def prepared(job: Any) -> None:
+        if job.recipe.name == "finetune":
+            job.student.norm.register_forward_hook(damage)
+
+    with pytest.raises(DataError, match=r"in the stage 'finetune', .*bee/03\.png: the image is damaged"):
+        run("runs/r", stages, prepared=prepared)
+    assert any(Path("runs/r/finetune/checkpoints").iterdir())
+    Image.new("RGB", (16, 16), (90, 20, 30)).save(image)
+    for _ in range(2):
+        assert run("runs/r", stages)["distill"]["steps"] == 6
+        starts = json.loads(Path("runs/r", STARTS).read_bytes())
+        assert {began[IMAGES] for began in starts.values()} == {open_source("images", "train").fingerprint()}
+    shutil.rmtree("runs/r/distill/checkpoints")
+    Path("runs/r/distill/summary.json").unlink()
+    other_images(here)
+    run("runs/r", replace(stages, stages={**stages.stages, "distill": replace_fields(stages.stages["distill"], {"data.dir": "fewer"})}))
+    now = json.loads(Path("runs/r", STARTS).read_bytes())
+    assert now.pop("distill")[IMAGES] == open_source("fewer", "train").fingerprint()
+    assert now == {name: began for name, began in starts.items() if name != "distill"}
+
+
 def test_a_command_that_runs_nothing_leaves_the_recipe_of_the_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
     renamed = ["--set", "finetune.optim.lr=0.01", "finetune.name=finetune_b", "distill.name=distill_b"]
@@ -535,6 +628,16 @@ def test_a_command_that_runs_nothing_leaves_the_recipe_of_the_folder(here: Path,
         ("leave it out (--without ce) to", "leave it out (--without s.ce) to"),
         ("drop ce or kd (--without)", "drop ce or kd (--without)"),
         ("give --with or --without", "give --with or --without"),
+        ("x: warm up for fewer (--warmup-epochs)", "x: warm up for fewer (--set s.optim.warmup_epochs=VALUE)"),
+        ("x: lower --lr, or use --amp-dtype float32", "x: lower --set s.optim.lr=VALUE, or use --set s.train.amp_dtype=float32"),
+        ("x: set --views 2, or label more", "x: give --set s.data.views=2, or label more"),
+        ("x: see less (--keep-rate 0.25).", "x: see less (--set s.selector.keep_rate=0.25)."),
+        ("x: give --teacher-path FILE, --pretrained", "x: give --set s.teachers.teacher.checkpoint=FILE, --set s.student.pretrained=true"),
+        ("x: pass --reorder-classes to match", "x: pass --set s.teachers.teacher.reorder_classes=true to match"),
+        ("x: give --sched none or --clip-grad none", "x: give --set s.optim.sched=none or --set s.optim.clip_grad=null"),
+        ("--keep-rate and --num-keep both say it: give one", "--keep-rate and --num-keep both say it: give one"),
+        ("x: give --data-dir, a folder", "x: give --data-dir, a folder"),
+        ("x: label with --encoding float16", "x: label with --encoding float16"),
     ],
 )
 def test_a_sentence_names_the_flags_of_its_stage(text: str, expected: str) -> None:
@@ -544,6 +647,43 @@ def test_a_sentence_names_the_flags_of_its_stage(text: str, expected: str) -> No
     with pytest.raises(DataError) as again, in_stage("t"):
         raise caught.value
     assert str(again.value) == str(caught.value)
+
+
+def test_an_error_stays_what_it_is_in_a_stage() -> None:
+    error = DataError("this is wrong")
+    error.agreed, error.image = True, ("train", "a.png")
+    with pytest.raises(DataError) as caught, in_stage("s"):
+        raise error
+    assert caught.value.agreed and caught.value.image == ("train", "a.png")
+
+
+def test_a_sentence_names_every_flag_as_its_stage_takes_it() -> None:
+    """And the field is one of the recipe, where it has such a part."""
+    stages = three().stages
+    known = [flag for flag in flags_of(ExplainFlags) if "path" in flag.field.metadata]
+    assert len(known) > 40
+    for flag in known:
+        path, kind, choices = flag.field.metadata["path"], flag.value.kind, get_args(flag.value.kind)
+        word = choices[-1] if choices else {bool: "true", str: "FILE"}.get(kind, "7")
+        for key, size in (("finetune", "student.image_size"), ("distill", "student.model_args.img_size")):
+            with pytest.raises(DataError) as caught, in_stage(key, stages[key]):
+                raise DataError(f"this is wrong: give {flag.name} {word}, or none")
+            path = size if flag.field.name == "img_size" else path
+            given = f"{flag.name} {word}" if path in VOLATILE else f"--set {key}.{path}={word}"
+            assert str(caught.value) == f"in the stage {key!r}, this is wrong: give {given}, or none"
+            parts = path.split(".")
+            assert path in flatten(stages[key]) or parts[0] in ("selector", "teachers", "objectives"), path
+
+
+def test_a_mistake_in_a_stage_is_mended_by_what_the_sentence_says(bare: Path) -> None:
+    assert "(--set pretrain.optim.warmup_epochs=VALUE)" in sentence_of("--set", "pretrain.train.epochs=1", code=CONFIG)
+    assert composed("--set", "pretrain.train.epochs=1", "pretrain.optim.warmup_epochs=0")["pretrain"]["train.epochs"] == 1
+
+
+def test_unequal_grids_are_mended_in_their_stage(here: Path, refused: Refused) -> None:
+    words = ["train", "three.yaml", "--output", "x", "--with", "distill.random_masking"]
+    sizes = ["distill.student.model_args.img_size", "distill.teachers.teacher.image_size"]
+    assert f"(--set {sizes[0]}=VALUE, --set {sizes[1]}=VALUE)" in refused(*words, code=CONFIG)
 
 
 def test_damaged_notes_are_named(here: Path, refused: Refused) -> None:
@@ -578,6 +718,8 @@ def test_a_folder_of_something_else_is_left_alone(
         ),
         (["--set", "distill.data.dir=nowhere"], "in the stage 'distill', there is no folder or file 'nowhere'", DATA),
         (["--set", "finetune.data.dir=''"], "in the stage 'finetune', no images are named", CONFIG),
+        (["--set", "finetune.data.dir=flat"], "or stop before this stage (--stage pretrain)", CONFIG),
+        (["--set", "finetune.data.dir=flat"], "name images in class folders (--set finetune.data.dir=FOLDER)", CONFIG),
         (["--set", "finetune.data.dir=flat"], "in the stage 'finetune', the objective 'ce' needs labels", CONFIG),
         (["--set", "finetune.student.model_args.dept=3"], "in the stage 'finetune', vit_tiny_patch16_224 takes no argument 'dept'", CONFIG),
         (["--set", "distill.student.model=vit_tinny"], "in the stage 'distill', timm", CONFIG),
@@ -628,7 +770,7 @@ def test_explaining_stages_that_have_not_run(here: Path, refused: Refused, capsy
     assert [*counts] == ["pretrain", "finetune", "distill", "together"]
     assert sum(counts[name] for name in three().stages) == pytest.approx(counts["together"], rel=0.01)
     assert counts["finetune"] / counts["pretrain"] == pytest.approx(37 / 17, rel=0.1)
-    assert "in the stage 'distill', " in refused("explain", "three.yaml", "--set", "distill.student.model=vit_tinny", code=CONFIG)
+    assert "in the stage 'distill', " in refused("explain", "three.yaml", "--set", "distill.student.model_args.dept=3", code=CONFIG)
     assert main(["explain", "three.yaml", "--recipe-yaml"]) == 0
     assert capsys.readouterr().out == dump(three())
     assert tree(here) == before
@@ -671,7 +813,7 @@ def sentence_of(*words: str, code: int) -> str:
 
 VALUES = {
     "data_dir": "elsewhere",
-    "model": "deit_tiny_patch16_224",
+    "model": "vit_tiny_patch16_224.augreg_in21k",
     "model_path": "a.pth",
     "teacher_model": "stage:finetune",
     "amp_dtype": "bfloat16",

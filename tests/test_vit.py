@@ -432,8 +432,10 @@ class TestNeeds:
 
     @pytest.mark.parametrize("block", [4, -5])
     def test_a_block_that_does_not_exist_is_refused(self, block: int) -> None:
-        with pytest.raises(IndexError, match="4 blocks"):
+        with pytest.raises(IndexError, match=r"the model has 4 blocks \(0 to 3\)$"):
             Needs(hidden=frozenset({block})).resolve(4)
+        with pytest.raises(IndexError, match=r"the model has 1 block \(0\)$"):
+            Needs(hidden=frozenset({block})).resolve(1)
 
     @given(st.frozensets(st.integers(-4, 3)), st.frozensets(st.integers(-4, 3)), st.booleans(), st.booleans())
     def test_queries_and_features_are_united_too(self, a: frozenset[int], b: frozenset[int], x: bool, y: bool) -> None:

@@ -12,12 +12,16 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vitdistill import weights
+from vitdistill.data.views import InputSpec
 from vitdistill.errors import ConfigError, DataError, UserError
 from vitdistill.export import export_timm
 from vitdistill.models.mae import MaskedAutoencoder
@@ -153,13 +157,22 @@ def test_keys_that_differ_are_counted_and_named(tmp_path):
         assert equal(model.state_dict(), before.state_dict())
 
 
-def test_position_embeddings_of_another_size_go_through_timms_converter(tmp_path, caplog):
+def test_positions_of_another_image_size_are_resampled_as_timm_does(tmp_path, caplog):
     small, large = tiny(1), tiny(1, image_size=64)
     (tmp_path / "w.safetensors").write_bytes(safetensors.torch.save(small.state_dict()))
     load_weights(large, tmp_path / "w.safetensors")
-    assert "converter" in caplog.text
+    said = "it is for another image size: its positions were resampled from 4 x 4 patches to 8 x 8"
+    assert caplog.messages == [f"{tmp_path / 'w.safetensors'}: {said}."]
     assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
-    assert large.pos_embed.shape == (1, 65, 24)
+    assert torch.equal(large.pos_embed, checkpoint_filter_fn(dict(small.state_dict()), large)["pos_embed"])
+
+
+def test_patches_of_another_size_go_through_timms_converter(tmp_path, caplog):
+    source, model = tiny(1), tiny(2, patch_size=4)
+    load_weights(model, write(tmp_path / "w.safetensors", source.state_dict()))
+    assert f"timm's converter for {NAME} was applied" in caplog.text and "resampled from 4 x 4 patches to 8 x 8" in caplog.text
+    assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    assert torch.equal(model.pos_embed, checkpoint_filter_fn(dict(source.state_dict()), model)["pos_embed"])
 
 
 # -- masked autoencoders, and other files without a classifier ----------------------------------------------------------
@@ -224,6 +237,26 @@ def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 KINDS = ("encoder", "full", "hf-full", "hf-encoder", "hf-model")
 
+_AS_IMAGENET = f"images are normalised by ImageNet's mean and std, as for masked autoencoders, and not as for {NAME} (mean 0.5, std 0.5)"
+_AS_NAMED = (
+    f"images are normalised as for {NAME} (mean 0.5, std 0.5); if it was trained with ImageNet's mean and std, name a network of its size "
+    "that has it, as deit's have"
+)
+_JOINED = "with query, key and value in one"
+MADE_OF = {
+    "encoder": f"ViT encoder; {ENCODER} tensors are used; {_AS_NAMED}",
+    "full": (
+        f"MAE checkpoint with decoder (visualisation or full); {ENCODER} encoder tensors are used, {DECODER} of the decoder are not; "
+        f"{_AS_IMAGENET}"
+    ),
+    "hf-full": (
+        f"Hugging Face's MAE checkpoint with decoder; {ENCODER} encoder tensors are used, {_JOINED}, {DECODER} of the decoder are not; "
+        f"{_AS_IMAGENET}"
+    ),
+    "hf-encoder": f"Hugging Face's ViT encoder; {ENCODER} tensors are used, {_JOINED}; {_AS_NAMED}",
+    "hf-model": f"Hugging Face's ViT encoder; {ENCODER} tensors are used, {_JOINED}; {_AS_NAMED}",
+}
+
 
 def file_of(kind: str, model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
     state = model.state_dict() if kind.endswith("full") else encoder_of(model)
@@ -241,8 +274,9 @@ def test_a_teacher_from_any_mae_checkpoint_has_its_features(tmp_path, caplog, ki
     images = torch.randn(2, 3, 32, 32)
     assert teacher.num_classes == 0 and equal(teacher.state_dict(), encoder_of(source))
     assert torch.equal(features(teacher, images), source.forward_features(images))
-    said = f"{path}: MAE checkpoint with decoder (visualisation or full); {ENCODER} encoder tensors are used, {DECODER} of the decoder"
-    assert [said in message for message in caplog.messages] == [True] * kind.endswith("full")
+    assert caplog.messages == [f"{path}: {MADE_OF[kind]}."]
+    assert (InputSpec.of_model(teacher).mean == IMAGENET_DEFAULT_MEAN) == kind.endswith("full")
+    assert (InputSpec.of_model(teacher).std == IMAGENET_DEFAULT_STD) == kind.endswith("full")
     asked = create_model(NAME, num_classes=0, checkpoint=path, **TINY)
     assert equal(asked.state_dict(), teacher.state_dict())
     plain = tiny(2, num_classes=0)
@@ -263,7 +297,9 @@ def test_an_autoencoder_takes_its_decoder_too(tmp_path, caplog, kind):
     source, model = mae(1), mae(2)
     load_weights(model, write(tmp_path / "mae.pth", file_of(kind, source)))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    assert equal(model.state_dict(), source.state_dict()) and not caplog.messages
+    everything = f"Hugging Face's MAE checkpoint with decoder; {ENCODER + DECODER} tensors are used, {_JOINED}."
+    assert caplog.messages == [f"{tmp_path / 'mae.pth'}: {everything}"] * kind.startswith("hf")
+    assert equal(model.state_dict(), source.state_dict())
     assert torch.equal(model(images, noise)[0], source(images, noise)[0])
     with pytest.raises(DataError, match=rf"{DECODER} keys missing \(mask_token, decoder_pos_embed"):
         load_weights(model, write(tmp_path / "encoder.pth", encoder_of(source)))
@@ -278,7 +314,9 @@ def test_a_student_from_a_headless_file_has_a_fresh_head(tmp_path, caplog, kind)
     assert state.keys() - encoder_of(source).keys() == {"head.weight", "head.bias"}
     assert equal({key: state[key] for key in encoder_of(source)}, encoder_of(source))
     assert state["head.weight"].shape == (7, 24) and state["head.weight"].std() > 0
-    assert f"{path} has no classifier: head.weight, head.bias start fresh." in caplog.messages
+    made_of, normalised = MADE_OF[kind].split("; images are", 1)
+    head = "it has no classifier: head.weight, head.bias start fresh"
+    assert caplog.messages == [f"{path}: {made_of}; {head}; images are{normalised}."]
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
 
 
@@ -343,7 +381,7 @@ def test_positions_of_an_autoencoder_of_another_image_size_are_resampled(tmp_pat
     source = mae(1)
     path = write(tmp_path / "mae.pth", source.state_dict())
     teacher = create_model(NAME, checkpoint=path, **{**TINY, "image_size": (48, 32)})
-    assert f"{path} is for another image size: its 17 positions were resampled to 25 by timm's converter." in caplog.messages
+    assert "; it is for another image size: its positions were resampled from 4 x 4 patches to 6 x 4; " in caplog.messages[0]
     assert teacher.pos_embed.shape == (1, 25, 24) and torch.equal(teacher.pos_embed[:, 0], source.pos_embed[:, 0])
     assert torch.equal(teacher.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     assert features(teacher, torch.randn(1, 3, 48, 32)).shape == (1, 25, 24)
@@ -356,14 +394,16 @@ class Input:
     std: tuple[float, ...] = (0.2, 0.3, 0.4)
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
 
-def exported(folder: Path, architecture: str = NAME, **changes) -> torch.nn.Module:
-    """What a pre-training writes: a network without classes."""
+def exported(folder: Path, architecture: str = NAME, classes: int = 0, **changes) -> torch.nn.Module:
+    """What a run writes; without classes: what a pre-training does."""
     torch.manual_seed(1)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, **changes}
-    model = create_model(architecture, num_classes=0, **sizes).eval()
-    export_timm(model, folder, architecture=architecture, model_args=sizes, classes=None, input_spec=Input())
+    sizes = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, **changes}
+    model = create_model(architecture, num_classes=classes, **sizes).eval()
+    names = [f"c{i}" for i in range(classes)] or None
+    export_timm(model, folder, architecture=architecture, model_args=sizes, classes=names, input_spec=Input(sizes["img_size"]))
     return model
 
 
@@ -415,6 +455,114 @@ def test_convolutional_folders_without_classes_get_a_head_from_timm(tmp_path):
     export_timm(model, tmp_path / "cnn", architecture="resnet18", model_args={}, classes=None, input_spec=Input())
     student = create_model(str(tmp_path / "cnn"), num_classes=3)
     assert student.fc.weight.shape == (3, 512) and torch.equal(student.conv1.weight, model.conv1.weight)
+
+
+# -- positions on another grid ------------------------------------------------------------------------------------------
+
+
+def cubic_weights(many: int, few: int) -> np.ndarray:
+    """``(few, many)``: how places weigh on others along one axis, bicubic (Keys, a = -0.5) and antialiased, by its definition."""
+    scale = many / few
+    stretch = max(scale, 1.0)
+    rows = np.zeros((few, many))
+    for i in range(few):
+        centre = (i + 0.5) * scale
+        for j in range(max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), many)):
+            x = abs(j + 0.5 - centre) / stretch
+            rows[i, j] = 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else max(2 - x, 0) * (x - 1) * (x - 2) * 0.5 if x < 2 else 0
+    return rows / rows.sum(1, keepdims=True)
+
+
+def resampled(table: torch.Tensor, its: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """A table of positions with a class token's, moved from one grid to another by hand, in float64."""
+    patches = table[0, 1:].double().numpy().reshape(*its, -1)
+    moved = np.einsum("ai,bj,ijd->abd", cubic_weights(its[0], grid[0]), cubic_weights(its[1], grid[1]), patches)
+    return torch.cat([table[:, :1].double(), torch.from_numpy(moved.reshape(1, grid[0] * grid[1], -1))], dim=1)
+
+
+MOVES = {
+    "as many patches on another grid": ((32, 32), (16, 64)),
+    "as many patches on a square": ((16, 64), (32, 32)),
+    "as many patches, turned": ((16, 32), (32, 16)),
+    "from a square number that is no square": ((16, 64), (24, 72)),
+    "from a number that is no square": ((16, 32), (32, 32)),
+    "from no square to no square": ((24, 16), (32, 40)),
+    "from a square": ((32, 32), (64, 64)),
+    "to fewer": ((64, 32), (16, 24)),
+}
+
+
+@pytest.mark.parametrize("num_classes", [None, 7])
+@pytest.mark.parametrize("saved_classes", [0, 5])
+@pytest.mark.parametrize("move", MOVES)
+def test_positions_of_a_folder_lie_where_its_images_were(tmp_path, caplog, move, saved_classes, num_classes):
+    """Fails without the grid of config.json (`_grid_of`), and on timm 1.0.20 also where timm's own resampling is trusted."""
+    trained, built = MOVES[move]
+    source = exported(tmp_path / "run", classes=saved_classes, img_size=trained)
+    model = create_model(str(tmp_path / "run"), num_classes=num_classes, image_size=built)
+    its, grid = ((height // 8, width // 8) for height, width in (trained, built))
+    assert torch.allclose(model.pos_embed.double(), resampled(source.pos_embed.detach(), its, grid), atol=1e-5)
+    assert f"its positions were resampled from {its[0]} x {its[1]} patches to {grid[0]} x {grid[1]}" in caplog.text
+    assert len(caplog.messages) == 1 and torch.equal(model.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
+    assert model.num_classes == (saved_classes if num_classes is None else 7) and model.pretrained_cfg["input_size"] == (3, *built)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 64), (16, 32)])
+def test_a_folder_keeps_its_positions_at_its_own_size(tmp_path, caplog, size):
+    source = exported(tmp_path / "run", img_size=size)
+    for options in ({}, {"image_size": size}):
+        assert torch.equal(create_model(str(tmp_path / "run"), **options).pos_embed, source.pos_embed)
+    assert not caplog.messages
+
+
+def test_a_file_alone_is_of_square_images_or_of_the_networks(tmp_path):
+    square = write(tmp_path / "square.safetensors", tiny(1, num_classes=0).state_dict())
+    wide = write(tmp_path / "wide.safetensors", tiny(1, num_classes=0, image_size=(16, 64)).state_dict())
+    twice = tiny(1, num_classes=0, image_size=(16, 32))
+    oblong = write(tmp_path / "oblong.safetensors", twice.state_dict())
+    moved = create_model(NAME, checkpoint=square, **{**TINY, "image_size": (48, 32)})
+    assert torch.allclose(moved.pos_embed.double(), resampled(tiny(1, num_classes=0).pos_embed.detach(), (4, 4), (6, 4)), atol=1e-5)
+    assert torch.equal(create_model(NAME, checkpoint=oblong, **{**TINY, "image_size": (16, 32)}).pos_embed, twice.pos_embed)
+    refusals = {
+        (square, (16, 64)): r"its 16 patches are \(4 x 4 or 2 x 8\), which the network has in 2 x 8; give it as",
+        (wide, (16, 64)): r"its 16 patches are \(4 x 4 or 2 x 8\)",
+        (oblong, (32, 32)): r"its 8 patches are \(no square\), which the network has in 4 x 4",
+        (oblong, (32, 64)): r"its 8 patches are \(no square\)",
+    }
+    for (path, size), sentence in refusals.items():
+        for options in ({}, {"num_classes": 3}):
+            with pytest.raises(DataError, match=sentence) as caught:
+                create_model(NAME, checkpoint=path, **options, **{**TINY, "image_size": size})
+            assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+# -- normalisation ------------------------------------------------------------------------------------------------------
+
+
+def test_a_masked_autoencoders_file_brings_imagenets_normalisation_under_a_plain_name(tmp_path, caplog):
+    """Fails without the call of `_normalisation`; a name or a folder that says a normalisation keeps it."""
+    full, alone = (
+        write(tmp_path / f"{name}.safetensors", state) for name, state in (("full", mae(1).state_dict()), ("alone", encoder_of(mae(1))))
+    )
+    imagenet = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    def fed(name: str, path: Path, **options) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        caplog.clear()
+        spec = InputSpec.of_model(create_model(name, checkpoint=path, **options))
+        return spec.mean, spec.std
+
+    for name in ("vit_base_patch16_224.mae", "deit_tiny_patch16_224"):
+        for path in (full, alone):
+            assert fed(name, path, **TINY) == imagenet and "normalised" not in caplog.text
+    assert fed("vit_base_patch16_224", full, num_classes=3, **TINY) == imagenet
+    assert fed("vit_base_patch16_224", alone, num_classes=3, **TINY) == ((0.5,) * 3, (0.5,) * 3)
+    assert caplog.text.count("as for vit_base_patch16_224 (mean 0.5, std 0.5); if it was trained with ImageNet's mean and std") == 1
+    assert "name vit_base_patch16_224.mae." in caplog.text
+    exported(tmp_path / "run")
+    for path in (full, alone):
+        assert fed(str(tmp_path / "run"), path) == (Input().mean, Input().std) and "normalised" not in caplog.text
+    whole = write(tmp_path / "whole.safetensors", tiny(1).state_dict())
+    assert fed(NAME, whole, **TINY) == ((0.5,) * 3, (0.5,) * 3) and not caplog.messages
 
 
 # -- files that are not weights ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .method import Network, Objective, TeacherObjective
 from .models.mae import hold_positions, init_mae
 from .plan import Plan, make_plan
 from .recipe import Recipe, StudentConfig, TeacherConfig
-from .teacher import ClassMatch, Teacher, match_classes
+from .teacher import ClassMatch, Teacher, match_classes, setting
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,25 @@ def without_memory() -> Iterator[None]:
         yield
 
 
+_PLACES: ContextVar[Mapping[str, str]] = ContextVar("_PLACES")
+
+
+@contextmanager
+def runs_at(places: Mapping[str, str]) -> Iterator[None]:
+    """Inside, runs are looked for in these folders, by what recipes call them: of a recipe that is kept as it was, they may have moved."""
+    token = _PLACES.set(places)
+    try:
+        yield
+    finally:
+        _PLACES.reset(token)
+
+
 def resolve_run(name: str) -> str:
     """A run folder stands for its best weights, or its last where there was nothing to choose by; other names for themselves.
 
     A folder of stages stands for the run of its last one.
     """
+    name = _PLACES.get({}).get(name, name)
     path = Path(name)
     if (path / "stages.yaml").is_file():
         from .stages import last_run
@@ -71,7 +86,7 @@ def resolve_run(name: str) -> str:
 
 def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int | None, load: bool, **extra: Any) -> Built:
     if not config.model:
-        flag = "--model" if isinstance(config, StudentConfig) else "--teacher-model"
+        flag = "--model" if isinstance(config, StudentConfig) else setting(name, "model", "MODEL")
         raise ConfigError(f"the {name} has no model: name one with {flag} (a timm name, hf-hub:org/name, or the folder of a run)")
     try:
         model = weights.create_model(
@@ -110,7 +125,7 @@ def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool 
     named = config.checkpoint or config.pretrained
     known = is_model(config.model.partition(".")[0])  # of a name that does not exist something else is said
     if with_weights and known and not named and not weights.carries_weights(resolve_run(config.model)):
-        flags = "--model-path FILE, --pretrained" if name == "model" else "--teacher-path FILE, --teacher-pretrained"
+        flags = f"{setting(name, 'checkpoint', 'FILE')}, {setting(name, 'pretrained')}"
         raise ConfigError(f"the {name} {config.model} would have random weights: give {flags}, or the folder of a run in its place")
     return _create(config, name, None, with_weights)
 
@@ -179,28 +194,31 @@ def stored_network(store: LabelStore, name: str) -> Network:
 def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     """The recipe with the views of its labels, their number and their seed, where it does not say which.
 
-    A run that ``began`` goes on with the views it had, whatever has been labelled since.
+    Of labels of several teachers it has as many views as all of those that may not lack any. A run that ``began`` goes on with the views
+    it had, whatever has been labelled since.
 
     Raises:
         ConfigError: it wants more views than are labelled.
     """
     stores = open_labels(recipe)
-    if stores and began is not None:
-        data = replace(recipe.data, views=recipe.data.views or began.data.views)
-        recipe = replace(recipe, data=data if data.seed is not None else replace(data, seed=began.data.seed))
-    for name, store in stores.items():
-        seed = store.manifest.identity.get("view.seed")
-        if recipe.data.seed is None and began is None and isinstance(seed, int) and seed != recipe.train.seed:
-            recipe = replace(recipe, data=replace(recipe.data, seed=seed))
-        have, config = store.manifest.num_views, recipe.teachers[name]
-        if recipe.data.views is None and have < recipe.train.epochs and began is None:
-            recipe = replace(recipe, data=replace(recipe.data, views=have))
-        if config.missing == "error" and recipe.data.views is not None and recipe.data.views > have:
+    if not stores:
+        return recipe
+    data, needed = recipe.data, {name: store for name, store in stores.items() if recipe.teachers[name].missing == "error"}
+    fewest = min(store.manifest.num_views for store in (needed or stores).values())
+    if began is not None:
+        views, seed = began.data.views, began.data.seed
+    else:
+        views = fewest if fewest < recipe.train.epochs else None
+        seeds = (store.manifest.identity.get("view.seed") for store in stores.values())
+        seed = next((seed for seed in seeds if isinstance(seed, int) and seed != recipe.train.seed), None)
+    data = replace(data, views=views if data.views is None else data.views, seed=seed if data.seed is None else data.seed)
+    for name, store in needed.items():
+        if data.views is not None and data.views > store.manifest.num_views:
             raise ConfigError(
-                f"the recipe shows {recipe.data.views} views of each image (data.views), and the labels of the {name} are of {have}: set "
-                f"--views {have}, or label more"
+                f"the recipe shows {data.views} views of each image (data.views), and the labels of the {name} are of "
+                f"{store.manifest.num_views}: set --views {fewest}, or label more"
             )
-    return recipe
+    return replace(recipe, data=data)
 
 
 def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -> Plan:

@@ -1,5 +1,6 @@
 """The command line: ``vitdistill demo | train | label | eval | explain | export``; imports are per command, so that help is instant."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -34,7 +35,10 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or that of the error, whose sentence goes to stderr."""
+    """Run one command and return its exit code: 0, or that of the error, whose sentence goes to stderr.
+
+    Under torchrun, an error that all processes agreed on is said by the first of them, any other by the process that met it.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -56,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[list[str]], int] = getattr(import_module(module), function)
         return command(words[1:])
     except UserError as error:
-        if _is_main_process():
-            print(f"vitdistill {words[0]}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.agreed:
+            which = "" if rank == "0" else f" (process {rank})"
+            print(f"vitdistill {words[0]}{which}: {error}", file=sys.stderr)
         return error.exit_code
     except PermissionError as error:
         print(f"vitdistill {words[0]}: no permission for {error.filename}", file=sys.stderr)
@@ -69,12 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-
-
-def _is_main_process() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

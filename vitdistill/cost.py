@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data.loader import Batch
+from .data.source import counted
 from .labels.reader import StoredAnswer, blank_targets
 from .method import Network, TeacherObjective
 from .plan import Plan, describe_needs
@@ -305,7 +306,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     trained = f"{flops(student.num_parameters + extra, '').strip()} trained parameters"
     lines.append(f"  weights, gradients and AdamW's two moments: {size(16 * (student.num_parameters + extra))} ({trained})")
     images = num_images * epochs
-    lines += ["", f"The whole run, {num_images:,} images x {epochs} epochs (1 multiply-accumulate = 2 FLOPs)"]
+    lines += ["", f"The whole run, {counted(num_images, 'image')} x {counted(epochs, 'epoch')} (1 multiply-accumulate = 2 FLOPs)"]
     total: list[tuple[str, ...]] = [
         ("", "this plan", against),
         ("student", flops(cost.student * images), flops(cost.student_plain * images)),

@@ -23,12 +23,21 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vitdistill import processes
 from vitdistill.errors import DataError, DiskError, PermissionDenied, UserError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 
-_HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:32] or "host"
+
+def _place(host: str, space: str) -> str:
+    """A host and container as a temporary's name has them: readable, with a hash of all of it that tells equal beginnings apart."""
+    whole = "\0".join((host, space))
+    readable = re.sub(r"[^A-Za-z0-9.]", "_", host)[:32] or "host"
+    return f"{readable}.{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+_HOST = _place(socket.gethostname(), processes.space())
 _TEMP_NAME = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<token>[0-9a-f]{12})")
 # Tokens of the temporaries this process is writing now: a leftover of an earlier process may carry our own pid.
 _active: set[str] = set()
@@ -267,6 +276,22 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         os.close(fd)
 
 
+def try_lock(path: str | os.PathLike[str]) -> int | None:
+    """Lock a file until the number that is returned is closed, or this process and its forks end; None: another process of this machine
+    has it, whatever container it is in, or the disk has no locks.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The sha256 (hex) of a file's content, read from the start."""
     with disk_errors(path), open(path, "rb") as file:
@@ -341,11 +366,24 @@ def remove_dir(path: str | os.PathLike[str], known: Iterable[str]) -> bool:
     return True
 
 
-def remove_stale_temporaries(folder: str | os.PathLike[str], known: Iterable[str]) -> list[Path]:
-    """Remove what killed processes of this host left behind in ``folder``, and return it.
+def clear_aside(aside: str | os.PathLike[str], final: str | os.PathLike[str], known: Iterable[str]) -> None:
+    """Remove a published folder that ``final`` has taken the place of; hidden files of the system's (``.DS_Store``) move to ``final``.
+
+    What cannot go now is left where it is: the folder that counts is in place.
+    """
+    with suppress(OSError, UserError):
+        for entry in Path(aside).iterdir():
+            if entry.name.startswith(".") and not (Path(final) / entry.name).exists():
+                os.rename(entry, Path(final) / entry.name)
+        remove_dir(aside, known)
+
+
+def remove_stale_temporaries(folder: str | os.PathLike[str], known: Iterable[str], *, alone: bool = False) -> list[Path]:
+    """Remove what killed processes of this host and container left behind in ``folder``, and return it.
 
     Only names this module makes, whose process is gone, and, for a folder, only with plain files named in ``known``
-    inside. Call it only where this process is the one writer (its own run folder).
+    inside. ``alone``: nobody else may write here (a claimed run folder), so that those of other hosts, and of this one
+    before it was started again, are left over too.
     """
     removed = []
     names = frozenset(known)
@@ -353,7 +391,9 @@ def remove_stale_temporaries(folder: str | os.PathLike[str], known: Iterable[str
         entries = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
         for entry in entries:
             match = _TEMP_NAME.fullmatch(entry.name)
-            if match is None or match["host"] != _HOST or match["token"] in _active or _alive_elsewhere(int(match["pid"])):
+            if match is None or match["token"] in _active:
+                continue
+            if _is_alive_elsewhere(int(match["pid"])) if match["host"] == _HOST else not alone:
                 continue
             if stat.S_ISDIR(entry.lstat().st_mode) and not _holds_only(entry, names):
                 continue
@@ -368,16 +408,9 @@ def _temporary(folder: Path) -> tuple[Path, str]:
     return folder / f".tmp-{_HOST}-{os.getpid()}-{token}", token
 
 
-def _alive_elsewhere(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+def _is_alive_elsewhere(pid: int) -> bool:
+    """Whether a number of this host and container is another living process's: an earlier one may have had our own."""
+    return pid != os.getpid() and processes.started(pid) is not None
 
 
 def _holds_only(folder: Path, names: frozenset[str]) -> bool:
@@ -386,14 +419,21 @@ def _holds_only(folder: Path, names: frozenset[str]) -> bool:
 
 
 def _remove(path: Path, known: frozenset[str] | None) -> None:
-    """Unlink a file, or a folder of plain files (never a tree)."""
+    """Unlink a file, or a folder of plain files (never a tree).
+
+    Where a network disk keeps files that somebody still reads, the folder stays for `remove_stale_temporaries` to take later.
+    """
     if not stat.S_ISDIR(path.lstat().st_mode):
         os.unlink(path)
         return
     for entry in list(os.scandir(path)):
         if known is None or entry.name in known:
             os.unlink(entry.path)
-    os.rmdir(path)
+    try:
+        os.rmdir(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise
 
 
 # -- manifests --------------------------------------------------------------------------------------------------------
@@ -543,13 +583,6 @@ def tensors_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] |
                 sink.write(flat.view(torch.uint8).numpy().data)
 
     return Content(8 + len(text) + offset, write)
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write tensors as a safetensors file, atomically, and return its sha256; checks for room first."""
-    content = tensors_content(tensors, metadata)
-    require_free(path, content.size)
-    return write_atomic(path, content)
 
 
 # -- logs -------------------------------------------------------------------------------------------------------------

@@ -6,21 +6,41 @@ The command line prints the sentence and leaves with the error's exit code (BSD 
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done; the message is the one sentence to show."""
+    """Something the user asked for cannot be done; the message is the one sentence to show.
+
+    Attributes:
+        agreed: whether every process of a run raises it, so that the first one says it for all.
+    """
 
     exit_code = 64
+    agreed = False
 
 
 class DataError(UserError):
-    """Input data is damaged or does not fit: images, weights, checkpoints, class lists."""
+    """Input data is damaged or does not fit: images, weights, checkpoints, class lists.
+
+    Attributes:
+        image: where one image of a source cannot be read, the names of the source and of the image in it.
+    """
 
     exit_code = 65
+    image: tuple[str, str] | None = None
+
+
+class MissingSplit(DataError):
+    """A data set has no such split at all, as opposed to a damaged one."""
 
 
 class NonFiniteError(UserError):
     """A loss, a gradient or a teacher's answer is NaN or infinite."""
 
     exit_code = 70
+
+
+class OutOfMemory(UserError):
+    """The memory of the GPU or of the machine is used up."""
+
+    exit_code = 71
 
 
 class DiskError(UserError):

@@ -56,6 +56,11 @@ class InputLike(Protocol):
         """The fraction of the resized image's side that the centre crop keeps."""
         ...
 
+    @property
+    def crop_mode(self) -> str:
+        """timm's name of how an image that is not square is cropped: ``center``, ``squash`` or ``border``."""
+        ...
+
 
 def export_timm(
     model: nn.Module,
@@ -94,7 +99,7 @@ def export_timm(
         durable.write_new(temp / CONFIG, _json(config))
         _check_reload(network, state, temp, input_spec, name)
     if old.exists():
-        durable.remove_dir(old, FILES)
+        durable.clear_aside(old, final, FILES)
     return final
 
 
@@ -114,13 +119,13 @@ def _bare_key(key: str) -> str:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A folder that is absent, empty, or an earlier export may be written; any other is the user's."""
+    """A folder that is absent, empty, or an earlier export may be written, whatever hidden files are in it; any other is the user's."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ConfigError(f"{durable.shown(folder)} is a file; give the export a folder of its own.")
     with durable.disk_errors(folder):
-        names = {entry.name for entry in folder.iterdir()}
+        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not names:
         return
     foreign = sorted(names - FILES)
@@ -163,7 +168,7 @@ def _config(
         "fixed_input_size": bool(cfg.get("fixed_input_size", False)) and not dynamic,
         "interpolation": spec.interpolation,
         "crop_pct": float(spec.crop_pct),
-        "crop_mode": "center",
+        "crop_mode": spec.crop_mode,
         "mean": [float(value) for value in spec.mean],
         "std": [float(value) for value in spec.std],
         "num_classes": num_classes,

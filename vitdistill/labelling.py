@@ -1,10 +1,14 @@
 """Labelling: a recipe's teachers answer, once, to the very views its student will see."""
 
+import os
+import secrets
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +21,17 @@ from .build import resolve_run
 from .cost import forward_flops
 from .data import keyed
 from .data.loader import Labelling
-from .errors import ConfigError, DataError, NonFiniteError, Preempted
+from .errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
 from .labels.encoding import Layout, LogitEncoding, NonFinite
 from .labels.identity import differing, network_to_json, teacher_identity, versions
 from .labels.store import LabelStore, Manifest
 from .labels.writing import Unit, write_missing
+from .memory import SMALLER_EVALUATION, memory_errors
 from .method import Network, TeacherObjective
 from .recipe import Recipe, from_dict, to_dict
+from .teacher import setting
 from .train.display import duration
-from .train.distributed import World, world
+from .train.distributed import World, agreed, world
 from .train.job import Job, identity_of_views, prepare, weights_digest
 from .train.loop import StopRequest
 from .vit import ViTOutput
@@ -103,31 +109,56 @@ def label(
         UserError: one sentence, before anything is written for everything that can be known before.
         Preempted: it was asked to stop; what is written stays, and the same command goes on.
     """
-    recipe = _without_labels(recipe)
-    _refuse_foreign(Path(output))
     with world(device) as here:
-        job = prepare(for_teachers(recipe, here.size), here, say if here.is_main else lambda text: None)
-        if not job.teachers:
-            raise ConfigError("the recipe has no teacher to label with: take one that has, or add one (--with kd --teacher-model ...)")
-        job.recipe = recipe
-        work = _Work(job, options)
         with here.together():
+            recipe = _without_labels(recipe)
+            _refuse_foreign(Path(output))
+        job = prepare(for_teachers(recipe, here.size), here, say if here.is_main else lambda text: None)
+        job.recipe = recipe
+        with here.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
+            work = _Work(job, options)
             stores = work.stores(Path(output), say if here.is_main else lambda text: None)
-        with StopRequest() as stop:
-            parts = write_missing(
-                [*stores.values()],
-                lambda unit: work.make(unit, lambda: bool(stop.name)),
-                stop=lambda: bool(stop.name),
-                progress=_Progress(work, say) if here.is_main else None,
-            )
-        _agree_on_stop(here, stop.name, output)
-        return Labelled(stores, parts)
+        return Labelled(stores, _write(here, work, stores, Path(output), _Progress(work, say) if here.is_main else None))
 
 
-def _agree_on_stop(here: World, name: str, output: str | Path) -> None:
-    stopped = next((found for found in here.gather(name) if found), "")
-    if stopped:
-        raise Preempted(f"stopped by {stopped}; what is written in {output} stays, and the same command goes on from there")
+def _write(here: World, work: "_Work", stores: dict[str, LabelStore], output: Path, progress: "_Progress | None") -> int:
+    """Write what is missing, and return how many parts this process sealed.
+
+    When one process fails or is asked to stop, all of torchrun's stop: between meetings the others see the note that it leaves.
+
+    Raises:
+        UserError: of the first process that failed, on every one.
+        Preempted: one was asked to stop.
+    """
+    note = output / f".stop-{here.from_main(partial(secrets.token_hex, 8))}"
+    try:
+        with StopRequest() as stop, here.together():
+
+            def stopped() -> bool:
+                return bool(stop.name) or (here.size > 1 and os.path.exists(note))
+
+            done = False
+            try:
+                parts = write_missing([*stores.values()], lambda unit: work.make(unit, stopped), stop=stopped, progress=progress)
+                done = not stop.name
+            except DataError as error:
+                if error.image is None:
+                    raise
+                raise DataError(
+                    f"{str(error).rstrip('.')}, with another --output: {output} has labels of the images as they were"
+                ) from error
+            finally:
+                if here.size > 1 and not done:
+                    with suppress(UserError):  # on a full disk the others meet it too
+                        durable.write_atomic(note, b"")
+        name = next((found for found in here.gather(stop.name) if found), "")
+    finally:
+        if here.is_main:
+            with suppress(OSError):
+                note.unlink(missing_ok=True)
+    if name:
+        raise agreed(Preempted(f"stopped by {name}; what is written in {output} stays, and the same command goes on from there"))
+    return parts
 
 
 def for_teachers(recipe: Recipe, processes: int = 1) -> Recipe:
@@ -145,7 +176,9 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _without_labels(recipe: Recipe) -> Recipe:
-    """The recipe as its teachers are to run it; raises `ConfigError` for one whose answers depend on more than a view."""
+    """The recipe as its teachers are to run it; raises `ConfigError` for one without any, or whose answers depend on more than a view."""
+    if not recipe.teachers:
+        raise ConfigError("the recipe has no teacher to label with: take one that has, or add one (--with kd --teacher-model ...)")
     if recipe.selector is not None:
         raise ConfigError(
             f"{type(recipe.selector).__name__} chooses a teacher's patches anew in every step, so its answers cannot be stored: leave it "
@@ -275,7 +308,7 @@ class _Work:
             key = self.job.train_loader.source.key(sample)
             raise NonFiniteError(
                 f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be stored ({error}): check its weights, or use "
-                "--teacher-precision float32"
+                f"{setting(name, 'precision', 'float32')}"
             ) from error
 
 

@@ -18,6 +18,7 @@ from .build import Built, build_student, reads_logits, trains_classifier
 from .data import keyed
 from .data.loader import TrainLoader
 from .data.source import ImageSource
+from .data.views import evaluated_as_trained
 from .durable import bytes_shown, shown
 from .errors import ConfigError, DataError, NonFiniteError, Preempted
 from .labelling import LabelOptions, describe, logit_encoding
@@ -28,7 +29,7 @@ from .labels.store import LabelStore, Manifest
 from .method import Network
 from .plan import make_plan
 from .recipe import Recipe
-from .teacher import match_classes
+from .teacher import match_classes, setting
 from .train.distributed import choose_device
 from .train.job import identity_of_views, open_data
 from .train.loop import StopRequest
@@ -99,7 +100,7 @@ def import_labels(
     work = _Import(recipe, answers, chosen.index, loader, layout, options.part_size, free_memory() if memory is None else memory)
     work.scan()
     if chosen.classes and train.classes == chosen.classes:
-        work.prove(say)
+        work.prove(name, say)
     work.check_first_pixels()
     answered = chosen.classes if trains_classifier(recipe.objectives, student.network) else ()
     identity = identity_of_views(train, answered, student.spec, recipe, loader)
@@ -145,11 +146,9 @@ def _teacher_of(recipe: Recipe, teacher: str | None) -> str:
 
 
 def _student(recipe: Recipe, num_classes: int) -> Built:
-    """The student without weights, for its input and its description."""
-    student = build_student(recipe.student, num_classes, with_weights=False)
-    if recipe.data.augment.crop == "pad":  # as in a run
-        student = replace(student, spec=replace(student.spec, crop_pct=1.0))
-    return student
+    """The student for its input and its description, with weights only where a file of them may bring its normalisation."""
+    student = build_student(recipe.student, num_classes, with_weights=bool(recipe.student.checkpoint))
+    return replace(student, spec=evaluated_as_trained(student.spec, recipe.data.augment))
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def _choose(
             f"{file} has {count} logits a row, and the data set has {len(folders)} classes: name those of the file, so that the data "
             "set's can be picked (--classes FILE, one name a line)"
         )
-    match = match_classes(f"{name} of {file}", names, count, folders, recipe.teachers[name].reorder_classes)
+    match = match_classes(name, names, count, folders, recipe.teachers[name].reorder_classes, source=file)
     say(f"{file}: {match.remark}")
     return _Chosen(None if match.index is None else np.array(match.index, dtype=np.int64), folders)
 
@@ -350,8 +349,8 @@ class _Import:
         order = np.argsort(np.concatenate([begin.ravel(), end.ravel()]), kind="stable")
         return int(change[order].cumsum().max())
 
-    def prove(self, say: Callable[[str], None]) -> None:
-        """Compare answers with the labels; raises `ConfigError` when they are not better than chance."""
+    def prove(self, name: str, say: Callable[[str], None]) -> None:
+        """Compare the answers of this teacher with the labels; raises `ConfigError` when they are not better than chance."""
         classes = self.source.classes
         shown_most = self.loader.most_of(0, np.fromiter(self._guesses, np.int64, len(self._guesses)))
         pairs = [(int(self.source.labels[sample]), answer) for sample, answer in zip(shown_most, self._guesses.values(), strict=True)]
@@ -371,7 +370,8 @@ class _Import:
             answer, label = moved[0]
             reason = (
                 f"its classes look permuted: in another order it would be right on {reordered:.1%} (its class {answer} is the data set's "
-                f"{label}, {classes[label]!r}): name them in its order (--classes FILE) and pass --reorder-classes"
+                f"{label}, {classes[label]!r}): name them in its order (--classes FILE) and pass "
+                f"{setting(name, 'reorder_classes')}"
             )
         raise ConfigError(
             f"{self.file} is right on {accuracy:.1%} of {count} training images, which is not above chance ({chance:.1%} for "

@@ -199,7 +199,7 @@ class Objective(ABC):
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         """What a reader of the plan should know of this objective between these two networks, in a few words; or nothing.
 
-        ``num_keep`` is how many patches the teacher sees; None: all.
+        ``num_keep`` is how many of the teacher's patches both networks see; None: all.
         """
         return ""
 
@@ -323,10 +323,10 @@ class TokenSelector(ABC):
 
 
 def describe_alignment(student: Network, teacher: Network, num_keep: int | None) -> str:
-    """How patches of unequal networks meet, for the plan: ``compared at the 98 of 196 patches the teacher sees, resampled from 8 x 8``."""
+    """How patches of unequal networks meet, for the plan: ``compared at the 98 of 196 patches both see, ...``."""
     parts = []
     if num_keep is not None and num_keep < teacher.num_patches:
-        parts.append(f"compared at the {num_keep} of {teacher.num_patches} patches the teacher sees")
+        parts.append(f"compared at the {num_keep} of {teacher.num_patches} patches both see")
     if student.walks and teacher.walks and student.grid != teacher.grid:
         ours, its = (f"{network.grid[0]} x {network.grid[1]}" for network in (student, teacher))
         parts.append(f"the student's patches resampled from {ours} to {its}")

@@ -98,6 +98,12 @@ def make_plan(
                 f"{type(masking).__name__} and {type(selector).__name__} both choose the patches a teacher sees: leave one of them out"
             )
         student_keep = _masked(masking, student, teachers, live)
+        learner = next((name for name, objective in objectives.items() if objective.needs_masking), None)
+        if learner is not None and student_keep == student.num_patches:
+            raise ConfigError(
+                f"{learner} learns from hidden patches, and {type(masking).__name__} hides none of the student's {student_keep}: raise its "
+                "mask_rate (--set masking.mask_rate=0.75)"
+            )
         num_keep = {name: masking.teacher_count(teacher.num_patches) for name, teacher in teachers.items()}
     if selector is not None:
         kind = type(selector).__name__
@@ -265,7 +271,7 @@ def _resolve(needs: Needs, network: Network, reader: str) -> Needs:
 
 
 def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
-    """One line: patches, blocks and what is recorded, e.g. ``98 of 196 patches, 12 of 12 blocks (last block: 1 of 99 tokens)``."""
+    """One line: patches, blocks and what is recorded, e.g. ``98 of 196 patches; 12 of 12 blocks; records logits``."""
     parts = []
     if network.walks:
         seen = network.num_patches if num_keep is None else num_keep

@@ -218,6 +218,8 @@ class Recipe:
         _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "from 0 to below 1")
         _require(0 <= student.drop_path < 1, "student.drop_path", student.drop_path, "from 0 to below 1")
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "at least 0")
+        for name, seed in (("train.seed", train.seed), ("data.seed", self.data.seed)):
+            _require(seed is None or -(2**63) <= seed < 2**64, name, seed, "from -2**63 to 2**64 - 1, as torch takes it")
         _require(self.data.views is None or self.data.views >= 1, "data.views", self.data.views, "at least 1, or null")
         if self.data.views is not None and self.data.augment.repeated_aug > 1:
             raise ConfigError(
@@ -422,9 +424,11 @@ def replace_fields(recipe: Recipe, values: Mapping[str, Any], source: str = "the
     for path, value in values.items():
         node, parts = data, path.split(".")
         for i, part in enumerate(parts[:-1]):
-            if not isinstance(node, dict) or part not in node or node[part] is None:
+            if not isinstance(node, dict) or part not in node:
                 known = node if isinstance(node, dict) else {}
                 raise ConfigError(f"the recipe has no field {'.'.join(parts[: i + 1])!r}{_close(part, known)}")
+            if node[part] is None:
+                raise ConfigError(_of_null(".".join(parts[: i + 1]), parts[i + 1]))
             node = node[part]
         open_ended = len(parts) > 1 and parts[-2] in ("model_args", "opt_args")
         if not isinstance(node, dict) or (parts[-1] not in node and not open_ended):
@@ -432,6 +436,17 @@ def replace_fields(recipe: Recipe, values: Mapping[str, Any], source: str = "the
             raise ConfigError(f"the recipe has no field {path!r}{_close(parts[-1], known)}")
         node[parts[-1]] = value
     return from_dict(data, source)
+
+
+def _of_null(path: str, name: str) -> str:
+    """Why the field ``name`` of something that is null cannot be replaced, and what to do."""
+    if path == "selector":
+        return "the recipe has no patch selector: add one first (--with maskedkd)"
+    if path == "masking":
+        return "the recipe has no masking: add one first (--with random_masking)"
+    if path.endswith(".schedule"):
+        return f"{path} is null, so it has no {name!r}: give the whole of it, --set {path}='{{to: 0}}'"
+    return f"{path} is null, so it has no {name!r}: set it itself, --set {path}=VALUE"
 
 
 # --- YAML ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from rich.console import Console
 
@@ -26,14 +26,17 @@ from .build import (
     plan_of,
     reads_logits,
     resolve_run,
+    runs_at,
     stored_network,
     trains_classifier,
+    with_views_of_labels,
     without_memory,
 )
-from .data.source import open_source
+from .data.source import ImageSource, open_source
 from .errors import ConfigError, DataError, UserError
 from .method import Network
 from .recipe import (
+    VOLATILE,
     Recipe,
     StudentConfig,
     TeacherConfig,
@@ -161,31 +164,60 @@ def refuse_sources(recipe: Recipe) -> None:
 
 
 @contextmanager
-def in_stage(key: str) -> Iterator[None]:
-    """User errors within say which stage they are about, and name flags as that stage takes them."""
+def in_stage(key: str, recipe: Recipe | None = None) -> Iterator[None]:
+    """User errors within say which stage they are about, and name settings as that stage takes them.
+
+    ``recipe``: that of the stage, where it is at hand; the same setting may be at another place of it.
+    """
     try:
         yield
     except UserError as error:
         if str(error).startswith("in the stage "):
             raise
-        raise type(error)(f"in the stage {key!r}, {_flags_of_stage(str(error), key)}") from error
+        staged = type(error)(f"in the stage {key!r}, {_settings_of_stage(str(error), key, recipe)}")
+        vars(staged).update(vars(error))
+        raise staged from error
 
 
 _FIELDS = "|".join(Recipe.__dataclass_fields__)
 _SET = re.compile(rf"(?<=--set )(?:{_FIELDS})[.=]\S*(?: (?:{_FIELDS})(?:\.[\w.]+)?=\S*)*")
 _PART = re.compile(r"(--with(?:out)?) (?!(?:or|and)\b)(?=\w)")
+_FLAG = re.compile(r"(set )?(--[a-z][a-z-]*)(?: (\d[\d.e-]*\d|\w+))?(?![\w-])")
 
 
-def _flags_of_stage(text: str, key: str) -> str:
-    """``--set FIELD``, ``--with METHOD`` and ``--without NAME`` in a sentence as ``--set STAGE.FIELD`` and so on; others stay."""
+def _settings_of_stage(text: str, key: str, recipe: Recipe | None) -> str:
+    """A sentence with ``--set FIELD``, ``--with METHOD`` and ``--without NAME`` as ``--set STAGE.FIELD`` and so on.
 
-    def staged(word: str) -> str:
+    In what it says to do, flags of a recipe are ``--set STAGE.FIELD`` too: as flags they would be of other stages, or refused. Those of
+    fields that change no result are of every stage, and stay.
+    """
+    from .commands.flags import flags_of
+    from .commands.recipe_flags import RecipeFlags
+
+    flags = {flag.name: flag for flag in flags_of(RecipeFlags) if "path" in flag.field.metadata}
+
+    def field_of(word: str) -> str:
         first, _, rest = word.partition(".")
         there = first == key and re.match(rf"(?:{_FIELDS})[.=]", rest)
         return word if there else f"{key}.{word}"
 
-    text = _SET.sub(lambda found: " ".join(staged(word) for word in found[0].split(" ")), text)
-    return _PART.sub(rf"\1 {key}.", text)
+    def setting(found: re.Match[str]) -> str:
+        flag, word = flags.get(found[2]), found[3] or ""
+        path = "" if flag is None else flag.field.metadata["path"]
+        if flag is None or flag.value is None or path in VOLATILE:
+            return found[0]
+        if path == "student.image_size" and recipe is not None and "img_size" in recipe.student.model_args:
+            path = "student.model_args.img_size"
+        switch = flag.value.kind is bool
+        choices = ("true", "false") if switch else get_args(flag.value.kind)
+        given = word.isupper() or word[:1].isdigit() or word in (*choices, "none")
+        value = "null" if word == "none" and word not in choices else word if given else "true" if switch else "VALUE"
+        return ("give " if found[1] else "") + f"--set {key}.{path}={value}" + ("" if given or not word else f" {word}")
+
+    text = _SET.sub(lambda found: " ".join(field_of(word) for word in found[0].split(" ")), text)
+    text = _PART.sub(rf"\1 {key}.", text)
+    wrong, colon, remedy = text.partition(": ")
+    return wrong + colon + _FLAG.sub(setting, remedy)
 
 
 # --- YAML ----------------------------------------------------------------------------------------------------------------------
@@ -247,9 +279,9 @@ def _with_models(recipe: Recipe, models: Mapping[str, str]) -> Recipe:
 
 
 def resolved(stages: Stages, key: str, output: Path) -> Recipe:
-    """The recipe of a stage as it runs in ``output``: the folders of earlier stages in place of their names.
+    """The recipe of a stage as it runs in ``output``: the folders of earlier stages in place of their names, and the views of its labels.
 
-    A folder is spelled as the stage's own run already spells it, so that the way to ``output`` may be written differently.
+    A folder is spelled as the stage's own run already spells it, which may have been begun elsewhere, or before ``output`` was moved.
     """
     return _resolved(stages, key, output, _saved(output / stages.stages[key].name))
 
@@ -261,15 +293,28 @@ def _saved(folder: Path) -> Recipe | None:
 
 
 def _resolved(stages: Stages, key: str, output: Path, saved: Recipe | None) -> Recipe:
+    models = {path: spelled for path, (spelled, _) in _folders(stages, key, output, saved).items()}
+    return with_views_of_labels(_with_models(stages.stages[key], models), saved)
+
+
+def _folders(stages: Stages, key: str, output: Path, saved: Recipe | None) -> dict[str, tuple[str, Path]]:
+    """The earlier stages that a stage builds on, by field: how its run spells each one's folder, and where that is.
+
+    The run's own spelling is of that stage when it ends in the folder's name and ``starts.json`` has it, whose digest `_other_weights`
+    compares; without that note, when it leads there.
+    """
     recipe = stages.stages[key]
     then = {} if saved is None else flatten(saved)
-    models = {}
+    noted = _read_starts(output).get(recipe.name, {})
+    found = {}
     for path, source in sources(recipe).items():
-        folder = output / stages.stages[source].name
-        spelled = str(then.get(path, ""))
-        same = folder.is_dir() and os.path.isdir(spelled) and os.path.samefile(folder, spelled)
-        models[path] = spelled if same else str(folder)
-    return _with_models(recipe, models)
+        folder, spelled = output / stages.stages[source].name, str(then.get(path, ""))
+        if folder.name in noted:
+            same = Path(spelled).name == folder.name
+        else:
+            same = folder.is_dir() and os.path.isdir(spelled) and os.path.samefile(folder, spelled)
+        found[path] = (spelled if same else str(folder), folder)
+    return found
 
 
 def foreseen(stages: Stages, key: str) -> Recipe:
@@ -337,7 +382,7 @@ def networks_ahead(stages: Stages, key: str, num_classes: int, before: dict[str,
     """
     recipe = foreseen(stages, key)
     answers = {name: before[source] for name, source in _teaching(stages.stages[key]).items()}
-    with in_stage(key):
+    with in_stage(key, stages.stages[key]):
         student, teachers = networks(recipe, num_classes, answers)
     before[key] = student.network.num_classes
     return recipe, student, teachers
@@ -383,10 +428,11 @@ def train_stages(
                 console.print(
                     f"stage {key} ({number} of {len(stages.stages)}): {output / stage.name}", highlight=False, markup=False, soft_wrap=True
                 )
-            with in_stage(key):
-                recipe = here.from_main(partial(_begin, stages, key, output))
+            with in_stage(key, stage):
+                recipe, places = here.from_main(partial(_begin, stages, key, output))
                 note = partial(_note, stages=stages, key=key, output=output, prepared=prepared)
-                summaries[key] = train(recipe, output / stage.name, device=device, console=console, prepared=note)
+                with runs_at(places):
+                    summaries[key] = train(recipe, output / stage.name, device=device, console=console, prepared=note)
             if here.is_main and done is not None:
                 done(key, output / stage.name, summaries[key])
             if key == until:
@@ -400,7 +446,7 @@ def _check(stages: Stages, output: Path, until: str | None) -> None:
     from .train.run_folder import RECIPE, SUMMARY, check_folder
 
     with durable.disk_errors(output):
-        found = sorted(name for name in os.listdir(output) if not name.startswith(".tmp-")) if output.is_dir() else []
+        found = sorted(name for name in os.listdir(output) if not name.startswith(".")) if output.is_dir() else []
     foreign = [name for name in found if name not in {recipe.name for recipe in stages.stages.values()}]
     if RECIPE in found:
         raise ConfigError(f"the output {output} holds a run without stages: name another folder with --output")
@@ -410,7 +456,7 @@ def _check(stages: Stages, output: Path, until: str | None) -> None:
     pending, keys = [], [*stages.stages]
     for key in keys[: None if until is None else keys.index(until) + 1]:
         folder = output / stages.stages[key].name
-        with in_stage(key):
+        with in_stage(key, stages.stages[key]):
             check_folder(folder, resolved(stages, key, output))
         if not (folder / SUMMARY).is_file():
             pending.append(key)
@@ -422,13 +468,14 @@ def _refuse_changed(stages: Stages, output: Path) -> None:
     """Raise `ConfigError` when the folder of a stage holds a run of other settings, or one that began from other weights or images."""
     changed: dict[str, str] = {}
     images: dict[str, str] = {}
-    fingerprints: dict[str, str] = {}
+    opened: dict[str, tuple[ImageSource, str]] = {}
     for key, recipe in stages.stages.items():
         saved = _saved(output / recipe.name)
         if saved is None:
             continue
-        reason = _what_changed(stages, key, output, saved)
-        if reason is None and _other_images(stages, key, output, saved, fingerprints):
+        with in_stage(key, recipe):
+            reason = _what_changed(stages, key, output, saved)
+        if reason is None and _other_images(stages, key, output, saved, opened):
             reason = f"it was trained on other images than are in {recipe.data.dir} now"
             images[key] = saved.data.dir
         before = [source for source in sources(recipe).values() if source in changed]
@@ -470,24 +517,49 @@ def _other_weights(stages: Stages, key: str, output: Path) -> str | None:
     return None
 
 
-def _other_images(stages: Stages, key: str, output: Path, saved: Recipe, fingerprints: dict[str, str]) -> bool:
-    """Whether the images of a stage are not those the run in its folder began with; ``fingerprints`` of those already read are kept.
+def _other_images(stages: Stages, key: str, output: Path, saved: Recipe, opened: dict[str, tuple[ImageSource, str]]) -> bool:
+    """Whether the images of a stage are not those the run in its folder began with; ``opened``: those already read, and their fingerprints.
 
-    A folder that was moved has the same fingerprint. Where none was noted, or the images that were named then are gone, nothing is said.
+    A folder that was moved has the same fingerprint, and one in which the image that stopped a run was replaced has the same images. Where
+    no fingerprint was noted, the images that were named then are gone, or nothing was learnt from them, nothing is said.
     """
     recipe = stages.stages[key]
     then, place = _read_starts(output).get(recipe.name, {}).get(IMAGES), recipe.data.dir
-    if then is None or not place:
+    if then is None or not place or not _has_learnt(output / recipe.name):
         return False
-    if place not in fingerprints:
+    if place not in opened:
         try:
-            with in_stage(key):
-                fingerprints[place] = open_source(place, "train").fingerprint()
+            with in_stage(key, recipe):
+                source = open_source(place, "train")
+                opened[place] = source, source.fingerprint()
         except UserError:
             if place != saved.data.dir:
                 raise
             return False
-    return fingerprints[place] != then
+    source, now = opened[place]
+    return now != then and then not in _before_repair(stages, output, source)
+
+
+def _has_learnt(folder: Path) -> bool:
+    """Whether the run in a folder is finished, or has a state to go on from."""
+    from .train.run_folder import SUMMARY
+
+    return (folder / SUMMARY).is_file() or any((folder / "checkpoints").glob("step-*"))
+
+
+def _before_repair(stages: Stages, output: Path, source: ImageSource) -> set[str]:
+    """The fingerprints of images that are these but for one that could not be read and stopped a run."""
+    from .train import checkpoint
+    from .train.job import fingerprint_but
+
+    found = set()
+    for recipe in stages.stages.values():
+        newest = checkpoint.latest(output / recipe.name, warn=lambda text: None)
+        state = {} if newest is None else json.loads((newest / checkpoint.STATE).read_bytes())
+        unreadable = state.get("unreadable") or {}
+        if unreadable.get("of") == "training images" and fingerprint_but(source, unreadable["image"]) == unreadable["others"]:
+            found.add(state["identity"]["training images"])
+    return found
 
 
 def _free_name(stages: Stages, name: str, output: Path) -> str:
@@ -505,10 +577,10 @@ def _foresee(stages: Stages, pending: list[str]) -> None:
     labelled: dict[str, bool] = {}
     before: dict[str, int] = {}
     for key, stage in stages.stages.items():
-        with in_stage(key):
+        with in_stage(key, stage):
             stored = [stored_network(store, name).num_classes for name, store in open_labels(stage).items()]
         recipe, student, teachers = networks_ahead(stages, key, max(stored, default=1000), before)
-        with in_stage(key):
+        with in_stage(key, stage):
             if key in pending:
                 plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
             if key in pending[1:]:
@@ -516,32 +588,46 @@ def _foresee(stages: Stages, pending: list[str]) -> None:
                     labelled[stage.data.dir] = bool(open_data(stage)[0].classes)
                 needing = [name for name, objective in stage.objectives.items() if objective.reads_labels]
                 if needing and not labelled[stage.data.dir]:
+                    before_it = pending[pending.index(key) - 1]
                     raise ConfigError(
-                        f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have none (no class folders): set "
-                        f"{key}.data.dir to others, or leave it out"
+                        f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have none (no class folders): "
+                        f"name images in class folders (--set data.dir=FOLDER), or stop before this stage (--stage {before_it})"
                     )
 
 
-def _begin(stages: Stages, key: str, output: Path) -> Recipe:
-    """The recipe to run, once the stages before it are finished; refuses a run that began from other weights than they gave."""
-    recipe = resolved(stages, key, output)
-    if (output / recipe.name / "recipe.yaml").is_file() and _other_weights(stages, key, output) is not None:
+def _begin(stages: Stages, key: str, output: Path) -> tuple[Recipe, dict[str, str]]:
+    """The recipe to run, once the stages before it are finished, and where the folders are that it names.
+
+    Raises:
+        ConfigError: the run that is there began from other weights than they gave.
+    """
+    saved = _saved(output / stages.stages[key].name)
+    if saved is not None and _other_weights(stages, key, output) is not None:
         _refuse_changed(stages, output)
-    return recipe
+    places = {spelled: str(folder) for spelled, folder in _folders(stages, key, output, saved).values()}
+    return _resolved(stages, key, output, saved), places
 
 
 def _note(job: Any, *, stages: Stages, key: str, output: Path, prepared: Callable[[Any], None] | None) -> None:
-    """Write down the staged recipe, and the weights and images a new run begins from, before its first file is written."""
+    """Write down the staged recipe, and the weights and images a new run begins from, before its first file is written.
+
+    A run that goes on with other images does so because nothing was learnt from those it began with, or because one was replaced: then
+    they are those of all stages that began with the same.
+    """
     _save(stages, output)
-    recipe = stages.stages[key]
-    if not (output / recipe.name / "recipe.yaml").is_file():
-        places = sorted({stages.stages[source].name for source in sources(recipe).values()})
-        with durable.alone_in(output):
-            then = _read_starts(output)
-            began = {place: _weights_of(output / place) for place in places}
-            now = {**then, recipe.name: {**began, IMAGES: job.identity["training images"]}}
-            if now != then:
-                durable.write_atomic(output / STARTS, json.dumps(now, indent=2, sort_keys=True).encode())
+    recipe, images = stages.stages[key], job.identity["training images"]
+    folder = output / recipe.name
+    with durable.alone_in(output):
+        then = _read_starts(output)
+        if (folder / "recipe.yaml").is_file():
+            before, all_of_them = then.get(recipe.name, {}).get(IMAGES), _has_learnt(folder)
+            same = {name for name, began in then.items() if before is not None and began.get(IMAGES) == before}
+            now = {name: {**then[name], IMAGES: images} for name in (same if all_of_them else same & {recipe.name})}
+        else:
+            places = sorted({stages.stages[source].name for source in sources(recipe).values()})
+            now = {recipe.name: {**{place: _weights_of(output / place) for place in places}, IMAGES: images}}
+        if {**then, **now} != then:
+            durable.write_atomic(output / STARTS, json.dumps({**then, **now}, indent=2, sort_keys=True).encode())
     if prepared is not None:
         prepared(job)
 

@@ -53,7 +53,8 @@ class Needs:
         def absolute(blocks: frozenset[int]) -> frozenset[int]:
             for block in blocks:
                 if not -depth <= block < depth:
-                    raise IndexError(f"block {block} does not exist: the model has {depth} blocks (0 to {depth - 1})")
+                    there = "1 block (0)" if depth == 1 else f"{depth} blocks (0 to {depth - 1})"
+                    raise IndexError(f"block {block} does not exist: the model has {there}")
             return frozenset(block % depth for block in blocks)
 
         return Needs(self.logits, absolute(self.hidden), absolute(self.attention), absolute(self.qkv), self.features)

@@ -9,12 +9,14 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import is_model, list_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
+from vitdistill import hugging_face
 from vitdistill.durable import read_bytes, shown
 from vitdistill.errors import ConfigError, DataError, PermissionDenied
 
@@ -43,27 +48,6 @@ _PRETRAINING = ("decoder_", "mask_token", "aligned_feature_projection_heads.")
 _HEAD = ("head.", "head_dist.", "fc_norm.")
 _CLASSIFIER = ("head.", "head_dist.", "classifier.")
 _PATCHES = "patch_embed.proj.weight"
-_HF_PATCHES = ("vit.embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.projection.weight")
-# Hugging Face's names of a ViT and of a masked autoencoder as timm's, applied in this order.
-_HF_NAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^vit\.", ""),
-        (r"^embeddings\.cls_token$", "cls_token"),
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^encoder\.layer\.", "blocks."),
-        (r"^layernorm\.", "norm."),
-        (r"^decoder\.decoder_layers\.", "decoder_blocks."),
-        (r"^decoder\.", ""),
-        (r"(?<=blocks)(\.\d+\.)layernorm_before\.", r"\1norm1."),
-        (r"(?<=blocks)(\.\d+\.)layernorm_after\.", r"\1norm2."),
-        (r"(?<=blocks)(\.\d+\.)attention\.attention\.", r"\1attn."),
-        (r"(?<=blocks)(\.\d+\.)attention\.output\.dense\.", r"\1attn.proj."),
-        (r"(?<=blocks)(\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
-        (r"(?<=blocks)(\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
-    )
-)
 _BUILD_ARGS = {"drop_path": "drop_path_rate", "image_size": "img_size"}
 
 _log = logging.getLogger(__name__)
@@ -205,33 +189,47 @@ def _bare_key(key: str) -> str:
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a weights file into a network: every key present, none left over, every shape equal.
 
-    A file in another public layout of the same network (the authors' own names, position embeddings of another image
-    size) goes through the converter timm has for that family, and that is logged. A plain ViT takes the encoder of a
-    masked autoencoder's checkpoint, Meta's or Hugging Face's, with or without decoder; a `MaskedAutoencoder` takes all
-    of it. Raises ``DataError`` naming the first keys that differ.
+    A file in another public layout of the same network (the authors' own names, patches of another size) goes through the converter timm
+    has for that family. A plain ViT takes the encoder of a masked autoencoder's checkpoint, Meta's or Hugging Face's, with or without
+    decoder, and Hugging Face's ViT; positions of another grid, which is taken to be square, are resampled. A `MaskedAutoencoder` takes all
+    of a checkpoint. What was made of such a file is logged in one note. Raises ``DataError`` naming the first keys that differ.
     """
     _load_into(model, load_state_dict(path), shown(path))
 
 
-def _load_into(model: nn.Module, state: dict[str, Tensor], name: str, *, fresh_head: bool = False) -> None:
-    """Load a file's tensors; ``fresh_head``: a plain ViT's head may start fresh where the file has none."""
-    notes: list[str] = []
-    if isinstance(model, VisionTransformer) and _difference(model, state):
-        headless = _is_headless(model, state)
-        state = _without_decoder(model, _timm_names(state), name, notes)
-        _refuse_other_vit(model, state, name, headless)
-        if fresh_head and headless:
-            state = _with_fresh_head(model, state, name, notes)
+def _load_into(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    name: str,
+    *,
+    saved: "_Saved | None" = None,
+    fresh_head: bool = False,
+    other_classes: bool = False,
+    notes: Sequence[str] = (),
+) -> None:
+    """Load a file's tensors, and say in one note what was made of them.
+
+    ``saved``: what a config.json says of the file; None: nothing does. ``fresh_head``: a plain ViT's head may start fresh where the file
+    has none, and under ``other_classes`` where it has one too. ``notes``: what is to be said besides.
+    """
+    said: list[str] = []
+    if isinstance(model, VisionTransformer):
+        alone = saved is None and not hasattr(model, "decoder_pred") and _is_headless(model, state)
+        if alone or _difference(model, state):
+            state = _for_vit(model, state, name, said, alone, fresh_head, other_classes)
+        if state.keys() == model.state_dict().keys():
+            state = _on_its_grid(model, state, name, said, None if saved is None else saved.image_size)
     if _difference(model, state):
         converted = _converted(model, state)
         # A sentence about the file as it is says more than one about a failed conversion.
         if converted is None or _difference(model, converted):
             raise DataError(_misfit(model, state, name))
-        notes.append(_conversion(model, state, name))
+        said.append(f"it is in another layout, or for another patch or image size: timm's converter for {_name_of(model)} was applied")
         state = converted
     model.load_state_dict(state, strict=True)
-    for note in notes:
-        _log.warning("%s", note)
+    said += notes if saved is None else saved.notes
+    if said:
+        _log.warning("%s: %s.", name, "; ".join(said))
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> str:
@@ -249,53 +247,67 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> str:
     )
 
 
-def _conversion(model: nn.Module, state: Mapping[str, Tensor], name: str) -> str:
-    own = model.state_dict()
-    if own.keys() == state.keys() and [key for key in own if own[key].shape != state[key].shape] == ["pos_embed"]:
-        ours, its = own["pos_embed"].shape[1], state["pos_embed"].shape[1]
-        return f"{name} is for another image size: its {its} positions were resampled to {ours} by timm's converter."
-    return f"{name} is in another layout or for another image size; timm's converter for {_name_of(model)} was applied."
-
-
-# -- plain ViTs: names, decoders and heads ----------------------------------------------------------------------------
+# -- plain ViTs: names, decoders, heads, positions and normalisation ---------------------------------------------------
 
 
 def _is_headless(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
     """Whether the network is a plain ViT and the file one without any classifier."""
     return (
         isinstance(model, VisionTransformer)
-        and any(key in state for key in (_PATCHES, *_HF_PATCHES))
+        and any(key in state for key in (_PATCHES, *hugging_face.PATCHES))
         and not any(key.startswith(_CLASSIFIER) for key in state)
     )
 
 
-def _timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names of a ViT or a masked autoencoder as timm's, with query, key and value in one; other files as they are."""
-    if not any(key in _HF_PATCHES or key.startswith("decoder.decoder_") for key in state):
-        return state
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for pattern, name in _HF_NAMES:
-            key = pattern.sub(name, key)
-        renamed[key] = value
-    for key in [key for key in renamed if ".attn.query." in key]:
-        parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in renamed for part in parts):
-            renamed[key.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
-    return renamed
+def _for_vit(
+    model: VisionTransformer,
+    state: dict[str, Tensor],
+    name: str,
+    said: list[str],
+    alone: bool,
+    fresh_head: bool,
+    other_classes: bool,
+) -> dict[str, Tensor]:
+    """A file's tensors under timm's names, without what this network has no place for, and with the head it gets fresh.
+
+    ``alone``: the file has no classifier, and nothing but itself says what it is. Raises ``DataError`` for a ViT of another form.
+    """
+    headless = _is_headless(model, state)
+    foreign = hugging_face.has_its_names(state)
+    if foreign:
+        state = hugging_face.timm_names(state)
+    kind, part, count = "ViT encoder" if headless else "ViT", "pooler", len(state)
+    if any(key.startswith("decoder_") for key in state):
+        kind, part = "MAE checkpoint with decoder" + ("" if foreign else " (visualisation or full)"), "decoder"
+        state = _without_decoder(model, state, name)
+    elif foreign:
+        state = {key: value for key, value in state.items() if not key.startswith("pooler.")}
+    left = f", {count - len(state)} of the {part} are not" if len(state) < count else ""
+    _refuse_other_vit(model, state, name, headless)
+    if other_classes:
+        state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIER)}
+    fresh = _fresh_head(model, state) if fresh_head and (headless or other_classes) else {}
+    # A final norm that the network has behind its pooling instead.
+    moved = "norm.weight" not in model.state_dict() and "fc_norm.weight" in fresh and "norm.weight" in state
+    if moved:
+        state = {key: value for key, value in state.items() if not key.startswith("norm.")}
+    if alone or foreign or left:
+        whose, joined = ("Hugging Face's ", ", with query, key and value in one") if foreign else ("", "")
+        said.append(f"{whose}{kind}; {len(state)} {'encoder ' if part == 'decoder' and left else ''}tensors are used{joined}{left}")
+    if fresh:
+        said.append(f"{'it has no classifier' if headless else 'its classifier is of other classes'}: {', '.join(fresh)} start fresh")
+    if moved:
+        said.append("its final norm is not used, because the network normalises what it pools instead (fc_norm)")
+    return {**state, **fresh}
 
 
-def _without_decoder(model: VisionTransformer, state: dict[str, Tensor], name: str, notes: list[str]) -> dict[str, Tensor]:
-    """A masked autoencoder's encoder, for a network that has no decoder; other files as they are."""
-    if hasattr(model, "decoder_pred") or not any(key.startswith("decoder_") for key in state):
+def _without_decoder(model: VisionTransformer, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A masked autoencoder's encoder, for a network that has no decoder; all of it for one that has."""
+    if hasattr(model, "decoder_pred"):
         return state
     encoder = {key: value for key, value in state.items() if not key.startswith(_PRETRAINING)}
     if _PATCHES not in encoder:
         raise DataError(f"{name} holds the decoder of a masked autoencoder and no encoder; use the checkpoint with the encoder.")
-    notes.append(
-        f"{name}: MAE checkpoint with decoder (visualisation or full); {len(encoder)} encoder tensors are used, "
-        f"{len(state) - len(encoder)} of the decoder are not."
-    )
     return encoder
 
 
@@ -324,16 +336,86 @@ def _refuse_other_vit(model: VisionTransformer, state: Mapping[str, Tensor], nam
         )
 
 
-def _with_fresh_head(model: VisionTransformer, state: dict[str, Tensor], name: str, notes: list[str]) -> dict[str, Tensor]:
-    """A file without a classifier, with the network's own new head; a final norm that the network has in its head is left out."""
-    own = model.state_dict()
-    fresh = {key: value for key, value in own.items() if key.startswith(_HEAD) and key not in state}
-    if not fresh:
+def _fresh_head(model: VisionTransformer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's own new tensors of its head and the norm in it, as far as the file has none."""
+    return {key: value for key, value in model.state_dict().items() if key.startswith(_HEAD) and key not in state}
+
+
+def _on_its_grid(
+    model: VisionTransformer, state: dict[str, Tensor], name: str, said: list[str], size: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """A file's positions on the network's grid of patches, resampled as timm does, where the file's own is another.
+
+    ``size``: height and width of the images it was trained on, pixels; None: not known. Then its grid is taken to be square. Raises
+    ``DataError`` where it cannot be, or could be the network's as well.
+    """
+    table, own, grid = state.get("pos_embed"), model.pos_embed, getattr(model.patch_embed, "grid_size", None)
+    if table is None or own is None or grid is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
         return state
-    moved = "norm.weight" not in own and "fc_norm.weight" in fresh and "norm.weight" in state
-    norm = "; its final norm is not used, because the network normalises what it pools instead (fc_norm)" if moved else ""
-    notes.append(f"{name} has no classifier: {', '.join(fresh)} start fresh{norm}.")
-    return {**{key: value for key, value in state.items() if not (moved and key.startswith("norm."))}, **fresh}
+    num_prefix_tokens = own.shape[1] - grid[0] * grid[1]
+    count = table.shape[1] - num_prefix_tokens
+    side = math.isqrt(max(count, 0))
+    its = _grid_of(model, state, size)
+    if its is None or its[0] * its[1] != count:  # not known, or not of these positions
+        alike = count == grid[0] * grid[1] and grid[0] != grid[1]
+        if alike and side * side != count:
+            return state
+        if alike or side * side != count or count < 1:
+            shapes = f"{side} x {side} or {grid[0]} x {grid[1]}" if alike else "no square"
+            raise DataError(
+                f"{name} does not say in what rows and columns its {count} patches are ({shapes}), which the network has in {grid[0]} x "
+                f"{grid[1]}; give it as model.safetensors in a folder with a config.json that names its input_size, as `export` writes."
+            )
+        its = (side, side)
+    if its == tuple(grid):
+        return state
+    said.append(f"it is for another image size: its positions were resampled from {its[0]} x {its[1]} patches to {grid[0]} x {grid[1]}")
+    prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    image = patches.float().reshape(1, *its, -1).permute(0, 3, 1, 2)
+    # Not timm's function: that of timm 1.0.20 leaves a table as it is where a square grid has as many patches.
+    moved = F.interpolate(image, size=tuple(grid), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+    return {**state, "pos_embed": torch.cat([prefix, moved.to(table.dtype)], dim=1)}
+
+
+def _grid_of(model: VisionTransformer, state: Mapping[str, Tensor], size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows and columns of a file's patches on images of this size; None: not known."""
+    embed: Any = model.patch_embed
+    if size is None or not getattr(embed, "img_size", None):
+        return None
+    theirs, ours = state.get(_PATCHES), model.state_dict().get(_PATCHES)
+    kernels = ((1, 1), (1, 1)) if theirs is None or ours is None else (theirs.shape[2:], ours.shape[2:])
+    rows, columns = (
+        side // (pixels // patches * its // own)
+        for side, pixels, patches, its, own in zip(size, embed.img_size, embed.grid_size, *kernels, strict=True)
+    )
+    return rows, columns
+
+
+def _normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str) -> list[str]:
+    """Give a plain ViT that is named alone ImageNet's normalisation, where its file is a masked autoencoder's; what to say of it.
+
+    timm's names decide the normalisation, and a file without a classifier need not be of the one that its network's name stands for.
+    """
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(model, VisionTransformer) or not cfg:
+        return []
+    imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    if all(tuple(cfg.get(key) or value) == value for key, value in imagenet.items()):
+        return []
+    own = f"mean {_numbers(cfg['mean'])}, std {_numbers(cfg['std'])}"
+    if any(key.removeprefix("decoder.").startswith(_PRETRAINING) for key in state):
+        cfg.update(imagenet)
+        return [f"images are normalised by ImageNet's mean and std, as for masked autoencoders, and not as for {name} ({own})"]
+    if not _is_headless(model, state):
+        return []
+    architecture = name.partition(".")[0]
+    tags = [tag for tag in _tags(architecture) if tuple(_default_cfg(f"{architecture}.{tag}").mean) == IMAGENET_DEFAULT_MEAN]
+    other = f"{architecture}.{'mae' if 'mae' in tags else tags[0]}" if tags else "a network of its size that has it, as deit's have"
+    return [f"images are normalised as for {name} ({own}); if it was trained with ImageNet's mean and std, name {other}"]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in (values if len(set(values)) > 1 else values[:1]))
 
 
 def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -395,12 +477,14 @@ def create_model(
 ) -> nn.Module:
     """A timm network by name, with its weights if asked for.
 
-    ``name`` is timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json`` (what ``export``
-    writes). ``pretrained``: None loads the weights of a folder or hub name and none for timm's plain names; False
-    never; True always (a plain name then downloads). Another ``num_classes`` than the weights' gives a fresh head.
+    ``name`` is timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json``: timm's (what ``export``
+    writes), or Hugging Face's of a ViT or ViTMAE. ``pretrained``: None loads the weights of a folder or hub name and none
+    for timm's plain names; False never; True always (a plain name then downloads). Another ``num_classes`` than the
+    weights' gives a fresh head.
     ``checkpoint`` is a file loaded strictly instead; without ``num_classes`` a plain timm name gets the file's. A plain
     ViT's file without a classifier (a masked autoencoder's, an export without classes) gives a network without one, or
-    a fresh head where ``num_classes`` is given, which is logged.
+    a fresh head where ``num_classes`` is given. Under a plain timm name, a masked autoencoder's file with its decoder
+    brings ImageNet's normalisation into the network's configuration. All this is logged, in one note a file.
     ``image_size`` is (height, width) or one number, and becomes the input size in the network's configuration. Raises
     ``ConfigError`` for a name or argument that does not exist, ``DataError`` for weights that cannot be had or do not fit.
     """
@@ -429,13 +513,17 @@ def create_model(
         answers = 0 if _is_headless(model, state) else _num_answers(model, state)
         if source == "timm" and "num_classes" not in build and answers not in (None, model.num_classes):
             model = _from_registry(place, {**build, "num_classes": answers}, pretrained=False)
-        _load_into(model, state, shown(checkpoint), fresh_head="num_classes" in build or not getattr(model, "num_classes", 1))
+        fresh = "num_classes" in build or not getattr(model, "num_classes", 1)
+        notes = _normalisation(model, state, place) if source == "timm" else []
+        _load_into(model, state, shown(checkpoint), fresh_head=fresh, notes=notes)
     return model
 
 
 def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     """How many classes a file's head answers in, when it has a head where timm says the network has its own."""
     head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    if hugging_face.has_its_names(state):
+        head = "classifier"
     weight = state.get(f"{head[0] if isinstance(head, tuple | list) else head}.weight")
     return None if weight is None else len(weight)
 
@@ -543,46 +631,85 @@ def _check_grid(name: str, model: nn.Module) -> None:
         )
 
 
+# -- folders and the hub ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a config.json says of a network.
+
+    Attributes:
+        architecture: timm's name of it.
+        args: what it was built with besides.
+        cfg: its ``pretrained_cfg``.
+        digest: sha256 of the weights, if we exported them.
+        notes: what is to be said when its weights are loaded.
+    """
+
+    architecture: str
+    args: dict[str, Any]
+    cfg: dict[str, Any]
+    digest: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images it was trained on, pixels; None: it does not say."""
+        size: Any = self.args.get("img_size") or tuple(self.cfg.get("input_size") or ())[1:]
+        if isinstance(size, int):
+            return size, size
+        return (int(size[0]), int(size[1])) if len(size) == 2 else None
+
+    def build(self, build: Mapping[str, Any]) -> nn.Module:
+        """The network without its weights; ``build`` are arguments that go before its own."""
+        return _build(self.architecture, {**self.args, **build}, {"pretrained_cfg": self.cfg} if self.cfg else {}, pretrained=False)
+
+
 def _from_folder(folder: Path, build: dict[str, Any], load: bool) -> nn.Module:
-    architecture, saved_args, cfg, digest = _read_config(folder)
+    saved = _read_config(folder)
     if not load:
-        return _built_like(architecture, saved_args, cfg, build)
+        return saved.build(build)
     file = _weights_file(folder)
-    if digest is not None and hashlib.sha256(read_bytes(file)).hexdigest() != digest:
+    if saved.digest is not None and hashlib.sha256(read_bytes(file)).hexdigest() != saved.digest:
         raise DataError(f"{shown(file)} is damaged or was replaced: its sha256 is not the one in config.json beside it; export again.")
-    return _with_weights(architecture, saved_args, cfg, build, load_state_dict(file), shown(file))
+    return _with_weights(saved, build, load_state_dict(file), shown(file))
 
 
 def _from_hub(place: str, build: dict[str, Any], load: bool) -> nn.Module:
+    saved = _hub_config(place)
+    if not load:
+        return saved.build(build)
+    for filename in (saved.cfg.get("hf_hub_filename"), *_FOLDER_FILES):
+        file = _download(place, filename) if filename else None
+        if file is not None:
+            return _with_weights(saved, build, load_state_dict(file), f"hf-hub:{place}/{filename}")
+    raise DataError(f"hf-hub:{shown(place)} has none of {', '.join(_FOLDER_FILES)}.")
+
+
+def _hub_config(place: str) -> _Saved:
+    config = _download(place, "config.json")
+    if config is None:
+        raise DataError(f"hf-hub:{shown(place)} has no config.json, so it is no network that can be built.")
+    return _read_config(config.parent, lambda filename: _download(place, filename))
+
+
+def _download(place: str, filename: str) -> Path | None:
+    """A file of a repository of the hub, from the cache if it is there; None: the repository has no such file."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise ConfigError("hf-hub: names need huggingface_hub; pip install huggingface_hub") from error
     repo, _, revision = place.partition("@")
-
-    def fetch(filename: str) -> Path | None:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
-        # Without network, "not in the cache" is of the next kind too, and says nothing about the repository.
-        except LocalEntryNotFoundError as error:
-            raise _unreachable(place, error) from error
-        except EntryNotFoundError:
-            return None
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _unreachable(place, error) from error
-
-    config = fetch("config.json")
-    if config is None:
-        raise DataError(f"hf-hub:{shown(place)} has no config.json, so it is no timm network.")
-    architecture, saved_args, cfg, _ = _read_config(config.parent)
-    if not load:
-        return _built_like(architecture, saved_args, cfg, build)
-    for filename in (cfg.get("hf_hub_filename"), *_FOLDER_FILES):
-        file = fetch(filename) if filename else None
-        if file is not None:
-            return _with_weights(architecture, saved_args, cfg, build, load_state_dict(file), f"hf-hub:{place}/{filename}")
-    raise DataError(f"hf-hub:{shown(place)} has none of {', '.join(_FOLDER_FILES)}.")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
+    # Without network, "not in the cache" is of the next kind too, and says nothing about the repository.
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(place, error) from error
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(place, error) from error
 
 
 def _unreachable(place: str, error: BaseException) -> DataError:
@@ -592,8 +719,8 @@ def _unreachable(place: str, error: BaseException) -> DataError:
     )
 
 
-def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str | None]:
-    """The architecture, its arguments, its pretrained_cfg, and the weights' sha256 if we exported them."""
+def _read_config(folder: Path, fetch: Callable[[str], Path | None] | None = None) -> _Saved:
+    """What a folder's config.json says, timm's or Hugging Face's of a ViT; ``fetch`` gets another file that belongs to it."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {shown(folder)}; check the path.")
@@ -603,6 +730,11 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str
         )
     try:
         config = json.loads(read_bytes(path))
+        if "model_type" in config and "architecture" not in config:
+            preprocessor = folder / hugging_face.PREPROCESSOR
+            beside = (preprocessor if preprocessor.is_file() else None) if fetch is None else fetch(hugging_face.PREPROCESSOR)
+            architecture, args, cfg, notes = hugging_face.timm_config(path, config, beside)
+            return _Saved(architecture, args, cfg, notes=notes)
         if "pretrained_cfg" not in config:
             config = {"architecture": config["architecture"], "pretrained_cfg": config}
         cfg = dict(config["pretrained_cfg"])
@@ -624,7 +756,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any], str
             f"{shown(path)} names the architecture {shown(architecture)!r}, which timm {timm.__version__} does not have; "
             "install the timm version that wrote it."
         )
-    return architecture, args, cfg, digest
+    return _Saved(architecture, args, cfg, digest)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -634,29 +766,23 @@ def _weights_file(folder: Path) -> Path:
     raise DataError(f"{shown(folder)} has a config.json and no weights ({', '.join(_FOLDER_FILES)}); copy them beside it.")
 
 
-def _built_like(architecture: str, saved_args: dict[str, Any], cfg: dict[str, Any], build: dict[str, Any]) -> nn.Module:
-    return _build(architecture, {**saved_args, **build}, {"pretrained_cfg": cfg} if cfg else {}, pretrained=False)
-
-
-def _with_weights(
-    architecture: str,
-    saved_args: dict[str, Any],
-    cfg: dict[str, Any],
-    build: dict[str, Any],
-    state: dict[str, Tensor],
-    name: str,
-) -> nn.Module:
-    saved_classes = cfg.get("num_classes", 1000)
+def _with_weights(saved: _Saved, build: dict[str, Any], state: dict[str, Tensor], name: str) -> nn.Module:
+    saved_classes = saved.cfg.get("num_classes", 1000)
     same_head = build.get("num_classes", saved_classes) == saved_classes
-    same_chans = build.get("in_chans", saved_args.get("in_chans", 3)) == (cfg.get("input_size") or (3,))[0]
-    if same_chans and (same_head or not saved_classes):
-        model = _built_like(architecture, saved_args, cfg, build)
-        if same_head or _is_headless(model, state):
-            _load_into(model, state, name, fresh_head=not saved_classes)
+    same_chans = build.get("in_chans", saved.args.get("in_chans", 3)) == (saved.cfg.get("input_size") or (3,))[0]
+    positions = any(key.endswith(("pos_embed", "position_embeddings")) for key in state)
+    if same_chans and (same_head or not saved_classes or positions):
+        model = saved.build(build)
+        if same_head or isinstance(model, VisionTransformer):
+            fresh = not (same_head and saved_classes)
+            _load_into(model, state, name, saved=saved, fresh_head=fresh, other_classes=not same_head)
+            if not same_head:
+                model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]
             return model
     # timm drops the head of other classes and folds input channels; handing it the tensors keeps its own file reader
     # out of it.
-    model = _build(architecture, {**saved_args, **build}, {"pretrained_cfg": {**cfg, "state_dict": state}}, pretrained=True)
+    cfg = {"pretrained_cfg": {**saved.cfg, "state_dict": state}}
+    model = _build(saved.architecture, {**saved.args, **build}, cfg, pretrained=True)
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
     if not same_head:
         model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]
@@ -687,8 +813,5 @@ def describe(name: str, model_args: Mapping[str, Any]) -> tuple[str, dict[str, A
     source, place = _split(name)
     if source == "timm":
         return place, dict(model_args)
-    if source == "folder":
-        architecture, saved, _, _ = _read_config(Path(place))
-        return architecture, {**saved, **model_args}
-    model = create_model(name, pretrained=False)
-    return _name_of(model), dict(model_args)
+    saved = _read_config(Path(place)) if source == "folder" else _hub_config(place)
+    return saved.architecture, {**saved.args, **model_args}

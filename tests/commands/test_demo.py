@@ -1,5 +1,8 @@
 """The demo, shortened to an epoch a run: every step of it, and what it leaves behind."""
 
+import os
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,27 @@ def test_digits_are_written_once_and_whole(tmp_path: Path) -> None:
     assert {train.load(i).size for i in range(0, len(train), 97)} == {(8, 8)}
     names: set[Any] = {Path(train.key(i)).name for i in range(len(train))} & {Path(val.key(i)).name for i in range(len(val))}
     assert not names, "no digit is in both"
+
+
+def test_an_interruption_leaves_no_half_of_the_digits(tmp_path: Path) -> None:
+    """Ctrl-C, as soon as the first images are there."""
+    done = threading.Event()
+
+    def interrupt() -> None:
+        while not done.wait(0.001):
+            if any(tmp_path.glob(".tmp-*/*/*/*.png")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.write_digits(tmp_path / "images")
+    finally:
+        done.set()
+        watcher.join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_picture_hides_what_the_teacher_does_not_see(tmp_path: Path) -> None:

@@ -85,6 +85,20 @@ def test_labels_are_looked_after(here: Path, tmp_path: Path, capsys: pytest.Capt
     assert tree(here / "labels") == before
 
 
+def test_long_work_is_not_silent(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def printed(verb: str, *words: str) -> list[str]:
+        capsys.readouterr()
+        assert main(["label", verb, *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert len(printed("merge", str(tmp_path / "short"), "--from", "labels/teacher")) == 1
+    monkeypatch.setattr("vitdistill.commands.label.EVERY_S", 0.0)
+    lines = printed("merge", str(tmp_path / "long"), "--from", "labels/teacher")
+    assert [line.partition(":")[0] for line in lines[:-1]] == ["1 of 2 parts copied", "2 of 2 parts copied"]
+    lines = printed("prune", "labels/teacher", "--to", str(tmp_path / "one"), "--views", "1")
+    assert [line.partition(":")[0] for line in lines[:-1]] == ["1 of 1 parts written"]
+
+
 def test_more_views_are_added_by_the_same_command(here: Path, tmp_path: Path) -> None:
     words = ["label", "small_images_kd", *SHORT, *TEACHER, "--output", str(tmp_path), "--device", "cpu", *VIT]
     assert main([*words, "--views", "1"]) == 0 and main([*words, "--views", "3"]) == 0
@@ -101,6 +115,11 @@ def test_more_views_are_added_by_the_same_command(here: Path, tmp_path: Path) ->
         (["label", "small_images_kd", *SHORT, *TEACHER, "--labels", "labels", *VIT], USAGE, "--labels cannot take effect"),
         (["label", "small_images_kd", *SHORT, *TEACHER, "--encoding", "topk", "--k", "0", "--output", "new", *VIT], CONFIG, "k"),
         (["label", "small_images_kd", *SHORT, "--output", "new", *VIT], CONFIG, "the teacher has no model: name one with --teacher-model"),
+        (
+            ["label", "small_images_libkd", *SHORT, "--output", "new"],
+            CONFIG,
+            "the conv has no model: name one with --set teachers.conv.model=MODEL (a timm name",
+        ),
         (["label", "small_images_maskedkd", *SHORT, *TEACHER, "--output", "new", *VIT], CONFIG, "--without selector"),
         (["label", "small_images_alone", *SHORT, "--output", "new", *VIT], CONFIG, "the recipe has no teacher to label with"),
         (["label", "small_images_dmae", "--data-dir", "photos"], USAGE, "has stages"),
@@ -161,4 +180,9 @@ def test_damage_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert main(["label", "verify", str(tmp_path / "copy")]) == DATA
     out, error = capsys.readouterr()
-    assert "1 files are damaged" in out and part.name in out and "delete them and run vitdistill label again" in error
+    assert "1 file is damaged" in out and part.name in out
+    assert f"1 file of {tmp_path / 'copy'} is not as it was written: delete it and run vitdistill label again" in error
+    (part.parent / "notes.txt").touch()
+    assert main(["label", "verify", str(tmp_path / "copy")]) == DATA
+    out, error = capsys.readouterr()
+    assert "2 files are damaged" in out and "are not as they were written: delete them and run" in error

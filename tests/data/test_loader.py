@@ -18,7 +18,7 @@ from vitdistill.data import loader as loader_module
 from vitdistill.data.loader import Batch, EvalLoader, TrainLoader, epoch_order, pair_partners
 from vitdistill.data.source import open_source
 from vitdistill.data.views import AUGMENTS, Augment, InputSpec, eval_view, normalize
-from vitdistill.errors import ConfigError, DataError
+from vitdistill.errors import ConfigError, DataError, OutOfMemory
 
 SPEC = InputSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 FULL = replace(AUGMENTS["deit"], repeated_aug=1)
@@ -194,6 +194,28 @@ def test_a_damaged_image_is_the_same_sentence_from_any_worker(make_folder) -> No
         with pytest.raises(DataError, match=r"001\.png: the image is damaged") as caught:
             list(TrainLoader(source, AUGMENTS["small"], SPEC, batch_size=8, seed=0, **options).batches(0, 3))
         assert "\n" not in str(caught.value)
+        assert "replace the file by a whole one of the same name" in str(caught.value)
+        assert caught.value.image == (None if in_memory else (source.name, "class1/001.png"))
+
+
+def test_the_image_of_an_evaluation_that_cannot_be_read_is_named(make_folder) -> None:
+    root = make_folder()
+    (root / "val" / "class2" / "002.png").write_bytes(b"<html>")
+    source = open_source(str(root), "val")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"002\.png: this is a web page") as caught:
+            list(EvalLoader(source, SPEC, batch_size=4, workers=workers))
+        assert caught.value.image == (source.name, "class2/002.png")
+
+
+def test_images_that_do_not_fit_memory_are_one_sentence(make_folder) -> None:
+    """More than a processor can address, which is refused at once."""
+    spec = replace(SPEC, image_size=(2**22, 2**22))
+    with pytest.raises(
+        OutOfMemory, match=r"of this machine ran out while 24 images were decoded into it: read .* --in-memory false"
+    ) as caught:
+        TrainLoader(open_source(str(make_folder()), "train"), AUGMENTS["small"], spec, batch_size=8, seed=0, in_memory=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(make_folder) -> None:
@@ -243,19 +265,6 @@ def test_workers_outlive_signals_and_end_with_the_process(make_folder) -> None:
     )
     assert (done.stdout, done.returncode) == ("alive\n", 75), done.stderr
     assert time.monotonic() - started < 60
-
-
-def test_waiting_is_counted_and_can_be_reset(make_folder) -> None:
-    loader = TrainLoader(open_source(str(make_folder()), "train"), AUGMENTS["small"], SPEC, batch_size=8, seed=0)
-    batches = loader.batches(0, 3)
-    next(batches)
-    waited = loader.wait_seconds
-    assert waited > 0
-    time.sleep(0.2)  # of the training step: not the loader's
-    loader.wait_seconds = 0.0
-    begun = time.perf_counter()
-    next(batches)
-    assert 0 < loader.wait_seconds <= time.perf_counter() - begun
 
 
 def test_unlabelled_images_have_label_minus_one(make_folder) -> None:

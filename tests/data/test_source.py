@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitdistill.data.source import open_source
-from vitdistill.errors import DataError, PermissionDenied, UserError
+from vitdistill.data.source import counted, open_source
+from vitdistill.errors import DataError, MissingSplit, PermissionDenied, UserError
 
 
 def refused(location: Path | str, split: str = "train", kind: type[UserError] = DataError, **options: object) -> str:
@@ -85,9 +85,9 @@ def test_unlabelled_folders(make_folder, tmp_path: Path) -> None:
     (tmp_path / "nest").mkdir()
     flat.rename(tmp_path / "nest" / "train")
     assert len(open_source(str(tmp_path / "nest"), "train")) == 24
-    assert "no 'val' or 'validation' or 'test' folder" in refused(tmp_path / "nest", "val")
+    assert "no 'val' or 'validation' or 'test' folder" in refused(tmp_path / "nest", "val", MissingSplit)
     (tmp_path / "nest" / "train").rename(tmp_path / "nest" / "val")
-    assert "labels" in refused(tmp_path / "nest", "val")
+    assert "labels" in refused(tmp_path / "nest", "val", MissingSplit)
 
 
 def test_what_is_wrong_with_a_place(make_folder, tmp_path: Path) -> None:
@@ -102,6 +102,31 @@ def test_what_is_wrong_with_a_place(make_folder, tmp_path: Path) -> None:
     assert "no 'train' folder" in sentence and "'training_images'" in sentence and "'val'" in sentence
     (root / "train").mkdir()
     assert "no images" in refused(root)
+
+
+def test_a_place_without_splits_is_right_once_its_advice_is_followed(make_folder, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (make_folder() / "train").rename(photos)
+    remedy = f"put the class folders into {photos}/train/ and about a tenth of the images of each class into {photos}/val/CLASS/."
+    assert refused(photos) == f"{photos} has no 'train' folder; found 'class0', 'class1', 'class2': {remedy}"
+    for folder in sorted(photos.iterdir()):
+        (photos / "train").mkdir(exist_ok=True)
+        folder.rename(photos / "train" / folder.name)
+    assert len(open_source(str(photos), "train")) == 24
+    remedy = "put a part of the images, a tenth say, into class folders there."
+    assert refused(photos, "val") == f"{photos} has no 'val' or 'validation' or 'test' folder; found 'train': {remedy}"
+    for folder in sorted((photos / "train").iterdir()):
+        (photos / "val" / folder.name).mkdir(parents=True)
+        first = sorted(folder.iterdir())[0]
+        first.rename(photos / "val" / folder.name / first.name)
+    assert len(open_source(str(photos), "val")) == 3
+    (photos / "train").rename(tmp_path / "class_folders")
+    assert refused(photos).endswith(f"found 'val': put the class folders into {photos}/train/.")
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1000, "1,000 images")])
+def test_numbers_of_things(number: int, text: str) -> None:
+    assert counted(number, "image") == text
 
 
 def test_what_is_wrong_with_the_images(make_folder) -> None:

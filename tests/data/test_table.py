@@ -133,7 +133,7 @@ def test_what_is_wrong(tmp_path: Path, rows, monkeypatch) -> None:
     assert "row 0 has no bytes" in refused(pa.table({"image": pa.array([None, images[0]], pa.binary()), "label": [0, 1]}))
     assert "label 3 is outside the 3 classes" in refused(hugging_face(images, [0, 1, 2, 3]))
     assert "label -1" in refused(hugging_face(images, [0, 1, 2, -1]))
-    assert "1 rows have no 'label'" in refused(pa.table({"image": images, "label": [0, 1, 2, None]}))
+    assert "'label' is empty in 1 row;" in refused(pa.table({"image": images, "label": [0, 1, 2, None]}))
     assert "whole numbers or names" in refused(pa.table({"image": images, "label": [0.5, 1.0, 2.0, 3.0]}))
     pq.write_table(hugging_face(images, labels), path)
     content = path.read_bytes()

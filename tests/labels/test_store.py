@@ -329,6 +329,14 @@ def test_each_field_of_the_identity_is_compared(manifest, tmp_path, tree, field)
     assert tree(tmp_path) == before
 
 
+def test_what_to_do_about_other_images(manifest, tmp_path):
+    LabelStore.create(tmp_path / "s", manifest(identity={"images.fingerprint": "a"}))
+    with pytest.raises(
+        DataError, match=r"give the very files that were labelled .one that was repaired .*, name another folder, or delete"
+    ):
+        LabelStore.create(tmp_path / "s", manifest(identity={"images.fingerprint": "b"}))
+
+
 @pytest.mark.parametrize(("field", "value"), [("num_samples", 38), ("part_size", 16), ("layout", None)])
 def test_sizes_and_layout_are_compared(manifest, layout, tmp_path, field, value):
     LabelStore.create(tmp_path / "s", manifest())

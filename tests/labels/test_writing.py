@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitdistill import durable
+from vitdistill import durable, processes
 from vitdistill.errors import ConfigError, DiskError
 from vitdistill.labels import writing
 from vitdistill.labels.store import LabelStore, Lease
@@ -37,7 +37,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def lease(**changes) -> bytes:
     """A lease as this process would write it."""
-    return json.dumps({**writing._process(), "beat": 1, "token": "0123456789ab", **changes}).encode()
+    return json.dumps({**processes.this_process(), "beat": 1, "token": "0123456789ab", **changes}).encode()
 
 
 # -- several writers --------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_the_lease_of_a_killed_writer_is_taken_over_at_once(manifest, tmp_path, 
     store = LabelStore.create(tmp_path / "s", manifest())
     pid = fork(lambda: write_missing([store], lambda unit: os.kill(os.getpid(), signal.SIGKILL)))
     # Before it is waited for, a killed process is a zombie.
-    while not leftovers(store.path) or writing._started(pid) is not None:
+    while not leftovers(store.path) or processes.started(pid) is not None:
         time.sleep(0.001)
     assert leftovers(store.path) == ["part-00000.lease"]
     started = time.monotonic()
@@ -206,7 +206,7 @@ def test_the_lease_of_a_killed_writer_is_taken_over_at_once(manifest, tmp_path, 
         (lambda: lease(started="1"), True),  # its number is used again, by this very process
         (lambda: lease(pid=2**22 + 1), True),
         (lambda: lease(), False),
-        (lambda: lease(pid=os.getppid(), started=writing._started(os.getppid())), False),
+        (lambda: lease(pid=os.getppid(), started=processes.started(os.getppid())), False),
         (lambda: lease(pid=2**22 + 1, host="elsewhere"), False),
         (lambda: lease(pid=2**22 + 1, space="another container"), False),
         (lambda: lease(pid=0), False),

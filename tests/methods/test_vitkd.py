@@ -597,7 +597,7 @@ def test_the_plan_says_what_it_does() -> None:
     whole = Pair("plain", "wider, deeper").plan.notes["vitkd"]
     assert whole == "low_weight 3e-05, high_weight 3e-06 on sums"
     kept = Pair("two prefix tokens, coarser", "wider, deeper", selector=RandomPatches(keep_rate=0.5)).plan.notes["vitkd"]
-    assert "compared at the 8 of 16 patches the teacher sees, the student's patches resampled from 2 x 2 to 4 x 4" in kept
+    assert "compared at the 8 of 16 patches both see, the student's patches resampled from 2 x 2 to 4 x 4" in kept
     assert "sums times 2 to keep their scale" in kept
     mean = Pair("plain", "plain", ViTKD(reduction="mean", low_weight=4.0), RandomPatches(keep_rate=0.5)).plan.notes["vitkd"]
     assert mean.startswith("low_weight 4, high_weight 0.45 on means") and "sums" not in mean

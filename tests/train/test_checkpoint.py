@@ -166,7 +166,7 @@ def test_missing_swapped_and_renamed_files_are_found(tmp_path):
 def test_all_damaged_is_an_error_naming_the_folder(tmp_path):
     folder = checkpoint.save(tmp_path, 1, *state_of(1))
     (folder / checkpoint.STATE).write_bytes(b"{}")
-    with pytest.raises(DataError, match=r"None of the 1 checkpoints in .*checkpoints is intact"):
+    with pytest.raises(DataError, match=r"The only checkpoint in .*checkpoints is not intact"):
         checkpoint.latest(tmp_path, lambda _: None)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from vitdistill import labelling
 from vitdistill.build import with_views_of_labels
 from vitdistill.data.views import Augment
-from vitdistill.errors import ConfigError, DataError, NonFiniteError, Preempted
+from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.labelling import LabelOptions, check, label, logit_encoding
 from vitdistill.labels import identity
 from vitdistill.labels.store import LabelStore
@@ -185,6 +185,56 @@ def test_labelling_stops_when_asked_and_goes_on(kd, tools, tmp_path):
     assert done.parts == 8 * 12 - len(before) and before.items() <= parts(tmp_path / "labels").items()
 
 
+MANY = {"data.views": 24, "train.epochs": 24}
+
+
+def test_what_one_process_cannot_do_stops_all(kd, tools, tmp_path):
+    """Its files may not be larger than a lease; without being told, the other would write every part before it asks."""
+    recipe, options = kd(**MANY), LabelOptions(encoding="float32", part_size=45)
+    few = written(replace_fields(recipe, {"data.views": 1}), tmp_path / "labels", options)
+    LabelStore.create(few.path, replace(few.manifest, num_views=24))
+
+    def work(rank):
+        if rank == 1:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+        return label(recipe, tmp_path / "labels", options, device="cpu").parts
+
+    errors = tools.ranks(2, work)
+    assert [type(error) for error in errors] == [DiskError] * 2 and str(errors[0]) == str(errors[1])
+    assert "/view-000" in str(errors[0]) and "\n" not in str(errors[0])
+    there = parts(tmp_path / "labels")
+    assert 0 < len(there) < 24
+    assert not [path for path in (tmp_path / "labels").rglob("*") if path.name.startswith(".") or path.suffix == ".lease"]
+    written(recipe, tmp_path / "labels", options)
+    assert there.items() < parts(tmp_path / "labels").items() and len(parts(tmp_path / "labels")) == 24
+
+
+def test_a_damaged_image_makes_other_labels(kd, tools, tmp_path):
+    root = tools.write_images(tmp_path / "images", train=15)
+    path = root / "train" / "cat" / "14.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    calm = {"data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.dir": str(root), "data.in_memory": False}
+    sentence = r"cat/14.png: the image is damaged .* again, with another --output: .*labels has labels of the images as they were$"
+    with pytest.raises(DataError, match=sentence):
+        written(kd(**calm), tmp_path / "labels")
+    shutil.copy(root / "train" / "cat" / "13.png", path)
+    with pytest.raises(DataError, match="give the very files that were labelled"):
+        written(kd(**calm), tmp_path / "labels")
+    assert written(kd(**calm), tmp_path / "other").status().records == 45 * 2
+
+
+def test_a_signal_to_one_process_stops_all(kd, tools, tmp_path):
+    recipe = kd(**MANY, **{"train.eval_batch_size": 1})
+    children = tools.start_ranks(2, lambda rank: label(recipe, tmp_path / "labels", EXACT, device="cpu").parts)
+    tools.until(lambda: len(list(tmp_path.rglob("*.bin"))) > 2)
+    children[1].kill(signal.SIGTERM)
+    errors = [child.wait() for child in children]
+    assert [type(error) for error in errors] == [Preempted] * 2 and len(parts(tmp_path / "labels")) < 24 * 6
+    assert all("stopped by SIGTERM; what is written in" in str(error) for error in errors)
+
+
 def test_views_can_be_added_later(kd, tmp_path):
     few = written(kd(), tmp_path / "labels")
     before = parts(few.path)
@@ -276,7 +326,7 @@ def test_a_missing_record_is_an_error_or_the_teachers_own_answer(stored, kd, too
     store = written(kd(), tmp_path / "labels")
     store.part_path(1, 2).unlink()
     broken = {"teachers.teacher.labels": str(store.path)}
-    refused(stored(**broken), tools, tmp_path / "run", r"1 of 12 parts of the labels of the teacher are not written yet .* view 1, part 2")
+    refused(stored(**broken), tools, tmp_path / "run", r"1 of 12 parts of the labels of the teacher is not written yet .* view 1, part 2")
     refused(stored(**broken, **{"data.views": 2}), tools, tmp_path / "run", "missing=online")
     tools.run(stored(**broken, **{"data.views": 1}), tmp_path / "one_view")  # that view is whole
     tools.run(stored(**broken, **{"teachers.teacher.missing": "online"}), tmp_path / "online")

@@ -129,6 +129,7 @@ PARTS = {
     "recipe": (4, lose("recipe", "")),
     "identity": (4, lose("identity", {})),
     "scaler": None,  # see test_float16_resumes_exactly
+    "unreadable": None,  # see test_mishaps.py
 }
 
 
@@ -606,7 +607,7 @@ def test_a_student_with_a_distillation_token(tmp_path, taught, tools):
 def test_what_no_gradient_reaches_is_named_and_kept(tmp_path, plain, tools):
     said = []
     tools.run(plain(**{"student.model": tools.spare_vit()}), tmp_path / "run", said)
-    assert "no gradient reaches 1 parameters of the student (spare): no objective reads them" in said
+    assert "no gradient reaches 1 parameter of the student (spare): no objective reads it" in said
     first, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 1))
     last, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 9))
     assert torch.equal(first["distillation.student.spare"], last["distillation.student.spare"])

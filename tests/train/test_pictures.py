@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from vitdistill.data.views import InputSpec
+from vitdistill.errors import DataError
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
+from vitdistill.train import checkpoint
 from vitdistill.train.pictures import draw_sheet
 
 SMALL = PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
@@ -60,18 +64,43 @@ def test_pixels_come_back_from_the_normalisation():
 
 def test_a_masked_autoencoder_learns_resumes_and_is_fine_tuned(tmp_path, taught, tools):
     """Pre-training without labels, k-NN beside it, positions that stay, and a classifier on top afterwards."""
-    recipe = masked(taught, objectives={"mae": SMALL})
-    tools.run(recipe, tmp_path / "run")
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    recipe, folder = masked(taught, objectives={"mae": SMALL}), tmp_path / "run"
+    tools.run(recipe, folder)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [record["mae"] for record in records if record["kind"] == "train"]
     assert losses[-1] < losses[0]
     scores = [record["knn_top1"] for record in records if record["kind"] == "eval"]
-    assert scores and all(0 <= score <= 1 for score in scores)
-    assert not (tmp_path / "run" / "best").exists()
-    again = replace(taught(), teachers={}, selector=None, objectives={"ce": taught().objectives["ce"]})
-    again = replace(again, student=replace(again.student, model=str(tmp_path / "run"), model_args={"global_pool": "avg"}))
-    summary = tools.run(again, tmp_path / "fine")
-    assert summary["scores"]["top1"] > 0
+    assert len(scores) == 3 and scores[-1] > 0.6
+    assert not (folder / "best").exists()
+    first, last = (checkpoint.load(checkpoint.folder_of(folder, step))[0] for step in (1, 9))
+    student = "distillation.student."
+    assert torch.equal(first[f"{student}pos_embed"], last[f"{student}pos_embed"]) and bool(first[f"{student}pos_embed"].any())
+    assert not torch.equal(first[f"{student}patch_embed.proj.weight"], last[f"{student}patch_embed.proj.weight"])
+
+    before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "pictures.png", "last/model.safetensors")}
+    (folder / "summary.json").unlink()
+    for step in range(5, 10):
+        shutil.rmtree(checkpoint.folder_of(folder, step))
+    said = []
+    tools.run(recipe, folder, said)
+    assert f"resuming {folder} at step 4 of 9" in said
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    again, _ = checkpoint.load(checkpoint.folder_of(folder, 9))
+    assert again.keys() == last.keys() and all(torch.equal(again[key], last[key]) for key in last)
+
+    base = taught()
+    begun = {}
+    tuned = replace(base, teachers={}, selector=None, objectives={"ce": base.objectives["ce"]})
+    tuned = replace(tuned, student=replace(tuned.student, model=str(folder), model_args={"global_pool": "avg"}))
+    summary = tools.run(
+        tuned,
+        tmp_path / "fine",
+        prepared=lambda job: begun.update({name: value.clone() for name, value in job.student.state_dict().items()}),
+    )
+    given = load_file(folder / "last" / "model.safetensors")
+    assert torch.equal(begun["pos_embed"], given["pos_embed"])
+    assert torch.equal(begun["blocks.1.mlp.fc1.weight"], given["blocks.1.mlp.fc1.weight"])
+    assert summary["scores"]["top1"] > 0.6
 
 
 def test_a_run_without_pictures_has_none(tmp_path, plain, tools):
@@ -93,3 +122,32 @@ def test_images_without_validation_or_of_one_class_are_enough(tmp_path, taught, 
         summary = tools.run(replace(recipe, data=replace(recipe.data, dir=str(folder))), tmp_path / f"run {folder.name}", said)
         assert summary["scores"] == {} and any("nothing is evaluated" in line for line in said)
         assert (tmp_path / f"run {folder.name}" / "pictures.png").exists()
+
+
+def test_a_tar_without_validation_is_enough(tmp_path, taught, tools):
+    recipe = masked(taught, objectives={"mae": SMALL})
+    several = tools.write_images(tmp_path / "several")
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(several / "train", "train")
+    said = []
+    summary = tools.run(replace(recipe, data=replace(recipe.data, dir=str(tmp_path / "photos.tar"))), tmp_path / "run", said)
+    assert summary["scores"] == {} and any(line.startswith("there are no validation images") for line in said)
+
+
+def test_validation_images_that_are_there_and_damaged_are_not_passed_over(tmp_path, taught, tools):
+    """Only where there are none at all, nothing is evaluated."""
+    recipe = masked(taught, objectives={"mae": SMALL})
+    root = tools.write_images(tmp_path / "images")
+    recipe = replace(recipe, data=replace(recipe.data, dir=str(root)))
+    (root / "val" / "dog").mkdir()
+    with pytest.raises(DataError, match="dog has no images; fill it or remove it"):
+        tools.run(recipe, tmp_path / "run")
+    (root / "val" / "dog").rmdir()
+    (root / "val" / "cat" / "06.png").unlink()
+    (root / "val" / "cat" / "06.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match="is it a broken link"):
+        tools.run(recipe, tmp_path / "run")
+    shutil.rmtree(root / "val" / "cat")
+    with pytest.raises(DataError, match="it lacks 1 "):
+        tools.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

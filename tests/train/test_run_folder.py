@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from vitdistill import durable, processes
 from vitdistill.errors import ConfigError, DiskError, PermissionDenied
 from vitdistill.recipe import Recipe, dump_recipe, load_recipe
 from vitdistill.train.run_folder import METRICS, RunFolder, check_folder, finished
@@ -87,7 +88,8 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools):
         folder = object.__new__(RunFolder)
         folder.path = tmp_path / "run"
         folder._claim()
-        (tmp_path / "run" / f".tmp-{socket.gethostname()}-{os.getpid()}-0123456789ab").write_text("half")
+        for host in (durable._HOST, "host.01234567"):  # the other: this host before it was started again, or another
+            (tmp_path / "run" / f".tmp-{host}-{os.getpid()}-0123456789ab").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
     tools.Child(begin).wait()
@@ -96,6 +98,14 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools):
     with RunFolder(tmp_path / "run", RECIPE):
         pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+
+
+def test_hidden_files_of_the_system_make_no_folder_somebodys(tmp_path):
+    (tmp_path / ".DS_Store").write_text("finder")
+    assert not check_folder(tmp_path, RECIPE)
+    with RunFolder(tmp_path, RECIPE):
+        pass
+    assert (tmp_path / ".DS_Store").read_text() == "finder"
 
 
 def test_an_export_that_was_replaced_is_cleared_away_once_the_new_one_is_there(tmp_path):
@@ -169,6 +179,63 @@ def test_a_number_that_was_used_again_is_not_the_owner(tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+def test_another_container_of_this_host_is_believed(tmp_path):
+    """Its number, 1 for instance, means nothing here: two containers under one name would write one run."""
+    claim(tmp_path, space="another boot pid:[17]", pid=2**22 + 1)
+    before = (tmp_path / "in_use.json").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"in use by process 4194305 of another container: .*or delete .*in_use\.json if that run is dead"
+    ):
+        RunFolder(tmp_path, RECIPE)
+    assert (tmp_path / "in_use.json").read_bytes() == before
+
+
+OTHER_CONTAINER = """
+import pathlib, socket, sys, time
+from vitdistill import processes
+from vitdistill.recipe import Recipe
+boot = processes.space().partition(" ")[0]
+processes.space = lambda: f"{boot} pid:[17]"
+socket.gethostname = lambda: sys.argv[2]
+from vitdistill.train.run_folder import RunFolder
+with RunFolder(pathlib.Path(sys.argv[1]), Recipe()):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(processes.space() == "", reason="this system does not say which boot and container a process is in")
+@pytest.mark.parametrize("host", [socket.gethostname(), "pod-1"])
+def test_a_container_of_this_machine_that_is_gone(tmp_path, host):
+    """It was killed and started anew, as another one or under its name; its number says nothing, its lock does."""
+    other = subprocess.Popen([sys.executable, "-c", OTHER_CONTAINER, str(tmp_path), host], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(ConfigError, match="in use by process"):
+            RunFolder(tmp_path, RECIPE)
+    finally:
+        other.kill()
+        other.communicate()
+    left = (tmp_path / "in_use.json").read_text()
+    (tmp_path / "in_use.json").write_text(json.dumps({**json.loads(left), "device": -1}))
+    with pytest.raises(ConfigError, match="in use by process"):  # of a mount of its own, whose locks are not seen here
+        RunFolder(tmp_path, RECIPE)
+    (tmp_path / "in_use.json").write_text(left)
+    with RunFolder(tmp_path, RECIPE):
+        assert json.loads((tmp_path / "in_use.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_claim_of_an_earlier_version(tmp_path):
+    written = claim(tmp_path)
+    old = {key: written[key] for key in ("host", "pid", "token")} | {"started": f"{written['space'].split()[0]} {written['started']}"}
+    (tmp_path / "in_use.json").write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}: "):
+        RunFolder(tmp_path, RECIPE)
+    (tmp_path / "in_use.json").write_text(json.dumps({**old, "pid": 2**22 + 1}))
+    with RunFolder(tmp_path, RECIPE):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "x"}'])

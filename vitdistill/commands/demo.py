@@ -1,6 +1,8 @@
 """``vitdistill demo``: the whole job on scikit-learn's handwritten digits, in about two minutes on two cores."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -82,12 +84,23 @@ def write_digits(folder: Path) -> None:
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0)).tolist()
-    with durable.staged_dir(folder) as temp:
+    with durable.staged_dir(folder) as temp, _whole(temp):
         for position, i in enumerate(order):
             split = "val" if position < NUM_VALIDATION else "train"
             target = temp / split / str(digits.target[i])
             target.mkdir(parents=True, exist_ok=True)
             durable.write_new(target / f"{i:04d}.png", _png(Image.fromarray(pixels[i])))
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Empty a folder again when what is to fill it is interrupted: `durable` removes no trees."""
+    try:
+        yield
+    except BaseException:
+        for entry in folder.iterdir():
+            shutil.rmtree(entry, ignore_errors=True)
+        raise
 
 
 def demo_recipes(images: str, teacher: str) -> dict[str, Recipe]:

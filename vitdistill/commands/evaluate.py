@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from ..build import build_teacher, build_teacher_model
 from ..cost import flops, forward_flops
 from ..data.loader import EvalLoader
-from ..data.source import ImageSource, open_source
+from ..data.source import ImageSource, counted, open_source
 from ..errors import ConfigError
 from ..features import TEMPERATURE, K, Pool, check_pool, extract, knn_accuracy, linear_probe
 from ..recipe import TeacherConfig
@@ -37,7 +37,7 @@ class EvalFlags:
     model_path: Annotated[str | None, TEXT, about("its weights (.safetensors, .pth)")] = None
     pretrained: Annotated[bool, about("take timm's pretrained weights")] = False
     img_size: Annotated[int | None, COUNT, about("side of its square input, pixels; none: its own")] = None
-    reorder_classes: Annotated[bool, about("accept its classes in another order, matched by name")] = False
+    reorder_classes: Annotated[bool, about("accept its classes, and the teacher's, in another order, matched by name")] = False
     knn: Annotated[
         int | None,
         COUNT,
@@ -111,13 +111,19 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
         raise ConfigError(f"the images in {flags.data_dir} have no labels (no class folders): there is nothing to evaluate against")
     bank = open_source(flags.data_dir, "train", classes=source.classes) if flags.probes else None
     if bank is not None and flags.knn is not None and flags.knn > len(bank):
-        raise ConfigError(f"--knn is {flags.knn}, and there are only {len(bank)} training images: give at most that")
+        there = f"there {'is' if len(bank) == 1 else 'are'} only {counted(len(bank), 'training image')}"
+        raise ConfigError(f"--knn is {flags.knn}, and {there}: give at most that")
     amp_dtype = amp_dtype_of(flags.amp_dtype, here.device)
     model, no_answers = _build(flags, source.classes, here.device)
     spec = model.spec
     teacher = None
     if flags.teacher_model is not None:
-        taught = TeacherConfig(model=flags.teacher_model, checkpoint=flags.teacher_path, pretrained=flags.teacher_pretrained)
+        taught = TeacherConfig(
+            model=flags.teacher_model,
+            checkpoint=flags.teacher_path,
+            pretrained=flags.teacher_pretrained,
+            reorder_classes=flags.reorder_classes,
+        )
         teacher, _ = build_teacher(taught, "teacher", source.classes, spec, here.device)
     elif flags.teacher_path is not None or flags.teacher_pretrained:
         raise ConfigError("--teacher-path and --teacher-pretrained have no effect without --teacher-model")
@@ -232,7 +238,7 @@ def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
         ]
     if "pool" in result:
         pooled = "class token" if result["pool"] == "class" else "mean of the patches"
-        rows += [("features", f"{pooled}, {result['num_train_samples']:,} training images")]
+        rows += [("features", f"{pooled}, {counted(result['num_train_samples'], 'training image')}")]
     if "knn_top1" in result:
         rows += [(f"k-NN top-1 (k {result['knn_k']}, T {TEMPERATURE})", f"{result['knn_top1']:.2%}")]
     if "knn_top5" in result:
@@ -241,7 +247,7 @@ def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
         rows += [(f"linear probe top-1 (L2 {result['linear_l2']:g})", f"{result['linear_top1']:.2%}")]
     if "agreement" in result:
         rows += [("top-1 agreement with teacher", f"{result['agreement']:.2%}"), ("KL(teacher || model)", f"{result['kl']:.4f} nats")]
-    where = f"{result['device']}, {result['threads']} threads" if result["device"] == "cpu" else result["device"]
+    where = f"{result['device']}, {counted(result['threads'], 'thread')}" if result["device"] == "cpu" else result["device"]
     rows += [
         ("parameters", flops(result["num_parameters"], "").strip()),
         ("forward pass", f"{flops(result['flops'])} an image"),

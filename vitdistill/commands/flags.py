@@ -1,6 +1,7 @@
 """Flags as dataclasses: tyro prints the help and fills them; a mistake is answered here, in one sentence with a suggestion."""
 
 import dataclasses
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,45 @@ from ..errors import ConfigError, UserError
 from ..recipe import convert
 
 Flags = TypeVar("Flags")
+
+ELSEWHERE: dict[str, str] = {
+    "--accum-iter": "write --accumulate",
+    "--amp": "write --amp-dtype bfloat16, which is the default on a GPU",
+    "--aug-repeats": "write --repeated-aug",
+    "--blr": "write --lr, which is not scaled: blr x batch size / 256",
+    "--checkpoint-hist": "write --set train.keep_checkpoints=2",
+    "--data-path": "write --data-dir",
+    "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
+    "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
+    "--eval": "write vitdistill eval RUN --data-dir FOLDER",
+    "--finetune": "write --model-path FILE",
+    "--global-pool": "write --set student.model_args.global_pool=avg",
+    "--initial-checkpoint": "write --model-path FILE",
+    "--input-size": "write --img-size",
+    "--log-dir": "curves are written into the run's folder, --output",
+    "--log-interval": "write --log-every",
+    "--mask-ratio": "write --set masking.mask_rate=0.75",
+    "--mixup-prob": "write --set data.augment.mixup_prob=0.5",
+    "--mixup-switch-prob": "write --set data.augment.mixup_switch_prob=0.5",
+    "--model-ema": "write --model-ema-decay 0.9998",
+    "--model-kwargs": "write --set student.model_args.depth=6 and the like",
+    "--nb-classes": "the classes are those of the images",
+    "--no-repeated-aug": "write --repeated-aug 1",
+    "--norm-pix-loss": "write --set objectives.mae.norm_pix=true",
+    "--num-classes": "the classes are those of the images",
+    "--num-workers": "write --workers",
+    "--opt-betas": "write --set optim.opt_args.betas=[0.9,0.95]",
+    "--opt-eps": "write --set optim.opt_args.eps=1e-8",
+    "--output-dir": "write --output",
+    "--ratio": "write --set data.augment.ratio=[0.75,1.33]",
+    "--resume": "the same command goes on with the run in its --output",
+    "--scale": "write --set data.augment.scale=[0.08,1]",
+    "--start-epoch": "the same command goes on with the run in its --output",
+    "--train-interpolation": "write --set data.augment.interpolation=bicubic",
+    "--unscale-lr": "leave it out, --lr is never scaled",
+    "--warmup-prefix": "write --set optim.warmup_prefix=true",
+}
+"""Flags of timm's, DeiT's and MAE's scripts that are not flags here, and what to write instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +194,9 @@ def _find(spelling: str, known: dict[str, _Flag], prog: str) -> _Flag:
     plain = spelling.replace("_", "-")
     if plain in known:
         return known[plain]
+    advice = ELSEWHERE.get(plain)
+    if advice is not None and all(flag in known for flag in re.findall(r"--[\w-]+", advice)):
+        raise UserError(f"there is no flag {spelling}: {advice}")
     close = get_close_matches(plain, [name for name in known if name.startswith("--")], n=1)
     raise UserError(f"there is no flag {spelling}: " + (f"did you mean {close[0]}?" if close else f"'{prog} --help' lists them"))
 

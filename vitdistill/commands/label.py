@@ -1,5 +1,6 @@
 """``vitdistill label``: write a recipe's labels, and look after label stores."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from rich.console import Console
 from tyro.conf import Positional
 
+from ..data.source import counted
 from ..durable import bytes_shown
 from ..errors import ConfigError, DataError, UserError
 from ..labels.encoding import Layout
@@ -118,6 +120,23 @@ def say(text: str) -> None:
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+EVERY_S = 10.0
+"""Seconds between the lines about long work."""
+
+
+def now_and_then() -> Callable[[str], None]:
+    """`say` for every part of a long work: what it is told is printed when nothing was for `EVERY_S` seconds."""
+    told = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= EVERY_S:
+            told = time.monotonic()
+            say(text)
+
+    return tell
+
+
 # --- writing -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -208,12 +227,14 @@ def _verify(words: Sequence[str]) -> int:
     for name, store in open_all(flags.store).items():
         found = store.verify()
         status = store.status()
-        say(f"{name}: {status.sealed} of {status.parts} parts are there, {len(found)} files are damaged or foreign")
+        are = "is" if len(found) == 1 else "are"
+        say(f"{name}: {status.sealed} of {status.parts} parts are there, {counted(len(found), 'file')} {are} damaged or foreign")
         for sentence in found:
             say(f"  {sentence}")
         bad += found
     if bad:
-        raise DataError(f"{len(bad)} files of {flags.store} are not as they were written: delete them and run vitdistill label again")
+        was, them = ("is not as it was", "it") if len(bad) == 1 else ("are not as they were", "them")
+        raise DataError(f"{counted(len(bad), 'file')} of {flags.store} {was} written: delete {them} and run vitdistill label again")
     return 0
 
 
@@ -239,7 +260,7 @@ def _merge(words: Sequence[str]) -> int:
         raise UserError("--from is missing: name the labels to unite")
     from ..labels.tools import merge
 
-    store = merge(flags.from_, flags.target)
+    store = merge(flags.from_, flags.target, say=now_and_then())
     status = store.status()
     say(f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
     return 0
@@ -257,7 +278,8 @@ def _prune(words: Sequence[str]) -> int:
         layout = _smaller(source.layout, flags.encoding, flags.k, _temperatures(flags.temperatures))
     elif flags.temperatures:
         raise UserError("--temperatures cannot take effect: they are of --encoding topk")
-    store = prune(flags.store, flags.to, num_views=flags.views, k=None if layout is not None else flags.k, layout=layout)
+    k = None if layout is not None else flags.k
+    store = prune(flags.store, flags.to, num_views=flags.views, k=k, layout=layout, say=now_and_then())
     before, after = source.status(), store.status()
     say(f"{flags.to}: {after.records:,} records, {bytes_shown(after.bytes)} (from {bytes_shown(before.bytes)})")
     return 0

@@ -1,6 +1,7 @@
 """Flags that change a recipe: timm's spellings, DeiT's as aliases, and every other field by ``--set``."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -8,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
+from timm.models import is_model
 from tyro.conf import Positional
 
 from ..durable import MANIFEST
 from ..errors import UserError
 from ..method import Masking, TeacherObjective, TokenSelector
 from ..methods import method_class, method_names
-from ..recipe import Recipe, TeacherConfig, flatten, parse_value, replace_fields
+from ..recipe import Recipe, StudentConfig, TeacherConfig, flatten, parse_value, replace_fields
 from ..recipes import RECIPES, find_recipe, named_recipe
 from ..stages import Stages, in_stage, refuse_sources
 from .flags import COUNT, NUMBER, SWITCH, TEXT, about, asks_help, fill, flags_of, normalise, one_of, wrap
@@ -45,7 +47,9 @@ class Student:
     model: Annotated[str | None, TEXT, about("timm name, hf-hub:ORG/NAME, or a folder with config.json")] = _at("student.model")
     model_path: Annotated[str | None, TEXT, about("weights it starts from (.safetensors, .pth)")] = _at("student.checkpoint")
     pretrained: Annotated[bool | None, SWITCH, about("start from timm's pretrained weights")] = _at("student.pretrained")
-    img_size: Annotated[int | None, COUNT, about("side of its square input, pixels; none: its own")] = _at("student.image_size")
+    img_size: Annotated[
+        int | None, COUNT, about("side of its square input, pixels; none: its own; not square: --set student.model_args.img_size=[H,W]")
+    ] = _at("student.image_size")
     drop_path: Annotated[float | None, NUMBER, about("stochastic depth rate of its last block")] = _at("student.drop_path")
 
 
@@ -221,7 +225,8 @@ Flags = TypeVar("Flags", bound=RecipeFlags)
 def parse(command: str, flags: type[Flags], words: Sequence[str], description: str) -> tuple[Flags, Recipe | Stages]:
     """Read ``[RECIPE] [flags]``: the flags' defaults are the recipe's own values, and what is given replaces them.
 
-    Of a staged recipe, `STAGED` says which stages a flag is for.
+    Of a staged recipe, `STAGED` says which stages a flag is for. What is left out of the recipe because the command line names
+    another network is printed, except before a recipe that is itself printed.
 
     Raises:
         UserError: an unknown recipe, method, flag or field, a wrong value, or a flag that cannot take effect in this recipe.
@@ -240,18 +245,47 @@ def parse(command: str, flags: type[Flags], words: Sequence[str], description: s
         about_it = partial(_about_defaults, name, flags, values)
     text = f"{description}\n\nRecipes:\n{_recipe_list()}\n\n{about_it()}" if asked else ""
     filled = fill(flags, None if asked else given, prog, text, _defaults(flags, values))
+    notes: list[str] = []
     if isinstance(found, Stages):
-        return filled, replace(found, stages=_changed_stages(recipes, filled, given))
-    recipe = _changed(recipes[""], filled, given)
-    refuse_sources(recipe)
+        recipe: Recipe | Stages = replace(found, stages=_changed_stages(recipes, filled, given, notes))
+    else:
+        recipe = _changed(recipes[""], filled, given, notes)
+        refuse_sources(recipe)
+    if os.environ.get("RANK", "0") == "0" and not getattr(filled, "recipe_yaml", False):
+        for note in notes:
+            print(note)
     return filled, recipe
 
 
-def _changed(recipe: Recipe, filled: RecipeFlags, given: Mapping[str, list[str]]) -> Recipe:
-    """The recipe with what the flags replace."""
+def _changed(recipe: Recipe, filled: RecipeFlags, given: Mapping[str, list[str]], notes: list[str], stage: str = "") -> Recipe:
+    """The recipe with what the flags replace; ``notes`` is given a sentence on each thing that is left out for it."""
+    recipe = _without_args_of_others(recipe, filled, given, notes, stage)
     recipe = replace_fields(recipe, _changes(recipe, flatten(recipe), filled, given))
     _refuse_idle(recipe, given)
     return recipe
+
+
+def _without_args_of_others(recipe: Recipe, filled: RecipeFlags, given: Mapping[str, list[str]], notes: list[str], stage: str) -> Recipe:
+    """The recipe without the ``model_args`` that shape a timm network in whose place the command line names another."""
+    named = {path: text for path, _, text in (item.partition("=") for item in filled.set)}
+    for flag, network in (("model", "student"), ("teacher_model", "teachers.teacher")):
+        if flag in given:
+            named[f"{network}.model"] = given[flag][0]
+    networks: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
+    networks |= {f"teachers.{name}": config for name, config in recipe.teachers.items()}
+    dropped: dict[str, Any] = {}
+    for path, config in networks.items():
+        new, now = (name.partition(".")[0] for name in (named.get(f"{path}.model", config.model), config.model))
+        if new == now or not config.model_args or not is_model(now) or f"{path}.model_args" in named:
+            continue
+        dropped[f"{path}.model_args"] = {}
+        args = ", ".join(f"{key}={value}" for key, value in config.model_args.items())
+        place = f"{stage}.{path}.model_args" if stage else f"{path}.model_args"
+        notes.append(
+            f"{place} of the recipe ({args}) belong to {config.model} and are left out for {named[f'{path}.model']}: give it its own "
+            f"with --set {place}.NAME=VALUE"
+        )
+    return replace_fields(recipe, dropped) if dropped else recipe
 
 
 def _known_words(flags: type, words: Sequence[str], prog: str) -> dict[str, list[str]]:
@@ -323,6 +357,10 @@ def _why_absent(recipe: Recipe, path: str) -> str:
     part, name, *rest = path.split(".")
     if part == "selector":
         return "this recipe has no patch selector (take a maskedkd recipe, or --with maskedkd)"
+    if part == "teachers" and recipe.teachers:
+        own = " and ".join(recipe.teachers)
+        are = "are" if len(recipe.teachers) > 1 else "is"
+        return f"it is for a teacher called 'teacher', and this recipe's {are} {own}: write --set teachers.NAME.{rest[0]}=VALUE"
     if part == "teachers":
         return "this recipe has no teacher (take a kd or maskedkd recipe, or --with kd)"
     if name in recipe.objectives:
@@ -379,12 +417,14 @@ def _compose_stages(stages: Mapping[str, Recipe], given: Mapping[str, list[str]]
     dropped = _by_stage(stages, given.get("without", []), "--without")
     composed = {}
     for key, recipe in stages.items():
-        with in_stage(key):
+        with in_stage(key, recipe):
             composed[key] = _compose(recipe, added[key], dropped[key])
     return composed
 
 
-def _changed_stages(stages: Mapping[str, Recipe], filled: RecipeFlags, given: Mapping[str, list[str]]) -> dict[str, Recipe]:
+def _changed_stages(
+    stages: Mapping[str, Recipe], filled: RecipeFlags, given: Mapping[str, list[str]], notes: list[str]
+) -> dict[str, Recipe]:
     """The recipes of the stages with what the flags replace in those they are for."""
     own = _by_stage(stages, filled.set, "--set")
     mine: dict[str, dict[str, list[str]]] = {key: {} for key in stages}
@@ -395,8 +435,8 @@ def _changed_stages(stages: Mapping[str, Recipe], filled: RecipeFlags, given: Ma
                 mine[key][name] = given[name]
     changed = {}
     for key, recipe in stages.items():
-        with in_stage(key):
-            changed[key] = _changed(recipe, replace(filled, set=tuple(own[key])), mine[key])
+        with in_stage(key, recipe):
+            changed[key] = _changed(recipe, replace(filled, set=tuple(own[key])), mine[key], notes, key)
     return changed
 
 
@@ -416,15 +456,19 @@ def _stages_of(stages: Mapping[str, Recipe], flag: Any, words: Sequence[str]) ->
         raise UserError("--labels is a setting of one stage with a teacher: --set STAGE.teachers.NAME.labels=FOLDER")
     if path is None:
         raise UserError(f"{flag.name} is a setting of one stage: give the weights themselves, --set STAGE.objectives.NAME.weight=VALUE")
+    value = words[0]
+    if value.lower() == "none" and flag.optional and "none" not in get_args(flag.value.kind):
+        value = "null"
     keys = [key for key in keys if path in flatten(stages[key])]
     if scope == TAUGHT and len(keys) == 1:
         return keys
     if not keys:
+        others = [f"{key}.teachers.{name}" for key, stage in stages.items() for name in stage.teachers]
+        if others and path.startswith("teachers."):
+            own = " or ".join(f"{teacher}.{path.rpartition('.')[2]}={value}" for teacher in others)
+            raise UserError(f"{flag.name} is for a teacher called 'teacher', and no stage has one: write --set {own}")
         what = {"selector": "a patch selector (--with STAGE.maskedkd)", "teachers": "a teacher of that name (--with STAGE.kd)"}
         raise UserError(f"{flag.name} cannot take effect: no stage has {what.get(path.partition('.')[0], path)}")
-    value = words[0]
-    if value.lower() == "none" and flag.optional and "none" not in get_args(flag.value.kind):
-        value = "null"
     raise UserError(f"{flag.name} is a setting of one stage: --set " + " or ".join(f"{key}.{path}={value}" for key in keys))
 
 

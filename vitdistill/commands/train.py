@@ -9,7 +9,10 @@ from rich.console import Console
 
 from ..data.loader import TrainLoader
 from ..errors import UserError
+from ..recipe import Recipe
+from ..recipes import RECIPES
 from ..stages import STAGES, Stages, train_stages
+from ..train.run_folder import RECIPE
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
 
@@ -18,7 +21,11 @@ from .recipe_flags import RecipeFlags, parse
 class TrainFlags(RecipeFlags):
     """Flags of ``train``."""
 
-    output: Annotated[str | None, TEXT, about("the run folder; none: runs/RECIPE. A run there is resumed, never overwritten")] = None
+    output: Annotated[
+        str | None,
+        TEXT,
+        about("the run folder; none: runs/RECIPE, or RECIPE itself if it is a run's folder. A run there is resumed, never overwritten"),
+    ] = None
     device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
     stage: Annotated[str | None, TEXT, about("of a recipe in stages, the one to stop after; none: the last")] = None
 
@@ -27,7 +34,7 @@ def main(words: Sequence[str]) -> int:
     """Train, or resume."""
     about_it = "Train a student, alone or from a teacher. The same command resumes a run that was stopped."
     flags, recipe = parse("train", TrainFlags, words, wrap(about_it))
-    output = Path(flags.output) if flags.output is not None else Path("runs") / recipe.name
+    output = _output(flags, recipe)
     console = Console()
     from ..train.job import Job
     from ..train.loop import train
@@ -39,8 +46,6 @@ def main(words: Sequence[str]) -> int:
         say(_plan_text(job))
 
     if isinstance(recipe, Stages):
-        if flags.output is None and (Path(flags.recipe) / STAGES).is_file():
-            output = Path(flags.recipe)
         train_stages(
             recipe,
             output,
@@ -57,6 +62,14 @@ def main(words: Sequence[str]) -> int:
     summary = train(named, output, device=flags.device, console=console, prepared=show)
     say(_done_text(summary, output))
     return 0
+
+
+def _output(flags: TrainFlags, recipe: Recipe | Stages) -> Path:
+    """Where to train: in the folder of the run, or of the stages, that is named as the recipe, unless another is given."""
+    if flags.output is not None:
+        return Path(flags.output)
+    named, file = Path(flags.recipe), STAGES if isinstance(recipe, Stages) else RECIPE
+    return named if flags.recipe not in RECIPES and (named / file).is_file() else Path("runs") / recipe.name
 
 
 def _done_text(summary: dict[str, Any], output: Path) -> str:

@@ -33,6 +33,7 @@ _TURNS = {
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_REPLACE = "replace the file by a whole one of the same name and run the same command again."
 
 
 def printable(name: str) -> str:
@@ -59,7 +60,7 @@ def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) 
         raise
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more on damaged files.
-        raise DataError(f"{name}: the image is damaged or cut short ({_reason(error)}); replace the file or remove it.") from error
+        raise DataError(f"{name}: the image is damaged or cut short ({_reason(error)}); {_REPLACE}") from error
     return image
 
 
@@ -96,7 +97,7 @@ def _unreadable(error: OSError, name: str) -> DataError | PermissionDenied:
 
 
 def _empty(name: str) -> str:
-    return f"{name}: the image file is empty (0 bytes); replace the file or remove it."
+    return f"{name}: the image file is empty (0 bytes); {_REPLACE}"
 
 
 def _content(data: bytes | str | os.PathLike[str], name: str | None) -> tuple[bytes, str]:
@@ -121,8 +122,8 @@ def _open(content: bytes | io.BufferedReader, name: str, head: bytes = b"") -> I
         raise DataError(f"{name}: the image has more than {MAX_PIXELS >> 20} megapixels; make it smaller first.") from error
     except Exception as error:
         if head.lstrip()[:1] == b"<":
-            raise DataError(f"{name}: this is a web page or markup, not an image; download the file again or remove it.") from error
-        raise DataError(f"{name}: not an image in a known format; replace the file or remove it.") from error
+            raise DataError(f"{name}: this is a web page or markup, not an image; {_REPLACE}") from error
+        raise DataError(f"{name}: not an image in a known format; {_REPLACE}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels; make it smaller first.")

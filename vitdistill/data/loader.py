@@ -11,13 +11,13 @@ import math
 import os
 import signal
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from vitdistill.data.checksums import view_checksums
 from vitdistill.data.erasing import erase
 from vitdistill.data.keyed import I64, Stream
 from vitdistill.data.mixing import Mixing, check_even
-from vitdistill.data.source import ImageSource
+from vitdistill.data.source import ImageSource, counted
 from vitdistill.data.views import (
     Augment,
     BatchViews,
@@ -50,6 +50,7 @@ from vitdistill.data.views import (
 from vitdistill.errors import ConfigError, DataError, UserError
 from vitdistill.labels.encoding import Targets
 from vitdistill.labels.reader import LabelReader
+from vitdistill.memory import memory_errors
 
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""
@@ -122,7 +123,6 @@ class TrainLoader:
     Attributes:
         steps_per_epoch: optimizer steps in an epoch; the last incomplete batch is left out.
         pipeline: ``batched`` or ``per-sample``; decided by the data set and the options alone, and it changes pixels.
-        wait_seconds: time the consumer has been kept waiting for batches; may be set back to 0.
     """
 
     def __init__(
@@ -152,10 +152,9 @@ class TrainLoader:
         """
         _check_sizes(batch_size, world_size, accumulate, rank, workers)
         if len(source) < batch_size:
-            raise DataError(f"{source.name} has {len(source)} images, fewer than one batch of {batch_size}; lower batch_size.")
+            raise DataError(f"{source.name} has {counted(len(source), 'image')}, fewer than one batch of {batch_size}; lower batch_size.")
         self.source, self.augment, self.spec, self.seed = source, augment, spec, seed
         self.workers, self.device = workers, torch.device(device)
-        self.wait_seconds = 0.0
         self._views, self._labels_of = views, dict(labels or {})
         self._batch_size, self._rank, self._world_size, self._accumulate = batch_size, rank, world_size, accumulate
         self._labels = torch.from_numpy(source.labels)
@@ -167,7 +166,8 @@ class TrainLoader:
         self.steps_per_epoch = len(self._epoch_order(0)[0]) // batch_size
         self.pipeline: Literal["batched", "per-sample"] = "per-sample"
         self._memory: ImageSource | BatchViews = source
-        self._choose_pipeline(in_memory)
+        with memory_errors(f"while {counted(len(source), 'image')} were decoded into it", "read them one by one, --in-memory false"):
+            self._choose_pipeline(in_memory)
 
     def batches(self, start_step: int = 0, num_steps: int | None = None) -> Iterator[tuple[Batch, ...]]:
         """The steps from ``start_step`` on, each a tuple of micro-batches; without end when ``num_steps`` is None.
@@ -176,15 +176,12 @@ class TrainLoader:
         """
         end = None if num_steps is None else start_step + num_steps
         pixels = self._pixels(self._pieces(start_step, end))
-        started = time.perf_counter()
         try:
             while True:
                 micro_batches = [self._finish(piece, images, sums) for piece, images, sums in islice(pixels, self._accumulate)]
                 if not micro_batches:
                     return
-                self.wait_seconds += time.perf_counter() - started
                 yield tuple(micro_batches)
-                started = time.perf_counter()
         finally:
             pixels.close()
 
@@ -490,8 +487,16 @@ class _DecodedSource(ImageSource):
 class _Failure:
     """A user error on its way from a worker to the parent (raised there, so that its sentence arrives alone)."""
 
-    kind: type[UserError]
-    message: str
+    error: UserError
+
+
+def _load(source: ImageSource, i: int) -> Image.Image:
+    """Image ``i``; the error of one that cannot be read says in ``image`` which one it is."""
+    try:
+        return source.load(i)
+    except DataError as error:
+        error.image = (source.name, source.key(i))
+        raise
 
 
 @dataclass(frozen=True)
@@ -516,10 +521,10 @@ class _TrainViews(Dataset[Any]):
 
     def __getitem__(self, piece: _Piece) -> _Pixels | _Failure:
         try:
-            images = train_views(self.source.load, self.augment, self.spec, self.seed, piece.views, piece.ids)
+            images = train_views(partial(_load, self.source), self.augment, self.spec, self.seed, piece.views, piece.ids)
             return piece, images, None if self.checksums is None else self.checksums(piece, images)
         except UserError as error:
-            return _Failure(type(error), str(error))
+            return _Failure(error)
 
 
 @dataclass(frozen=True)
@@ -529,9 +534,9 @@ class _EvalViews(Dataset[Any]):
 
     def __getitem__(self, piece: _Piece) -> _Pixels | _Failure:
         try:
-            return piece, torch.stack([eval_view(self.source.load(i), self.spec) for i in piece.ids.tolist()]), None
+            return piece, torch.stack([eval_view(_load(self.source, i), self.spec) for i in piece.ids.tolist()]), None
         except UserError as error:
-            return _Failure(type(error), str(error))
+            return _Failure(error)
 
 
 def _same(item: Any) -> Any:
@@ -637,6 +642,6 @@ def _received(running: _Workers, device: torch.device) -> Iterator[_Pixels]:
                 "a data loading worker was killed, often for lack of memory; use fewer workers or a smaller batch_size."
             ) from error
         if isinstance(item, _Failure):
-            raise item.kind(item.message)
+            raise item.error
         piece, images, sums = item
         yield piece, images.pin_memory() if device.type == "cuda" else images, sums

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vitdistill.data.decode import decode_image, image_size, printable
-from vitdistill.errors import DataError, PermissionDenied
+from vitdistill.errors import DataError, MissingSplit, PermissionDenied
 
 Split = Literal["train", "val"]
 
@@ -81,14 +81,14 @@ def open_source(location: str, split: Split, *, classes: tuple[str, ...] | None 
     for the hub;
     * ``torchvision/NAME?root=FOLDER`` for a data set of torchvision that is already on disk.
 
-    Raises `DataError` when images, classes or the split are missing or damaged, `ConfigError` when the location has
-    no meaning.
+    Raises `MissingSplit` when the split is not there, or ``val`` has no labels to evaluate with, `DataError` when images
+    or classes are missing or damaged, and `ConfigError` when the location has no meaning.
     """
     source = _open(location, split)
     if len(source) == 0:
         raise DataError(f"{source.name} has no images.")
     if split == "val" and not source.classes:
-        raise DataError(f"{source.name} has no class folders, and evaluation needs labels; put the images into one folder a class.")
+        raise MissingSplit(f"{source.name} has no class folders, and evaluation needs labels; put the images into one folder a class.")
     if classes is not None:
         check_classes(source, classes)
     return source
@@ -144,18 +144,26 @@ def some(names: Iterable[str], count: int = 3) -> str:
     return ", ".join(repr(printable(n)) for n in names[:count]) + (", ..." if len(names) > count else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``2 images``, ``1,000 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image: a known suffix, and not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def no_split(name: str, split: Split, found: Iterable[str]) -> DataError:
-    """The error for a place without the split's folder, naming what is there instead."""
+def no_split(name: str, split: Split, found: Iterable[str]) -> MissingSplit:
+    """The error for a place without the split's folder, naming what is there instead and how to make one."""
+    found = sorted(found)
     wanted = " or ".join(repr(n) for n in SPLIT_NAMES[split])
-    return DataError(
-        f"{name} has no {wanted} folder; found {some(sorted(found), 5) or 'nothing'}: "
-        "put a part of the images, a tenth say, into class folders there."
-    )
+    remedy = "put a part of the images, a tenth say, into class folders there"
+    if split == "train":
+        remedy = f"put the class folders into {name}/train/"
+        if not set(found) & set(SPLIT_NAMES["val"]):
+            remedy += f" and about a tenth of the images of each class into {name}/val/CLASS/"
+    return MissingSplit(f"{name} has no {wanted} folder; found {some(found, 5) or 'nothing'}: {remedy}.")
 
 
 def arrange(name: str, files: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], list[str], list[int], list[int]]:

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from vitdistill.data.decode import decode_image, image_size, printable
-from vitdistill.data.source import SPLIT_NAMES, ImageSource, Split, some
-from vitdistill.errors import ConfigError, DataError, UserError
+from vitdistill.data.source import SPLIT_NAMES, ImageSource, Split, counted, some
+from vitdistill.errors import ConfigError, DataError, MissingSplit, UserError
 
 TABLE_SUFFIXES = frozenset((".parquet", ".arrow"))
 """File names that are read as tables."""
@@ -75,7 +75,7 @@ def open_hub(location: str, split: Split) -> "TableSource":
         reason = printable(" ".join(str(error).split()))[:160]
         raise DataError(f"hfds/{printable(name)} could not be loaded ({reason}); check its name and the network.") from error
     if table is None:
-        raise DataError(f"hfds/{printable(name)} has no {split} split; found {some(found, 5)}.")
+        raise MissingSplit(f"hfds/{printable(name)} has no {split} split; found {some(found, 5)}.")
     columns = _columns(name, table.schema, _parse_options(options))
     return TableSource(f"hfds/{printable(name)} ({chosen})", table.select([c for c in columns if c]), *columns)
 
@@ -95,7 +95,7 @@ class TableSource(ImageSource):
         self.sizes = np.asarray(sizes.to_numpy(), dtype=np.int64)
         empty = np.flatnonzero(self.sizes == 0)
         if len(empty):
-            raise DataError(f"{name}: the image of row {empty[0]} has no bytes ({len(empty)} such rows); embed the images.")
+            raise DataError(f"{name}: the image of row {empty[0]} has no bytes ({counted(len(empty), 'such row')}); embed the images.")
         self.classes, self.labels = _labels(name, table, label)
 
     def key(self, i: int) -> str:
@@ -138,7 +138,7 @@ def _files_of_split(root: Path, split: Split) -> list[Path]:
     known = {word for groups in _SPLIT_WORDS.values() for group in groups for word in group}
     if split == "train" and not any(words[f] & known for f in files):
         return files
-    raise DataError(f"{printable(str(root))} has no table whose name says {split!r}; found {some((f.name for f in files), 5)}.")
+    raise MissingSplit(f"{printable(str(root))} has no table whose name says {split!r}; found {some((f.name for f in files), 5)}.")
 
 
 def _read_table(arrow: ModuleType, file: Path) -> Any:
@@ -216,7 +216,7 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
         return (), np.full(table.num_rows, -1, dtype=np.int64)
     column = table.column(label)
     if column.null_count:
-        raise DataError(f"{name}: {column.null_count} rows have no {label!r}; fill or remove them.")
+        raise DataError(f"{name}: {label!r} is empty in {counted(column.null_count, 'row')}; fill or remove them.")
     feature = _features(table.schema).get(label)
     names = feature.get("names") if isinstance(feature, dict) else None
     if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
@@ -233,5 +233,5 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
     classes = tuple(names) if names else tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
     outside = labels[(labels < 0) | (labels >= len(classes))]
     if len(outside):
-        raise DataError(f"{name}: label {outside[0]} is outside the {len(classes)} classes ({len(outside)} such rows).")
+        raise DataError(f"{name}: label {outside[0]} is outside the {len(classes)} classes ({counted(len(outside), 'such row')}).")
     return classes, labels

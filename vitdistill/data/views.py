@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -51,8 +51,8 @@ class Augment:
     """How a training view is made; names and meanings are timm's.
 
     Attributes:
-        crop: ``rrc`` RandomResizedCrop; ``pad`` the whole image at the input size, padded with black, then a random
-            crop; ``center`` the evaluation crop.
+        crop: ``rrc`` RandomResizedCrop; ``pad`` the middle of the image at the input size (of a square one all of it), padded with black,
+            then a random crop; ``center`` the evaluation crop.
         scale: smallest and largest area of ``rrc``, as a fraction of the image (timm: 0.08 to 1).
         ratio: smallest and largest aspect ratio of ``rrc`` (timm: 3/4 to 4/3).
         crop_padding: black pixels on each side for ``pad``.
@@ -196,6 +196,11 @@ class InputSpec:
             float(config["crop_pct"]),
             str(config["crop_mode"]),
         )
+
+
+def evaluated_as_trained(spec: InputSpec, augment: Augment) -> InputSpec:
+    """The contract of a network trained with ``augment``: one that was trained on whole images (``pad``) is evaluated on whole images."""
+    return replace(spec, crop_pct=1.0) if augment.crop == "pad" else spec
 
 
 def _triple(values: Sequence[float]) -> tuple[float, float, float]:

@@ -357,9 +357,10 @@ class LabelStore:
         lines = differences(manifest, store.manifest)
         if lines:
             more = f", and {len(lines) - 5} more" if len(lines) > 5 else ""
-            raise DataError(
-                f"{shown(folder)} holds labels of something else ({'; '.join(lines[:5])}{more}): name another folder, or delete this one."
-            )
+            remedy = "name another folder, or delete this one"
+            if any(line.startswith("images.fingerprint ") for line in lines):
+                remedy = f"give the very files that were labelled (one that was repaired or replaced is another), {remedy}"
+            raise DataError(f"{shown(folder)} holds labels of something else ({'; '.join(lines[:5])}{more}): {remedy}.")
         return store if store.manifest.num_views >= manifest.num_views else cls(folder, _grown(folder, manifest.num_views))
 
     @staticmethod

@@ -42,12 +42,12 @@ def merge(
                 raise _conflict(first, store, place)
     todo = {place: store for place, store in sorted(origin.items()) if store is not united and not united.is_sealed(*place)}
     durable.require_free(united.path, sum(store.part_path(*place).stat().st_size for place, store in todo.items()))
-    for place, store in todo.items():
+    for number, (place, store) in enumerate(todo.items(), 1):
         records = store.load(*place).checked()
         if not united.seal(*place, records.view(store.layout.dtype)) and united.load(*place).crcs != store.load(*place).crcs:
             raise _conflict(united, store, place)
         if say is not None:
-            say(f"{shown(store.part_path(*place))} copied")
+            say(f"{number} of {len(todo)} parts copied: {shown(store.part_path(*place))}")
     return united
 
 
@@ -103,10 +103,10 @@ def prune(
             about=about,
         ),
     )
-    for view, part in _sealed(store):
-        if view < views and not pruned.is_sealed(view, part):
-            records = store.load(view, part).checked().view(ours.layout.dtype)
-            pruned.seal(view, part, records if smaller == ours.layout else ours.layout.convert(records, smaller))
-            if say is not None:
-                say(f"{shown(pruned.part_path(view, part))} written")
+    todo = [place for place in _sealed(store) if place[0] < views and not pruned.is_sealed(*place)]
+    for number, (view, part) in enumerate(todo, 1):
+        records = store.load(view, part).checked().view(ours.layout.dtype)
+        pruned.seal(view, part, records if smaller == ours.layout else ours.layout.convert(records, smaller))
+        if say is not None:
+            say(f"{number} of {len(todo)} parts written: {shown(pruned.part_path(view, part))}")
     return pruned

@@ -6,10 +6,7 @@ No clock of another host and no time of a file is ever looked at.
 """
 
 import json
-import os
-import re
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -19,7 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from .. import durable
+from .. import durable, processes
 from ..errors import ConfigError, UserError
 from .store import LabelStore
 
@@ -149,7 +146,7 @@ class _Claims:
 
     def _mine(self) -> bytes:
         self._count += 1
-        return json.dumps({**_process(), "beat": self._count, "token": secrets.token_hex(6)}).encode()
+        return json.dumps({**processes.this_process(), "beat": self._count, "token": secrets.token_hex(6)}).encode()
 
     def _claim(self, path: Path, mine: bytes) -> bool:
         theirs = _content(path)
@@ -204,38 +201,9 @@ def _content(path: Path) -> bytes | None:
             return None
 
 
-def _process() -> dict[str, Any]:
-    """Who this process is."""
-    return {"host": socket.gethostname(), "space": _space(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
 def _is_dead(lease: bytes) -> bool:
-    """Whether a lease is of a process that is gone, of this host and container: only their process numbers mean anything here."""
+    """Whether a lease is of a process that is gone for certain."""
     try:
-        owner = json.loads(lease)
-        host, space, pid, started = owner["host"], owner["space"], int(owner["pid"]), owner["started"]
+        return processes.is_dead(json.loads(lease))
     except (ValueError, KeyError, TypeError):
         return False
-    return (host, space) == (socket.gethostname(), _space()) and pid > 0 and _started(pid) != started
-
-
-def _space() -> str:
-    """Within which process numbers name processes: this boot, and this container."""
-    with suppress(OSError):
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    return ""
-
-
-def _started(pid: int) -> str | None:
-    """When a process was started, because numbers are used again; None when it is dead, "" where the system does not say."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return None
-    except PermissionError:
-        pass
-    with suppress(OSError):
-        state, *fields = re.sub(r".*\)", "", Path(f"/proc/{pid}/stat").read_text(), flags=re.DOTALL).split()
-        # A zombie is dead already; its parent has not noticed yet.
-        return None if state in "ZX" else fields[18]
-    return ""

@@ -33,7 +33,7 @@ def shared_vectors(
 ) -> tuple[Float[Tensor, "B L Ws"], Float[Tensor, "B L Wt"]]:
     """``ours`` of the student and ``its`` of the teacher at the compared tokens, heads side by side, in float32.
 
-    Compared are the class token, if both networks have one, and the patches the teacher saw; the student's patches are resampled to the
+    Compared are the class token, if both networks have one, and the patches both saw; the student's patches are resampled to the
     teacher's grid by position. No gradient reaches the teacher.
     """
     mine, other = ours.float().transpose(1, 2).flatten(2), its.detach().float().transpose(1, 2).flatten(2)
@@ -133,7 +133,7 @@ def attention_loss(
 class AttentionMaps(TeacherObjective):
     """Attention distillation: how the tokens of one block attend to each other.
 
-    Compared are the class token, if both networks have one, and the patches the teacher saw, whose attention is renormalised over them
+    Compared are the class token, if both networks have one, and the patches both saw, whose attention is renormalised over them
     in both networks. Heads are compared one by one where their number agrees, else their means. A network without a class token gives
     a stand-in for its row: its attention pool's, or the mean of all rows.
 

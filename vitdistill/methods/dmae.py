@@ -2,9 +2,9 @@
 
 Source: "Masked Autoencoders Enable Efficient Knowledge Distillers", Bai et al., CVPR 2023, arXiv 2208.12256, checked against
 UCSC-VLAA/DMAE@a0f4959. The authors' code is followed by default: L1 between features that are scaled to unit length first; the paper's
-formula, as it is transcribed, has no such scaling (``normalize=False``), which makes the term some ten times larger. What their code
-cannot do: it runs the whole teacher and its decoder and throws them away, takes blocks beyond the depth for no distillation at all,
-pairs blocks in depth order whatever order they are given in, and fails with a projection of two layers.
+formula, as it is transcribed, has no such scaling (``normalize=False``), which multiplies the term by about the length of a token: more the
+wider the teacher. What their code cannot do: it runs the whole teacher and its decoder and throws them away, takes blocks beyond the depth
+for no distillation at all, pairs blocks in depth order whatever order they are given in, and fails with a projection of two layers.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ def alignment_loss(
     """Between projected student and teacher tokens, in float32: mean over batch, tokens and channels. No gradient reaches the teacher.
 
     ``normalize`` scales every token to unit length first. ``l1`` is |d|, ``l2`` d^2, ``smooth_l1`` d^2 / (2 beta) below ``beta`` and
-    |d| - beta / 2 above.
+    |d| - beta / 2 above. A channel of two tokens of unit length differs by 2 at most and by about the width^-0.5 as a rule, so that
+    ``smooth_l1`` with a ``beta`` of 1 is almost always half of ``l2`` there.
 
     Source: arXiv 2208.12256 eq. 2; UCSC-VLAA/DMAE@a0f4959.
 
@@ -88,7 +89,8 @@ class DMAE(TeacherObjective):
         teacher_blocks: the teacher's, one for each of the student's; empty: the one at 3/4 of its depth.
         projection: of the student's features to the teacher's width: ``linear``, ``mlp`` or ``none`` (widths have to agree).
         distance: ``l1`` as published, ``l2`` (mean squared) or ``smooth_l1``.
-        beta: where ``smooth_l1`` turns from squared to absolute.
+        beta: where ``smooth_l1`` turns from squared to absolute. Tokens of unit length differ by width^-0.5 a channel as a rule and by 2 at
+            most: a beta well above that gives ``l2`` / (2 beta).
         normalize: scale every token to unit length first. null: where there is a projection, as the authors' code; the paper's formula does
             not.
         any_teacher: accept a teacher with a classifier. The paper finds a fine-tuned teacher 1.2 points worse than a pre-trained one.
@@ -113,9 +115,7 @@ class DMAE(TeacherObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.student_blocks) != len(self.teacher_blocks) and self.student_blocks and self.teacher_blocks:
-            raise ConfigError(
-                f"student_blocks has {len(self.student_blocks)} blocks and teacher_blocks {len(self.teacher_blocks)}: give pairs"
-            )
+            raise ConfigError(f"student_blocks names {len(self.student_blocks)} and teacher_blocks {len(self.teacher_blocks)}: give pairs")
         if max(len(self.student_blocks), len(self.teacher_blocks)) > 1 and not (self.student_blocks and self.teacher_blocks):
             raise ConfigError("several blocks are aligned in pairs: give both student_blocks and teacher_blocks")
         if self.projection not in ("linear", "mlp", "none"):
@@ -126,6 +126,15 @@ class DMAE(TeacherObjective):
             raise ConfigError(f"beta is {self.beta:g}, which only the distance smooth_l1 reads: leave it out")
         if not self.beta > 0:
             raise ConfigError(f"beta is {self.beta!r}: give a number above 0")
+        if self._normalizes and self.beta >= 2:
+            raise ConfigError(
+                f"beta is {self.beta:g}, and channels of tokens of unit length differ by 2 at most, so that smooth_l1 would be l2 / "
+                f"{2 * self.beta:g}: give a beta below 2, distance=l2, or normalize=false"
+            )
+
+    @property
+    def _normalizes(self) -> bool:
+        return self.projection != "none" if self.normalize is None else self.normalize
 
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
         """The aligned blocks of student and teacher, as they are given."""
@@ -144,7 +153,8 @@ class DMAE(TeacherObjective):
         if teacher.num_classes and not self.any_teacher:
             raise ConfigError(
                 f"the {teacher.name} ({teacher.architecture}) is a classifier of {teacher.num_classes} classes, and DMAE learns from a "
-                "network pre-trained by masked autoencoding: give that one, or accept this one with the objective's any_teacher=true"
+                "network pre-trained by masked autoencoding: give that one, or accept this one "
+                "(--set objectives.NAME.any_teacher=true; NAME is the objective's)"
             )
         if self.projection == "none" and student.dims and teacher.dims:
             for ours, its in self._dims(student, teacher):
@@ -186,6 +196,5 @@ class DMAE(TeacherObjective):
                 z_teacher = torch.cat([teacher.hidden[its % teacher.depth][:, :1], z_teacher], dim=1)
             if isinstance(adapter, DMAEAdapter):
                 z_student = adapter.projections[i](z_student)
-            normalize = self.projection != "none" if self.normalize is None else self.normalize
-            terms.append(alignment_loss(z_student, z_teacher, self.distance, normalize, self.beta))
+            terms.append(alignment_loss(z_student, z_teacher, self.distance, self._normalizes, self.beta))
         return torch.stack(terms).sum()

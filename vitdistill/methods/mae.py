@@ -62,9 +62,12 @@ class PixelReconstruction(Objective):
                 f"{width} into pixels: take a plain ViT without a convolutional stem, whose patches fill the image"
             )
         if student.walks and not student.final_norm:
+            remedy = "model_args.global_pool=token; it may pool when it is fine-tuned"
+            if not student.has_class_token:  # whose features timm lets it pool alone
+                remedy = "model_args.fc_norm=false"
             raise ConfigError(
                 f"{student.architecture} norms its features after pooling, and masked autoencoding reads them before: pre-train it with "
-                "model_args.global_pool=token; it may pool when it is fine-tuned"
+                f"{remedy}"
             )
 
     def student_needs(self, student: Network) -> Needs:

@@ -73,7 +73,7 @@ class RandomMasking(Masking):
     Args:
         mask_rate: fraction of the patches that is hidden from the student, 0 to below 1; `num_visible` says how many stay.
         teacher_mask_rate: that of the teachers, at most ``mask_rate``; null: the same. A teacher that sees more is compared at the
-            student's patches, among which it has seen others.
+            student's patches alone; the others only inform what it says of them.
     """
 
     mask_rate: float = 0.75

@@ -63,8 +63,7 @@ def relation_heads(student_dim: int, teacher_dim: int, teacher_heads: int) -> in
 class Relations(TeacherObjective):
     """Token relations of one block: rows of softmax(q k^T), softmax(v v^T) and the like, in relation heads of the two networks' own widths.
 
-    Compared are the class token, if both networks have one, and the patches the teacher saw; each row of relations is a softmax over
-    them.
+    Compared are the class token, if both networks have one, and the patches both saw; each row of relations is a softmax over them.
 
     Args:
         block: the student's block; negative counts from the end.

@@ -47,7 +47,7 @@ def _projection(student_dim: int, teacher_dim: int) -> nn.Module:
 
 
 def class_vector(output: ViTOutput) -> Float[Tensor, "B D"]:
-    """The class token after the final norm; of a network without one, the mean of the patches it saw."""
+    """The class token after the final norm; of a network without one, the mean of the patches in its record."""
     assert output.features is not None
     return output.features[:, 0] if output.has_class_token else output.feature_patches.vectors.mean(1)
 
@@ -75,12 +75,13 @@ def feature_loss(student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*t
 class TokenFeatures(TeacherObjective):
     """Feature distillation after the final norm; neither network needs a head, nor the images labels.
 
-    Of a network without a class token, the mean of the patches it saw stands in; networks that are run whole (CNNs) give the last
-    feature map. Between unequal grids the student's features are resampled to the teacher's by position.
+    Of a network without a class token, the mean of its patches stands in (of a teacher that sees more than the student: of those both
+    saw); networks that are run whole (CNNs) give the last feature map. Between unequal grids the student's features are resampled to the
+    teacher's by position.
 
     Args:
         class_weight: of the term on the class token; 0: left out.
-        patch_weight: of the term on the patches the teacher saw; 0: left out.
+        patch_weight: of the term on the patches both saw; 0: left out.
         kind: of both: ``mse``, ``smooth_l1`` or ``cosine`` (one minus it).
     """
 

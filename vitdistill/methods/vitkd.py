@@ -84,7 +84,7 @@ def mimicking_loss(
 ) -> Float[Tensor, ""]:
     """Squared differences of the first blocks' patches, in float32.
 
-    ``sum``: over blocks, patches and channels, divided by the fraction of its patches the teacher saw, mean over the batch.
+    ``sum``: over blocks, patches and channels, divided by the fraction of the teacher's patches that both saw, mean over the batch.
     ``mean``: over all of them.
     """
     total = torch.zeros((), device=teacher[0].device)

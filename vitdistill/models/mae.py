@@ -154,9 +154,10 @@ class _Decoder:
         tokens = torch.cat([F.embedding(hidden, blank), seen], dim=1)
         blocks: list[Any] = list(self.decoder_blocks)
         for block in blocks[:1]:
-            projected = [F.embedding(hidden, block.attn.qkv(block.norm1(blank))), block.attn.qkv(block.norm1(seen))]
-            q, k, v = split_heads(block.attn, torch.cat(projected, dim=1), 3)
-            tokens = _rest_of_block(block, tokens, q[:, :, :num_hidden] if len(blocks) == 1 else q, k, v)
+            of_hidden = split_heads(block.attn, F.embedding(hidden, block.attn.qkv(block.norm1(blank))), 3)
+            of_seen = project_qkv(block.attn, block.norm1(seen), 0 if len(blocks) == 1 else None)
+            q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_hidden, of_seen, strict=True))
+            tokens = _rest_of_block(block, tokens, q, k, v)
         for block in blocks[1:-1]:
             tokens = block(tokens)
         for block in blocks[1:][-1:]:

@@ -34,6 +34,8 @@ RECIPES: dict[str, str] = {
     "deit_base_nkd": "vitdistill.recipes.vitkd:deit_base_nkd",
     "deit_base_vitkd": "vitdistill.recipes.vitkd:deit_base_vitkd",
     "deit_base_vitkd_nkd": "vitdistill.recipes.vitkd:deit_base_vitkd_nkd",
+    "mae_base": "vitdistill.recipes.mae:mae_base",
+    "mae_large": "vitdistill.recipes.mae:mae_large",
     "dmae_base_from_mae_large": "vitdistill.recipes.dmae:dmae_base_from_mae_large",
     "dmae_base_from_mae_large_90": "vitdistill.recipes.dmae:dmae_base_from_mae_large_90",
     "dmae_base_from_mae_large_95": "vitdistill.recipes.dmae:dmae_base_from_mae_large_95",

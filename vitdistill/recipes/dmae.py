@@ -32,7 +32,8 @@ from ..stages import Stages
 _TEACHERS = {"large": "vit_large_patch16_224.mae", "base": "vit_base_patch16_224.mae"}
 
 
-def _pretraining(size: str, teacher: str, mask_rate: float, first: bool) -> Recipe:
+def pretraining(size: str, teacher: str, mask_rate: float, first: bool) -> Recipe:
+    """The first stage; ``first``: as first released."""
     return Recipe(
         name="pretrain",
         student=StudentConfig(model=f"deit_{size}_patch16_224", init="mae"),
@@ -54,7 +55,8 @@ def _pretraining(size: str, teacher: str, mask_rate: float, first: bool) -> Reci
     )
 
 
-def _fine_tuning(first: bool) -> Recipe:
+def fine_tuning(first: bool) -> Recipe:
+    """The second stage, of a student of any size; ``first``: as first released."""
     return Recipe(
         name="finetune",
         student=StudentConfig(model="stage:pretrain", drop_path=0.1 if first else 0.15, model_args={"global_pool": "avg"}),
@@ -82,7 +84,7 @@ def _pair(size: str, teacher: str, top1: str, mask_rate: float = 0.75, first: bo
     return Stages(
         name=name + ("_first_release" if first else ""),
         description=f"DMAE at {mask_rate:.0%} masked: {pair}, then fine-tuned; {top1}; {release}",
-        stages={"pretrain": _pretraining(size, teacher, mask_rate, first), "finetune": _fine_tuning(first)},
+        stages={"pretrain": pretraining(size, teacher, mask_rate, first), "finetune": fine_tuning(first)},
     )
 
 

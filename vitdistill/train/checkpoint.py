@@ -58,7 +58,7 @@ def save(
     text = _json_bytes(state)
     content = durable.tensors_content(tensors)
     durable.make_dirs(final.parent)
-    durable.remove_stale_temporaries(final.parent, FILES)
+    durable.remove_stale_temporaries(final.parent, FILES, alone=True)
     durable.require_free(final, content.size + len(text) + 8192)
     # A resumed run may reach a step that is on disk already, whole or damaged: that stays findable until the new one
     # is in.
@@ -129,10 +129,9 @@ def latest(run_dir: str | os.PathLike[str], warn: Callable[[str], None] = _warn)
         else:
             return folder
     if damaged:
-        raise DataError(
-            f"None of the {len(damaged)} checkpoints in {durable.shown(damaged[0].parent)} is intact; restore one from "
-            "a copy, or start again in a new run folder."
-        )
+        where = durable.shown(damaged[0].parent)
+        which = f"The only checkpoint in {where} is not" if len(damaged) == 1 else f"None of the {len(damaged)} checkpoints in {where} is"
+        raise DataError(f"{which} intact; restore one from a copy, or start again in a new run folder.")
     return None
 
 

@@ -110,8 +110,6 @@ class Speed:
         self._window = 0.0
         self._window_steps = 0
         self._steps = 0
-        self._paused = 0.0
-        self._waited = 0.0
         self.images_per_second = math.nan
         self.wait_share = 0.0
 
@@ -127,7 +125,6 @@ class Speed:
     def pause(self, seconds: float) -> None:
         """Time that was not training (evaluation, saving)."""
         self._window += seconds
-        self._paused += seconds
 
     def read(self, waited: float) -> None:
         """Close the window: ``waited`` seconds of it the loop stood still for data."""

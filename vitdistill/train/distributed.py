@@ -1,7 +1,8 @@
 """The processes of a run: one is not a special case, torchrun's many share the global batch.
 
 Whatever can fail on one process alone (a damaged image, a refused folder, a full disk) is met together: every process learns of it and
-leaves with the same sentence, so that none is left waiting for the others.
+leaves with the same sentence, so that none is left waiting for the others. Such an error is marked as agreed upon, and the command line
+prints it once; what a process meets alone it says itself.
 """
 
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError, UserError
 
 T = TypeVar("T")
+Error = TypeVar("Error", bound=UserError)
 
 # What torch says, as a plain RuntimeError, when a peer is gone: gloo's words, then NCCL's.
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout", "NCCL")
@@ -27,6 +29,13 @@ class ProcessLost(UserError):
     """Another process of the run died, or does not answer."""
 
     exit_code = 70
+    agreed = True  # all that are left say so
+
+
+def agreed(error: Error) -> Error:
+    """The error, marked as one that every process raises by itself."""
+    error.agreed = True
+    return error
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,14 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def settle(self, error: UserError | None) -> UserError | None:
+        """Meet, and return the error of the first process that has one."""
+        first = next((found for found in self.gather(error) if found is not None), None)
+        return None if first is None else agreed(first)
+
     def agree(self, error: UserError | None) -> None:
         """Meet, and raise on every process the error of the first that has one."""
-        first = next((found for found in self.gather(error) if found is not None), None)
+        first = self.settle(error)
         if first is not None:
             raise first
 
@@ -114,7 +128,7 @@ def choose_device(name: str = "auto") -> torch.device:
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
         # Every process looks at the largest index, so that all of them stop, and not only those without a GPU.
         if max(index, num_local - 1) >= num_gpus:
-            raise ConfigError(f"the device cuda:{max(index, num_local - 1)} is needed, but there are only {num_gpus} GPUs here")
+            raise ConfigError(f"the device cuda:{max(index, num_local - 1)} is needed, and the last GPU here is cuda:{num_gpus - 1}")
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return device
@@ -143,8 +157,8 @@ def world(device: str = "auto") -> Iterator[World]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise ProcessLost(
-            f"another process of this run died or does not answer ({reason}): its own message says why, and the same command resumes "
-            "from the last checkpoint"
+            f"another process of this run died or does not answer ({reason}): its own message says why, and the same command goes on "
+            "from what was saved"
         ) from error
     finally:
         dist.destroy_process_group()

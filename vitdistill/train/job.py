@@ -1,5 +1,6 @@
 """A job: everything a run needs, built and checked before a single file is written."""
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,16 +22,18 @@ from ..build import (
     resolve_run,
     stored_network,
     trains_classifier,
+    without_memory,
 )
 from ..data.loader import Batch, EvalLoader, TrainLoader
-from ..data.source import ImageSource, open_source
-from ..data.views import InputSpec
+from ..data.source import ImageSource, counted, open_source
+from ..data.views import InputSpec, evaluated_as_trained
 from ..distill import Distillation
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, MissingSplit
 from ..features import K, evenly
 from ..labels.identity import differing, images_identity, of_views, view_identity
 from ..labels.reader import LabelReader, blank_targets
 from ..labels.store import LabelStore
+from ..memory import memory_errors
 from ..method import Network
 from ..plan import Plan
 from ..recipe import Recipe, TeacherConfig, to_dict
@@ -58,6 +61,7 @@ class Job:
         architecture: timm name and arguments that rebuild the student.
         amp_dtype: autocast precision; None: none.
         identity: what besides the recipe decides the result, so that a resume with anything else is refused.
+        sources: the images, by their name in ``identity``.
         unused: parameters no gradient reaches.
     """
 
@@ -75,6 +79,7 @@ class Job:
     architecture: tuple[str, dict[str, Any]]
     amp_dtype: torch.dtype | None
     identity: dict[str, str]
+    sources: dict[str, ImageSource]
     unused: tuple[str, ...]
 
     @property
@@ -102,10 +107,17 @@ def open_data(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
         return train, None
     try:
         return train, open_source(recipe.data.dir, "val", classes=train.classes)
-    except DataError:
+    except MissingSplit:
         if unread:
             return train, None
         raise
+
+
+def fingerprint_but(source: ImageSource, key: str) -> str:
+    """The fingerprint of a source but for the size of the image of that name."""
+    rest = copy.copy(source)
+    rest.sizes = np.where([source.key(i) == key for i in range(len(source))], -1, source.sizes)
+    return rest.fingerprint()
 
 
 def _reads_labels(recipe: Recipe) -> list[str]:
@@ -118,7 +130,8 @@ def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
 
     Call it on every process: what one of them cannot do stops them all.
     """
-    with world.together():
+    remedy = "end what else runs there, or choose a smaller network or --batch-size"
+    with world.together(), memory_errors("before the first step", remedy):
         job, proving = _build(recipe, world, say)
     amp_dtype, classes = job.amp_dtype, job.classes
     if proving is not None:
@@ -157,8 +170,7 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
     stores = open_labels(recipe)
     student, teachers, classes = _build_networks(recipe, folders, world.device, stores, say)
-    if recipe.data.augment.crop == "pad":  # trained on whole images, so evaluated on whole images
-        student = replace(student, spec=replace(student.spec, crop_pct=1.0))
+    student = replace(student, spec=evaluated_as_trained(student.spec, recipe.data.augment))
     plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})
     distillation = Distillation(student.model, plan).to(world.device)
     make_optimizer(distillation, recipe.optim)  # only to find a wrong name or argument before a file is written
@@ -208,7 +220,9 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
     unused = unused_parameters(distillation, teachers, student.spec, world.device)
     if unused:
         shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        say(f"no gradient reaches {len(unused)} parameters of the student ({shown}): no objective reads them")
+        them = "it" if len(unused) == 1 else "them"
+        say(f"no gradient reaches {counted(len(unused), 'parameter')} of the student ({shown}): no objective reads {them}")
+    sources = {"training images": train_source} | ({} if val_source is None else {"validation images": val_source})
     identity = {
         "training images": train_source.fingerprint(),
         "validation images": val_source.fingerprint() if val_source is not None else "",
@@ -231,6 +245,7 @@ def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Jo
         architecture=weights.describe(resolve_run(recipe.student.model), _model_args(recipe)),
         amp_dtype=amp_dtype,
         identity=identity,
+        sources=sources,
         unused=unused,
     )
     return job, proving
@@ -260,8 +275,9 @@ def _check_labels(
     if recipe.teachers[name].missing == "error":
         absent = [place for place in store.missing_parts() if place[0] < views]
         if absent:
+            are = "is" if len(absent) == 1 else "are"
             raise DataError(
-                f"{len(absent)} of {views * store.num_parts} parts of the labels of the {name} are not written yet (the first: view "
+                f"{len(absent)} of {views * store.num_parts} parts of the labels of the {name} {are} not written yet (the first: view "
                 f"{absent[0][0]}, part {absent[0][1]}): label the rest, show fewer views (--views), or let the teacher answer there "
                 f"(--set teachers.{name}.missing=online)"
             )
@@ -285,8 +301,12 @@ def _build_networks(
 
     None where no objective trains a classifier.
     """
+    with without_memory():
+        blank = build_student(recipe.student, max(len(classes), 1), with_weights=False)
+    trained = trains_classifier(recipe.objectives, blank.network)
     torch.manual_seed(recipe.train.seed)
-    student = build_student(recipe.student, max(len(classes), 1))
+    student = build_student(recipe.student, max(len(classes), 1) if trained else 0)
+    numbers = torch.get_rng_state()
     teachers: dict[str, Teacher] = {}
     names: set[tuple[str, ...]] = set()
     answering: list[Network] = []
@@ -304,11 +324,11 @@ def _build_networks(
             names.add(match.classes)
             answering.append(teacher.network)
         say(f"{name}: {teacher.network.architecture}, {match.remark}")
-    if not trains_classifier(recipe.objectives, student.network):
+    if not trained:
         judged = "its features are judged by k-NN" if classes else "the images have no labels to judge its features by"
         say(f"no objective trains the student's classifier: it is built without one, and {judged}")
-        torch.manual_seed(recipe.train.seed)
-        return build_student(recipe.student, 0), teachers, ()
+        torch.set_rng_state(numbers)  # adapters begin alike, whatever the teachers are
+        return student, teachers, ()
     if not classes:
         counts = {network.num_classes for network in answering}
         if len(counts) != 1 or len(names - {()}) > 1:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,18 +27,20 @@ from .. import durable
 from ..build import with_views_of_labels
 from ..data import keyed
 from ..data.loader import Batch, EvalLoader
+from ..data.source import counted
 from ..errors import DataError, NonFiniteError, Preempted, UserError
 from ..export import export_timm
 from ..features import Stopped, batches_together, knn_evaluation
+from ..memory import SMALLER_EVALUATION, memory_errors
 from ..method import Objective
 from ..metrics import Metrics
 from ..recipe import Recipe, fingerprint
-from ..teacher import Teacher
+from ..teacher import Teacher, setting
 from ..vit import Needs, ViTOutput, run_vit
 from . import checkpoint
 from .display import Display, Speed
-from .distributed import World, world
-from .job import Job, prepare
+from .distributed import World, agreed, world
+from .job import Job, fingerprint_but, prepare
 from .optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
 from .pictures import draw_sheet, png
 from .run_folder import METRICS, PICTURES, SUMMARY, TIMING, RunFolder, finished, saved_recipe
@@ -147,6 +149,7 @@ class _Run:
         self.scores: dict[str, float] = {}
         self.seconds = 0.0
         self.waited = 0.0
+        self.unreadable: dict[str, str] | None = None
         found = self.world.from_main(lambda: checkpoint.latest(output, warn=say))
         with self.world.together():
             self.optimizer = make_optimizer(job.distillation, recipe.optim)
@@ -195,39 +198,43 @@ class _Run:
             stack.callback(batches.close)  # type: ignore[attr-defined]
             if self.board is not None:
                 stack.callback(self.board.close)
-            with self.world.together():
-                upcoming = next(batches, None)
+            with self._memory_of_a_step():
+                upcoming, failure = self._fetch(batches)
+            failure, self.waited = self.world.settle(failure), 0.0
             while True:
                 end_of_epoch = self.step > 0 and self.step % self.steps_per_epoch == 0
                 due = end_of_epoch and (self.step // self.steps_per_epoch % train.eval_every == 0 or self.step == self.total_steps)
-                if due and self.evaluated_at != self.step:
-                    stopped = not self._evaluate(stop) or stopped
+                if failure is None and due and self.evaluated_at != self.step:
+                    stopped, failure = self._evaluate_or_fail(stop, stopped)
                     saved_at = -1
                 self.seconds = time.perf_counter() - begun
+                if failure is not None:
+                    self._give_up(failure, saved_at)
                 if saved_at != self.step and (stopped or self.step % save_every == 0 or self.step == self.total_steps):
                     self._save()
                     saved_at = self.step
                 if stopped:
-                    raise Preempted(
+                    error = Preempted(
                         f"stopped by {stop.name or 'another process'} at step {self.step} of {self.total_steps}, state saved in "
                         f"{self.output}: the same command resumes it"
                     )
+                    raise agreed(error)
                 if self.step == self.total_steps:
                     return self._summarise()
                 assert upcoming is not None
-                upcoming, stopped = self._step(upcoming, batches, stop)
+                with self._memory_of_a_step():
+                    upcoming, stopped, failure = self._step(upcoming, batches, stop)
                 self.speed.tick()
                 if self.step % train.log_every == 0 or self.step % self.steps_per_epoch == 0:
                     self._log()
 
     def _step(
         self, micro_batches: tuple[Batch, ...], batches: Iterator[tuple[Batch, ...]], stop: StopRequest
-    ) -> tuple[tuple[Batch, ...] | None, bool]:
-        """One optimizer step; returns the next step's batches, and whether any process was asked to stop.
+    ) -> tuple[tuple[Batch, ...] | None, bool, UserError | None]:
+        """One optimizer step; returns the next step's batches, whether any process was asked to stop, and what prevents those batches.
 
         Raises:
             NonFiniteError: a loss or a gradient is NaN or infinite; the step was not applied.
-            DataError: the next batches cannot be had.
         """
         job, count = self.job, len(micro_batches)
         job.distillation.train()
@@ -253,9 +260,9 @@ class _Run:
             finite &= norm.isfinite()
         not_finite, stopped, failed = self.world.any(not bool(finite), bool(stop.name), failure is not None)
         if not_finite:
-            raise NonFiniteError(self._what_is_not_finite(micro_batches))
+            raise agreed(NonFiniteError(self._what_is_not_finite(micro_batches)))
         if failed:
-            self.world.agree(failure)
+            failure = self.world.settle(failure)
         clip_gradients(job.distillation, self.recipe.optim.clip_grad, norm)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
@@ -267,7 +274,13 @@ class _Run:
         self.step += 1
         if self.ema is not None:
             self.ema.update(job.student, step=self.step)
-        return upcoming, stopped
+        return upcoming, stopped, failure
+
+    def _memory_of_a_step(self) -> contextlib.AbstractContextManager[None]:
+        train = self.recipe.train
+        where = f"in a training step of {counted(train.batch_size // (train.accumulate * self.world.size), 'image')} at once"
+        less = f"--accumulate above {train.accumulate} or --batch-size below {train.batch_size}"
+        return memory_errors(where, f"start again in another --output with {less}")
 
     @contextlib.contextmanager
     def _as_in_step(self, micro_batch: int) -> Iterator[None]:
@@ -304,7 +317,8 @@ class _Run:
         first = min(found, key=lambda culprit: culprit.startswith("the gradient"))
         remedy = "lower --lr, clip gradients with --clip-grad, or use --amp-dtype float32"
         if first.startswith("the answer"):
-            remedy = "check its weights, or use --teacher-precision float32"
+            name = first.removeprefix("the answer of the ").partition(" ")[0]
+            remedy = f"check its weights, or use {setting(name, 'precision', 'float32')}"
         return f"{first} is NaN or infinite at step {self.step}; the step was not applied, and {self._last_good()}: {remedy}"
 
     @torch.no_grad()
@@ -361,6 +375,21 @@ class _Run:
             for name, value in values.items():
                 self.board.add_scalar(f"{group}/{name}", value, self.step)
 
+    def _evaluate_or_fail(self, stop: StopRequest, stopped: bool) -> tuple[bool, UserError | None]:
+        """Evaluate; returns whether the run shall stop, and the error that prevented the evaluation, with the run's state as before it.
+
+        Raises:
+            NonFiniteError: the state is not worth saving.
+            UserError: of this process alone, so that none can save.
+        """
+        try:
+            with memory_errors("in an evaluation", SMALLER_EVALUATION):
+                return not self._evaluate(stop) or stopped, None
+        except UserError as error:
+            if isinstance(error, NonFiniteError) or (self.world.size > 1 and not error.agreed):
+                raise
+            return stopped, error
+
     def _evaluate(self, stop: StopRequest) -> bool:
         """Evaluate, and write the student's weights; False if it was abandoned because the run shall stop."""
         job, begun = self.job, time.perf_counter()
@@ -370,23 +399,25 @@ class _Run:
             try:
                 scores = self._scores_now(job.val_loader, lambda: bool(stop.name))
             except NonFiniteError as error:
-                raise NonFiniteError(f"evaluation at step {self.step}: {error} {self._last_good().capitalize()}.") from error
+                raise agreed(NonFiniteError(f"evaluation at step {self.step}: {error} {self._last_good().capitalize()}.")) from error
             if scores is None:
                 return False
-            self.scores = scores
             best = scores.get("top1", -math.inf) > self.best
-            if best:
-                self.best, self.best_step = scores["top1"], self.step
             self.display.evaluation(self.step, scores, best)
             self.display.working("")
         with self.world.together():
             if self.folder is not None:
-                if scores is not None:
-                    self.folder.log(METRICS, {"kind": "eval", "step": self.step, "epoch": self.step / self.steps_per_epoch, **scores})
-                    self._scalars("validation", scores)
                 for name in ("last", "best") if best else ("last",):
                     self._export(name)
                 self._draw()
+                if scores is not None:
+                    self.folder.log(METRICS, {"kind": "eval", "step": self.step, "epoch": self.step / self.steps_per_epoch, **scores})
+                    self._scalars("validation", scores)
+        # From here on it counts: what fails before leaves the run as it was.
+        if scores is not None:
+            self.scores = scores
+            if best:
+                self.best, self.best_step = scores["top1"], self.step
         self.evaluated_at = self.step
         self.speed.pause(time.perf_counter() - begun)
         return True
@@ -429,6 +460,18 @@ class _Run:
 
     # --- saving and restoring -----------------------------------------------------------------------------------------------------
 
+    def _give_up(self, failure: UserError, saved_at: int) -> NoReturn:
+        """Save what was learnt, and raise the error that all processes met; it is the one to say, also where saving fails too."""
+        image = failure.image if isinstance(failure, DataError) else None
+        for what, source in self.job.sources.items():
+            if image is not None and image[0] == source.name:
+                self.unreadable = {"of": what, "image": image[1], "others": fingerprint_but(source, image[1])}
+        if self.step > 0 and (saved_at != self.step or self.unreadable is not None):
+            with contextlib.suppress(UserError):
+                self._save()
+                self.say(f"the state of step {self.step} of {self.total_steps} is saved in {self.output}")
+        raise failure
+
     def _save(self) -> None:
         begun = time.perf_counter()
         sums = self.world.gather(self.sums.tolist())
@@ -448,6 +491,7 @@ class _Run:
                     "offsets": self.folder.offsets(),
                     "recipe": self.fingerprint,
                     "identity": self.job.identity,
+                    "unreadable": self.unreadable,
                 }
                 keep = self.recipe.train.keep_checkpoints
                 checkpoint.save(self.output, self.step, tensors | optimizer, state, keep=keep)
@@ -461,7 +505,7 @@ class _Run:
             raise DataError(f"{found} was saved by another recipe than that of {self.output}: restore the recipe, or start a new run")
         for what, now in self.job.identity.items():
             then = str(state["identity"].get(what))
-            if then != now:
+            if then != now and not self._is_repaired(what, state.get("unreadable")):
                 raise DataError(
                     f"the {what} of this run have changed since {found} was saved ({then[:12]} then, {now[:12]} now): restore them, or "
                     "start a new run in another folder"
@@ -474,6 +518,17 @@ class _Run:
                 f"{found} does not fit this version's student and optimizer ({reason}): resume with the version it began with"
             ) from error
         return dict(state["offsets"])
+
+    def _is_repaired(self, what: str, unreadable: dict[str, str] | None) -> bool:
+        """Whether no images but the one that could not be read are others than they were; the run has not learnt from that one."""
+        source = self.job.sources.get(what)
+        if unreadable is None or source is None or unreadable["of"] != what:
+            return False
+        image = unreadable["image"]
+        if fingerprint_but(source, image) != unreadable["others"]:
+            return False
+        self.say(f"the {what} have another {image}, which could not be read: the run goes on with it")
+        return True
 
     def _take_over(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ import torch
 
 from ..data.loader import Batch
 from ..errors import ConfigError, NonFiniteError
+from ..memory import SMALLER_EVALUATION, memory_errors
 from ..teacher import Teacher
 from ..vit import Needs
-from .distributed import World
+from .distributed import World, agreed
 
 NUM_IMAGES = 512
 
@@ -40,7 +41,7 @@ def prove_teacher(teacher: Teacher, batches: Iterable[Batch], classes: Sequence[
     """
     name = f"the {teacher.network.name} ({teacher.network.architecture})"
     pairs: list[tuple[int, int]] = []
-    with here.together():
+    with here.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
         for batch in batches:
             logits = teacher(batch.images, Needs(logits=True)).logits
             assert logits is not None
@@ -63,10 +64,11 @@ def prove_teacher(teacher: Teacher, batches: Iterable[Batch], classes: Sequence[
             f"its classes look permuted: in another order it would be right on {reordered:.1%} (its class {answer} is the data set's "
             f"{label}, {classes[label]!r})"
         )
-    raise ConfigError(
+    error = ConfigError(
         f"{name} is right on {proof.accuracy:.1%} of {count} validation images, which is not above chance ({proof.chance:.1%} for "
         f"{len(classes)} classes): {reason}"
     )
+    raise agreed(error)
 
 
 @torch.no_grad()
@@ -78,7 +80,7 @@ def prove_features(teacher: Teacher, needs: Needs, batches: Iterable[Batch], her
         ConfigError: it is the same for every image, which no trained network gives.
     """
     name = f"the {teacher.network.name} ({teacher.network.architecture})"
-    with here.together():
+    with here.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
         for batch in batches:
             for recorded in teacher(batch.images, needs).tensors():
                 if not bool(recorded.isfinite().all()):

@@ -8,6 +8,7 @@ import torch
 
 from ..build import blank_teacher, build_student, plan_of, prefer_explicit_attention, reads_logits, trains_classifier
 from ..data.loader import Batch
+from ..data.source import counted
 from ..distill import Distillation
 from ..labels.reader import blank_targets
 from ..recipe import Recipe, replace_fields
@@ -86,7 +87,7 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
     while len(times) < 3 or (time.perf_counter() - begun < SECONDS and len(times) < 30):
         times.append(step(size))
     per_image = sorted(times)[len(times) // 2] / size
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU ({torch.get_num_threads()} threads)"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU ({counted(torch.get_num_threads(), 'thread')})"
     part = f" (timed in batches of {size})" if size < whole else ""
     total = per_image * num_images * recipe.train.epochs
     return (

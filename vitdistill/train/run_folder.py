@@ -2,13 +2,12 @@
 
 ``recipe.yaml`` (runnable again), ``metrics.jsonl`` (what the run computed: equal after a resume), ``timing.jsonl`` (how fast it went),
 ``environment.json`` (by the step from which it held), ``checkpoints/`` (training state), ``last/`` and ``best/`` (the student, for timm),
-``tensorboard/``, ``summary.json`` (there when the run is finished).
+``pictures.png``, ``tensorboard/``, ``summary.json`` (there when the run is finished).
 """
 
 import json
 import os
 import platform
-import re
 import secrets
 import socket
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, durable, export
+from .. import __version__, durable, export, processes
 from ..errors import ConfigError, PermissionDenied, UserError
 from ..recipe import Recipe, differences, dump_recipe, load_recipe
 
@@ -55,8 +54,8 @@ def _check_folder(path: Path, recipe: Recipe) -> bool:
         raise ConfigError(f"the output {path} needs a folder where the file {parent} is: name another with --output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionDenied(f"the output {path} cannot be written: no permission in {parent}")
-    # What a process killed while it began a run leaves behind is no run, and nobody's either.
-    found = sorted(name for name in os.listdir(path) if name != CLAIM and not name.startswith(".tmp-")) if path.exists() else []
+    # What a process killed while it began a run leaves behind is no run, and nobody's either; nor are a system's own files (.DS_Store).
+    found = sorted(name for name in os.listdir(path) if name != CLAIM and not name.startswith(".")) if path.exists() else []
     if not found:
         return False
     if not (path / RECIPE).is_file():
@@ -96,6 +95,7 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
         self._logs: dict[str, durable.AppendLog] = {}
+        self._lock: int | None = None
         durable.make_dirs(path)
         self._claimed = self._claim()
         try:
@@ -109,7 +109,7 @@ class RunFolder:
 
     def _claim(self) -> bytes:
         path = self.path / CLAIM
-        mine = json.dumps({**_process(os.getpid()), "token": secrets.token_hex(8)}).encode()
+        mine = json.dumps({**processes.this_process(), "device": self.path.stat().st_dev, "token": secrets.token_hex(8)}).encode()
         with durable.alone_in(self.path):
             if path.exists():
                 self._refuse_if_alive(path)
@@ -118,33 +118,55 @@ class RunFolder:
                 durable.write_atomic(path, mine, replace=False)
             except FileExistsError:  # where locks do not work, the first still wins
                 raise ConfigError(f"{self.path} was claimed by another process just now: name another folder with --output") from None
+            self._lock = durable.try_lock(path)
         return mine
 
     def _refuse_if_alive(self, path: Path) -> None:
         try:
             owner = dict(json.loads(path.read_bytes()))
-            host, pid = str(owner["host"]), int(owner["pid"])
+            host, pid, dead = str(owner["host"]), int(owner["pid"]), processes.is_dead(owner)
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{path} is not a claim this program wrote: delete it if no other run writes {self.path}") from None
-        remedy = f"wait for it, name another folder with --output, or delete {path} if that run is dead"
+        if dead or self._is_let_go(path, owner):
+            return
+        where = ""
         if host != socket.gethostname():
-            raise ConfigError(f"{self.path} is in use by process {pid} on {host}: {remedy}")
-        now = _process(pid)
-        if now["pid"] is not None and now["started"] == owner.get("started"):
-            raise ConfigError(f"{self.path} is in use by process {pid}: {remedy}")
+            where = f" on {host}"
+        elif owner.get("space", processes.space()) != processes.space():
+            where = " of another container"
+        raise ConfigError(
+            f"{self.path} is in use by process {pid}{where}: wait for it, name another folder with --output, or delete {path} if that run "
+            "is dead"
+        )
+
+    def _is_let_go(self, path: Path, owner: Mapping[str, Any]) -> bool:
+        """Whether the owner was in another container of this machine and is gone: it locked the claim, on the same disk."""
+        space, here = str(owner.get("space", "")), processes.space()
+        same_machine = space != here and space.partition(" ")[0] == here.partition(" ")[0] != ""
+        if not same_machine or owner.get("device") != self.path.stat().st_dev:
+            return False
+        lock = durable.try_lock(path)
+        if lock is None:
+            return False
+        os.close(lock)
+        return True
 
     def _clear_leftovers(self) -> None:
         """What an earlier process was killed over: unfinished files, and an old export whose replacement is in place."""
-        durable.remove_stale_temporaries(self.path, export.FILES)
+        durable.remove_stale_temporaries(self.path, export.FILES, alone=True)
         for old in self.path.glob(".replaced-*-*"):
-            if (self.path / old.name.split("-")[1] / export.CONFIG).is_file():
-                durable.remove_dir(old, export.FILES)
+            new = self.path / old.name.split("-")[1]
+            if (new / export.CONFIG).is_file():
+                durable.clear_aside(old, new, export.FILES)
 
     def _release(self) -> None:
         path = self.path / CLAIM
         with suppress(OSError):
             if path.read_bytes() == self._claimed:
                 path.unlink()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def open_logs(self, offsets: Mapping[str, int]) -> None:
         """Open the logs, cut back to where the resumed checkpoint was."""
@@ -178,25 +200,6 @@ class RunFolder:
                 log.close()
         finally:
             self._release()
-
-
-def _process(pid: int) -> dict[str, Any]:
-    """Who a process of this host is; ``pid`` None when it is dead. Numbers are used again, so its start time is part of it."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return {"host": socket.gethostname(), "pid": None, "started": None}
-    except PermissionError:
-        pass
-    started = None
-    with suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        state, *fields = re.sub(r".*\)", "", stat, flags=re.DOTALL).split()
-        if state == "Z":  # dead already, its parent has not noticed yet
-            return {"host": socket.gethostname(), "pid": None, "started": None}
-        started = f"{boot} {fields[18]}"
-    return {"host": socket.gethostname(), "pid": pid, "started": started}
 
 
 # Other values of these leave samples and views as they are, and may change numbers in their last bits (processes: dropout's draws too).
