@@ -1,8 +1,5 @@
 """The demo, shortened to an epoch a run: every step of it, and what it leaves behind."""
 
-import os
-import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ def _short(images: str, teacher: str) -> dict[str, Recipe]:
     }
 
 
-_RECIPES = demo.demo_recipes
+_RECIPES, _PNG = demo.demo_recipes, demo._png
 
 
 def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
@@ -63,25 +60,23 @@ def test_digits_are_written_once_and_whole(tmp_path: Path) -> None:
     assert not names, "no digit is in both"
 
 
-def test_an_interruption_leaves_no_half_of_the_digits(tmp_path: Path) -> None:
-    """Ctrl-C, as soon as the first images are there."""
-    done = threading.Event()
+def test_an_interruption_leaves_no_half_of_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, when the first hundred images are there."""
+    found: list[int] = []
 
-    def interrupt() -> None:
-        while not done.wait(0.001):
-            if any(tmp_path.glob(".tmp-*/*/*/*.png")):
-                os.kill(os.getpid(), signal.SIGINT)
-                return
+    def png(image: Image.Image) -> bytes:
+        if len(list(tmp_path.glob(".tmp-*/*/*/*.png"))) == 100:
+            found.append(100)
+            raise KeyboardInterrupt
+        return _PNG(image)
 
-    watcher = threading.Thread(target=interrupt)
-    watcher.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            demo.write_digits(tmp_path / "images")
-    finally:
-        done.set()
-        watcher.join()
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(demo, "_png", png)
+    with pytest.raises(KeyboardInterrupt):
+        demo.write_digits(tmp_path / "images")
+    assert found and list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    demo.write_digits(tmp_path / "images")
+    assert len(open_source(str(tmp_path / "images"), "val")) == demo.NUM_VALIDATION
 
 
 def test_the_picture_hides_what_the_teacher_does_not_see(tmp_path: Path) -> None:
