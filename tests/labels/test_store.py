@@ -560,13 +560,31 @@ def test_many_parts_need_few_open_files(made, tmp_path, fork, join, records):
             found, present = store.read(at, ids)
             assert present.all() and (found["pixels"] == at * 1_000_003 + ids).all()
             assert len(os.listdir("/proc/self/fd")) < 70
-        # A part replaced meanwhile is looked at anew.
-        flip(store.part_path(0, 0), 0)
-        data = store.part_path(0, 0).read_bytes()
-        store.part_path(0, 0).unlink()
-        (tmp_path / "keeps the old inode's number in use").write_bytes(b"")
-        store.part_path(0, 0).write_bytes(data)
-        store.read(np.ones(300, np.int64), np.arange(300))
+
+    assert join(fork(read)) == 0
+
+
+@pytest.mark.parametrize("same", ["number", "times"])
+def test_a_part_replaced_while_it_was_unmapped_is_checked_anew(made, tmp_path, fork, join, same):
+    made(tmp_path / "s", num_samples=300, part_size=2)
+
+    def read():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        store = LabelStore.open(tmp_path / "s")
+        path = store.part_path(0, 0)
+        assert len(store.records(0, [0, 1])) == 2
+        store.records(1, range(300))  # more parts than may be mapped at once
+        before = path.stat()
+        if same == "number":  # written in place, or a new file that got the deleted one's number
+            flip(path, 0)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+            assert path.stat().st_ino == before.st_ino
+        else:
+            path.rename(tmp_path / "keeps its number in use")
+            path.write_bytes((tmp_path / "keeps its number in use").read_bytes())
+            flip(path, 0)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert path.stat().st_ino != before.st_ino
         with pytest.raises(DataError, match=r"view-00000/part-00000.bin is damaged"):
             store.records(0, [0])
 

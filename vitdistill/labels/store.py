@@ -232,15 +232,16 @@ class _Part:
         return records
 
 
-def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, int, int]]:
-    """The file's memory map, and which file it is."""
+def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
+    """The file's memory map, and which file it is; its times too, as a new file may get the number of a deleted one."""
     with durable.disk_errors(path):
         try:
             with open(path, "rb") as file:
                 found = os.fstat(file.fileno())
                 if not found.st_size:
                     raise DataError(f"{shown(path)} is damaged: it is empty; {_REMEDY}.")
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), (found.st_dev, found.st_ino, found.st_size)
+                which = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), which
         except (FileNotFoundError, NotADirectoryError):
             pass
         except IsADirectoryError:
