@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 import random
+import signal
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,3 +101,28 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+Prepared = Callable[[Any], None]
+
+
+@pytest.fixture
+def interrupt() -> Callable[[str, int], Prepared]:
+    """Ctrl-C in the middle of a step of a stage: ``train_stages(..., prepared=interrupt("pretrain", 3))``."""
+
+    def at(stage: str, step: int) -> Prepared:
+        seen = 0
+
+        def hook(module: torch.nn.Module, *_: Any) -> None:
+            nonlocal seen
+            seen += module.training
+            if seen == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def prepared(job: Any) -> None:
+            if job.recipe.name == stage:
+                job.distillation.register_forward_hook(hook)
+
+        return prepared
+
+    return at

@@ -1,9 +1,7 @@
 """DMAE as its users run it: pre-training without a classifier from an MAE teacher, stopped, resumed, and then fine-tuned."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,28 +59,11 @@ def staged(tmp_path: Path) -> Stages:
     return Stages(name="small", stages={"pretrain": dmae, "finetune": fine})
 
 
-def interrupt(step: int) -> Callable[[Any], None]:
-    """Ctrl-C in the middle of a step of the pre-training."""
-    seen = 0
-
-    def hook(module: torch.nn.Module, *_: Any) -> None:
-        nonlocal seen
-        seen += module.training
-        if seen == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def prepared(job: Any) -> None:
-        if job.recipe.name == "pretrain":
-            job.distillation.register_forward_hook(hook)
-
-    return prepared
-
-
-def test_a_stopped_pre_training_goes_on_and_is_fine_tuned(staged: Stages, tmp_path: Path) -> None:
+def test_a_stopped_pre_training_goes_on_and_is_fine_tuned(staged: Stages, tmp_path: Path, interrupt: Callable[..., Any]) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_stages(staged, whole, device="cpu")
     with pytest.raises(Preempted, match=r"in the stage 'pretrain', stopped by SIGINT at step 3 of 6"):
-        train_stages(staged, stopped, device="cpu", prepared=interrupt(3))
+        train_stages(staged, stopped, device="cpu", prepared=interrupt("pretrain", 3))
     shutil.rmtree(stopped / "pretrain" / "checkpoints" / "step-00000003")  # as if it had been killed
     train_stages(staged, stopped, device="cpu")
     for name, kinds in (("pretrain", ["last"]), ("finetune", ["best", "last"])):

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -315,24 +314,7 @@ def test_a_finished_run_is_left_as_it_is(here: Path, capsys: pytest.CaptureFixtu
     assert isinstance(kept, Stages) and kept == replace(three(), name="o")
 
 
-def interrupt(stage: str, calls: int) -> Callable[[Any], None]:
-    """Ctrl-C in the middle of a step of a stage."""
-    count = 0
-
-    def hook(module: torch.nn.Module, *_: Any) -> None:
-        nonlocal count
-        count += module.training
-        if count == calls:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def prepared(job: Any) -> None:
-        if job.recipe.name == stage:
-            job.student.norm.register_forward_hook(hook)
-
-    return prepared
-
-
-def test_a_stopped_run_goes_on_in_the_stage_it_was_stopped_in(here: Path) -> None:
+def test_a_stopped_run_goes_on_in_the_stage_it_was_stopped_in(here: Path, interrupt: Callable[..., Any]) -> None:
     """Stopped in the second stage, as if killed before its last checkpoint, stopped in the third; bit by bit the run that never was."""
     shutil.copytree("runs/o/pretrain", "runs/p/pretrain")
     kept = {"pretrain": tree(here / "runs/p/pretrain")}
@@ -357,7 +339,7 @@ def stored() -> Stages:
     return Stages(name="stored", stages={"distill": distill, "finetune": replace(plain, student=StudentConfig(model="stage:distill"))})
 
 
-def test_a_stage_with_stored_labels_goes_on(here: Path) -> None:
+def test_a_stage_with_stored_labels_goes_on(here: Path, interrupt: Callable[..., Any]) -> None:
     """Its recipe.yaml has the labels' views and seed, which the staged recipe leaves open."""
     (here / "stored.yaml").write_text(dump(stored()))
     live = {"teachers.teacher.labels": None, "teachers.teacher.model": "runs/o/finetune", "data.views": 1, "train.seed": 5}
@@ -376,7 +358,9 @@ def test_a_stage_with_stored_labels_goes_on(here: Path) -> None:
         assert result(here / "runs" / "p" / name) == result(here / "runs" / "whole" / name)
 
 
-def test_stages_go_on_from_elsewhere_and_after_a_move(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_go_on_from_elsewhere_and_after_a_move(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[..., Any]
+) -> None:
     """Stopped in the last stage; where its recipe.yaml would lead from there is a run of other weights."""
     shutil.copytree("runs/o/pretrain", "runs/p/pretrain")
     with pytest.raises(Preempted):
@@ -683,7 +667,7 @@ def test_a_mistake_in_a_stage_is_mended_by_what_the_sentence_says(bare: Path) ->
 def test_unequal_grids_are_mended_in_their_stage(here: Path, refused: Refused) -> None:
     words = ["train", "three.yaml", "--output", "x", "--with", "distill.random_masking"]
     sizes = ["distill.student.model_args.img_size", "distill.teachers.teacher.image_size"]
-    assert f"(--set {sizes[0]}=VALUE, --set {sizes[1]}=VALUE)" in refused(*words, code=CONFIG)
+    assert f"(--set {sizes[0]}=PIXELS, --set {sizes[1]}=PIXELS)" in refused(*words, code=CONFIG)
 
 
 def test_damaged_notes_are_named(here: Path, refused: Refused) -> None:

@@ -33,7 +33,7 @@ from .teacher import match_classes, setting
 from .train.distributed import choose_device
 from .train.job import identity_of_views, open_data
 from .train.loop import StopRequest
-from .train.preflight import NUM_IMAGES, best_order, chance_accuracy, chance_level
+from .train.preflight import NUM_IMAGES, judge
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -351,32 +351,17 @@ class _Import:
 
     def prove(self, name: str, say: Callable[[str], None]) -> None:
         """Compare the answers of this teacher with the labels; raises `ConfigError` when they are not better than chance."""
-        classes = self.source.classes
         shown_most = self.loader.most_of(0, np.fromiter(self._guesses, np.int64, len(self._guesses)))
-        pairs = [(int(self.source.labels[sample]), answer) for sample, answer in zip(shown_most, self._guesses.values(), strict=True)]
-        count, chance = len(pairs), chance_accuracy(pairs)
-        accuracy = sum(label == answer for label, answer in pairs) / count
-        if accuracy > chance_level(chance, count):
-            say(f"{self.file}: right on {accuracy:.1%} of {count} training images (chance {chance:.1%})")
-            return
-        reason = (
-            "they are of other images (training images are counted from 0 in the order of their classes and keys), or its classes are in "
-            "another order (name them: --classes FILE)"
+        proof = judge(
+            str(self.file),
+            [(int(self.source.labels[sample]), answer) for sample, answer in zip(shown_most, self._guesses.values(), strict=True)],
+            self.source.classes,
+            images="training images",
+            reason="they are of other images (training images are counted from 0 in the order of their classes and keys), or its "
+            "classes are in another order (name them: --classes FILE)",
+            reorder=f"name them in its order (--classes FILE) and pass {setting(name, 'reorder_classes')}",
         )
-        order = best_order(pairs)
-        reordered = sum(order.get(answer) == label for label, answer in pairs) / count
-        moved = sorted((answer, label) for answer, label in order.items() if answer != label)
-        if moved and count >= 5 * len(classes) and reordered > (1 + chance) / 2:
-            answer, label = moved[0]
-            reason = (
-                f"its classes look permuted: in another order it would be right on {reordered:.1%} (its class {answer} is the data set's "
-                f"{label}, {classes[label]!r}): name them in its order (--classes FILE) and pass "
-                f"{setting(name, 'reorder_classes')}"
-            )
-        raise ConfigError(
-            f"{self.file} is right on {accuracy:.1%} of {count} training images, which is not above chance ({chance:.1%} for "
-            f"{len(classes)} classes): {reason}"
-        )
+        say(f"{self.file}: right on {proof.accuracy:.1%} of {proof.num_images} training images (chance {proof.chance:.1%})")
 
     def check_first_pixels(self) -> None:
         """Compare the first checksums the file has, before anything is written."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from .errors import ConfigError
 from .labels.encoding import Layout
 from .method import Masking, Network, Objective, TeacherObjective, TokenSelector
+from .teacher import setting
 from .vit import Needs
 
 
@@ -219,7 +220,7 @@ def _masked(masking: Masking, student: Network, teachers: Mapping[str, Network],
             ours, its = (f"{n.grid[0]} x {n.grid[1]} patches of {n.patch_size[0]} x {n.patch_size[1]} pixels" for n in (student, network))
             raise ConfigError(
                 f"{kind} shows the same patches to all, and the student has {ours}, {where} {its}: give networks of equal grids "
-                "(--img-size, --teacher-img-size)"
+                f"(--img-size PIXELS, {setting(network.name, 'image_size', 'PIXELS')})"
             )
     count, more = masking.count(student.num_patches), masking.teacher_count(student.num_patches)
     if more != count and not teachers:

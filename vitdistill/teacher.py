@@ -86,10 +86,16 @@ _FLAGS = {
         "model": "--teacher-model",
         "checkpoint": "--teacher-path",
         "pretrained": "--teacher-pretrained",
+        "image_size": "--teacher-img-size",
         "precision": "--teacher-precision",
         "reorder_classes": "--reorder-classes",
     },
-    "model": {"checkpoint": "--model-path", "pretrained": "--pretrained", "reorder_classes": "--reorder-classes"},  # that of `eval`
+    "model": {  # that of `eval`
+        "checkpoint": "--model-path",
+        "pretrained": "--pretrained",
+        "image_size": "--img-size",
+        "reorder_classes": "--reorder-classes",
+    },
 }
 
 

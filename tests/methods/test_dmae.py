@@ -274,6 +274,13 @@ def test_what_cannot_work_is_refused(objectives: Any, masking: Any, teacher: dic
         make_plan(network(vit(0), "student"), teachers, objectives, masking=masking)
 
 
+@pytest.mark.parametrize(("name", "flag"), [("teacher", "--teacher-img-size PIXELS"), ("wide", "--set teachers.wide.image_size=PIXELS")])
+def test_unequal_grids_are_refused_with_the_flag_of_that_teacher(name: str, flag: str) -> None:
+    teachers = {name: network(vit(1, 36, 8, patch_size=8), name)}
+    with pytest.raises(ConfigError, match=rf"give networks of equal grids \(--img-size PIXELS, {flag}\)$"):
+        make_plan(network(vit(0), "student"), teachers, {"dmae": DMAE(teacher=name)}, masking=RandomMasking())
+
+
 def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
     teachers = {"teacher": network(vit(1, 36, 8, num_classes=10), "teacher")}
     plan = make_plan(network(vit(0), "student"), teachers, {"dmae": DMAE(any_teacher=True)}, masking=RandomMasking())

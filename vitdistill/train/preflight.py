@@ -49,11 +49,28 @@ def prove_teacher(teacher: Teacher, batches: Iterable[Batch], classes: Sequence[
                 raise NonFiniteError(f"{name} answers with NaN or infinity on validation images: check its weights and precision")
             pairs += zip(batch.labels.tolist(), logits.argmax(-1).tolist(), strict=True)
     pairs = [pair for part in here.gather(pairs) for pair in part]
+    reason = "its weights are not loaded, its classes are in another order, or its normalisation is not its own"
+    return judge(name, pairs, classes, images="validation images", reason=reason)
+
+
+def judge(who: str, pairs: Sequence[tuple[int, int]], classes: Sequence[str], *, images: str, reason: str, reorder: str = "") -> Proof:
+    """Compare a teacher's answers with labels; call it with the same pairs on every process.
+
+    Args:
+        who: the sentence's subject, such as ``the teacher (deit_small)``.
+        pairs: (label, answer) of every image.
+        classes: of the data set, in the order of the labels.
+        images: what they are of, such as ``validation images``.
+        reason: what may be wrong where no other order of its classes explains the answers.
+        reorder: what to do where one does.
+
+    Raises:
+        ConfigError: the accuracy is not above that of chance.
+    """
     count = len(pairs)
     proof = Proof(sum(label == answer for label, answer in pairs) / max(count, 1), chance_accuracy(pairs), count)
     if proof.accuracy > chance_level(proof.chance, count):
         return proof
-    reason = "its weights are not loaded, its classes are in another order, or its normalisation is not its own"
     order = best_order(pairs)
     reordered = sum(order.get(answer) == label for label, answer in pairs) / max(count, 1)
     # Half of the way from chance to perfection: luck and the freedom to choose an order do not reach that.
@@ -62,10 +79,10 @@ def prove_teacher(teacher: Teacher, batches: Iterable[Batch], classes: Sequence[
         answer, label = moved[0]
         reason = (
             f"its classes look permuted: in another order it would be right on {reordered:.1%} (its class {answer} is the data set's "
-            f"{label}, {classes[label]!r})"
+            f"{label}, {classes[label]!r}){reorder and ': '}{reorder}"
         )
     error = ConfigError(
-        f"{name} is right on {proof.accuracy:.1%} of {count} validation images, which is not above chance ({proof.chance:.1%} for "
+        f"{who} is right on {proof.accuracy:.1%} of {count} {images}, which is not above chance ({proof.chance:.1%} for "
         f"{len(classes)} classes): {reason}"
     )
     raise agreed(error)
