@@ -610,7 +610,7 @@ def test_explaining_reads_no_weights(here: Path, capsys: pytest.CaptureFixture[s
         assert main([*words, "--set", VIT, "--batch-size", "10"]) == 0
         assert "30 images x 30 epochs" in capsys.readouterr().out
     assert main([*words, "--batch-size", "64"]) == CONFIG
-    assert "photos/train has 36 images, fewer than one batch of 64" in capsys.readouterr().err
+    assert "photos/train has 36 images, fewer than one batch of 64: lower --batch-size, and --lr in proportion" in capsys.readouterr().err
     (here / "one").mkdir()
     shutil.copy(here / "photos" / "train" / "red" / "00.png", here / "one")
     before = tree(here)

@@ -285,16 +285,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "gap", "deit_tiny_distilled_patch16_224", "resnet10t"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "gap", "deit_tiny_distilled_patch16_224", "resnet10t", "eva", "eva gap"])
 @pytest.mark.parametrize("pool", ["mean", "class"])
 def test_a_whole_data_set_in_sample_order(photos: Path, name: str, pool: str) -> None:
     if name == "gap":  # normalises after the pool
         model = create_model("vit_tiny_patch16_224", num_classes=0, class_token=False, global_pool="avg", **VIT).train()
         torch.nn.init.normal_(model.fc_norm.weight)
+    elif name.startswith("eva"):  # run whole; normalises before the pool, or after
+        model = create_model("eva02_tiny_patch14_224", num_classes=0, global_pool="avg", use_fc_norm="gap" in name, **VIT).train()
+        torch.nn.init.normal_(model.fc_norm.weight if "gap" in name else model.norm.weight)
     else:
         model = create_model(name, num_classes=0, **({"channels": [8, 8, 16, 16]} if name == "resnet10t" else VIT)).train()
     loader = EvalLoader(open_source(str(photos), "val"), SPEC, batch_size=7)
-    if pool == "class" and name in ("resnet10t", "gap"):
+    pools = name in ("resnet10t", "gap", "eva", "eva gap")
+    if pool == "class" and pools:
         with pytest.raises(ConfigError, match="this network has none"):
             extract(model, loader, ALONE, pool="class")
         return
@@ -303,7 +307,7 @@ def test_a_whole_data_set_in_sample_order(photos: Path, name: str, pool: str) ->
     images = torch.cat([batch.images for batch in loader])
     model.eval()
     with torch.no_grad():
-        if name in ("resnet10t", "gap"):
+        if pools:
             expected = model(images)  # timm's own pooled features
         else:
             tokens = model.forward_features(images)

@@ -204,6 +204,13 @@ def test_plans_are_described_in_words() -> None:
     early = Needs(hidden=frozenset({0, 3}))
     assert describe_needs(TEACHER, early, 64) == "64 of 256 patches; 4 of 8 blocks; records hidden states after block 0, 3"
     assert describe_needs(CNN, Needs(logits=True), None) == "records logits"
+    pooled = replace(STUDENT, reads_class_token=False, final_norm=False)
+    assert describe_needs(pooled, needs, None).endswith(
+        "class-token attention of block 11 (whose class token its prediction does not read: that of an earlier block is trained)"
+    )
+    assert describe_needs(pooled, Needs(attention=frozenset({10})), None).endswith("class-token attention of block 10")
+    assert "records features before any norm, which is after its pool" in describe_needs(pooled, Needs(features=True), None)
+    assert "records features after the final norm" in describe_needs(STUDENT, Needs(features=True), None)
     mean = replace(STUDENT, attention_source="mean")
     assert "mean attention of block 11" in describe_needs(mean, needs, None)
 

@@ -691,6 +691,9 @@ def test_a_folder_of_something_else_is_left_alone(
     assert sentence in refused("train", "three.yaml", "--output", "x", code=code)
 
 
+BY_NOBODY = ["--with", "finetune.kd", "--set", "finetune.teachers.teacher.model=vit_tiny_patch16_224"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence", "code"),
     [
@@ -707,6 +710,23 @@ def test_a_folder_of_something_else_is_left_alone(
         (["--set", "finetune.data.dir=flat"], "in the stage 'finetune', the objective 'ce' needs labels", CONFIG),
         (["--set", "finetune.student.model_args.dept=3"], "in the stage 'finetune', vit_tiny_patch16_224 takes no argument 'dept'", CONFIG),
         (["--set", "distill.student.model=vit_tinny"], "in the stage 'distill', timm", CONFIG),
+        (["--set", "finetune.optim.opt=adamwx"], "in the stage 'finetune', there is no optimizer 'adamwx': did you mean 'adamw'?", CONFIG),
+        (["--set", "distill.optim.opt_args={beta: 1}"], "in the stage 'distill', the optimizer adamw cannot be made with", CONFIG),
+        (
+            ["--set", "finetune.train.batch_size=64"],
+            "in the stage 'finetune', images/train has 48 images, fewer than one batch of 64: lower "
+            "--set finetune.train.batch_size=VALUE, and --set finetune.optim.lr=VALUE in proportion",
+            DATA,
+        ),
+        (["--set", "finetune.train.accumulate=3"], "in the stage 'finetune', batch_size 16 does not divide by 1 processes x 3", CONFIG),
+        (["--set", "distill.train.accumulate=16", "distill.data.augment.mixup=0.5"], "in the stage 'distill', mixup and cutmix", CONFIG),
+        (["--set", "finetune.data.dir=single"], "in the stage 'finetune', the images in single are all of one class ('ant')", CONFIG),
+        (BY_NOBODY, "in the stage 'finetune', the teacher vit_tiny_patch16_224 would have random weights", CONFIG),
+        (
+            [*BY_NOBODY, "finetune.teachers.teacher.checkpoint=typo.pth"],
+            "in the stage 'finetune', There is no weights file typo.pth",
+            DATA,
+        ),
     ],
 )
 def test_a_mistake_in_a_later_stage_is_found_before_the_first(
@@ -715,6 +735,7 @@ def test_a_mistake_in_a_later_stage_is_found_before_the_first(
     (here / "flat").mkdir()
     for split in ("train", "val"):
         shutil.copytree(here / "images" / split / "ant", here / "flat", dirs_exist_ok=True)
+        shutil.copytree(here / "images" / split / "ant", here / "single" / split / "ant")
     assert sentence in refused("train", "three.yaml", "--output", "x", *words, code=code)
 
 

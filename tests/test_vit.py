@@ -188,6 +188,58 @@ def test_other_networks_give_logits_and_feature_maps_only() -> None:
             run_vit(model, images, Needs(attention=frozenset({0})))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_whether_the_prediction_reads_the_class_token(form: str) -> None:
+    model, images = build(form)
+    family = family_of(model)
+    features = run_vit(model, images, Needs(features=True)).features
+    other = features.clone()
+    if family.has_class_token:
+        other[:, 0] += 1
+    assert family.reads_class_token == (not torch.equal(family.head(features)[0], family.head(other)[0]))
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "eva02_tiny_patch14_224": {"img_size": 28, "embed_dim": 24, "depth": 3, "num_heads": 2, "global_pool": "token"},
+    "beit_base_patch16_224": {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2, "global_pool": "token"},
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
+    "resnet10t": {},
+    "hiera_tiny_224": {"img_size": 64, "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@torch.no_grad()
+def test_features_of_other_networks_come_after_their_final_norm(name: str) -> None:
+    """Whatever else is recorded; hidden states are before it."""
+    torch.manual_seed(1)
+    model: Any = timm.create_model(name, num_classes=5, **WHOLE[name]).eval()
+    for parameter in model.parameters():  # a norm of ones and zeros would hide mistakes
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    images, last = torch.randn(2, 3, *(WHOLE[name].get("img_size", 64),) * 2), family_of(model).depth - 1
+    raw = model.forward_intermediates(images, indices=[last], intermediates_only=True)[0]
+    features = run_vit(model, images, Needs(features=True))
+    assert features.features is not None and features.feature_patches.grid == raw.shape[2:] == features.grids[last]
+    whole = model.forward_features(images)
+    if whole.ndim == 3:
+        whole = whole[:, -raw.shape[2] * raw.shape[3] :]
+    else:
+        whole = (whole if name.startswith("swin") else whole.permute(0, 2, 3, 1)).flatten(1, 2)
+    expected = raw.flatten(2).transpose(1, 2) if name.startswith("hiera") else whole
+    assert torch.allclose(features.features, expected, atol=1e-5)
+    normed = name.startswith(("eva", "beit", "swin"))
+    assert torch.allclose(expected, raw.flatten(2).transpose(1, 2), atol=1e-3) != normed
+    for needs in (Needs(logits=True, features=True), Needs(logits=True, hidden=frozenset({0, last}), features=True)):
+        both = run_vit(model, images, needs)
+        assert torch.equal(both.features, features.features) and torch.allclose(both.logits, model(images), atol=1e-5)
+        for i, hidden in both.hidden.items():
+            assert torch.equal(hidden, run_vit(model, images, Needs(hidden=frozenset({i}))).hidden[i])
+        if needs.hidden:
+            assert torch.equal(both.hidden[last], raw.flatten(2).transpose(1, 2))
+
+
 def test_unusual_blocks_are_walked_whole_and_refuse_attention() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_rpn_224", **SMALL).eval()

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -334,6 +335,19 @@ def test_averaging_the_patches_leaves_the_final_norm_out(tmp_path, caplog, num_c
     assert f"has no classifier: {', '.join(fresh)} start fresh; its final norm is not used" in caplog.text
 
 
+@pytest.mark.parametrize("num_classes", [0, 7])
+def test_a_network_with_another_pool_leaves_the_attention_pool_out(tmp_path, caplog, num_classes):
+    source = create_model("vit_base_patch16_siglip_224", num_classes=0, **TINY)
+    path = write(tmp_path / "pooled.pth", source.state_dict())
+    student = create_model("vit_base_patch16_siglip_224", num_classes=num_classes, checkpoint=path, global_pool="avg", **TINY)
+    kept = {key: value for key, value in source.state_dict().items() if not key.startswith(("attn_pool.", "norm."))}
+    assert len(kept) < len(source.state_dict()) - 8 and equal({key: student.state_dict()[key] for key in kept}, kept)
+    assert "its attention pool is not used, because the network pools otherwise" in caplog.text
+    caplog.clear()
+    assert equal(create_model("vit_base_patch16_siglip_224", num_classes=0, checkpoint=path, **TINY).state_dict(), source.state_dict())
+    assert "attention pool" not in caplog.text
+
+
 def test_a_fresh_head_is_only_for_who_asked_and_only_for_headless_files(tmp_path):
     headless, whole = write(tmp_path / "mae.pth", encoder_of(mae(1))), write(tmp_path / "whole.pth", tiny(1).state_dict())
     with pytest.raises(DataError, match=r"2 keys missing \(head.weight, head.bias\)"):
@@ -628,7 +642,7 @@ class Payload:
         self.canary = str(canary)
 
     def __reduce__(self):
-        return (os.system, (f"touch {self.canary}",))
+        return (os.system, (f"touch {shlex.quote(self.canary)}",))
 
 
 def malicious(folder: Path, canary: Path) -> list[Path]:

@@ -122,12 +122,19 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
 
 def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
     """A teacher's network with its own head; raises `ConfigError` when no weights are named for it, unless they are not wanted."""
-    named = config.checkpoint or config.pretrained
+    if with_weights:
+        check_has_weights(config, name)
+    return _create(config, name, None, with_weights)
+
+
+def check_has_weights(config: TeacherConfig, name: str) -> None:
+    """Raise `ConfigError` for a teacher that no weights are named for, and `DataError` where the file that is named is not there."""
+    if config.checkpoint:
+        weights.check_is_file(config.checkpoint)
     known = is_model(config.model.partition(".")[0])  # of a name that does not exist something else is said
-    if with_weights and known and not named and not weights.carries_weights(resolve_run(config.model)):
+    if known and not config.checkpoint and not config.pretrained and not weights.carries_weights(resolve_run(config.model)):
         flags = f"{setting(name, 'checkpoint', 'FILE')}, {setting(name, 'pretrained')}"
         raise ConfigError(f"the {name} {config.model} would have random weights: give {flags}, or the folder of a run in its place")
-    return _create(config, name, None, with_weights)
 
 
 def trains_classifier(objectives: Mapping[str, Objective], student: Network) -> bool:

@@ -92,7 +92,7 @@ def extract(
 ) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]] | None:
     """Features (float32) and labels of every image of a loader, in sample order, on every process; None if ``stop`` said so.
 
-    Each image comes once, whatever the number of processes. A plain ViT that normalises after the pool does so here too.
+    Each image comes once, whatever the number of processes. A transformer that normalises after the pool does so here too.
 
     Raises:
         ConfigError: ``pool`` is ``class`` and the network has no class token.
@@ -102,7 +102,7 @@ def extract(
     check_pool(pool, family.has_class_token)  # before any process waits for another
     training = model.training
     model.eval()
-    after_pool = getattr(model, "fc_norm", None) if family.walks else None
+    after_pool = getattr(model, "fc_norm", None)
     features: list[Tensor] = []
     labels: list[Tensor] = []
     try:

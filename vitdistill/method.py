@@ -32,6 +32,7 @@ class Network:
         patch_size: pixels; (0, 0) for networks without.
         num_prefix_tokens: class, distillation and register tokens.
         has_class_token: the first of them stands for the whole image.
+        reads_class_token: its prediction is made of that, and not of a pool of its patches alone.
         heads: classifier heads by name; answering: those that the prediction is made of, empty for all.
         walks: can be run on a subset of patches.
         attention_source: see `vitdistill.families.Family`; None: no attention to read.
@@ -61,6 +62,7 @@ class Network:
     final_norm: bool = True
     grids: dict[int, tuple[int, int]] = field(default_factory=dict, compare=False)
     flops: int = 0
+    reads_class_token: bool = True
 
     @property
     def num_patches(self) -> int:
@@ -98,6 +100,7 @@ class Network:
             dims=family.dims,
             num_heads=family.num_heads,
             final_norm=not isinstance(getattr(model, "norm", None), nn.Identity),
+            reads_class_token=family.reads_class_token,
         )
 
 

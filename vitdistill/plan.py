@@ -218,9 +218,11 @@ def _masked(masking: Masking, student: Network, teachers: Mapping[str, Network],
             raise ConfigError(f"{kind} hides patches, and {where} cannot be run on a part of them: take a plain ViT")
         if network.grid != student.grid:
             ours, its = (f"{n.grid[0]} x {n.grid[1]} patches of {n.patch_size[0]} x {n.patch_size[1]} pixels" for n in (student, network))
+            sizes = f"--img-size PIXELS, {setting(network.name, 'image_size', 'PIXELS')}"
+            if any(n.image_size[0] != n.image_size[1] for n in (student, network)):
+                sizes = f"--set student.model_args.img_size=[H,W], --set teachers.{network.name}.model_args.img_size=[H,W]"
             raise ConfigError(
-                f"{kind} shows the same patches to all, and the student has {ours}, {where} {its}: give networks of equal grids "
-                f"(--img-size PIXELS, {setting(network.name, 'image_size', 'PIXELS')})"
+                f"{kind} shows the same patches to all, and the student has {ours}, {where} {its}: give networks of equal grids ({sizes})"
             )
     count, more = masking.count(student.num_patches), masking.teacher_count(student.num_patches)
     if more != count and not teachers:
@@ -286,10 +288,13 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
     if needs.hidden:
         recorded.append(f"hidden states after block {', '.join(map(str, sorted(needs.hidden)))}")
     if needs.features:
-        recorded.append("features after the final norm" if network.walks else "the last feature map")
+        normed = "features after the final norm" if network.final_norm else "features before any norm, which is after its pool"
+        recorded.append(normed if network.walks else "the last feature map")
     if needs.attention:
         source = {"class": "class-token attention", "pool": "attention-pool attention", "mean": "mean attention"}
         recorded.append(f"{source[network.attention_source or 'mean']} of block {', '.join(map(str, sorted(needs.attention)))}")
+        if network.attention_source == "class" and not network.reads_class_token and network.depth - 1 in needs.attention:
+            recorded[-1] += " (whose class token its prediction does not read: that of an earlier block is trained)"
     if needs.qkv:
         recorded.append(f"queries, keys and values of block {', '.join(map(str, sorted(needs.qkv)))}")
     parts.append("records " + " and ".join(recorded))

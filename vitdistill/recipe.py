@@ -574,6 +574,13 @@ def _is_volatile(path: str) -> bool:
     return path in VOLATILE or bool(re.fullmatch(r"teachers\.\w+\.labels", path))
 
 
+def weights_files(recipe: Recipe) -> dict[str, str]:
+    """The weights files the recipe names, by the field that does."""
+    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
+    configs |= {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
+    return {f"{key}.checkpoint": config.checkpoint for key, config in configs.items() if config.checkpoint}
+
+
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Every leaf of the recipe by its dotted path."""
 
@@ -586,9 +593,10 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """sha256 of everything in the recipe that can change the result."""
+    """sha256 of everything in the recipe that can change the result, but for where weights files are: they are known by their content."""
     recipe = from_dict(to_dict(recipe))  # a recipe made in Python may hold 5 where the one read from its YAML holds 5.0
-    fixed = {key: value for key, value in flatten(recipe).items() if not _is_volatile(key)}
+    files = weights_files(recipe)
+    fixed = {key: value for key, value in flatten(recipe).items() if not _is_volatile(key) and key not in files}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 

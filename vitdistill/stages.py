@@ -22,6 +22,7 @@ from .build import (
     Built,
     blank_teacher,
     build_student,
+    check_has_weights,
     open_labels,
     plan_of,
     reads_logits,
@@ -35,12 +36,12 @@ from .build import (
 from .data.source import ImageSource, open_source
 from .errors import ConfigError, DataError, UserError
 from .method import Network
+from .plan import Plan
 from .recipe import (
     VOLATILE,
     Recipe,
     StudentConfig,
     TeacherConfig,
-    differences,
     dump_yaml,
     flatten,
     from_dict,
@@ -49,6 +50,7 @@ from .recipe import (
     read_mapping,
     to_dict,
 )
+from .weights import check_is_file
 
 STAGES, STARTS = "stages.yaml", "starts.json"
 PREFIX = "stage:"
@@ -422,7 +424,7 @@ def train_stages(
         )
     summaries = {}
     with world(device) as here:
-        here.from_main(partial(_check, stages, output, until))
+        here.from_main(partial(_check, stages, output, until, here.size))
         for number, (key, stage) in enumerate(stages.stages.items(), 1):
             if here.is_main:
                 console.print(
@@ -441,7 +443,7 @@ def train_stages(
     return summaries
 
 
-def _check(stages: Stages, output: Path, until: str | None) -> None:
+def _check(stages: Stages, output: Path, until: str | None, num_processes: int) -> None:
     """Refuse before anything runs what can be known of every stage; nothing is written."""
     from .train.run_folder import RECIPE, SUMMARY, check_folder
 
@@ -461,7 +463,7 @@ def _check(stages: Stages, output: Path, until: str | None) -> None:
         if not (folder / SUMMARY).is_file():
             pending.append(key)
     if len(pending) > 1:  # one finds its own mistakes
-        _foresee(stages, pending)
+        _foresee(stages, pending, num_processes)
 
 
 def _refuse_changed(stages: Stages, output: Path) -> None:
@@ -498,7 +500,9 @@ def _refuse_changed(stages: Stages, output: Path) -> None:
 
 def _what_changed(stages: Stages, key: str, output: Path, saved: Recipe) -> str | None:
     """How the run in a stage's folder is not this stage, in a few words; None: it is."""
-    lines = differences(_resolved(stages, key, output, saved), saved)
+    from .train.run_folder import changes
+
+    lines = changes(output / stages.stages[key].name, _resolved(stages, key, output, saved), saved)
     if lines:
         more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
         return "; ".join(lines[:3]) + more
@@ -570,29 +574,65 @@ def _free_name(stages: Stages, name: str, output: Path) -> str:
     return next((new for new in names if new not in taken and not (output / new).exists()), f"{base}_new")
 
 
-def _foresee(stages: Stages, pending: list[str]) -> None:
-    """Resolve the plans of the stages that are to run, and open the later ones' images: what is wrong shows before the first runs."""
-    from .train.job import open_data
-
-    labelled: dict[str, bool] = {}
+def _foresee(stages: Stages, pending: list[str], num_processes: int) -> None:
+    """Resolve the plans of the stages that are to run, and look at what the later ones name: what is wrong shows before the first runs."""
     before: dict[str, int] = {}
+    opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]] = {}
     for key, stage in stages.stages.items():
         with in_stage(key, stage):
             stored = [stored_network(store, name).num_classes for name, store in open_labels(stage).items()]
         recipe, student, teachers = networks_ahead(stages, key, max(stored, default=1000), before)
         with in_stage(key, stage):
             if key in pending:
-                plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
+                plan = plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
             if key in pending[1:]:
-                if stage.data.dir not in labelled:
-                    labelled[stage.data.dir] = bool(open_data(stage)[0].classes)
-                needing = [name for name, objective in stage.objectives.items() if objective.reads_labels]
-                if needing and not labelled[stage.data.dir]:
-                    before_it = pending[pending.index(key) - 1]
-                    raise ConfigError(
-                        f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have none (no class folders): "
-                        f"name images in class folders (--set data.dir=FOLDER), or stop before this stage (--stage {before_it})"
-                    )
+                _look_at_images(stage, opened, num_processes, pending[pending.index(key) - 1])
+                _look_at_weights(stage)
+                _look_at_optimizer(stage, student, plan)
+
+
+def _look_at_images(
+    stage: Recipe, opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]], num_processes: int, before: str
+) -> None:
+    """Raise what a stage's images and batches would end in once it begins.
+
+    ``opened``: images that are open already, by their folder and whether labels are read. ``before``: the stage to stop after where there
+    are no labels.
+    """
+    from .data.loader import check_batches
+    from .train.job import classes_of, open_data
+
+    needing = [name for name, objective in stage.objectives.items() if objective.reads_labels]
+    place = stage.data.dir, bool(needing)
+    if place not in opened:
+        opened[place] = open_data(stage)
+    train, val = opened[place]
+    if needing and not train.classes:
+        raise ConfigError(
+            f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have none (no class folders): "
+            f"name images in class folders (--set data.dir=FOLDER), or stop before this stage (--stage {before})"
+        )
+    classes_of(stage, train, val)
+    check_batches(train, stage.data.augment, stage.train.batch_size, num_processes, stage.train.accumulate)
+
+
+def _look_at_weights(stage: Recipe) -> None:
+    """Raise what the weights a stage names, or does not name, would end in once it begins."""
+    if stage.student.checkpoint:
+        check_is_file(stage.student.checkpoint)
+    for name, config in stage.teachers.items():
+        if config.labels is None and not config.model.startswith(PREFIX):
+            check_has_weights(config, name)
+
+
+def _look_at_optimizer(stage: Recipe, student: Built, plan: Plan) -> None:
+    """Raise what a wrong name or argument of the optimizer would end in once a stage begins; ``student`` is on the meta device."""
+    from .distill import Distillation
+    from .train.optim import make_optimizer
+
+    args = {name: value for name, value in stage.optim.opt_args.items() if name != "fused"}  # which is for real devices
+    with without_memory():
+        make_optimizer(Distillation(student.model, plan), replace(stage.optim, opt_args=args))
 
 
 def _begin(stages: Stages, key: str, output: Path) -> tuple[Recipe, dict[str, str]]:

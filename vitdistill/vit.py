@@ -77,7 +77,7 @@ class ViTOutput:
         attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all tokens. A model without a class token
             gives its stand-in, see `vitdistill.families.Family.attention_source`.
         qkv: block index to queries, keys and values, each ``(B, H, P+K, d)``, after the block's q/k norms and before the scale.
-        features: ``(B, P+K, D)`` after the final norm; the last feature map of networks that are run whole.
+        features: ``(B, P+K, D)`` after the final norm, where the network has one; the last feature map of networks that are run whole.
         keep: ``(B, K)`` row-major indices of the patches that were seen; None: all of them, in order.
         grid: rows and columns of the patch grid.
         grids: block index to the rows and columns of its hidden states, where they are not ``grid`` (networks that are run whole).
@@ -195,14 +195,14 @@ def run_vit(
 
 
 def _run_whole(family: Family, images: Tensor, needs: Needs) -> ViTOutput:
-    last = family.depth - 1
-    stages = needs.hidden | {last} if needs.features else needs.hidden
-    logits, maps = family.run_whole(images, needs.logits, stages)
-    tokens = {i: stage.flatten(2).transpose(1, 2) for i, stage in maps.items()}
+    logits, maps, last = family.run_whole(images, needs.logits, needs.hidden, needs.features)
+    grids = {i: (int(stage.shape[2]), int(stage.shape[3])) for i, stage in maps.items()}
+    if last is not None:
+        grids[family.depth - 1] = (int(last.shape[2]), int(last.shape[3]))
     return ViTOutput(
         logits=logits,
-        hidden={i: tokens[i] for i in needs.hidden},
-        features=tokens[last] if needs.features else None,
-        grids={i: (int(stage.shape[2]), int(stage.shape[3])) for i, stage in maps.items()},
+        hidden={i: stage.flatten(2).transpose(1, 2) for i, stage in maps.items()},
+        features=None if last is None else last.flatten(2).transpose(1, 2),
+        grids=grids,
         depth=family.depth,
     )

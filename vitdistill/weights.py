@@ -62,12 +62,9 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Reads ``.safetensors``, and ``.pth .pt .bin .tar`` as far as they hold tensors only (torch 2.10 or newer).
     Raises ``DataError`` in one sentence for a file that is missing, empty, cut, a web page, or that needs a pickle.
     """
+    check_is_file(path)
     file = Path(path)
     name = shown(file)
-    if file.is_dir():
-        raise DataError(f"{name} is a folder, not a weights file; give it as the model's name, or name the file inside it.")
-    if not file.exists():
-        raise DataError(f"There is no weights file {name}; check the path.")
     try:
         with open(file, "rb") as opened:
             head = opened.read(512)
@@ -87,6 +84,15 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "convert it to .safetensors."
         )
     return _bare(name, found)
+
+
+def check_is_file(path: str | os.PathLike[str]) -> None:
+    """Raise ``DataError`` where there is no weights file."""
+    file = Path(path)
+    if file.is_dir():
+        raise DataError(f"{shown(file)} is a folder, not a weights file; give it as the model's name, or name the file inside it.")
+    if not file.exists():
+        raise DataError(f"There is no weights file {shown(file)}; check the path.")
 
 
 def _refuse_obvious(name: str, head: bytes) -> None:
@@ -291,11 +297,16 @@ def _for_vit(
     moved = "norm.weight" not in model.state_dict() and "fc_norm.weight" in fresh and "norm.weight" in state
     if moved:
         state = {key: value for key, value in state.items() if not key.startswith("norm.")}
+    pool = model.attn_pool is None and any(key.startswith("attn_pool.") for key in state)
+    if pool:
+        state = {key: value for key, value in state.items() if not key.startswith("attn_pool.")}
     if alone or foreign or left:
         whose, joined = ("Hugging Face's ", ", with query, key and value in one") if foreign else ("", "")
         said.append(f"{whose}{kind}; {len(state)} {'encoder ' if part == 'decoder' and left else ''}tensors are used{joined}{left}")
     if fresh:
         said.append(f"{'it has no classifier' if headless else 'its classifier is of other classes'}: {', '.join(fresh)} start fresh")
+    if pool:
+        said.append("its attention pool is not used, because the network pools otherwise")
     if moved:
         said.append("its final norm is not used, because the network normalises what it pools instead (fc_norm)")
     return {**state, **fresh}

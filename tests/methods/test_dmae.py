@@ -1,6 +1,7 @@
 """DMAE and masked pre-training: the authors' numbers, a teacher that stops early, masks shared by both networks."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,8 @@ def test_other_objectives_compare_under_the_same_mask() -> None:
     assert losses["loss"].isfinite() and losses["vitkd"].item() > 0
 
 
-def network(model: nn.Module, name: str, size: int = 16) -> Network:
-    return Network.of(model, name, "vit", (size, size))
+def network(model: nn.Module, name: str, size: tuple[int, int] = (16, 16)) -> Network:
+    return Network.of(model, name, "vit", size)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +280,13 @@ def test_unequal_grids_are_refused_with_the_flag_of_that_teacher(name: str, flag
     teachers = {name: network(vit(1, 36, 8, patch_size=8), name)}
     with pytest.raises(ConfigError, match=rf"give networks of equal grids \(--img-size PIXELS, {flag}\)$"):
         make_plan(network(vit(0), "student"), teachers, {"dmae": DMAE(teacher=name)}, masking=RandomMasking())
+
+
+def test_unequal_grids_of_oblong_images_are_refused_with_what_makes_them_equal() -> None:
+    student, teachers = network(vit(0, img_size=(16, 24)), "student", (16, 24)), {"wide": network(vit(1, 36, 8), "wide")}
+    flags = "--set student.model_args.img_size=[H,W], --set teachers.wide.model_args.img_size=[H,W]"
+    with pytest.raises(ConfigError, match=re.escape(f"give networks of equal grids ({flags})")):
+        make_plan(student, teachers, {"dmae": DMAE(teacher="wide")}, masking=RandomMasking())
 
 
 def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
@@ -332,7 +340,7 @@ def test_students_that_a_masked_autoencoder_cannot_be_made_of_are_refused(args: 
     model = timm.create_model(args.pop("model"), num_classes=0, depth=1, **args)
     size = args["img_size"]
     with pytest.raises(ConfigError, match=words):
-        make_plan(network(model, "student", size), {}, {"mae": SMALL}, masking=RandomMasking(mask_rate=0.5))
+        make_plan(network(model, "student", (size, size)), {}, {"mae": SMALL}, masking=RandomMasking(mask_rate=0.5))
 
 
 def test_without_a_projection_raw_features_are_compared_as_the_authors_do() -> None:

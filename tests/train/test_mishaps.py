@@ -248,7 +248,7 @@ def test_memory_that_runs_out_in_a_step(tmp_path, plain, tools):
     recipe = plain(**{"train.accumulate": 2})
     sentence = (
         "the memory of this machine ran out in a training step of 8 images at once: start again in another --output with --accumulate "
-        "above 2 or --batch-size below 16"
+        r"above 2 or --batch-size below 16 \(and --lr in proportion\)"
     )
     with pytest.raises(OutOfMemory, match=f"^{sentence}$") as caught:
         tools.run(recipe, tmp_path / "run", prepared=in_training(allocate, 4))

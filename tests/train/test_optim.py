@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitdistill.build import build_student, plan_of
 from vitdistill.distill import Distillation
 from vitdistill.errors import ConfigError
+from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.recipe import OptimConfig, Recipe, StudentConfig
 from vitdistill.train import checkpoint
 from vitdistill.train.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
@@ -64,6 +66,41 @@ def test_the_schedule_warms_up_and_ends_where_it_should():
     assert rates[8:] == sorted(rates[8:], reverse=True) and rates[40] == pytest.approx(0.1)
     schedule(5)
     assert learning_rate(optimizer) == rates[5]
+
+
+def test_layer_decay_needs_no_schedule():
+    """And is in what a checkpoint brings back, once."""
+    config = OptimConfig(lr=1.0, layer_decay=0.5, sched="none", warmup_epochs=0.0)
+    module = tiny()
+    first, second = make_optimizer(module, config), make_optimizer(module, config)
+    second.load_state_dict(first.state_dict())
+    for optimizer in (first, second):
+        make_schedule(optimizer, config, 10, 5)(3)
+        rate = {name: group["lr"] for name, group in settings(optimizer, module).items()}
+        assert rate["student.head.weight"] == 1.0
+        assert rate["student.blocks.0.mlp.fc1.weight"] == 0.25 and rate["student.pos_embed"] == 0.125
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_224", "deit_tiny_distilled_patch16_224"])
+def test_all_of_the_embedding_has_its_rate_and_its_tokens_no_decay(name, old, monkeypatch):
+    """Register tokens and a norm before the blocks too, with the groups of timm 1.0.20 (old) as with those of later versions."""
+    if old:
+        exempt, stem = {"pos_embed", "cls_token", "dist_token"}, r"^cls_token|pos_embed|patch_embed"
+        layers = {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        monkeypatch.setattr(VisionTransformer, "no_weight_decay", lambda self: exempt)
+        monkeypatch.setattr(VisionTransformer, "group_matcher", lambda self, coarse=False: layers)
+    student_of = StudentConfig(model=name, model_args={**VIT, "patch_size": 8})
+    recipe = Recipe(student=student_of, objectives={"ce": CrossEntropy(head="all")})
+    student = build_student(recipe.student, 3)
+    module = Distillation(student.model, plan_of(recipe, student.network, {}))
+    config = OptimConfig(lr=1.0, layer_decay=0.5, sched="none", warmup_epochs=0.0, weight_decay=0.3)
+    found = {name.removeprefix("student."): group for name, group in settings(make_optimizer(module, config), module).items()}
+    embedding = [key for key in found if key.endswith(("_token", "pos_embed")) or key.startswith(("patch_embed", "norm_pre"))]
+    assert len(embedding) >= 4 and {found[key]["lr"] for key in embedding} == {0.125}
+    assert {found[key]["weight_decay"] for key in embedding if key != "patch_embed.proj.weight"} == {0.0}
+    assert found["norm.weight"]["lr"] == found["blocks.1.norm1.weight"]["lr"] == 0.5 and found["head.weight"]["lr"] == 1.0
+    assert student.model.group_matcher().keys() == {"stem", "blocks"} and "group_matcher" not in vars(student.model)
 
 
 def test_no_schedule_leaves_the_rate_alone():

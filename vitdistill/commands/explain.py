@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ..build import Built, plan_of
 from ..cost import IMAGENET_TRAIN_IMAGES, cost_of, explain, flops, table
-from ..data.source import counted, open_source
+from ..data.source import open_source, too_few
 from ..errors import ConfigError, UserError
 from ..recipe import Recipe
 from ..stages import Stages, dump, in_stage, networks, networks_ahead, sources
@@ -89,8 +89,7 @@ def _images(recipe: Recipe) -> _Images:
     source = open_source(recipe.data.dir, "train")
     count = len(source) // recipe.train.batch_size * recipe.train.batch_size
     if count == 0:
-        few = f"{source.name} has {counted(len(source), 'image')}, fewer than one batch of {recipe.train.batch_size}"
-        raise ConfigError(f"{few}: lower --batch-size")
+        raise ConfigError(too_few(source, recipe.train.batch_size))
     return _Images(count, len(source.classes) or 1000)
 
 

@@ -36,7 +36,7 @@ from vitdistill.data.checksums import view_checksums
 from vitdistill.data.erasing import erase
 from vitdistill.data.keyed import I64, Stream
 from vitdistill.data.mixing import Mixing, check_even
-from vitdistill.data.source import ImageSource, counted
+from vitdistill.data.source import ImageSource, counted, too_few
 from vitdistill.data.views import (
     Augment,
     BatchViews,
@@ -150,17 +150,14 @@ class TrainLoader:
         `ConfigError` when the sizes do not divide, `DataError` when the data set is smaller than one batch or an image
         is damaged.
         """
+        check_batches(source, augment, batch_size, world_size, accumulate)
         _check_sizes(batch_size, world_size, accumulate, rank, workers)
-        if len(source) < batch_size:
-            raise DataError(f"{source.name} has {counted(len(source), 'image')}, fewer than one batch of {batch_size}; lower batch_size.")
         self.source, self.augment, self.spec, self.seed = source, augment, spec, seed
         self.workers, self.device = workers, torch.device(device)
         self._views, self._labels_of = views, dict(labels or {})
         self._batch_size, self._rank, self._world_size, self._accumulate = batch_size, rank, world_size, accumulate
         self._labels = torch.from_numpy(source.labels)
         self._mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob) if augment.mixes else None
-        if self._mixing is not None:
-            check_even(batch_size // (world_size * accumulate))
         self._order: tuple[int, I64, I64] | None = None
         self._pairs: tuple[int, I64] | None = None
         self.steps_per_epoch = len(self._epoch_order(0)[0]) // batch_size
@@ -401,6 +398,15 @@ def pair_partners(size: int, seed: int, view: int) -> I64:
     pairs = order[: size // 2 * 2].reshape(-1, 2)
     partners[pairs[:, 0]], partners[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
     return partners
+
+
+def check_batches(source: ImageSource, augment: Augment, batch_size: int, world_size: int, accumulate: int) -> None:
+    """Raise `ConfigError` for batches that cannot be divided, and `DataError` for fewer images than one has."""
+    _check_sizes(batch_size, world_size, accumulate, 0, 0)
+    if len(source) < batch_size:
+        raise DataError(too_few(source, batch_size))
+    if augment.mixes:
+        check_even(batch_size // (world_size * accumulate))
 
 
 def _check_sizes(batch_size: int, world_size: int, accumulate: int, rank: int, workers: int) -> None:

@@ -149,6 +149,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def too_few(source: ImageSource, batch_size: int) -> str:
+    """What is said of training images that do not fill one batch."""
+    few = f"{source.name} has {counted(len(source), 'image')}, fewer than one batch of {batch_size}"
+    return f"{few}: lower --batch-size, and --lr in proportion"
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image: a known suffix, and not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES

@@ -33,6 +33,7 @@ class Family(ABC):
         num_heads: attention heads a block; 0 where attention cannot be recorded.
         num_prefix_tokens: P, tokens before the patches (class, distillation, register).
         has_class_token: the first token stands for the whole image.
+        reads_class_token: the prediction is made of it, and not of a pool of the patches alone.
         num_head_tokens: the head reads the first this-many tokens only; None: it may read every token.
         heads: names of the classifier heads; more than one only with distillation or teacher tokens.
         answering: those of them that the prediction is made of.
@@ -48,6 +49,7 @@ class Family(ABC):
     num_heads: int = 0
     num_prefix_tokens: int = 0
     has_class_token: bool = False
+    reads_class_token: bool = True
     num_head_tokens: int | None = None
     heads: tuple[str, ...] = ("class",)
     answering: tuple[str, ...] = ("class",)
@@ -62,8 +64,13 @@ class Family(ABC):
     def accepts(cls, model: nn.Module) -> bool:
         """Whether ``model`` is of this family, so that walking it by hand equals its own forward."""
 
-    def run_whole(self, images: Tensor, logits: bool, hidden: frozenset[int]) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Logits and feature maps ``(B, D, rows, columns)`` of whole images, for networks that cannot be walked."""
+    def run_whole(
+        self, images: Tensor, logits: bool, hidden: frozenset[int], features: bool
+    ) -> tuple[Tensor | None, dict[int, Tensor], Tensor | None]:
+        """Logits, feature maps ``(B, D, rows, columns)`` and the last of them after the final norm, of whole images.
+
+        For networks that cannot be walked.
+        """
         raise AssertionError("only families that do not walk are run whole")
 
     @abstractmethod

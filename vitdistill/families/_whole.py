@@ -1,5 +1,8 @@
 """Every other network (CNNs, hierarchical transformers, a user's own): logits and feature maps of whole images."""
 
+import inspect
+from typing import Any
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -27,22 +30,37 @@ class WholeImage(Family):
     def grid(self, images: Tensor) -> tuple[int, int]:
         return (0, 0)
 
-    def run_whole(self, images: Tensor, logits: bool, hidden: frozenset[int]) -> tuple[Tensor | None, dict[int, Tensor]]:
-        if not hidden:
+    def run_whole(
+        self, images: Tensor, logits: bool, hidden: frozenset[int], features: bool
+    ) -> tuple[Tensor | None, dict[int, Tensor], Tensor | None]:
+        answer: Any = None
+        maps: dict[int, Tensor] = {}
+        last: Tensor | None = None
+        if features:
+            try:
+                answer, (last,) = self._forward(images, logits, [self.depth - 1], norm=True)
+            except AssertionError:  # timm's Hiera, whose final norm is after its pool: there the map is what it has
+                answer, (last,) = self._forward(images, logits, [self.depth - 1])
+        stages = sorted(hidden)
+        if hidden:
+            given, found = self._forward(images, logits and not features, stages)
+            answer, maps = answer if features else given, dict(zip(stages, found, strict=True))
+        elif logits and not features:
             answer = self.model(images)
             if isinstance(answer, tuple):  # distilled CNN-ViT hybrids in training: one answer a head
                 answer = sum(answer) / len(answer)
-            return answer, {}
+        return answer, maps, last
+
+    def _forward(self, images: Tensor, logits: bool, stages: list[int], norm: bool = False) -> tuple[Tensor | None, list[Tensor]]:
+        """The prediction, if it is asked for, and the maps of these stages, after the final norm if told so."""
         forward = getattr(self.model, "forward_intermediates", None)
         if forward is None:
             raise ConfigError(f"{type(self.model).__name__} has no forward_intermediates: hidden states cannot be recorded")
-        stages = sorted(hidden)
-        if logits:
-            final, maps = forward(images, indices=stages)
-            answer = self.model.forward_head(final)  # type: ignore[operator]
-        else:
-            answer, maps = None, forward(images, indices=stages, intermediates_only=True)
-        return answer, dict(zip(stages, maps, strict=True))
+        options = {"norm": True} if norm and "norm" in inspect.signature(forward).parameters else {}
+        if not logits:
+            return None, forward(images, indices=stages, intermediates_only=True, **options)
+        final, maps = forward(images, indices=stages, **options)
+        return self.model.forward_head(final), maps  # type: ignore[operator]
 
     def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
         raise AssertionError("a network that does not walk is run whole")

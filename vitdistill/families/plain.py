@@ -75,6 +75,8 @@ class PlainViT(Family):
         distilled = isinstance(model, VisionTransformerDistilled)
         self.num_prefix_tokens = self._count_prefix_tokens()
         self.has_class_token = model.cls_token is not None and self.num_prefix_tokens > 0
+        pools = model.attn_pool is not None or model.global_pool not in ("token", "")
+        self.reads_class_token = self.has_class_token and (not pools or bool(model.pool_include_prefix))
         if distilled:
             self.heads = self.answering = ("class", "distillation")
             self.num_head_tokens = 2

@@ -76,8 +76,8 @@ class TokenFeatures(TeacherObjective):
     """Feature distillation after the final norm; neither network needs a head, nor the images labels.
 
     Of a network without a class token, the mean of its patches stands in (of a teacher that sees more than the student: of those both
-    saw); networks that are run whole (CNNs) give the last feature map. Between unequal grids the student's features are resampled to the
-    teacher's by position.
+    saw); networks that are run whole (CNNs) give the last feature map, after the final norm where they have one. Between unequal grids the
+    student's features are resampled to the teacher's by position.
 
     Args:
         class_weight: of the term on the class token; 0: left out.

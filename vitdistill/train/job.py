@@ -113,6 +113,20 @@ def open_data(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
         raise
 
 
+def classes_of(recipe: Recipe, train: ImageSource, val: ImageSource | None) -> tuple[str, ...]:
+    """The classes a run tells apart, () where it has none; raises `ConfigError` where it needs labels that are not there."""
+    labels_needed = _reads_labels(recipe)
+    classes = train.classes if val is not None or labels_needed else ()
+    if not train.classes and labels_needed:
+        raise ConfigError(
+            f"the images in {recipe.data.dir} have no labels (no class folders), and the objective {labels_needed[0]!r} needs them: "
+            f"leave it out (--without {labels_needed[0]}) to learn from the teacher alone"
+        )
+    if len(classes) == 1:
+        raise ConfigError(f"the images in {recipe.data.dir} are all of one class ({train.classes[0]!r}): there is nothing to tell apart")
+    return classes
+
+
 def fingerprint_but(source: ImageSource, key: str) -> str:
     """The fingerprint of a source but for the size of the image of that name."""
     rest = copy.copy(source)
@@ -154,19 +168,9 @@ def prepare(recipe: Recipe, world: World, say: Callable[[str], None]) -> Job:
 def _build(recipe: Recipe, world: World, say: Callable[[str], None]) -> tuple[Job, EvalLoader | None]:
     """The job as far as one process can build it alone, and the validation images its teachers are to be proved on."""
     train_source, val_source = open_data(recipe)
-    labels_needed = _reads_labels(recipe)
-    folders = train_source.classes if val_source is not None or labels_needed else ()
+    folders = classes_of(recipe, train_source, val_source)
     if train_source.classes and not folders:
         say("there are no validation images, or one class alone, and no objective reads labels: nothing is evaluated")
-    if not train_source.classes and labels_needed:
-        raise ConfigError(
-            f"the images in {recipe.data.dir} have no labels (no class folders), and the objective {labels_needed[0]!r} needs them: "
-            f"leave it out (--without {labels_needed[0]}) to learn from the teacher alone"
-        )
-    if len(folders) == 1:
-        raise ConfigError(
-            f"the images in {recipe.data.dir} are all of one class ({train_source.classes[0]!r}): there is nothing to tell apart"
-        )
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
     stores = open_labels(recipe)
     student, teachers, classes = _build_networks(recipe, folders, world.device, stores, say)

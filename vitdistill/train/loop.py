@@ -279,7 +279,7 @@ class _Run:
     def _memory_of_a_step(self) -> contextlib.AbstractContextManager[None]:
         train = self.recipe.train
         where = f"in a training step of {counted(train.batch_size // (train.accumulate * self.world.size), 'image')} at once"
-        less = f"--accumulate above {train.accumulate} or --batch-size below {train.batch_size}"
+        less = f"--accumulate above {train.accumulate} or --batch-size below {train.batch_size} (and --lr in proportion)"
         return memory_errors(where, f"start again in another --output with {less}")
 
     @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """Optimizer and schedule, both timm's; the schedule is a pure function of the step, so that it has no state to save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
@@ -13,6 +15,7 @@ from ..distill import Distillation
 from ..errors import ConfigError
 from ..recipe import OptimConfig
 
+_EMBEDDING = {"cls_token", "dist_token", "reg_token", "pos_embed"}
 _FUSED = ("adamw", "adam", "sgd", "nesterov", "momentum")
 
 
@@ -20,17 +23,35 @@ def parameter_groups(distillation: Distillation, config: OptimConfig) -> list[di
     """The student's parameters with timm's weight-decay rule and layer decay, then the adapters' (no decay on vectors)."""
     student = distillation.student
     exempt: set[str] = set(student.no_weight_decay()) if hasattr(student, "no_weight_decay") else set()  # type: ignore[operator]
+    if isinstance(student, VisionTransformer):
+        exempt |= _EMBEDDING  # timm 1.0.20 forgets register tokens
     if config.layer_decay is not None:
         if not hasattr(student, "group_matcher"):
             raise ConfigError(f"layer_decay needs a timm model that names its layers: {type(student).__name__} does not")
-        groups = param_groups_layer_decay(
-            student, weight_decay=config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
-        )
+        with _embedding_in_one_layer(student):
+            groups = param_groups_layer_decay(
+                student, weight_decay=config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
+            )
     else:
         groups = param_groups_weight_decay(student, weight_decay=config.weight_decay, no_weight_decay_list=exempt)
     if len(distillation.adapters):
         groups += param_groups_weight_decay(distillation.adapters, weight_decay=config.weight_decay)
     return [group for group in groups if group["params"]]
+
+
+@contextmanager
+def _embedding_in_one_layer(student: nn.Module) -> Iterator[None]:
+    """timm's layers of a plain ViT, those of 1.0.20 too, which give register tokens and a norm before the blocks the head's rate."""
+    if not isinstance(student, VisionTransformer):
+        yield
+        return
+    layers = dict(student.group_matcher())
+    layers["stem"] = rf"^(?:{'|'.join(sorted(_EMBEDDING))}|patch_embed|norm_pre)"
+    student.group_matcher = lambda coarse=False: layers
+    try:
+        yield
+    finally:
+        del student.group_matcher
 
 
 def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.optim.Optimizer:
@@ -54,6 +75,9 @@ def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.opt
             raise ConfigError(f"there is no optimizer {config.opt!r}{hint}") from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"the optimizer {config.opt} cannot be made with optim.opt_args {config.opt_args}: {reason}") from error
+    if config.sched == "none":  # schedules multiply by it
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     if getattr(optimizer, "is_second_order", False):
         raise ConfigError(f"the optimizer {config.opt} needs second derivatives, which are not computed here: choose another")
     return optimizer

@@ -1,8 +1,9 @@
 """A run's folder: who may write it, its recipe, logs, weights and environment.
 
 ``recipe.yaml`` (runnable again), ``metrics.jsonl`` (what the run computed: equal after a resume), ``timing.jsonl`` (how fast it went),
-``environment.json`` (by the step from which it held), ``checkpoints/`` (training state), ``last/`` and ``best/`` (the student, for timm),
-``pictures.png``, ``tensorboard/``, ``summary.json`` (there when the run is finished).
+``environment.json`` (by the step from which it held), ``weights.json`` (sha256 of the weights files it began from), ``checkpoints/``
+(training state), ``last/`` and ``best/`` (the student, for timm), ``pictures.png``, ``tensorboard/``, ``summary.json`` (there when the run
+is finished).
 """
 
 import json
@@ -21,10 +22,11 @@ import torch
 
 from .. import __version__, durable, export, processes
 from ..errors import ConfigError, PermissionDenied, UserError
-from ..recipe import Recipe, differences, dump_recipe, load_recipe
+from ..recipe import Recipe, differences, dump_recipe, load_recipe, replace_fields, weights_files
 
-RECIPE, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM, PICTURES = (
+RECIPE, WEIGHTS, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM, PICTURES = (
     "recipe.yaml",
+    "weights.json",
     "metrics.jsonl",
     "timing.jsonl",
     "environment.json",
@@ -60,7 +62,7 @@ def _check_folder(path: Path, recipe: Recipe) -> bool:
         return False
     if not (path / RECIPE).is_file():
         raise ConfigError(f"the output {path} is not empty ({found[0]} is in it) and holds no run: name another folder with --output")
-    lines = differences(recipe, load_recipe(path / RECIPE))
+    lines = changes(path, recipe, load_recipe(path / RECIPE))
     if lines:
         more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ConfigError(
@@ -68,6 +70,31 @@ def _check_folder(path: Path, recipe: Recipe) -> bool:
             f"or resume that run with 'vitdistill train {path / RECIPE} --output {path}'"
         )
     return True
+
+
+def changes(path: Path, recipe: Recipe, saved: Recipe) -> list[str]:
+    """What of ``recipe`` is not as in the run in this folder, whose recipe is ``saved``.
+
+    A weights file in another place is the same one if its content is.
+    """
+    lines, here, there = differences(recipe, saved), weights_files(recipe), weights_files(saved)
+    moved = [field for field in here.keys() & there.keys() if here[field] != there[field]]
+    if not moved:
+        return lines
+    known = _read_weights(path)
+    same = {field: here[field] for field in moved if known.get(field) and _sha256(here[field]) == known[field]}
+    return differences(recipe, replace_fields(saved, same)) if same else lines
+
+
+def _read_weights(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((path / WEIGHTS).read_bytes()))
+    except (OSError, ValueError, TypeError):  # not there, or not whole: then another path is another file
+        return {}
+
+
+def _sha256(file: str) -> str | None:
+    return durable.sha256_file(file) if Path(file).is_file() else None
 
 
 def saved_recipe(path: Path) -> Recipe | None:
@@ -102,6 +129,9 @@ class RunFolder:
             # Another process may have begun a run here since the folder was first looked at.
             if not check_folder(path, recipe):
                 durable.write_atomic(path / RECIPE, dump_recipe(recipe).encode())
+                digests = {field: _sha256(file) for field, file in weights_files(recipe).items()}
+                if digests:
+                    durable.write_atomic(path / WEIGHTS, json.dumps(digests, indent=2).encode())
             self._clear_leftovers()
         except BaseException:
             self._release()
