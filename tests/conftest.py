@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # Before torch and huggingface_hub are imported, and inherited by the processes that tests start.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests fork, and a forked process cannot use a GPU that its parent has looked at
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = os.path.join(__file__, "none")  # nothing can be there: a user's own has weights
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -26,6 +28,12 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+
+# What a terminal or a launcher sets changes what is printed and how many processes there are.
+_TERMINAL = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for _name in _TERMINAL + _LAUNCHER:
+    os.environ.pop(_name, None)
 
 torch.set_num_threads(1)
 

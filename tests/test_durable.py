@@ -284,21 +284,24 @@ def in_child(work: Callable[[], object]) -> int:
 def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
     rng = random.Random(3)
     final = tmp_path / "file"
-    reader, writer = os.pipe()
 
-    def write_for_ever():
+    def write_for_ever(writer):
         for version in range(100_000):
             durable.write_atomic(final, str(version).encode().rjust(6) * 5000)
             os.write(writer, b".")
 
     seen = set()
-    for _ in range(40):
-        pid = in_child(write_for_ever)
-        # However busy the machine: the child has begun to write when the clock starts.
-        os.read(reader, 1)
+    for i in range(40):
+        reader, writer = os.pipe()  # one for each child: nothing that another one said is in it
+        pid = in_child(lambda writer=writer: write_for_ever(writer))
+        os.close(writer)
+        # However slow the disk: the child has written one to four versions when the clock starts.
+        for _ in range(1 + i % 4):
+            assert os.read(reader, 1) == b"."
         time.sleep(rng.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(reader)
         content = final.read_bytes()
         assert len(content) == 30_000 and content == content[:6] * 5000
         seen.add(content[:6])
@@ -306,8 +309,6 @@ def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
     left = [entry for entry in tmp_path.iterdir() if entry.name.startswith(".tmp-")]
     assert sorted(durable.remove_stale_temporaries(tmp_path, ())) == sorted(left)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-    os.close(reader)
-    os.close(writer)
 
 
 def test_stale_temporaries_of_others_stay(tmp_path):
@@ -341,6 +342,20 @@ def test_no_room_is_told_before_any_work(tmp_path):
         durable.require_free(tmp_path / "not" / "yet" / "there", 9 * 10**17)
     durable.require_free(tmp_path, 1000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_volume_that_does_not_say_its_size_is_not_full(tmp_path, monkeypatch):
+    """tmpfs without a limit, ramfs and some network disks have no blocks, and none of them free."""
+    blocks = 0
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255)))
+    assert durable.free_bytes(tmp_path) is None
+    durable.require_free(tmp_path / "file", 10**18)
+    with pytest.raises(DiskError, match=r"is full \(10 bytes needed, free space unknown\)"), durable.disk_errors(tmp_path / "file", 10):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    blocks = 1000
+    assert durable.free_bytes(tmp_path) == 0
+    with pytest.raises(DiskError, match=r"is full \(10 bytes needed, 0 bytes free\)"):
+        durable.require_free(tmp_path / "file", 10)
 
 
 PLACE = re.compile(r"[A-Za-z0-9._]+\.[0-9a-f]{8}")

@@ -111,20 +111,23 @@ def bytes_shown(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1_000_000_000 else f"{count / 1e9:.2f} GB"
 
 
-def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes an unprivileged process may still write on the volume that holds ``path`` (or will hold it)."""
+def free_bytes(path: str | os.PathLike[str]) -> int | None:
+    """Bytes an unprivileged process may still write on the volume that holds ``path`` (or will hold it).
+
+    None: it does not say, as those in memory without a limit.
+    """
     place = Path(path).absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     volume = os.statvfs(place)
-    return volume.f_bavail * volume.f_frsize
+    return volume.f_bavail * volume.f_frsize if volume.f_blocks else None
 
 
 def require_free(path: str | os.PathLike[str], needed: int) -> None:
     """Raise ``DiskError`` when the volume of ``path`` has less than ``needed`` bytes left: call it before any work."""
     with disk_errors(path):
         free = free_bytes(path)
-    if free < needed:
+    if free is not None and free < needed:
         raise DiskError(_full_sentence(path, needed, free))
 
 

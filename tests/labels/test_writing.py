@@ -6,9 +6,10 @@ import random
 import resource
 import signal
 import socket
-import threading
 import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,11 +70,13 @@ def test_the_bytes_do_not_depend_on_who_writes(manifest, tmp_path, make, fork, j
 def test_kill_9_at_random_moments_leaves_whole_parts(made, manifest, tmp_path, make, fork, join, tree, is_right):
     store = LabelStore.create(tmp_path / "s", manifest(num_samples=399, part_size=4))
     rng = random.Random(11)
-    reader, writer = os.pipe()
 
-    def write():
+    def write(writer):
+        calls = count()
+
         def slow(unit: Unit) -> list[np.ndarray]:
-            os.write(writer, b".")
+            if next(calls) == 1:  # the first part is sealed
+                os.write(writer, b".")
             time.sleep(0.001)
             return make(unit)
 
@@ -82,27 +85,28 @@ def test_kill_9_at_random_moments_leaves_whole_parts(made, manifest, tmp_path, m
     kills, left, counts = 0, 0, [0]
     until = time.monotonic() + 60
     while time.monotonic() < until and kills < 40 and any(store.missing_parts()):
-        pids = [fork(write) for _ in range(2)]
-        os.read(reader, 1)  # somebody is at work when the clock starts, however busy the machine
+        reader, writer = os.pipe()  # for these two alone
+        pids = [fork(lambda writer=writer: write(writer)) for _ in range(2)]
+        os.close(writer)
+        os.read(reader, 1)  # somebody has sealed a part when the clock starts, however slow the disk; or both have ended
         for pid in pids:
             time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
             kills += join(pid) == -signal.SIGKILL
+        os.close(reader)
         left += len(leftovers(store.path))
         counts.append(is_right(store))
-    os.close(reader)
-    os.close(writer)
-    assert kills >= 10 and left > 0 and counts == sorted(counts) and counts[-1] > 0
+    assert kills >= 10 and left > 0 and counts == sorted(set(counts))
     assert store.verify() == []
     before = {name: data for name, data in tree(store.path).items() if name.endswith(".bin")}
     missing = len(list(store.missing_parts()))
     asked = []
 
-    def count(unit: Unit) -> list[np.ndarray]:
+    def note(unit: Unit) -> list[np.ndarray]:
         asked.append((unit.view, unit.part))
         return make(unit)
 
-    assert write_missing([store], count) == missing == len(set(asked)) == len(asked)
+    assert write_missing([store], note) == missing == len(set(asked)) == len(asked)
     after = tree(store.path)
     assert before.items() <= after.items()
     assert is_right(store) == 2 * 399 and store.verify() == [] and leftovers(store.path) == []
@@ -228,27 +232,32 @@ def test_only_the_dead_of_this_host_lose_a_lease_at_once(manifest, tmp_path, mak
     assert is_right(store) == 37 and leftovers(store.path) == []
 
 
-def test_another_host_is_waited_for_while_its_lease_changes(manifest, tmp_path, make, is_right):
+def test_another_host_is_waited_for_while_its_lease_changes(manifest, tmp_path, make, is_right, monkeypatch):
     store = LabelStore.create(tmp_path / "s", manifest())
     path = store.lease_path(1, 1)
     durable.write_atomic(path, lease(host="elsewhere", pid=17))
     # Clocks mean nothing: neither a time far in the past nor one to come.
     os.utime(path, (0, 0))
     assert store.status().writing == [Lease(1, 1, "elsewhere", 17)]
-    last = []
+    now, beats, taken = 0.0, [], []
 
-    def beat():
-        for number in range(8):
-            time.sleep(0.15)
-            durable.write_atomic(path, lease(host="elsewhere", pid=17, beat=number))
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if len(beats) < 8:
+            durable.write_atomic(path, lease(host="elsewhere", pid=17, beat=len(beats)))
             os.utime(path, (2**32, 2**32))
-            last.append(time.monotonic())
+            beats.append(now)
 
-    thread = threading.Thread(target=beat)
-    thread.start()
-    assert write_missing([store], make, patience_s=3.0) == 10
-    assert len(last) == 8 and time.monotonic() - last[-1] > 2.5
-    thread.join()
+    def note(unit: Unit) -> list[np.ndarray]:
+        if (unit.view, unit.part) == (1, 1):
+            taken.append(now)
+        return make(unit)
+
+    monkeypatch.setattr(writing, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    assert write_missing([store], note, patience_s=3.0) == 10
+    assert len(beats) == 8 and beats[-1] > 2 * 3.0
+    assert [at - beats[-1] for at in taken] == [pytest.approx(4.0)]  # it looks every two seconds: the first time that three are over
     assert is_right(store) == 74 and leftovers(store.path) == []
 
 

@@ -275,7 +275,8 @@ def test_torchrun(tmp_path, plain, tools):
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     folder = tmp_path / "run"
     words = ["train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitdistill.cli", *words]
+    launch = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]  # not every host knows an address of its own name
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vitdistill.cli", *words]
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=tools.environment(), start_new_session=True, **pipes) as launcher:

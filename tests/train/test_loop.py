@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -285,22 +284,41 @@ def test_the_command_line_leaves_with_75_and_one_sentence(tmp_path, plain, tools
     assert checkpoint.latest(folder) is not None
 
 
-def test_killed_at_random_moments(tmp_path, taught, tools):
-    """kill -9, every second time as soon as a checkpoint is being written; the run that is left ends as if it had not happened."""
-    recipe = taught(**{"train.epochs": 5})
+def test_killed_between_and_while_saving(tmp_path, taught, tools):
+    """kill -9, by turns after a checkpoint and over one of its files; the run that is left ends as if it had not happened."""
+    recipe = taught(**{"train.epochs": 5, "train.eval_every": 2})
     tools.run(recipe, tmp_path / "whole")
-    folder, moments = tmp_path / "run", random.Random(0)
-    in_write = 0
-    for attempt in range(8):
-        child, begun = tools.Child(lambda: tools.run(recipe, folder)), time.monotonic()
-        limit = 30 if attempt % 2 else moments.uniform(0.01, 0.5)
-        while time.monotonic() - begun < limit and not (attempt % 2 and any((folder / "checkpoints").glob(f".tmp-*-{child.pid}-*"))):
-            time.sleep(0.001)
-        child.kill()
-        assert child.wait() is None and child.code == -signal.SIGKILL, "it did not take the folder over"
-        in_write += any((folder / "checkpoints").glob(f".tmp-*-{child.pid}-*"))
-    tools.run(recipe, folder)
-    assert in_write >= 3
+    folder = tmp_path / "run"
+    checkpoints = folder / "checkpoints"
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work(file, before):
+        fsync = os.fsync
+
+        def sync(fd):
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            if file is not None and path.endswith(file) and ".tmp-" in path:
+                die()
+            fsync(fd)
+
+        def look(*_):
+            if file is None and len(list(checkpoints.glob("step-*"))) > before:
+                die()
+
+        os.fsync = sync
+        tools.run(recipe, folder, prepared=lambda job: job.distillation.register_forward_hook(look))
+
+    for file in (None, "state.safetensors", None, "state.json", None, "manifest.json"):
+        before = len(list(checkpoints.glob("step-*")))
+        child = tools.Child(lambda file=file, before=before: work(file, before))
+        assert child.wait() is None and child.code == -signal.SIGKILL, "it ended before it was killed"
+        assert len(list(checkpoints.glob("step-*"))) == before + (file is None)
+        assert file is None or any(checkpoints.glob(f".tmp-*-{child.pid}-*/{file}"))
+    said = []
+    tools.run(recipe, folder, said)
+    assert any(line.startswith(f"resuming {folder} at step ") for line in said)
     assert tools.result(folder) == tools.result(tmp_path / "whole")
     assert not list(folder.rglob(".tmp-*")) and not (folder / "in_use.json").exists()
 
@@ -390,12 +408,12 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_work_since(tmp_path, whole, 
 
 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path, plain, tools, monkeypatch):
-    real = os.statvfs(tmp_path)
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real[:4], 20, *real[5:])))
+    blocks = os.statvfs_result((4096, 4096, 1000, 20, 20, 1000, 1000, 1000, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: blocks)
     with pytest.raises(DiskError, match=r"the disk is full \([0-9]+ bytes needed, 81920 bytes free\)"):
         tools.run(plain(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
-    assert durable.free_bytes(tmp_path) == 20 * real.f_frsize
+    assert durable.free_bytes(tmp_path) == 81920
 
 
 # -- numbers that are none --------------------------------------------------------------------------------------------

@@ -229,7 +229,9 @@ def test_a_container_of_this_machine_that_is_gone(tmp_path, host):
 
 def test_a_claim_of_an_earlier_version(tmp_path):
     written = claim(tmp_path)
-    old = {key: written[key] for key in ("host", "pid", "token")} | {"started": f"{written['space'].split()[0]} {written['started']}"}
+    old = {key: written[key] for key in ("host", "pid", "token")} | {
+        "started": f"{written['space'].partition(' ')[0]} {written['started']}"
+    }
     (tmp_path / "in_use.json").write_text(json.dumps(old))
     with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}: "):
         RunFolder(tmp_path, RECIPE)
