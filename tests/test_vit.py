@@ -207,13 +207,15 @@ WHOLE: dict[str, dict[str, Any]] = {
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
     "resnet10t": {},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)},
+    "mobilenetv2_035": {},
 }
+CHANNELS_LAST = ("swin",)
 
 
 @pytest.mark.parametrize("name", WHOLE)
 @torch.no_grad()
 def test_features_of_other_networks_come_after_their_final_norm(name: str) -> None:
-    """Whatever else is recorded; hidden states are before it."""
+    """What timm's ``forward_features`` gives, whatever else is recorded; hidden states are before that."""
     torch.manual_seed(1)
     model: Any = timm.create_model(name, num_classes=5, **WHOLE[name]).eval()
     for parameter in model.parameters():  # a norm of ones and zeros would hide mistakes
@@ -222,22 +224,36 @@ def test_features_of_other_networks_come_after_their_final_norm(name: str) -> No
     raw = model.forward_intermediates(images, indices=[last], intermediates_only=True)[0]
     features = run_vit(model, images, Needs(features=True))
     assert features.features is not None and features.feature_patches.grid == raw.shape[2:] == features.grids[last]
-    whole = model.forward_features(images)
-    if whole.ndim == 3:
-        whole = whole[:, -raw.shape[2] * raw.shape[3] :]
-    else:
-        whole = (whole if name.startswith("swin") else whole.permute(0, 2, 3, 1)).flatten(1, 2)
-    expected = raw.flatten(2).transpose(1, 2) if name.startswith("hiera") else whole
-    assert torch.allclose(features.features, expected, atol=1e-5)
+    expected, raw = model.forward_features(images), raw.flatten(2).transpose(1, 2)
+    if expected.ndim == 4:
+        expected = (expected if name.startswith(CHANNELS_LAST) else expected.permute(0, 2, 3, 1)).flatten(1, 2)
+    if name == "mobilenetv2_035":  # a further convolution, to another width than the stages say
+        expected = raw
+    assert torch.allclose(features.features, expected[:, -raw.shape[1] :], atol=1e-5)
     normed = name.startswith(("eva", "beit", "swin"))
-    assert torch.allclose(expected, raw.flatten(2).transpose(1, 2), atol=1e-3) != normed
+    assert torch.allclose(features.features, raw, atol=1e-3) != normed
     for needs in (Needs(logits=True, features=True), Needs(logits=True, hidden=frozenset({0, last}), features=True)):
         both = run_vit(model, images, needs)
         assert torch.equal(both.features, features.features) and torch.allclose(both.logits, model(images), atol=1e-5)
         for i, hidden in both.hidden.items():
             assert torch.equal(hidden, run_vit(model, images, Needs(hidden=frozenset({i}))).hidden[i])
-        if needs.hidden:
-            assert torch.equal(both.hidden[last], raw.flatten(2).transpose(1, 2))
+        assert not needs.hidden or torch.equal(both.hidden[last], raw)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_map_as_high_and_wide_as_it_has_channels_is_read_as_the_network_says(channels_last: bool) -> None:
+    """Four channels on 4 x 4 places: the shape does not tell."""
+
+    class Network(nn.Module):
+        num_features, output_fmt = 4, "NHWC" if channels_last else "NCHW"
+        feature_info = ({"num_chs": 4},)
+
+        def forward_intermediates(self, images: torch.Tensor, **_: Any) -> Any:
+            return (images.permute(0, 2, 3, 1) if channels_last else images), [images]
+
+    images = torch.arange(2 * 64.0).view(2, 4, 4, 4)
+    features = run_vit(Network(), images, Needs(features=True)).features
+    assert features is not None and torch.equal(features, images.flatten(2).transpose(1, 2))
 
 
 def test_unusual_blocks_are_walked_whole_and_refuse_attention() -> None:

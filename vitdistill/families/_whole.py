@@ -1,13 +1,27 @@
 """Every other network (CNNs, hierarchical transformers, a user's own): logits and feature maps of whole images."""
 
-import inspect
-from typing import Any
-
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ._base import BlockRun, Family
+
+
+def _as_map(final: object, last: Float[Tensor, "B D rows columns"], channels_last: bool) -> Float[Tensor, "B D rows columns"]:
+    """What `forward_features` gives, as a map: the last stage's after the final norm. The last stage's itself where that is no such map.
+
+    timm's networks give it with channels first or last, or as tokens behind their prefix tokens; ``channels_last``: for shapes that do not
+    tell.
+    """
+    if not isinstance(final, Tensor):
+        return last
+    rows, columns = last.shape[2:]
+    if final.ndim == 3 and final.shape[2] == last.shape[1] and final.shape[1] >= rows * columns:
+        return final[:, final.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+    moved = final.movedim(-1, 1)
+    if moved.shape == last.shape and (final.shape != last.shape or channels_last):
+        return moved
+    return final if final.shape == last.shape else last
 
 
 class WholeImage(Family):
@@ -33,34 +47,24 @@ class WholeImage(Family):
     def run_whole(
         self, images: Tensor, logits: bool, hidden: frozenset[int], features: bool
     ) -> tuple[Tensor | None, dict[int, Tensor], Tensor | None]:
-        answer: Any = None
-        maps: dict[int, Tensor] = {}
-        last: Tensor | None = None
-        if features:
-            try:
-                answer, (last,) = self._forward(images, logits, [self.depth - 1], norm=True)
-            except AssertionError:  # timm's Hiera, whose final norm is after its pool: there the map is what it has
-                answer, (last,) = self._forward(images, logits, [self.depth - 1])
-        stages = sorted(hidden)
-        if hidden:
-            given, found = self._forward(images, logits and not features, stages)
-            answer, maps = answer if features else given, dict(zip(stages, found, strict=True))
-        elif logits and not features:
+        if not hidden and not features:
             answer = self.model(images)
             if isinstance(answer, tuple):  # distilled CNN-ViT hybrids in training: one answer a head
                 answer = sum(answer) / len(answer)
-        return answer, maps, last
-
-    def _forward(self, images: Tensor, logits: bool, stages: list[int], norm: bool = False) -> tuple[Tensor | None, list[Tensor]]:
-        """The prediction, if it is asked for, and the maps of these stages, after the final norm if told so."""
+            return answer, {}, None
         forward = getattr(self.model, "forward_intermediates", None)
         if forward is None:
             raise ConfigError(f"{type(self.model).__name__} has no forward_intermediates: hidden states cannot be recorded")
-        options = {"norm": True} if norm and "norm" in inspect.signature(forward).parameters else {}
-        if not logits:
-            return None, forward(images, indices=stages, intermediates_only=True, **options)
-        final, maps = forward(images, indices=stages, **options)
-        return self.model.forward_head(final), maps  # type: ignore[operator]
+        last = self.depth - 1
+        stages = sorted(hidden | {last} if features else hidden)
+        if logits or features:
+            final, found = forward(images, indices=stages)
+        else:
+            final, found = None, forward(images, indices=stages, intermediates_only=True)
+        maps = dict(zip(stages, found, strict=True))
+        answer = self.model.forward_head(final) if logits else None  # type: ignore[operator]
+        channels_last = getattr(self.model, "output_fmt", None) == "NHWC"
+        return answer, {i: maps[i] for i in hidden}, _as_map(final, maps[last], channels_last) if features else None
 
     def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
         raise AssertionError("a network that does not walk is run whole")
