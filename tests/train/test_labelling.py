@@ -177,6 +177,7 @@ def test_bytes_do_not_depend_on_being_killed(kd, tools, tmp_path):
         enough = min(before + int(random.integers(1, 3)), len(expected))
         child = tools.Child(work)
         tools.until(lambda enough=enough: sealed(folder) >= enough)
+        time.sleep(0.02 * random.random())  # anywhere in the next part
         child.kill()
         child.wait()
         killed += child.code == -signal.SIGKILL
