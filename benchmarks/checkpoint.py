@@ -23,7 +23,7 @@ import timm
 import torch
 
 from vitdistill.errors import ConfigError
-from vitdistill.train import checkpoint
+from vitdistill.storage import checkpoint
 
 
 @dataclass

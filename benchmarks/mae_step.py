@@ -26,20 +26,20 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdistill.align import gather_patches
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
-from vitdistill.distill import Distillation
+from vitdistill.distill.plan import make_plan
+from vitdistill.distill.step import Distillation
+from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network
+from vitdistill.methods.base import Network
 from vitdistill.methods.dmae import DMAE, DMAEAdapter, alignment_loss
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.models.mae import MAEDecoder, init_mae, reconstruction_loss
-from vitdistill.plan import make_plan
-from vitdistill.recipe import OptimConfig
-from vitdistill.teacher import Teacher
-from vitdistill.train.optim import clip_gradients, make_optimizer
+from vitdistill.recipes.config import OptimConfig
+from vitdistill.runs.optim import clip_gradients, make_optimizer
+from vitdistill.vit.patches import gather_patches
 
 RATES = (0.75, 0.9, 0.95, 0.98)
 PAIRS = {"small": ("deit_small_patch16_224", "deit_base_patch16_224"), "large": ("deit_base_patch16_224", "vit_large_patch16_224")}

@@ -28,22 +28,22 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from vitdistill import durable
-from vitdistill.cost import Cost, cost_of
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
-from vitdistill.distill import Distillation
+from vitdistill.distill.plan import make_plan
+from vitdistill.distill.step import Distillation
+from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError, UserError
-from vitdistill.method import Network, Objective, TeacherObjective, TokenSelector
+from vitdistill.explain.cost import Cost, cost_of
+from vitdistill.methods.base import Network, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.plan import make_plan
-from vitdistill.recipe import OptimConfig
-from vitdistill.teacher import Teacher
-from vitdistill.train.optim import clip_gradients, make_optimizer
+from vitdistill.recipes.config import OptimConfig
+from vitdistill.runs.optim import clip_gradients, make_optimizer
+from vitdistill.storage import durable
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LR, WEIGHT_DECAY = 1e-4, 0.05

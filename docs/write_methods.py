@@ -18,13 +18,13 @@ import timm
 import torch
 from torch import nn
 
-from vitdistill import cost
-from vitdistill.method import Masking, Network, Objective, TeacherObjective, TokenSelector, WeightSchedule
+from vitdistill.distill.plan import Plan, describe_needs, make_plan
+from vitdistill.explain import cost
 from vitdistill.methods import METHODS, method_class
+from vitdistill.methods.base import Masking, Network, Objective, TeacherObjective, TokenSelector, WeightSchedule
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.plan import Plan, describe_needs, make_plan
-from vitdistill.vit import Needs
+from vitdistill.vit.walk import Needs
 
 PAGE = Path(__file__).with_name("methods.md")
 STUDENT, TEACHER = "deit_tiny_patch16_224", "deit_small_patch16_224"

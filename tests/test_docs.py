@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from vitdistill import cli, methods
-from vitdistill.commands.evaluate import EvalFlags
-from vitdistill.commands.explain import ExplainFlags
-from vitdistill.commands.export import ExportFlags
-from vitdistill.commands.flags import normalise
-from vitdistill.commands.label import LabelFlags
-from vitdistill.commands.train import TrainFlags
-from vitdistill.method import Network, TeacherObjective
+from vitdistill.cli.evaluate import EvalFlags
+from vitdistill.cli.explain import ExplainFlags
+from vitdistill.cli.export import ExportFlags
+from vitdistill.cli.flags import normalise
+from vitdistill.cli.label import LabelFlags
+from vitdistill.cli.train import TrainFlags
+from vitdistill.methods.base import Network, TeacherObjective
 from vitdistill.recipes import RECIPES
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 ROOT = Path(__file__).parents[1]
 

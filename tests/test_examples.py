@@ -21,9 +21,9 @@ from PIL import Image
 
 from vitdistill.cli import main
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network
+from vitdistill.methods.base import Network
 from vitdistill.methods.kd import kd_loss
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "own_method"

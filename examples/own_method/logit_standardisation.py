@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitdistill.errors import ConfigError
-from vitdistill.method import Labelled, Network
+from vitdistill.methods.base import Labelled, Network
 from vitdistill.methods.kd import LogitObjective, check_temperature, kd_loss
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 
 @dataclass(frozen=True, kw_only=True)

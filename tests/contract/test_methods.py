@@ -12,22 +12,22 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdistill.cost import cost_of
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
-from vitdistill.distill import Distillation
+from vitdistill.distill.plan import Plan, make_plan
+from vitdistill.distill.step import Distillation
+from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
-from vitdistill.families import QKV
-from vitdistill.method import Masking, Network, Objective, TeacherObjective, TokenSelector
+from vitdistill.explain.cost import cost_of
 from vitdistill.methods import METHODS, method_class
+from vitdistill.methods.base import Masking, Network, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import RandomPatches
 from vitdistill.methods.masking import RandomMasking
-from vitdistill.plan import Plan, make_plan
-from vitdistill.recipe import Recipe, TeacherConfig, dump_recipe, from_dict, load_recipe, to_dict
-from vitdistill.teacher import Teacher
-from vitdistill.vit import Needs, ViTOutput, run_vit
+from vitdistill.recipes.config import Recipe, TeacherConfig, dump_recipe, from_dict, load_recipe, to_dict
+from vitdistill.vit.families import QKV
+from vitdistill.vit.walk import Needs, ViTOutput, run_vit
 
 SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NUM_CLASSES, NUM_IMAGES, GRID = 5, 6, (4, 4)

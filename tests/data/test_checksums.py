@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitdistill.data import checksums, keyed
+from vitdistill import keyed
+from vitdistill.data import checksums
 from vitdistill.data.checksums import view_checksums
 from vitdistill.data.mixing import Mixing
 

@@ -12,9 +12,9 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from vitdistill.data import keyed
+from vitdistill import keyed
 from vitdistill.data.geometry import CROP_UNIFORMS, affine, crop_and_flip, random_boxes, resize_boxes
-from vitdistill.data.keyed import Stream
+from vitdistill.keyed import Stream
 
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

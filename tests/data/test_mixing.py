@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdistill.data import keyed
-from vitdistill.data.keyed import Stream
+from vitdistill import keyed
 from vitdistill.data.mixing import Mixing, symmetric_beta
 from vitdistill.errors import ConfigError
+from vitdistill.keyed import Stream
 
 
 def batch(count: int = 8, size: int = 12) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray]:

@@ -11,9 +11,9 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision.transforms import functional as TF
 
-from vitdistill.data import keyed
-from vitdistill.data.keyed import Stream
+from vitdistill import keyed
 from vitdistill.data.randaugment import OPERATIONS, Kind, Operation, Policy, apply_operations, draw_jitter, posterize
+from vitdistill.keyed import Stream
 
 DEIT = "rand-m9-mstd0.5-inc1"
 FILL = (124, 116, 104)

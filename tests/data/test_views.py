@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as TF
 
-from vitdistill.data import keyed
+from vitdistill import keyed
 from vitdistill.data.views import (
     AUGMENTS,
     Augment,

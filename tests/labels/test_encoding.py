@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitdistill.data import keyed
+from vitdistill import keyed
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.labels.encoding import Layout, LogitEncoding, NonFinite, Records
 

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from vitdistill import durable
 from vitdistill.errors import ConfigError, DataError, DiskError
 from vitdistill.labels.encoding import Layout, LogitEncoding
 from vitdistill.labels.store import LabelStore, Manifest, Status, differences
+from vitdistill.storage import durable
 
 # -- what was sealed comes back ---------------------------------------------------------------------------------------
 

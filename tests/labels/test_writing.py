@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vitdistill import durable, processes
 from vitdistill.errors import ConfigError, DiskError
 from vitdistill.labels import writing
 from vitdistill.labels.store import LabelStore, Lease
 from vitdistill.labels.writing import Unit, write_missing
+from vitdistill.storage import durable, processes
 
 
 @pytest.fixture

@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network
-from vitdistill.methods.attention_maps import (
-    AttentionMaps,
-    attention_loss,
-    class_attention_loss,
-    shared_rows,
-    shared_vectors,
-    token_scores,
-)
-from vitdistill.vit import QKV, Needs, ViTOutput, run_vit
+from vitdistill.methods.attention_maps import AttentionMaps, attention_loss, class_attention_loss, shared_rows, shared_vectors, token_scores
+from vitdistill.methods.base import Network
+from vitdistill.vit.walk import QKV, Needs, ViTOutput, run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"

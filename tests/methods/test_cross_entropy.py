@@ -12,7 +12,7 @@ from torch import Tensor
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.cross_entropy import CrossEntropy, chosen_head, cross_entropy_loss, head_logits
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 LOGITS = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 4, 2, 1, 3, 2])

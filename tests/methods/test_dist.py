@@ -12,7 +12,7 @@ from torch import Tensor
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.dist import DIST, dist_loss, pearson
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 Case = tuple[Tensor, Tensor]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitdistill.data.loader import Batch
 from vitdistill.methods.kd import HardKD, SoftKD, kd_loss
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 
 def logits(seed: int, batch: int = 3, classes: int = 5, scale: float = 3.0) -> Tensor:

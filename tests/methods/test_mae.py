@@ -12,7 +12,7 @@ from vitdistill.data.loader import Batch
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import random_masking
 from vitdistill.models.mae import MAEDecoder, reconstruction_loss
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 
 @settings(max_examples=25)

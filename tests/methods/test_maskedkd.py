@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, patch_saliency, resample_saliency, select_patches
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 
 def attention_of(seed: int, batch: int = 2, heads: int = 3, prefix: int = 1, patches: int = 16, scale: float = 2.0) -> Tensor:

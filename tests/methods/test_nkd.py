@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network
+from vitdistill.methods.base import Network
 from vitdistill.methods.dkd import DKD, dkd_loss
 from vitdistill.methods.nkd import NKD, TargetObjective, nkd_loss, of_label, of_rest
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 Case = tuple[Tensor, Tensor, Tensor]
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network
+from vitdistill.methods.base import Network
 from vitdistill.methods.relations import Relations, relation_heads, relation_loss
-from vitdistill.vit import ViTOutput, run_vit
+from vitdistill.vit.walk import ViTOutput, run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"

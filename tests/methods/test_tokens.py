@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network
+from vitdistill.methods.base import Network
 from vitdistill.methods.tokens import TokenAdapter, TokenFeatures, feature_loss
-from vitdistill.vit import Needs, ViTOutput, run_vit
+from vitdistill.vit.walk import Needs, ViTOutput, run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"

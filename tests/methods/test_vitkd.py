@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.align import resample_patches
 from vitdistill.data.loader import Batch
 from vitdistill.data.views import InputSpec
-from vitdistill.distill import Distillation
+from vitdistill.distill.plan import make_plan
+from vitdistill.distill.step import Distillation
+from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
-from vitdistill.method import Network, TokenSelector, WeightSchedule
+from vitdistill.methods.base import Network, TokenSelector, WeightSchedule
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
 from vitdistill.methods.vitkd import ViTKD, ViTKDAdapter, generation_loss, mimicking_loss, vitkd_loss
-from vitdistill.plan import make_plan
-from vitdistill.teacher import Teacher
-from vitdistill.vit import Needs, run_vit
+from vitdistill.vit.patches import resample_patches
+from vitdistill.vit.walk import Needs, run_vit
 
 Reduction = Literal["sum", "mean"]
 

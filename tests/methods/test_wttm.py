@@ -12,7 +12,7 @@ from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.kd import kd_loss
 from vitdistill.methods.wttm import WTTM, wttm_loss
-from vitdistill.vit import ViTOutput
+from vitdistill.vit.walk import ViTOutput
 
 Case = tuple[Tensor, Tensor]
 

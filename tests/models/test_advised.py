@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.build import without_memory
-from vitdistill.commands.export import main as export
-from vitdistill.cost import cost_of, explain, forward_flops
+from vitdistill.cli.export import main as export
 from vitdistill.data.views import InputSpec
+from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
-from vitdistill.export import export_onnx, export_timm
-from vitdistill.families import family_of
-from vitdistill.method import Network
+from vitdistill.explain.cost import cost_of, explain, forward_flops
+from vitdistill.methods.base import Network
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.models.advised import TokenHeads
-from vitdistill.plan import make_plan
-from vitdistill.vit import Needs, run_vit
-from vitdistill.weights import create_model
+from vitdistill.runs.networks import without_memory
+from vitdistill.vit.families import family_of
+from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.weights.create import create_model
+from vitdistill.weights.export import export_onnx, export_timm
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7, "img_size": 32, "patch_size": 8}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vitdistill.cost import forward_flops, training_flops
 from vitdistill.data.views import InputSpec
 from vitdistill.errors import ConfigError
-from vitdistill.export import export_timm
+from vitdistill.explain.cost import forward_flops, training_flops
 from vitdistill.models.involution import DEPTHS, Involution, RedNet, checkpoint_filter_fn, involution, rednet
-from vitdistill.vit import Needs, run_vit
-from vitdistill.weights import create_model
+from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.weights.create import create_model
+from vitdistill.weights.export import export_timm
 
 with np.load(Path(__file__).parents[1] / "golden" / "involution.npz") as data:
     DATA = {key: torch.from_numpy(data[key]) for key in data.files}

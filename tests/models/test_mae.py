@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vitdistill.errors import ConfigError
-from vitdistill.families.plain import PlainViT
 from vitdistill.methods.masking import random_masking
 from vitdistill.models.mae import (
     MAEDecoder,
@@ -27,7 +26,8 @@ from vitdistill.models.mae import (
     sincos_positions,
     unpatchify,
 )
-from vitdistill.vit import Needs, run_vit
+from vitdistill.vit.plain import PlainViT
+from vitdistill.vit.walk import Needs, run_vit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

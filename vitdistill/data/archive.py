@@ -18,9 +18,9 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from vitdistill.data.decode import decode_image, image_size, printable
-from vitdistill.data.source import SPLIT_NAMES, ImageSource, Split, arrange, is_image_name, no_split
-from vitdistill.errors import DataError, DiskError, PermissionDenied
+from ..errors import DataError, DiskError, PermissionDenied
+from .decode import decode_image, image_size, printable
+from .source import SPLIT_NAMES, ImageSource, Split, arrange, is_image_name, no_split
 
 _BLOCK = 512
 _MAX_MEMBER = 2**30

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from vitdistill.data.decode import printable
-from vitdistill.data.source import ImageSource, Split
-from vitdistill.errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
+from .decode import printable
+from .source import ImageSource, Split
 
 _BY_FLAG = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS")
 _BY_NAME = ("STL10", "SVHN")

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from jaxtyping import UInt8
 from torch import Tensor
 
-from . import keyed
+from .. import keyed
+from ..keyed import I64, Stream
 from .erasing import erased_boxes
-from .keyed import I64, Stream
 from .mixing import Mixing
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from vitdistill.errors import DataError, PermissionDenied
+from ..errors import DataError, PermissionDenied
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Largest image that is decoded, in pixels."""

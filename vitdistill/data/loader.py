@@ -31,26 +31,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from vitdistill.data import keyed
-from vitdistill.data.checksums import view_checksums
-from vitdistill.data.erasing import erase
-from vitdistill.data.keyed import I64, Stream
-from vitdistill.data.mixing import Mixing, check_even
-from vitdistill.data.source import ImageSource, counted, too_few
-from vitdistill.data.views import (
-    Augment,
-    BatchViews,
-    InputSpec,
-    can_batch,
-    eval_view,
-    normalize,
-    prepare,
-    train_views,
-)
-from vitdistill.errors import ConfigError, DataError, UserError
-from vitdistill.labels.encoding import Targets
-from vitdistill.labels.reader import LabelReader
-from vitdistill.memory import memory_errors
+from .. import keyed
+from ..errors import ConfigError, DataError, UserError
+from ..keyed import I64, Stream
+from ..labels.encoding import Targets
+from ..labels.reader import LabelReader
+from ..memory import memory_errors
+from .checksums import view_checksums
+from .erasing import erase
+from .mixing import Mixing, check_even
+from .source import ImageSource, counted, too_few
+from .views import Augment, BatchViews, InputSpec, can_batch, eval_view, normalize, prepare, train_views
 
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""

@@ -22,9 +22,9 @@ from PIL import Image
 from timm.data import auto_augment
 from torch import Tensor
 
-from vitdistill.data import keyed
-from vitdistill.data.geometry import affine
-from vitdistill.data.keyed import F64, I64, U64
+from .. import keyed
+from ..keyed import F64, I64, U64
+from .geometry import affine
 
 
 class Kind(IntEnum):

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vitdistill.data.decode import decode_image, image_size, printable
-from vitdistill.errors import DataError, MissingSplit, PermissionDenied
+from ..errors import DataError, MissingSplit, PermissionDenied
+from .decode import decode_image, image_size, printable
 
 Split = Literal["train", "val"]
 
@@ -97,21 +97,21 @@ def open_source(location: str, split: Split, *, classes: tuple[str, ...] | None 
 def _open(location: str, split: Split) -> ImageSource:
     kind, _, rest = location.partition("/")
     if kind == "torchvision" and not os.path.isdir(location):
-        from vitdistill.data.builtin import TorchvisionSource
+        from .builtin import TorchvisionSource
 
         return TorchvisionSource(rest, split)
     if kind == "hfds":
-        from vitdistill.data.table import open_hub
+        from .table import open_hub
 
         return open_hub(rest, split)
     path, _, options = location.partition("?")
     root = Path(path).expanduser()
     suffixes = "".join(root.suffixes[-2:]).lower()
     if suffixes.endswith((".tar", ".tar.gz", ".tgz")) and root.is_file():
-        from vitdistill.data.archive import TarSource
+        from .archive import TarSource
 
         return TarSource(root, split)
-    from vitdistill.data.table import TABLE_SUFFIXES, is_table_folder, open_table
+    from .table import TABLE_SUFFIXES, is_table_folder, open_table
 
     if (root.is_file() and root.suffix.lower() in TABLE_SUFFIXES) or (root.is_dir() and is_table_folder(root)):
         return open_table(root, split, options)

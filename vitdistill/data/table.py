@@ -15,9 +15,9 @@ from urllib.parse import parse_qsl
 import numpy as np
 from PIL import Image
 
-from vitdistill.data.decode import decode_image, image_size, printable
-from vitdistill.data.source import SPLIT_NAMES, ImageSource, Split, counted, some
-from vitdistill.errors import ConfigError, DataError, MissingSplit, UserError
+from ..errors import ConfigError, DataError, MissingSplit, UserError
+from .decode import decode_image, image_size, printable
+from .source import SPLIT_NAMES, ImageSource, Split, counted, some
 
 TABLE_SUFFIXES = frozenset((".parquet", ".arrow"))
 """File names that are read as tables."""

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from vitdistill.data import keyed
-from vitdistill.data.geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes
-from vitdistill.data.keyed import I64, Stream
-from vitdistill.data.randaugment import Operation, Policy, apply_operations, draw_jitter, posterize
-from vitdistill.errors import ConfigError
+from .. import keyed
+from ..errors import ConfigError
+from ..keyed import I64, Stream
+from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes
+from .randaugment import Operation, Policy, apply_operations, draw_jitter, posterize
 
 _NUMBER = r"\d+(\.\d+)?"
 _AA_FORMS = (

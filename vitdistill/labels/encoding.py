@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..data.keyed import uniforms
 from ..errors import ConfigError, DataError
+from ..keyed import uniforms
 
 Records: TypeAlias = np.ndarray  # of a layout's dtype
 

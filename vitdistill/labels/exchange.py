@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import durable
-from ..durable import bytes_shown, shown
 from ..errors import ConfigError, DataError, UserError
+from ..storage import durable
+from ..storage.durable import bytes_shown, shown
 from .encoding import Targets
 from .store import LabelStore
 

@@ -10,10 +10,10 @@ from typing import Any
 from ..data.source import ImageSource
 from ..data.views import Augment, InputSpec
 from ..errors import DataError
-from ..method import Network
+from ..methods.base import Network
 
 RANDOM = "splitmix64/1"
-"""Name and version of the arithmetic behind every view (`vitdistill.data.keyed`)."""
+"""Name and version of the arithmetic behind every view (`vitdistill.keyed`)."""
 
 _OF_VIEWS = ("images.", "classes.", "view.")
 

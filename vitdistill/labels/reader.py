@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import DataError
-from ..method import Network
-from ..vit import Needs, ViTOutput
+from ..methods.base import Network
+from ..vit.walk import Needs, ViTOutput
 from .encoding import Layout, Targets
 from .store import LabelStore
 

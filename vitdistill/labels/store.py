@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .. import durable
-from ..durable import shown
 from ..errors import ConfigError, DataError, DiskError
+from ..storage import durable
+from ..storage.durable import shown
 from .encoding import Layout, Targets
 
 FORMAT = 1

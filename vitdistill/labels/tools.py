@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .. import durable
-from ..durable import shown
 from ..errors import ConfigError, DataError
+from ..storage import durable
+from ..storage.durable import shown
 from .encoding import Layout
 from .store import LabelStore, Manifest, differences
 

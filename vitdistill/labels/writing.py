@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from .. import durable, processes
 from ..errors import ConfigError, UserError
+from ..storage import durable, processes
 from .store import LabelStore
 
 _POLL_S, _BEAT_S = (0.2, 2.0), 5.0  # from the shortest to the longest

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 from ..errors import ConfigError
-from ..method import Masking, Objective, TokenSelector
+from .base import Masking, Objective, TokenSelector
 
 METHODS: dict[str, str] = {
     "ce": "vitdistill.methods.cross_entropy:CrossEntropy",

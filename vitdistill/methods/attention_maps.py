@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..align import PatchMap, full_precision, gather_patches, resample_patches
 from ..errors import ConfigError
-from ..method import Labelled, Network, TeacherObjective, describe_alignment
-from ..vit import Needs, ViTOutput
+from ..vit.patches import PatchMap, full_precision, gather_patches, resample_patches
+from ..vit.walk import Needs, ViTOutput
+from .base import Labelled, Network, TeacherObjective, describe_alignment
 
 SMALLEST = 1e-12
 """Probabilities below are taken for it, so that their logarithm is finite."""

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..method import Labelled, Network, Objective
-from ..vit import ViTOutput
+from ..vit.walk import ViTOutput
+from .base import Labelled, Network, Objective
 
 
 def cross_entropy_loss(

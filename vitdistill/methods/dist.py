@@ -10,8 +10,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..method import Labelled
-from ..vit import ViTOutput
+from ..vit.walk import ViTOutput
+from .base import Labelled
 from .kd import LogitObjective, check_factors, check_logits, check_temperature
 
 

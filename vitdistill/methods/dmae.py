@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..method import Labelled, Network, TeacherObjective, describe_alignment
-from ..vit import Needs, ViTOutput
+from ..vit.walk import Needs, ViTOutput
+from .base import Labelled, Network, TeacherObjective, describe_alignment
 from .masking import random_masking
 
 __all__ = ["DMAE", "DMAEAdapter", "alignment_loss", "random_masking", "three_quarters"]

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..method import Labelled, Network, TeacherObjective
-from ..vit import ViTOutput
+from ..vit.walk import ViTOutput
+from .base import Labelled, Network, TeacherObjective
 from .cross_entropy import head_logits, heads_read
 
 

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..align import gather_patches
 from ..errors import ConfigError
-from ..method import Labelled, Network, Objective
 from ..models.mae import MAEDecoder, patchify, pixel_targets, unpatchify
-from ..vit import Needs, ViTOutput
+from ..vit.patches import gather_patches
+from ..vit.walk import Needs, ViTOutput
+from .base import Labelled, Network, Objective
 
 
 @dataclass(frozen=True, kw_only=True)

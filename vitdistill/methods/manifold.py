@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..align import full_precision, gather_patches
 from ..errors import ConfigError
-from ..method import Labelled, Network, TeacherObjective, describe_alignment
-from ..vit import Needs, ViTOutput
+from ..vit.patches import full_precision, gather_patches
+from ..vit.walk import Needs, ViTOutput
+from .base import Labelled, Network, TeacherObjective, describe_alignment
 from .kd import check_factors
 
 

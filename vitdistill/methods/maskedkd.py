@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..align import resample_patches
 from ..errors import ConfigError
-from ..method import Network, TokenSelector
-from ..vit import Needs, ViTOutput
+from ..vit.patches import resample_patches
+from ..vit.walk import Needs, ViTOutput
+from .base import Network, TokenSelector
 
 
 def patch_saliency(

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..method import Masking
+from .base import Masking
 
 
 def num_visible(num_patches: int, mask_rate: float) -> int:

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..method import Labelled, Network
-from ..vit import ViTOutput
+from ..vit.walk import ViTOutput
+from .base import Labelled, Network
 from .kd import LogitObjective, check_factors, check_logits, check_temperature
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..method import Labelled, Network, TeacherObjective, describe_alignment
-from ..vit import Needs, ViTOutput
+from ..vit.walk import Needs, ViTOutput
 from .attention_maps import rows_kl, shared_vectors, token_scores
+from .base import Labelled, Network, TeacherObjective, describe_alignment
 
 
 def relation_loss(

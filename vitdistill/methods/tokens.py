@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..method import Labelled, Network, TeacherObjective, describe_alignment
-from ..vit import Needs, ViTOutput
+from ..vit.walk import Needs, ViTOutput
+from .base import Labelled, Network, TeacherObjective, describe_alignment
 from .kd import check_factors
 
 Kind = Literal["mse", "smooth_l1", "cosine"]

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..align import gather_patches, resample_patches
 from ..errors import ConfigError
-from ..method import Labelled, Network, TeacherObjective, describe_alignment
-from ..vit import Needs, ViTOutput
+from ..vit.patches import gather_patches, resample_patches
+from ..vit.walk import Needs, ViTOutput
+from .base import Labelled, Network, TeacherObjective, describe_alignment
 
 PUBLISHED_WEIGHTS = (3e-5, 3e-6)
 """Low and high, on sums over patches and channels; the same for every published pair."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..method import Labelled
-from ..vit import ViTOutput
+from ..vit.walk import ViTOutput
+from .base import Labelled
 from .kd import LogitObjective, check_logits, check_temperature
 
 

@@ -16,10 +16,10 @@ from timm.layers import RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..align import gather_patches
 from ..errors import ConfigError
-from ..families.plain import PlainViT, project_qkv, split_heads
 from ..methods.masking import random_masking
+from ..vit.patches import gather_patches
+from ..vit.plain import PlainViT, project_qkv, split_heads
 
 _NORMS = (nn.LayerNorm, RmsNorm)
 

@@ -6,8 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..recipe import Recipe
-from ..stages import STAGES, Stages, load
+from ..runs.stages import STAGES, Stages, load
+from .config import Recipe
 
 RECIPES: dict[str, str] = {
     "alone": "vitdistill.recipes.plain:alone",

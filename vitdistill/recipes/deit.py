@@ -11,7 +11,7 @@ from dataclasses import replace
 from ..data.views import AUGMENTS
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import HardKD
-from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 
 
 def deit_tiny() -> Recipe:

@@ -26,8 +26,8 @@ from ..methods.cross_entropy import CrossEntropy
 from ..methods.dmae import DMAE
 from ..methods.mae import PixelReconstruction
 from ..methods.masking import RandomMasking
-from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
-from ..stages import Stages
+from ..runs.stages import Stages
+from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 
 _TEACHERS = {"large": "vit_large_patch16_224.mae", "base": "vit_base_patch16_224.mae"}
 

@@ -15,10 +15,10 @@ tokens; everything its abstract leaves open is Co-advise's or ours.
 from dataclasses import replace
 
 from ..data.views import AUGMENTS
-from ..method import Objective
+from ..methods.base import Objective
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import SoftKD
-from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 
 
 def losses() -> dict[str, Objective]:

@@ -9,8 +9,8 @@ pretrain.train.epochs=1600``). What differs is said in `vitdistill.recipes.dmae`
 from dataclasses import replace
 
 from ..methods.mae import PixelReconstruction
-from ..recipe import Recipe
-from ..stages import Stages
+from ..runs.stages import Stages
+from .config import Recipe
 from .dmae import fine_tuning, pretraining
 
 

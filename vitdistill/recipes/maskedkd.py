@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import SoftKD
 from ..methods.maskedkd import MaskedKD
-from ..recipe import Recipe, StudentConfig, TeacherConfig
+from .config import Recipe, StudentConfig, TeacherConfig
 from .deit import deit_tiny
 
 

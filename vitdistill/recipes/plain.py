@@ -7,7 +7,7 @@ from ..methods.kd import HardKD, SoftKD
 from ..methods.maskedkd import MaskedKD
 from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
-from ..recipe import Recipe, TeacherConfig
+from .config import Recipe, TeacherConfig
 from .deit import deit_tiny
 
 

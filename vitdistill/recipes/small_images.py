@@ -11,8 +11,8 @@ from ..methods.maskedkd import MaskedKD
 from ..methods.masking import RandomMasking
 from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
-from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
-from ..stages import Stages
+from ..runs.stages import Stages
+from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from .libkd import losses
 
 

@@ -10,11 +10,11 @@ images, as everywhere here, where theirs draws one for the whole batch.
 from dataclasses import replace
 
 from ..data.views import AUGMENTS
-from ..method import Objective
+from ..methods.base import Objective
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
-from ..recipe import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 
 _OBJECTIVES: dict[str, dict[str, Objective]] = {
     "nkd": {"nkd": NKD(gamma=1.0, temperature=1.0)},

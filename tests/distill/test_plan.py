@@ -1,0 +1,307 @@
+"""Plans: what every network has to compute, and what is refused before anything is computed."""
+
+from dataclasses import replace
+
+import pytest
+
+from vitdistill.distill.plan import describe_needs, make_plan
+from vitdistill.errors import ConfigError
+from vitdistill.methods.base import Network, WeightSchedule
+from vitdistill.methods.cross_entropy import CrossEntropy
+from vitdistill.methods.kd import HardKD, SoftKD
+from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
+from vitdistill.methods.nkd import NKD
+from vitdistill.methods.vitkd import ViTKD
+from vitdistill.vit.walk import Needs
+
+STUDENT = Network(
+    name="student",
+    architecture="tiny",
+    image_size=(224, 224),
+    depth=12,
+    dim=192,
+    num_classes=10,
+    num_parameters=5,
+    grid=(14, 14),
+    patch_size=(16, 16),
+    num_prefix_tokens=1,
+    walks=True,
+    attention_source="class",
+)
+TEACHER = replace(STUDENT, name="teacher", architecture="small", dim=384, grid=(16, 16), depth=8)
+CNN = Network(name="teacher", architecture="resnet18", image_size=(224, 224), depth=5, dim=512, num_classes=10, num_parameters=9)
+CE, KD = {"ce": CrossEntropy()}, {"kd": SoftKD()}
+
+
+def test_a_student_alone() -> None:
+    plan = make_plan(STUDENT, {}, CE)
+    assert plan.student_needs == Needs(logits=True)
+    assert plan.live == plan.guides == plan.num_keep == {} and plan.selector is None
+
+
+def test_needs_are_united_and_counted_from_the_front() -> None:
+    plan = make_plan(STUDENT, {"teacher": TEACHER}, CE | KD, MaskedKD(keep_rate=0.5))
+    assert plan.student_needs == Needs(logits=True, attention=frozenset({11}))
+    assert plan.live == {"teacher": Needs(logits=True)} and plan.guides == {}
+    assert plan.num_keep == {"teacher": 128}  # a fraction of the teacher's own patches
+    other = make_plan(STUDENT, {"teacher": TEACHER}, CE | KD, MaskedKD(block=3))
+    assert other.student_needs.attention == {3}
+
+
+def test_without_a_selector_the_teacher_sees_everything() -> None:
+    assert make_plan(STUDENT, {"teacher": TEACHER}, KD).num_keep == {"teacher": None}
+
+
+def test_a_guide_is_an_extra_pass_of_the_teacher() -> None:
+    plan = make_plan(STUDENT, {"teacher": TEACHER}, KD, TeacherGuided(keep_rate=0.25))
+    assert plan.guides == {"teacher": Needs(attention=frozenset({7}))}
+    assert plan.student_needs == plan.live["teacher"] == Needs(logits=True)
+
+
+def test_random_patches_need_nothing_of_anybody() -> None:
+    plan = make_plan(CNN, {"teacher": TEACHER}, KD, RandomPatches())
+    assert plan.student_needs == Needs(logits=True) and plan.guides == {} and plan.num_keep == {"teacher": 128}
+
+
+def test_two_teachers_keep_their_own_counts() -> None:
+    teachers = {"a": replace(TEACHER, name="a"), "b": replace(STUDENT, name="b")}
+    objectives = {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b")}
+    assert make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.75)).num_keep == {"a": 192, "b": 144}
+
+
+REFUSED = {
+    "nothing to minimise": (STUDENT, {}, {}, None, "there is no objective"),
+    "no teacher": (STUDENT, {}, KD, None, "'kd' reads a teacher named 'teacher', but no teacher is given"),
+    "another teacher": (STUDENT, {"big": TEACHER}, KD, None, "but the teachers are big"),
+    "an idle teacher": (STUDENT, {"teacher": TEACHER}, CE, None, "no objective reads the teacher 'teacher'"),
+    "a selector without a teacher": (STUDENT, {}, CE, MaskedKD(), "MaskedKD chooses the patches a teacher sees, but no teacher runs"),
+    "other classes": (STUDENT, {"teacher": replace(TEACHER, num_classes=9)}, KD, None, "answers with 9 classes and the student with 10"),
+    "hard labels of other classes": (
+        STUDENT,
+        {"teacher": replace(TEACHER, num_classes=9)},
+        {"kd": HardKD()},
+        None,
+        "class by class",
+    ),
+    "a teacher without patches": (STUDENT, {"teacher": CNN}, KD, MaskedKD(), "resnet18.* needs a plain ViT as teacher; use the kd recipe"),
+    "random patches of a CNN": (STUDENT, {"teacher": CNN}, KD, RandomPatches(), "RandomPatches needs a plain ViT"),
+    "a guide without patches": (STUDENT, {"teacher": CNN}, KD, TeacherGuided(), "TeacherGuided needs a plain ViT"),
+    "a guide without attention": (
+        STUDENT,
+        {"teacher": replace(TEACHER, attention_source=None)},
+        KD,
+        TeacherGuided(),
+        "has no attention to guide",
+    ),
+    "a student without patches": (
+        replace(CNN, name="student"),
+        {"teacher": TEACHER},
+        KD,
+        MaskedKD(),
+        "reads the student's attention over its patches, and resnet18 has none",
+    ),
+    "a block the student lacks": (
+        STUDENT,
+        {"teacher": TEACHER},
+        KD,
+        MaskedKD(block=12),
+        r"MaskedKD reads from the student \(tiny\), where block 12 does not",
+    ),
+    "a block the teacher lacks": (
+        STUDENT,
+        {"teacher": TEACHER},
+        KD,
+        TeacherGuided(block=-9),
+        r"reads from the teacher \(small\), where block -9 ",
+    ),
+    "more patches than there are": (STUDENT, {"teacher": TEACHER}, KD, MaskedKD(num_keep=257), "num_keep is 257, but .* only 256"),
+    "a name no teacher has": (
+        STUDENT,
+        {"teacher": TEACHER},
+        KD,
+        MaskedKD(teachers=("vit",)),
+        "MaskedKD is to choose for a teacher named 'vit', but the teachers are teacher",
+    ),
+    "a chosen teacher without patches": (
+        STUDENT,
+        {"vit": replace(TEACHER, name="vit"), "cnn": replace(CNN, name="cnn")},
+        {"a": SoftKD(teacher="vit"), "b": SoftKD(teacher="cnn")},
+        MaskedKD(teachers=("vit", "cnn")),
+        r"the cnn \(resnet18\) cannot be shown a subset of its patches.*--set selector.teachers",
+    ),
+    "features of a teacher without feature maps": (
+        STUDENT,
+        {"teacher": CNN},
+        {"vitkd": ViTKD()},
+        None,
+        r"vitkd reads feature maps, and the teacher \(resnet18\) gives none: take a timm model with forward_intermediates",
+    ),
+    "features of a student without feature maps": (
+        replace(CNN, name="student"),
+        {"teacher": TEACHER},
+        {"vitkd": ViTKD(low_weight=0.0)},
+        None,
+        r"vitkd reads feature maps, and the student \(resnet18\) gives none",
+    ),
+    "stages of a teacher without feature maps": (
+        STUDENT,
+        {"teacher": CNN},
+        {"vitkd": ViTKD(high_weight=0.0)},
+        None,
+        "vitkd reads feature maps",
+    ),
+    "logits of a student without a classifier": (
+        replace(STUDENT, num_classes=0),
+        {},
+        CE,
+        None,
+        r"ce reads logits, and the student \(tiny\) has no classifier: take one with a head, or objectives that read features",
+    ),
+    "logits of a teacher without a classifier": (
+        replace(STUDENT, num_classes=0),
+        {"teacher": replace(TEACHER, num_classes=0)},
+        KD,
+        None,
+        "kd reads logits, and the student .* has no classifier",
+    ),
+    "a head the student lacks": (STUDENT, {}, {"ce": CrossEntropy(head="distillation")}, None, r"tiny has no head .* it has \(class\)"),
+    "a distillation head for kd": (
+        STUDENT,
+        {"teacher": TEACHER},
+        {"kd": SoftKD(head="distillation")},
+        None,
+        "tiny has no head called 'distillation'",
+    ),
+    "a teacher without a head of its own": (
+        replace(STUDENT, heads=("class", "conv", "inv")),
+        {"teacher": TEACHER},
+        CE | KD,
+        None,
+        "tiny has the heads class, conv, inv, and none for the teacher 'teacher'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_in_one_sentence(case: str) -> None:
+    student, teachers, objectives, selector, sentence = REFUSED[case]
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        make_plan(student, teachers, objectives, selector)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_distilled_student_takes_every_head() -> None:
+    distilled = replace(STUDENT, heads=("class", "distillation"), num_prefix_tokens=2)
+    for ce, kd in (("auto", "auto"), ("class", "distillation"), ("distillation", "class"), ("all", "auto"), ("auto", "all")):
+        make_plan(distilled, {"teacher": TEACHER}, {"ce": CrossEntropy(head=ce), "kd": SoftKD(head=kd)}, MaskedKD())
+
+
+def test_plans_are_described_in_words() -> None:
+    needs = Needs(logits=True, attention=frozenset({11}))
+    assert describe_needs(STUDENT, needs, None) == (
+        "196 of 196 patches; 12 of 12 blocks; records logits and class-token attention of block 11"
+    )
+    early = Needs(hidden=frozenset({0, 3}))
+    assert describe_needs(TEACHER, early, 64) == "64 of 256 patches; 4 of 8 blocks; records hidden states after block 0, 3"
+    assert describe_needs(CNN, Needs(logits=True), None) == "records logits"
+    pooled = replace(STUDENT, reads_class_token=False, final_norm=False)
+    assert describe_needs(pooled, needs, None).endswith(
+        "class-token attention of block 11 (whose class token its prediction does not read: that of an earlier block is trained)"
+    )
+    assert describe_needs(pooled, Needs(attention=frozenset({10})), None).endswith("class-token attention of block 10")
+    assert "records features before any norm, which is after its pool" in describe_needs(pooled, Needs(features=True), None)
+    assert "records features after the final norm" in describe_needs(STUDENT, Needs(features=True), None)
+    mean = replace(STUDENT, attention_source="mean")
+    assert "mean attention of block 11" in describe_needs(mean, needs, None)
+
+
+def test_a_head_that_nobody_trains_is_refused() -> None:
+    """A second head is averaged into the prediction, so that leaving it at its random start would spoil every answer."""
+    student = replace(STUDENT, heads=("class", "distillation"), num_prefix_tokens=2)
+    with pytest.raises(ConfigError, match="no objective trains the distillation head"):
+        make_plan(student, {}, {"ce": CrossEntropy()})
+    assert make_plan(student, {}, {"ce": CrossEntropy(head="all")})
+    assert make_plan(student, {"teacher": TEACHER}, {"ce": CrossEntropy(), "kd": SoftKD()})
+    with pytest.raises(ConfigError, match=r"no objective trains the class head .*: add ce, or"):
+        make_plan(student, {"teacher": TEACHER}, {"kd": SoftKD()})
+
+
+def test_every_teachers_head_has_to_be_trained_where_the_prediction_reads_it() -> None:
+    student = replace(STUDENT, heads=("class", "conv", "inv"), num_prefix_tokens=3)
+    conv, inv = {"conv": replace(TEACHER, name="conv")}, {"inv": replace(TEACHER, name="inv")}
+    kd_conv, kd_inv = {"kd_conv": SoftKD(teacher="conv")}, {"kd_inv": SoftKD(teacher="inv")}
+    assert make_plan(student, conv | inv, CE | kd_conv | kd_inv).student_needs == Needs(logits=True)
+    with pytest.raises(ConfigError, match=r"no objective trains the inv head of tiny, .* \(--with kd:inv\), or let the labels train"):
+        make_plan(student, conv, CE | kd_conv)
+    with pytest.raises(ConfigError, match="trains the class head"):
+        make_plan(student, conv | inv, kd_conv | kd_inv)
+    assert make_plan(student, conv, kd_conv | {"ce": CrossEntropy(head="all")})
+    with pytest.raises(ConfigError, match="no objective trains the conv head"):
+        make_plan(student, inv, CE | {"kd": SoftKD(teacher="inv", head="inv")})
+    by_class = replace(student, answering=("class",))
+    assert make_plan(by_class, conv, CE | kd_conv) and make_plan(by_class, {}, CE)
+    with pytest.raises(ConfigError, match="no objective trains the class head"):
+        make_plan(by_class, conv, kd_conv)
+
+
+# --- some teachers masked, others whole ------------------------------------------------------------------------------------------
+
+
+def test_a_selector_chooses_for_the_teachers_it_names() -> None:
+    teachers = {"vit": replace(TEACHER, name="vit"), "cnn": replace(CNN, name="cnn")}
+    objectives = {"a": SoftKD(teacher="vit"), "b": HardKD(teacher="cnn")}
+    plan = make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.5, teachers=("vit",)))
+    assert plan.num_keep == {"vit": 128, "cnn": None} and plan.student_needs.attention == {11}
+    guided = make_plan(STUDENT, teachers, objectives, TeacherGuided(teachers=("vit",)))
+    assert guided.guides == {"vit": Needs(attention=frozenset({7}))}
+    with pytest.raises(ConfigError, match=r"the cnn \(resnet18\) cannot be shown"):  # no names mean all of them
+        make_plan(STUDENT, teachers, objectives, MaskedKD())
+    two = {"a": replace(TEACHER, name="a"), "b": replace(STUDENT, name="b")}
+    plan = make_plan(STUDENT, two, {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b")}, RandomPatches(num_keep=7, teachers=("b",)))
+    assert plan.num_keep == {"a": None, "b": 7}
+
+
+def test_a_teacher_whose_logits_nobody_reads_may_have_no_classifier() -> None:
+    headless = replace(TEACHER, num_classes=0)
+    plan = make_plan(STUDENT, {"teacher": headless}, CE | {"vitkd": ViTKD()})
+    assert plan.live == {"teacher": Needs(hidden=frozenset({0, 1}), features=True)}
+    assert plan.student_needs == Needs(logits=True, hidden=frozenset({0, 1}), features=True)
+    alone = make_plan(replace(STUDENT, num_classes=0), {"teacher": headless}, {"vitkd": ViTKD()})
+    assert not alone.student_needs.logits
+
+
+def test_features_of_a_network_with_feature_maps_are_taken() -> None:
+    maps = replace(CNN, dims=(64, 64, 128, 256, 512))
+    plan = make_plan(STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 1), teacher_low_blocks=(2, -1))})
+    assert plan.live == {"teacher": Needs(hidden=frozenset({2, 4}), features=True)}
+    with pytest.raises(ConfigError, match=r"vitkd reads from the teacher \(resnet18\), where block 5 "):
+        make_plan(STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 5))})
+
+
+# --- what an objective has to say ------------------------------------------------------------------------------------------------
+
+
+def test_notes_are_those_of_the_objectives_own_teacher() -> None:
+    teachers = {"vit": replace(TEACHER, name="vit"), "whole": replace(STUDENT, name="whole")}
+    objectives = {"ce": CrossEntropy(), "a": ViTKD(teacher="vit"), "b": ViTKD(teacher="whole"), "c": NKD(teacher="whole")}
+    notes = make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.5, teachers=("vit",))).notes
+    assert "128 of 256 patches" in notes["a"] and "from 14 x 14 to 16 x 16" in notes["a"]
+    assert notes["b"] == "low_weight 3e-05, high_weight 3e-06 on sums"
+    assert "ce" not in notes
+
+
+def test_a_changing_weight_is_in_the_notes() -> None:
+    schedule = WeightSchedule(to=0.0, begin=0.25, end=0.5, shape="cosine")
+    objectives = {"ce": CrossEntropy(weight=0.5, schedule=schedule), "vitkd": ViTKD(schedule=WeightSchedule(to=2.0))}
+    notes = make_plan(STUDENT, {"teacher": STUDENT}, objectives).notes
+    assert notes["ce"] == "weight 0.5 until 25% of the run, cosine to 0 at 50%"
+    assert notes["vitkd"] == ("low_weight 3e-05, high_weight 3e-06 on sums; weight 1 until 0% of the run, linear to 2 at 100%")
+
+
+def test_features_and_queries_are_described_in_words() -> None:
+    needs = Needs(hidden=frozenset({0}), qkv=frozenset({3, 1}), features=True)
+    assert describe_needs(TEACHER, needs, 64) == (
+        "64 of 256 patches; 8 of 8 blocks; records hidden states after block 0 and features after the final norm and "
+        "queries, keys and values of block 1, 3"
+    )
+    assert describe_needs(CNN, Needs(features=True), None) == "records the last feature map"

@@ -1,0 +1,249 @@
+"""One step's losses: equal to a computation by hand, on the patches that were chosen, with no gradient to a teacher."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitdistill.data.loader import Batch
+from vitdistill.data.views import InputSpec
+from vitdistill.distill.plan import make_plan
+from vitdistill.distill.step import Distillation
+from vitdistill.distill.teacher import Teacher
+from vitdistill.keyed import Stream
+from vitdistill.methods.base import Network, Objective, TokenSelector
+from vitdistill.methods.cross_entropy import CrossEntropy
+from vitdistill.methods.kd import HardKD, SoftKD
+from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, resample_saliency
+from vitdistill.methods.nkd import NKD
+from vitdistill.methods.vitkd import ViTKD
+from vitdistill.vit.walk import Needs, ViTOutput, run_vit
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def vit(seed: int = 0, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5, **args}
+    model = timm.create_model(name, **settings).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def batch_of(size: int = 4, side: int = 16, view: int = 0, seed: int = 0, run_seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.arange(size)
+    images = torch.randn(size, 3, side, side, generator=generator)
+    return Batch(images, ids % 5, ids, torch.full((size,), view), view, seed=run_seed)
+
+
+def teacher_of(model: nn.Module, name: str = "teacher", side: int = 16) -> Teacher:
+    spec = InputSpec((side, side), MEAN, STD)
+    return Teacher(model, Network.of(model, name, name, (side, side)), spec, InputSpec((16, 16), MEAN, STD))
+
+
+def build(
+    student: nn.Module,
+    teachers: Mapping[str, Teacher],
+    objectives: dict[str, Objective],
+    selector: TokenSelector | None = None,
+) -> Distillation:
+    network = Network.of(student, "student", "student", (16, 16))
+    plan = make_plan(network, {name: teacher.network for name, teacher in teachers.items()}, objectives, selector)
+    return Distillation(student, plan)
+
+
+class Spy:
+    """A teacher's own `run`, that remembers which patches it was shown in every pass."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.passes: list[tuple[Needs, Tensor | None]] = []
+        teacher.run = self
+
+    def __call__(self, model: nn.Module, images: Tensor, needs: Needs, keep: Tensor | None = None) -> ViTOutput:
+        self.passes.append((needs, keep))
+        return run_vit(model, images, needs, keep)
+
+
+def test_the_losses_are_those_computed_by_hand() -> None:
+    student, model, batch = vit(), vit(1, embed_dim=36, depth=3), batch_of()
+    objectives: dict[str, Objective] = {"ce": CrossEntropy(weight=0.3, smoothing=0.1), "kd": SoftKD(weight=0.7, temperature=2.0)}
+    losses = build(student, {"teacher": teacher_of(model)}, objectives)(batch, {"teacher": teacher_of(model)})
+    logits, target = student(batch.images), model(batch.images)
+    ce = F.cross_entropy(logits, batch.labels, label_smoothing=0.1)
+    kd = 4 * F.kl_div((logits / 2).log_softmax(-1), (target / 2).log_softmax(-1), reduction="batchmean", log_target=True)
+    assert list(losses) == ["ce", "kd", "loss"]
+    assert losses["ce"].item() == pytest.approx(0.3 * ce.item(), rel=1e-5)
+    assert losses["kd"].item() == pytest.approx(0.7 * kd.item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(0.3 * ce.item() + 0.7 * kd.item(), rel=1e-5)
+    losses["loss"].backward()
+    by_hand = torch.autograd.grad(0.3 * ce + 0.7 * kd, list(student.parameters()))
+    assert all(p.grad is not None and torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(student.parameters(), by_hand, strict=True))
+
+
+STUDENTS = {
+    "class token": {},
+    "average pool": {"global_pool": "avg", "class_token": False},
+    "average pool beside a class token": {"global_pool": "avg"},
+    "register tokens": {"reg_tokens": 3},
+    "two tokens": {"name": "deit_tiny_distilled_patch16_224"},
+    "a coarser grid": {"patch_size": 8},
+    "a finer grid": {"patch_size": 2},
+}
+TEACHERS = {
+    "class token": {},
+    "register tokens": {"reg_tokens": 2, "no_embed_class": True},
+    "a larger image": {"img_size": 24},
+    "two tokens": {"name": "deit_tiny_distilled_patch16_224"},
+    "no class token": {"global_pool": "avg", "class_token": False},
+}
+
+
+@pytest.mark.parametrize("student_form", STUDENTS)
+@pytest.mark.parametrize("teacher_form", TEACHERS)
+def test_the_teacher_sees_the_patches_the_student_attends_to(student_form: str, teacher_form: str) -> None:
+    student, model = vit(**STUDENTS[student_form]), vit(1, depth=3, **TEACHERS[teacher_form])
+    side = TEACHERS[teacher_form].get("img_size", 16)
+    teacher, batch = teacher_of(model, side=side), batch_of()
+    spy = Spy(teacher)
+    losses = build(student, {"teacher": teacher}, {"kd": SoftKD(head="all")}, MaskedKD(keep_rate=0.25))(batch, {"teacher": teacher})
+    ((needs, keep),) = spy.passes
+    output = run_vit(student, batch.images, Needs(logits=True, attention=frozenset({-1})))
+    saliency = output.attention[1][:, :, output.num_prefix_tokens :].mean(1)
+    expected = resample_saliency(saliency, output.grid, teacher.network.grid).topk(teacher.network.num_patches // 4).indices
+    assert needs == Needs(logits=True) and keep is not None and torch.equal(keep, expected)
+    answer = run_vit(model, teacher.prepare(batch.images), Needs(logits=True), expected).logits
+    mine = output.logits
+    assert answer is not None and mine is not None
+    by_hand = F.kl_div(mine.log_softmax(-1), answer.softmax(-1), reduction="batchmean")
+    assert losses["kd"].item() == pytest.approx(by_hand.item(), rel=1e-4, abs=1e-6)
+
+
+def test_what_is_not_kept_does_not_matter() -> None:
+    """Poison the patches that the teacher must not see: it is shown another image there, and answers the same."""
+    student, model, batch = vit(), vit(1), batch_of()
+    teacher = teacher_of(model)
+    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD(head="all")}, MaskedKD(keep_rate=0.5))
+    keep = distillation.choose("teacher", teacher, batch, run_vit(student, batch.images, distillation.plan.student_needs))
+    assert keep is not None and keep.shape == (4, 8)
+    poisoned = batch.images.clone()
+    for image, kept in zip(poisoned, keep.tolist(), strict=True):
+        for patch in set(range(16)) - set(kept):
+            row, column = divmod(patch, 4)
+            image[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = torch.nan
+    seen, whole = (teacher(images, Needs(logits=True), keep).logits for images in (poisoned, batch.images))
+    assert seen is not None and whole is not None and torch.equal(seen, whole)
+
+
+def test_keeping_every_patch_is_plain_distillation() -> None:
+    student, model, batch = vit(), vit(1), batch_of()
+    teachers = {"teacher": teacher_of(model)}
+    plain = build(student, teachers, {"kd": SoftKD()})(batch, teachers)
+    for selector in (MaskedKD(keep_rate=1.0), RandomPatches(keep_rate=1.0), TeacherGuided(num_keep=16)):
+        masked = build(student, teachers, {"kd": SoftKD()}, selector)(batch, teachers)
+        assert masked["kd"].item() == pytest.approx(plain["kd"].item(), rel=1e-4)
+
+
+# --- random and teacher-guided patches -------------------------------------------------------------------------------------------
+
+
+def test_a_batch_s_numbers_depend_on_seed_view_sample_and_purpose_alone() -> None:
+    whole = batch_of(8, run_seed=3)
+    noise = whole.uniforms(16)
+    assert noise.shape == (8, 16) and noise.dtype is torch.float32 and noise.min() >= 0 and noise.max() < 1
+    part = Batch(whole.images[5:7], whole.labels[5:7], whole.ids[5:7], whole.views[5:7], 0, seed=3)
+    assert torch.equal(part.uniforms(16), noise[5:7])
+    order = torch.tensor([3, 0, 7, 1, 2, 6, 5, 4])
+    shuffled = Batch(whole.images[order], whole.labels[order], whole.ids[order], whole.views[order], 0, seed=3)
+    assert torch.equal(shuffled.uniforms(16), noise[order])
+    for other in (batch_of(8, run_seed=4).uniforms(16), batch_of(8, view=1, run_seed=3).uniforms(16), whole.uniforms(16, Stream.PATCHES)):
+        assert not (other == noise).any()
+    assert len({tuple(row) for row in noise.tolist()}) == 8
+
+
+def test_random_patches_reach_the_teacher() -> None:
+    student, teacher, batch = vit(), teacher_of(vit(1)), batch_of()
+    spy = Spy(teacher)
+    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD()}, RandomPatches(keep_rate=0.25))
+    first, second = (distillation(batch, {"teacher": teacher})["kd"] for _ in range(2))
+    assert torch.equal(first, second)
+    ((_, keep), (_, again)) = spy.passes
+    assert keep is not None and again is not None and torch.equal(keep, again)
+    assert torch.equal(keep, batch.uniforms(16, Stream.PATCHES).topk(4).indices)
+    assert distillation.plan.student_needs == Needs(logits=True)
+
+
+def test_teacher_guided_runs_the_teacher_twice() -> None:
+    student, model, batch = vit(), vit(1, depth=3), batch_of()
+    teacher = teacher_of(model)
+    spy = Spy(teacher)
+    build(student, {"teacher": teacher}, {"kd": SoftKD()}, TeacherGuided(keep_rate=0.25))(batch, {"teacher": teacher})
+    ((guide, everything), (needs, keep)) = spy.passes
+    assert guide == Needs(attention=frozenset({2})) and everything is None and needs == Needs(logits=True)
+    attention = run_vit(model, batch.images, guide).attention[2]
+    assert keep is not None and torch.equal(keep, attention[:, :, 1:].mean(1).topk(4).indices)
+
+
+# --- several teachers, gradients ---------------------------------------------------------------------------------------------------
+
+
+def test_two_teachers_see_their_own_patches_of_one_choice() -> None:
+    student, batch = vit(), batch_of()
+    teachers = {"a": teacher_of(vit(1), "a"), "b": teacher_of(vit(2, img_size=24), "b", 24)}
+    spies = {name: Spy(teacher) for name, teacher in teachers.items()}
+    objectives: dict[str, Objective] = {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b", weight=2.0), "ce": CrossEntropy()}
+    losses = build(student, teachers, objectives, MaskedKD(keep_rate=0.25))(batch, teachers)
+    assert list(losses) == ["x", "y", "ce", "loss"]
+    kept = {name: spy.passes[0][1] for name, spy in spies.items()}
+    assert kept["a"] is not None and kept["a"].shape == (4, 4) and kept["b"] is not None and kept["b"].shape == (4, 9)
+    assert losses["loss"].item() == pytest.approx(sum(losses[name].item() for name in objectives), rel=1e-5)
+
+
+def test_no_gradient_reaches_a_teacher_and_it_is_no_part_of_the_module() -> None:
+    student, model, batch = vit(), vit(1), batch_of()
+    teachers = {"teacher": teacher_of(model)}
+    distillation = build(student, teachers, {"ce": CrossEntropy(), "kd": SoftKD()}, MaskedKD())
+    distillation.train()
+    distillation(batch, teachers)["loss"].backward()
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    assert {name.removeprefix("student.") for name in distillation.state_dict()} == set(student.state_dict())
+
+
+def test_mixed_labels_reach_the_objectives() -> None:
+    student, batch = vit(), batch_of()
+    batch.mixed_labels, batch.lam = batch.labels.flip(0), torch.full((4,), 0.25)
+    losses = build(student, {}, {"ce": CrossEntropy()})(batch, {})
+    logits = student(batch.images)
+    expected = 0.25 * F.cross_entropy(logits, batch.labels) + 0.75 * F.cross_entropy(logits, batch.labels.flip(0))
+    assert losses["ce"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_convolutional_pair_distils_by_logits() -> None:
+    torch.manual_seed(0)
+    student = timm.create_model("resnet18", num_classes=5).eval()
+    model, batch = timm.create_model("resnet18", num_classes=5).eval(), batch_of(side=32)
+    spec = InputSpec((32, 32), MEAN, STD)
+    teacher = Teacher(model, Network.of(model, "teacher", "resnet18", (32, 32)), spec, spec)
+    plan = make_plan(Network.of(student, "student", "resnet18", (32, 32)), {"teacher": teacher.network}, {"kd": SoftKD()})
+    losses = Distillation(student, plan)(batch, {"teacher": teacher})
+    by_hand = F.kl_div(student(batch.images).log_softmax(-1), model(batch.images).softmax(-1), reduction="batchmean")
+    assert losses["kd"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_a_step_of_logits_features_and_chosen_patches_is_one_graph() -> None:
+    student, batch = vit(), batch_of()
+    teachers = {"teacher": teacher_of(vit(1, embed_dim=36, depth=3))}
+    objectives: dict[str, Objective] = {"ce": CrossEntropy(), "nkd": NKD(), "vitkd": ViTKD()}
+    distillation = build(student, teachers, objectives, MaskedKD(keep_rate=0.5))
+    expected = distillation(batch, teachers)
+    torch.compiler.reset()
+    losses = torch.compile(lambda batch: distillation(batch, teachers), fullgraph=True, backend="eager")(batch)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in distillation.parameters())

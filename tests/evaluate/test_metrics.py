@@ -1,0 +1,157 @@
+"""Metrics equal their definitions, whatever the sharding, and never count a broken answer as right."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitdistill.errors import DataError, NonFiniteError
+from vitdistill.evaluate.metrics import Metrics
+
+
+def answers(seed: int, num: int = 60, classes: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(num, classes, generator=generator)
+    labels = torch.randint(0, classes, (num,), generator=generator)
+    logits[::2].scatter_add_(1, labels[::2, None], torch.full((len(labels[::2]), 1), 4.0))
+    return logits, labels, logits + torch.randn(num, classes, generator=generator)
+
+
+def slow_ece(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    confidence, answer = logits.double().softmax(1).max(1)
+    total = 0.0
+    for index in range(15):
+        inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
+        if inside.any():
+            right = (answer[inside] == labels[inside]).double().mean()
+            total += abs(right - confidence[inside].mean()).item() * inside.double().mean().item()
+    return total
+
+
+@given(seed=st.integers(0, 10_000), classes=st.sampled_from([2, 3, 5, 6, 100]))
+def test_values_are_their_definitions(seed, classes):
+    logits, labels, teacher = answers(seed, classes=classes)
+    metrics = Metrics()
+    metrics.update(logits, labels, teacher)
+    values = metrics.compute()
+    k = min(5, classes)
+    assert values["num_samples"] == 60
+    assert values["top1"] == (logits.argmax(1) == labels).double().mean().item()
+    assert values["top5"] == (logits.topk(k).indices == labels[:, None]).any(1).double().mean().item()
+    assert values["nll"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-12)
+    assert values["ece"] == pytest.approx(slow_ece(logits, labels), rel=1e-9)
+    assert values["agreement"] == (logits.argmax(1) == teacher.argmax(1)).double().mean().item()
+    kl = F.kl_div(logits.double().log_softmax(1), teacher.double().log_softmax(1), reduction="batchmean", log_target=True)
+    assert values["kl"] == pytest.approx(kl.item(), rel=1e-9)
+
+
+@given(seed=st.integers(0, 10_000), cut=st.integers(0, 60))
+def test_batches_do_not_matter(seed, cut):
+    logits, labels, teacher = answers(seed)
+    whole, parts = Metrics(), Metrics()
+    whole.update(logits, labels, teacher)
+    parts.update(logits[cut:], labels[cut:], teacher[cut:])
+    parts.update(logits[:cut], labels[:cut], teacher[:cut])
+    assert parts.compute() == pytest.approx(whole.compute(), rel=1e-12)
+
+
+def test_a_constant_network_is_right_only_on_its_first_class():
+    metrics = Metrics()
+    metrics.update(torch.zeros(10, 10), torch.arange(10))
+    values = metrics.compute()
+    assert values["top1"] == 0.1 and values["top5"] == 0.5
+    assert values["ece"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_fewer_than_five_classes_and_certain_answers():
+    metrics = Metrics()
+    metrics.update(torch.tensor([[0.0, -torch.inf, -torch.inf], [-torch.inf, 0.0, -torch.inf]]), torch.tensor([0, 1]))
+    assert metrics.compute() == {"num_samples": 2, "top1": 1, "top5": 1, "nll": 0, "ece": 0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_answers_are_an_error_and_not_right(value):
+    logits = torch.zeros(4, 3)
+    logits[1, 2] = value
+    metrics = Metrics()
+    metrics.update(logits, torch.tensor([0, 2, 0, 0]))
+    with pytest.raises(NonFiniteError, match="1 of 4 answers"):
+        metrics.compute()
+    metrics = Metrics()
+    metrics.update(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), logits)
+    with pytest.raises(NonFiniteError, match="1 of 4 answers"):
+        metrics.compute()
+
+
+def test_labels_beyond_the_classes_and_no_images_are_errors():
+    metrics = Metrics()
+    metrics.update(torch.zeros(2, 3), torch.tensor([0, 3]))
+    with pytest.raises(NonFiniteError, match="class list"):
+        metrics.compute()
+    with pytest.raises(DataError, match="saw no image"):
+        Metrics().compute()
+
+
+def test_unlabelled_images_count_for_the_teacher_only():
+    logits, labels, teacher = answers(1)
+    metrics = Metrics()
+    metrics.update(logits, torch.full_like(labels, -1), teacher)
+    assert metrics.compute().keys() == {"num_samples", "agreement", "kl"}
+
+
+def test_nothing_is_broadcast():
+    for logits, labels, teacher in [
+        (torch.zeros(4, 3), torch.zeros(1, dtype=torch.long), None),
+        (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), torch.zeros(1, 3)),
+        (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), torch.zeros(4, 1)),
+    ]:
+        with pytest.raises(Exception, match=r"differ in shape|are not \(B, C\)|parameter|dimension"):
+            Metrics().update(logits, labels, teacher)
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path):
+    logits, labels, teacher = answers(3)
+    whole = Metrics()
+    whole.update(logits, labels, teacher)
+    expected = whole.compute()
+
+    def shard(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=rank, world_size=2)
+        metrics = Metrics()
+        # Shards of different length: the last image belongs to one process alone.
+        part = slice(0, 31) if rank == 0 else slice(31, None)
+        metrics.update(logits[part], labels[part], teacher[part])
+        metrics.merge_across_processes()
+        assert metrics.compute() == pytest.approx(expected, rel=1e-12)
+        with pytest.raises(RuntimeError, match="twice"):
+            metrics.merge_across_processes()
+        dist.destroy_process_group()
+
+    children = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                shard(rank)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+
+
+def test_alone_merging_changes_nothing_and_closes():
+    logits, labels, _ = answers(4)
+    metrics = Metrics()
+    metrics.update(logits, labels)
+    before = metrics.compute()
+    metrics.merge_across_processes()
+    assert metrics.compute() == before
+    with pytest.raises(RuntimeError, match="merged already"):
+        metrics.update(logits, labels)

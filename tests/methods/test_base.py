@@ -1,0 +1,256 @@
+"""What every method shares: counts of kept patches, and settings that are checked when they are made."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitdistill.errors import ConfigError
+from vitdistill.methods import METHODS, method_class, method_name, method_names
+from vitdistill.methods.base import Network, WeightSchedule, describe_alignment, num_kept_patches
+from vitdistill.methods.cross_entropy import CrossEntropy
+from vitdistill.methods.kd import HardKD, SoftKD
+from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
+from vitdistill.methods.vitkd import ViTKD
+from vitdistill.recipes.config import Recipe, TeacherConfig, dump_recipe, load_recipe, replace_fields
+
+# --- counts --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patches", "rate", "count"),
+    [(196, 0.75, 144), (196, 0.5, 98), (196, 0.4, 80), (196, 0.25, 49), (256, 0.75, 192), (256, 0.5, 128)],
+)
+def test_the_papers_counts(patches: int, rate: float, count: int) -> None:
+    assert num_kept_patches(patches, rate) == count
+
+
+patches = st.integers(1, 2000)
+rates = st.floats(0, 1, exclude_min=True)
+
+
+@given(patches=patches, rate=rates)
+def test_a_count_is_within_the_grid(patches: int, rate: float) -> None:
+    count = num_kept_patches(patches, rate)
+    assert 1 <= count <= patches
+    assert count < patches or rate == 1 or patches == 1
+
+
+@given(patches=patches, rate=rates)
+def test_a_count_is_close_to_its_rate(patches: int, rate: float) -> None:
+    count = num_kept_patches(patches, rate)
+    assert abs(count - patches * rate) <= (8 if patches >= 128 else 1)
+
+
+@given(patches=patches, low=rates, high=rates)
+def test_more_is_never_less(patches: int, low: float, high: float) -> None:
+    low, high = min(low, high), max(low, high)
+    assert num_kept_patches(patches, low) <= num_kept_patches(patches, high)
+
+
+@pytest.mark.parametrize("patches", [16, 49, 64, 196, 197, 256, 576, 1369])
+def test_counts_rise_with_the_rate_without_a_dip(patches: int) -> None:
+    counts = [num_kept_patches(patches, i / 1000) for i in range(1, 1001)]
+    assert counts == sorted(counts)
+    assert counts[-1] == patches and (patches == 1 or counts[-2] < patches)
+
+
+@given(patches=st.integers(1, 400), parts=st.integers(1, 12))
+def test_unit_fractions_that_divide_are_exact(patches: int, parts: int) -> None:
+    assert num_kept_patches(patches * parts, 1 / parts) == patches
+
+
+def test_an_exact_count_is_taken_as_it_is() -> None:
+    assert MaskedKD(num_keep=144).count(196) == 144
+    assert MaskedKD(num_keep=196).count(196) == 196
+    with pytest.raises(ConfigError, match="num_keep is 197, but the teacher has only 196"):
+        MaskedKD(num_keep=197).count(196)
+
+
+# --- settings ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0, -0.5, 1.5, math.nan, math.inf, True, "half"])
+def test_a_keep_rate_is_a_fraction(rate: object) -> None:
+    with pytest.raises(ConfigError, match=r"keep_rate is .*above 0 and at most 1"):
+        MaskedKD(keep_rate=rate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, -3, True, 1.5])
+def test_a_count_is_a_whole_number_above_0(count: object) -> None:
+    with pytest.raises(ConfigError, match="num_keep is "):
+        RandomPatches(num_keep=count)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
+@pytest.mark.parametrize("kind", [CrossEntropy, SoftKD, HardKD])
+def test_a_weight_is_above_0(kind: type, weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"weight of .* leave the objective out"):
+        kind(weight=weight)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_is_above_0(temperature: float) -> None:
+    with pytest.raises(ConfigError, match="temperature is"):
+        SoftKD(temperature=temperature)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
+def test_smoothing_is_below_1(smoothing: float) -> None:
+    with pytest.raises(ConfigError, match="smoothing is"):
+        CrossEntropy(smoothing=smoothing)
+
+
+# --- weights that change -------------------------------------------------------------------------------------------------------
+
+Shape = Literal["linear", "cosine"]
+fractions = st.floats(0, 1)
+weights = st.floats(0, 100)
+shapes = st.sampled_from(["linear", "cosine"])
+
+
+@given(weight=weights, to=weights, one=fractions, two=fractions, shape=shapes, progress=st.lists(fractions, min_size=2, max_size=20))
+def test_a_schedule_leads_from_the_weight_to_its_end(
+    weight: float, to: float, one: float, two: float, shape: Shape, progress: list[float]
+) -> None:
+    schedule = WeightSchedule(to=to, begin=min(one, two), end=max(one, two), shape=shape)
+    assert schedule.at(weight, schedule.end) == schedule.at(weight, 1.0) == to
+    if schedule.begin < schedule.end:
+        assert schedule.at(weight, schedule.begin) == schedule.at(weight, 0.0) == weight
+    values = [schedule.at(weight, p) for p in sorted(progress)]
+    assert all(min(weight, to) - 1e-9 <= value <= max(weight, to) + 1e-9 for value in values)
+    sign = 1 if to >= weight else -1
+    assert all(sign * (later - earlier) >= -1e-9 for earlier, later in itertools.pairwise(values))
+
+
+def test_the_shapes_of_a_schedule() -> None:
+    linear, cosine = (WeightSchedule(to=5.0, begin=0.2, end=0.6, shape=shape) for shape in ("linear", "cosine"))  # type: ignore[arg-type]
+    ways = {0.1: 0.0, 0.2: 0.0, 0.3: 0.25, 0.4: 0.5, 0.5: 0.75, 0.6: 1.0, 0.9: 1.0}
+    for progress, way in ways.items():
+        assert linear.at(1.0, progress) == pytest.approx(1 + 4 * way)
+        assert cosine.at(1.0, progress) == pytest.approx(1 + 4 * (1 - math.cos(math.pi * way)) / 2)
+    assert cosine.at(1.0, 0.21) < linear.at(1.0, 0.21) and cosine.at(1.0, 0.59) > linear.at(1.0, 0.59)
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
+def test_a_schedule_of_one_moment_changes_the_weight_at_once(moment: float) -> None:
+    schedule = WeightSchedule(to=0.0, begin=moment, end=moment)
+    assert schedule.at(3.0, moment) == 0.0
+    assert moment == 0 or schedule.at(3.0, math.nextafter(moment, 0)) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"to": -1.0}, r"ends at -1.0: give a number that is not negative \(schedule.to\)"),
+        ({"to": math.nan}, "ends at nan"),
+        ({"to": math.inf}, "ends at inf"),
+        ({"to": 1.0, "begin": 0.6, "end": 0.5}, "runs from 0.6 to 0.5: give fractions of the run"),
+        ({"to": 1.0, "begin": -0.1}, "runs from -0.1 to 1.0"),
+        ({"to": 1.0, "end": 1.5}, "runs from 0.0 to 1.5"),
+        ({"to": 1.0, "begin": math.nan}, "runs from nan"),
+        ({"to": 1.0, "end": math.nan}, "to nan"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        WeightSchedule(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, SoftKD, ViTKD])
+def test_a_weight_of_0_needs_a_schedule_that_raises_it(kind: type) -> None:
+    rising = kind(weight=0, schedule=WeightSchedule(to=2.0))
+    assert rising.weight_at(0.0) == 0 and rising.weight_at(0.5) == 1 and rising.weight_at(1.0) == 2
+    assert kind(schedule=WeightSchedule(to=0.0)).weight_at(1.0) == 0
+    assert kind(weight=0.25).weight_at(0.5) == 0.25
+    for weight, to in ((0, 0.0), (-1, 2.0), (math.nan, 2.0), (math.inf, 2.0)):
+        with pytest.raises(ConfigError, match=r"weight of .* leave the objective out"):
+            kind(weight=weight, schedule=WeightSchedule(to=to))
+
+
+def test_a_schedule_survives_yaml(tmp_path: Path) -> None:
+    schedule = WeightSchedule(to=0.5, begin=0.25, end=0.75, shape="cosine")
+    recipe = Recipe(
+        objectives={"ce": CrossEntropy(), "vitkd": ViTKD(weight=2.0, schedule=schedule, low_blocks=(0, 3))},
+        teachers={"teacher": TeacherConfig(model="x")},
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe and again.objectives["vitkd"].schedule == schedule and again.objectives["ce"].schedule is None
+    moved = replace_fields(recipe, {"objectives.vitkd.schedule.end": 1.0, "objectives.ce.schedule": {"to": 0.0}})
+    assert moved.objectives["vitkd"].schedule == replace(schedule, end=1.0)
+    assert moved.objectives["ce"].schedule == WeightSchedule(to=0.0)
+    with pytest.raises(ConfigError, match=r"runs from 0\.25 to 0\.1"):
+        replace_fields(recipe, {"objectives.vitkd.schedule.end": 0.1})
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_listed_method_is_found_by_its_name(name: str) -> None:
+    assert method_name(method_class(name)()) == name
+    assert name in method_names()
+
+
+def test_an_unknown_method_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="'maskdkd': did you mean 'maskedkd'"):
+        method_class("maskdkd")
+    with pytest.raises(ConfigError, match="choose from"):
+        method_class("zzz")
+
+
+def test_a_method_outside_the_table_cannot_be_written_into_a_recipe() -> None:
+    class Mine(SoftKD):
+        pass
+
+    with pytest.raises(ConfigError, match="Mine is not in the table"):
+        method_name(Mine())
+
+
+# --- descriptions ----------------------------------------------------------------------------------------------------------------
+
+
+def test_networks_are_described_without_being_run() -> None:
+    with torch.device("meta"):
+        vit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7)
+        resnet = timm.create_model("resnet18")
+    network = Network.of(vit, "student", "deit_tiny_distilled_patch16_224", (224, 224))
+    assert (network.grid, network.patch_size, network.num_patches, network.num_prefix_tokens) == ((14, 14), (16, 16), 196, 2)
+    assert (network.depth, network.dim, network.num_classes, network.heads) == (12, 192, 7, ("class", "distillation"))
+    assert network.walks and network.attention_source == "class"
+    assert network.num_parameters == sum(p.numel() for p in vit.parameters())
+    assert Network.of(vit, "t", "x", (224, 224), num_classes=3).num_classes == 3
+    other = Network.of(resnet, "teacher", "resnet18", (224, 224))
+    assert not other.walks and other.attention_source is None and other.num_patches == 0 and other.depth == 5
+
+
+def test_how_patches_meet_is_said_in_words() -> None:
+    student = Network("student", "a", (224, 224), 12, 192, 10, 5, grid=(14, 14), walks=True)
+    teacher = replace(student, name="teacher", grid=(16, 16))
+    cnn = Network("teacher", "c", (224, 224), 5, 512, 10, 5)
+    assert describe_alignment(student, student, None) == describe_alignment(student, student, 196) == ""
+    assert describe_alignment(student, student, 98) == "compared at the 98 of 196 patches both see"
+    assert describe_alignment(student, teacher, None) == "the student's patches resampled from 14 x 14 to 16 x 16"
+    assert describe_alignment(student, teacher, 64) == (
+        "compared at the 64 of 256 patches both see, the student's patches resampled from 14 x 14 to 16 x 16"
+    )
+    assert describe_alignment(student, cnn, None) == "the student's features resampled to the teacher's map by position"
+    assert describe_alignment(cnn, teacher, 64).endswith("see, the student's features resampled to the teacher's map by position")
+
+
+def test_networks_say_how_wide_every_block_is() -> None:
+    with torch.device("meta"):
+        vit, resnet = timm.create_model("deit_tiny_patch16_224"), timm.create_model("resnet18")
+    assert Network.of(vit, "student", "x", (224, 224)).dims == (192,) * 12 and Network.of(vit, "student", "x", (224, 224)).num_heads == 3
+    other = Network.of(resnet, "teacher", "resnet18", (224, 224))
+    assert other.dims == (64, 64, 128, 256, 512) and other.num_heads == 0 and other.dims[-1] == other.dim
+    assert Network.of(torch.nn.Flatten(), "teacher", "mine", (224, 224)).dims == ()

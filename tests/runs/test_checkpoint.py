@@ -1,0 +1,398 @@
+"""A checkpoint that can be seen is whole; kills, full disks and damage cost nothing but the work since."""
+
+import json
+import math
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import timm.optim
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitdistill.errors import DataError, DiskError
+from vitdistill.storage import checkpoint, durable
+
+
+def state_of(step: int, size: int = 300) -> tuple[dict[str, torch.Tensor], dict]:
+    """A state every byte of which follows from its step, so that half of one and half of another cannot pass."""
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "model.weight": torch.randn(size, generator=generator),
+        "ema.weight": torch.randn(3, 5, generator=generator).bfloat16(),
+        "count": torch.tensor(step),
+    }
+    return tensors, {"step": step, "rng": list(range(step, step + 50)), "lr": 0.1 * step, "best": None}
+
+
+def same(folder: Path, step: int, size: int = 300) -> bool:
+    tensors, state = checkpoint.load(folder)
+    expected, expected_state = state_of(step, size)
+    return (
+        state == expected_state
+        and tensors.keys() == expected.keys()
+        and all(tensors[k].dtype == v.dtype and torch.equal(tensors[k], v) for k, v in expected.items())
+    )
+
+
+def steps_in(run: Path) -> list[str]:
+    return sorted(os.listdir(run / "checkpoints"))
+
+
+def in_child(work) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def test_round_trip_and_pruning(tmp_path):
+    for step in (1, 2, 30, 400):
+        folder = checkpoint.save(tmp_path, step, *state_of(step))
+        assert folder == checkpoint.latest(tmp_path) == checkpoint.folder_of(tmp_path, step)
+        assert same(folder, step)
+    assert steps_in(tmp_path) == ["step-00000030", "step-00000400"]
+    assert sorted(os.listdir(folder)) == ["manifest.json", "state.json", "state.safetensors"]
+
+
+def test_none_when_there_is_none(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "no" / "run") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=8,
+    )
+)
+def test_state_comes_back_exactly(tmp_path_factory, value):
+    run = tmp_path_factory.mktemp("run")
+    _, state = checkpoint.load(checkpoint.save(run, 0, {}, {"value": value}))
+    assert state == {"value": value}
+    assert repr(state["value"]) == repr(value)
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1: 2}, {"a": [{"b": {3}}]}, torch.ones(1), b"x"])
+def test_what_json_would_change_is_refused(tmp_path, value):
+    with pytest.raises(TypeError, match=r"state\['x'\]"):
+        checkpoint.save(tmp_path, 0, {}, {"x": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_number_survives_in_a_state(tmp_path):
+    _, state = checkpoint.load(checkpoint.save(tmp_path, 0, {}, {"best": -math.inf, "last": math.nan}))
+    assert state["best"] == -math.inf and math.isnan(state["last"])
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def damage_is_found(run: Path, good: Path, path: Path, content: bytes) -> None:
+    original = path.read_bytes()
+    path.write_bytes(content)
+    said: list[str] = []
+    try:
+        with pytest.raises(DataError, match=r"step-00000002"):
+            checkpoint.load(path.parent)
+        assert checkpoint.latest(run, said.append) == good
+        assert len(said) == 1 and str(path.parent) in said[0] and "\n" not in said[0]
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    checkpoint.save(run, 1, *state_of(1))
+    checkpoint.save(run, 2, *state_of(2))
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(checkpoint.FILES))
+def test_every_flipped_bit_is_found_and_the_one_before_used(two, name):
+    rng = random.Random(name)
+    path = checkpoint.folder_of(two, 2) / name
+    data = path.read_bytes()
+    for _ in range(100):
+        bad = bytearray(data)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        damage_is_found(two, checkpoint.folder_of(two, 1), path, bytes(bad))
+
+
+@pytest.mark.parametrize("name", sorted(checkpoint.FILES))
+def test_every_cut_is_found(two, name):
+    path = checkpoint.folder_of(two, 2) / name
+    data = path.read_bytes()
+    cuts = {0, 1, 7, 8, 9, len(data) - 1, *(random.Random(name).randrange(len(data)) for _ in range(60))}
+    for cut in cuts:
+        damage_is_found(two, checkpoint.folder_of(two, 1), path, data[:cut])
+        damage_is_found(two, checkpoint.folder_of(two, 1), path, data[:cut] + bytes(len(data) - cut + 1))
+
+
+def test_missing_swapped_and_renamed_files_are_found(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, *state_of(step))
+    one, newest = checkpoint.folder_of(tmp_path, 1), checkpoint.folder_of(tmp_path, 2)
+    shutil.copytree(newest, tmp_path / "copy")
+    for name in checkpoint.FILES - {durable.MANIFEST}:
+        shutil.copy(one / name, newest / name)
+        assert checkpoint.latest(tmp_path, lambda _: None) == one
+        (newest / name).unlink()
+        with pytest.raises(DataError, match=f"{name} is missing"):
+            checkpoint.load(newest)
+        shutil.copy(tmp_path / "copy" / name, newest / name)
+    assert checkpoint.latest(tmp_path, pytest.fail) == newest
+    os.rename(one, checkpoint.folder_of(tmp_path, 9))
+    with pytest.raises(DataError, match="holds step 1: it was renamed"):
+        checkpoint.load(checkpoint.folder_of(tmp_path, 9))
+
+
+def test_all_damaged_is_an_error_naming_the_folder(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, *state_of(1))
+    (folder / checkpoint.STATE).write_bytes(b"{}")
+    with pytest.raises(DataError, match=r"The only checkpoint in .*checkpoints is not intact"):
+        checkpoint.latest(tmp_path, lambda _: None)
+
+
+def test_an_explicit_path_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(DataError, match=r"manifest\.json is missing"):
+        checkpoint.load(tmp_path / "nothing")
+
+
+def test_pruning_keeps_a_good_one_when_the_newer_is_damaged(tmp_path):
+    checkpoint.save(tmp_path, 1, *state_of(1))
+    damaged = checkpoint.save(tmp_path, 2, *state_of(2))
+    (damaged / checkpoint.STATE).write_bytes(b"{}")
+    checkpoint.save(tmp_path, 3, *state_of(3))
+    assert steps_in(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
+    checkpoint.save(tmp_path, 4, *state_of(4))
+    assert steps_in(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    checkpoint.save(tmp_path, 1, *state_of(1))
+    checkpoint.save(tmp_path, 2, *state_of(7))
+    (checkpoint.folder_of(tmp_path, 2) / checkpoint.TENSORS).write_bytes(b"damaged")
+    for content in (8, 2):
+        folder = checkpoint.save(tmp_path, 2, *state_of(content))
+        assert same(folder, content)
+    assert steps_in(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_going_back_deletes_neither_the_new_nor_the_later_one(tmp_path):
+    for step in (10, 20):
+        checkpoint.save(tmp_path, step, *state_of(step))
+    assert same(checkpoint.save(tmp_path, 5, *state_of(5), keep=1), 5)
+    assert steps_in(tmp_path) == ["step-00000005", "step-00000010", "step-00000020"]
+
+
+def test_foreign_files_are_never_deleted(tmp_path):
+    first = checkpoint.save(tmp_path, 1, *state_of(1))
+    (first / "notes.txt").write_text("mine")
+    (first.parent / "step-best").mkdir()
+    (first.parent / "step-best" / "x").write_text("mine")
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, step, *state_of(step), keep=1)
+    assert steps_in(tmp_path) == ["step-00000001", "step-00000004", "step-best"]
+    assert (first / "notes.txt").exists() and same(first, 1)
+
+
+# -- kills and full disks ---------------------------------------------------------------------------------------------
+
+
+def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path):
+    size = 50_000
+    rng = random.Random(5)
+    reader, writer = os.pipe()
+
+    def save_for_ever(start: int) -> None:
+        for step in range(start, start + 10_000):
+            checkpoint.save(tmp_path, step, *state_of(step, size))
+            os.write(writer, step.to_bytes(4, "little"))
+
+    done, leftovers = 0, 0
+    for _ in range(30):
+        pid = in_child(lambda start=done + 1: save_for_ever(start))
+        # However busy the machine: one save is done and the next begun when the clock starts.
+        returned = int.from_bytes(os.read(reader, 4), "little")
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        while select.select([reader], [], [], 0)[0]:
+            returned = int.from_bytes(os.read(reader, 4), "little")
+        leftovers += any(name.startswith(".tmp-") for name in os.listdir(tmp_path / "checkpoints"))
+        newest = checkpoint.latest(tmp_path, pytest.fail)
+        assert newest is not None
+        done = int(newest.name.removeprefix("step-"))
+        assert done in (returned, returned + 1) and same(newest, done, size)
+    assert done >= 30 and leftovers > 0, "some kills hit a save"
+    checkpoint.save(tmp_path, done + 1, *state_of(done + 1))
+    assert steps_in(tmp_path) == [f"step-{done:08d}", f"step-{done + 1:08d}"]
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("name", ["open", "mkdir", "write", "fsync", "rename", "unlink", "rmdir"])
+def test_a_failing_system_call_costs_no_checkpoint(tmp_path, monkeypatch, name):
+    checkpoint.save(tmp_path, 1, *state_of(1))
+    checkpoint.save(tmp_path, 2, *state_of(2))
+    real = getattr(os, name)
+    step, failed = 3, 0
+    for nth in range(1, 12):
+        calls = 0
+
+        def fail(*args, nth=nth, **kw):
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                raise OSError(28, os.strerror(28))
+            return real(*args, **kw)
+
+        monkeypatch.setattr(os, name, fail)
+        try:
+            checkpoint.save(tmp_path, step, *state_of(step))
+        except DiskError as error:
+            failed += 1
+            assert "disk is full" in str(error)
+        else:
+            assert calls < nth or name in ("unlink", "rmdir")
+        monkeypatch.setattr(os, name, real)
+        newest = checkpoint.latest(tmp_path, pytest.fail)
+        assert newest is not None and same(newest, int(newest.name.removeprefix("step-")))
+        assert newest.name in (f"step-{step:08d}", f"step-{step - 1:08d}")
+        checkpoint.save(tmp_path, step, *state_of(step))
+        assert len(steps_in(tmp_path)) == 2
+        step += 1
+    assert failed
+
+
+def test_a_full_disk_changes_nothing_and_says_how_much_is_needed(tmp_path):
+    checkpoint.save(tmp_path, 1, *state_of(1))
+
+    def save() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with pytest.raises(DiskError, match=r"400\d\d\d bytes"):
+            checkpoint.save(tmp_path, 2, *state_of(2, 100_000))
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(save), 0)[1]) == 0
+    assert steps_in(tmp_path) == ["step-00000001"]
+    assert same(checkpoint.save(tmp_path, 2, *state_of(2, 100_000)), 2, 100_000)
+
+
+def test_too_little_room_is_told_before_writing(tmp_path):
+    huge = torch.zeros(1).expand(2**58)
+    with pytest.raises(DiskError, match="GB needed"):
+        checkpoint.save(tmp_path, 2, {"huge": huge}, {})
+    assert steps_in(tmp_path) == []
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(5))
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(images).square().mean().backward()
+    optimizer.step()
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True, amsgrad=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), capturable=False, foreach=False),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "groups": lambda p: torch.optim.AdamW([{"params": p[:2], "lr": 0.1, "lr_scale": 0.5}, {"params": p[2:], "name": "x"}]),
+    **{
+        name: (lambda p, name=name: timm.optim.create_optimizer_v2(p, opt=name, lr=0.01, weight_decay=0.05))
+        for name in ("lamb", "lion", "adopt", "nadamw", "adafactor", "rmsproptf", "madgrad", "muon")
+        if name in timm.optim.list_optimizers()
+    },
+}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_identical(a, b) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and bits(a) == bits(b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    else:
+        assert repr(a) == repr(b)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_survives_bit_for_bit(tmp_path, name, layout):
+    def fresh():
+        model = network()
+        model(torch.zeros(1, 3, 8, 8))
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        model = model.to(memory_format=layout)
+        return model, OPTIMIZERS[name](list(model.parameters()))
+
+    model, optimizer = fresh()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    tensors, structure = checkpoint.pack_optimizer(optimizer.state_dict())
+    json.dumps(structure)
+    weights = {f"model.{k}": v for k, v in model.state_dict().items()}
+    loaded, state = checkpoint.load(checkpoint.save(tmp_path, 3, {**weights, **tensors}, {"optimizer": structure}))
+    restored = checkpoint.unpack_optimizer(loaded, state["optimizer"])
+    assert_identical(restored, optimizer.state_dict())
+
+    resumed, second = fresh()
+    resumed.load_state_dict({k: loaded[f"model.{k}"] for k in model.state_dict()})
+    second.load_state_dict(restored)
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(resumed, second, seed)
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert bits(a) == bits(b)
+
+
+def test_odd_values_survive_packing():
+    odd = {
+        "state": {0: {"s": torch.ones(2).bfloat16(), "n": None, "t": (1, [2.5, (True,)], "x"), "e": {}}},
+        "param_groups": [{"params": [0], "betas": (0.9, 0.999), "nan": math.nan, "big": 2**70}],
+    }
+    tensors, structure = checkpoint.pack_optimizer(odd, "o.")
+    assert list(tensors) == ["o.state.0.s"]
+    assert_identical(checkpoint.unpack_optimizer(tensors, json.loads(json.dumps(structure))), odd)
+    with pytest.raises(DataError, match=r"o\.state\.0\.s"):
+        checkpoint.unpack_optimizer({}, structure)
+    with pytest.raises(TypeError, match="set"):
+        checkpoint.pack_optimizer({"state": {0: {"x": {1}}}})

@@ -1,0 +1,652 @@
+"""Files are old or new, never half: crashes simulated at every step, real kills, full disks, failing system calls."""
+
+import ast
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vitdistill.errors import DataError, DiskError, PermissionDenied, UserError
+from vitdistill.storage import durable, processes
+
+OLD, NEW = b"old " * 700, b"new!" * 900
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# -- a disk that loses power ------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Notes the system calls of durable.py under ``root`` while they really happen."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.root, self.ops, self.fds = root, [], {}
+        for name in ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "link", "unlink", "rmdir"):
+            patch.setattr(os, name, getattr(self, name)(getattr(os, name)))
+
+    def open(self, real: Callable) -> Callable:
+        def call(path, flags, *rest, **kw):
+            fd = real(path, flags, *rest, **kw)
+            if str(path).startswith(str(self.root)):
+                self.fds[fd] = str(path)
+                if flags & os.O_CREAT:
+                    self.ops.append(("create", str(path)))
+            return fd
+
+        return call
+
+    def write(self, real: Callable) -> Callable:
+        def call(fd, data):
+            done = real(fd, data)
+            if fd in self.fds:
+                self.ops.append(("write", self.fds[fd], bytes(data[:done])))
+            return done
+
+        return call
+
+    def fsync(self, real: Callable) -> Callable:
+        def call(fd):
+            real(fd)
+            if fd in self.fds:
+                kind = "fsync_dir" if os.path.isdir(self.fds[fd]) else "fsync"
+                self.ops.append((kind, self.fds[fd]))
+
+        return call
+
+    def close(self, real: Callable) -> Callable:
+        def call(fd):
+            real(fd)
+            self.fds.pop(fd, None)
+
+        return call
+
+    def _named(kind: str) -> Callable:  # type: ignore[misc]
+        def wrap(self, real: Callable) -> Callable:
+            def call(*paths, **kw):
+                real(*paths, **kw)
+                self.ops.append((kind, *(str(p) for p in paths if isinstance(p, str | Path))))
+
+            return call
+
+        return wrap
+
+    mkdir, rename, replace, link = _named("mkdir"), _named("rename"), _named("rename"), _named("link")
+    unlink, rmdir = _named("unlink"), _named("unlink")
+
+
+class Disk:
+    """Inodes and names, each with what is durable and what is only in the cache."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self.data: dict[int, list[bytes]] = {}  # inode -> [durable, cached]
+        self.cached: dict[int, dict[str, int]] = {0: {}}  # folder inode -> names
+        self.durable: dict[int, dict[str, int]] = {0: {}}
+        self.pending: list[tuple[int, tuple]] = []
+        self.next = 1
+        for path in sorted(Path(root).rglob("*")):
+            parent, name = self.place(str(path))
+            inode = self.new()
+            if path.is_dir():
+                self.cached[inode], self.durable[inode] = {}, {}
+            else:
+                self.data[inode] = [path.read_bytes()] * 2
+            self.cached[parent][name] = self.durable[parent][name] = inode
+
+    def new(self) -> int:
+        self.next += 1
+        return self.next
+
+    def place(self, path: str) -> tuple[int, str]:
+        *folders, name = os.path.relpath(path, self.root).split(os.sep)
+        inode = 0
+        for folder in folders:
+            inode = self.cached[inode][folder]
+        return inode, name
+
+    def inode(self, path: str) -> int:
+        if os.path.relpath(path, self.root) == ".":
+            return 0
+        parent, name = self.place(path)
+        return self.cached[parent][name]
+
+    @staticmethod
+    def apply(names: dict[str, int], change: tuple) -> None:
+        match change:
+            case ("add", name, inode):
+                names[name] = inode
+            case ("drop", name):
+                names.pop(name, None)
+            case ("move", old, new) if old in names:
+                names[new] = names.pop(old)
+
+    def change(self, folder: int, change: tuple) -> None:
+        self.apply(self.cached[folder], change)
+        self.pending.append((folder, change))
+
+    def do(self, op: tuple) -> None:
+        match op:
+            case ("create", path):
+                parent, name = self.place(path)
+                if name not in self.cached[parent]:
+                    inode = self.new()
+                    self.data[inode] = [b"", b""]
+                    self.change(parent, ("add", name, inode))
+            case ("mkdir", path):
+                parent, name = self.place(path)
+                inode = self.new()
+                self.cached[inode], self.durable[inode] = {}, {}
+                self.change(parent, ("add", name, inode))
+            case ("write", path, data):
+                self.data[self.inode(path)][1] += data
+            case ("fsync", path):
+                self.data[self.inode(path)][0] = self.data[self.inode(path)][1]
+            case ("fsync_dir", path):
+                folder = self.inode(path)
+                for place, change in self.pending:
+                    if place == folder:
+                        self.apply(self.durable[folder], change)
+                self.pending = [item for item in self.pending if item[0] != folder]
+            case ("rename", old, new):
+                (folder, name), (other, target) = self.place(old), self.place(new)
+                assert folder == other, "renames stay in one folder"
+                self.change(folder, ("move", name, target))
+            case ("link", old, new):
+                folder, target = self.place(new)
+                self.change(folder, ("add", target, self.inode(old)))
+            case ("unlink", path):
+                folder, name = self.place(path)
+                self.change(folder, ("drop", name))
+
+    def after_power_cut(self, rng: random.Random, into: Path) -> None:
+        """One state the disk may be in: unsynced names in any subset, unsynced bytes lost, torn, zero or garbage."""
+        names = {folder: dict(entries) for folder, entries in self.durable.items()}
+        cut = rng.randint(0, len(self.pending))
+        share = rng.choice([0.0, 0.5, 1.0])
+        for index, (folder, change) in enumerate(self.pending):
+            if index < cut or rng.random() < share:
+                self.apply(names[folder], change)
+        self._lay(0, names, rng, into)
+
+    def _lay(self, folder: int, names: dict[int, dict[str, int]], rng: random.Random, into: Path) -> None:
+        into.mkdir()
+        for name, inode in names[folder].items():
+            if inode in names:
+                self._lay(inode, names, rng, into / name)
+                continue
+            synced, cached = self.data[inode]
+            if synced != cached:
+                tail = len(cached) - len(synced)
+                cached = rng.choice(
+                    [
+                        synced,
+                        cached,
+                        synced + bytes(tail),
+                        synced + rng.randbytes(tail),
+                        cached[: len(synced) + rng.randint(0, tail)],
+                    ]
+                )
+            (into / name).write_bytes(cached)
+
+
+def crash_states(root: Path, work: Callable[[], object], samples: int, without: str | None = None):
+    """Run ``work``, then yield (finished, folder) for power cuts after each of its system calls."""
+    disk = Disk(root)
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(root, patch)
+        work()
+    ops = [op for op in recorder.ops if op[0] != without]
+    assert len(ops) > 3
+    rng = random.Random(7)
+    where = root.with_name(root.name + "-crashed")
+    for position in range(len(ops) + 1):
+        for sample in range(samples):
+            state = where.with_name(f"{where.name}-{position}-{sample}")
+            disk.after_power_cut(rng, state)
+            yield position == len(ops), state
+        if position < len(ops):
+            disk.do(ops[position])
+
+
+def old_new_or_broken(folder: Path, finished: bool) -> bool:
+    content = (folder / "file").read_bytes() if (folder / "file").exists() else None
+    return content != NEW if finished else content not in (OLD, NEW)
+
+
+def test_power_cut_leaves_old_or_new_and_never_loses_a_returned_write(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    durable.write_atomic(root / "file", OLD)
+    states = list(crash_states(root, lambda: durable.write_atomic(root / "file", NEW), samples=40))
+    assert len(states) > 200
+    assert not [state for finished, state in states if old_new_or_broken(state, finished)]
+
+
+@pytest.mark.parametrize("without", ["fsync", "fsync_dir"])
+def test_the_simulator_catches_protocols_that_do_not_sync(tmp_path, without):
+    root = tmp_path / "root"
+    root.mkdir()
+    durable.write_atomic(root / "file", OLD)
+    states = crash_states(root, lambda: durable.write_atomic(root / "file", NEW), samples=40, without=without)
+    assert [state for finished, state in states if old_new_or_broken(state, finished)]
+
+
+def test_power_cut_while_publishing_a_folder(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+
+    def publish():
+        with durable.staged_dir(root / "deep" / "final") as temp:
+            digest = durable.write_new(temp / "file", NEW)
+            durable.write_manifest(temp, {"file": digest}, {"kind": "test"})
+
+    for finished, state in crash_states(root, publish, samples=25):
+        final = state / "deep" / "final"
+        assert final.exists() or not finished
+        if final.exists():
+            durable.verify_dir(final)
+
+
+# -- real kills and full disks ----------------------------------------------------------------------------------------
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Fork, run, and return the pid; the child leaves with 0, or 1 on an exception."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
+    rng = random.Random(3)
+    final = tmp_path / "file"
+
+    def write_for_ever(writer):
+        for version in range(100_000):
+            durable.write_atomic(final, str(version).encode().rjust(6) * 5000)
+            os.write(writer, b".")
+
+    seen = set()
+    for i in range(40):
+        reader, writer = os.pipe()  # one for each child: nothing that another one said is in it
+        pid = in_child(lambda writer=writer: write_for_ever(writer))
+        os.close(writer)
+        # However slow the disk: the child has written one to four versions when the clock starts.
+        for _ in range(1 + i % 4):
+            assert os.read(reader, 1) == b"."
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        content = final.read_bytes()
+        assert len(content) == 30_000 and content == content[:6] * 5000
+        seen.add(content[:6])
+    assert len(seen) > 1
+    left = [entry for entry in tmp_path.iterdir() if entry.name.startswith(".tmp-")]
+    assert sorted(durable.remove_stale_temporaries(tmp_path, ())) == sorted(left)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_stale_temporaries_of_others_stay(tmp_path):
+    living = tmp_path / f".tmp-{durable._HOST}-{os.getppid()}-0123456789ab"
+    elsewhere = tmp_path / ".tmp-otherhost-1-0123456789ab"
+    filled = tmp_path / f".tmp-{durable._HOST}-{2**22 + 1}-0123456789ab"
+    filled.mkdir()
+    (filled / "thesis.doc").write_bytes(b"")
+    for path in (living, elsewhere, tmp_path / ".tmp-mine", tmp_path / "data"):
+        path.write_bytes(b"x")
+    before = tree(tmp_path)
+    assert durable.remove_stale_temporaries(tmp_path, {"state.json"}) == []
+    assert tree(tmp_path) == before
+
+
+def test_file_size_limit_is_one_sentence_and_changes_nothing(tmp_path):
+    durable.write_atomic(tmp_path / "file", OLD)
+    before = tree(tmp_path)
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        with pytest.raises(DiskError, match=r"8000 bytes is larger than the limit.*raise the limit"):
+            durable.write_atomic(tmp_path / "file", bytes(8000))
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1]) == 0
+    assert tree(tmp_path) == before
+
+
+def test_no_room_is_told_before_any_work(tmp_path):
+    with pytest.raises(DiskError, match=r"is full \(900000000\.00 GB needed, .* free\)"):
+        durable.require_free(tmp_path / "not" / "yet" / "there", 9 * 10**17)
+    durable.require_free(tmp_path, 1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_volume_that_does_not_say_its_size_is_not_full(tmp_path, monkeypatch):
+    """tmpfs without a limit, ramfs and some network disks have no blocks, and none of them free."""
+    blocks = 0
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255)))
+    assert durable.free_bytes(tmp_path) is None
+    durable.require_free(tmp_path / "file", 10**18)
+    with pytest.raises(DiskError, match=r"is full \(10 bytes needed, free space unknown\)"), durable.disk_errors(tmp_path / "file", 10):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    blocks = 1000
+    assert durable.free_bytes(tmp_path) == 0
+    with pytest.raises(DiskError, match=r"is full \(10 bytes needed, 0 bytes free\)"):
+        durable.require_free(tmp_path / "file", 10)
+
+
+PLACE = re.compile(r"[A-Za-z0-9._]+\.[0-9a-f]{8}")
+
+
+def test_two_writers_under_one_name_do_not_take_each_others_temporaries(tmp_path):
+    """Containers are cut off after 32 characters alike, and each has a process 1: what tells them apart is the hash."""
+    long = "train.job.of.a.long.name.in.the.cluster."
+    spaces = ("boot pid:[4026532001]", "boot pid:[4026532002]", "other pid:[4026532001]")
+    places = {durable._place(host, space) for host in (f"{long}1", f"{long}2") for space in spaces}
+    assert len(places) == 6 and all(PLACE.fullmatch(place) and place.startswith(long[:32]) for place in places)
+    assert durable._place(socket.gethostname(), processes.space()) == durable._HOST
+    theirs = [tmp_path / f".tmp-{place}-{2**22 + 1}-0123456789ab" for place in sorted(places)]
+    mine = tmp_path / f".tmp-{durable._HOST}-{2**22 + 1}-0123456789ab"
+    for path in (*theirs, mine):
+        path.write_bytes(b"half")
+    assert durable.remove_stale_temporaries(tmp_path, ()) == [mine]
+    assert sorted(tmp_path.iterdir()) == theirs
+    assert durable.remove_stale_temporaries(tmp_path, (), alone=True) == theirs
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alone_is_no_licence_to_take_what_a_living_process_writes(tmp_path):
+    living = tmp_path / f".tmp-{durable._HOST}-{os.getppid()}-0123456789ab"
+    living.write_bytes(b"half")
+    assert durable.remove_stale_temporaries(tmp_path, (), alone=True) == [] and living.exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
+def test_what_a_network_disk_keeps_for_a_reader_is_taken_later(tmp_path, monkeypatch, code):
+    """NFS keeps a removed file that somebody has open under another name, and with it the folder."""
+    with durable.staged_dir(tmp_path / "old") as temp:
+        durable.write_new(temp / "mine", b"1")
+
+    def kept(path):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", kept)
+        assert durable.remove_dir(tmp_path / "old", {"mine"})
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp-") and list(left.iterdir()) == []
+    assert durable.remove_stale_temporaries(tmp_path, {"mine"}) == [left] and list(tmp_path.iterdir()) == []
+
+
+CALLS = ("open", "write", "fsync", "replace", "close")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES])
+@pytest.mark.parametrize("name", CALLS)
+def test_failing_system_calls_surface_and_leave_old_or_new(tmp_path, monkeypatch, name, code):
+    durable.write_atomic(tmp_path / "file", OLD)
+    real = getattr(os, name)
+    for nth in range(1, 6):
+        calls = 0
+
+        def fail(*args, nth=nth, **kw):
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                if name == "close":
+                    real(*args, **kw)
+                raise OSError(code, os.strerror(code))
+            return real(*args, **kw)
+
+        monkeypatch.setattr(os, name, fail)
+        try:
+            durable.write_atomic(tmp_path / "file", NEW)
+        except UserError as error:
+            assert calls >= nth
+            assert isinstance(error, PermissionDenied if code == errno.EACCES else DiskError)
+            assert str(error).endswith(".") and "\n" not in str(error) and "file" in str(error)
+        else:
+            assert calls < nth
+        monkeypatch.setattr(os, name, real)
+        assert list(tree(tmp_path)) == ["file"]
+        assert (tmp_path / "file").read_bytes() in (OLD, NEW)
+        durable.write_atomic(tmp_path / "file", OLD)
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
+    def content(sink):
+        sink.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        durable.write_atomic(tmp_path / "file", content)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- names and modes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "dir_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_umask_is_honoured(tmp_path, umask, file_mode, dir_mode):
+    before = os.umask(umask)
+    try:
+        durable.write_atomic(tmp_path / "sub" / "w.safetensors", durable.tensors_content({"a": torch.ones(3)}))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "sub" / "w.safetensors").stat().st_mode & 0o777 == file_mode
+    assert (tmp_path / "sub").stat().st_mode & 0o777 == dir_mode
+
+
+def test_unusable_paths_are_one_sentence_naming_the_path(tmp_path):
+    (tmp_path / "a-file").write_bytes(b"x")
+    (tmp_path / "a-folder" / "inside").mkdir(parents=True)
+    for path in (tmp_path / "a-file" / "b", tmp_path / "a-folder", tmp_path / ("n" * 300)):
+        with pytest.raises(DiskError) as caught:
+            durable.write_atomic(path, b"x")
+        assert path.name[:50] in str(caught.value) or "a-file" in str(caught.value)
+    assert durable.shown(os.fsdecode(b"a\xff\x1b[0m\n")) == "a\\udcff\\x1b[0m\\n"
+    assert sorted(os.listdir(tmp_path)) == ["a-file", "a-folder"]
+
+
+def test_a_read_only_folder_is_a_permission_error():
+    # Not tmp_path: its parents are closed to the user this becomes, and root may write anywhere.
+    with tempfile.TemporaryDirectory() as name:
+        locked = Path(name) / "locked"
+        locked.mkdir()
+        locked.chmod(0o555)
+        Path(name).chmod(0o755)
+
+        def as_nobody():
+            if os.getuid() == 0:
+                os.setuid(65534)
+            with pytest.raises(PermissionDenied, match="locked/file may not be"):
+                durable.write_atomic(locked / "file", b"x")
+
+        assert os.waitstatus_to_exitcode(os.waitpid(in_child(as_nobody), 0)[1]) == 0
+        assert list(locked.iterdir()) == []
+
+
+def test_first_wins_without_replace(tmp_path):
+    durable.write_atomic(tmp_path / "claim", b"me", replace=False)
+    with pytest.raises(FileExistsError):
+        durable.write_atomic(tmp_path / "claim", b"you", replace=False)
+    assert tree(tmp_path) == {"claim": b"me"}
+
+
+def test_a_published_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "mine").write_bytes(b"x")
+    with pytest.raises(DiskError), durable.staged_dir(tmp_path / "final") as temp:
+        durable.write_new(temp / "file", b"y")
+    assert tree(tmp_path) == {"final/mine": b"x"}
+    assert not durable.remove_dir(tmp_path / "final", {"other"})
+    assert durable.remove_dir(tmp_path / "final", {"mine"})
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- manifests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    final = tmp_path_factory.mktemp("published") / "final"
+    with durable.staged_dir(final) as temp:
+        digests = {name: durable.write_new(temp / name, data) for name, data in {"a": OLD, "b": NEW[:100]}.items()}
+        durable.write_manifest(temp, digests, {"kind": "test"})
+    return final
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["a", "b", durable.MANIFEST]), position=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_every_flipped_bit_is_found(published, name, position, bit):
+    path = published / name
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[position % len(good)] ^= 1 << bit
+    path.write_bytes(bad)
+    try:
+        with pytest.raises(DataError, match=name):
+            durable.verify_dir(published)
+    finally:
+        path.write_bytes(good)
+    assert durable.verify_dir(published)["identity"] == {"kind": "test"}
+
+
+def test_manifest_names_are_plain(tmp_path):
+    body = {"format": 1, "files": {"../x": {"bytes": 1, "sha256": "0"}}, "identity": {}}
+    (tmp_path / durable.MANIFEST).write_bytes(durable._manifest_bytes(body))
+    with pytest.raises(DataError, match="not a plain file name"):
+        durable.verify_dir(tmp_path)
+    (tmp_path / durable.MANIFEST).write_bytes(durable._manifest_bytes({**body, "format": 2}))
+    with pytest.raises(DataError, match="format 2"):
+        durable.verify_dir(tmp_path)
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_what_safetensors_reads(tmp_path):
+    tensors = {
+        "f8": torch.randn(3, 3).to(torch.float8_e4m3fn),
+        "bool": torch.tensor([True, False, True]),
+        "bf16": torch.randn(5).bfloat16(),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "none": torch.zeros(0, 4),
+        "transposed": torch.randn(4, 6).T,
+        'name with " and \u00e4': torch.randn(2).double(),
+        "view": torch.randn(100)[10:20:2],
+        "grad": torch.nn.Parameter(torch.randn(3).half()),
+        "conj": torch.arange(3, dtype=torch.int8),
+    }
+    path = tmp_path / "w.safetensors"
+    digest = durable.write_atomic(path, durable.tensors_content(tensors, {"format": "pt"}))
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == durable.sha256_file(path)
+    found = safetensors.torch.load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8))
+    with safetensors.safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert durable.write_atomic(path, durable.tensors_content(dict(reversed(tensors.items())), {"format": "pt"})) == digest
+
+
+def test_types_without_a_name_are_refused():
+    for tensor in (torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()):
+        with pytest.raises(DataError, match="'x' is torch"):
+            durable.tensors_content({"x": tensor})
+
+
+# -- logs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
+    path = tmp_path / "logs" / "metrics.jsonl"
+    with durable.AppendLog(path) as log:
+        log.append('{"step": 1}')
+        offset = log.sync()
+        log.append('{"step": 2}')
+    with durable.AppendLog(path, offset) as log:
+        log.append('{"step": 2, "again": true}')
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert "again" in path.read_text()
+    for wrong, sentence in ((10**6, "has 39 bytes"), (offset - 3, "inside a line")):
+        with pytest.raises(DataError, match=sentence):
+            durable.AppendLog(path, wrong)
+    assert path.stat().st_size == 39
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 70_000 + b"\nwhole\n" + b"torn" * 40_000)
+    with durable.AppendLog(path) as log:
+        log.append("next")
+    assert path.read_bytes()[70_000:] == b"\nwhole\nnext\n"
+
+
+def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path):
+    path = tmp_path / "log"
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        log = durable.AppendLog(path)
+        with pytest.raises(DiskError):
+            for _ in range(100):
+                log.append("x" * 29)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1]) == 0
+    assert path.read_bytes() == (b"x" * 29 + b"\n") * 33
+
+
+# -- the rule itself --------------------------------------------------------------------------------------------------
+
+
+def writes_files(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    if name in ("torch.save", "os.rename", "os.replace", "os.open") or name.split(".")[-1] in (
+        "save_file",
+        "write_text",
+        "write_bytes",
+        "save_model",
+    ):
+        return True
+    if name.split(".")[-1] != "open" or name in ("Image.open", "archive.open"):  # a member of an archive, which is a stream of durable's
+        return False
+    modes = [a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    modes += [k.value.value for k in call.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
+    return any(set(mode) & set("wax+") and set(mode) <= set("rwaxbt+") for mode in modes)
+
+
+def test_nothing_else_in_the_package_writes_files():
+    package = Path(durable.__file__).parent
+    found = [
+        f"{path.relative_to(package)}:{node.lineno}"
+        for path in package.rglob("*.py")
+        if path.name != "durable.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and writes_files(node)
+    ]
+    assert found == []

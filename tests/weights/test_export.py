@@ -1,0 +1,274 @@
+"""An exported network answers what the trained one answers, in timm and in onnxruntime."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from vitdistill.errors import ConfigError, DataError, DiskError, UserError
+from vitdistill.weights.create import class_names, create_model
+from vitdistill.weights.export import export_onnx, export_timm
+
+
+@dataclass(frozen=True)
+class Spec:
+    image_size: tuple[int, int] = (32, 32)
+    mean: tuple[float, ...] = (0.5, 0.4, 0.3)
+    std: tuple[float, ...] = (0.2, 0.3, 0.4)
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+
+SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 2}
+CASES = {
+    "plain": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, **SMALL}, Spec()),
+    "tagged": ("vit_tiny_patch16_224.augreg_in21k", {"img_size": 32, **SMALL}, Spec()),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 4, **SMALL}, Spec()),
+    "no-position-on-class": ("deit3_small_patch16_224", {"img_size": 32, **SMALL}, Spec()),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28, **SMALL}, Spec((28, 28))),
+    "average": ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "avg", "class_token": False, **SMALL}, Spec(crop_mode="squash")),
+    "attention-pool": ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "map", **SMALL}, Spec()),
+    "dynamic": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 8, "dynamic_img_size": True, **SMALL},
+        Spec((40, 24)),
+    ),
+    "not-square": ("vit_tiny_patch16_224", {"img_size": (32, 48), **SMALL}, Spec((32, 48))),
+    "grey": ("vit_tiny_patch16_224", {"img_size": 32, "in_chans": 1, **SMALL}, Spec(mean=(0.5,), std=(0.5,))),
+    "convolutional": ("resnet18", {}, Spec((48, 48))),
+}
+NAMES = tuple(["seven", "different", "class", "names", "for", "it", "ä"])
+
+
+def make(case: str, seed: int = 0, **extra) -> tuple[torch.nn.Module, dict]:
+    name, args, spec = CASES[case]
+    torch.manual_seed(seed)
+    model = create_model(name, num_classes=7, drop_path=0.1, **args, **extra).eval()
+    return model, {"architecture": name, "model_args": args, "classes": NAMES, "input_spec": spec}
+
+
+def images(case: str) -> torch.Tensor:
+    _, args, spec = CASES[case]
+    return torch.randn(3, args.get("in_chans", 3), *spec.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_timm_gives_the_same_answers_bit_for_bit(tmp_path, case):
+    model, options = make(case)
+    batch = images(case)
+    expected = model(batch)
+    folder = export_timm(model, tmp_path / "out", **options)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"] and os.listdir(tmp_path) == ["out"]
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(theirs(batch), expected)
+    for name in (str(folder), f"local-dir:{folder}"):
+        ours = create_model(name).eval()
+        assert torch.equal(ours(batch), expected) and class_names(ours) == NAMES
+    spec = options["input_spec"]
+    data = timm.data.resolve_model_data_config(theirs)
+    assert tuple(data["input_size"]) == (batch.shape[1], *spec.image_size)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (spec.mean, spec.std)
+    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == (spec.interpolation, spec.crop_pct, spec.crop_mode)
+    assert theirs.pretrained_cfg["label_names"] == list(NAMES)
+
+
+def test_the_network_is_left_as_it_was_and_wrappers_leave_no_trace(tmp_path):
+    model, options = make("plain")
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    export_timm(torch.compile(model), tmp_path / "out", **options)
+    assert model.training
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    export_timm(model.eval(), tmp_path / "out", **options)
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert stored.keys() == before.keys() and all(torch.equal(stored[key], before[key]) for key in before)
+
+
+def test_another_head_and_random_weights_are_possible(tmp_path):
+    model, options = make("plain")
+    export_timm(model, tmp_path / "out", **options)
+    other = create_model(str(tmp_path / "out"), num_classes=3)
+    assert other.num_classes == 3 and class_names(other) is None
+    assert torch.equal(other.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+    fresh = create_model(str(tmp_path / "out"), pretrained=False)
+    assert fresh.patch_embed.patch_size == (8, 8) and not torch.equal(fresh.cls_token, model.cls_token)
+
+
+def test_exporting_again_replaces_and_anything_else_is_refused(tmp_path):
+    model, options = make("plain")
+    export_timm(model, tmp_path / "out", **options)
+    second, _ = make("plain", seed=5)
+    export_timm(second, tmp_path / "out", **options)
+    assert torch.equal(create_model(str(tmp_path / "out")).head.weight, second.head.weight)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"architecture": "resnet18"}')
+    (tmp_path / "file").write_text("mine")
+    before = tree(tmp_path)
+    for name, sentence in (("out", "holds notes.txt"), ("foreign", "did not export"), ("file", "is a file")):
+        with pytest.raises(ConfigError, match=sentence):
+            export_timm(model, tmp_path / name, **options)
+    assert tree(tmp_path) == before
+
+
+def test_hidden_files_of_the_system_are_no_obstacle_and_stay(tmp_path):
+    """Finder's .DS_Store, an editor's folder, and what NFS keeps while somebody reads a file that was replaced."""
+    model, options = make("plain")
+    export_timm(model, tmp_path / "out", **options)
+    (tmp_path / "out" / ".DS_Store").write_text("finder")
+    (tmp_path / "out" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "out" / ".ipynb_checkpoints" / "mine").write_text("work")
+    second, _ = make("plain", seed=5)
+    export_timm(second, tmp_path / "out", **options)
+    assert torch.equal(create_model(str(tmp_path / "out")).head.weight, second.head.weight)
+    assert (tmp_path / "out" / ".DS_Store").read_text() == "finder"
+    assert (tmp_path / "out" / ".ipynb_checkpoints" / "mine").read_text() == "work"
+    assert os.listdir(tmp_path) == ["out"]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / ".DS_Store").write_text("finder")
+    assert sorted(os.listdir(export_timm(model, alone, **options))) == [".DS_Store", "config.json", "model.safetensors"]
+
+
+def test_an_old_export_that_cannot_go_yet_does_not_undo_the_new_one(tmp_path, monkeypatch):
+    model, options = make("plain")
+    export_timm(model, tmp_path / "out", **options)
+    second, _ = make("plain", seed=5)
+
+    def busy(path, *args, **kw):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        export_timm(second, tmp_path / "out", **options)
+    assert torch.equal(create_model(str(tmp_path / "out")).head.weight, second.head.weight)
+
+
+def test_what_would_not_load_the_same_is_refused_before_anything_is_written(tmp_path):
+    model, options = make("plain")
+    wrong = [
+        ({"architecture": "nosuch"}, ConfigError, "no network called nosuch"),
+        ({"classes": NAMES[:3]}, ConfigError, "3 class names were given for a network of 7"),
+        ({"model_args": {}}, UserError, "."),
+        ({"model_args": {**options["model_args"], "num_heads": 3}}, ConfigError, "answers differently"),
+        ({"model_args": {**options["model_args"], "norm_layer": torch.nn.LayerNorm}}, ConfigError, "plain numbers"),
+    ]
+    for change, kind, sentence in wrong:
+        with pytest.raises(kind, match=sentence) as caught:
+            export_timm(model, tmp_path / "out", **{**options, **change})
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="float32"):
+        export_timm(model.bfloat16(), tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_after_export_is_found(tmp_path):
+    model, options = make("plain")
+    folder = export_timm(model, tmp_path / "out", **options)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"model\.safetensors is damaged"):
+        create_model(str(folder))
+    path.unlink()
+    with pytest.raises(DataError, match="no weights"):
+        create_model(str(folder))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(DataError, match="not a timm configuration"):
+        create_model(str(folder))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        create_model(str(folder))
+
+
+def test_umask_is_honoured(tmp_path):
+    model, options = make("plain")
+    before = os.umask(0o022)
+    try:
+        folder = export_timm(model, tmp_path / "out", **options)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_failed_rename_leaves_the_earlier_export(tmp_path, monkeypatch):
+    model, options = make("plain")
+    export_timm(model, tmp_path / "out", **options)
+    before = tree(tmp_path)
+    real = os.rename
+
+    def fail(old, new):
+        if str(new).endswith("out") and ".tmp-" in str(old):
+            raise OSError(28, "No space left on device")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(DiskError, match="out cannot be written because the disk is full"):
+        export_timm(make("plain", seed=9)[0], tmp_path / "out", **options)
+    assert tree(tmp_path) == before
+
+
+def test_the_config_names_its_writer_and_no_path(tmp_path):
+    model, options = make("plain")
+    folder = export_timm(model, tmp_path / "out", **options)
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["vitdistill"]) == {"version", "weights_sha256"}
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    assert "drop_path_rate" not in config["model_args"]
+
+
+# -- onnx -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["plain", "distilled"])
+def test_onnx_answers_the_same_for_any_batch(tmp_path, case):
+    import onnxruntime
+
+    model, options = make(case)
+    off = export_onnx(model, tmp_path / "net.onnx", options["input_spec"])
+    assert 0 <= off < 1e-5 and os.listdir(tmp_path) == ["net.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    for size in (1, 2, 5):
+        batch = torch.randn(size, 3, 32, 32)
+        found = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+        with torch.no_grad():
+            assert torch.allclose(found, model(batch), atol=1e-5)
+
+
+def test_a_network_that_answers_nan_is_not_exported_to_onnx(tmp_path):
+    model, options = make("plain")
+    with torch.no_grad():
+        model.head.bias[1] = torch.nan
+    with pytest.raises(DataError, match="nan away from torch's"):
+        export_onnx(model, tmp_path / "net.onnx", options["input_spec"])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_onnx_cannot_hold_is_one_sentence(tmp_path):
+    class Odd(torch.nn.Module):
+        def forward(self, images):
+            return torch.linalg.eigvals(images[:, 0]).real
+
+    with pytest.raises(ConfigError, match="cannot be exported to ONNX") as caught:
+        export_onnx(Odd(), tmp_path / "net.onnx", Spec())
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""What a network is worth: accuracy, calibration, k-NN and a linear probe of its features."""

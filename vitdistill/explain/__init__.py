@@ -1,0 +1,1 @@
+"""Before it runs: what a run will compute and cost."""

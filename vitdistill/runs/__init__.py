@@ -1,0 +1,1 @@
+"""Do it: prepare, train, label, resume."""

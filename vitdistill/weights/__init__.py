@@ -1,0 +1,1 @@
+"""Networks in and out: built from timm, files and folders, and exported."""

@@ -1,0 +1,174 @@
+"""Hugging Face's ViT and ViTMAE as timm's plain ViT: the names of their tensors, and their config.json.
+
+What differs: timm's norms add 1e-6 to the variance, as the networks did that the published files were converted from; Hugging Face's
+config.json says 1e-12, which moves answers in their last digits. The pooler of a `ViTModel` has no place in timm's network.
+
+Source: modeling_vit.py, modeling_vit_mae.py, configuration_vit.py and convert_vit_timm_to_pytorch.py of huggingface/transformers@00a5ab1.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, ImageNetInfo
+from torch import Tensor
+
+from ..errors import DataError
+from ..storage.durable import read_bytes, shown
+
+PREPROCESSOR = "preprocessor_config.json"
+PATCHES = ("vit.embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.projection.weight")
+# Their names as timm's, applied in this order.
+_NAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^vit\.", ""),
+        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^layernorm\.", "norm."),
+        (r"^classifier\.", "head."),
+        (r"^decoder\.decoder_layers\.", "decoder_blocks."),
+        (r"^decoder\.", ""),
+        (r"(?<=blocks)(\.\d+\.)layernorm_before\.", r"\1norm1."),
+        (r"(?<=blocks)(\.\d+\.)layernorm_after\.", r"\1norm2."),
+        (r"(?<=blocks)(\.\d+\.)attention\.attention\.", r"\1attn."),
+        (r"(?<=blocks)(\.\d+\.)attention\.output\.dense\.", r"\1attn.proj."),
+        (r"(?<=blocks)(\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
+        (r"(?<=blocks)(\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
+    )
+)
+_ARCHITECTURES = {
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+}
+_DEFAULTS: dict[str, Any] = {  # theirs, for what a config.json leaves out
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "image_size": 224,
+    "patch_size": 16,
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "qkv_bias": True,
+}
+
+
+def has_its_names(state: Mapping[str, Tensor]) -> bool:
+    """Whether a file's tensors are called as in Hugging Face's ViT or ViTMAE."""
+    return any(key in PATCHES or key.startswith("decoder.decoder_") for key in state)
+
+
+def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ViT or a masked autoencoder under timm's names, with query, key and value in one."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, name in _NAMES:
+            key = pattern.sub(name, key)
+        renamed[key] = value
+    for key in [key for key in renamed if ".attn.query." in key]:
+        parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):
+            renamed[key.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
+
+
+def timm_config(
+    path: Path, config: Mapping[str, Any], preprocessor: Path | None
+) -> tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """timm's architecture, its arguments, its ``pretrained_cfg`` and what to say, for a network whose config.json is Hugging Face's.
+
+    Args:
+        path: of the config.json, for messages.
+        config: what it holds; one of ``model_type`` ``vit`` or ``vit_mae`` can be built.
+        preprocessor: the preprocessor_config.json, which says the normalisation; None: there is none, and it is the one such networks
+            have, ImageNet's mean and std for ``vit_mae`` and 0.5 for ``vit``.
+
+    Raises:
+        DataError: for other networks, and for files that are no configurations.
+    """
+    kind, said = config["model_type"], _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
+    if kind not in ("vit", "vit_mae"):
+        raise DataError(
+            f"{shown(path)} is of a Hugging Face network of the type {shown(str(kind))}, and only vit and vit_mae can be built from one; "
+            "give the network in timm's form."
+        )
+    if said["hidden_act"] != "gelu":
+        raise DataError(f"{shown(path)} has hidden_act {shown(str(said['hidden_act']))}, and only gelu can be built; give another network.")
+    try:
+        dim, chans, size = int(said["hidden_size"]), int(said["num_channels"]), said["image_size"]
+        size = [size, size] if isinstance(size, int) else [int(side) for side in size]
+        args = {
+            "img_size": size,
+            "patch_size": said["patch_size"],
+            "embed_dim": dim,
+            "depth": int(said["num_hidden_layers"]),
+            "num_heads": int(said["num_attention_heads"]),
+            "mlp_ratio": int(said["intermediate_size"]) / dim,
+            "qkv_bias": bool(said["qkv_bias"]),
+        }
+        names = _class_names(config)
+        epsilon = float(said["layer_norm_eps"])
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise DataError(f"{shown(path)} is not a configuration of a ViT ({type(error).__name__}: {error}); get it again.") from error
+    mean, std = _normalisation(kind, preprocessor)
+    cfg: dict[str, Any] = {
+        "input_size": (chans, *size),
+        "fixed_input_size": True,
+        "crop_pct": 0.875 if kind == "vit_mae" else 0.9,  # as timm evaluates the same networks
+        "mean": mean,
+        "std": std,
+        "num_classes": len(names),
+        "classifier": "head",
+        "first_conv": "patch_embed.proj",
+    }
+    if chans != 3:
+        args["in_chans"] = chans
+    if names and not _of_imagenet(names) and names != [f"LABEL_{i}" for i in range(len(names))]:
+        cfg["label_names"] = names
+    notes = () if epsilon == 1e-6 else (f"its norms add 1e-06 to the variance, as timm's do, where its config.json says {epsilon:g}",)
+    return _ARCHITECTURES.get(dim, "vit_base_patch16_224"), args, cfg, notes
+
+
+def _class_names(config: Mapping[str, Any]) -> list[str]:
+    """Names of the classes a network answers in, in order; none for one without a classifier."""
+    labels = {int(i): str(label) for i, label in (config.get("id2label") or {}).items()}
+    heads = [str(name) for name in config.get("architectures") or ()]
+    if heads and not any("ImageClassification" in name for name in heads):
+        return []
+    if heads and not labels:
+        return ["LABEL_0", "LABEL_1"]  # their default, which they do not write
+    return [labels[i] for i in range(len(labels))]
+
+
+def _of_imagenet(names: list[str]) -> bool:
+    """Whether these are ImageNet-1k's classes in timm's order, under their descriptions; a few are worded otherwise."""
+    described = ImageNetInfo().label_descriptions()
+    return len(names) == len(described) and sum(a == b for a, b in zip(names, described, strict=True)) > 0.9 * len(names)
+
+
+def _normalisation(kind: str, preprocessor: Path | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mean, std = IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD  # 0.5
+    if kind == "vit_mae":
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if preprocessor is None:
+        return mean, std
+    try:
+        said = json.loads(read_bytes(preprocessor))
+        if said.get("do_normalize") is False:
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        mean, std = (tuple(float(value) for value in said.get(key, default)) for key, default in (("image_mean", mean), ("image_std", std)))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{shown(preprocessor)} does not say a mean and std of images (image_mean, image_std); get it again.") from error
+    return mean, std
