@@ -1,11 +1,14 @@
-"""What a checkpoint costs, against torch.save: writing with digests, syncs and a second reading, and loading what is verified.
+"""What a checkpoint costs, against torch.save: writing with digests, syncs and a second reading,
+and loading what is verified.
 
-    python benchmarks/checkpoint.py                          # the training state of a DeiT-S, in the working folder
-    python benchmarks/checkpoint.py vit_base_patch16_224 --folder /mnt/shared --write
+    python benchmarks/checkpoint.py                          # the training state of a DeiT-S, in
+    the working folder python benchmarks/checkpoint.py vit_base_patch16_224 --folder /mnt/shared
+    --write
 
-The state is what a run saves: weights, their moving average and AdamW's two moments, float32. Each is written round after round in another
-order, to a folder that is removed afterwards. The clock is wall time, since disks are waited for; the row of torch.save that is synced
-writes to the disk what the row above leaves to the system's cache.
+The state is what a run saves: weights, their moving average and AdamW's two moments, float32. Each
+is written round after round in another order, to a folder that is removed afterwards. The clock is
+wall time, since disks are waited for; the row of torch.save that is synced writes to the disk what
+the row above leaves to the system's cache.
 """
 
 import os
@@ -40,7 +43,9 @@ def works(folder: Path, model: str) -> tuple[list[Work], int]:
     torch.manual_seed(0)
     weights = timm.create_model(model).state_dict()
     tensors = {
-        f"{part}.{key}": torch.randn_like(value) for part in ("model", "ema", "exp_avg", "exp_avg_sq") for key, value in weights.items()
+        f"{part}.{key}": torch.randn_like(value)
+        for part in ("model", "ema", "exp_avg", "exp_avg_sq")
+        for key, value in weights.items()
     }
     plain = folder / "plain.pt"
 
@@ -55,7 +60,10 @@ def works(folder: Path, model: str) -> tuple[list[Work], int]:
     made = [
         Work("torch.save", lambda: torch.save(tensors, plain)),
         Work("torch.save, synced and renamed", synced),
-        Work("our save: digests, synced, read back, renamed", lambda: checkpoint.save(folder, 1, tensors, {"step": 1}, keep=1)),
+        Work(
+            "our save: digests, synced, read back, renamed",
+            lambda: checkpoint.save(folder, 1, tensors, {"step": 1}, keep=1),
+        ),
         Work("torch.load", lambda: torch.load(plain, weights_only=True)),
         Work("our load, verified", lambda: checkpoint.load(checkpoint.folder_of(folder, 1))),
     ]
@@ -63,7 +71,9 @@ def works(folder: Path, model: str) -> tuple[list[Work], int]:
 
 
 def measure(made: list[Work], rounds: int) -> None:
-    """Run each once a round after a round of warm-up in the given order, so that what is loaded is there."""
+    """Run each once a round after a round of warm-up in the given order, so that what is loaded is
+    there.
+    """
     shuffle = random.Random(0).shuffle
     for r in range(-1, rounds):
         order = list(made)
@@ -82,12 +92,25 @@ def rows(made: list[Work], num_bytes: int) -> Iterator[str]:
     yield "|---|---:|---:|---:|---:|"
     for work in made:
         floor = made[3] if "load" in work.name else made[0]
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(work.seconds, floor.seconds, strict=True)], n=4, method="inclusive")
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(work.seconds, floor.seconds, strict=True)],
+            n=4,
+            method="inclusive",
+        )
         seconds = statistics.median(work.seconds)
-        yield f"| {work.name} | {seconds:.2f} | {num_bytes / seconds / 1e6:,.0f} | **{middle:.2f}** | {low:.2f} .. {high:.2f} |"
+        yield (
+            f"| {work.name} | {seconds:.2f} | {num_bytes / seconds / 1e6:,.0f} | **{middle:.2f}** |"
+            f" {low:.2f} .. {high:.2f} |"
+        )
 
 
-def main(model: str = "deit_small_patch16_224", /, rounds: int = 9, folder: Path = Path("."), write: bool = False) -> None:
+def main(
+    model: str = "deit_small_patch16_224",
+    /,
+    rounds: int = 9,
+    folder: Path = Path("."),
+    write: bool = False,
+) -> None:
     """Measure saving and loading of a training state.
 
     Args:
@@ -111,7 +134,10 @@ def main(model: str = "deit_small_patch16_224", /, rounds: int = 9, folder: Path
     parts = [
         f"# Checkpoints: the training state of {model}, {num_bytes / 1e6:,.0f} MB",
         step_cost.describe_machine("checkpoint.py"),
-        f"{rounds} rounds, wall time; ratios are medians over rounds, to torch.save and torch.load of the same round.",
+        (
+            f"{rounds} rounds, wall time; ratios are medians over rounds, to torch.save and"
+            " torch.load of the same round."
+        ),
         "\n".join(rows(made, num_bytes)),
     ]
     print("\n\n".join(parts))

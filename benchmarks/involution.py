@@ -1,11 +1,13 @@
-"""What our involution costs against the naive one, which unfolds the image: CPU time and extra memory, interleaved.
+"""What our involution costs against the naive one, which unfolds the image: CPU time and extra
+memory, interleaved.
 
     python benchmarks/involution.py            # about three minutes
     python benchmarks/involution.py --write    # and keep the table in benchmarks/results/
 
-Both are the same module with the same weights, the small convolutions that make the kernels included; only the sum over the
-neighbourhood differs. They run in one process, one after another, round after round, and are compared within a round. The clock is the
-CPU time of this process. Extra memory is the most that torch held at once beyond inputs and weights, as its profiler saw every
+Both are the same module with the same weights, the small convolutions that make the kernels
+included; only the sum over the neighbourhood differs. They run in one process, one after another,
+round after round, and are compared within a round. The clock is the CPU time of this process. Extra
+memory is the most that torch held at once beyond inputs and weights, as its profiler saw every
 allocation. Random images, float32, one thread; "training" is forward and backward.
 """
 
@@ -30,7 +32,9 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One involution and its input; ``target``: what time and memory may be of the naive ones at most."""
+    """One involution and its input; ``target``: what time and memory may be of the naive ones at
+    most.
+    """
 
     batch_size: int
     channels: int
@@ -44,7 +48,10 @@ class Case:
     def title(self) -> str:
         """A cell of the table."""
         size = f"{self.batch_size} x {self.channels} x {self.side} x {self.side}"
-        return f"{size}, kernel {self.kernel_size}, stride {self.stride}, {'training' if self.training else 'forward'}"
+        return (
+            f"{size}, kernel {self.kernel_size}, stride {self.stride},"
+            f" {'training' if self.training else 'forward'}"
+        )
 
 
 CASES = (
@@ -62,7 +69,9 @@ CASES = (
 
 
 class Naive(nn.Module):
-    """The definition as it is usually written: every neighbourhood copied out, weighed and summed."""
+    """The definition as it is usually written: every neighbourhood copied out, weighed and
+    summed.
+    """
 
     def __init__(self, module: Involution) -> None:
         super().__init__()
@@ -74,7 +83,11 @@ class Naive(nn.Module):
         groups, places = kernel.shape[1] // size**2, kernel.shape[2:]
         unfolded = F.unfold(x, size, padding=size // 2, stride=module.stride)
         unfolded = unfolded.view(len(x), groups, x.shape[1] // groups, size**2, *places)
-        return (kernel.view(len(x), groups, 1, size**2, *places) * unfolded).sum(3).view(len(x), x.shape[1], *places)
+        return (
+            (kernel.view(len(x), groups, 1, size**2, *places) * unfolded)
+            .sum(3)
+            .view(len(x), x.shape[1], *places)
+        )
 
 
 @dataclass
@@ -91,7 +104,9 @@ def peak_memory(run: Callable[[], None]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -103,7 +118,9 @@ def forms(case: Case) -> tuple[Measured, Measured]:
     """The naive form and ours, on the same input, checked against one another."""
     torch.manual_seed(0)
     module = Involution(case.channels, case.kernel_size, case.stride).train(case.training)
-    images = torch.randn(case.batch_size, case.channels, case.side, case.side, requires_grad=case.training)
+    images = torch.randn(
+        case.batch_size, case.channels, case.side, case.side, requires_grad=case.training
+    )
     naive = Naive(module)
     with torch.no_grad():
         torch.testing.assert_close(module(images), naive(images), rtol=1e-4, atol=1e-3)
@@ -119,7 +136,9 @@ def forms(case: Case) -> tuple[Measured, Measured]:
 
 
 def measure(pair: tuple[Measured, Measured], rounds: int) -> None:
-    """Run both once a round for the time and once for the memory, in shuffled order, after a warm-up."""
+    """Run both once a round for the time and once for the memory, in shuffled order, after a
+    warm-up.
+    """
     shuffle = random.Random(0).shuffle
     for r in range(-WARM_UP, rounds):
         order = list(pair)
@@ -135,7 +154,9 @@ def measure(pair: tuple[Measured, Measured], rounds: int) -> None:
 def row(case: Case, naive: Measured, ours: Measured) -> str:
     """A Markdown row: milliseconds, ratio with quartiles, megabytes, ratio, target."""
     time_ratios = [mine / its for mine, its in zip(ours.seconds, naive.seconds, strict=True)]
-    memory_ratio = statistics.median(mine / its for mine, its in zip(ours.bytes, naive.bytes, strict=True))
+    memory_ratio = statistics.median(
+        mine / its for mine, its in zip(ours.bytes, naive.bytes, strict=True)
+    )
     time_ratio = statistics.median(time_ratios)
     low, _, high = statistics.quantiles(time_ratios, n=4, method="inclusive")
     met = case.target is None or max(time_ratio, memory_ratio) <= case.target
@@ -153,7 +174,10 @@ def row(case: Case, naive: Measured, ours: Measured) -> str:
 
 def table(rounds: int) -> Iterator[str]:
     """The Markdown table, row by row as it is measured."""
-    yield "| batch x channels x sides | naive ms | ours ms | time ratio | quartiles | naive MB | ours MB | memory ratio | target |"
+    yield (
+        "| batch x channels x sides | naive ms | ours ms | time ratio | quartiles | naive MB | ours"
+        " MB | memory ratio | target |"
+    )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for case in CASES:
         pair = forms(case)
@@ -178,8 +202,12 @@ def main(rounds: int = 9, write: bool = False) -> None:
         print(line, flush=True)
         lines.append(line)
     if write:
-        note = f"{rounds} rounds, float32, one thread; ratios are ours to naive, median over rounds."
-        step_cost.keep("involution", ["# Involution against the naive unfold", machine, note, "\n".join(lines)])
+        note = (
+            f"{rounds} rounds, float32, one thread; ratios are ours to naive, median over rounds."
+        )
+        step_cost.keep(
+            "involution", ["# Involution against the naive unfold", machine, note, "\n".join(lines)]
+        )
 
 
 if __name__ == "__main__":

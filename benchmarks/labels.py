@@ -1,12 +1,15 @@
-"""What stored labels cost: reading them at random, their share of a training step, and the step against the one with a live teacher.
+"""What stored labels cost: reading them at random, their share of a training step, and the step
+against the one with a live teacher.
 
     python benchmarks/labels.py            # about three minutes
     python benchmarks/labels.py --write    # and keep the tables in benchmarks/results/
 
-The stores are made in a temporary folder, of random answers, and lie in the system's page cache when they are read. Everything runs in
-one process, one after another, round after round in another order, and is compared within a round. What is read is timed inside a step
-from labels, one batch a step, so that the caches hold the data of the step before. The clock is the CPU time of this process. Random
-weights and images, float32, one thread; loading and augmenting images is in no step.
+The stores are made in a temporary folder, of random answers, and lie in the system's page cache
+when they are read. Everything runs in one process, one after another, round after round in another
+order, and is compared within a round. What is read is timed inside a step from labels, one batch a
+step, so that the caches hold the data of the step before. The clock is the CPU time of this
+process. Random weights and images, float32, one thread; loading and augmenting images is in no
+step.
 """
 
 import itertools
@@ -47,7 +50,9 @@ ANSWERS = 4096  # different ones in a store
 
 @dataclass(frozen=True)
 class Setting:
-    """A student and a teacher, and how its answers are stored; ``share``: what reading may be of the step at most."""
+    """A student and a teacher, and how its answers are stored; ``share``: what reading may be of
+    the step at most.
+    """
 
     pair: step_cost.Pair
     samples: int
@@ -61,7 +66,10 @@ _SMALL = {"img_size": 32, "patch_size": 4, "depth": 6, "num_heads": 3}
 SETTINGS = {
     "small": Setting(
         pair=step_cost.Pair(
-            title="the small_images student (ViT of width 96, depth 6) from width 192, depth 6, patch 4 on 32 x 32",
+            title=(
+                "the small_images student (ViT of width 96, depth 6) from width 192, depth 6, patch"
+                " 4 on 32 x 32"
+            ),
             student=("vit_tiny_patch16_224", {**_SMALL, "embed_dim": 96}),
             teacher=("vit_tiny_patch16_224", {**_SMALL, "embed_dim": 192}),
             image_size=32,
@@ -71,13 +79,18 @@ SETTINGS = {
         samples=50_000,
         layout=Layout(logits=LogitEncoding(kind="float16", num_classes=20)),
         augment=AUGMENTS["small"],
-        objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": SoftKD(weight=0.5, temperature=2.0)},
+        objectives={
+            "ce": CrossEntropy(weight=0.5, smoothing=0.1),
+            "kd": SoftKD(weight=0.5, temperature=2.0),
+        },
         share=SHARE,
     ),
     "deit": Setting(
         pair=step_cost.PAIRS["deit"],
         samples=IMAGENET,
-        layout=Layout(logits=LogitEncoding(kind="topk", num_classes=1000, k=10, temperatures=(1.0,))),
+        layout=Layout(
+            logits=LogitEncoding(kind="topk", num_classes=1000, k=10, temperatures=(1.0,))
+        ),
         augment=AUGMENTS["deit"],
         objectives={"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)},
     ),
@@ -90,12 +103,18 @@ def pixels_of(ids: I64) -> npt.NDArray[np.uint32]:
 
 
 def make_store(folder: Path, setting: Setting) -> LabelStore:
-    """A whole store of one view: in every record one of a few thousand random answers, and the sample's own checksum."""
+    """A whole store of one view: in every record one of a few thousand random answers, and the
+    sample's own checksum.
+    """
     layout, random = setting.layout, np.random.default_rng(0)
     torch.manual_seed(0)
     logits = 3 * torch.randn(ANSWERS, setting.pair.num_classes)
-    answers = layout.encode(logits, {}, None, np.zeros(ANSWERS, np.uint32), np.zeros(ANSWERS, np.uint64))
-    manifest = Manifest(identity={}, layout=layout, num_samples=setting.samples, num_views=1, part_size=PART_SIZE)
+    answers = layout.encode(
+        logits, {}, None, np.zeros(ANSWERS, np.uint32), np.zeros(ANSWERS, np.uint64)
+    )
+    manifest = Manifest(
+        identity={}, layout=layout, num_samples=setting.samples, num_views=1, part_size=PART_SIZE
+    )
     store = LabelStore.create(folder, manifest)
     for part in range(store.num_parts):
         ids = np.arange(*store.part_range(part))
@@ -129,7 +148,7 @@ def verdict(target: str, met: bool) -> str:
     return f"{target} {'met' if met else 'MISSED'}"
 
 
-# -- random reads -----------------------------------------------------------------------------------------------------
+# -- random reads ---------------------------------------------------------------------------------
 
 
 def reads(store: LabelStore, rounds: int) -> str:
@@ -155,30 +174,47 @@ def reads(store: LabelStore, rounds: int) -> str:
         step_cost.Step("a batch of a newly opened store", read_anew, 0),
     ]
     step_cost.measure(forms, rounds)
-    lines = ["| batch by batch | records / s | quartiles | ms / batch | target |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| batch by batch | records / s | quartiles | ms / batch | target |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for form in forms[:2]:
         rates = [BATCHES * BATCH_SIZE / seconds for seconds in form.seconds]
         target = verdict(f"> {RECORDS_A_SECOND:,}", statistics.median(rates) > RECORDS_A_SECOND)
-        cells = (form.name, *spread(rates, lambda x: f"{x:,.0f}"), f"{1e3 * BATCH_SIZE / statistics.median(rates):.2f}", target)
+        cells = (
+            form.name,
+            *spread(rates, lambda x: f"{x:,.0f}"),
+            f"{1e3 * BATCH_SIZE / statistics.median(rates):.2f}",
+            target,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     first, quartiles = spread([1e3 * seconds for seconds in forms[2].seconds], lambda x: f"{x:.0f}")
     lines += [
         "",
-        f"The first batch of a newly opened store maps its {store.num_parts} parts and compares almost every block's checksum: "
-        f"{first} ms ({quartiles}), once a view.",
+        (
+            f"The first batch of a newly opened store maps its {store.num_parts} parts and compares"
+            f" almost every block's checksum: {first} ms ({quartiles}), once a view."
+        ),
     ]
     item, status = store.layout.record_bytes, store.status()
     size = verdict(f"at most {RECORD_BYTES}, of which 4 are the checksum:", item <= RECORD_BYTES)
-    lines += ["", f"A record has **{item} bytes** ({size}); files, footers included, {status.bytes / status.records:.3f} a record."]
+    lines += [
+        "",
+        (
+            f"A record has **{item} bytes** ({size}); files, footers included,"
+            f" {status.bytes / status.records:.3f} a record."
+        ),
+    ]
     return "\n".join(lines)
 
 
-# -- training steps ---------------------------------------------------------------------------------------------------
+# -- training steps -------------------------------------------------------------------------------
 
 
 @dataclass
 class FromLabels:
-    """A training step from labels: its records, checksums of its views if ``checked``, the student's step.
+    """A training step from labels: its records, checksums of its views if ``checked``, the
+    student's step.
 
     ``reading``, ``checksums`` and ``step`` are the CPU seconds of each, one entry a run.
     """
@@ -195,24 +231,34 @@ class FromLabels:
     def __post_init__(self) -> None:
         pair, augment = self.setting.pair, self.setting.augment
         self._ids = random_batches(self.setting.samples, pair.batch_size)
-        self._pixels = torch.randint(256, (pair.batch_size, 3, pair.image_size, pair.image_size), dtype=torch.uint8)
-        mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
+        self._pixels = torch.randint(
+            256, (pair.batch_size, 3, pair.image_size, pair.image_size), dtype=torch.uint8
+        )
+        mixing = Mixing(
+            augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob
+        )
         self._mixing = mixing if augment.mixes else None
 
     def __call__(self) -> None:
         ids = next(self._ids)
         views, stored = np.zeros_like(ids), pixels_of(ids)
         times = [time.process_time()]
-        # Before the checksums, which the loader makes first: they would warm the caches for one of the two readings and not the other.
-        self.batch.targets["teacher"], self.batch.missing["teacher"] = self.reader(views, ids, stored if self.checked else None)
+        # Before the checksums, which the loader makes first: they would warm the caches for one of
+        # the two readings and not the other.
+        self.batch.targets["teacher"], self.batch.missing["teacher"] = self.reader(
+            views, ids, stored if self.checked else None
+        )
         times.append(time.process_time())
         if self.checked:
-            # Of random images, so they are not those of the records: what was compared are the right ones.
+            # Of random images, so they are not those of the records: what was compared are the
+            # right ones.
             view_checksums(self._pixels, self.setting.augment.reprob, self._mixing, 0, ids, views)
         times.append(time.process_time())
         self.student_step()
         times.append(time.process_time())
-        for seconds, (begun, ended) in zip((self.reading, self.checksums, self.step), itertools.pairwise(times), strict=True):
+        for seconds, (begun, ended) in zip(
+            (self.reading, self.checksums, self.step), itertools.pairwise(times), strict=True
+        ):
             seconds.append(ended - begun)
 
 
@@ -228,8 +274,12 @@ def blank_batch(pair: step_cost.Pair) -> Batch:
     )
 
 
-def build_steps(setting: Setting, store: LabelStore) -> tuple[list[step_cost.Step], dict[bool, FromLabels]]:
-    """The step with the live teacher and those from labels; and those from labels again, by whether they check."""
+def build_steps(
+    setting: Setting, store: LabelStore
+) -> tuple[list[step_cost.Step], dict[bool, FromLabels]]:
+    """The step with the live teacher and those from labels; and those from labels again, by whether
+    they check.
+    """
     pair, size = setting.pair, (setting.pair.image_size, setting.pair.image_size)
     model = step_cost.build_model(pair, "teacher").eval().requires_grad_(False)
     spec = InputSpec.of_model(model)
@@ -242,7 +292,9 @@ def build_steps(setting: Setting, store: LabelStore) -> tuple[list[step_cost.Ste
         labels = {"teacher": setting.layout} if stored else {}
         plan = make_plan(description, {"teacher": network}, setting.objectives, labels=labels)
         batch = blank_batch(pair)
-        run = step_cost.our_step(Distillation(student, plan), {} if stored else {"teacher": teacher}, batch)
+        run = step_cost.our_step(
+            Distillation(student, plan), {} if stored else {"teacher": teacher}, batch
+        )
         return run, cost_of(plan, student, {"teacher": model}, pair.batch_size).step, batch
 
     live, live_flops, _ = ours(stored=False)
@@ -250,7 +302,9 @@ def build_steps(setting: Setting, store: LabelStore) -> tuple[list[step_cost.Ste
     from_labels = {}
     for checked in (True, False):
         run, flops, batch = ours(stored=True)
-        from_labels[checked] = FromLabels(setting, LabelReader("teacher", store), batch, run, checked)
+        from_labels[checked] = FromLabels(
+            setting, LabelReader("teacher", store), batch, run, checked
+        )
         name = "from labels, the views checked" if checked else "from labels, without checksums"
         steps.append(step_cost.Step(name, from_labels[checked], flops))
     return steps, from_labels
@@ -261,7 +315,10 @@ def shares(setting: Setting, from_labels: dict[bool, FromLabels], rounds: int) -
     yield "| a batch | ms | share of the student's step | quartiles | target |"
     yield "|---|---:|---:|---:|---:|"
     checked, unchecked = from_labels[True], from_labels[False]
-    yield f"| the student's step with these targets | {milliseconds(unchecked.step[-rounds:])} |  |  |  |"
+    yield (
+        f"| the student's step with these targets | {milliseconds(unchecked.step[-rounds:])} |  | "
+        " |  |"
+    )
     for name, seconds, step, limit in (
         ("reading, without checksums", unchecked.reading, unchecked.step, setting.share),
         ("reading, checksums compared", checked.reading, checked.step, setting.share),
@@ -270,7 +327,9 @@ def shares(setting: Setting, from_labels: dict[bool, FromLabels], rounds: int) -
         # The first runs were the warm-up.
         mine, its = seconds[-rounds:], step[-rounds:]
         parts = [a / b for a, b in zip(mine, its, strict=True)]
-        target = "" if limit is None else verdict(f"< {limit:.0%}", statistics.median(parts) < limit)
+        target = (
+            "" if limit is None else verdict(f"< {limit:.0%}", statistics.median(parts) < limit)
+        )
         cells = (name, milliseconds(mine), *spread(parts, lambda x: f"{x:.3%}"), target)
         yield f"| {' | '.join(cells)} |"
 
@@ -286,8 +345,8 @@ def main(rounds: int = 9, write: bool = False) -> None:
         raise ConfigError(f"--rounds is {rounds}: medians need at least 7")
     torch.set_num_threads(1)
     note = (
-        f"{rounds} rounds, float32, one thread, CPU time; medians over rounds, ratios and shares within a round. The files are in the page "
-        "cache."
+        f"{rounds} rounds, float32, one thread, CPU time; medians over rounds, ratios and shares"
+        " within a round. The files are in the page cache."
     )
     parts = ["# What stored labels cost", step_cost.describe_machine("labels.py"), note]
     print("\n\n".join(parts) + "\n", flush=True)
@@ -297,8 +356,13 @@ def main(rounds: int = 9, write: bool = False) -> None:
         print("\n\n".join(lines) + "\n", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="labels-") as folder:
-        stores = {name: make_store(Path(folder) / name, setting) for name, setting in SETTINGS.items()}
-        what = f"Batches of {BATCH_SIZE} of a store of {IMAGENET:,} samples in one view, {PART_SIZE} a part; the 10 largest of 1000 logits."
+        stores = {
+            name: make_store(Path(folder) / name, setting) for name, setting in SETTINGS.items()
+        }
+        what = (
+            f"Batches of {BATCH_SIZE} of a store of {IMAGENET:,} samples in one view, {PART_SIZE} a"
+            " part; the 10 largest of 1000 logits."
+        )
         say("## Random reads", what, reads(stores["deit"], rounds))
         for name, setting in SETTINGS.items():
             pair = setting.pair
@@ -306,10 +370,12 @@ def main(rounds: int = 9, write: bool = False) -> None:
             step_cost.measure(steps, rounds)
             say(
                 f"## {name}: {pair.title}",
-                f"Batch {pair.batch_size}, {setting.samples:,} samples, {setting.layout.record_bytes} bytes a record.",
+                f"Batch {pair.batch_size}, {setting.samples:,} samples,"
+                f" {setting.layout.record_bytes} bytes a record.",
                 "\n".join(shares(setting, from_labels, rounds)),
                 "Both readings come right after a step, with cold caches.",
-                "Whole steps, reading and checksums included; the floor is the step with the live teacher.",
+                "Whole steps, reading and checksums included; the floor is the step with the live"
+                " teacher.",
                 "\n".join(step_cost.table(steps, pair.batch_size)),
             )
     if write:

@@ -1,16 +1,22 @@
-"""What a DMAE step costs, against the step of the authors' code: the whole teacher and its decoder run, and are thrown away.
+"""What a DMAE step costs, against the step of the authors' code: the whole teacher and its decoder
+run, and are thrown away.
 
     python benchmarks/mae_step.py                  # ViT-S from ViT-B, about half an hour
-    python benchmarks/mae_step.py large --write    # ViT-B from ViT-L, and keep the table in benchmarks/results/
+    python benchmarks/mae_step.py large --write    # ViT-B from ViT-L, and keep the table in
+    benchmarks/results/
 
-The optimizer's work does not grow with the batch and is the same in every step: in a batch of four it hides a part of what is saved.
+The optimizer's work does not grow with the batch and is the same in every step: in a batch of four
+it hides a part of what is saved.
 
-The steps of one mask rate run in one process, one after another, round after round in another order, on the same images, masks and
-weights, and have to give the same losses. A step is compared with the authors' of its own round. The clock is the CPU time of this
-process. Random images and weights, float32, one thread. Memory is the peak of what torch allocates in a step, beyond the weights.
+The steps of one mask rate run in one process, one after another, round after round in another
+order, on the same images, masks and weights, and have to give the same losses. A step is compared
+with the authors' of its own round. The clock is the CPU time of this process. Random images and
+weights, float32, one thread. Memory is the peak of what torch allocates in a step, beyond the
+weights.
 
-Freed memory is kept, as on a GPU: otherwise glibc gives every large tensor back to the system and the next one is paid for page by page,
-14 % of the authors' step in batches of 64 and nothing of a step of small tensors.
+Freed memory is kept, as on a GPU: otherwise glibc gives every large tensor back to the system and
+the next one is paid for page by page, 14 % of the authors' step in batches of 64 and nothing of a
+step of small tensors.
 """
 
 import ctypes
@@ -42,7 +48,10 @@ from vitdistill.runs.optim import clip_gradients, make_optimizer
 from vitdistill.vit.patches import gather_patches
 
 RATES = (0.75, 0.9, 0.95, 0.98)
-PAIRS = {"small": ("deit_small_patch16_224", "deit_base_patch16_224"), "large": ("deit_base_patch16_224", "vit_large_patch16_224")}
+PAIRS = {
+    "small": ("deit_small_patch16_224", "deit_base_patch16_224"),
+    "large": ("deit_base_patch16_224", "vit_large_patch16_224"),
+}
 SIZE = (224, 224)
 
 
@@ -55,18 +64,28 @@ def build(name: str, seed: int) -> nn.Module:
 
 
 class WholeTeacher(nn.Module):
-    """What the authors' code does with a batch: every patch is embedded, all of both networks runs, the teacher's decoder too.
+    """What the authors' code does with a batch: every patch is embedded, all of both networks runs,
+    the teacher's decoder too.
 
     The student half is the same decoder as ours; the arithmetic is PyTorch's own, block by block.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, decoder: MAEDecoder, teacher_decoder: MAEDecoder, align: nn.Module) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        decoder: MAEDecoder,
+        teacher_decoder: MAEDecoder,
+        align: nn.Module,
+    ) -> None:
         super().__init__()
         self.student, self.decoder, self.align = student, decoder, align
         self.other = [teacher, teacher_decoder]  # in a list: not trained
 
     def walk(self, model: Any, images: Tensor, keep: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """Hidden states after ``block``, and the features after the final norm, of the kept patches."""
+        """Hidden states after ``block``, and the features after the final norm, of the kept
+        patches.
+        """
         patches = model.patch_embed(images) + model.pos_embed[:, 1:]
         first = (model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1)
         tokens = torch.cat([first, gather_patches(patches, keep)], dim=1)
@@ -76,7 +95,9 @@ class WholeTeacher(nn.Module):
             hidden = tokens if i == block else hidden
         return hidden, model.norm(tokens)
 
-    def forward(self, images: Tensor, keep: Tensor, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, keep: Tensor, blocks: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """Reconstruction and alignment loss."""
         teacher, teacher_decoder = self.other
         with torch.no_grad():
@@ -141,13 +162,20 @@ def _authors(module: Distillation, teacher: nn.Module, batch: Batch) -> Made:
     network = module.plan.teachers["teacher"]
     torch.manual_seed(4)
     other = MAEDecoder(network.dim, network.grid, network.patch_size)
-    whole = WholeTeacher(module.student, teacher, decoder, other.requires_grad_(False), adapter.projections[0])
+    whole = WholeTeacher(
+        module.student, teacher, decoder, other.requires_grad_(False), adapter.projections[0]
+    )
     order = module.mask(batch)
     assert order is not None
     keep = order[:, : module.plan.student_keep]
     (pair,) = module.plan.objectives["dmae"].pairs(module.plan.student.depth, network.depth)  # type: ignore[attr-defined]
     # The same optimizer as ours: it is not what is compared.
-    optimizer = make_optimizer(module, OptimConfig(lr=step_cost.LR, weight_decay=step_cost.WEIGHT_DECAY, sched="none", warmup_epochs=0))
+    optimizer = make_optimizer(
+        module,
+        OptimConfig(
+            lr=step_cost.LR, weight_decay=step_cost.WEIGHT_DECAY, sched="none", warmup_epochs=0
+        ),
+    )
 
     def step() -> None:
         optimizer.zero_grad()
@@ -168,14 +196,18 @@ def _authors(module: Distillation, teacher: nn.Module, batch: Batch) -> Made:
 
 
 def flops_of(step: Callable[[], None]) -> int:
-    """What torch counts in a step: matrix products, convolutions and attention, whose backward pass computes its scores once more."""
+    """What torch counts in a step: matrix products, convolutions and attention, whose backward pass
+    computes its scores once more.
+    """
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what is allocated next (M_MMAP_MAX, M_TRIM_THRESHOLD); other C libraries are left as they are."""
+    """Have glibc keep what is freed for what is allocated next (M_MMAP_MAX, M_TRIM_THRESHOLD);
+    other C libraries are left as they are.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)
@@ -183,7 +215,9 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(run: Callable[[], None]) -> int:
-    """The most that torch has allocated at once within ``run``, bytes, beyond what there was before."""
+    """The most that torch has allocated at once within ``run``, bytes, beyond what there was
+    before.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -194,7 +228,9 @@ def peak_memory(run: Callable[[], None]) -> int:
     return most
 
 
-def rows(rate: float, steps: list[step_cost.Step], memory: list[int], batch_size: int) -> Iterator[str]:
+def rows(
+    rate: float, steps: list[step_cost.Step], memory: list[int], batch_size: int
+) -> Iterator[str]:
     """Markdown rows of one mask rate."""
     authors = steps[0]
     for step, peak in zip(steps, memory, strict=True):
@@ -229,7 +265,8 @@ def main(
         pair: small (ViT-S from ViT-B) or large (ViT-B from ViT-L), 224 x 224, decoder 512 wide.
         rounds: of all steps, at least 5.
         batch_size: images.
-        write: also write the table to benchmarks/results/mae_step_<pair>_<cpu>_<instructions>_<date>.md.
+        write: also write the table to
+            benchmarks/results/mae_step_<pair>_<cpu>_<instructions>_<date>.md.
         rates: fractions of the patches that are hidden.
     """
     if rounds < 5:
@@ -238,7 +275,10 @@ def main(
         raise ConfigError(f"--batch-size is {batch_size}: it has to be at least 1")
     torch.set_num_threads(1)
     keep_freed_memory()
-    head = "| masked | step | ms / image | times faster | quartiles | by FLOPs | measured / FLOPs | GFLOPs / image | peak MB / image |"
+    head = (
+        "| masked | step | ms / image | times faster | quartiles | by FLOPs | measured / FLOPs |"
+        " GFLOPs / image | peak MB / image |"
+    )
     lines = [head, "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for rate in rates:
         made = make_steps(pair, rate, batch_size)
@@ -246,12 +286,16 @@ def main(
         if any(abs(a - b) > 1e-5 * abs(a) for a, b in zip(first, ours, strict=True)):
             raise AssertionError(f"the losses differ: {first} and {ours}")
         memory = [peak_memory(one.step) for one in made]
-        steps = [step_cost.Step(one.name, one.step, flops_of(one.step) // batch_size) for one in made]
+        steps = [
+            step_cost.Step(one.name, one.step, flops_of(one.step) // batch_size) for one in made
+        ]
         step_cost.measure(steps, rounds)
         lines += rows(rate, steps, memory, batch_size)
         print("\n".join(lines[-3:]), flush=True)
     student, teacher = PAIRS[pair]
-    note = f"Batch {batch_size}, {rounds} rounds, float32, one thread; ratios are medians over rounds."
+    note = (
+        f"Batch {batch_size}, {rounds} rounds, float32, one thread; ratios are medians over rounds."
+    )
     parts = [
         f"# DMAE: {student} from {teacher}",
         step_cost.describe_machine("mae_step.py"),

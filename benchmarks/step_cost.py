@@ -1,11 +1,13 @@
-"""What a training step costs against plain timm training of the student alone, and the FLOPs beside it.
+"""What a training step costs against plain timm training of the student alone, and the FLOPs beside
+it.
 
     python benchmarks/step_cost.py                # both settings, about three minutes
     python benchmarks/step_cost.py cifar --write  # one, and keep the table in benchmarks/results/
 
-All steps run in one process, one after another, round after round; a step is compared only with the floor of its own
-round, so that neither a slow minute nor a busy neighbour decides. The clock is the CPU time of this process. Random
-images and weights, float32, no drop path, the same batch for every step.
+All steps run in one process, one after another, round after round; a step is compared only with the
+floor of its own round, so that neither a slow minute nor a busy neighbour decides. The clock is the
+CPU time of this process. Random images and weights, float32, no drop path, the same batch for every
+step.
 """
 
 import datetime
@@ -76,7 +78,10 @@ PAIRS = {
     "cifar": Pair(
         title="ViT of width 192, depth 6 from width 384, depth 12, patch 4 on 32 x 32",
         student=("vit_tiny_patch16_224", {**_CIFAR, "embed_dim": 192, "depth": 6, "num_heads": 3}),
-        teacher=("vit_small_patch16_224", {**_CIFAR, "embed_dim": 384, "depth": 12, "num_heads": 6}),
+        teacher=(
+            "vit_small_patch16_224",
+            {**_CIFAR, "embed_dim": 384, "depth": 12, "num_heads": 6},
+        ),
         image_size=32,
         num_classes=100,
         batch_size=32,
@@ -87,7 +92,9 @@ PAIRS = {
 
 @dataclass
 class Step:
-    """One training step under measurement: ``flops`` an image, and ``seconds`` of CPU time, one entry a round."""
+    """One training step under measurement: ``flops`` an image, and ``seconds`` of CPU time, one
+    entry a round.
+    """
 
     name: str
     run: Callable[[], None]
@@ -104,7 +111,9 @@ def build_model(pair: Pair, which: Literal["student", "teacher"]) -> nn.Module:
 
 
 def timm_step(student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Callable[[], None]:
-    """The step a user writes with timm: the models' own forwards, torch's AdamW; with a teacher, timm's KD loss."""
+    """The step a user writes with timm: the models' own forwards, torch's AdamW; with a teacher,
+    timm's KD loss.
+    """
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
 
@@ -115,7 +124,12 @@ def timm_step(student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Ca
         if teacher is not None:
             with torch.no_grad():
                 answer = teacher(batch.images)
-            kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(answer, -1), reduction="batchmean", log_target=True)
+            kl = F.kl_div(
+                F.log_softmax(logits, -1),
+                F.log_softmax(answer, -1),
+                reduction="batchmean",
+                log_target=True,
+            )
             loss = 0.5 * loss + 0.5 * kl
         loss.backward()
         optimizer.step()
@@ -123,8 +137,12 @@ def timm_step(student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Ca
     return step
 
 
-def our_step(distillation: Distillation, teachers: Mapping[str, Teacher], batch: Batch) -> Callable[[], None]:
-    """The step of the training loop: its optimizer, and the gradient norm and finiteness check it always computes."""
+def our_step(
+    distillation: Distillation, teachers: Mapping[str, Teacher], batch: Batch
+) -> Callable[[], None]:
+    """The step of the training loop: its optimizer, and the gradient norm and finiteness check it
+    always computes.
+    """
     distillation.train()
     config = OptimConfig(lr=LR, weight_decay=WEIGHT_DECAY, sched="none", warmup_epochs=0)
     optimizer = make_optimizer(distillation, config)
@@ -142,7 +160,9 @@ def our_step(distillation: Distillation, teachers: Mapping[str, Teacher], batch:
 
 
 def build_steps(pair: Pair, batch_size: int) -> list[Step]:
-    """Every step of one setting, the floor first; each trains its own copy of the same student on the same batch."""
+    """Every step of one setting, the floor first; each trains its own copy of the same student on
+    the same batch.
+    """
     size = (pair.image_size, pair.image_size)
     torch.manual_seed(0)
     batch = Batch(
@@ -157,11 +177,19 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
     spec = InputSpec.of_model(teacher_model)
     teacher = Teacher(teacher_model, network, spec, spec)
 
-    def ours(objectives: dict[str, Objective], selector: TokenSelector | None = None) -> tuple[Callable[[], None], Cost]:
+    def ours(
+        objectives: dict[str, Objective], selector: TokenSelector | None = None
+    ) -> tuple[Callable[[], None], Cost]:
         student = build_model(pair, "student")
-        teachers = {"teacher": teacher} if any(isinstance(o, TeacherObjective) for o in objectives.values()) else {}
+        teachers = (
+            {"teacher": teacher}
+            if any(isinstance(o, TeacherObjective) for o in objectives.values())
+            else {}
+        )
         networks = {name: network for name in teachers}
-        plan = make_plan(Network.of(student, "student", pair.student[0], size), networks, objectives, selector)
+        plan = make_plan(
+            Network.of(student, "student", pair.student[0], size), networks, objectives, selector
+        )
         run = our_step(Distillation(student, plan), teachers, batch)
         return run, cost_of(plan, student, {name: teacher_model for name in teachers}, batch_size)
 
@@ -176,7 +204,9 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
     floor = alone_cost.student_plain
 
     def by_timm(with_teacher: bool) -> Callable[[], None]:
-        return timm_step(build_model(pair, "student"), teacher_model if with_teacher else None, batch)
+        return timm_step(
+            build_model(pair, "student"), teacher_model if with_teacher else None, batch
+        )
 
     return [
         Step("plain timm training, student alone", by_timm(False), alone_cost.student_plain),
@@ -187,7 +217,12 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
         Step("ours, MaskedKD, keep 1/2", half, half_cost.step, pair.targets["masked 1/2"]),
         Step("ours, MaskedKD, keep 1/4", quarter, quarter_cost.step, pair.targets["masked 1/4"]),
         Step("ours, CE + NKD + ViTKD", vitkd, vitkd_cost.step, 1.05 * vitkd_cost.step / floor),
-        Step("ours, CE + NKD + ViTKD + MaskedKD, keep 1/2", masked, masked_cost.step, 1.05 * masked_cost.step / floor),
+        Step(
+            "ours, CE + NKD + ViTKD + MaskedKD, keep 1/2",
+            masked,
+            masked_cost.step,
+            1.05 * masked_cost.step / floor,
+        ),
     ]
 
 
@@ -211,15 +246,24 @@ def ratios(step: Step, floor: Step) -> list[float]:
 
 
 def table(steps: list[Step], batch_size: int) -> Iterator[str]:
-    """Markdown rows: CPU milliseconds an image, ratio to the floor with quartiles and range, FLOPs ratio, target."""
-    yield "| step | ms / image | ratio to the floor | quartiles | min .. max | FLOPs ratio | GFLOPs / image | target |"
+    """Markdown rows: CPU milliseconds an image, ratio to the floor with quartiles and range, FLOPs
+    ratio, target.
+    """
+    yield (
+        "| step | ms / image | ratio to the floor | quartiles | min .. max | FLOPs ratio | GFLOPs /"
+        " image | target |"
+    )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
     floor = steps[0]
     for step in steps:
         relative = ratios(step, floor)
         median = statistics.median(relative)
         low, _, high = statistics.quantiles(relative, n=4, method="inclusive")
-        target = "" if step.target is None else f"{step.target:.2f} {'met' if median <= step.target else 'MISSED'}"
+        target = (
+            ""
+            if step.target is None
+            else f"{step.target:.2f} {'met' if median <= step.target else 'MISSED'}"
+        )
         cells = (
             step.name,
             f"{1e3 * statistics.median(step.seconds) / batch_size:.2f}",
@@ -236,7 +280,11 @@ def table(steps: list[Step], batch_size: int) -> Iterator[str]:
 def cpu_name() -> str:
     """The processor's model name as lscpu prints it, or what the platform knows."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    found = (
+        re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if info.is_file()
+        else None
+    )
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
@@ -245,7 +293,10 @@ def describe_machine(script: str = "step_cost.py") -> str:
     lines = {
         "date": datetime.date.today().isoformat(),
         "CPU": f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "software": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
+        "software": (
+            f"Python {platform.python_version()}, torch {torch.__version__}, timm"
+            f" {timm.__version__}"
+        ),
         "command": f"`python {shlex.join([f'benchmarks/{script}', *sys.argv[1:]])}`",
     }
     return "\n".join(f"- {key}: {value}" for key, value in lines.items())
@@ -277,7 +328,10 @@ def main(
         images = batch_size or pair.batch_size
         steps = build_steps(pair, images)
         measure(steps, rounds)
-        note = f"Batch {images}, {rounds} rounds, float32, one thread; the ratio is the median over rounds."
+        note = (
+            f"Batch {images}, {rounds} rounds, float32, one thread; the ratio is the median over"
+            " rounds."
+        )
         parts += [f"## {name}: {pair.title}", note, "\n".join(table(steps, images))]
         print("\n\n".join(parts[-3:]) + "\n", flush=True)
     print(describe_machine())
@@ -287,7 +341,9 @@ def main(
 
 def keep(name: str, parts: list[str]) -> None:
     """Write a result to benchmarks/results/<name>_<cpu>_<instructions>_<date>.md."""
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}".lower()).strip("-")
+    slug = re.sub(
+        r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}".lower()
+    ).strip("-")
     path = RESULTS / f"{name}_{slug}_{datetime.date.today().isoformat()}.md"
     durable.write_atomic(path, ("\n\n".join(parts) + "\n").encode())
     print(f"\nwritten: {path}")

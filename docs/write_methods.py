@@ -1,7 +1,8 @@
-"""Writes docs/methods.md: what every method reads, costs and is for. ``python docs/write_methods.py``, or ``make docs``.
+"""Writes docs/methods.md: what every method reads, costs and is for. ``python
+docs/write_methods.py``, or ``make docs``.
 
-All of it comes from the code: the table `METHODS`, the classes' docstrings and class variables, and FLOPs and bytes counted on networks
-without weights. A new method needs nothing here.
+All of it comes from the code: the table `METHODS`, the classes' docstrings and class variables, and
+FLOPs and bytes counted on networks without weights. A new method needs nothing here.
 """
 
 import inspect
@@ -21,7 +22,14 @@ from torch import nn
 from vitdistill.distill.plan import Plan, describe_needs, make_plan
 from vitdistill.explain import cost
 from vitdistill.methods import METHODS, method_class
-from vitdistill.methods.base import Masking, Network, Objective, TeacherObjective, TokenSelector, WeightSchedule
+from vitdistill.methods.base import (
+    Masking,
+    Network,
+    Objective,
+    TeacherObjective,
+    TokenSelector,
+    WeightSchedule,
+)
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.vit.walk import Needs
@@ -84,20 +92,38 @@ class Pair:
     student: Network
     teacher: Network
 
-    def plan(self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None, masking: Masking | None = None) -> Plan:
-        """The plan of these methods; a teacher whose logits nobody reads is one without a classifier."""
-        reading = [objective for objective in objectives.values() if isinstance(objective, TeacherObjective)]
+    def plan(
+        self,
+        objectives: Mapping[str, Objective],
+        selector: TokenSelector | None = None,
+        masking: Masking | None = None,
+    ) -> Plan:
+        """The plan of these methods; a teacher whose logits nobody reads is one without a
+        classifier.
+        """
+        reading = [
+            objective
+            for objective in objectives.values()
+            if isinstance(objective, TeacherObjective)
+        ]
         headless = not any(objective.teacher_needs(self.teacher).logits for objective in reading)
         teacher = replace(self.teacher, num_classes=0) if headless else self.teacher
-        return make_plan(self.student, {"teacher": teacher} if reading else {}, objectives, selector, masking)
+        return make_plan(
+            self.student, {"teacher": teacher} if reading else {}, objectives, selector, masking
+        )
 
     def count(
-        self, objectives: Mapping[str, Objective], selector: TokenSelector | None = None, masking: Masking | None = None
+        self,
+        objectives: Mapping[str, Objective],
+        selector: TokenSelector | None = None,
+        masking: Masking | None = None,
     ) -> cost.Cost:
         """What these methods cost together."""
         plan = self.plan(objectives, selector, masking)
         with counting_once():
-            return cost.cost_of(plan, self.models["student"], {name: self.models[name] for name in plan.teachers})
+            return cost.cost_of(
+                plan, self.models["student"], {name: self.models[name] for name in plan.teachers}
+            )
 
 
 @cache
@@ -105,7 +131,10 @@ def the_pair() -> Pair:
     """DeiT-Ti and DeiT-S."""
     with torch.device("meta"):
         student, teacher = timm.create_model(STUDENT), timm.create_model(TEACHER)
-    networks = (Network.of(student, "student", STUDENT, SIZE), Network.of(teacher, "teacher", TEACHER, SIZE))
+    networks = (
+        Network.of(student, "student", STUDENT, SIZE),
+        Network.of(teacher, "teacher", TEACHER, SIZE),
+    )
     return Pair({"student": student, "teacher": teacher}, *networks)
 
 
@@ -120,7 +149,9 @@ ONCE = cache(cost.forward_flops), cache(cost.training_flops)
 
 @contextmanager
 def counting_once() -> Iterator[None]:
-    """Within it the passes that many plans share are counted once; of `Cost`, ``activations_plain`` is then not to be read."""
+    """Within it the passes that many plans share are counted once; of `Cost`, ``activations_plain``
+    is then not to be read.
+    """
     functions = cost.forward_flops, cost.training_flops
     cost.forward_flops, cost.training_flops = ONCE
     try:
@@ -136,7 +167,7 @@ def plain_kd() -> int:
     return ONCE[1](pair.models["student"], size) + ONCE[0](pair.models["teacher"], size)
 
 
-# --- cells -----------------------------------------------------------------------------------------------------------------------
+# --- cells ---------------------------------------------------------------------------------------
 
 
 def prose(text: str) -> str:
@@ -154,7 +185,11 @@ def table(rows: list[list[str]]) -> str:
 
 def reads(network: Network, needs: Needs, *more: str) -> str:
     """What a method records of a network, and what else it looks at."""
-    words = [describe_needs(network, needs.resolve(network.depth), None).rpartition("records ")[2]] if needs else []
+    words = (
+        [describe_needs(network, needs.resolve(network.depth), None).rpartition("records ")[2]]
+        if needs
+        else []
+    )
     return ", ".join((*words, *more)) or "nothing"
 
 
@@ -173,7 +208,7 @@ def name_cell(name: str, couples: bool = False) -> str:
     return f"[`{name}`](#{name})" + (" (couples images)" if couples else "")
 
 
-# --- one method ------------------------------------------------------------------------------------------------------------------
+# --- one method ----------------------------------------------------------------------------------
 
 
 def beside(name: str, cls: type[Objective]) -> tuple[dict[str, Objective], Masking | None]:
@@ -214,14 +249,22 @@ def objective_row(name: str, cls: type[Objective]) -> list[str]:
 def selector_row(name: str, cls: type[TokenSelector]) -> list[str]:
     """The row of a selector, at each of `RATES`."""
     pair, selector = the_pair(), cls()
-    counts = [pair.count({"ce": CrossEntropy(), "kd": SoftKD()}, cls(keep_rate=rate)) for rate in RATES]
+    counts = [
+        pair.count({"ce": CrossEntropy(), "kd": SoftKD()}, cls(keep_rate=rate)) for rate in RATES
+    ]
     guide = selector.teacher_needs(pair.teacher)
     return [
         name_cell(name),
         selector.paper,
-        reads(pair.student, selector.student_needs(pair.student), *(("random numbers",) if selector.reads_noise else ())),
+        reads(
+            pair.student,
+            selector.student_needs(pair.student),
+            *(("random numbers",) if selector.reads_noise else ()),
+        ),
         reads(pair.teacher, guide) + (", on the whole image" if guide else ""),
-        " / ".join(percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts),
+        " / ".join(
+            percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts
+        ),
         " / ".join(percent(found.step, plain_kd()) for found in counts),
         amount(counts[0].activations - labels_alone().activations, "B", "+"),
         prose(selector.use_when),
@@ -236,7 +279,9 @@ def masking_row(name: str, cls: type[Masking]) -> list[str]:
         name_cell(name),
         cls.paper,
         " / ".join(percent(found.student, found.student_plain) for found in counts),
-        " / ".join(percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts),
+        " / ".join(
+            percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts
+        ),
         " / ".join(percent(found.step, plain_kd()) for found in counts),
         prose(cls.use_when),
     ]
@@ -248,7 +293,11 @@ def paragraph(name: str, cls: Method) -> str:
     if issubclass(cls, Objective):
         lines += ["", f"Loss: `{cls.formula}`."]
         objectives, masking = beside(name, cls)
-        lines[-1] += f" Goes with {' and '.join(name_cell(other) for other in cls.goes_with)}." if cls.goes_with else ""
+        lines[-1] += (
+            f" Goes with {' and '.join(name_cell(other) for other in cls.goes_with)}."
+            if cls.goes_with
+            else ""
+        )
         note = the_pair().plan(objectives, masking=masking).notes.get(name)
         lines += ["", f"Of the pair above, `explain` says: {prose(note)}."] if note else []
     shared = {field.name for base in COMMON if issubclass(cls, base) for field in fields(base)}
@@ -257,14 +306,22 @@ def paragraph(name: str, cls: Method) -> str:
 
 def description(cls: type) -> list[str]:
     """The paragraphs of a docstring that come before its sections."""
-    text = re.split(r"^(?:Args|Attributes|Source|Example|Raises):", inspect.getdoc(cls) or "", maxsplit=1, flags=re.MULTILINE)[0]
+    text = re.split(
+        r"^(?:Args|Attributes|Source|Example|Raises):",
+        inspect.getdoc(cls) or "",
+        maxsplit=1,
+        flags=re.MULTILINE,
+    )[0]
     return [part for part in text.split("\n\n") if part.strip()]
 
 
 def field_list(cls: type, without: set[str] | frozenset[str] = frozenset()) -> list[str]:
     """One line a field: name, default, meaning."""
     shown = [field for field in fields(cls) if field.name not in without]
-    return [f"- `{field.name}` ({default(cls, field.name)}): {prose(meaning(cls, field.name))}" for field in shown]
+    return [
+        f"- `{field.name}` ({default(cls, field.name)}): {prose(meaning(cls, field.name))}"
+        for field in shown
+    ]
 
 
 def default(cls: type, name: str) -> str:
@@ -280,23 +337,31 @@ def default(cls: type, name: str) -> str:
 
 
 def meaning(cls: type, name: str) -> str:
-    """What the docstring of the class, or of the base that has the field, says of it under ``Args``."""
+    """What the docstring of the class, or of the base that has the field, says of it under
+    ``Args``.
+    """
     for base in cls.__mro__:
-        section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE)
+        section = re.search(
+            r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE
+        )
         for entry in re.split(r"^ {4}(?=\S)", section[1], flags=re.MULTILINE) if section else ():
             names, colon, text = entry.partition(":")
             if colon and name in (word.strip() for word in names.split(",")):
                 return text.strip()
-    raise ValueError(f"the docstring of {cls.__name__} does not explain its field {name!r} under Args")
+    raise ValueError(
+        f"the docstring of {cls.__name__} does not explain its field {name!r} under Args"
+    )
 
 
-# --- the page --------------------------------------------------------------------------------------------------------------------
+# --- the page ------------------------------------------------------------------------------------
 
 HEAD = ("method", "paper", "reads of the student", "reads of the teacher")
 
 
 def groups() -> tuple[list[str], list[str], list[str], list[str], list[str]]:
-    """The names of the methods: losses that read logits alone, losses that read more, those of pre-training, selectors, maskings."""
+    """The names of the methods: losses that read logits alone, losses that read more, those of
+    pre-training, selectors, maskings.
+    """
     pair = the_pair()
     logits: list[str] = []
     features: list[str] = []
@@ -323,7 +388,11 @@ def introduction() -> str:
     return INTRO.format(
         student=STUDENT,
         teacher=TEACHER,
-        logit=next(name for name in logits if issubclass(method_class(name), TeacherObjective) and method_class(name) is not SoftKD),
+        logit=next(
+            name
+            for name in logits
+            if issubclass(method_class(name), TeacherObjective) and method_class(name) is not SoftKD
+        ),
         feature=features[0],
         selector=selectors[0],
         size=pair.student.image_size[0],
@@ -358,8 +427,10 @@ def one_by_one(heading: str) -> str:
     """What all methods have in common, and a paragraph on each."""
     parts = [
         f"## {heading}\n",
-        "Fields are set with `--set objectives.NAME.FIELD=VALUE`, `--set selector.FIELD=VALUE` and `--set masking.FIELD=VALUE`, or in the "
-        "recipe's YAML.\n",
+        (
+            "Fields are set with `--set objectives.NAME.FIELD=VALUE`, `--set selector.FIELD=VALUE`"
+            " and `--set masking.FIELD=VALUE`, or in the recipe's YAML.\n"
+        ),
         "Every objective has:\n",
         *field_list(TeacherObjective),
         "\nA schedule has:\n",

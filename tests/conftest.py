@@ -1,8 +1,9 @@
-"""What every test stands on: one thread, fixed seeds, no network, and shapes checked at every call of vitdistill.
+"""What every test stands on: one thread, fixed seeds, no network, and shapes checked at every call
+of vitdistill.
 
-pytest is started with ``--jaxtyping-packages=vitdistill,beartype.beartype`` (pyproject.toml): annotated functions of
-the package compare what they get and give with their jaxtyping annotations. `_jaxtyped` adjusts that where a test would
-see something else than a user does.
+pytest is started with ``--jaxtyping-packages=vitdistill,beartype.beartype`` (pyproject.toml):
+annotated functions of the package compare what they get and give with their jaxtyping annotations.
+`_jaxtyped` adjusts that where a test would see something else than a user does.
 """
 
 import functools
@@ -15,9 +16,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # Before torch and huggingface_hub are imported, and inherited by the processes that tests start.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests fork, and a forked process cannot use a GPU that its parent has looked at
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # tests fork, and a forked process cannot use a GPU that its parent has looked at
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_CACHE"] = os.path.join(__file__, "none")  # nothing can be there: a user's own has weights
+os.environ["HF_HUB_CACHE"] = os.path.join(
+    __file__, "none"
+)  # nothing can be there: a user's own has weights
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -37,26 +42,34 @@ for _name in _TERMINAL + _LAUNCHER:
 
 torch.set_num_threads(1)
 
-# Autograd counts the devices at the first backward of a process, and forks nothing with gradients afterwards if there are any.
-# FakeTensorMode (torch.compile) pretends that there is one: tests fork, so the first backward comes before any of it.
+# Autograd counts the devices at the first backward of a process, and forks nothing with gradients
+# afterwards if there are any. FakeTensorMode (torch.compile) pretends that there is one: tests
+# fork, so the first backward comes before any of it.
 torch.ones(1, requires_grad=True).sum().backward()
 
-# Same examples in every run, so that a red test is red for everybody. `--hypothesis-profile=thorough` looks further.
-hypothesis.settings.register_profile("default", derandomize=True, database=None, deadline=None, max_examples=20)
+# Same examples in every run, so that a red test is red for everybody.
+# `--hypothesis-profile=thorough` looks further.
+hypothesis.settings.register_profile(
+    "default", derandomize=True, database=None, deadline=None, max_examples=20
+)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("default")
 
 _check = jaxtyping.jaxtyped
-_tower = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as in PEP 484
+_tower = beartype.beartype(
+    conf=beartype.BeartypeConf(is_pep484_tower=True)
+)  # an int is a float, as in PEP 484
 
 
 def _jaxtyped(target: Any = None, *, typechecker: Any) -> Any:
-    """`jaxtyping.jaxtyped`, which the import hook puts on every class and function, with four differences.
+    """`jaxtyping.jaxtyped`, which the import hook puts on every class and function, with four
+    differences.
 
-    Under torch.compile and torch.export the plain function is traced: the checks cannot be, and are not in the product.
-    A dataclass that is given a wrong type answers with its own validation, where it has one, as it does to a user.
-    A function inside a function is not checked: its check would be built anew at every call of the outer one.
-    Protocols are made checkable at run time: beartype refuses annotations it cannot test.
+    Under torch.compile and torch.export the plain function is traced: the checks cannot be, and are
+    not in the product. A dataclass that is given a wrong type answers with its own validation,
+    where it has one, as it does to a user. A function inside a function is not checked: its check
+    would be built anew at every call of the outer one. Protocols are made checkable at run time:
+    beartype refuses annotations it cannot test.
     """
     if target is None:
         return functools.partial(_jaxtyped, typechecker=typechecker)
@@ -103,7 +116,9 @@ jaxtyping.jaxtyped = _jaxtyped
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """Each test starts from the same generator states, whatever ran before it, and leaves the thread count alone."""
+    """Each test starts from the same generator states, whatever ran before it, and leaves the
+    thread count alone.
+    """
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -116,7 +131,9 @@ Prepared = Callable[[Any], None]
 
 @pytest.fixture
 def interrupt() -> Callable[[str, int], Prepared]:
-    """Ctrl-C in the middle of a step of a stage: ``train_stages(..., prepared=interrupt("pretrain", 3))``."""
+    """Ctrl-C in the middle of a step of a stage: ``train_stages(..., prepared=interrupt("pretrain",
+    3))``.
+    """
 
     def at(stage: str, step: int) -> Prepared:
         seen = 0

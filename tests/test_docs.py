@@ -41,8 +41,15 @@ def test_the_method_of_the_guide_works() -> None:
     assert objective.student_needs(student).resolve(2).hidden == {1}
 
 
-def test_the_explain_command_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line for block in _blocks("README.md", "") for line in block.splitlines() if line.startswith("vitdistill explain")]
+def test_the_explain_command_of_the_readme_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        line
+        for block in _blocks("README.md", "")
+        for line in block.splitlines()
+        if line.startswith("vitdistill explain")
+    ]
     assert lines
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
@@ -51,7 +58,13 @@ def test_the_explain_command_of_the_readme_runs(tmp_path: Path, capsys: pytest.C
         assert "98 of 196 patches" in capsys.readouterr().out
 
 
-COMMANDS = {"train": TrainFlags, "explain": ExplainFlags, "label": LabelFlags, "eval": EvalFlags, "export": ExportFlags}
+COMMANDS = {
+    "train": TrainFlags,
+    "explain": ExplainFlags,
+    "label": LabelFlags,
+    "eval": EvalFlags,
+    "export": ExportFlags,
+}
 
 
 def test_the_commands_of_the_documents_have_flags_that_exist() -> None:
@@ -59,11 +72,26 @@ def test_the_commands_of_the_documents_have_flags_that_exist() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = page.read_text().replace("--knn ", "--knn 20 ").replace("\\\n", " ")
         fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-        fenced = [line for language, block in fence.findall(text) if not language for line in block.splitlines()]
-        inline = [part for part in re.findall(r"`([^`]+)`", fence.sub("", text)) if "--data-dir " in part]
-        found += [shlex.split(line, comments=True)[1:] for line in (*fenced, *inline) if line.startswith("vitdistill ")]
-    checked = [words for words in found if words[0] != "label" or words[1] in RECIPES]  # not `label status` and the like
-    assert {words[0] for words in checked} == COMMANDS.keys() and ["train", "mae_base"] in [words[:2] for words in checked]
+        fenced = [
+            line
+            for language, block in fence.findall(text)
+            if not language
+            for line in block.splitlines()
+        ]
+        inline = [
+            part for part in re.findall(r"`([^`]+)`", fence.sub("", text)) if "--data-dir " in part
+        ]
+        found += [
+            shlex.split(line, comments=True)[1:]
+            for line in (*fenced, *inline)
+            if line.startswith("vitdistill ")
+        ]
+    checked = [
+        words for words in found if words[0] != "label" or words[1] in RECIPES
+    ]  # not `label status` and the like
+    assert {words[0] for words in checked} == COMMANDS.keys() and ["train", "mae_base"] in [
+        words[:2] for words in checked
+    ]
     for command, *words in checked:
         normalise(COMMANDS[command], words, f"vitdistill {command}")
 
@@ -76,7 +104,11 @@ def test_the_readme_names_every_method_and_the_two_commands() -> None:
 
 
 def test_links_between_the_documents_lead_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+    for page in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -94,4 +126,7 @@ def test_the_sizes_of_the_readme_are_taken(capsys: pytest.CaptureFixture[str]) -
 def test_the_supported_pythons_are_the_tested_ones() -> None:
     readme, project = (ROOT / "README.md").read_text(), (ROOT / "pyproject.toml").read_text()
     minors = sorted(int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", project))
-    assert f"Python 3.{minors[0]} to 3.{minors[-1]};" in readme and f'requires-python = ">=3.{minors[0]}"' in project
+    assert (
+        f"Python 3.{minors[0]} to 3.{minors[-1]};" in readme
+        and f'requires-python = ">=3.{minors[0]}"' in project
+    )

@@ -30,11 +30,24 @@ EXAMPLE = ROOT / "examples" / "own_method"
 PROJECT = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
 ((NAME, TARGET),) = PROJECT["project"]["entry-points"]["vitdistill.methods"].items()
 VIT = "{img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"
-SHORT = ["--epochs", "2", "--warmup-epochs", "0", "-b", "12", "--device", "cpu", "--set", f"student.model_args={VIT}"]
+SHORT = [
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "-b",
+    "12",
+    "--device",
+    "cpu",
+    "--set",
+    f"student.model_args={VIT}",
+]
 
 
 def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("logit_standardisation", EXAMPLE / "logit_standardisation.py")
+    spec = importlib.util.spec_from_file_location(
+        "logit_standardisation", EXAMPLE / "logit_standardisation.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -55,12 +68,16 @@ def install(site: Path) -> None:
         (site / f"{name}.py").write_text((EXAMPLE / f"{name}.py").read_text())
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
     (info / "entry_points.txt").write_text(f"[vitdistill.methods]\n{NAME} = {TARGET}\n")
 
 
 def vitdistill(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, in which the example is installed: entry points are read once a process."""
+    """The command line in a process of its own, in which the example is installed: entry points are
+    read once a process.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     command = [sys.executable, "-m", "vitdistill.cli", *words]
     return subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True)
@@ -68,7 +85,9 @@ def vitdistill(site: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the example installed, images of three colours, and a teacher trained on them."""
+    """A folder with the example installed, images of three colours, and a teacher trained on
+    them.
+    """
     site = tmp_path_factory.mktemp("site")
     install(site)
     generator = np.random.default_rng(0)
@@ -77,9 +96,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = site / "photos" / split / colour
             folder.mkdir(parents=True)
             for k in range(count):
-                pixels = np.clip(np.eye(3)[2 - i] * 255 + generator.normal(0, 40, (16, 16, 3)), 0, 255)
+                pixels = np.clip(
+                    np.eye(3)[2 - i] * 255 + generator.normal(0, 40, (16, 16, 3)), 0, 255
+                )
                 Image.fromarray(pixels.astype("uint8")).save(folder / f"{k:02d}.png")
-    assert main(["train", "small_images_alone", "--data-dir", str(site / "photos"), "--output", str(site / "teacher"), *SHORT]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "small_images_alone",
+                "--data-dir",
+                str(site / "photos"),
+                "--output",
+                str(site / "teacher"),
+                *SHORT,
+            ]
+        )
+        == 0
+    )
     return site
 
 
@@ -90,14 +124,45 @@ def test_the_whole_method_takes_less_than_sixty_lines() -> None:
 
 
 def test_it_is_explained_like_any_other(site: Path) -> None:
-    done = vitdistill(site, "explain", "kd", "--without", "kd", "--with", NAME, "--teacher-model", "deit_small_patch16_224")
+    done = vitdistill(
+        site,
+        "explain",
+        "kd",
+        "--without",
+        "kd",
+        "--with",
+        NAME,
+        "--teacher-model",
+        "deit_small_patch16_224",
+    )
     assert done.returncode == 0, done.stderr
     assert f"1 x {NAME}: T^2 KL(teacher || student) of standardised logits" in done.stdout
 
 
 def test_it_trains_and_its_recipe_names_it(site: Path) -> None:
-    words = ["train", "small_images_kd", "--data-dir", "photos", "--teacher-model", "teacher", "--without", "kd", "--with", NAME]
-    done = vitdistill(site, *words, *SHORT, "--set", f"objectives.{NAME}.weight=9", "--log-every", "1", "--output", "run")
+    words = [
+        "train",
+        "small_images_kd",
+        "--data-dir",
+        "photos",
+        "--teacher-model",
+        "teacher",
+        "--without",
+        "kd",
+        "--with",
+        NAME,
+    ]
+    done = vitdistill(
+        site,
+        *words,
+        *SHORT,
+        "--set",
+        f"objectives.{NAME}.weight=9",
+        "--log-every",
+        "1",
+        "--output",
+        "run",
+    )
     assert done.returncode == 0, done.stderr
     recipe = yaml.safe_load((site / "run" / "recipe.yaml").read_text())
     written = recipe["objectives"][NAME]
@@ -111,16 +176,22 @@ LOGITS = st.lists(st.floats(-20, 20), min_size=12, max_size=12)
 
 
 @given(LOGITS, LOGITS, st.floats(0.25, 8), st.floats(-30, 30))
-def test_the_loss_does_not_see_scale_and_shift(ours: list[float], theirs: list[float], scale: float, shift: float) -> None:
+def test_the_loss_does_not_see_scale_and_shift(
+    ours: list[float], theirs: list[float], scale: float, shift: float
+) -> None:
     student, teacher = torch.tensor(ours).view(3, 4), torch.tensor(theirs).view(3, 4)
     for logits in (student, teacher):
-        logits += torch.tensor([0.0, 2.0, 4.0, 8.0])  # rows that are (nearly) constant have no scale
+        logits += torch.tensor(
+            [0.0, 2.0, 4.0, 8.0]
+        )  # rows that are (nearly) constant have no scale
         if (logits.std(-1) < 1).any():
             return
     method = EXAMPLE_MODULE.LogitStandardisation()
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> float:
-        value: float = method.loss(ViTOutput(logits=student), ViTOutput(logits=teacher), None, None).item()
+        value: float = method.loss(
+            ViTOutput(logits=student), ViTOutput(logits=teacher), None, None
+        ).item()
         return value
 
     expected = loss(student, teacher)
@@ -140,8 +211,14 @@ def test_the_loss_by_hand() -> None:
 
 def test_a_student_that_answers_nothing_yet_gets_a_finite_gradient() -> None:
     student = torch.zeros(2, 5, requires_grad=True)
-    EXAMPLE_MODULE.LogitStandardisation().loss(ViTOutput(logits=student), ViTOutput(logits=torch.randn(2, 5)), None, None).backward()
-    assert student.grad is not None and student.grad.isfinite().all() and student.grad.abs().max() < 1e3
+    EXAMPLE_MODULE.LogitStandardisation().loss(
+        ViTOutput(logits=student), ViTOutput(logits=torch.randn(2, 5)), None, None
+    ).backward()
+    assert (
+        student.grad is not None
+        and student.grad.isfinite().all()
+        and student.grad.abs().max() < 1e3
+    )
 
 
 def test_what_it_cannot_compare_is_refused() -> None:

@@ -1,4 +1,6 @@
-"""Keyed randomness: frozen values, equal in numpy and torch, uniform, and independent of the company."""
+"""Keyed randomness: frozen values, equal in numpy and torch, uniform, and independent of the
+company.
+"""
 
 import numpy as np
 import pytest
@@ -48,19 +50,31 @@ FROZEN_SEED = 9187612033851577075
 def test_torch_gives_the_same_bits(state: list[int], index: int) -> None:
     words = np.array(state, dtype=np.int64)
     ours = keyed.bits(words.view(np.uint64), np.full(len(words), index, dtype=np.int64))
-    theirs = keyed.torch_bits(torch.from_numpy(words), torch.full((len(words),), index, dtype=torch.int64))
+    theirs = keyed.torch_bits(
+        torch.from_numpy(words), torch.full((len(words),), index, dtype=torch.int64)
+    )
     assert ours.view(np.int64).tolist() == theirs.tolist()
     assert keyed.to_torch(ours).tolist() == theirs.tolist()
 
 
-SEEDS = st.one_of(WORDS, st.sampled_from([0, -1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, 2**64 + 5, -(2**70)]))
+SEEDS = st.one_of(
+    WORDS, st.sampled_from([0, -1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, 2**64 + 5, -(2**70)])
+)
 
 
-@given(seed=SEEDS, addresses=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8), stream=st.sampled_from(Stream))
-def test_torch_gives_the_same_keys(seed: int, addresses: list[tuple[int, int]], stream: Stream) -> None:
+@given(
+    seed=SEEDS,
+    addresses=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8),
+    stream=st.sampled_from(Stream),
+)
+def test_torch_gives_the_same_keys(
+    seed: int, addresses: list[tuple[int, int]], stream: Stream
+) -> None:
     views, ids = np.array(addresses, dtype=np.int64).T
     ours = keyed.keys(seed, views, ids, stream)
-    theirs = keyed.torch_keys(seed, torch.from_numpy(views.copy()), torch.from_numpy(ids.copy()), stream)
+    theirs = keyed.torch_keys(
+        seed, torch.from_numpy(views.copy()), torch.from_numpy(ids.copy()), stream
+    )
     assert theirs.dtype is torch.int64 and ours.view(np.int64).tolist() == theirs.tolist()
 
 
@@ -78,20 +92,34 @@ def test_torch_uniforms_are_the_first_24_bits(state: list[int], count: int) -> N
 
 def test_torch_uniforms_are_uniform() -> None:
     ids = torch.arange(20000)
-    u = keyed.torch_uniforms(keyed.torch_keys(0, torch.zeros_like(ids), ids, Stream.OBJECTIVE), 4).double().numpy()
+    u = (
+        keyed.torch_uniforms(keyed.torch_keys(0, torch.zeros_like(ids), ids, Stream.OBJECTIVE), 4)
+        .double()
+        .numpy()
+    )
     counts = np.histogram(u, bins=64, range=(0, 1))[0]
     expected = u.size / 64
     assert ((counts - expected) ** 2 / expected).sum() < 110  # as below
-    assert np.abs(np.corrcoef(u, rowvar=False) - np.eye(4)).max() < 0.03 and abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.03
+    assert (
+        np.abs(np.corrcoef(u, rowvar=False) - np.eye(4)).max() < 0.03
+        and abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.03
+    )
 
 
 def test_torch_keys_are_traced_without_a_graph_break() -> None:
     views, ids = torch.arange(5), torch.arange(5) + 2**40
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda views, ids: keyed.torch_uniforms(keyed.torch_keys(-7, views, ids, Stream.PATCHES), 3), fullgraph=True, backend="eager"
+        lambda views, ids: keyed.torch_uniforms(
+            keyed.torch_keys(-7, views, ids, Stream.PATCHES), 3
+        ),
+        fullgraph=True,
+        backend="eager",
     )
-    assert torch.equal(compiled(views, ids), keyed.torch_uniforms(keyed.torch_keys(-7, views, ids, Stream.PATCHES), 3))
+    assert torch.equal(
+        compiled(views, ids),
+        keyed.torch_uniforms(keyed.torch_keys(-7, views, ids, Stream.PATCHES), 3),
+    )
 
 
 @given(seed=WORDS, view=WORDS, sample=WORDS)
@@ -111,7 +139,9 @@ def test_a_sample_does_not_depend_on_its_company() -> None:
     together = keyed.uniforms(keyed.keys(1, 2, ids, Stream.CROP), 6)
     alone = np.concatenate([keyed.uniforms(keyed.keys(1, 2, int(i), Stream.CROP), 6) for i in ids])
     assert np.array_equal(together, alone)
-    assert np.array_equal(together[:, 2:5], keyed.uniforms(keyed.keys(1, 2, ids, Stream.CROP), 3, start=2))
+    assert np.array_equal(
+        together[:, 2:5], keyed.uniforms(keyed.keys(1, 2, ids, Stream.CROP), 3, start=2)
+    )
 
 
 def test_numbers_are_uniform_and_uncorrelated() -> None:
@@ -119,9 +149,14 @@ def test_numbers_are_uniform_and_uncorrelated() -> None:
     assert u.min() >= 0.0 and u.max() < 1.0
     counts = np.histogram(u, bins=64, range=(0, 1))[0]
     expected = u.size / 64
-    assert ((counts - expected) ** 2 / expected).sum() < 110  # chi-squared, 63 degrees of freedom: p = 0.0002
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 110  # chi-squared, 63 degrees of freedom: p = 0.0002
     correlation = np.corrcoef(np.concatenate([u[:-1], u[1:]], axis=1), rowvar=False) - np.eye(8)
-    assert np.abs(correlation).max() < 1.0 and np.abs(np.corrcoef(u, rowvar=False) - np.eye(4)).max() < 0.03
+    assert (
+        np.abs(correlation).max() < 1.0
+        and np.abs(np.corrcoef(u, rowvar=False) - np.eye(4)).max() < 0.03
+    )
     assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.03
 
 

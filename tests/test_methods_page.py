@@ -34,7 +34,9 @@ WRITTEN = re.split(r"\n(?=## )", PAGE)
 def test_every_method_says_whose_it_is_and_when_to_use_it() -> None:
     for name in METHODS:
         method = method_class(name)
-        assert method.paper and method.use_when, f"{name} lacks paper or use_when (see vitdistill/method.py)"
+        assert method.paper and method.use_when, (
+            f"{name} lacks paper or use_when (see vitdistill/method.py)"
+        )
         assert "\n" not in method.paper + method.use_when and method.use_when.endswith("."), name
 
 
@@ -48,7 +50,9 @@ def test_the_page_is_what_the_code_says(i: int) -> None:
 def test_every_method_stands_in_one_table_and_has_its_paragraph() -> None:
     tables = "".join(WRITTEN[1:6])
     for name in METHODS:
-        assert tables.count(f"| [`{name}`](#{name})") == 1 and PAGE.count(f"\n### `{name}`\n") == 1, OUTDATED
+        assert (
+            tables.count(f"| [`{name}`](#{name})") == 1 and PAGE.count(f"\n### `{name}`\n") == 1
+        ), OUTDATED
     assert tables.count("\n| [`") == len(METHODS), OUTDATED
 
 
@@ -65,11 +69,17 @@ def test_the_commands_of_the_page_are_understood(capsys: pytest.CaptureFixture[s
     assert len(commands) == 4
     for command in commands:
         program, *words = shlex.split(command)
-        assert program == "vitdistill" and main([*words, "--recipe-yaml"]) == 0, (command, capsys.readouterr().err)
+        assert program == "vitdistill" and main([*words, "--recipe-yaml"]) == 0, (
+            command,
+            capsys.readouterr().err,
+        )
 
 
 def test_text_from_docstrings_keeps_its_words_in_markdown() -> None:
-    assert WRITER.prose("the ``x`` of a * b\n    and c < d, `e * f`") == "the `x` of a \\* b and c \\< d, `e * f`"
+    assert (
+        WRITER.prose("the ``x`` of a * b\n    and c < d, `e * f`")
+        == "the `x` of a \\* b and c \\< d, `e * f`"
+    )
     assert WRITER.table([["a", "b|c"], ["1", "2"]]) == "| a | b\\|c |\n|---|---|\n| 1 | 2 |"
 
 

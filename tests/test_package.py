@@ -1,4 +1,6 @@
-"""The package as it is installed: eight dependencies, extras only where they are used, pinned versions with digests."""
+"""The package as it is installed: eight dependencies, extras only where they are used, pinned
+versions with digests.
+"""
 
 import re
 import subprocess
@@ -38,20 +40,36 @@ def test_every_module_imports_with_the_eight_dependencies() -> None:
 def test_there_are_eight_direct_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=\[]", line)[0] for line in project["dependencies"]}
-    assert names == {"torch", "torchvision", "timm", "tyro", "rich", "safetensors", "jaxtyping", "PyYAML"}
+    assert names == {
+        "torch",
+        "torchvision",
+        "timm",
+        "tyro",
+        "rich",
+        "safetensors",
+        "jaxtyping",
+        "PyYAML",
+    }
 
 
 def test_the_version_is_said_once() -> None:
     import vitdistill
 
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == vitdistill.__version__
+    assert (
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+        == vitdistill.__version__
+    )
 
 
 def test_pinned_versions_have_digests_and_no_addresses() -> None:
     text = (ROOT / "requirements" / "constraints.txt").read_text()
     assert "://" not in text
     assert not re.search(r"^\s*-(i|f|-index|-extra-index|-find-links|-trusted)", text, re.MULTILINE)
-    entries = [entry for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if entry and not entry.startswith("#")]
+    entries = [
+        entry
+        for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE)
+        if entry and not entry.startswith("#")
+    ]
     assert len(entries) > 50
     for entry in entries:
         assert re.match(r"[a-z0-9.-]+==\S+", entry), entry.partition("\n")[0]

@@ -1,7 +1,7 @@
 """The errors a user can meet: each is one sentence that says what was wrong, where, and what to do.
 
-The command line prints the sentence and leaves with the error's exit code (BSD ``sysexits`` numbers); a library user catches
-[`UserError`][vitdistill.errors.UserError].
+The command line prints the sentence and leaves with the error's exit code (BSD ``sysexits``
+numbers); a library user catches [`UserError`][vitdistill.errors.UserError].
 """
 
 
@@ -20,7 +20,8 @@ class DataError(UserError):
     """Input data is damaged or does not fit: images, weights, checkpoints, class lists.
 
     Attributes:
-        image: where one image of a source cannot be read, the names of the source and of the image in it.
+        image: where one image of a source cannot be read, the names of the source and of the image
+            in it.
     """
 
     exit_code = 65

@@ -1,12 +1,14 @@
-"""Randomness we own: every random number is a pure function of what it is for, never of what was drawn before.
+"""Randomness we own: every random number is a pure function of what it is for, never of what was
+drawn before.
 
-A number is addressed by ``(seed, view, sample id, stream, index)``. The first four are folded into a 64-bit key, and
-the key is the state of a SplitMix64 generator of which ``index`` picks one output. So a sample's view is the same
-whoever loads it, in whatever order, in any process, and a run can start anywhere. Parameters are drawn in numpy on
-the host (a few numbers an image); pixel noise is drawn in torch on the device by the same integer arithmetic.
+A number is addressed by ``(seed, view, sample id, stream, index)``. The first four are folded into
+a 64-bit key, and the key is the state of a SplitMix64 generator of which ``index`` picks one
+output. So a sample's view is the same whoever loads it, in whatever order, in any process, and a
+run can start anywhere. Parameters are drawn in numpy on the host (a few numbers an image); pixel
+noise is drawn in torch on the device by the same integer arithmetic.
 
-Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the mixing function is
-Stafford's Mix13).
+Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the
+mixing function is Stafford's Mix13).
 """
 
 from enum import IntEnum
@@ -28,7 +30,9 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Stream(IntEnum):
-    """What a random number is for; a new purpose gets a new number, and none is ever used again for another."""
+    """What a random number is for; a new purpose gets a new number, and none is ever used again for
+    another.
+    """
 
     ORDER = 1
     LIBRARIES = 2
@@ -57,7 +61,9 @@ def _fold(state: U64, value: U64) -> U64:
 
 
 def _word(value: int | np.ndarray) -> U64:
-    """``value`` modulo 2**64 as an array of at least one element (numpy scalars would warn on overflow)."""
+    """``value`` modulo 2**64 as an array of at least one element (numpy scalars would warn on
+    overflow).
+    """
     if isinstance(value, int):
         return np.array([value & _MASK], dtype=np.uint64)
     return np.atleast_1d(value).astype(np.int64).view(np.uint64)
@@ -77,14 +83,20 @@ def bits(keys: U64, index: int | np.ndarray) -> U64:
 
 
 def uniforms(keys: U64, count: int, start: int = 0) -> F64:
-    """Uniform numbers in [0, 1), shape (B, ``count``): indices ``start`` to ``start + count - 1`` of every key."""
+    """Uniform numbers in [0, 1), shape (B, ``count``): indices ``start`` to ``start + count - 1``
+    of every key.
+    """
     index = np.arange(start, start + count, dtype=np.int64)
-    numbers: F64 = (bits(keys[:, None], index[None, :]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: F64 = (bits(keys[:, None], index[None, :]) >> np.uint64(11)).astype(
+        np.float64
+    ) * 2.0**-53
     return numbers
 
 
 def normals(keys: U64, count: int, start: int = 0) -> F64:
-    """Standard normal numbers, shape (B, ``count``), by Box-Muller; each takes two indices, from ``start`` on."""
+    """Standard normal numbers, shape (B, ``count``), by Box-Muller; each takes two indices, from
+    ``start`` on.
+    """
     pairs = uniforms(keys, 2 * count, start).reshape(len(keys), count, 2)
     radius = np.sqrt(-2.0 * np.log1p(-pairs[..., 0]))
     numbers: F64 = radius * np.cos(2.0 * np.pi * pairs[..., 1])
@@ -93,7 +105,9 @@ def normals(keys: U64, count: int, start: int = 0) -> F64:
 
 def permutation(seed: int, view: int, size: int, stream: Stream = Stream.ORDER) -> I64:
     """A random order of ``range(size)``: sample ids sorted by their keys."""
-    return np.argsort(keys(seed, view, np.arange(size, dtype=np.int64), stream), kind="stable").astype(np.int64)
+    return np.argsort(
+        keys(seed, view, np.arange(size, dtype=np.int64), stream), kind="stable"
+    ).astype(np.int64)
 
 
 def torch_seed(seed: int, view: int, sample_id: int) -> int:
@@ -126,7 +140,9 @@ def torch_bits(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Int
     return _torch_mix(keys + (index + 1) * _signed(_GOLDEN))
 
 
-def torch_keys(seed: int, views: Int[Tensor, " B"], sample_ids: Int[Tensor, " B"], stream: Stream) -> Int[Tensor, " B"]:
+def torch_keys(
+    seed: int, views: Int[Tensor, " B"], sample_ids: Int[Tensor, " B"], stream: Stream
+) -> Int[Tensor, " B"]:
     """`keys` in torch: equal 64-bit patterns, on the tensors' device."""
     golden = _signed(_GOLDEN)
     start = _fold_int(_fold_int(0, seed & _MASK), int(stream))
@@ -143,14 +159,20 @@ def _fold_int(state: int, value: int) -> int:
 
 
 def torch_uniforms(keys: Int[Tensor, " B"], count: int) -> Float[Tensor, "B {count}"]:
-    """Uniform float32 numbers in [0, 1): the first 24 bits of each key's outputs 0 to ``count - 1``."""
+    """Uniform float32 numbers in [0, 1): the first 24 bits of each key's outputs 0 to ``count -
+    1``.
+    """
     index = torch.arange(count, device=keys.device).expand(len(keys), count)
     word = torch_bits(keys[:, None].expand(len(keys), count), index)
     return _shift(word, 40).float() * 2.0**-24
 
 
-def torch_normals(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Standard normal float32 numbers, one an address; devices agree up to rounding of log and cos."""
+def torch_normals(
+    keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Standard normal float32 numbers, one an address; devices agree up to rounding of log and
+    cos.
+    """
     word = torch_bits(keys, index)
     radius = (_shift(word, 40).float() + 0.5) * 2.0**-24
     angle = (word & 0xFFFFFF).float() * (2.0 * torch.pi * 2.0**-24)

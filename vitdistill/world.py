@@ -1,8 +1,9 @@
 """The processes of a run: one is not a special case, torchrun's many share the global batch.
 
-Whatever can fail on one process alone (a damaged image, a refused folder, a full disk) is met together: every process learns of it and
-leaves with the same sentence, so that none is left waiting for the others. Such an error is marked as agreed upon, and the command line
-prints it once; what a process meets alone it says itself.
+Whatever can fail on one process alone (a damaged image, a refused folder, a full disk) is met
+together: every process learns of it and leaves with the same sentence, so that none is left waiting
+for the others. Such an error is marked as agreed upon, and the command line prints it once; what a
+process meets alone it says itself.
 """
 
 import os
@@ -22,7 +23,14 @@ T = TypeVar("T")
 Error = TypeVar("Error", bound=UserError)
 
 # What torch says, as a plain RuntimeError, when a peer is gone: gloo's words, then NCCL's.
-_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout", "NCCL")
+_PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "NCCL",
+)
 
 
 class ProcessLost(UserError):
@@ -52,7 +60,9 @@ class World:
         return self.rank == 0
 
     def any(self, *flags: bool) -> list[bool]:
-        """Which of the flags is set on any process; one small reduction between the hosts, none for one process."""
+        """Which of the flags is set on any process; one small reduction between the hosts, none for
+        one process.
+        """
         if self.size == 1:
             return list(flags)
         merged = torch.tensor(flags, dtype=torch.int32)
@@ -92,7 +102,9 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave the block together: a user error of one process in it is raised on all of them. Nothing in it may meet."""
+        """Leave the block together: a user error of one process in it is raised on all of them.
+        Nothing in it may meet.
+        """
         failure: UserError | None = None
         try:
             yield
@@ -110,7 +122,9 @@ class World:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """``auto``: this process's GPU if there is one, else the CPU; raises `ConfigError` for a device that is not there."""
+    """``auto``: this process's GPU if there is one, else the CPU; raises `ConfigError` for a device
+    that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -118,17 +132,32 @@ def choose_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"the device {name!r} is not one this can train on: choose auto, cpu, cuda or cuda:N")
+        raise ConfigError(
+            f"the device {name!r} is not one this can train on: choose auto, cpu, cuda or cuda:N"
+        )
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"the device {name!r} was asked for, but this machine's torch sees no GPU: use --device cpu")
-        num_gpus, num_local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            raise ConfigError(
+                f"the device {name!r} was asked for, but this machine's torch sees no GPU: use"
+                " --device cpu"
+            )
+        num_gpus, num_local = (
+            torch.cuda.device_count(),
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
         if num_local > 1 and device.index is not None:
-            raise ConfigError(f"the device {name!r} was asked for by {num_local} processes, and each needs its own: use --device cuda")
+            raise ConfigError(
+                f"the device {name!r} was asked for by {num_local} processes, and each needs its"
+                " own: use --device cuda"
+            )
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
-        # Every process looks at the largest index, so that all of them stop, and not only those without a GPU.
+        # Every process looks at the largest index, so that all of them stop, and not only those
+        # without a GPU.
         if max(index, num_local - 1) >= num_gpus:
-            raise ConfigError(f"the device cuda:{max(index, num_local - 1)} is needed, and the last GPU here is cuda:{num_gpus - 1}")
+            raise ConfigError(
+                f"the device cuda:{max(index, num_local - 1)} is needed, and the last GPU here is"
+                f" cuda:{num_gpus - 1}"
+            )
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return device
@@ -157,8 +186,8 @@ def world(device: str = "auto") -> Iterator[World]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise ProcessLost(
-            f"another process of this run died or does not answer ({reason}): its own message says why, and the same command goes on "
-            "from what was saved"
+            f"another process of this run died or does not answer ({reason}): its own message says"
+            " why, and the same command goes on from what was saved"
         ) from error
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,6 @@
-"""The command line as a new user meets it: each mistake ends in one sentence, the right exit code, and no file changed."""
+"""The command line as a new user meets it: each mistake ends in one sentence, the right exit code,
+and no file changed.
+"""
 
 import hashlib
 import json
@@ -33,7 +35,9 @@ VIT = "student.model_args={img_size: 16, patch_size: 4, embed_dim: 24, depth: 2,
 SHORT = ["--epochs", "2", "--warmup-epochs", "0", "-b", "12", "--device", "cpu", "--set", VIT]
 
 
-def write_images(root: Path, classes: dict[str, tuple[int, int, int]] = COLOURS, train: int = 12, val: int = 20) -> Path:
+def write_images(
+    root: Path, classes: dict[str, tuple[int, int, int]] = COLOURS, train: int = 12, val: int = 20
+) -> Path:
     generator = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for name, colour in classes.items():
@@ -48,7 +52,9 @@ def tree(root: Path) -> dict[str, str]:
     """Every file's digest, every folder, and the target of every link."""
     found = {}
     for path in sorted(root.rglob("*")):
-        found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[str(path.relative_to(root))] = (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        )
     return found
 
 
@@ -60,7 +66,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(root)
     try:
-        assert main(["train", "small_images_alone", "--data-dir", "photos", "--output", "runs/teacher", *SHORT]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    "small_images_alone",
+                    "--data-dir",
+                    "photos",
+                    "--output",
+                    "runs/teacher",
+                    *SHORT,
+                ]
+            )
+            == 0
+        )
     finally:
         os.chdir(before)
     return root
@@ -93,7 +112,9 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         captured = capsys.readouterr()
         assert found == code, captured.err
         assert captured.err.endswith("\n") and captured.err.count("\n") == 1, captured.err
-        assert captured.err.startswith("vitdistill") and "Traceback" not in captured.err + captured.out
+        assert (
+            captured.err.startswith("vitdistill") and "Traceback" not in captured.err + captured.out
+        )
         assert tree(here) == before
         return captured.err
 
@@ -101,14 +122,25 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 def kd(*words: str) -> list[str]:
-    return ["train", "small_images_maskedkd", "--data-dir", "photos", "--teacher-model", "runs/teacher", *SHORT, *words]
+    return [
+        "train",
+        "small_images_maskedkd",
+        "--data-dir",
+        "photos",
+        "--teacher-model",
+        "runs/teacher",
+        *SHORT,
+        *words,
+    ]
 
 
-# --- help ------------------------------------------------------------------------------------------------------------------------
+# --- help ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
-def test_the_overview_names_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_overview_names_every_command(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert all(f"\n  {name} " in printed for name in COMMANDS)
@@ -131,17 +163,21 @@ def test_every_command_has_help_that_fits_80_columns(
     assert "{None}" not in printed
 
 
-def test_the_help_lists_recipes_and_shows_the_defaults_of_the_one_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_lists_recipes_and_shows_the_defaults_of_the_one_that_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["train", "small_images_kd", "--lr", "1", "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert all(f" {name} " in printed for name in RECIPES)
     assert "Defaults below are those of the recipe 'small_images_kd'" in printed
     assert main(["train", "--help", "small_images_kd"]) == 0
     printed = capsys.readouterr().out
-    assert "(default: 128)" in printed and "have no effect: --keep-rate, --num-keep." in " ".join(printed.split())
+    assert "(default: 128)" in printed and "have no effect: --keep-rate, --num-keep." in " ".join(
+        printed.split()
+    )
 
 
-# --- flags -----------------------------------------------------------------------------------------------------------------------
+# --- flags ---------------------------------------------------------------------------------------
 
 MISTYPED = [
     (["trian"], "there is no command 'trian': did you mean 'train'?"),
@@ -158,22 +194,33 @@ MISTYPED = [
     (["train", "kd", "--lr", "--epochs", "3"], "--lr needs a value"),
     (["train", "kd", "--amp-dtype"], "--amp-dtype needs a value (auto|float32|bfloat16|float16)"),
     (["train", "kd", "--lr", "1", "--lr", "2"], "--lr is given twice"),
-    (["train", "kd", "--temperature", "1", "--distillation-tau", "2"], "--temperature is given twice"),
+    (
+        ["train", "kd", "--temperature", "1", "--distillation-tau", "2"],
+        "--temperature is given twice",
+    ),
     (["train", "kd", "again"], "'again' is not expected here"),
     (["train", "kd", "--set", "lr"], "--set 'lr' has no '='"),
     (["train", "kd", "--set"], "--set needs a value"),
     (["explain", "kd", "--time=yes"], "--time takes no value"),
     (["eval"], "MODEL is missing"),
     (["eval", "runs/teacher"], "--data-dir is missing"),
-    (["eval", "runs/teacher", "--data-dir", "photos", "--split", "test"], "--split is 'test': choose from 'val', 'train'"),
-    (["eval", "runs/teacher", "--data-dir", "photos", "-b", "none"], "--batch-size is 'none': a whole number is needed"),
+    (
+        ["eval", "runs/teacher", "--data-dir", "photos", "--split", "test"],
+        "--split is 'test': choose from 'val', 'train'",
+    ),
+    (
+        ["eval", "runs/teacher", "--data-dir", "photos", "-b", "none"],
+        "--batch-size is 'none': a whole number is needed",
+    ),
     (["export"], "RUN is missing"),
     (["demo", "--ouput", "x"], "did you mean --output?"),
 ]
 
 
 @pytest.mark.parametrize(("words", "sentence"), MISTYPED)
-def test_a_mistyped_command_is_answered_with_what_was_meant(words: list[str], sentence: str, refused: Refused) -> None:
+def test_a_mistyped_command_is_answered_with_what_was_meant(
+    words: list[str], sentence: str, refused: Refused
+) -> None:
     assert sentence in refused(*words, code=USAGE)
 
 
@@ -183,21 +230,42 @@ IDLE = [
     (["train", "alone", "--teacher-model", "runs/teacher"], "this recipe has no teacher"),
     (["train", "alone", "--reorder-classes"], "this recipe has no teacher"),
     (["train", "alone", "--temperature", "2"], "this recipe has no objective 'kd', only ce"),
-    (["train", "hard_kd", "--temperature", "2"], "HardKD, this recipe's objective 'kd', has no temperature"),
+    (
+        ["train", "hard_kd", "--temperature", "2"],
+        "HardKD, this recipe's objective 'kd', has no temperature",
+    ),
     (["train", "kd", "--without", "ce", "--smoothing", "0.1"], "no objective 'ce', only kd"),
     (["train", "--keep-rate", "0.5", "--num-keep", "8"], "--keep-rate and --num-keep both say"),
     (["train", "kd", "--momentum", "0.5"], "the optimizer adamw has none"),
-    (["train", "kd", "--min-lr", "0.1", "--sched", "none", "--warmup-epochs", "0"], "--min-lr cannot take effect"),
-    (["train", "kd", "--warmup-lr", "0.1", "--warmup-epochs", "0"], "--warmup-lr cannot take effect"),
-    (["train", "kd", "--distillation-alpha", "0.5", "--kd-weight", "1"], "--distillation-alpha sets both weights"),
+    (
+        ["train", "kd", "--min-lr", "0.1", "--sched", "none", "--warmup-epochs", "0"],
+        "--min-lr cannot take effect",
+    ),
+    (
+        ["train", "kd", "--warmup-lr", "0.1", "--warmup-epochs", "0"],
+        "--warmup-lr cannot take effect",
+    ),
+    (
+        ["train", "kd", "--distillation-alpha", "0.5", "--kd-weight", "1"],
+        "--distillation-alpha sets both weights",
+    ),
     (["train", "alone", "--distillation-alpha", "0.5"], "does not have both"),
     (["train", "kd", "--distillation-alpha", "1"], "give a number between 0 and 1"),
     (["train", "kd", "--lr", "1", "--set", "optim.lr=2"], "optim.lr is set twice"),
-    (["train", "kd", "--img-size", "32", "--set", "student.image_size=64"], "student.image_size is set twice"),
-    (["train", "small_images_kd", "--img-size", "64", "--set", "student.model_args={}"], "student.model_args.img_size is set twice"),
+    (
+        ["train", "kd", "--img-size", "32", "--set", "student.image_size=64"],
+        "student.image_size is set twice",
+    ),
+    (
+        ["train", "small_images_kd", "--img-size", "64", "--set", "student.model_args={}"],
+        "student.model_args.img_size is set twice",
+    ),
     (["train", "kd", "--without", "selector"], "no such part, only ce, kd, teacher"),
     (["train", "kd", "--with", "kd"], "has an objective of that name already"),
-    (["train", "kd", "--with", "kd:cnn", "kd:cnn"], "--with kd:cnn: the recipe has an objective of that name already"),
+    (
+        ["train", "kd", "--with", "kd:cnn", "kd:cnn"],
+        "--with kd:cnn: the recipe has an objective of that name already",
+    ),
     (["train", "kd", "--with", "ce:cnn"], "--with ce:cnn: ce reads no teacher"),
     (["explain", "kd", "--device", "cpu"], "only --time runs anything on a device"),
     (["explain", "kd", "--time", "--recipe-yaml"], "give one of them"),
@@ -205,7 +273,9 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), IDLE)
-def test_a_flag_that_cannot_take_effect_is_refused(words: list[str], sentence: str, refused: Refused) -> None:
+def test_a_flag_that_cannot_take_effect_is_refused(
+    words: list[str], sentence: str, refused: Refused
+) -> None:
     assert sentence in refused(*words, code=USAGE)
 
 
@@ -222,8 +292,14 @@ WRONG = [
     (["train", "--set", "optim.lr=["], "the value of --set optim.lr, line 1 is not valid YAML"),
     (["train", "--set", "objectives.kd.method=kdd"], "did you mean 'kd'"),
     (["train", "--epochs", "0"], "train.epochs is 0"),
-    (["train", "alone", "--seed", "99999999999999999999"], "train.seed is 99999999999999999999: it has to be from -2**63 to 2**64 - 1"),
-    (["train", "alone", "--set", "masking.mask_rate=0.5"], "the recipe has no masking: add one first (--with random_masking)"),
+    (
+        ["train", "alone", "--seed", "99999999999999999999"],
+        "train.seed is 99999999999999999999: it has to be from -2**63 to 2**64 - 1",
+    ),
+    (
+        ["train", "alone", "--set", "masking.mask_rate=0.5"],
+        "the recipe has no masking: add one first (--with random_masking)",
+    ),
     (["train", "--epochs", "3"], "warm up for fewer than the run has (--warmup-epochs)"),
     (["train", "--lr", "none"], "optim.lr in the command line is None"),
     (["train", "--mixup", "-1"], "mixup is -1.0"),
@@ -231,22 +307,40 @@ WRONG = [
     (["train", "--color-jitter", "0.3"], "color_jitter has no effect together with aa"),
     (["train", "alone"], "no images are named: give --data-dir"),
     (["explain", "kd"], "the teacher has no model: name one with --teacher-model"),
-    (["explain", "kd", "--teacher-model", "deit_smal_patch16_224"], "did you mean deit_small_patch16_224"),
-    (["explain", "--model", "vit_tinny_patch16_224", "--teacher-model", "vit_base_patch16_224"], "did you mean vit_tiny_patch16_224"),
+    (
+        ["explain", "kd", "--teacher-model", "deit_smal_patch16_224"],
+        "did you mean deit_small_patch16_224",
+    ),
+    (
+        ["explain", "--model", "vit_tinny_patch16_224", "--teacher-model", "vit_base_patch16_224"],
+        "did you mean vit_tiny_patch16_224",
+    ),
     (["explain", "--teacher-model", "no/such"], "There is no folder no/such"),
     (
         ["explain", "--teacher-model", "resnet18"],
         "resnet18) cannot be shown a subset of its patches: MaskedKD needs a plain ViT as teacher",
     ),
-    (["explain", "--model", "resnet18", "--teacher-model", "vit_tiny_patch16_224"], "resnet18 has none: take a plain ViT as student"),
-    (["explain", "--teacher-model", "vit_tiny_patch16_224", "--num-keep", "197"], "num_keep is 197, but the teacher has only 196"),
+    (
+        ["explain", "--model", "resnet18", "--teacher-model", "vit_tiny_patch16_224"],
+        "resnet18 has none: take a plain ViT as student",
+    ),
+    (
+        ["explain", "--teacher-model", "vit_tiny_patch16_224", "--num-keep", "197"],
+        "num_keep is 197, but the teacher has only 196",
+    ),
     (["explain", "alone", "--set", "student.model_args.dept=3"], "takes no argument 'dept'"),
     (["explain", "alone", "--img-size", "100"], "100 x 100"),
     (["explain", "alone", "--img-size", "-16"], "-16"),
-    (["explain", "kd", "--without", "kd", "--teacher-model", "vit_tiny_patch16_224"], "no objective reads the teacher 'teacher'"),
+    (
+        ["explain", "kd", "--without", "kd", "--teacher-model", "vit_tiny_patch16_224"],
+        "no objective reads the teacher 'teacher'",
+    ),
     (["explain", "alone", "--with", "maskedkd"], "no teacher runs"),
     (["explain", "kd", "--with", "kdd:cnn"], "there is no method 'kdd': did you mean 'kd'"),
-    (["explain", "kd", "--teacher-model", "vit_tiny_patch16_224", "--with", "kd:cnn"], "the cnn has no model"),
+    (
+        ["explain", "kd", "--teacher-model", "vit_tiny_patch16_224", "--with", "kd:cnn"],
+        "the cnn has no model",
+    ),
     (
         ["explain", "kd", "--teacher-model", "vit_tiny_patch16_224", "--with", "maskedkd:vit"],
         "MaskedKD is to choose for a teacher named 'vit', but the teachers are teacher",
@@ -257,9 +351,18 @@ WRONG = [
     (["export", "runs/teacher", "--output", "photos"], "photos"),
     (["export", "runs/teacher", "--onnx", "photos"], "photos exists already"),
     (["eval", "nowhere/at/all", "--data-dir", "photos"], "There is no folder nowhere/at/all"),
-    (["eval", "vit_tiny_patch16_224", "--data-dir", "photos"], "would have random weights: give --model-path FILE, --pretrained"),
-    (["eval", "vit_tinny_patch16_224", "--data-dir", "photos"], "did you mean vit_tiny_patch16_224"),
-    (["eval", "runs/teacher", "--data-dir", "photos", "--teacher-path", "x.pth"], "no effect without --teacher-model"),
+    (
+        ["eval", "vit_tiny_patch16_224", "--data-dir", "photos"],
+        "would have random weights: give --model-path FILE, --pretrained",
+    ),
+    (
+        ["eval", "vit_tinny_patch16_224", "--data-dir", "photos"],
+        "did you mean vit_tiny_patch16_224",
+    ),
+    (
+        ["eval", "runs/teacher", "--data-dir", "photos", "--teacher-path", "x.pth"],
+        "no effect without --teacher-model",
+    ),
     (["eval", "runs/teacher", "--data-dir", "photos", "--batch-size", "0"], "--batch-size is 0"),
     (["eval", "runs/teacher", "--data-dir", "photos", "--workers", "-1"], "workers"),
     (["eval", "runs/teacher", "--data-dir", "photos", "--device", "gpu"], "gpu"),
@@ -267,16 +370,28 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), WRONG)
-def test_a_setting_that_cannot_work_is_refused(words: list[str], sentence: str, refused: Refused) -> None:
+def test_a_setting_that_cannot_work_is_refused(
+    words: list[str], sentence: str, refused: Refused
+) -> None:
     assert sentence in refused(*words, code=CONFIG)
 
 
 def test_an_unknown_optimizer_gets_a_suggestion_and_changes_no_file(refused: Refused) -> None:
-    assert "there is no optimizer 'adamww': did you mean 'adamw'" in refused(*kd("--opt", "adamww"), code=CONFIG)
+    assert "there is no optimizer 'adamww': did you mean 'adamw'" in refused(
+        *kd("--opt", "adamww"), code=CONFIG
+    )
     assert "optim.opt_args" in refused(*kd("--set", "optim.opt_args.epsilon=1e-8"), code=CONFIG)
 
 
-spellings = sorted({name for flag in flags_of(ExplainFlags) for name in (flag.name, *flag.aliases) if name.startswith("-")} - {"--time"})
+spellings = sorted(
+    {
+        name
+        for flag in flags_of(ExplainFlags)
+        for name in (flag.name, *flag.aliases)
+        if name.startswith("-")
+    }
+    - {"--time"}
+)
 values = [
     "",
     "0",
@@ -298,12 +413,17 @@ values = [
     "maskedkd",
     "é",
 ]
-sentences = st.lists(st.one_of(st.sampled_from(spellings), st.sampled_from(values), st.sampled_from([*RECIPES])), max_size=6)
+sentences = st.lists(
+    st.one_of(st.sampled_from(spellings), st.sampled_from(values), st.sampled_from([*RECIPES])),
+    max_size=6,
+)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=sentences)
-def test_no_words_whatsoever_end_in_a_traceback(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_words_whatsoever_end_in_a_traceback(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     code = main(["explain", *words, "--recipe-yaml"])
     printed, errors = capsys.readouterr()
@@ -313,7 +433,7 @@ def test_no_words_whatsoever_end_in_a_traceback(words: list[str], capsys: pytest
         assert code in (USAGE, CONFIG) and errors.count("\n") == 1 and printed == ""
 
 
-# --- data ------------------------------------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
 def on(folder: str) -> list[str]:
@@ -329,7 +449,10 @@ def test_no_such_folder(refused: Refused) -> None:
 def test_no_split(here: Path, refused: Refused) -> None:
     (here / "flat" / "red").mkdir(parents=True)
     sentence = refused(*on("flat"), code=DATA)
-    assert "has no 'train' folder; found 'red': put the class folders into flat/train/ and about a tenth" in sentence
+    assert (
+        "has no 'train' folder; found 'red': put the class folders into flat/train/ and about a"
+        " tenth" in sentence
+    )
 
 
 def test_an_empty_class_folder(here: Path, refused: Refused) -> None:
@@ -346,11 +469,17 @@ def test_classes_that_differ_between_the_splits(here: Path, refused: Refused) ->
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"", "empty (0 bytes)"), (b"\x89PNG\r\n\x1a\n" + b"x" * 50, "03.png"), (b"<html>not found</html>", "03.png")],
+    [
+        (b"", "empty (0 bytes)"),
+        (b"\x89PNG\r\n\x1a\n" + b"x" * 50, "03.png"),
+        (b"<html>not found</html>", "03.png"),
+    ],
     ids=["zero-byte", "corrupt", "a web page"],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_damaged_image_is_named(split: str, content: bytes, sentence: str, here: Path, refused: Refused) -> None:
+def test_a_damaged_image_is_named(
+    split: str, content: bytes, sentence: str, here: Path, refused: Refused
+) -> None:
     shutil.copytree(here / "photos", here / "odd")
     (here / "odd" / split / "red" / "03.png").write_bytes(content)
     words = kd("--output", "runs/new")
@@ -380,7 +509,22 @@ def test_unusual_images_are_read_right(here: Path, capsys: pytest.CaptureFixture
         plain.quantize().save(odd / name / "palette.png")
     grey = Image.fromarray(np.full((16, 16), 30_000, dtype=np.uint16))
     grey.save(odd / "red" / "sixteen.png")
-    assert main(["eval", "runs/teacher", "--data-dir", "odd", "--workers", "0", "--device", "cpu", "--json"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "runs/teacher",
+                "--data-dir",
+                "odd",
+                "--workers",
+                "0",
+                "--device",
+                "cpu",
+                "--json",
+            ]
+        )
+        == 0
+    )
     scores = json.loads(capsys.readouterr().out)
     assert scores["num_samples"] == 13 and scores["top1"] >= 12 / 13
     source = open_source("odd", "val")
@@ -388,7 +532,7 @@ def test_unusual_images_are_read_right(here: Path, capsys: pytest.CaptureFixture
     assert np.asarray(source.load(sixteen)).mean() == pytest.approx(30_000 / 257, abs=1)
 
 
-# --- teachers ----------------------------------------------------------------------------------------------------------------------
+# --- teachers ------------------------------------------------------------------------------------
 
 
 def renamed(here: Path, name: str, classes: list[str]) -> str:
@@ -401,13 +545,28 @@ def renamed(here: Path, name: str, classes: list[str]) -> str:
 
 
 def with_teacher(folder: str, *words: str) -> list[str]:
-    return ["train", "small_images_kd", "--data-dir", "photos", "--teacher-model", folder, "--output", "runs/new", *SHORT, *words]
+    return [
+        "train",
+        "small_images_kd",
+        "--data-dir",
+        "photos",
+        "--teacher-model",
+        folder,
+        "--output",
+        "runs/new",
+        *SHORT,
+        *words,
+    ]
 
 
 def test_a_teacher_of_other_classes_is_refused(here: Path, refused: Refused) -> None:
     folder = renamed(here, "other", ["blue", "green", "violet"])
-    assert "does not know 1 of the data set's 3 classes ('red')" in refused(*with_teacher(folder), code=CONFIG)
-    assert "('red')" in refused("eval", folder, "--data-dir", "photos", "--device", "cpu", code=CONFIG)
+    assert "does not know 1 of the data set's 3 classes ('red')" in refused(
+        *with_teacher(folder), code=CONFIG
+    )
+    assert "('red')" in refused(
+        "eval", folder, "--data-dir", "photos", "--device", "cpu", code=CONFIG
+    )
 
 
 def test_a_teacher_of_another_class_order_is_refused_unless_asked_for(
@@ -416,12 +575,19 @@ def test_a_teacher_of_another_class_order_is_refused_unless_asked_for(
     folder = renamed(here, "other", ["green", "red", "blue"])
     assert "pass --reorder-classes" in refused(*with_teacher(folder), code=CONFIG)
     # Taken at its word it answers wrongly now, and the preflight sees that too.
-    assert "which is not above chance (33.3% for 3 classes)" in refused(*with_teacher(folder, "--reorder-classes"), code=CONFIG)
+    assert "which is not above chance (33.3% for 3 classes)" in refused(
+        *with_teacher(folder, "--reorder-classes"), code=CONFIG
+    )
     state = safetensors.torch.load_file(here / folder / "model.safetensors")
-    state["head.weight"], state["head.bias"] = state["head.weight"][[1, 2, 0]], state["head.bias"][[1, 2, 0]]
+    state["head.weight"], state["head.bias"] = (
+        state["head.weight"][[1, 2, 0]],
+        state["head.bias"][[1, 2, 0]],
+    )
     safetensors.torch.save_file(state, here / folder / "model.safetensors", {"format": "pt"})
     config = json.loads((here / folder / "config.json").read_text())
-    config["vitdistill"]["weights_sha256"] = hashlib.sha256((here / folder / "model.safetensors").read_bytes()).hexdigest()
+    config["vitdistill"]["weights_sha256"] = hashlib.sha256(
+        (here / folder / "model.safetensors").read_bytes()
+    ).hexdigest()
     (here / folder / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
     assert main(with_teacher(folder, "--reorder-classes")) == 0
@@ -430,21 +596,45 @@ def test_a_teacher_of_another_class_order_is_refused_unless_asked_for(
 
 
 def test_a_teacher_with_random_weights_is_refused(here: Path, refused: Refused) -> None:
-    assert "would have random weights" in refused(*with_teacher("vit_tiny_patch16_224"), code=CONFIG)
+    assert "would have random weights" in refused(
+        *with_teacher("vit_tiny_patch16_224"), code=CONFIG
+    )
     torch.manual_seed(0)
-    model = create_model("vit_tiny_patch16_224", num_classes=3, img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2)
+    model = create_model(
+        "vit_tiny_patch16_224",
+        num_classes=3,
+        img_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+    )
     torch.nn.init.zeros_(model.head.weight)
     safetensors.torch.save_file(model.state_dict(), here / "random.safetensors")
     args = "{img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"
-    words = with_teacher("vit_tiny_patch16_224", "--teacher-path", "random.safetensors", "--set", f"teachers.teacher.model_args={args}")
+    words = with_teacher(
+        "vit_tiny_patch16_224",
+        "--teacher-path",
+        "random.safetensors",
+        "--set",
+        f"teachers.teacher.model_args={args}",
+    )
     assert "which is not above chance (33.3% for 3 classes)" in refused(*words, code=CONFIG)
 
 
-def test_a_teachers_own_file_needs_no_word_about_its_classes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teachers_own_file_needs_no_word_about_its_classes(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = safetensors.torch.load_file(here / "runs" / "teacher" / "last" / "model.safetensors")
     torch.save({"model": state}, here / "mine.pth")
     args = "{img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"
-    words = with_teacher("vit_tiny_patch16_224", "--teacher-path", "mine.pth", "--set", f"teachers.teacher.model_args={args}")
+    words = with_teacher(
+        "vit_tiny_patch16_224",
+        "--teacher-path",
+        "mine.pth",
+        "--set",
+        f"teachers.teacher.model_args={args}",
+    )
     assert main(words) == 0
     assert "it carries no class names" in capsys.readouterr().out
 
@@ -457,7 +647,9 @@ class Canary:
 
 
 @pytest.mark.parametrize("flag", ["--teacher-path", "--model-path"])
-def test_a_pickle_offered_as_weights_is_not_executed(flag: str, here: Path, refused: Refused) -> None:
+def test_a_pickle_offered_as_weights_is_not_executed(
+    flag: str, here: Path, refused: Refused
+) -> None:
     torch.save({"model": Canary()}, here / "evil.pth")
     args = "{img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"
     words = with_teacher("vit_tiny_patch16_224", "--set", f"teachers.teacher.model_args={args}")
@@ -477,24 +669,37 @@ def test_a_pickle_offered_as_weights_is_not_executed(flag: str, here: Path, refu
         (b"\x80\x02hello", "not a PyTorch file"),
     ],
 )
-def test_weights_that_are_none(content: bytes | None, sentence: str, here: Path, refused: Refused) -> None:
+def test_weights_that_are_none(
+    content: bytes | None, sentence: str, here: Path, refused: Refused
+) -> None:
     if content is not None:
         (here / "w.pth").write_bytes(content)
     assert sentence in refused(*on("photos"), "--model-path", "w.pth", code=DATA)
 
 
 def test_networks_that_a_method_cannot_use(refused: Refused) -> None:
-    student = [word if word != VIT else "student.model_args={}" for word in kd("--model", "resnet18", "--output", "runs/new")]
+    student = [
+        word if word != VIT else "student.model_args={}"
+        for word in kd("--model", "resnet18", "--output", "runs/new")
+    ]
     assert "resnet18 has none: take a plain ViT as student" in refused(*student, code=CONFIG)
     sentence = refused(*kd("--keep-rate", "2", "--output", "runs/new"), code=CONFIG)
     assert "keep_rate is 2.0" in sentence
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------------------
+# --- runs ----------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_of_another_recipe_is_not_touched(refused: Refused) -> None:
-    words = ["train", "small_images_alone", "--data-dir", "photos", "--output", "runs/teacher", *SHORT]
+    words = [
+        "train",
+        "small_images_alone",
+        "--data-dir",
+        "photos",
+        "--output",
+        "runs/teacher",
+        *SHORT,
+    ]
     assert "optim.lr is 0.5 here and 0.001 there" in refused(*words, "--lr", "0.5", code=CONFIG)
     assert "holds a run of another recipe" in refused(*kd("--output", "runs/teacher"), code=CONFIG)
 
@@ -509,7 +714,20 @@ def test_a_folder_that_holds_something_else_is_not_touched(refused: Refused) -> 
 
 def test_a_finished_run_is_left_as_it_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
-    assert main(["train", "small_images_alone", "--data-dir", "photos", "--output", "runs/teacher", *SHORT]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "small_images_alone",
+                "--data-dir",
+                "photos",
+                "--output",
+                "runs/teacher",
+                *SHORT,
+            ]
+        )
+        == 0
+    )
     assert "finished already" in capsys.readouterr().out
     assert main(["train", "runs/teacher"]) == 0
     assert main(["train", "runs/teacher/recipe.yaml", "--output", "runs/teacher"]) == 0
@@ -518,14 +736,27 @@ def test_a_finished_run_is_left_as_it_is(here: Path, capsys: pytest.CaptureFixtu
 
 def test_a_recipe_file_with_an_unknown_field(here: Path, refused: Refused) -> None:
     (here / "mine.yaml").write_text("optim: {lr: 1e-3}\nselektor: {method: maskedkd}\n")
-    assert "mine.yaml has an unknown field 'selektor' (did you mean 'selector'?)" in refused("train", "mine.yaml", code=CONFIG)
+    assert "mine.yaml has an unknown field 'selektor' (did you mean 'selector'?)" in refused(
+        "train", "mine.yaml", code=CONFIG
+    )
     (here / "mine.yaml").write_text("selector: {method: maskedkd, keep_rate: half}\n")
-    assert "selector.keep_rate in mine.yaml is 'half': a number is needed" in refused("train", "mine.yaml", code=CONFIG)
+    assert "selector.keep_rate in mine.yaml is 'half': a number is needed" in refused(
+        "train", "mine.yaml", code=CONFIG
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("kd", "hard_kd", "maskedkd", "deit_tiny_distilled")])
-def test_a_printed_recipe_runs_again(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--teacher-model", "runs/teacher"] if name in ("small_images_kd", "small_images_maskedkd") else []
+@pytest.mark.parametrize(
+    "name",
+    [name for name in RECIPES if name not in ("kd", "hard_kd", "maskedkd", "deit_tiny_distilled")],
+)
+def test_a_printed_recipe_runs_again(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        ["--teacher-model", "runs/teacher"]
+        if name in ("small_images_kd", "small_images_maskedkd")
+        else []
+    )
     assert main(["explain", name, *words, "--recipe-yaml"]) == 0
     text = capsys.readouterr().out
     (here / "mine.yaml").write_text(text)
@@ -539,21 +770,68 @@ def test_a_printed_recipe_runs_again(name: str, here: Path, capsys: pytest.Captu
 
 
 def test_flags_reach_the_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["explain", "kd", "--recipe-yaml", "--teacher_model", "x", "--lr=2e-3", "-b", "8", "--torchcompile", "--no-such"][:-1]
-    words += ["--set", "optim.opt_args.eps=1e-8", "student.model_args.depth=6", "--set", "train.keep_checkpoints=3"]
-    words += ["--distillation-alpha", "0.25", "--clip-grad", "1", "--aa", "none", "--in-memory", "false", "--with", "maskedkd", "hard_kd"]
+    words = [
+        "explain",
+        "kd",
+        "--recipe-yaml",
+        "--teacher_model",
+        "x",
+        "--lr=2e-3",
+        "-b",
+        "8",
+        "--torchcompile",
+        "--no-such",
+    ][:-1]
+    words += [
+        "--set",
+        "optim.opt_args.eps=1e-8",
+        "student.model_args.depth=6",
+        "--set",
+        "train.keep_checkpoints=3",
+    ]
+    words += [
+        "--distillation-alpha",
+        "0.25",
+        "--clip-grad",
+        "1",
+        "--aa",
+        "none",
+        "--in-memory",
+        "false",
+        "--with",
+        "maskedkd",
+        "hard_kd",
+    ]
     assert main(words) == 0
     (here / "mine.yaml").write_text(capsys.readouterr().out)
     recipe = load_recipe(here / "mine.yaml")
-    assert (recipe.optim.lr, recipe.train.batch_size, recipe.train.compile, recipe.optim.clip_grad) == (2e-3, 8, True, 1.0)
-    assert recipe.optim.opt_args == {"eps": 1e-8} and recipe.student.model_args == {"depth": 6} and recipe.train.keep_checkpoints == 3
+    assert (
+        recipe.optim.lr,
+        recipe.train.batch_size,
+        recipe.train.compile,
+        recipe.optim.clip_grad,
+    ) == (2e-3, 8, True, 1.0)
+    assert (
+        recipe.optim.opt_args == {"eps": 1e-8}
+        and recipe.student.model_args == {"depth": 6}
+        and recipe.train.keep_checkpoints == 3
+    )
     assert (recipe.objectives["kd"].weight, recipe.objectives["ce"].weight) == (0.25, 0.75)
-    assert recipe.data.augment.aa is None and recipe.data.in_memory is False and recipe.teachers["teacher"].model == "x"
+    assert (
+        recipe.data.augment.aa is None
+        and recipe.data.in_memory is False
+        and recipe.teachers["teacher"].model == "x"
+    )
     assert list(recipe.objectives) == ["ce", "kd", "hard_kd"] and recipe.selector is not None
 
 
-def test_a_rate_replaces_a_count_and_a_count_a_rate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, expected in ((["--num-keep", "98"], (0.5, 98)), (["--keep-rate", "0.25"], (0.25, None))):
+def test_a_rate_replaces_a_count_and_a_count_a_rate(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, expected in (
+        (["--num-keep", "98"], (0.5, 98)),
+        (["--keep-rate", "0.25"], (0.25, None)),
+    ):
         name = "mine.yaml" if (here / "mine.yaml").exists() else "maskedkd"
         assert main(["explain", name, *words, "--recipe-yaml"]) == 0
         (here / "mine.yaml").write_text(capsys.readouterr().out)
@@ -561,12 +839,27 @@ def test_a_rate_replaces_a_count_and_a_count_a_rate(here: Path, capsys: pytest.C
         assert selector is not None and (selector.keep_rate, selector.num_keep) == expected
 
 
-def test_unlabelled_images_teach_by_the_teacher_alone(here: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unlabelled_images_teach_by_the_teacher_alone(
+    here: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "flat").mkdir()
     for i, file in enumerate(sorted((here / "photos" / "train").rglob("*.png"))):
         shutil.copy(file, here / "flat" / f"{i}.png")
-    words = ["train", "small_images_kd", "--data-dir", "flat", "--teacher-model", "runs/teacher", "--output", "runs/new", *SHORT]
-    assert "(no class folders), and the objective 'ce' needs them: leave it out (--without ce)" in refused(*words, code=CONFIG)
+    words = [
+        "train",
+        "small_images_kd",
+        "--data-dir",
+        "flat",
+        "--teacher-model",
+        "runs/teacher",
+        "--output",
+        "runs/new",
+        *SHORT,
+    ]
+    assert (
+        "(no class folders), and the objective 'ce' needs them: leave it out (--without ce)"
+        in refused(*words, code=CONFIG)
+    )
     assert main([*words, "--without", "ce"]) == 0
     assert "done: weights in runs/new/last" in capsys.readouterr().out
 
@@ -577,27 +870,48 @@ def test_a_size_is_set_where_the_recipe_has_it(capsys: pytest.CaptureFixture[str
         assert expected in capsys.readouterr().out
 
 
-def test_a_teacher_comes_and_goes_with_its_objective(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "small_images_alone", "--with", "kd", "--teacher-model", "runs/teacher"]) == 0
+def test_a_teacher_comes_and_goes_with_its_objective(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["explain", "small_images_alone", "--with", "kd", "--teacher-model", "runs/teacher"])
+        == 0
+    )
     assert "1 x kd:" in capsys.readouterr().out
     assert main(["explain", "small_images_kd", "--without", "kd", "teacher"]) == 0
     assert "plain training" in capsys.readouterr().out
 
 
-def test_a_method_reads_the_teacher_it_is_given(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["explain", "small_images_kd", "--teacher-model", "runs/teacher", "--set", VIT, "teachers.cnn.model=resnet10t"]
+def test_a_method_reads_the_teacher_it_is_given(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "explain",
+        "small_images_kd",
+        "--teacher-model",
+        "runs/teacher",
+        "--set",
+        VIT,
+        "teachers.cnn.model=resnet10t",
+    ]
     words += ["teachers.cnn.model_args={channels: [8, 8, 16, 16]}", "objectives.kd_cnn.weight=0.25"]
     words += ["--with", "kd:cnn", "maskedkd:teacher"]
     assert main([*words, "--recipe-yaml"]) == 0
     (here / "both.yaml").write_text(capsys.readouterr().out)
     recipe = load_recipe(here / "both.yaml")
     assert list(recipe.teachers) == ["teacher", "cnn"] and list(recipe.objectives)[-1] == "kd_cnn"
-    assert (recipe.objectives["kd_cnn"].teacher, recipe.objectives["kd_cnn"].weight) == ("cnn", 0.25)  # type: ignore[attr-defined]
+    assert (recipe.objectives["kd_cnn"].teacher, recipe.objectives["kd_cnn"].weight) == (
+        "cnn",
+        0.25,
+    )  # type: ignore[attr-defined]
     assert recipe.objectives["kd"].teacher == "teacher"  # type: ignore[attr-defined]
     assert recipe.selector is not None and recipe.selector.teachers == ("teacher",)
     assert main([*words, "--data-dir", "photos", "--batch-size", "10"]) == 0
     printed = capsys.readouterr().out
-    assert "teacher, runs/teacher: 8 of 16 patches" in printed and "cnn, resnet10t: records logits" in printed
+    assert (
+        "teacher, runs/teacher: 8 of 16 patches" in printed
+        and "cnn, resnet10t: records logits" in printed
+    )
 
 
 def test_explaining_reads_no_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -606,11 +920,23 @@ def test_explaining_reads_no_weights(here: Path, capsys: pytest.CaptureFixture[s
     before = tree(here)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        words = ["explain", "small_images_kd", "--teacher-model", "bare", "--teacher-path", "nowhere.pth", "--data-dir", "photos"]
+        words = [
+            "explain",
+            "small_images_kd",
+            "--teacher-model",
+            "bare",
+            "--teacher-path",
+            "nowhere.pth",
+            "--data-dir",
+            "photos",
+        ]
         assert main([*words, "--set", VIT, "--batch-size", "10"]) == 0
         assert "30 images x 30 epochs" in capsys.readouterr().out
     assert main([*words, "--batch-size", "64"]) == CONFIG
-    assert "photos/train has 36 images, fewer than one batch of 64: lower --batch-size, and --lr in proportion" in capsys.readouterr().err
+    assert (
+        "photos/train has 36 images, fewer than one batch of 64: lower --batch-size, and --lr in"
+        " proportion" in capsys.readouterr().err
+    )
     (here / "one").mkdir()
     shutil.copy(here / "photos" / "train" / "red" / "00.png", here / "one")
     before = tree(here)
@@ -619,11 +945,28 @@ def test_explaining_reads_no_weights(here: Path, capsys: pytest.CaptureFixture[s
     assert tree(here) == before
 
 
-def test_a_measured_step_implies_hours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_step_implies_hours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vitdistill.explain.measure.SECONDS", 0.2)
-    words = ["explain", "small_images_maskedkd", "--teacher-model", "vit_tiny_patch16_224", "--set", VIT, "--time", "--device", "cpu"]
-    args = "teachers.teacher.model_args={img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"
-    assert main([*[*words, args, "--batch-size", "8"][:-3], "--set", args, "--batch-size", "8"]) == 0
+    words = [
+        "explain",
+        "small_images_maskedkd",
+        "--teacher-model",
+        "vit_tiny_patch16_224",
+        "--set",
+        VIT,
+        "--time",
+        "--device",
+        "cpu",
+    ]
+    args = (
+        "teachers.teacher.model_args={img_size: 16, patch_size: 4, embed_dim: 24, depth: 2,"
+        " num_heads: 2}"
+    )
+    assert (
+        main([*[*words, args, "--batch-size", "8"][:-3], "--set", args, "--batch-size", "8"]) == 0
+    )
     printed = capsys.readouterr().out
     assert (
         "Measured on this CPU (1 thread), float32" in printed
@@ -634,32 +977,82 @@ def test_a_measured_step_implies_hours(capsys: pytest.CaptureFixture[str], monke
 
 def test_evaluating_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
-    words = ["eval", "runs/teacher", "--data-dir", "photos", "--teacher-model", "runs/teacher/last", "--workers", "0", "--device", "cpu"]
+    words = [
+        "eval",
+        "runs/teacher",
+        "--data-dir",
+        "photos",
+        "--teacher-model",
+        "runs/teacher/last",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     assert main([*words, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["num_samples"] == 60 and scores["top1"] == 1.0 and scores["flops"] > 0 and scores["images_per_second"] > 0
+    assert (
+        scores["num_samples"] == 60
+        and scores["top1"] == 1.0
+        and scores["flops"] > 0
+        and scores["images_per_second"] > 0
+    )
     assert 0 <= scores["agreement"] <= 1
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("top-1", "100.00%", "calibration error", "agreement", "images/s"))
+    assert all(
+        part in printed
+        for part in ("top-1", "100.00%", "calibration error", "agreement", "images/s")
+    )
     assert tree(here) == before
 
 
-def test_a_teacher_of_another_class_order_is_compared_by_name(here: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_of_another_class_order_is_compared_by_name(
+    here: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = renamed(here, "other", ["green", "red", "blue"])
-    words = ["eval", "runs/teacher", "--data-dir", "photos", "--teacher-model", folder, "--workers", "0", "--device", "cpu", "--json"]
+    words = [
+        "eval",
+        "runs/teacher",
+        "--data-dir",
+        "photos",
+        "--teacher-model",
+        folder,
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     assert "the teacher has the data set's classes in another order" in refused(*words, code=CONFIG)
     assert "pass --reorder-classes" in refused(*words, code=CONFIG)
     assert main([*words, "--reorder-classes"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["top1"] == 1.0 and scores["agreement"] == 0.0  # what it calls blue, it calls green now
+    assert (
+        scores["top1"] == 1.0 and scores["agreement"] == 0.0
+    )  # what it calls blue, it calls green now
 
 
-def test_a_run_in_the_place_of_a_recipes_student_keeps_its_shape(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "small_images_alone", "--data-dir", "photos", "--model", "runs/teacher", "--output", "runs/new"]
-    assert main([*words, "--epochs", "1", "--warmup-epochs", "0", "-b", "12", "--device", "cpu"]) == 0
+def test_a_run_in_the_place_of_a_recipes_student_keeps_its_shape(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "train",
+        "small_images_alone",
+        "--data-dir",
+        "photos",
+        "--model",
+        "runs/teacher",
+        "--output",
+        "runs/new",
+    ]
+    assert (
+        main([*words, "--epochs", "1", "--warmup-epochs", "0", "-b", "12", "--device", "cpu"]) == 0
+    )
     assert "are left out for runs/teacher" in capsys.readouterr().out
-    assert create_model("runs/new/last").embed_dim == create_model("runs/teacher/last").embed_dim == 24
+    assert (
+        create_model("runs/new/last").embed_dim == create_model("runs/teacher/last").embed_dim == 24
+    )
 
 
 def test_exporting_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -670,7 +1063,7 @@ def test_exporting_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert torch.equal(model(images), create_model("runs/teacher/best").eval()(images))
 
 
-# --- the machine -------------------------------------------------------------------------------------------------------------------
+# --- the machine ---------------------------------------------------------------------------------
 
 
 def in_child(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -678,7 +1071,9 @@ def in_child(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tupl
     read, write = os.pipe()
     capsys.readouterr()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 dislikes forks of processes with threads
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 dislikes forks of processes with threads
         child = os.fork()
     if child == 0:
         try:
@@ -694,7 +1089,9 @@ def in_child(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tupl
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = on("photos")
 
     def with_little_room() -> int:
@@ -707,7 +1104,11 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(here: Path, capsy
     assert said.startswith("vitdistill train: ")
     after = tree(here)
     assert {key: value for key, value in after.items() if not key.startswith("runs/new")} == before
-    assert not [key for key in after if key.endswith((".safetensors", ".tmp")) and key.startswith("runs/new")]
+    assert not [
+        key
+        for key in after
+        if key.endswith((".safetensors", ".tmp")) and key.startswith("runs/new")
+    ]
     assert main(words) == 0
 
 
@@ -721,7 +1122,9 @@ def test_a_folder_that_may_not_be_written(here: Path, capsys: pytest.CaptureFixt
     assert "no permission" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_anything_happened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_before_anything_happened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(words: object) -> int:
         raise KeyboardInterrupt
 
@@ -730,9 +1133,24 @@ def test_ctrl_c_before_anything_happened(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().err == "vitdistill train: interrupted\n"
 
 
-def test_a_file_given_by_hand_takes_the_place_of_fetched_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The paper's recipes fetch their teacher; ``--teacher-path`` alone is enough to use a local file instead."""
-    assert main(["explain", "deit_tiny_from_deit_small", "--recipe-yaml", "--teacher-path", "teacher.safetensors"]) == 0
+def test_a_file_given_by_hand_takes_the_place_of_fetched_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The paper's recipes fetch their teacher; ``--teacher-path`` alone is enough to use a local
+    file instead.
+    """
+    assert (
+        main(
+            [
+                "explain",
+                "deit_tiny_from_deit_small",
+                "--recipe-yaml",
+                "--teacher-path",
+                "teacher.safetensors",
+            ]
+        )
+        == 0
+    )
     (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
     teacher = load_recipe(tmp_path / "recipe.yaml").teachers["teacher"]
     assert teacher.checkpoint == "teacher.safetensors" and teacher.pretrained is False

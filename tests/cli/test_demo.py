@@ -44,7 +44,9 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     student = timm.create_model(f"local-dir:{tmp_path}/demo/maskedkd_50/last", pretrained=True)
     assert student(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
 
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()
+    }
     assert demo.main(["--output", str(tmp_path / "demo")]) == 0
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed <= {"what_the_teacher_saw.png"}, "a second demo repeats nothing"
@@ -52,15 +54,22 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
 
 def test_digits_are_written_once_and_whole(tmp_path: Path) -> None:
     demo.write_digits(tmp_path / "images")
-    train, val = open_source(str(tmp_path / "images"), "train"), open_source(str(tmp_path / "images"), "val")
+    train, val = (
+        open_source(str(tmp_path / "images"), "train"),
+        open_source(str(tmp_path / "images"), "val"),
+    )
     assert len(train) + len(val) == 1797 and len(val) == demo.NUM_VALIDATION
     assert train.classes == tuple("0123456789")
     assert {train.load(i).size for i in range(0, len(train), 97)} == {(8, 8)}
-    names: set[Any] = {Path(train.key(i)).name for i in range(len(train))} & {Path(val.key(i)).name for i in range(len(val))}
+    names: set[Any] = {Path(train.key(i)).name for i in range(len(train))} & {
+        Path(val.key(i)).name for i in range(len(val))
+    }
     assert not names, "no digit is in both"
 
 
-def test_an_interruption_leaves_no_half_of_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_no_half_of_the_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C, when the first hundred images are there."""
     found: list[int] = []
 

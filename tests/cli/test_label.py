@@ -1,4 +1,6 @@
-"""``vitdistill label`` as its user meets it: the whole way once, and every mistake in one sentence that changes no file."""
+"""``vitdistill label`` as its user meets it: the whole way once, and every mistake in one sentence
+that changes no file.
+"""
 
 import hashlib
 import os
@@ -13,7 +15,10 @@ from vitdistill.labels import LabelStore
 
 USAGE, DATA, CONFIG = 64, 65, 78
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
-VIT = ["--set", "student.model_args={img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}"]
+VIT = [
+    "--set",
+    "student.model_args={img_size: 16, patch_size: 4, embed_dim: 24, depth: 2, num_heads: 2}",
+]
 SHORT = ["--data-dir", "photos", "--epochs", "2", "--warmup-epochs", "0", "-b", "12"]
 TEACHER = ["--teacher-model", "runs/teacher/last"]
 
@@ -28,12 +33,43 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (root / "photos" / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = np.clip(np.array(colour) + random.normal(0, 40, (16, 16, 3)), 0, 255)
-                Image.fromarray(pixels.astype("uint8")).save(root / "photos" / split / name / f"{i:02d}.png")
+                Image.fromarray(pixels.astype("uint8")).save(
+                    root / "photos" / split / name / f"{i:02d}.png"
+                )
     before = Path.cwd()
     os.chdir(root)
     try:
-        assert main(["train", "small_images_alone", *SHORT, "--output", "runs/teacher", "--device", "cpu", *VIT]) == 0
-        assert main(["label", "small_images_kd", *SHORT, *TEACHER, "--output", "labels", "--device", "cpu", *VIT]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    "small_images_alone",
+                    *SHORT,
+                    "--output",
+                    "runs/teacher",
+                    "--device",
+                    "cpu",
+                    *VIT,
+                ]
+            )
+            == 0
+        )
+        assert (
+            main(
+                [
+                    "label",
+                    "small_images_kd",
+                    *SHORT,
+                    *TEACHER,
+                    "--output",
+                    "labels",
+                    "--device",
+                    "cpu",
+                    *VIT,
+                ]
+            )
+            == 0
+        )
     finally:
         os.chdir(before)
     return root
@@ -46,46 +82,109 @@ def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tree(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
-def test_from_a_teacher_to_a_student_that_never_saw_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_a_teacher_to_a_student_that_never_saw_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = LabelStore.open("labels")
-    assert store.path.name == "teacher" and store.status().records == 33 * 2 and store.records(1, [32, 0]).logits().shape == (2, 3)
+    assert (
+        store.path.name == "teacher"
+        and store.status().records == 33 * 2
+        and store.records(1, [32, 0]).logits().shape == (2, 3)
+    )
     words = ["small_images_kd", *SHORT, "--labels", "labels", "--seed", "3"]
     assert main(["explain", *words, *VIT]) == 0
     text = capsys.readouterr().out
-    assert "teacher, runs/teacher/last: does not run; its labels are read" in text and "0% of" in text
+    assert (
+        "teacher, runs/teacher/last: does not run; its labels are read" in text and "0% of" in text
+    )
     assert main(["train", *words, "--output", "runs/stored", "--device", "cpu", *VIT]) == 0
     text = capsys.readouterr().out
-    assert "teacher: runs/teacher/last, stored labels, 66 of 66 records, 2 views used" in text and "done: top-1" in text
-    assert "seed: 0" in (here / "runs" / "stored" / "recipe.yaml").read_text()  # the labels', for the views
+    assert (
+        "teacher: runs/teacher/last, stored labels, 66 of 66 records, 2 views used" in text
+        and "done: top-1" in text
+    )
+    assert (
+        "seed: 0" in (here / "runs" / "stored" / "recipe.yaml").read_text()
+    )  # the labels', for the views
     assert main(["eval", "runs/stored", "--data-dir", "photos", "--device", "cpu"]) == 0
     # A finished run, by its own recipe, is not repeated.
     assert main(["train", "runs/stored", "--output", "runs/stored", "--device", "cpu"]) == 0
     assert "finished already" in capsys.readouterr().out
 
 
-def test_labels_are_looked_after(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_are_looked_after(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = tree(here / "labels")
     assert main(["label", "status", "labels"]) == 0
     assert capsys.readouterr().out.startswith("teacher: complete, 2 of 2 parts, 66 records, ")
     assert main(["label", "info", "labels"]) == 0
     text = capsys.readouterr().out
-    for words in ("3 logits in float16", "33 images x 2 views", "view.augment.crop_padding", "teacher.weights", "made with torch"):
+    for words in (
+        "3 logits in float16",
+        "33 images x 2 views",
+        "view.augment.crop_padding",
+        "teacher.weights",
+        "made with torch",
+    ):
         assert words in text
-    assert main(["label", "verify", "labels"]) == 0 and "0 files are damaged" in capsys.readouterr().out
+    assert (
+        main(["label", "verify", "labels"]) == 0
+        and "0 files are damaged" in capsys.readouterr().out
+    )
     assert main(["label", "check", "labels", "--samples", "20", "--device", "cpu"]) == 0
-    assert "20 records answered anew: 20 views as labelled, top class equal in 100.0%" in capsys.readouterr().out
-    assert main(["label", "prune", "labels/teacher", "--to", str(tmp_path / "one"), "--views", "1"]) == 0
-    assert main(["label", "merge", str(tmp_path / "both"), "--from", str(tmp_path / "one"), "labels/teacher"]) == 0
+    assert (
+        "20 records answered anew: 20 views as labelled, top class equal in 100.0%"
+        in capsys.readouterr().out
+    )
+    assert (
+        main(["label", "prune", "labels/teacher", "--to", str(tmp_path / "one"), "--views", "1"])
+        == 0
+    )
+    assert (
+        main(
+            [
+                "label",
+                "merge",
+                str(tmp_path / "both"),
+                "--from",
+                str(tmp_path / "one"),
+                "labels/teacher",
+            ]
+        )
+        == 0
+    )
     assert LabelStore.open(tmp_path / "both").status().records == 66
-    assert main(["label", "prune", "labels", "--to", str(tmp_path / "two"), "--encoding", "topk", "--k", "2"]) == 0
+    assert (
+        main(
+            [
+                "label",
+                "prune",
+                "labels",
+                "--to",
+                str(tmp_path / "two"),
+                "--encoding",
+                "topk",
+                "--k",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert LabelStore.open(tmp_path / "two").layout.logits.temperatures == (1.0,)  # type: ignore[union-attr]
     assert tree(here / "labels") == before
 
 
-def test_long_work_is_not_silent(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_work_is_not_silent(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def printed(verb: str, *words: str) -> list[str]:
         capsys.readouterr()
         assert main(["label", verb, *words]) == 0
@@ -94,13 +193,26 @@ def test_long_work_is_not_silent(here: Path, tmp_path: Path, capsys: pytest.Capt
     assert len(printed("merge", str(tmp_path / "short"), "--from", "labels/teacher")) == 1
     monkeypatch.setattr("vitdistill.cli.label.EVERY_S", 0.0)
     lines = printed("merge", str(tmp_path / "long"), "--from", "labels/teacher")
-    assert [line.partition(":")[0] for line in lines[:-1]] == ["1 of 2 parts copied", "2 of 2 parts copied"]
+    assert [line.partition(":")[0] for line in lines[:-1]] == [
+        "1 of 2 parts copied",
+        "2 of 2 parts copied",
+    ]
     lines = printed("prune", "labels/teacher", "--to", str(tmp_path / "one"), "--views", "1")
     assert [line.partition(":")[0] for line in lines[:-1]] == ["1 of 1 parts written"]
 
 
 def test_more_views_are_added_by_the_same_command(here: Path, tmp_path: Path) -> None:
-    words = ["label", "small_images_kd", *SHORT, *TEACHER, "--output", str(tmp_path), "--device", "cpu", *VIT]
+    words = [
+        "label",
+        "small_images_kd",
+        *SHORT,
+        *TEACHER,
+        "--output",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        *VIT,
+    ]
     assert main([*words, "--views", "1"]) == 0 and main([*words, "--views", "3"]) == 0
     assert LabelStore.open(tmp_path).status().records == 33 * 3
 
@@ -109,55 +221,159 @@ def test_more_views_are_added_by_the_same_command(here: Path, tmp_path: Path) ->
     ("words", "code", "sentence"),
     [
         (["label", "status"], USAGE, "FOLDER is missing"),
-        (["label", "status", "nowhere"], DATA, "nowhere holds no labels: write them with 'vitdistill label'"),
+        (
+            ["label", "status", "nowhere"],
+            DATA,
+            "nowhere holds no labels: write them with 'vitdistill label'",
+        ),
         (["label", "verify", "photos"], DATA, "photos holds no labels"),
-        (["label", "stauts", "labels"], USAGE, "there is no 'vitdistill label stauts': did you mean 'status'?"),
-        (["label", "small_images_kd", *SHORT, *TEACHER, "--labels", "labels", *VIT], USAGE, "--labels cannot take effect"),
-        (["label", "small_images_kd", *SHORT, *TEACHER, "--encoding", "topk", "--k", "0", "--output", "new", *VIT], CONFIG, "k"),
-        (["label", "small_images_kd", *SHORT, "--output", "new", *VIT], CONFIG, "the teacher has no model: name one with --teacher-model"),
+        (
+            ["label", "stauts", "labels"],
+            USAGE,
+            "there is no 'vitdistill label stauts': did you mean 'status'?",
+        ),
+        (
+            ["label", "small_images_kd", *SHORT, *TEACHER, "--labels", "labels", *VIT],
+            USAGE,
+            "--labels cannot take effect",
+        ),
+        (
+            [
+                "label",
+                "small_images_kd",
+                *SHORT,
+                *TEACHER,
+                "--encoding",
+                "topk",
+                "--k",
+                "0",
+                "--output",
+                "new",
+                *VIT,
+            ],
+            CONFIG,
+            "k",
+        ),
+        (
+            ["label", "small_images_kd", *SHORT, "--output", "new", *VIT],
+            CONFIG,
+            "the teacher has no model: name one with --teacher-model",
+        ),
         (
             ["label", "small_images_libkd", *SHORT, "--output", "new"],
             CONFIG,
             "the conv has no model: name one with --set teachers.conv.model=MODEL (a timm name",
         ),
-        (["label", "small_images_maskedkd", *SHORT, *TEACHER, "--output", "new", *VIT], CONFIG, "--without selector"),
-        (["label", "small_images_alone", *SHORT, "--output", "new", *VIT], CONFIG, "the recipe has no teacher to label with"),
-        (["label", "small_images_dmae", "--data-dir", "photos"], USAGE, "has stages"),
-        (["label", "small_images_kd", *SHORT, *TEACHER, "--k", "3", *VIT], CONFIG, "k cannot take effect with the encoding auto"),
-        (["label", "small_images_kd", *SHORT, *TEACHER, "--encoding", "top", *VIT], USAGE, "--encoding is 'top': choose from"),
-        (["label", "small_images_kd", *SHORT, *TEACHER, "--part-size", "0", *VIT], CONFIG, "give at least 1 sample a part"),
-        (["label", "small_images_kd", *SHORT, *TEACHER, "--temperatures", "warm", *VIT], USAGE, "--temperatures is 'warm'"),
         (
-            ["label", "small_images_kd", *SHORT, *TEACHER, "--hidden-dtype", "float32", "--output", "new", *VIT],
+            ["label", "small_images_maskedkd", *SHORT, *TEACHER, "--output", "new", *VIT],
+            CONFIG,
+            "--without selector",
+        ),
+        (
+            ["label", "small_images_alone", *SHORT, "--output", "new", *VIT],
+            CONFIG,
+            "the recipe has no teacher to label with",
+        ),
+        (["label", "small_images_dmae", "--data-dir", "photos"], USAGE, "has stages"),
+        (
+            ["label", "small_images_kd", *SHORT, *TEACHER, "--k", "3", *VIT],
+            CONFIG,
+            "k cannot take effect with the encoding auto",
+        ),
+        (
+            ["label", "small_images_kd", *SHORT, *TEACHER, "--encoding", "top", *VIT],
+            USAGE,
+            "--encoding is 'top': choose from",
+        ),
+        (
+            ["label", "small_images_kd", *SHORT, *TEACHER, "--part-size", "0", *VIT],
+            CONFIG,
+            "give at least 1 sample a part",
+        ),
+        (
+            ["label", "small_images_kd", *SHORT, *TEACHER, "--temperatures", "warm", *VIT],
+            USAGE,
+            "--temperatures is 'warm'",
+        ),
+        (
+            [
+                "label",
+                "small_images_kd",
+                *SHORT,
+                *TEACHER,
+                "--hidden-dtype",
+                "float32",
+                "--output",
+                "new",
+                *VIT,
+            ],
             CONFIG,
             "hidden_dtype cannot take effect: the recipe reads no hidden states of the teacher",
         ),
-        (["label", "small_images_kd", *SHORT, *TEACHER, "--output", "photos", *VIT], CONFIG, "photos"),
         (
-            ["label", "small_images_kd", *SHORT, *TEACHER, "--seed", "9", "--output", "labels", *VIT],
+            ["label", "small_images_kd", *SHORT, *TEACHER, "--output", "photos", *VIT],
+            CONFIG,
+            "photos",
+        ),
+        (
+            [
+                "label",
+                "small_images_kd",
+                *SHORT,
+                *TEACHER,
+                "--seed",
+                "9",
+                "--output",
+                "labels",
+                *VIT,
+            ],
             DATA,
             "view.seed is 0 in the store and 9 here",
         ),
         (["label", "merge", "new"], USAGE, "--from is missing"),
         (["label", "prune", "labels"], USAGE, "--to is missing"),
-        (["label", "prune", "labels", "--to", "new", "--temperatures", "2"], USAGE, "--temperatures cannot take effect"),
+        (
+            ["label", "prune", "labels", "--to", "new", "--temperatures", "2"],
+            USAGE,
+            "--temperatures cannot take effect",
+        ),
         (["label", "check", "labels", "--samples", "0"], USAGE, "give at least 1"),
-        (["train", "small_images_alone", *SHORT, "--labels", "labels", *VIT], USAGE, "--labels cannot take effect"),
-        (["train", "small_images_kd", *SHORT, "--labels", "nowhere", *VIT], DATA, "nowhere holds no labels"),
-        (["train", "small_images_libkd", *SHORT, "--labels", "labels"], USAGE, "there are no labels of conv and inv in it"),
+        (
+            ["train", "small_images_alone", *SHORT, "--labels", "labels", *VIT],
+            USAGE,
+            "--labels cannot take effect",
+        ),
+        (
+            ["train", "small_images_kd", *SHORT, "--labels", "nowhere", *VIT],
+            DATA,
+            "nowhere holds no labels",
+        ),
+        (
+            ["train", "small_images_libkd", *SHORT, "--labels", "labels"],
+            USAGE,
+            "there are no labels of conv and inv in it",
+        ),
         (
             ["train", "small_images_kd", *SHORT, "--labels", "labels", "--mixup", "0.5", *VIT],
             DATA,
             "view.augment.mixup is 0.0 in the labels",
         ),
-        (["train", "small_images_kd", *SHORT, "--labels", "labels", "--views", "3", *VIT], CONFIG, "set --views 2, or label more"),
+        (
+            ["train", "small_images_kd", *SHORT, "--labels", "labels", "--views", "3", *VIT],
+            CONFIG,
+            "set --views 2, or label more",
+        ),
         (["train", "small_images_kd", *SHORT, "--views", "0", *VIT], CONFIG, "data.views is 0"),
         (
             ["train", "small_images_kd", *SHORT, *TEACHER, *VIT, "teachers.teacher.missing=online"],
             CONFIG,
             "teachers.teacher.missing cannot take effect: the teacher has no labels",
         ),
-        (["train", "small_images_maskedkd", *SHORT, "--labels", "labels", *VIT], CONFIG, "no teacher runs"),
+        (
+            ["train", "small_images_maskedkd", *SHORT, "--labels", "labels", *VIT],
+            CONFIG,
+            "no teacher runs",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_changes_nothing(
@@ -172,7 +388,10 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(
 
 
 def test_damage_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["label", "prune", "labels/teacher", "--to", str(tmp_path / "copy"), "--views", "1"]) == 0
+    assert (
+        main(["label", "prune", "labels/teacher", "--to", str(tmp_path / "copy"), "--views", "1"])
+        == 0
+    )
     part = LabelStore.open(tmp_path / "copy").part_path(0, 0)
     data = bytearray(part.read_bytes())
     data[17] ^= 1
@@ -181,8 +400,14 @@ def test_damage_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["label", "verify", str(tmp_path / "copy")]) == DATA
     out, error = capsys.readouterr()
     assert "1 file is damaged" in out and part.name in out
-    assert f"1 file of {tmp_path / 'copy'} is not as it was written: delete it and run vitdistill label again" in error
+    assert (
+        f"1 file of {tmp_path / 'copy'} is not as it was written: delete it and run vitdistill"
+        " label again" in error
+    )
     (part.parent / "notes.txt").touch()
     assert main(["label", "verify", str(tmp_path / "copy")]) == DATA
     out, error = capsys.readouterr()
-    assert "2 files are damaged" in out and "are not as they were written: delete them and run" in error
+    assert (
+        "2 files are damaged" in out
+        and "are not as they were written: delete them and run" in error
+    )

@@ -1,4 +1,6 @@
-"""What flags make of a recipe: whose arguments hold when the network is another, whom a flag is for, and what other scripts call it."""
+"""What flags make of a recipe: whose arguments hold when the network is another, whom a flag is
+for, and what other scripts call it.
+"""
 
 import re
 from pathlib import Path
@@ -30,7 +32,7 @@ def refused(*words: str) -> str:
     return sentence
 
 
-# --- another network than the recipe's -------------------------------------------------------------------------------------------
+# --- another network than the recipe's -----------------------------------------------------------
 
 OWN: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
 
@@ -43,18 +45,26 @@ OWN: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth"
         (["--model", "runs/teacher/best"], {}),
         (["--model", "hf-hub:timm/deit_tiny_patch16_224.fb_in1k"], {}),
         (["--set", "student.model=deit_small_patch16_224"], {}),
-        (["--model", "deit_small_patch16_224", "--set", "student.model_args.img_size=64"], {"img_size": 64}),
+        (
+            ["--model", "deit_small_patch16_224", "--set", "student.model_args.img_size=64"],
+            {"img_size": 64},
+        ),
     ],
 )
 def test_the_arguments_of_a_recipes_network_are_not_those_of_another(
     words: list[str], args: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = parsed("small_images_alone", *words)
-    assert recipe.student.model == words[1].removeprefix("student.model=") and recipe.student.model_args == args
+    assert (
+        recipe.student.model == words[1].removeprefix("student.model=")
+        and recipe.student.model_args == args
+    )
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == (
-        "student.model_args of the recipe (img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3) belong to vit_tiny_patch16_224 "
-        f"and are left out for {recipe.student.model}: give it its own with --set student.model_args.NAME=VALUE"
+    assert (
+        line
+        == "student.model_args of the recipe (img_size=32, patch_size=4, embed_dim=96, depth=6,"
+        " num_heads=3) belong to vit_tiny_patch16_224 and are left out for"
+        f" {recipe.student.model}: give it its own with --set student.model_args.NAME=VALUE"
     )
 
 
@@ -64,43 +74,80 @@ def test_the_arguments_of_a_recipes_network_are_not_those_of_another(
         ([], OWN),
         (["--model", "vit_tiny_patch16_224"], OWN),
         (["--model", "vit_tiny_patch16_224.augreg_in21k"], OWN),
-        (["--model", "deit_small_patch16_224", "--set", "student.model_args={img_size: 64}"], {"img_size": 64}),
+        (
+            ["--model", "deit_small_patch16_224", "--set", "student.model_args={img_size: 64}"],
+            {"img_size": 64},
+        ),
         (["--img-size", "64"], {**OWN, "img_size": 64}),
     ],
 )
-def test_nothing_is_said_where_nothing_is_left_out(words: list[str], args: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_said_where_nothing_is_left_out(
+    words: list[str], args: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert parsed("small_images_alone", *words).student.model_args == args
     assert capsys.readouterr().out == ""
 
 
 def test_a_size_given_with_another_network_is_that_networks() -> None:
-    student = parsed("small_images_alone", "--model", "deit_small_patch16_224", "--img-size", "64").student
+    student = parsed(
+        "small_images_alone", "--model", "deit_small_patch16_224", "--img-size", "64"
+    ).student
     assert (student.image_size, student.model_args) == (64, {})
 
 
-def test_what_is_said_on_top_of_a_run_holds_for_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.yaml").write_text("student: {model: runs/a, model_args: {global_pool: avg}}\n")
-    assert parsed(str(tmp_path / "mine.yaml"), "--model", "runs/b").student.model_args == {"global_pool": "avg"}
+def test_what_is_said_on_top_of_a_run_holds_for_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "student: {model: runs/a, model_args: {global_pool: avg}}\n"
+    )
+    assert parsed(str(tmp_path / "mine.yaml"), "--model", "runs/b").student.model_args == {
+        "global_pool": "avg"
+    }
     assert capsys.readouterr().out == ""
 
 
-def test_a_teachers_arguments_belong_to_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "teachers: {teacher: {model: vit_base_patch16_224, model_args: {depth: 4}}}\nobjectives: {kd: {method: kd}}\n"
+def test_a_teachers_arguments_belong_to_it_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        "teachers: {teacher: {model: vit_base_patch16_224, model_args: {depth: 4}}}\nobjectives:"
+        " {kd: {method: kd}}\n"
+    )
     (tmp_path / "mine.yaml").write_text(text)
-    assert parsed(str(tmp_path / "mine.yaml"), "--teacher-model", "runs/teacher").teachers["teacher"].model_args == {}
-    assert capsys.readouterr().out.startswith("teachers.teacher.model_args of the recipe (depth=4) belong to vit_base_patch16_224 ")
+    assert (
+        parsed(str(tmp_path / "mine.yaml"), "--teacher-model", "runs/teacher")
+        .teachers["teacher"]
+        .model_args
+        == {}
+    )
+    assert capsys.readouterr().out.startswith(
+        "teachers.teacher.model_args of the recipe (depth=4) belong to vit_base_patch16_224 "
+    )
 
 
-def test_of_stages_the_first_gets_another_network_and_the_later_keep_their_own(capsys: pytest.CaptureFixture[str]) -> None:
-    _, recipe = parse("explain", ExplainFlags, ["small_images_mae_finetuned", "--model", "deit_small_patch16_224"], "")
+def test_of_stages_the_first_gets_another_network_and_the_later_keep_their_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, recipe = parse(
+        "explain",
+        ExplainFlags,
+        ["small_images_mae_finetuned", "--model", "deit_small_patch16_224"],
+        "",
+    )
     assert isinstance(recipe, Stages)
     assert recipe.stages["pretrain"].student.model_args == {}
     assert recipe.stages["finetune"].student.model_args == {"global_pool": "avg"}
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("pretrain.student.model_args of the recipe (") and "--set pretrain.student.model_args.NAME=VALUE" in line
+    assert (
+        line.startswith("pretrain.student.model_args of the recipe (")
+        and "--set pretrain.student.model_args.NAME=VALUE" in line
+    )
 
 
-def test_it_is_said_once_and_never_before_a_printed_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_said_once_and_never_before_a_printed_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["small_images_alone", "--model", "deit_small_patch16_224"]
     parse("explain", ExplainFlags, [*words, "--recipe-yaml"], "")
     monkeypatch.setenv("RANK", "1")
@@ -108,7 +155,7 @@ def test_it_is_said_once_and_never_before_a_printed_recipe(capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
-# --- whom a flag is for ----------------------------------------------------------------------------------------------------------
+# --- whom a flag is for --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,18 +167,29 @@ def test_it_is_said_once_and_never_before_a_printed_recipe(capsys: pytest.Captur
         (["--teacher-precision", "bfloat16"], "precision"),
     ],
 )
-def test_a_flag_for_the_one_teacher_says_how_to_name_others(words: list[str], field: str, tmp_path: Path) -> None:
+def test_a_flag_for_the_one_teacher_says_how_to_name_others(
+    words: list[str], field: str, tmp_path: Path
+) -> None:
     expected = f"this recipe's are conv and inv: write --set teachers.NAME.{field}=VALUE"
-    assert f"{words[0]} cannot take effect: it is for a teacher called 'teacher', and {expected}" == refused("libkd", *words)
-    stages = Stages(stages={"first": parsed("small_images_libkd"), "second": Recipe(student=StudentConfig(model="stage:first"))})
+    assert (
+        f"{words[0]} cannot take effect: it is for a teacher called 'teacher', and {expected}"
+        == refused("libkd", *words)
+    )
+    stages = Stages(
+        stages={
+            "first": parsed("small_images_libkd"),
+            "second": Recipe(student=StudentConfig(model="stage:first")),
+        }
+    )
     (tmp_path / "staged.yaml").write_text(dump(stages))
     value = words[1] if len(words) > 1 else "true"
-    assert f"no stage has one: write --set first.teachers.conv.{field}={value} or first.teachers.inv.{field}={value}" in refused(
-        str(tmp_path / "staged.yaml"), *words
+    assert (
+        f"no stage has one: write --set first.teachers.conv.{field}={value} or"
+        f" first.teachers.inv.{field}={value}" in refused(str(tmp_path / "staged.yaml"), *words)
     )
 
 
-# --- flags of other scripts --------------------------------------------------------------------------------------------------------
+# --- flags of other scripts ----------------------------------------------------------------------
 
 KNOWN = {spelling for flag in flags_of(TrainFlags) for spelling in (flag.name, *flag.aliases)}
 

@@ -1,4 +1,6 @@
-"""What every method promises. A method is held to this by being listed in `METHODS`: there is nothing to add here for a new one."""
+"""What every method promises. A method is held to this by being listed in `METHODS`: there is
+nothing to add here for a new one.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,14 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import RandomPatches
 from vitdistill.methods.masking import RandomMasking
-from vitdistill.recipes.config import Recipe, TeacherConfig, dump_recipe, from_dict, load_recipe, to_dict
+from vitdistill.recipes.config import (
+    Recipe,
+    TeacherConfig,
+    dump_recipe,
+    from_dict,
+    load_recipe,
+    to_dict,
+)
 from vitdistill.vit.families import QKV
 from vitdistill.vit.walk import Needs, ViTOutput, run_vit
 
@@ -38,9 +47,18 @@ SEEN = ["whole", "kept", "masked"]
 """How much student and teacher see: all; the teacher half of it; both half of it."""
 
 
-def vit(seed: int, dim: int, depth: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
+def vit(
+    seed: int, dim: int, depth: int, name: str = "vit_tiny_patch16_224", **args: Any
+) -> nn.Module:
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": dim, "depth": depth, "num_heads": 2, "num_classes": NUM_CLASSES}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": 2,
+        "num_classes": NUM_CLASSES,
+    }
     model = timm.create_model(name, **{**settings, **args}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
@@ -50,38 +68,81 @@ def vit(seed: int, dim: int, depth: int, name: str = "vit_tiny_patch16_224", **a
 class Case:
     """A student, a teacher, a batch, and the method between them.
 
-    ``unlike``: a student with two prefix tokens on 2 x 2 patches, and a teacher with three on 4 x 4, of other width, depth and heads.
+    ``unlike``: a student with two prefix tokens on 2 x 2 patches, and a teacher with three on 4 x
+    4, of other width, depth and heads.
     """
 
-    def __init__(self, name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False) -> None:
+    def __init__(
+        self, name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False
+    ) -> None:
         self.method: Any = method_class(name)()
         is_objective = isinstance(self.method, Objective)
         if is_objective and self.method.needs_masking:
             seen = "masked"
-        masking = self.method if isinstance(self.method, Masking) else RandomMasking(mask_rate=0.5) if seen == "masked" else None
+        masking = (
+            self.method
+            if isinstance(self.method, Masking)
+            else RandomMasking(mask_rate=0.5)
+            if seen == "masked"
+            else None
+        )
         self.student, self.model = vit(0, 24, 4), vit(1, 36, 5)
-        if is_objective and not self.method.teacher_needs(Network.of(self.model, "teacher", "big", (16, 16))).logits:
+        if (
+            is_objective
+            and not self.method.teacher_needs(
+                Network.of(self.model, "teacher", "big", (16, 16))
+            ).logits
+        ):
             self.model = vit(1, 36, 5, num_classes=0)
         if unlike:  # under a mask both have to have the same patches
-            self.student = vit(0, 24, 4, "deit_tiny_distilled_patch16_224", **({} if masking else {"patch_size": 8}))
-            self.model = vit(1, 36, 5, reg_tokens=2, num_heads=3, num_classes=self.model.num_classes)
-        self.teacher = Teacher(self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC)
+            self.student = vit(
+                0,
+                24,
+                4,
+                "deit_tiny_distilled_patch16_224",
+                **({} if masking else {"patch_size": 8}),
+            )
+            self.model = vit(
+                1, 36, 5, reg_tokens=2, num_heads=3, num_classes=self.model.num_classes
+            )
+        self.teacher = Teacher(
+            self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
+        )
         objectives = {"it": self.method} if is_objective else {"kd": SoftKD()}
         if unlike:
             objectives |= {"both": CrossEntropy(head="all")}
-        teachers = {"teacher": self.teacher} if any(isinstance(o, TeacherObjective) for o in objectives.values()) else {}
+        teachers = (
+            {"teacher": self.teacher}
+            if any(isinstance(o, TeacherObjective) for o in objectives.values())
+            else {}
+        )
         selector = (
-            self.method if isinstance(self.method, TokenSelector) else RandomPatches(keep_rate=0.5) if seen == "kept" and teachers else None
+            self.method
+            if isinstance(self.method, TokenSelector)
+            else RandomPatches(keep_rate=0.5)
+            if seen == "kept" and teachers
+            else None
         )
         student = Network.of(self.student, "student", "small", (16, 16))
-        self.plan: Plan = make_plan(student, {key: t.network for key, t in teachers.items()}, objectives, selector, masking)
+        self.plan: Plan = make_plan(
+            student, {key: t.network for key, t in teachers.items()}, objectives, selector, masking
+        )
         self._keep: Tensor | None = None
         self.teachers = teachers
         self.module = Distillation(self.student, self.plan)
         labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
-        self.batch = Batch(torch.randn(NUM_IMAGES, 3, 16, 16), labels, torch.arange(NUM_IMAGES), torch.zeros(NUM_IMAGES).long(), 0)
+        self.batch = Batch(
+            torch.randn(NUM_IMAGES, 3, 16, 16),
+            labels,
+            torch.arange(NUM_IMAGES),
+            torch.zeros(NUM_IMAGES).long(),
+            0,
+        )
         if mixed:
-            self.batch.mixed_labels, self.batch.lam = labels.flip(0), torch.linspace(0.1, 0.9, NUM_IMAGES)
+            self.batch.mixed_labels, self.batch.lam = (
+                labels.flip(0),
+                torch.linspace(0.1, 0.9, NUM_IMAGES),
+            )
 
     @property
     def adapter(self) -> nn.Module | None:
@@ -97,14 +158,23 @@ class Case:
         return self._keep
 
     def student_output(self, needs: Needs | None = None) -> ViTOutput:
-        return run_vit(self.student, self.batch.images, self.plan.student_needs if needs is None else needs, self.keep)
+        return run_vit(
+            self.student,
+            self.batch.images,
+            self.plan.student_needs if needs is None else needs,
+            self.keep,
+        )
 
     def teacher_output(self, needs: Needs | None = None) -> ViTOutput | None:
         if not self.teachers:
             return None
-        return self.teacher(self.batch.images, self.plan.live["teacher"] if needs is None else needs, self.keep)
+        return self.teacher(
+            self.batch.images, self.plan.live["teacher"] if needs is None else needs, self.keep
+        )
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Batch | None = None) -> Tensor:
+    def loss(
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Batch | None = None
+    ) -> Tensor:
         torch.manual_seed(5)  # a method that draws random numbers draws the same ones
         answer: Tensor = self.method.loss(student, teacher, batch or self.batch, self.adapter)
         return answer
@@ -114,14 +184,24 @@ class Case:
         return answer
 
     def noise(self) -> Tensor | None:
-        return torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2)) if self.method.reads_noise else None
+        return (
+            torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2))
+            if self.method.reads_noise
+            else None
+        )
 
 
-def case_if_possible(name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False) -> Case:
-    """The case; with everything in sight where the objective says that it needs every patch, and the plan then refuses a masking."""
+def case_if_possible(
+    name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False
+) -> Case:
+    """The case; with everything in sight where the objective says that it needs every patch, and
+    the plan then refuses a masking.
+    """
     method = method_class(name)()
     if seen == "masked" and isinstance(method, Objective) and method.needs_every_patch:
-        with pytest.raises(ConfigError, match="reads every patch of the student, and RandomMasking hides some"):
+        with pytest.raises(
+            ConfigError, match="reads every patch of the student, and RandomMasking hides some"
+        ):
             Case(name, mixed, seen, unlike)
         seen = "whole"
     return Case(name, mixed, seen, unlike)
@@ -142,20 +222,41 @@ def poisoned(full: ViTOutput, declared: Needs) -> ViTOutput:
     return replace(
         full,
         logits=full.logits if declared.logits or full.logits is None else bad(full.logits),
-        hidden={i: value if i in declared.hidden else bad(value) for i, value in full.hidden.items()},
-        attention={i: value if i in declared.attention else bad(value) for i, value in full.attention.items()},
-        qkv={i: value if i in declared.qkv else QKV(*map(bad, value)) for i, value in full.qkv.items()},
-        features=full.features if declared.features or full.features is None else bad(full.features),
+        hidden={
+            i: value if i in declared.hidden else bad(value) for i, value in full.hidden.items()
+        },
+        attention={
+            i: value if i in declared.attention else bad(value)
+            for i, value in full.attention.items()
+        },
+        qkv={
+            i: value if i in declared.qkv else QKV(*map(bad, value))
+            for i, value in full.qkv.items()
+        },
+        features=(
+            full.features if declared.features or full.features is None else bad(full.features)
+        ),
     )
 
 
 def spoilt_one_by_one(output: ViTOutput) -> list[ViTOutput]:
     """Copies of ``output`` with another one of its recorded tensors NaN in each."""
     copies = [] if output.logits is None else [replace(output, logits=output.logits * torch.nan)]
-    copies += [] if output.features is None else [replace(output, features=output.features * torch.nan)]
-    copies += [replace(output, qkv={**output.qkv, i: QKV(*(t * torch.nan for t in value))}) for i, value in output.qkv.items()]
-    copies += [replace(output, hidden={**output.hidden, i: value * torch.nan}) for i, value in output.hidden.items()]
-    return copies + [replace(output, attention={**output.attention, i: value * torch.nan}) for i, value in output.attention.items()]
+    copies += (
+        [] if output.features is None else [replace(output, features=output.features * torch.nan)]
+    )
+    copies += [
+        replace(output, qkv={**output.qkv, i: QKV(*(t * torch.nan for t in value))})
+        for i, value in output.qkv.items()
+    ]
+    copies += [
+        replace(output, hidden={**output.hidden, i: value * torch.nan})
+        for i, value in output.hidden.items()
+    ]
+    return copies + [
+        replace(output, attention={**output.attention, i: value * torch.nan})
+        for i, value in output.attention.items()
+    ]
 
 
 def permuted(output: ViTOutput | None, order: Tensor) -> ViTOutput | None:
@@ -176,10 +277,18 @@ def permuted(output: ViTOutput | None, order: Tensor) -> ViTOutput | None:
 def permuted_batch(batch: Batch, order: Tensor) -> Batch:
     mixed = None if batch.mixed_labels is None else batch.mixed_labels[order]
     lam = None if batch.lam is None else batch.lam[order]
-    return Batch(batch.images[order], batch.labels[order], batch.ids[order], batch.views[order], batch.view, mixed, lam)
+    return Batch(
+        batch.images[order],
+        batch.labels[order],
+        batch.ids[order],
+        batch.views[order],
+        batch.view,
+        mixed,
+        lam,
+    )
 
 
-# --- objectives ----------------------------------------------------------------------------------------------------------------
+# --- objectives ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unlike", [False, True], ids=["alike", "unlike"])
@@ -187,11 +296,16 @@ def permuted_batch(batch: Batch, order: Tensor) -> Batch:
 @pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_loss_is_a_finite_float32_scalar(name: str, dtype: torch.dtype, mixed: bool, seen: str, unlike: bool) -> None:
+def test_a_loss_is_a_finite_float32_scalar(
+    name: str, dtype: torch.dtype, mixed: bool, seen: str, unlike: bool
+) -> None:
     case = case_if_possible(name, mixed, seen, unlike)
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         losses = case.module(case.batch, case.teachers)
-    assert all(value.shape == () and value.dtype is torch.float32 and value.isfinite() for value in losses.values())
+    assert all(
+        value.shape == () and value.dtype is torch.float32 and value.isfinite()
+        for value in losses.values()
+    )
     losses["loss"].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in case.module.parameters())
 
@@ -202,10 +316,18 @@ def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(name: str, seen
     case = case_if_possible(name, seen=seen)
     output = case.student_output()
     triples = [t for triple in output.qkv.values() for t in triple]
-    recorded = [output.logits, output.features, *output.hidden.values(), *output.attention.values(), *triples]
+    recorded = [
+        output.logits,
+        output.features,
+        *output.hidden.values(),
+        *output.attention.values(),
+        *triples,
+    ]
     recorded = [t for t in recorded if t is not None and t.requires_grad]
     named = dict(case.student.named_parameters())
-    reach = torch.autograd.grad([t.sum() for t in recorded], list(named.values()), allow_unused=True)
+    reach = torch.autograd.grad(
+        [t.sum() for t in recorded], list(named.values()), allow_unused=True
+    )
     expected = {key for key, gradient in zip(named, reach, strict=True) if gradient is not None}
     case.module(case.batch, case.teachers)["loss"].backward()
     assert {key for key, p in named.items() if p.grad is not None} == expected
@@ -231,7 +353,9 @@ def test_a_loss_reads_all_that_it_declares_and_nothing_else(name: str) -> None:
         assert all(case.loss(student, spoilt).isnan() for spoilt in spoilt_one_by_one(teacher))
 
 
-_HARD = (method_class("hard_kd"),)  # the top class of NaN is a class: the loop checks the teacher's answer itself
+_HARD = (
+    method_class("hard_kd"),
+)  # the top class of NaN is a class: the loop checks the teacher's answer itself
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -252,22 +376,32 @@ def test_the_order_of_the_images_does_not_change_a_loss(name: str, mixed: bool) 
     case = Case(name, mixed)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     student, teacher = case.student_output(), case.teacher_output()
-    moved = case.loss(permuted(student, order), permuted(teacher, order), permuted_batch(case.batch, order))  # type: ignore[arg-type]
+    moved = case.loss(
+        permuted(student, order), permuted(teacher, order), permuted_batch(case.batch, order)
+    )  # type: ignore[arg-type]
     assert moved.item() == pytest.approx(case.loss(student, teacher).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_loss_is_a_mean_over_the_batch(name: str) -> None:
-    """So that accumulated micro-batches and processes, which are averaged, give what one big batch gives; or it says it is not."""
+    """So that accumulated micro-batches and processes, which are averaged, give what one big batch
+    gives; or it says it is not.
+    """
     case = Case(name)
     student, teacher = case.student_output(), case.teacher_output()
     halves = []
     for part in (torch.arange(3), torch.arange(3, 6)):
-        halves.append(case.loss(permuted(student, part), permuted(teacher, part), permuted_batch(case.batch, part)))  # type: ignore[arg-type]
+        halves.append(
+            case.loss(
+                permuted(student, part), permuted(teacher, part), permuted_batch(case.batch, part)
+            )
+        )  # type: ignore[arg-type]
     whole = case.loss(student, teacher).item()
     same = (sum(halves) / 2).item() == pytest.approx(whole, rel=1e-4)  # type: ignore[union-attr]
     assert same != case.method.couples_images
-    assert ("it" in case.plan.notes and "micro-batch" in case.plan.notes["it"]) == case.method.couples_images
+    assert (
+        "it" in case.plan.notes and "micro-batch" in case.plan.notes["it"]
+    ) == case.method.couples_images
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -275,7 +409,12 @@ def test_the_order_of_the_patches_a_teacher_sees_does_not_change_a_loss(name: st
     case = Case(name)
     if not case.teachers or case.plan.masking is not None:
         return
-    keep = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:7] for i in range(NUM_IMAGES)])
+    keep = torch.stack(
+        [
+            torch.randperm(16, generator=torch.Generator().manual_seed(i))[:7]
+            for i in range(NUM_IMAGES)
+        ]
+    )
     needs, student = case.plan.live["teacher"], case.student_output()
     loss = case.loss(student, case.teacher(case.batch.images, needs, keep))
     turned = case.loss(student, case.teacher(case.batch.images, needs, keep.flip(1)))
@@ -300,18 +439,29 @@ def test_a_loss_is_traced_without_a_graph_break(name: str) -> None:
         student, teacher = case.student_output(), case.teacher_output()
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda student, teacher, batch: case.method.loss(student, teacher, batch, case.adapter), fullgraph=True, backend="eager"
+        lambda student, teacher, batch: case.method.loss(student, teacher, batch, case.adapter),
+        fullgraph=True,
+        backend="eager",
     )
     torch.manual_seed(5)
-    assert torch.allclose(compiled(student, teacher, case.batch), case.loss(student, teacher), rtol=1e-5)
+    assert torch.allclose(
+        compiled(student, teacher, case.batch), case.loss(student, teacher), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_cost_of_an_objective_is_known_beforehand(name: str, seen: str) -> None:
-    """Counted without data, and what the real step computes, but for what an attention kernel computes again backward."""
+    """Counted without data, and what the real step computes, but for what an attention kernel
+    computes again backward.
+    """
     case = case_if_possible(name, seen=seen)
-    cost = cost_of(case.plan, case.student, {key: teacher.model for key, teacher in case.teachers.items()}, NUM_IMAGES)
+    cost = cost_of(
+        case.plan,
+        case.student,
+        {key: teacher.model for key, teacher in case.teachers.items()},
+        NUM_IMAGES,
+    )
     with FlopCounterMode(display=False) as counter:
         case.module.train()(case.batch, case.teachers)["loss"].backward()
     assert counter.get_total_flops() == pytest.approx(cost.step * NUM_IMAGES, rel=0.03)
@@ -323,15 +473,19 @@ def test_the_cost_of_an_objective_is_known_beforehand(name: str, seen: str) -> N
 def test_an_objective_says_what_its_weight_multiplies(name: str) -> None:
     case = Case(name)
     assert case.method.formula and case.method.weight == 1.0
-    half = Distillation(case.student, replace(case.plan, objectives={"it": replace(case.method, weight=0.5)}))
+    half = Distillation(
+        case.student, replace(case.plan, objectives={"it": replace(case.method, weight=0.5)})
+    )
     half.adapters = case.module.adapters
     torch.manual_seed(5)
     whole = case.module(case.batch, case.teachers)["loss"]
     torch.manual_seed(5)
-    assert half(case.batch, case.teachers)["loss"].item() == pytest.approx(whole.item() / 2, rel=1e-5)
+    assert half(case.batch, case.teachers)["loss"].item() == pytest.approx(
+        whole.item() / 2, rel=1e-5
+    )
 
 
-# --- selectors -----------------------------------------------------------------------------------------------------------------
+# --- selectors -----------------------------------------------------------------------------------
 
 
 def selector_inputs(name: str) -> tuple[Case, ViTOutput, ViTOutput | None, Tensor | None]:
@@ -357,15 +511,26 @@ def test_a_choice_reads_all_that_it_declares_and_nothing_else(name: str) -> None
     case, student, guide, noise = selector_inputs(name)
     keep = case.select(student, guide, noise)
     whole = poisoned(case.student_output(everything(4)), case.plan.student_needs)
-    rest = poisoned(case.teacher(case.batch.images, everything(5)), case.plan.guides.get("teacher", Needs()))
+    rest = poisoned(
+        case.teacher(case.batch.images, everything(5)), case.plan.guides.get("teacher", Needs())
+    )
     assert torch.equal(case.select(whole, rest, noise), keep)
-    read = case.method.student_needs(case.plan.student), case.method.teacher_needs(case.plan.teachers["teacher"])
+    read = (
+        case.method.student_needs(case.plan.student),
+        case.method.teacher_needs(case.plan.teachers["teacher"]),
+    )
     assert any(read) or case.method.reads_noise
     for output, needs, is_student in ((student, read[0], True), (guide, read[1], False)):
         for block in needs.resolve(output.depth).attention if output is not None else ():
             assert output is not None
-            turned = replace(output, attention={**output.attention, block: output.attention[block].flip(-1)})
-            other = case.select(turned, guide, noise) if is_student else case.select(student, turned, noise)
+            turned = replace(
+                output, attention={**output.attention, block: output.attention[block].flip(-1)}
+            )
+            other = (
+                case.select(turned, guide, noise)
+                if is_student
+                else case.select(student, turned, noise)
+            )
             assert not torch.equal(other, keep)
     if noise is not None:
         assert not torch.equal(case.select(student, guide, noise.flip(-1)), keep)
@@ -375,7 +540,9 @@ def test_a_choice_reads_all_that_it_declares_and_nothing_else(name: str) -> None
 def test_each_image_has_its_own_choice(name: str) -> None:
     case, student, guide, noise = selector_inputs(name)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    moved = case.select(permuted(student, order), permuted(guide, order), None if noise is None else noise[order])  # type: ignore[arg-type]
+    moved = case.select(
+        permuted(student, order), permuted(guide, order), None if noise is None else noise[order]
+    )  # type: ignore[arg-type]
     keep = case.select(student, guide, noise)
     assert torch.equal(moved, keep[order])
     assert len({frozenset(row) for row in keep.tolist()}) > 1
@@ -389,7 +556,9 @@ def test_a_choice_carries_no_gradient_and_is_traced_without_a_graph_break(name: 
         case, student, guide, noise = selector_inputs(name)
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda student, guide, noise: case.method.select(GRID, 5, student, guide, noise), fullgraph=True, backend="eager"
+        lambda student, guide, noise: case.method.select(GRID, 5, student, guide, noise),
+        fullgraph=True,
+        backend="eager",
     )
     assert torch.equal(compiled(student, guide, noise), keep) and not keep.requires_grad
 
@@ -402,7 +571,7 @@ def test_a_selector_does_not_keep_the_gradient_from_the_student(name: str) -> No
     assert all(p.grad is None for p in case.model.parameters())
 
 
-# --- maskings ------------------------------------------------------------------------------------------------------------------
+# --- maskings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MASKINGS)
@@ -410,8 +579,13 @@ def test_a_masking_puts_all_patches_in_an_order_of_each_image_alone(name: str) -
     masking: Any = method_class(name)()
     noise = torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2))
     order = masking.order(noise)
-    assert order.dtype is torch.int64 and all(sorted(row) == list(range(16)) for row in order.tolist())
-    assert torch.equal(masking.order(noise.flip(0)), order.flip(0)) and len(set(map(tuple, order.tolist()))) == NUM_IMAGES
+    assert order.dtype is torch.int64 and all(
+        sorted(row) == list(range(16)) for row in order.tolist()
+    )
+    assert (
+        torch.equal(masking.order(noise.flip(0)), order.flip(0))
+        and len(set(map(tuple, order.tolist()))) == NUM_IMAGES
+    )
     assert 1 <= masking.count(16) <= masking.teacher_count(16) <= 16
     torch.compiler.reset()
     assert torch.equal(torch.compile(masking.order, fullgraph=True, backend="eager")(noise), order)
@@ -422,17 +596,23 @@ def test_under_a_masking_student_and_teacher_see_the_same_and_nothing_else(name:
     case = Case(name)
     student, answers = case.module.answer(case.batch, case.teachers)
     answer = answers["teacher"]
-    assert student.keep is answer.keep and student.keep is not None and student.keep.shape == (NUM_IMAGES, case.plan.student_keep)
+    assert (
+        student.keep is answer.keep
+        and student.keep is not None
+        and student.keep.shape == (NUM_IMAGES, case.plan.student_keep)
+    )
     losses = case.module(case.batch, case.teachers)
     losses["loss"].backward()
     assert losses["loss"].isfinite() and all(p.grad is not None for p in case.student.parameters())
     hidden = torch.ones(NUM_IMAGES, 16).scatter(1, student.keep, 0.0).bool().unflatten(1, GRID)
-    spoilt = case.batch.images.masked_fill(hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None], 1e4)
+    spoilt = case.batch.images.masked_fill(
+        hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None], 1e4
+    )
     again = case.module(replace(case.batch, images=spoilt), case.teachers)
     assert again["loss"].item() == losses["loss"].item()
 
 
-# --- all of them ---------------------------------------------------------------------------------------------------------------
+# --- all of them ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -441,7 +621,9 @@ def test_a_method_survives_json_and_yaml(name: str, tmp_path: Any) -> None:
     if isinstance(method, Objective):
         recipe = Recipe(objectives={"it": method}, teachers={"teacher": TeacherConfig(model="x")})
     else:
-        recipe = Recipe(selector=method) if isinstance(method, TokenSelector) else Recipe(masking=method)
+        recipe = (
+            Recipe(selector=method) if isinstance(method, TokenSelector) else Recipe(masking=method)
+        )
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
     assert yaml.safe_load(dump_recipe(recipe)) == to_dict(recipe)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))

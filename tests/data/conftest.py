@@ -31,7 +31,9 @@ def picture() -> Picture:
 @pytest.fixture(scope="session")
 def stack() -> Callable[[list[Image.Image]], Tensor]:
     """Images of one size as a uint8 (N, 3, H, W) tensor."""
-    return lambda images: torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
+    return lambda images: torch.stack(
+        [torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Tar archives: the folder's very source, read in place; damaged and hostile archives are refused."""
+"""Tar archives: the folder's very source, read in place; damaged and hostile archives are
+refused.
+"""
 
 import gzip
 import io
@@ -52,7 +54,12 @@ def test_an_archive_is_its_folder(make_folder, top: str, mode: str) -> None:
 def test_workers_read_one_archive_together(make_folder) -> None:
     source = open_source(str(packed(make_folder())), "train")
     runs = [
-        list(TrainLoader(source, AUGMENTS["small"], SPEC, batch_size=8, seed=0, workers=w, in_memory=False).batches(0, 3)) for w in (0, 2)
+        list(
+            TrainLoader(
+                source, AUGMENTS["small"], SPEC, batch_size=8, seed=0, workers=w, in_memory=False
+            ).batches(0, 3)
+        )
+        for w in (0, 2)
     ]
     assert all((a.images == b.images).all() for (a,), (b,) in zip(*runs, strict=True))
 
@@ -89,7 +96,11 @@ def test_cut_short_archives(make_folder) -> None:
 def test_damaged_gzip(make_folder, monkeypatch) -> None:
     path = packed(make_folder(), "set.tar.gz", mode="w:gz")
     content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], content[:-4], content[:5000] + b"\0" * 50 + content[5050:]):
+    for damaged in (
+        content[: len(content) // 2],
+        content[:-4],
+        content[:5000] + b"\0" * 50 + content[5050:],
+    ):
         path.write_bytes(damaged)
         assert "damaged or cut short" in refused(path)
     monkeypatch.setattr(archive_module, "_MAX_MEMBER", 2**20)
@@ -106,12 +117,16 @@ def hostile(path: Path, name: str, change=lambda info: None, content: bytes = b"
     return path
 
 
-@pytest.mark.parametrize("name", ["/train/a/x.png", "train/../../x.png", "../x.png", "train/a/../x.png"])
+@pytest.mark.parametrize(
+    "name", ["/train/a/x.png", "train/../../x.png", "../x.png", "train/a/../x.png"]
+)
 def test_unsafe_names(tmp_path: Path, name: str) -> None:
     assert "unsafe name" in refused(hostile(tmp_path / "x.tar", name))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_special_members(tmp_path: Path, kind: bytes) -> None:
     def change(info: tarfile.TarInfo) -> None:
         info.type, info.linkname, info.size = kind, "/etc/passwd", 0

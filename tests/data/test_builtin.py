@@ -20,17 +20,23 @@ def write_mnist(root: Path) -> np.ndarray:
         head = (0x803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in part.shape)
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + part.tobytes())
         labels = (np.arange(len(part)) % 10).astype(np.uint8)
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes((0x801).to_bytes(4, "big") + len(part).to_bytes(4, "big") + labels.tobytes())
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            (0x801).to_bytes(4, "big") + len(part).to_bytes(4, "big") + labels.tobytes()
+        )
     return images
 
 
 def test_grey_images(tmp_path: Path) -> None:
     images = write_mnist(tmp_path)
     source = open_source(f"torchvision/MNIST?root={tmp_path}", "train")
-    assert len(source) == 6 and source.labels.tolist() == list(range(6)) and len(source.classes) == 10
+    assert (
+        len(source) == 6 and source.labels.tolist() == list(range(6)) and len(source.classes) == 10
+    )
     assert np.array_equal(np.asarray(source.load(3)), np.repeat(images[3][..., None], 3, axis=2))
     assert source.image_size(0) == (28, 28) and source.key(3) == "train/000003"
-    assert len(open_source(f"torchvision/MNIST?root={tmp_path}", "val", classes=source.classes)) == 3
+    assert (
+        len(open_source(f"torchvision/MNIST?root={tmp_path}", "val", classes=source.classes)) == 3
+    )
 
 
 def write_cifar(root: Path, monkeypatch) -> np.ndarray:
@@ -49,7 +55,9 @@ def write_cifar(root: Path, monkeypatch) -> np.ndarray:
     names, digest = write("batches.meta", {"label_names": [f"n{i}" for i in range(10)]})
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [train])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [test])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": names, "key": "label_names", "md5": digest})
+    monkeypatch.setattr(
+        datasets.CIFAR10, "meta", {"filename": names, "key": "label_names", "md5": digest}
+    )
     return images
 
 

@@ -20,7 +20,9 @@ def made(reprob: float = 0.0, mixing: Mixing | None = None, seed: int = 7) -> li
     return view_checksums(PIXELS, reprob, mixing, seed, IDS, VIEWS).tolist()
 
 
-@pytest.mark.parametrize(("reprob", "mixing"), [(0.0, None), (1.0, None), (0.0, MIXING), (0.5, MIXING)])
+@pytest.mark.parametrize(
+    ("reprob", "mixing"), [(0.0, None), (1.0, None), (0.0, MIXING), (0.5, MIXING)]
+)
 def test_any_pixel_counts_and_only_for_its_own_view(reprob: float, mixing: Mixing | None) -> None:
     before = made(reprob, mixing)
     assert len(set(before)) == 6 and before == made(reprob, mixing)
@@ -37,7 +39,13 @@ def test_the_erased_box_counts() -> None:
     assert before != made() and before != made(reprob=1.0, seed=8) and made() == made(seed=8)
     same = PIXELS[:1].expand(2, -1, -1, -1)
     erased = view_checksums(same, 1.0, None, 7, np.array([0, 1]), np.array([2, 2]))
-    assert erased[0] != erased[1] and len(set(view_checksums(same, 0.0, None, 7, np.array([0, 1]), np.array([2, 2])).tolist())) == 1
+    assert (
+        erased[0] != erased[1]
+        and len(
+            set(view_checksums(same, 0.0, None, 7, np.array([0, 1]), np.array([2, 2])).tolist())
+        )
+        == 1
+    )
 
 
 def test_the_partner_counts() -> None:
@@ -60,7 +68,9 @@ def test_the_last_bits_of_a_weight_do_not_count(monkeypatch: pytest.MonkeyPatch)
     before = made(mixing=MIXING)
     draw = Mixing.draw
 
-    def shaken(self: Mixing, keys: keyed.I64, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def shaken(
+        self: Mixing, keys: keyed.I64, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         lam, cut, boxes = draw(self, keys, height, width)
         return lam * (1 + 1e-12), cut, boxes
 

@@ -1,4 +1,6 @@
-"""Decoding: every kind of image reads right, every damaged one is named, and nothing is decoded twice differently."""
+"""Decoding: every kind of image reads right, every damaged one is named, and nothing is decoded
+twice differently.
+"""
 
 import io
 import struct
@@ -49,7 +51,9 @@ def test_transparency_is_composited_on_white() -> None:
     rgba[:2, :, 3] = 255
     rgba[2, :, 3] = 128
     for kind in ("PNG", "WEBP"):
-        got = pixels(encoded(Image.fromarray(rgba), kind, **({"lossless": True} if kind == "WEBP" else {})))
+        got = pixels(
+            encoded(Image.fromarray(rgba), kind, **({"lossless": True} if kind == "WEBP" else {}))
+        )
         assert (got[0] == (200, 0, 0)).all() and (got[3] == 255).all()
         assert np.abs(got[2] - (227, 127, 127)).max() <= 1
     grey_alpha = Image.merge("LA", [Image.new("L", (4, 4), 10), Image.new("L", (4, 4), 0)])
@@ -108,7 +112,9 @@ def test_exif_orientation_is_applied(picture, orientation: int) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_broken_exif_counts_as_none(picture) -> None:
     data = encoded(picture(1), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(encoded(picture(1), "JPEG")))))
+    assert np.array_equal(
+        pixels(data), np.asarray(Image.open(io.BytesIO(encoded(picture(1), "JPEG"))))
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,9 @@ def test_broken_exif_counts_as_none(picture) -> None:
     [(Image.new("F", (4, 4), 0.5), "TIFF"), (Image.new("I", (4, 4), 70000), "TIFF")],
 )
 def test_pixels_without_a_white_level_are_refused(image: Image.Image, kind: str) -> None:
-    with pytest.raises(DataError, match=r"^pic\.tif: pixels of mode '[FI]' have no known white level"):
+    with pytest.raises(
+        DataError, match=r"^pic\.tif: pixels of mode '[FI]' have no known white level"
+    ):
         decode_image(encoded(image, kind), "pic.tif")
 
 
@@ -151,10 +159,17 @@ def test_what_is_no_image() -> None:
 
 def png_claiming(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(8193, 8192), (9400, 9400), (65535, 65535)])
@@ -195,8 +210,14 @@ def test_printable() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]), st.integers(0, 10**6), st.integers(0, 255))
-def test_damage_gives_an_image_or_a_sentence_and_nothing_else(picture, kind: str, where: int, value: int) -> None:
+@given(
+    st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]),
+    st.integers(0, 10**6),
+    st.integers(0, 255),
+)
+def test_damage_gives_an_image_or_a_sentence_and_nothing_else(
+    picture, kind: str, where: int, value: int
+) -> None:
     data = bytearray(encoded(picture(3, (24, 24)), kind))
     data[where % len(data)] = value
     try:

@@ -9,10 +9,14 @@ from timm.data.random_erasing import RandomErasing
 from vitdistill.data.erasing import erase
 
 
-def erased(count: int, prob: float, size: tuple[int, int] = (20, 30), start: int = 0) -> torch.Tensor:
+def erased(
+    count: int, prob: float, size: tuple[int, int] = (20, 30), start: int = 0
+) -> torch.Tensor:
     """``count`` images of 7s, erased."""
     ids = np.arange(start, start + count, dtype=np.int64)
-    return erase(torch.full((count, 3, *size), 7.0), prob, 1, ids, np.full(count, 4, dtype=np.int64))
+    return erase(
+        torch.full((count, 3, *size), 7.0), prob, 1, ids, np.full(count, 4, dtype=np.int64)
+    )
 
 
 def test_one_rectangle_of_noise() -> None:

@@ -13,7 +13,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
-from vitdistill.data.geometry import CROP_UNIFORMS, affine, crop_and_flip, random_boxes, resize_boxes
+from vitdistill.data.geometry import (
+    CROP_UNIFORMS,
+    affine,
+    crop_and_flip,
+    random_boxes,
+    resize_boxes,
+)
 from vitdistill.keyed import Stream
 
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
@@ -29,11 +35,15 @@ def test_resize_boxes_is_pillows(picture, stack, data, interpolation: str) -> No
     boxes = []
     for _ in images:
         h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
-        boxes.append((data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w)), h, w))
+        boxes.append(
+            (data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w)), h, w)
+        )
     got = resize_boxes(stack(images), torch.tensor(boxes), size, interpolation)
     for image, box, ours in zip(images, boxes, got, strict=True):
         rows_first = TF.crop(image, *box).resize((size[1], box[2]), PILLOW[interpolation])
-        assert torch.equal(ours, TF.pil_to_tensor(rows_first.resize(size[::-1], PILLOW[interpolation]))), box
+        assert torch.equal(
+            ours, TF.pil_to_tensor(rows_first.resize(size[::-1], PILLOW[interpolation]))
+        ), box
         either = TF.pil_to_tensor(TF.resized_crop(image, *box, size, MODES[interpolation]))
         assert (ours.int() - either.int()).abs().max() <= 2, box
 
@@ -42,7 +52,9 @@ def test_resize_boxes_is_pillows(picture, stack, data, interpolation: str) -> No
 @given(data=st.data(), padding=st.integers(0, 6))
 def test_crop_and_flip_is_torchvisions(picture, stack, data, padding: int) -> None:
     images = [picture(i, (11, 9)) for i in range(4)]
-    offsets = [data.draw(st.tuples(*[st.integers(0, 2 * padding)] * 2, st.integers(0, 1))) for _ in images]
+    offsets = [
+        data.draw(st.tuples(*[st.integers(0, 2 * padding)] * 2, st.integers(0, 1))) for _ in images
+    ]
     top, left, flip = torch.tensor(offsets).T
     got = crop_and_flip(stack(images), top, left, flip, padding)
     for image, (t, x, f), ours in zip(images, offsets, got, strict=True):
@@ -52,7 +64,12 @@ def test_crop_and_flip_is_torchvisions(picture, stack, data, padding: int) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(
-    matrix=st.tuples(*[st.floats(-1.5, 1.5)] * 2, st.floats(-20, 20), *[st.floats(-1.5, 1.5)] * 2, st.floats(-20, 20)),
+    matrix=st.tuples(
+        *[st.floats(-1.5, 1.5)] * 2,
+        st.floats(-20, 20),
+        *[st.floats(-1.5, 1.5)] * 2,
+        st.floats(-20, 20),
+    ),
     interpolation=st.sampled_from(["bilinear", "bicubic"]),
 )
 def test_affine_is_pillows(picture, stack, matrix: tuple[float, ...], interpolation: str) -> None:
@@ -65,21 +82,34 @@ def test_affine_is_pillows(picture, stack, matrix: tuple[float, ...], interpolat
         interpolation,
     )
     for image, ours in zip(images, got, strict=True):
-        theirs = image.transform(image.size, Image.Transform.AFFINE, matrix, PILLOW[interpolation], fillcolor=fill)
+        theirs = image.transform(
+            image.size, Image.Transform.AFFINE, matrix, PILLOW[interpolation], fillcolor=fill
+        )
         assert (ours.int() - TF.pil_to_tensor(theirs).int()).abs().max() == 0
 
 
 def test_boxes_have_timms_distribution() -> None:
-    """Means and spreads of 20,000 boxes against as many of timm's, on a wide image where the fallback happens too."""
+    """Means and spreads of 20,000 boxes against as many of timm's, on a wide image where the
+    fallback happens too.
+    """
     height, width, count = 40, 100, 20000
     scale, ratio = (0.3, 1.0), (3 / 4, 4 / 3)
     keys = keyed.keys(0, 0, np.arange(count, dtype=np.int64), Stream.CROP)
-    ours = np.stack(random_boxes(keyed.uniforms(keys, CROP_UNIFORMS), height, width, scale, ratio), axis=1)
+    ours = np.stack(
+        random_boxes(keyed.uniforms(keys, CROP_UNIFORMS), height, width, scale, ratio), axis=1
+    )
     random.seed(0)
     image = Image.new("RGB", (width, height))
-    theirs = np.array([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(count)])
+    theirs = np.array(
+        [RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(count)]
+    )
     top, left, h, w = ours.T
-    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    assert (
+        (top >= 0).all()
+        and (left >= 0).all()
+        and (top + h <= height).all()
+        and (left + w <= width).all()
+    )
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 0.4
     assert np.abs(ours.std(0) - theirs.std(0)).max() < 0.4
     whole = (0, 23, 40, 53)
@@ -88,6 +118,13 @@ def test_boxes_have_timms_distribution() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 50), (50, 2), (3, 3)])
 def test_tiny_images_still_have_boxes(height: int, width: int) -> None:
-    draws = keyed.uniforms(keyed.keys(0, 0, np.arange(500, dtype=np.int64), Stream.CROP), CROP_UNIFORMS)
+    draws = keyed.uniforms(
+        keyed.keys(0, 0, np.arange(500, dtype=np.int64), Stream.CROP), CROP_UNIFORMS
+    )
     top, left, h, w = random_boxes(draws, height, width, (0.08, 1.0), (3 / 4, 4 / 3))
-    assert (h >= 1).all() and (w >= 1).all() and (top + h <= height).all() and (left + w <= width).all()
+    assert (
+        (h >= 1).all()
+        and (w >= 1).all()
+        and (top + h <= height).all()
+        and (left + w <= width).all()
+    )

@@ -12,7 +12,9 @@ from vitdistill.errors import ConfigError
 from vitdistill.keyed import Stream
 
 
-def batch(count: int = 8, size: int = 12) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray]:
+def batch(
+    count: int = 8, size: int = 12
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray]:
     images = torch.arange(count).float()[:, None, None, None] + torch.zeros(count, 3, size, size)
     ids = np.arange(count, dtype=np.int64)[::-1].copy()
     return images, torch.arange(count), ids, np.full(count, 3, dtype=np.int64)
@@ -59,12 +61,20 @@ def test_cutmix_has_timms_distribution() -> None:
     random = np.random.default_rng(0)
     side = np.sqrt(1.0 - random.beta(1.0, 1.0, 20000))
     edges = []
-    for length in (32, 24):  # timm.data.mixup.rand_bbox, as of timm 1.0.31 (1.0.20 loses the last row of odd boxes)
+    for length in (
+        32,
+        24,
+    ):  # timm.data.mixup.rand_bbox, as of timm 1.0.31 (1.0.20 loses the last row of odd boxes)
         cut, centre = (length * side).astype(int), random.integers(0, length, 20000)
         edges += [(centre - cut // 2).clip(0, length), (centre + (cut + 1) // 2).clip(0, length)]
     their_boxes = np.stack(edges, axis=1)
     theirs = 1.0 - (edges[1] - edges[0]) * (edges[3] - edges[2]) / (32 * 24)
-    assert np.abs(np.quantile(ours, np.linspace(0, 1, 11)) - np.quantile(theirs, np.linspace(0, 1, 11))).max() < 0.02
+    assert (
+        np.abs(
+            np.quantile(ours, np.linspace(0, 1, 11)) - np.quantile(theirs, np.linspace(0, 1, 11))
+        ).max()
+        < 0.02
+    )
     assert np.abs(boxes.mean(0) - their_boxes.mean(0)).max() < 0.3
     assert np.abs(boxes.std(0) - their_boxes.std(0)).max() < 0.3
 
@@ -79,7 +89,9 @@ def test_beta(alpha: float) -> None:
     assert abs(x.std() - deviation) < 0.02 * deviation
     reference = np.random.default_rng(0).beta(alpha, alpha, 40000)
     steps = np.linspace(0.05, 0.95, 10)
-    assert np.abs(np.quantile(x, steps) - np.quantile(reference, steps)).max() < max(0.02, 0.1 * (alpha < 0.1))
+    assert np.abs(np.quantile(x, steps) - np.quantile(reference, steps)).max() < max(
+        0.02, 0.1 * (alpha < 0.1)
+    )
 
 
 @given(st.permutations(range(5)), st.integers(0, 3))

@@ -12,7 +12,15 @@ from timm.data import auto_augment
 from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
-from vitdistill.data.randaugment import OPERATIONS, Kind, Operation, Policy, apply_operations, draw_jitter, posterize
+from vitdistill.data.randaugment import (
+    OPERATIONS,
+    Kind,
+    Operation,
+    Policy,
+    apply_operations,
+    draw_jitter,
+    posterize,
+)
 from vitdistill.keyed import Stream
 
 DEIT = "rand-m9-mstd0.5-inc1"
@@ -22,13 +30,17 @@ PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BIC
 
 
 def timm_operation(name: str, image: Image.Image, value: float, interpolation: str) -> Image.Image:
-    """timm's function of this name; posterize in our form, which is Pillow's where Pillow's works."""
+    """timm's function of this name; posterize in our form, which is Pillow's where Pillow's
+    works.
+    """
     if name.startswith("Posterize"):
         return posterize(image, int(value))
     arguments = () if name in ("AutoContrast", "Equalize", "Invert") else (value,)
     if name.startswith("Solarize"):
         arguments = (int(value),)
-    return auto_augment.NAME_TO_OP[name](image, *arguments, fillcolor=FILL, resample=PILLOW[interpolation])
+    return auto_augment.NAME_TO_OP[name](
+        image, *arguments, fillcolor=FILL, resample=PILLOW[interpolation]
+    )
 
 
 def special_images(picture) -> list[Image.Image]:
@@ -47,7 +59,12 @@ def test_operations_are_pillows(picture, stack, name: str, interpolation: str) -
     level = np.linspace(0.0, 1.0, len(images))
     sign = np.where(np.arange(len(images)) % 2, 1.0, -1.0)
     value = level_to_value(level, sign)
-    got = apply_operations(stack(images), Operation(np.full(len(images), kind, dtype=np.int64), value), FILL_TENSOR, interpolation)
+    got = apply_operations(
+        stack(images),
+        Operation(np.full(len(images), kind, dtype=np.int64), value),
+        FILL_TENSOR,
+        interpolation,
+    )
     for image, v, ours in zip(images, value.tolist(), got, strict=True):
         theirs = TF.pil_to_tensor(timm_operation(name, image, v, interpolation))
         assert torch.equal(ours, theirs), (name, v)
@@ -68,19 +85,25 @@ def test_posterize_is_pillows_and_black_at_zero_bits(picture) -> None:
     from PIL import ImageOps
 
     for bits in range(1, 9):
-        assert posterize(picture(1), bits).tobytes() == ImageOps.posterize(picture(1), bits).tobytes()
+        assert (
+            posterize(picture(1), bits).tobytes() == ImageOps.posterize(picture(1), bits).tobytes()
+        )
     assert np.asarray(posterize(picture(1), 0)).max() == 0
 
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from(sorted(Kind)), min_size=1, max_size=9), st.integers(0, 100))
-def test_an_image_does_not_depend_on_its_company(picture, stack, kinds: list[Kind], number: int) -> None:
+def test_an_image_does_not_depend_on_its_company(
+    picture, stack, kinds: list[Kind], number: int
+) -> None:
     images = stack([picture(number + i, (20, 20)) for i in range(len(kinds))])
     value = np.linspace(0.2, 0.9, len(kinds))
     kind = np.array(kinds, dtype=np.int64)
     together = apply_operations(images, Operation(kind, value), FILL_TENSOR, "bicubic")
     for i in range(len(kinds)):
-        alone = apply_operations(images[i : i + 1], Operation(kind[i : i + 1], value[i : i + 1]), FILL_TENSOR, "bicubic")
+        alone = apply_operations(
+            images[i : i + 1], Operation(kind[i : i + 1], value[i : i + 1]), FILL_TENSOR, "bicubic"
+        )
         assert torch.equal(alone[0], together[i])
 
 
@@ -88,7 +111,13 @@ def test_the_policy_is_timms() -> None:
     policy = Policy.of(DEIT, (0.5, 0.5, 0.5), "bicubic")
     assert policy is not None
     assert policy.names == tuple(auto_augment._RAND_INCREASING_TRANSFORMS)
-    assert (policy.layers, policy.prob, policy.magnitude, policy.magnitude_std, policy.magnitude_max) == (
+    assert (
+        policy.layers,
+        policy.prob,
+        policy.magnitude,
+        policy.magnitude_std,
+        policy.magnitude_max,
+    ) == (
         2,
         0.5,
         9,
@@ -101,7 +130,9 @@ def test_the_policy_is_timms() -> None:
     assert other == Policy(other.names, 3, 0.7, 5.0, 0.0, 20.0)
 
 
-@pytest.mark.parametrize("config", ["original", "v0-mstd0.5", "3a", "augmix-m3", "rand-m9-tweights", "rand-m9-t3a"])
+@pytest.mark.parametrize(
+    "config", ["original", "v0-mstd0.5", "3a", "augmix-m3", "rand-m9-tweights", "rand-m9-t3a"]
+)
 def test_what_runs_on_single_images_only(config: str) -> None:
     assert Policy.of(config, (0.5, 0.5, 0.5), "bicubic") is None
 
@@ -125,9 +156,13 @@ def test_draws_have_the_stated_frequencies() -> None:
 def test_uniform_magnitudes() -> None:
     policy = Policy.of("rand-m8-mstd101-p1.0", (0.5, 0.5, 0.5), "bicubic")
     assert policy is not None
-    (layer, _) = policy.draw(keyed.keys(0, 0, np.arange(40000, dtype=np.int64), Stream.AUGMENT))
+    layer, _ = policy.draw(keyed.keys(0, 0, np.arange(40000, dtype=np.int64), Stream.AUGMENT))
     strength = np.abs(layer.value[layer.kind == Kind.ROTATE]) / 30
-    assert abs(strength.mean() - 0.4) < 0.02 and strength.max() <= 0.8 and abs(strength.std() - 0.8 / 12**0.5) < 0.02
+    assert (
+        abs(strength.mean() - 0.4) < 0.02
+        and strength.max() <= 0.8
+        and abs(strength.std() - 0.8 / 12**0.5) < 0.02
+    )
 
 
 def test_jitter_is_torchvisions(picture, stack) -> None:

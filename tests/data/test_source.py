@@ -1,4 +1,6 @@
-"""Folders: the order of classes and images, and what is wrong with a folder, in one sentence each."""
+"""Folders: the order of classes and images, and what is wrong with a folder, in one sentence
+each.
+"""
 
 import os
 import pickle
@@ -11,7 +13,9 @@ from vitdistill.data.source import counted, open_source
 from vitdistill.errors import DataError, MissingSplit, PermissionDenied, UserError
 
 
-def refused(location: Path | str, split: str = "train", kind: type[UserError] = DataError, **options: object) -> str:
+def refused(
+    location: Path | str, split: str = "train", kind: type[UserError] = DataError, **options: object
+) -> str:
     """The one sentence with which a location is refused."""
     with pytest.raises(kind) as caught:
         open_source(str(location), split, **options)
@@ -23,10 +27,14 @@ def test_a_folder(make_folder) -> None:
     root = make_folder(train=7, val=3)
     source = open_source(str(root), "train")
     assert source.classes == ("class0", "class1", "class2") and len(source) == 7
-    assert [source.key(i) for i in range(7)] == [f"class{c}/{n:03d}.png" for c in range(3) for n in range(c, 7, 3)]
+    assert [source.key(i) for i in range(7)] == [
+        f"class{c}/{n:03d}.png" for c in range(3) for n in range(c, 7, 3)
+    ]
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 2, 2] and source.labels.dtype == np.int64
     assert source.load(4).size == source.image_size(4) == (32, 32)
-    assert source.sizes.tolist() == [(root / "train" / source.key(i)).stat().st_size for i in range(7)]
+    assert source.sizes.tolist() == [
+        (root / "train" / source.key(i)).stat().st_size for i in range(7)
+    ]
     val = open_source(str(root), "val", classes=source.classes)
     assert len(val) == 3 and "val" in val.name
     again = pickle.loads(pickle.dumps(source))
@@ -81,11 +89,15 @@ def test_classes_are_ordered_as_strings(make_folder) -> None:
 def test_unlabelled_folders(make_folder, tmp_path: Path) -> None:
     flat = make_folder(classes=1) / "train" / "class0"
     source = open_source(str(flat), "train")
-    assert source.classes == () and set(source.labels.tolist()) == {-1} and source.key(0) == "000.png"
+    assert (
+        source.classes == () and set(source.labels.tolist()) == {-1} and source.key(0) == "000.png"
+    )
     (tmp_path / "nest").mkdir()
     flat.rename(tmp_path / "nest" / "train")
     assert len(open_source(str(tmp_path / "nest"), "train")) == 24
-    assert "no 'val' or 'validation' or 'test' folder" in refused(tmp_path / "nest", "val", MissingSplit)
+    assert "no 'val' or 'validation' or 'test' folder" in refused(
+        tmp_path / "nest", "val", MissingSplit
+    )
     (tmp_path / "nest" / "train").rename(tmp_path / "nest" / "val")
     assert "labels" in refused(tmp_path / "nest", "val", MissingSplit)
 
@@ -99,22 +111,35 @@ def test_what_is_wrong_with_a_place(make_folder, tmp_path: Path) -> None:
     root = make_folder()
     (root / "train").rename(root / "training_images")
     sentence = refused(root)
-    assert "no 'train' folder" in sentence and "'training_images'" in sentence and "'val'" in sentence
+    assert (
+        "no 'train' folder" in sentence and "'training_images'" in sentence and "'val'" in sentence
+    )
     (root / "train").mkdir()
     assert "no images" in refused(root)
 
 
-def test_a_place_without_splits_is_right_once_its_advice_is_followed(make_folder, tmp_path: Path) -> None:
+def test_a_place_without_splits_is_right_once_its_advice_is_followed(
+    make_folder, tmp_path: Path
+) -> None:
     photos = tmp_path / "photos"
     (make_folder() / "train").rename(photos)
-    remedy = f"put the class folders into {photos}/train/ and about a tenth of the images of each class into {photos}/val/CLASS/."
-    assert refused(photos) == f"{photos} has no 'train' folder; found 'class0', 'class1', 'class2': {remedy}"
+    remedy = (
+        f"put the class folders into {photos}/train/ and about a tenth of the images of each class"
+        f" into {photos}/val/CLASS/."
+    )
+    assert (
+        refused(photos)
+        == f"{photos} has no 'train' folder; found 'class0', 'class1', 'class2': {remedy}"
+    )
     for folder in sorted(photos.iterdir()):
         (photos / "train").mkdir(exist_ok=True)
         folder.rename(photos / "train" / folder.name)
     assert len(open_source(str(photos), "train")) == 24
     remedy = "put a part of the images, a tenth say, into class folders there."
-    assert refused(photos, "val") == f"{photos} has no 'val' or 'validation' or 'test' folder; found 'train': {remedy}"
+    assert (
+        refused(photos, "val")
+        == f"{photos} has no 'val' or 'validation' or 'test' folder; found 'train': {remedy}"
+    )
     for folder in sorted((photos / "train").iterdir()):
         (photos / "val" / folder.name).mkdir(parents=True)
         first = sorted(folder.iterdir())[0]
@@ -124,7 +149,9 @@ def test_a_place_without_splits_is_right_once_its_advice_is_followed(make_folder
     assert refused(photos).endswith(f"found 'val': put the class folders into {photos}/train/.")
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1000, "1,000 images")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1000, "1,000 images")]
+)
 def test_numbers_of_things(number: int, text: str) -> None:
     assert counted(number, "image") == text
 
@@ -150,9 +177,15 @@ def test_what_is_wrong_with_the_images(make_folder) -> None:
 
 def test_classes_that_differ(make_folder) -> None:
     root = make_folder()
-    assert "lacks 2 ('zebra', 'zoo') and adds 1 ('class1')" in refused(root, "val", classes=("class0", "class2", "zebra", "zoo"))
-    assert "lacks 5 ('a', 'b', 'c', ...)" in refused(root, "val", classes=("class0", "class1", "class2", *"abcde"))
-    assert "another order: label 0 is 'class0', not 'class1'" in refused(root, "val", classes=("class1", "class0", "class2"))
+    assert "lacks 2 ('zebra', 'zoo') and adds 1 ('class1')" in refused(
+        root, "val", classes=("class0", "class2", "zebra", "zoo")
+    )
+    assert "lacks 5 ('a', 'b', 'c', ...)" in refused(
+        root, "val", classes=("class0", "class1", "class2", *"abcde")
+    )
+    assert "another order: label 0 is 'class0', not 'class1'" in refused(
+        root, "val", classes=("class1", "class0", "class2")
+    )
 
 
 def test_names_cannot_write_to_the_terminal(make_folder) -> None:

@@ -33,11 +33,21 @@ def rows(picture) -> Any:
     return make
 
 
-def hugging_face(images: list[bytes], labels: list[int], names: list[str] | None = None, **more: list[int]) -> pa.Table:
+def hugging_face(
+    images: list[bytes], labels: list[int], names: list[str] | None = None, **more: list[int]
+) -> pa.Table:
     """A table as the datasets library writes it."""
     kind = {"names": names or NAMES, "_type": "ClassLabel"}
-    features: dict[str, Any] = {"image": {"_type": "Image"}, "label": kind, **dict.fromkeys(more, kind)}
-    columns = {"image": pa.array([{"bytes": b, "path": None} for b in images]), "label": pa.array(labels), **more}
+    features: dict[str, Any] = {
+        "image": {"_type": "Image"},
+        "label": kind,
+        **dict.fromkeys(more, kind),
+    }
+    columns = {
+        "image": pa.array([{"bytes": b, "path": None} for b in images]),
+        "label": pa.array(labels),
+        **more,
+    }
     metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)
 
@@ -50,7 +60,9 @@ def write_arrow(table: pa.Table, path: Path, stream: bool = True) -> None:
 
 def check(source: Any, picture: Any, count: int, classes: tuple[str, ...] = tuple(NAMES)) -> None:
     assert len(source) == count and source.classes == classes
-    assert source.labels.tolist() == [i % 3 for i in range(count)] and source.labels.dtype == np.int64
+    assert (
+        source.labels.tolist() == [i % 3 for i in range(count)] and source.labels.dtype == np.int64
+    )
     for i in range(count):
         assert source.load(i).tobytes() == picture(i).tobytes()
         assert source.image_size(i) == (32, 32)
@@ -72,7 +84,9 @@ def test_parquet_as_on_the_hub(tmp_path: Path, picture, rows) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_arrow_as_saved_to_disk(tmp_path: Path, picture, rows, stream: bool) -> None:
     write_arrow(hugging_face(*rows(5)), tmp_path / "train" / "data-00000-of-00001.arrow", stream)
-    write_arrow(hugging_face(*rows(4)), tmp_path / "validation" / "data-00000-of-00001.arrow", stream)
+    write_arrow(
+        hugging_face(*rows(4)), tmp_path / "validation" / "data-00000-of-00001.arrow", stream
+    )
     write_arrow(hugging_face(*rows(3)), tmp_path / "test" / "data-00000-of-00001.arrow", stream)
     check(open_source(str(tmp_path), "train"), picture, 5)
     check(open_source(str(tmp_path), "val"), picture, 4)
@@ -106,8 +120,12 @@ def test_columns_can_be_chosen(tmp_path: Path, picture, rows) -> None:
     images, labels = rows(6)
     path = tmp_path / "x.parquet"
     table = hugging_face(images, [0] * 6, fine=labels)
-    metadata = {b"huggingface": table.schema.metadata[b"huggingface"].replace(b'"label"', b'"coarse"')}
-    pq.write_table(table.rename_columns(["image", "coarse", "fine"]).replace_schema_metadata(metadata), path)
+    metadata = {
+        b"huggingface": table.schema.metadata[b"huggingface"].replace(b'"label"', b'"coarse"')
+    }
+    pq.write_table(
+        table.rename_columns(["image", "coarse", "fine"]).replace_schema_metadata(metadata), path
+    )
     with pytest.raises(ConfigError, match="several label columns"):
         open_source(str(path), "train")
     check(open_source(f"{path}?label=fine", "train"), picture, 6)
@@ -130,11 +148,17 @@ def test_what_is_wrong(tmp_path: Path, rows, monkeypatch) -> None:
 
     assert "no image column" in refused(pa.table({"x": [1], "label": [0]}))
     assert "row 1 has no bytes" in refused(hugging_face([images[0], b""], [0, 1]))
-    assert "row 0 has no bytes" in refused(pa.table({"image": pa.array([None, images[0]], pa.binary()), "label": [0, 1]}))
+    assert "row 0 has no bytes" in refused(
+        pa.table({"image": pa.array([None, images[0]], pa.binary()), "label": [0, 1]})
+    )
     assert "label 3 is outside the 3 classes" in refused(hugging_face(images, [0, 1, 2, 3]))
     assert "label -1" in refused(hugging_face(images, [0, 1, 2, -1]))
-    assert "'label' is empty in 1 row;" in refused(pa.table({"image": images, "label": [0, 1, 2, None]}))
-    assert "whole numbers or names" in refused(pa.table({"image": images, "label": [0.5, 1.0, 2.0, 3.0]}))
+    assert "'label' is empty in 1 row;" in refused(
+        pa.table({"image": images, "label": [0, 1, 2, None]})
+    )
+    assert "whole numbers or names" in refused(
+        pa.table({"image": images, "label": [0.5, 1.0, 2.0, 3.0]})
+    )
     pq.write_table(hugging_face(images, labels), path)
     content = path.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"x" * 1000):
@@ -149,7 +173,9 @@ def test_what_is_wrong(tmp_path: Path, rows, monkeypatch) -> None:
 
 def test_a_damaged_image_is_named_by_its_row(tmp_path: Path, rows) -> None:
     images, labels = rows(3)
-    pq.write_table(hugging_face([images[0], images[1][:50], images[2]], labels), tmp_path / "x.parquet")
+    pq.write_table(
+        hugging_face([images[0], images[1][:50], images[2]], labels), tmp_path / "x.parquet"
+    )
     source = open_source(str(tmp_path / "x.parquet"), "train")
     with pytest.raises(DataError, match=r"x\.parquet \(train\): row 1: "):
         source.load(1)
@@ -163,8 +189,12 @@ def test_tables_of_one_split_must_agree(tmp_path: Path, rows) -> None:
         open_source(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize(("module", "location"), [("pyarrow", "x.parquet"), ("datasets", "hfds/some/name")])
-def test_a_missing_extra_is_answered_with_its_install_line(tmp_path: Path, rows, monkeypatch, module: str, location: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "location"), [("pyarrow", "x.parquet"), ("datasets", "hfds/some/name")]
+)
+def test_a_missing_extra_is_answered_with_its_install_line(
+    tmp_path: Path, rows, monkeypatch, module: str, location: str
+) -> None:
     pq.write_table(hugging_face(*rows(3)), tmp_path / "x.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)

@@ -88,12 +88,18 @@ def test_views_of_one_image_are_pure(picture) -> None:
     base = train_view(image, augment, SPEC, 1, 2, 3)
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     assert torch.equal(base, train_view(image, augment, SPEC, 1, 2, 3))
-    others = [train_view(image, augment, SPEC, *address) for address in ((0, 2, 3), (1, 0, 3), (1, 2, 0))]
+    others = [
+        train_view(image, augment, SPEC, *address) for address in ((0, 2, 3), (1, 0, 3), (1, 2, 0))
+    ]
     assert all(not torch.equal(base, other) for other in others)
 
 
 def test_several_views_are_the_single_ones(picture) -> None:
-    augment, ids, views = AUGMENTS["deit"], np.array([3, 0, 3], dtype=np.int64), np.array([1, 1, 2], dtype=np.int64)
+    augment, ids, views = (
+        AUGMENTS["deit"],
+        np.array([3, 0, 3], dtype=np.int64),
+        np.array([1, 1, 2], dtype=np.int64),
+    )
     together = train_views(picture, augment, SPEC, 4, views, ids)
     for i, view, got in zip(ids.tolist(), views.tolist(), together, strict=True):
         assert torch.equal(got, train_view(picture(i), augment, SPEC, 4, view, i))
@@ -132,11 +138,16 @@ def test_the_transform_is_timms(picture) -> None:
         with keep_generators():
             seed_generators(keyed.torch_seed(0, 1, i))
             theirs = timm_transform(picture(i, (48, 40)))
-        assert torch.equal(normalize(train_view(picture(i, (48, 40)), augment, SPEC, 0, 1, i)[None], SPEC)[0], theirs)
+        assert torch.equal(
+            normalize(train_view(picture(i, (48, 40)), augment, SPEC, 0, 1, i)[None], SPEC)[0],
+            theirs,
+        )
 
 
 def test_zero_bits_of_posterize_do_not_raise(picture) -> None:
-    """A magnitude of 10 asks timm for 0 bits; the image turns black, whichever policy keeps the operation."""
+    """A magnitude of 10 asks timm for 0 bits; the image turns black, whichever policy keeps the
+    operation.
+    """
     augment = Augment(crop="center", hflip=0.0, aa="rand-m10-n1-p1.0-inc1")
     images = [train_view(picture(0), augment, SPEC, 0, 0, i) for i in range(120)]
     black = sum(int(image.max()) == 0 for image in images)
@@ -160,13 +171,19 @@ def test_small_recipe_on_single_images_crops_and_flips(picture) -> None:
     assert len(seen) > 25
 
 
-def batch_of(picture, stack, augment: Augment, count: int = 12, size: tuple[int, int] = (32, 32)) -> BatchViews:
+def batch_of(
+    picture, stack, augment: Augment, count: int = 12, size: tuple[int, int] = (32, 32)
+) -> BatchViews:
     return BatchViews(stack([picture(i, size) for i in range(count)]), augment, SPEC, seed=5)
 
 
-@pytest.mark.parametrize("augment", [AUGMENTS["deit"], AUGMENTS["small"], AUGMENTS["none"], Augment(color_jitter=0.4)])
+@pytest.mark.parametrize(
+    "augment", [AUGMENTS["deit"], AUGMENTS["small"], AUGMENTS["none"], Augment(color_jitter=0.4)]
+)
 def test_batched_views_depend_on_their_address_only(picture, stack, augment: Augment) -> None:
-    batched = batch_of(picture, stack, augment, size=(40, 36) if augment.crop == "rrc" else (32, 32))
+    batched = batch_of(
+        picture, stack, augment, size=(40, 36) if augment.crop == "rrc" else (32, 32)
+    )
     ids, views = np.arange(12, dtype=np.int64), np.arange(12, dtype=np.int64) % 3
     together = batched(ids, views)
     assert together.shape == (12, 3, 32, 32) and together.dtype == torch.uint8
@@ -183,7 +200,9 @@ def test_autocast_does_not_reach_the_views(picture, stack) -> None:
     ids, views = np.arange(12, dtype=np.int64), np.zeros(12, dtype=np.int64)
     with torch.autocast("cpu", torch.bfloat16):
         inside = normalize(batched(ids, views), SPEC)
-    assert inside.dtype == torch.float32 and torch.equal(inside, normalize(batched(ids, views), SPEC))
+    assert inside.dtype == torch.float32 and torch.equal(
+        inside, normalize(batched(ids, views), SPEC)
+    )
 
 
 def test_batched_small_recipe_is_a_crop_and_a_flip(picture, stack) -> None:
@@ -202,7 +221,9 @@ def test_images_may_have_the_channels_last(picture, stack) -> None:
     images = stack([picture(i) for i in range(6)])
     ids, views = np.arange(6, dtype=np.int64), np.zeros(6, dtype=np.int64)
     first = BatchViews(images, AUGMENTS["deit"], SPEC, 0)(ids, views)
-    last = BatchViews(images.permute(0, 2, 3, 1).contiguous(), AUGMENTS["deit"], SPEC, 0)(ids, views)
+    last = BatchViews(images.permute(0, 2, 3, 1).contiguous(), AUGMENTS["deit"], SPEC, 0)(
+        ids, views
+    )
     assert torch.equal(first, last)
 
 
@@ -215,7 +236,9 @@ def test_policies_for_single_images_cannot_be_batched(picture, stack) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (28, 40), (100, 37)])
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("image_size", [(32, 32), (24, 48)])
-def test_the_evaluation_crop_is_timms(picture, size: tuple[int, int], mode: str, image_size: tuple[int, int]) -> None:
+def test_the_evaluation_crop_is_timms(
+    picture, size: tuple[int, int], mode: str, image_size: tuple[int, int]
+) -> None:
     spec = InputSpec(image_size, SPEC.mean, SPEC.std, "bicubic", 0.9, mode)
     image = picture(1, size)
     options = {"interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": mode}
@@ -238,7 +261,10 @@ def test_the_input_contract_of_a_model() -> None:
         InputSpec.of_model(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
 
 
-@pytest.mark.parametrize("change", [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}],
+)
 def test_impossible_contracts_are_refused(change: dict) -> None:
     with pytest.raises(ConfigError):
         replace(SPEC, **change)
@@ -253,7 +279,13 @@ def test_recipes() -> None:
         "rand-m9-mstd0.5-inc1",
         0.25,
     )
-    assert (deit.mixup, deit.cutmix, deit.mixup_prob, deit.mixup_switch_prob, deit.repeated_aug) == (
+    assert (
+        deit.mixup,
+        deit.cutmix,
+        deit.mixup_prob,
+        deit.mixup_switch_prob,
+        deit.repeated_aug,
+    ) == (
         0.8,
         1.0,
         1.0,

@@ -29,7 +29,15 @@ STUDENT = Network(
     attention_source="class",
 )
 TEACHER = replace(STUDENT, name="teacher", architecture="small", dim=384, grid=(16, 16), depth=8)
-CNN = Network(name="teacher", architecture="resnet18", image_size=(224, 224), depth=5, dim=512, num_classes=10, num_parameters=9)
+CNN = Network(
+    name="teacher",
+    architecture="resnet18",
+    image_size=(224, 224),
+    depth=5,
+    dim=512,
+    num_classes=10,
+    num_parameters=9,
+)
 CE, KD = {"ce": CrossEntropy()}, {"kd": SoftKD()}
 
 
@@ -60,22 +68,53 @@ def test_a_guide_is_an_extra_pass_of_the_teacher() -> None:
 
 def test_random_patches_need_nothing_of_anybody() -> None:
     plan = make_plan(CNN, {"teacher": TEACHER}, KD, RandomPatches())
-    assert plan.student_needs == Needs(logits=True) and plan.guides == {} and plan.num_keep == {"teacher": 128}
+    assert (
+        plan.student_needs == Needs(logits=True)
+        and plan.guides == {}
+        and plan.num_keep == {"teacher": 128}
+    )
 
 
 def test_two_teachers_keep_their_own_counts() -> None:
     teachers = {"a": replace(TEACHER, name="a"), "b": replace(STUDENT, name="b")}
     objectives = {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b")}
-    assert make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.75)).num_keep == {"a": 192, "b": 144}
+    assert make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.75)).num_keep == {
+        "a": 192,
+        "b": 144,
+    }
 
 
 REFUSED = {
     "nothing to minimise": (STUDENT, {}, {}, None, "there is no objective"),
-    "no teacher": (STUDENT, {}, KD, None, "'kd' reads a teacher named 'teacher', but no teacher is given"),
+    "no teacher": (
+        STUDENT,
+        {},
+        KD,
+        None,
+        "'kd' reads a teacher named 'teacher', but no teacher is given",
+    ),
     "another teacher": (STUDENT, {"big": TEACHER}, KD, None, "but the teachers are big"),
-    "an idle teacher": (STUDENT, {"teacher": TEACHER}, CE, None, "no objective reads the teacher 'teacher'"),
-    "a selector without a teacher": (STUDENT, {}, CE, MaskedKD(), "MaskedKD chooses the patches a teacher sees, but no teacher runs"),
-    "other classes": (STUDENT, {"teacher": replace(TEACHER, num_classes=9)}, KD, None, "answers with 9 classes and the student with 10"),
+    "an idle teacher": (
+        STUDENT,
+        {"teacher": TEACHER},
+        CE,
+        None,
+        "no objective reads the teacher 'teacher'",
+    ),
+    "a selector without a teacher": (
+        STUDENT,
+        {},
+        CE,
+        MaskedKD(),
+        "MaskedKD chooses the patches a teacher sees, but no teacher runs",
+    ),
+    "other classes": (
+        STUDENT,
+        {"teacher": replace(TEACHER, num_classes=9)},
+        KD,
+        None,
+        "answers with 9 classes and the student with 10",
+    ),
     "hard labels of other classes": (
         STUDENT,
         {"teacher": replace(TEACHER, num_classes=9)},
@@ -83,9 +122,27 @@ REFUSED = {
         None,
         "class by class",
     ),
-    "a teacher without patches": (STUDENT, {"teacher": CNN}, KD, MaskedKD(), "resnet18.* needs a plain ViT as teacher; use the kd recipe"),
-    "random patches of a CNN": (STUDENT, {"teacher": CNN}, KD, RandomPatches(), "RandomPatches needs a plain ViT"),
-    "a guide without patches": (STUDENT, {"teacher": CNN}, KD, TeacherGuided(), "TeacherGuided needs a plain ViT"),
+    "a teacher without patches": (
+        STUDENT,
+        {"teacher": CNN},
+        KD,
+        MaskedKD(),
+        "resnet18.* needs a plain ViT as teacher; use the kd recipe",
+    ),
+    "random patches of a CNN": (
+        STUDENT,
+        {"teacher": CNN},
+        KD,
+        RandomPatches(),
+        "RandomPatches needs a plain ViT",
+    ),
+    "a guide without patches": (
+        STUDENT,
+        {"teacher": CNN},
+        KD,
+        TeacherGuided(),
+        "TeacherGuided needs a plain ViT",
+    ),
     "a guide without attention": (
         STUDENT,
         {"teacher": replace(TEACHER, attention_source=None)},
@@ -114,7 +171,13 @@ REFUSED = {
         TeacherGuided(block=-9),
         r"reads from the teacher \(small\), where block -9 ",
     ),
-    "more patches than there are": (STUDENT, {"teacher": TEACHER}, KD, MaskedKD(num_keep=257), "num_keep is 257, but .* only 256"),
+    "more patches than there are": (
+        STUDENT,
+        {"teacher": TEACHER},
+        KD,
+        MaskedKD(num_keep=257),
+        "num_keep is 257, but .* only 256",
+    ),
     "a name no teacher has": (
         STUDENT,
         {"teacher": TEACHER},
@@ -134,7 +197,10 @@ REFUSED = {
         {"teacher": CNN},
         {"vitkd": ViTKD()},
         None,
-        r"vitkd reads feature maps, and the teacher \(resnet18\) gives none: take a timm model with forward_intermediates",
+        (
+            r"vitkd reads feature maps, and the teacher \(resnet18\) gives none: take a timm model"
+            r" with forward_intermediates"
+        ),
     ),
     "features of a student without feature maps": (
         replace(CNN, name="student"),
@@ -155,7 +221,10 @@ REFUSED = {
         {},
         CE,
         None,
-        r"ce reads logits, and the student \(tiny\) has no classifier: take one with a head, or objectives that read features",
+        (
+            r"ce reads logits, and the student \(tiny\) has no classifier: take one with a head, or"
+            r" objectives that read features"
+        ),
     ),
     "logits of a teacher without a classifier": (
         replace(STUDENT, num_classes=0),
@@ -164,7 +233,13 @@ REFUSED = {
         None,
         "kd reads logits, and the student .* has no classifier",
     ),
-    "a head the student lacks": (STUDENT, {}, {"ce": CrossEntropy(head="distillation")}, None, r"tiny has no head .* it has \(class\)"),
+    "a head the student lacks": (
+        STUDENT,
+        {},
+        {"ce": CrossEntropy(head="distillation")},
+        None,
+        r"tiny has no head .* it has \(class\)",
+    ),
     "a distillation head for kd": (
         STUDENT,
         {"teacher": TEACHER},
@@ -192,31 +267,56 @@ def test_what_cannot_work_is_refused_in_one_sentence(case: str) -> None:
 
 def test_a_distilled_student_takes_every_head() -> None:
     distilled = replace(STUDENT, heads=("class", "distillation"), num_prefix_tokens=2)
-    for ce, kd in (("auto", "auto"), ("class", "distillation"), ("distillation", "class"), ("all", "auto"), ("auto", "all")):
-        make_plan(distilled, {"teacher": TEACHER}, {"ce": CrossEntropy(head=ce), "kd": SoftKD(head=kd)}, MaskedKD())
+    for ce, kd in (
+        ("auto", "auto"),
+        ("class", "distillation"),
+        ("distillation", "class"),
+        ("all", "auto"),
+        ("auto", "all"),
+    ):
+        make_plan(
+            distilled,
+            {"teacher": TEACHER},
+            {"ce": CrossEntropy(head=ce), "kd": SoftKD(head=kd)},
+            MaskedKD(),
+        )
 
 
 def test_plans_are_described_in_words() -> None:
     needs = Needs(logits=True, attention=frozenset({11}))
-    assert describe_needs(STUDENT, needs, None) == (
-        "196 of 196 patches; 12 of 12 blocks; records logits and class-token attention of block 11"
+    assert (
+        describe_needs(STUDENT, needs, None)
+        == "196 of 196 patches; 12 of 12 blocks; records logits and class-token attention of"
+        " block 11"
     )
     early = Needs(hidden=frozenset({0, 3}))
-    assert describe_needs(TEACHER, early, 64) == "64 of 256 patches; 4 of 8 blocks; records hidden states after block 0, 3"
+    assert (
+        describe_needs(TEACHER, early, 64)
+        == "64 of 256 patches; 4 of 8 blocks; records hidden states after block 0, 3"
+    )
     assert describe_needs(CNN, Needs(logits=True), None) == "records logits"
     pooled = replace(STUDENT, reads_class_token=False, final_norm=False)
     assert describe_needs(pooled, needs, None).endswith(
-        "class-token attention of block 11 (whose class token its prediction does not read: that of an earlier block is trained)"
+        "class-token attention of block 11 (whose class token its prediction does not read: that of"
+        " an earlier block is trained)"
     )
-    assert describe_needs(pooled, Needs(attention=frozenset({10})), None).endswith("class-token attention of block 10")
-    assert "records features before any norm, which is after its pool" in describe_needs(pooled, Needs(features=True), None)
-    assert "records features after the final norm" in describe_needs(STUDENT, Needs(features=True), None)
+    assert describe_needs(pooled, Needs(attention=frozenset({10})), None).endswith(
+        "class-token attention of block 10"
+    )
+    assert "records features before any norm, which is after its pool" in describe_needs(
+        pooled, Needs(features=True), None
+    )
+    assert "records features after the final norm" in describe_needs(
+        STUDENT, Needs(features=True), None
+    )
     mean = replace(STUDENT, attention_source="mean")
     assert "mean attention of block 11" in describe_needs(mean, needs, None)
 
 
 def test_a_head_that_nobody_trains_is_refused() -> None:
-    """A second head is averaged into the prediction, so that leaving it at its random start would spoil every answer."""
+    """A second head is averaged into the prediction, so that leaving it at its random start would
+    spoil every answer.
+    """
     student = replace(STUDENT, heads=("class", "distillation"), num_prefix_tokens=2)
     with pytest.raises(ConfigError, match="no objective trains the distillation head"):
         make_plan(student, {}, {"ce": CrossEntropy()})
@@ -231,7 +331,13 @@ def test_every_teachers_head_has_to_be_trained_where_the_prediction_reads_it() -
     conv, inv = {"conv": replace(TEACHER, name="conv")}, {"inv": replace(TEACHER, name="inv")}
     kd_conv, kd_inv = {"kd_conv": SoftKD(teacher="conv")}, {"kd_inv": SoftKD(teacher="inv")}
     assert make_plan(student, conv | inv, CE | kd_conv | kd_inv).student_needs == Needs(logits=True)
-    with pytest.raises(ConfigError, match=r"no objective trains the inv head of tiny, .* \(--with kd:inv\), or let the labels train"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"no objective trains the inv head of tiny, .* \(--with kd:inv\), or let the labels"
+            r" train"
+        ),
+    ):
         make_plan(student, conv, CE | kd_conv)
     with pytest.raises(ConfigError, match="trains the class head"):
         make_plan(student, conv | inv, kd_conv | kd_inv)
@@ -244,7 +350,7 @@ def test_every_teachers_head_has_to_be_trained_where_the_prediction_reads_it() -
         make_plan(by_class, conv, kd_conv)
 
 
-# --- some teachers masked, others whole ------------------------------------------------------------------------------------------
+# --- some teachers masked, others whole ----------------------------------------------------------
 
 
 def test_a_selector_chooses_for_the_teachers_it_names() -> None:
@@ -254,10 +360,17 @@ def test_a_selector_chooses_for_the_teachers_it_names() -> None:
     assert plan.num_keep == {"vit": 128, "cnn": None} and plan.student_needs.attention == {11}
     guided = make_plan(STUDENT, teachers, objectives, TeacherGuided(teachers=("vit",)))
     assert guided.guides == {"vit": Needs(attention=frozenset({7}))}
-    with pytest.raises(ConfigError, match=r"the cnn \(resnet18\) cannot be shown"):  # no names mean all of them
+    with pytest.raises(
+        ConfigError, match=r"the cnn \(resnet18\) cannot be shown"
+    ):  # no names mean all of them
         make_plan(STUDENT, teachers, objectives, MaskedKD())
     two = {"a": replace(TEACHER, name="a"), "b": replace(STUDENT, name="b")}
-    plan = make_plan(STUDENT, two, {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b")}, RandomPatches(num_keep=7, teachers=("b",)))
+    plan = make_plan(
+        STUDENT,
+        two,
+        {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b")},
+        RandomPatches(num_keep=7, teachers=("b",)),
+    )
     assert plan.num_keep == {"a": None, "b": 7}
 
 
@@ -272,19 +385,30 @@ def test_a_teacher_whose_logits_nobody_reads_may_have_no_classifier() -> None:
 
 def test_features_of_a_network_with_feature_maps_are_taken() -> None:
     maps = replace(CNN, dims=(64, 64, 128, 256, 512))
-    plan = make_plan(STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 1), teacher_low_blocks=(2, -1))})
+    plan = make_plan(
+        STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 1), teacher_low_blocks=(2, -1))}
+    )
     assert plan.live == {"teacher": Needs(hidden=frozenset({2, 4}), features=True)}
-    with pytest.raises(ConfigError, match=r"vitkd reads from the teacher \(resnet18\), where block 5 "):
+    with pytest.raises(
+        ConfigError, match=r"vitkd reads from the teacher \(resnet18\), where block 5 "
+    ):
         make_plan(STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 5))})
 
 
-# --- what an objective has to say ------------------------------------------------------------------------------------------------
+# --- what an objective has to say ----------------------------------------------------------------
 
 
 def test_notes_are_those_of_the_objectives_own_teacher() -> None:
     teachers = {"vit": replace(TEACHER, name="vit"), "whole": replace(STUDENT, name="whole")}
-    objectives = {"ce": CrossEntropy(), "a": ViTKD(teacher="vit"), "b": ViTKD(teacher="whole"), "c": NKD(teacher="whole")}
-    notes = make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.5, teachers=("vit",))).notes
+    objectives = {
+        "ce": CrossEntropy(),
+        "a": ViTKD(teacher="vit"),
+        "b": ViTKD(teacher="whole"),
+        "c": NKD(teacher="whole"),
+    }
+    notes = make_plan(
+        STUDENT, teachers, objectives, MaskedKD(keep_rate=0.5, teachers=("vit",))
+    ).notes
     assert "128 of 256 patches" in notes["a"] and "from 14 x 14 to 16 x 16" in notes["a"]
     assert notes["b"] == "low_weight 3e-05, high_weight 3e-06 on sums"
     assert "ce" not in notes
@@ -292,16 +416,24 @@ def test_notes_are_those_of_the_objectives_own_teacher() -> None:
 
 def test_a_changing_weight_is_in_the_notes() -> None:
     schedule = WeightSchedule(to=0.0, begin=0.25, end=0.5, shape="cosine")
-    objectives = {"ce": CrossEntropy(weight=0.5, schedule=schedule), "vitkd": ViTKD(schedule=WeightSchedule(to=2.0))}
+    objectives = {
+        "ce": CrossEntropy(weight=0.5, schedule=schedule),
+        "vitkd": ViTKD(schedule=WeightSchedule(to=2.0)),
+    }
     notes = make_plan(STUDENT, {"teacher": STUDENT}, objectives).notes
     assert notes["ce"] == "weight 0.5 until 25% of the run, cosine to 0 at 50%"
-    assert notes["vitkd"] == ("low_weight 3e-05, high_weight 3e-06 on sums; weight 1 until 0% of the run, linear to 2 at 100%")
+    assert (
+        notes["vitkd"]
+        == "low_weight 3e-05, high_weight 3e-06 on sums; weight 1 until 0% of the run, linear to 2"
+        " at 100%"
+    )
 
 
 def test_features_and_queries_are_described_in_words() -> None:
     needs = Needs(hidden=frozenset({0}), qkv=frozenset({3, 1}), features=True)
-    assert describe_needs(TEACHER, needs, 64) == (
-        "64 of 256 patches; 8 of 8 blocks; records hidden states after block 0 and features after the final norm and "
-        "queries, keys and values of block 1, 3"
+    assert (
+        describe_needs(TEACHER, needs, 64)
+        == "64 of 256 patches; 8 of 8 blocks; records hidden states after block 0 and features"
+        " after the final norm and queries, keys and values of block 1, 3"
     )
     assert describe_needs(CNN, Needs(features=True), None) == "records the last feature map"

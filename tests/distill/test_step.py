@@ -1,4 +1,6 @@
-"""One step's losses: equal to a computation by hand, on the patches that were chosen, with no gradient to a teacher."""
+"""One step's losses: equal to a computation by hand, on the patches that were chosen, with no
+gradient to a teacher.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,14 +30,24 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 def vit(seed: int = 0, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5, **args}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+        **args,
+    }
     model = timm.create_model(name, **settings).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
     return model
 
 
-def batch_of(size: int = 4, side: int = 16, view: int = 0, seed: int = 0, run_seed: int = 0) -> Batch:
+def batch_of(
+    size: int = 4, side: int = 16, view: int = 0, seed: int = 0, run_seed: int = 0
+) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.arange(size)
     images = torch.randn(size, 3, side, side, generator=generator)
@@ -44,7 +56,9 @@ def batch_of(size: int = 4, side: int = 16, view: int = 0, seed: int = 0, run_se
 
 def teacher_of(model: nn.Module, name: str = "teacher", side: int = 16) -> Teacher:
     spec = InputSpec((side, side), MEAN, STD)
-    return Teacher(model, Network.of(model, name, name, (side, side)), spec, InputSpec((16, 16), MEAN, STD))
+    return Teacher(
+        model, Network.of(model, name, name, (side, side)), spec, InputSpec((16, 16), MEAN, STD)
+    )
 
 
 def build(
@@ -54,7 +68,9 @@ def build(
     selector: TokenSelector | None = None,
 ) -> Distillation:
     network = Network.of(student, "student", "student", (16, 16))
-    plan = make_plan(network, {name: teacher.network for name, teacher in teachers.items()}, objectives, selector)
+    plan = make_plan(
+        network, {name: teacher.network for name, teacher in teachers.items()}, objectives, selector
+    )
     return Distillation(student, plan)
 
 
@@ -65,25 +81,40 @@ class Spy:
         self.passes: list[tuple[Needs, Tensor | None]] = []
         teacher.run = self
 
-    def __call__(self, model: nn.Module, images: Tensor, needs: Needs, keep: Tensor | None = None) -> ViTOutput:
+    def __call__(
+        self, model: nn.Module, images: Tensor, needs: Needs, keep: Tensor | None = None
+    ) -> ViTOutput:
         self.passes.append((needs, keep))
         return run_vit(model, images, needs, keep)
 
 
 def test_the_losses_are_those_computed_by_hand() -> None:
     student, model, batch = vit(), vit(1, embed_dim=36, depth=3), batch_of()
-    objectives: dict[str, Objective] = {"ce": CrossEntropy(weight=0.3, smoothing=0.1), "kd": SoftKD(weight=0.7, temperature=2.0)}
-    losses = build(student, {"teacher": teacher_of(model)}, objectives)(batch, {"teacher": teacher_of(model)})
+    objectives: dict[str, Objective] = {
+        "ce": CrossEntropy(weight=0.3, smoothing=0.1),
+        "kd": SoftKD(weight=0.7, temperature=2.0),
+    }
+    losses = build(student, {"teacher": teacher_of(model)}, objectives)(
+        batch, {"teacher": teacher_of(model)}
+    )
     logits, target = student(batch.images), model(batch.images)
     ce = F.cross_entropy(logits, batch.labels, label_smoothing=0.1)
-    kd = 4 * F.kl_div((logits / 2).log_softmax(-1), (target / 2).log_softmax(-1), reduction="batchmean", log_target=True)
+    kd = 4 * F.kl_div(
+        (logits / 2).log_softmax(-1),
+        (target / 2).log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
     assert list(losses) == ["ce", "kd", "loss"]
     assert losses["ce"].item() == pytest.approx(0.3 * ce.item(), rel=1e-5)
     assert losses["kd"].item() == pytest.approx(0.7 * kd.item(), rel=1e-5)
     assert losses["loss"].item() == pytest.approx(0.3 * ce.item() + 0.7 * kd.item(), rel=1e-5)
     losses["loss"].backward()
     by_hand = torch.autograd.grad(0.3 * ce + 0.7 * kd, list(student.parameters()))
-    assert all(p.grad is not None and torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(student.parameters(), by_hand, strict=True))
+    assert all(
+        p.grad is not None and torch.allclose(p.grad, g, atol=1e-6)
+        for p, g in zip(student.parameters(), by_hand, strict=True)
+    )
 
 
 STUDENTS = {
@@ -106,16 +137,24 @@ TEACHERS = {
 
 @pytest.mark.parametrize("student_form", STUDENTS)
 @pytest.mark.parametrize("teacher_form", TEACHERS)
-def test_the_teacher_sees_the_patches_the_student_attends_to(student_form: str, teacher_form: str) -> None:
+def test_the_teacher_sees_the_patches_the_student_attends_to(
+    student_form: str, teacher_form: str
+) -> None:
     student, model = vit(**STUDENTS[student_form]), vit(1, depth=3, **TEACHERS[teacher_form])
     side = TEACHERS[teacher_form].get("img_size", 16)
     teacher, batch = teacher_of(model, side=side), batch_of()
     spy = Spy(teacher)
-    losses = build(student, {"teacher": teacher}, {"kd": SoftKD(head="all")}, MaskedKD(keep_rate=0.25))(batch, {"teacher": teacher})
+    losses = build(
+        student, {"teacher": teacher}, {"kd": SoftKD(head="all")}, MaskedKD(keep_rate=0.25)
+    )(batch, {"teacher": teacher})
     ((needs, keep),) = spy.passes
     output = run_vit(student, batch.images, Needs(logits=True, attention=frozenset({-1})))
     saliency = output.attention[1][:, :, output.num_prefix_tokens :].mean(1)
-    expected = resample_saliency(saliency, output.grid, teacher.network.grid).topk(teacher.network.num_patches // 4).indices
+    expected = (
+        resample_saliency(saliency, output.grid, teacher.network.grid)
+        .topk(teacher.network.num_patches // 4)
+        .indices
+    )
     assert needs == Needs(logits=True) and keep is not None and torch.equal(keep, expected)
     answer = run_vit(model, teacher.prepare(batch.images), Needs(logits=True), expected).logits
     mine = output.logits
@@ -125,18 +164,26 @@ def test_the_teacher_sees_the_patches_the_student_attends_to(student_form: str, 
 
 
 def test_what_is_not_kept_does_not_matter() -> None:
-    """Poison the patches that the teacher must not see: it is shown another image there, and answers the same."""
+    """Poison the patches that the teacher must not see: it is shown another image there, and
+    answers the same.
+    """
     student, model, batch = vit(), vit(1), batch_of()
     teacher = teacher_of(model)
-    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD(head="all")}, MaskedKD(keep_rate=0.5))
-    keep = distillation.choose("teacher", teacher, batch, run_vit(student, batch.images, distillation.plan.student_needs))
+    distillation = build(
+        student, {"teacher": teacher}, {"kd": SoftKD(head="all")}, MaskedKD(keep_rate=0.5)
+    )
+    keep = distillation.choose(
+        "teacher", teacher, batch, run_vit(student, batch.images, distillation.plan.student_needs)
+    )
     assert keep is not None and keep.shape == (4, 8)
     poisoned = batch.images.clone()
     for image, kept in zip(poisoned, keep.tolist(), strict=True):
         for patch in set(range(16)) - set(kept):
             row, column = divmod(patch, 4)
             image[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = torch.nan
-    seen, whole = (teacher(images, Needs(logits=True), keep).logits for images in (poisoned, batch.images))
+    seen, whole = (
+        teacher(images, Needs(logits=True), keep).logits for images in (poisoned, batch.images)
+    )
     assert seen is not None and whole is not None and torch.equal(seen, whole)
 
 
@@ -144,24 +191,39 @@ def test_keeping_every_patch_is_plain_distillation() -> None:
     student, model, batch = vit(), vit(1), batch_of()
     teachers = {"teacher": teacher_of(model)}
     plain = build(student, teachers, {"kd": SoftKD()})(batch, teachers)
-    for selector in (MaskedKD(keep_rate=1.0), RandomPatches(keep_rate=1.0), TeacherGuided(num_keep=16)):
+    for selector in (
+        MaskedKD(keep_rate=1.0),
+        RandomPatches(keep_rate=1.0),
+        TeacherGuided(num_keep=16),
+    ):
         masked = build(student, teachers, {"kd": SoftKD()}, selector)(batch, teachers)
         assert masked["kd"].item() == pytest.approx(plain["kd"].item(), rel=1e-4)
 
 
-# --- random and teacher-guided patches -------------------------------------------------------------------------------------------
+# --- random and teacher-guided patches -----------------------------------------------------------
 
 
 def test_a_batch_s_numbers_depend_on_seed_view_sample_and_purpose_alone() -> None:
     whole = batch_of(8, run_seed=3)
     noise = whole.uniforms(16)
-    assert noise.shape == (8, 16) and noise.dtype is torch.float32 and noise.min() >= 0 and noise.max() < 1
+    assert (
+        noise.shape == (8, 16)
+        and noise.dtype is torch.float32
+        and noise.min() >= 0
+        and noise.max() < 1
+    )
     part = Batch(whole.images[5:7], whole.labels[5:7], whole.ids[5:7], whole.views[5:7], 0, seed=3)
     assert torch.equal(part.uniforms(16), noise[5:7])
     order = torch.tensor([3, 0, 7, 1, 2, 6, 5, 4])
-    shuffled = Batch(whole.images[order], whole.labels[order], whole.ids[order], whole.views[order], 0, seed=3)
+    shuffled = Batch(
+        whole.images[order], whole.labels[order], whole.ids[order], whole.views[order], 0, seed=3
+    )
     assert torch.equal(shuffled.uniforms(16), noise[order])
-    for other in (batch_of(8, run_seed=4).uniforms(16), batch_of(8, view=1, run_seed=3).uniforms(16), whole.uniforms(16, Stream.PATCHES)):
+    for other in (
+        batch_of(8, run_seed=4).uniforms(16),
+        batch_of(8, view=1, run_seed=3).uniforms(16),
+        whole.uniforms(16, Stream.PATCHES),
+    ):
         assert not (other == noise).any()
     assert len({tuple(row) for row in noise.tolist()}) == 8
 
@@ -169,10 +231,12 @@ def test_a_batch_s_numbers_depend_on_seed_view_sample_and_purpose_alone() -> Non
 def test_random_patches_reach_the_teacher() -> None:
     student, teacher, batch = vit(), teacher_of(vit(1)), batch_of()
     spy = Spy(teacher)
-    distillation = build(student, {"teacher": teacher}, {"kd": SoftKD()}, RandomPatches(keep_rate=0.25))
+    distillation = build(
+        student, {"teacher": teacher}, {"kd": SoftKD()}, RandomPatches(keep_rate=0.25)
+    )
     first, second = (distillation(batch, {"teacher": teacher})["kd"] for _ in range(2))
     assert torch.equal(first, second)
-    ((_, keep), (_, again)) = spy.passes
+    (_, keep), (_, again) = spy.passes
     assert keep is not None and again is not None and torch.equal(keep, again)
     assert torch.equal(keep, batch.uniforms(16, Stream.PATCHES).topk(4).indices)
     assert distillation.plan.student_needs == Needs(logits=True)
@@ -182,26 +246,43 @@ def test_teacher_guided_runs_the_teacher_twice() -> None:
     student, model, batch = vit(), vit(1, depth=3), batch_of()
     teacher = teacher_of(model)
     spy = Spy(teacher)
-    build(student, {"teacher": teacher}, {"kd": SoftKD()}, TeacherGuided(keep_rate=0.25))(batch, {"teacher": teacher})
-    ((guide, everything), (needs, keep)) = spy.passes
-    assert guide == Needs(attention=frozenset({2})) and everything is None and needs == Needs(logits=True)
+    build(student, {"teacher": teacher}, {"kd": SoftKD()}, TeacherGuided(keep_rate=0.25))(
+        batch, {"teacher": teacher}
+    )
+    (guide, everything), (needs, keep) = spy.passes
+    assert (
+        guide == Needs(attention=frozenset({2}))
+        and everything is None
+        and needs == Needs(logits=True)
+    )
     attention = run_vit(model, batch.images, guide).attention[2]
     assert keep is not None and torch.equal(keep, attention[:, :, 1:].mean(1).topk(4).indices)
 
 
-# --- several teachers, gradients ---------------------------------------------------------------------------------------------------
+# --- several teachers, gradients -----------------------------------------------------------------
 
 
 def test_two_teachers_see_their_own_patches_of_one_choice() -> None:
     student, batch = vit(), batch_of()
     teachers = {"a": teacher_of(vit(1), "a"), "b": teacher_of(vit(2, img_size=24), "b", 24)}
     spies = {name: Spy(teacher) for name, teacher in teachers.items()}
-    objectives: dict[str, Objective] = {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b", weight=2.0), "ce": CrossEntropy()}
+    objectives: dict[str, Objective] = {
+        "x": SoftKD(teacher="a"),
+        "y": HardKD(teacher="b", weight=2.0),
+        "ce": CrossEntropy(),
+    }
     losses = build(student, teachers, objectives, MaskedKD(keep_rate=0.25))(batch, teachers)
     assert list(losses) == ["x", "y", "ce", "loss"]
     kept = {name: spy.passes[0][1] for name, spy in spies.items()}
-    assert kept["a"] is not None and kept["a"].shape == (4, 4) and kept["b"] is not None and kept["b"].shape == (4, 9)
-    assert losses["loss"].item() == pytest.approx(sum(losses[name].item() for name in objectives), rel=1e-5)
+    assert (
+        kept["a"] is not None
+        and kept["a"].shape == (4, 4)
+        and kept["b"] is not None
+        and kept["b"].shape == (4, 9)
+    )
+    assert losses["loss"].item() == pytest.approx(
+        sum(losses[name].item() for name in objectives), rel=1e-5
+    )
 
 
 def test_no_gradient_reaches_a_teacher_and_it_is_no_part_of_the_module() -> None:
@@ -212,7 +293,9 @@ def test_no_gradient_reaches_a_teacher_and_it_is_no_part_of_the_module() -> None
     distillation(batch, teachers)["loss"].backward()
     assert not model.training and all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in student.parameters())
-    assert {name.removeprefix("student.") for name in distillation.state_dict()} == set(student.state_dict())
+    assert {name.removeprefix("student.") for name in distillation.state_dict()} == set(
+        student.state_dict()
+    )
 
 
 def test_mixed_labels_reach_the_objectives() -> None:
@@ -220,7 +303,9 @@ def test_mixed_labels_reach_the_objectives() -> None:
     batch.mixed_labels, batch.lam = batch.labels.flip(0), torch.full((4,), 0.25)
     losses = build(student, {}, {"ce": CrossEntropy()})(batch, {})
     logits = student(batch.images)
-    expected = 0.25 * F.cross_entropy(logits, batch.labels) + 0.75 * F.cross_entropy(logits, batch.labels.flip(0))
+    expected = 0.25 * F.cross_entropy(logits, batch.labels) + 0.75 * F.cross_entropy(
+        logits, batch.labels.flip(0)
+    )
     assert losses["ce"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -230,9 +315,17 @@ def test_a_convolutional_pair_distils_by_logits() -> None:
     model, batch = timm.create_model("resnet18", num_classes=5).eval(), batch_of(side=32)
     spec = InputSpec((32, 32), MEAN, STD)
     teacher = Teacher(model, Network.of(model, "teacher", "resnet18", (32, 32)), spec, spec)
-    plan = make_plan(Network.of(student, "student", "resnet18", (32, 32)), {"teacher": teacher.network}, {"kd": SoftKD()})
+    plan = make_plan(
+        Network.of(student, "student", "resnet18", (32, 32)),
+        {"teacher": teacher.network},
+        {"kd": SoftKD()},
+    )
     losses = Distillation(student, plan)(batch, {"teacher": teacher})
-    by_hand = F.kl_div(student(batch.images).log_softmax(-1), model(batch.images).softmax(-1), reduction="batchmean")
+    by_hand = F.kl_div(
+        student(batch.images).log_softmax(-1),
+        model(batch.images).softmax(-1),
+        reduction="batchmean",
+    )
     assert losses["kd"].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
@@ -243,7 +336,11 @@ def test_a_step_of_logits_features_and_chosen_patches_is_one_graph() -> None:
     distillation = build(student, teachers, objectives, MaskedKD(keep_rate=0.5))
     expected = distillation(batch, teachers)
     torch.compiler.reset()
-    losses = torch.compile(lambda batch: distillation(batch, teachers), fullgraph=True, backend="eager")(batch)
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
+    losses = torch.compile(
+        lambda batch: distillation(batch, teachers), fullgraph=True, backend="eager"
+    )(batch)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-4
+    )
     losses["loss"].backward()
     assert all(p.grad is not None for p in distillation.parameters())

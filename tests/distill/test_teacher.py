@@ -18,17 +18,30 @@ HALF = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 LOGITS = Needs(logits=True)
 
 
-def vit(num_classes: int = 4, image_size: int = 16, name: str = "vit_tiny_patch16_224", **args: object) -> nn.Module:
+def vit(
+    num_classes: int = 4, image_size: int = 16, name: str = "vit_tiny_patch16_224", **args: object
+) -> nn.Module:
     torch.manual_seed(1)
-    settings = {"img_size": image_size, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, **args}
+    settings = {
+        "img_size": image_size,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        **args,
+    }
     return timm.create_model(name, num_classes=num_classes, **settings).train()
 
 
-def teacher_of(model: nn.Module, spec: InputSpec, images_spec: InputSpec, **options: object) -> Teacher:
-    return Teacher(model, Network.of(model, "teacher", "vit", spec.image_size), spec, images_spec, **options)  # type: ignore[arg-type]
+def teacher_of(
+    model: nn.Module, spec: InputSpec, images_spec: InputSpec, **options: object
+) -> Teacher:
+    return Teacher(
+        model, Network.of(model, "teacher", "vit", spec.image_size), spec, images_spec, **options
+    )  # type: ignore[arg-type]
 
 
-# --- classes -------------------------------------------------------------------------------------------------------------------
+# --- classes -------------------------------------------------------------------------------------
 
 
 def test_equal_classes_are_taken_as_they_are() -> None:
@@ -41,7 +54,12 @@ def test_extra_classes_are_left_out_by_name() -> None:
 
 
 def test_another_order_is_refused_unless_asked_for() -> None:
-    with pytest.raises(ConfigError, match=r"class 0 is 'cat' in the data set and 'dog' in the teacher\): pass --reorder-classes"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"class 0 is 'cat' in the data set and 'dog' in the teacher\): pass --reorder-classes"
+        ),
+    ):
         match_classes("teacher", ("dog", "cat"), 2, ("cat", "dog"), reorder=False)
     match = match_classes("teacher", ("dog", "cat"), 2, ("cat", "dog"), reorder=True)
     assert match.index == (1, 0) and "reordered by name" in match.remark
@@ -57,7 +75,11 @@ def test_reordering_finds_every_class(order: list[int]) -> None:
 @pytest.mark.parametrize(
     ("its", "count", "sentence"),
     [
-        (("cat", "cow", "owl", "ape", "bat"), 5, r"does not know 4 of the data set's 5 classes \('dog', 'elk', 'fox', ...\)"),
+        (
+            ("cat", "cow", "owl", "ape", "bat"),
+            5,
+            r"does not know 4 of the data set's 5 classes \('dog', 'elk', 'fox', ...\)",
+        ),
         (("cat",), 1, "does not know 4"),
         (("cat", "dog"), 3, "names 2 classes but answers with 3"),
         (None, 7, "answers with 7 classes and the data set has 5"),
@@ -74,17 +96,21 @@ def test_without_names_the_count_has_to_do() -> None:
     assert match.index is None and "no class names" in match.remark
 
 
-# --- its own input contract --------------------------------------------------------------------------------------------------------
+# --- its own input contract ----------------------------------------------------------------------
 
 
 def test_images_arrive_in_its_own_normalisation() -> None:
     pixels = torch.rand(5, 3, 16, 16)
 
     def normalised(spec: InputSpec) -> Tensor:
-        return (pixels - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(3, 1, 1)
+        return (pixels - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(
+            3, 1, 1
+        )
 
     for mine, its in ((IMAGENET, HALF), (HALF, IMAGENET)):
-        assert torch.allclose(teacher_of(vit(), its, mine).prepare(normalised(mine)), normalised(its), atol=1e-5)
+        assert torch.allclose(
+            teacher_of(vit(), its, mine).prepare(normalised(mine)), normalised(its), atol=1e-5
+        )
     same = normalised(HALF)
     assert teacher_of(vit(), HALF, HALF).prepare(same) is same
 
@@ -93,10 +119,14 @@ def test_images_arrive_at_its_own_size() -> None:
     large = InputSpec((24, 32), HALF.mean, HALF.std)
     teacher = teacher_of(vit(dynamic_img_size=True), large, HALF)
     prepared = teacher.prepare(torch.full((2, 3, 16, 16), 0.25))
-    assert prepared.shape == (2, 3, 24, 32) and torch.allclose(prepared, torch.tensor(0.25), atol=1e-5)
+    assert prepared.shape == (2, 3, 24, 32) and torch.allclose(
+        prepared, torch.tensor(0.25), atol=1e-5
+    )
     ramp = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
     moved = teacher.prepare(ramp)
-    assert torch.allclose(moved.mean((0, 1, 2)).sort().values, moved.mean((0, 1, 2)))  # dark left, bright right
+    assert torch.allclose(
+        moved.mean((0, 1, 2)).sort().values, moved.mean((0, 1, 2))
+    )  # dark left, bright right
 
 
 def test_it_answers_as_the_model_alone_would() -> None:
@@ -105,7 +135,9 @@ def test_it_answers_as_the_model_alone_would() -> None:
     teacher = teacher_of(model, spec, HALF)
     images = torch.randn(2, 3, 16, 16)
     output = teacher(images, LOGITS)
-    assert output.logits is not None and torch.allclose(output.logits, model(teacher.prepare(images)), atol=1e-5)
+    assert output.logits is not None and torch.allclose(
+        output.logits, model(teacher.prepare(images)), atol=1e-5
+    )
 
 
 def test_kept_patches_are_its_own() -> None:
@@ -113,14 +145,16 @@ def test_kept_patches_are_its_own() -> None:
     teacher = teacher_of(model, HALF, HALF)
     images, keep = torch.randn(2, 3, 16, 16), torch.tensor([[0, 3, 15], [7, 8, 2]])
     output = teacher(images, LOGITS, keep)
-    assert output.logits is not None and torch.equal(output.logits, run_vit(model, images, LOGITS, keep).logits)
+    assert output.logits is not None and torch.equal(
+        output.logits, run_vit(model, images, LOGITS, keep).logits
+    )
     changed = images.clone()
     changed[0, :, :4, 4:8] += 1  # patch 1 of image 0, which is not seen
     again = teacher(changed, LOGITS, keep)
     assert again.logits is not None and torch.equal(again.logits, output.logits)
 
 
-# --- frozen --------------------------------------------------------------------------------------------------------------------
+# --- frozen --------------------------------------------------------------------------------------
 
 
 def test_it_is_frozen_and_in_evaluation_mode() -> None:
@@ -137,7 +171,10 @@ def test_it_is_frozen_and_in_evaluation_mode() -> None:
 
 def test_it_answers_in_the_data_sets_classes() -> None:
     model = vit(num_classes=5)
-    whole, some = teacher_of(model, HALF, HALF), teacher_of(model, HALF, HALF, class_index=torch.tensor([4, 0]))
+    whole, some = (
+        teacher_of(model, HALF, HALF),
+        teacher_of(model, HALF, HALF, class_index=torch.tensor([4, 0])),
+    )
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(some(images, LOGITS).logits, whole(images, LOGITS).logits[:, [4, 0]])  # type: ignore[index, arg-type]
     assert some(images, Needs(hidden=frozenset({0}))).logits is None
@@ -148,7 +185,9 @@ def test_a_teacher_with_two_heads_answers_with_its_prediction() -> None:
     teacher = teacher_of(model, HALF, HALF, class_index=torch.tensor([1, 0, 3, 2]))
     images = torch.randn(2, 3, 16, 16)
     output = teacher(images, LOGITS)
-    assert output.logits is not None and torch.allclose(output.logits, model(images)[:, [1, 0, 3, 2]], atol=1e-5)
+    assert output.logits is not None and torch.allclose(
+        output.logits, model(images)[:, [1, 0, 3, 2]], atol=1e-5
+    )
     assert output.head_logits is None
 
 
@@ -158,7 +197,9 @@ def test_its_precision_is_its_own() -> None:
     output = teacher(images, LOGITS)
     assert output.logits is not None and output.logits.dtype is torch.bfloat16
     exact = teacher_of(vit(), HALF, IMAGENET)(images, LOGITS)
-    assert exact.logits is not None and torch.allclose(output.logits.float(), exact.logits, atol=0.05)
+    assert exact.logits is not None and torch.allclose(
+        output.logits.float(), exact.logits, atol=0.05
+    )
     with torch.autocast("cpu", torch.bfloat16):
         float32 = teacher_of(vit(), HALF, IMAGENET, dtype=torch.float32)(images, LOGITS)
         same = teacher_of(vit(), HALF, IMAGENET)(images, LOGITS)

@@ -1,4 +1,6 @@
-"""Metrics equal their definitions, whatever the sharding, and never count a broken answer as right."""
+"""Metrics equal their definitions, whatever the sharding, and never count a broken answer as
+right.
+"""
 
 import os
 from pathlib import Path
@@ -14,7 +16,9 @@ from vitdistill.errors import DataError, NonFiniteError
 from vitdistill.evaluate.metrics import Metrics
 
 
-def answers(seed: int, num: int = 60, classes: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answers(
+    seed: int, num: int = 60, classes: int = 10
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(num, classes, generator=generator)
     labels = torch.randint(0, classes, (num,), generator=generator)
@@ -42,11 +46,20 @@ def test_values_are_their_definitions(seed, classes):
     k = min(5, classes)
     assert values["num_samples"] == 60
     assert values["top1"] == (logits.argmax(1) == labels).double().mean().item()
-    assert values["top5"] == (logits.topk(k).indices == labels[:, None]).any(1).double().mean().item()
-    assert values["nll"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-12)
+    assert (
+        values["top5"] == (logits.topk(k).indices == labels[:, None]).any(1).double().mean().item()
+    )
+    assert values["nll"] == pytest.approx(
+        F.cross_entropy(logits.double(), labels).item(), rel=1e-12
+    )
     assert values["ece"] == pytest.approx(slow_ece(logits, labels), rel=1e-9)
     assert values["agreement"] == (logits.argmax(1) == teacher.argmax(1)).double().mean().item()
-    kl = F.kl_div(logits.double().log_softmax(1), teacher.double().log_softmax(1), reduction="batchmean", log_target=True)
+    kl = F.kl_div(
+        logits.double().log_softmax(1),
+        teacher.double().log_softmax(1),
+        reduction="batchmean",
+        log_target=True,
+    )
     assert values["kl"] == pytest.approx(kl.item(), rel=1e-9)
 
 
@@ -70,7 +83,10 @@ def test_a_constant_network_is_right_only_on_its_first_class():
 
 def test_fewer_than_five_classes_and_certain_answers():
     metrics = Metrics()
-    metrics.update(torch.tensor([[0.0, -torch.inf, -torch.inf], [-torch.inf, 0.0, -torch.inf]]), torch.tensor([0, 1]))
+    metrics.update(
+        torch.tensor([[0.0, -torch.inf, -torch.inf], [-torch.inf, 0.0, -torch.inf]]),
+        torch.tensor([0, 1]),
+    )
     assert metrics.compute() == {"num_samples": 2, "top1": 1, "top5": 1, "nll": 0, "ece": 0}
 
 
@@ -110,7 +126,9 @@ def test_nothing_is_broadcast():
         (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), torch.zeros(1, 3)),
         (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), torch.zeros(4, 1)),
     ]:
-        with pytest.raises(Exception, match=r"differ in shape|are not \(B, C\)|parameter|dimension"):
+        with pytest.raises(
+            Exception, match=r"differ in shape|are not \(B, C\)|parameter|dimension"
+        ):
             Metrics().update(logits, labels, teacher)
 
 
@@ -121,7 +139,9 @@ def test_two_processes_give_what_one_gives(tmp_path: Path):
     expected = whole.compute()
 
     def shard(rank: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=rank, world_size=2)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=rank, world_size=2
+        )
         metrics = Metrics()
         # Shards of different length: the last image belongs to one process alone.
         part = slice(0, 31) if rank == 0 else slice(31, None)

@@ -46,10 +46,20 @@ def vit(name: str = "vit_tiny_patch16_224", **args: int) -> nn.Module:
 
 
 def small(**args: int) -> nn.Module:
-    return vit(**{"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10, **args})
+    return vit(
+        **{
+            "img_size": 32,
+            "patch_size": 4,
+            "embed_dim": 48,
+            "depth": 4,
+            "num_heads": 3,
+            "num_classes": 10,
+            **args,
+        }
+    )
 
 
-# --- the paper's column ----------------------------------------------------------------------------------------------------------
+# --- the paper's column --------------------------------------------------------------------------
 
 PAPER = [  # recipe, keep rate, peta-MACs of the teacher over the run (arXiv 2302.10494)
     ("deit_tiny_from_deit_small", 0.5, 866),
@@ -64,7 +74,9 @@ PAPER = [  # recipe, keep rate, peta-MACs of the teacher over the run (arXiv 230
 
 
 @pytest.mark.parametrize(("recipe", "keep_rate", "paper"), PAPER)
-def test_explain_reproduces_the_papers_teacher_cost(recipe: str, keep_rate: float, paper: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_reproduces_the_papers_teacher_cost(
+    recipe: str, keep_rate: float, paper: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["explain", recipe, "--keep-rate", str(keep_rate)]) == 0
     printed = capsys.readouterr().out
     assert f"{IMAGENET_TRAIN_IMAGES:,} images x 300 epochs" in printed
@@ -74,19 +86,28 @@ def test_explain_reproduces_the_papers_teacher_cost(recipe: str, keep_rate: floa
 
 def test_the_whole_teachers_too() -> None:
     """1770, 6757 and 23677 peta-MACs in the paper."""
-    for name, paper in (("deit_small_patch16_224", 1770), ("deit3_base_patch16_224", 6757), ("deit3_large_patch16_224", 23677)):
+    for name, paper in (
+        ("deit_small_patch16_224", 1770),
+        ("deit3_base_patch16_224", 6757),
+        ("deit3_large_patch16_224", 23677),
+    ):
         network = Network.of(vit(name), "teacher", name, (224, 224))
-        assert vit_macs(network) * IMAGENET_TRAIN_IMAGES * 300 / 1e15 == pytest.approx(paper, rel=0.005)
+        assert vit_macs(network) * IMAGENET_TRAIN_IMAGES * 300 / 1e15 == pytest.approx(
+            paper, rel=0.005
+        )
 
 
-# --- counted FLOPs ---------------------------------------------------------------------------------------------------------------
+# --- counted FLOPs -------------------------------------------------------------------------------
 
 
 @settings(max_examples=5)
 @given(keep=st.integers(1, 64))
 def test_fewer_patches_cost_less(keep: int) -> None:
     model = small()
-    masked, whole = forward_flops(model, (32, 32), LOGITS, keep), forward_flops(model, (32, 32), LOGITS)
+    masked, whole = (
+        forward_flops(model, (32, 32), LOGITS, keep),
+        forward_flops(model, (32, 32), LOGITS),
+    )
     assert masked <= whole and (masked < whole or keep == 64)
     assert forward_flops(model, (32, 32), LOGITS, max(1, keep - 1)) <= masked
 
@@ -99,7 +120,9 @@ def test_the_recorded_pass_costs_at_most_the_models_own(name: str) -> None:
 
 
 def test_counts_agree_with_the_formula() -> None:
-    """The model's own pass is the paper's count, at 2 FLOPs a multiply-accumulate (the paper embeds the class token's bias for free)."""
+    """The model's own pass is the paper's count, at 2 FLOPs a multiply-accumulate (the paper embeds
+    the class token's bias for free).
+    """
     model = vit("deit_small_patch16_224")
     network = Network.of(model, "teacher", "deit_small_patch16_224", (224, 224))
     assert forward_flops(model, (224, 224)) == pytest.approx(2 * vit_macs(network), rel=1e-3)
@@ -107,7 +130,9 @@ def test_counts_agree_with_the_formula() -> None:
 
 def test_a_backward_pass_is_about_two_forward_passes() -> None:
     model = small()
-    assert training_flops(model, (32, 32)) == pytest.approx(3 * forward_flops(model, (32, 32)), rel=0.05)
+    assert training_flops(model, (32, 32)) == pytest.approx(
+        3 * forward_flops(model, (32, 32)), rel=0.05
+    )
 
 
 def test_stopping_early_costs_less() -> None:
@@ -117,7 +142,9 @@ def test_stopping_early_costs_less() -> None:
 
 
 def test_counting_needs_no_weights_and_leaves_the_model_alone() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2).eval()
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2
+    ).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert training_flops(model, (32, 32), LOGITS) > 0
     assert not model.training and all(p.grad is None and not p.is_meta for p in model.parameters())
@@ -126,15 +153,22 @@ def test_counting_needs_no_weights_and_leaves_the_model_alone() -> None:
 
 @pytest.mark.parametrize(
     ("name", "args"),
-    [("resnet18", {}), ("mobilenetv4_conv_small", {}), ("cait_xxs24_224", {"depth": 2}), ("swin_tiny_patch4_window7_224", {})],
+    [
+        ("resnet18", {}),
+        ("mobilenetv4_conv_small", {}),
+        ("cait_xxs24_224", {"depth": 2}),
+        ("swin_tiny_patch4_window7_224", {}),
+    ],
 )
 def test_other_networks_are_counted_by_their_own_forward(name: str, args: dict[str, int]) -> None:
     model = vit(name, **args)
     assert forward_flops(model, (224, 224), LOGITS) == forward_flops(model, (224, 224)) > 0
-    assert training_flops(model.train(), (224, 224), LOGITS) > 2 * forward_flops(model.eval(), (224, 224))
+    assert training_flops(model.train(), (224, 224), LOGITS) > 2 * forward_flops(
+        model.eval(), (224, 224)
+    )
 
 
-# --- plans -----------------------------------------------------------------------------------------------------------------------
+# --- plans ---------------------------------------------------------------------------------------
 
 
 def of(model: nn.Module, name: str) -> Network:
@@ -147,20 +181,41 @@ def test_a_masked_teacher_is_cheaper_and_a_guided_one_dearer() -> None:
     objectives = {"ce": CrossEntropy(), "kd": SoftKD()}
     costs = {
         selector: cost_of(make_plan(*networks, objectives, selector), student, {"teacher": teacher})
-        for selector in (None, MaskedKD(keep_rate=0.5), MaskedKD(keep_rate=0.25), TeacherGuided(keep_rate=0.5))
+        for selector in (
+            None,
+            MaskedKD(keep_rate=0.5),
+            MaskedKD(keep_rate=0.25),
+            TeacherGuided(keep_rate=0.5),
+        )
     }
     whole, half, quarter, guided = costs.values()
-    assert quarter.teachers["teacher"] < half.teachers["teacher"] < whole.teachers["teacher"] < guided.teachers["teacher"]
-    assert {cost.teachers_plain["teacher"] for cost in costs.values()} == {forward_flops(teacher, (32, 32))}
-    assert {cost.plain_kd for cost in costs.values()} == {whole.student_plain + whole.teachers_plain["teacher"]}
+    assert (
+        quarter.teachers["teacher"]
+        < half.teachers["teacher"]
+        < whole.teachers["teacher"]
+        < guided.teachers["teacher"]
+    )
+    assert {cost.teachers_plain["teacher"] for cost in costs.values()} == {
+        forward_flops(teacher, (32, 32))
+    }
+    assert {cost.plain_kd for cost in costs.values()} == {
+        whole.student_plain + whole.teachers_plain["teacher"]
+    }
     assert half.step == half.student + half.teachers["teacher"] < whole.step <= whole.plain_kd
-    assert half.student == pytest.approx(whole.student, rel=0.02)  # the row that chooses the patches costs next to nothing
+    assert half.student == pytest.approx(
+        whole.student, rel=0.02
+    )  # the row that chooses the patches costs next to nothing
 
 
 def test_the_explanation_names_everything() -> None:
     student, teacher = small(), small(embed_dim=96)
     objectives = {"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.25, temperature=2.0)}
-    plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, objectives, MaskedKD(keep_rate=0.5))
+    plan = make_plan(
+        of(student, "student"),
+        {"teacher": of(teacher, "teacher")},
+        objectives,
+        MaskedKD(keep_rate=0.5),
+    )
     cost = cost_of(plan, student, {"teacher": teacher})
     text = explain(plan, cost, 50_000, 30)
     for part in (
@@ -170,7 +225,10 @@ def test_the_explanation_names_everything() -> None:
         flops(cost.student),
         flops(cost.teachers["teacher"]),
         flops(cost.teachers_plain["teacher"]),
-        "student, student_model: 64 of 64 patches; 4 of 4 blocks; records logits and class-token attention of block 3",
+        (
+            "student, student_model: 64 of 64 patches; 4 of 4 blocks; records logits and"
+            " class-token attention of block 3"
+        ),
         "teacher, teacher_model: 32 of 64 patches; 4 of 4 blocks; records logits",
         "50,000 images x 30 epochs",
         flops(cost.step * 1_500_000),
@@ -187,24 +245,38 @@ def test_a_student_alone_is_compared_with_plain_training() -> None:
     student = small()
     plan = make_plan(of(student, "student"), {}, {"ce": CrossEntropy()})
     text = explain(plan, cost_of(plan, student, {}), 1000, 2)
-    assert "plain training" in text and "distillation" not in text and "teacher" not in text and "together" not in text
+    assert (
+        "plain training" in text
+        and "distillation" not in text
+        and "teacher" not in text
+        and "together" not in text
+    )
 
 
 def test_a_guided_plan_says_that_the_teacher_runs_twice() -> None:
     student, teacher = small(), small(embed_dim=96)
-    plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, {"kd": SoftKD()}, TeacherGuided())
-    assert "once more on the whole image" in " ".join(explain(plan, cost_of(plan, student, {"teacher": teacher}), 1, 1).split())
+    plan = make_plan(
+        of(student, "student"),
+        {"teacher": of(teacher, "teacher")},
+        {"kd": SoftKD()},
+        TeacherGuided(),
+    )
+    assert "once more on the whole image" in " ".join(
+        explain(plan, cost_of(plan, student, {"teacher": teacher}), 1, 1).split()
+    )
 
 
 def test_two_teachers_are_shown_apart() -> None:
     student, teachers = small(), {"a": small(embed_dim=96), "b": small(depth=8)}
     networks = {name: of(model, name) for name, model in teachers.items()}
-    plan = make_plan(of(student, "student"), networks, {"x": SoftKD(teacher="a"), "y": SoftKD(teacher="b")})
+    plan = make_plan(
+        of(student, "student"), networks, {"x": SoftKD(teacher="a"), "y": SoftKD(teacher="b")}
+    )
     text = explain(plan, cost_of(plan, student, teachers), 1, 1)
     assert "a_model" in text and "b_model" in text and "The a as" in text and "The b as" in text
 
 
-# --- what objectives cost themselves ---------------------------------------------------------------------------------------------
+# --- what objectives cost themselves -------------------------------------------------------------
 
 
 def counted(
@@ -214,7 +286,9 @@ def counted(
     teacher: nn.Module | None = None,
 ) -> Cost:
     student, teacher = student or small(depth=3), teacher or small(depth=3, embed_dim=96)
-    plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, objectives, selector)
+    plan = make_plan(
+        of(student, "student"), {"teacher": of(teacher, "teacher")}, objectives, selector
+    )
     return cost_of(plan, student, {"teacher": teacher})
 
 
@@ -246,7 +320,9 @@ OWN: list[tuple[ViTKD, TokenSelector | None, int, int]] = [
 
 
 @pytest.mark.parametrize(("objective", "selector", "own", "parameters"), OWN)
-def test_the_cost_of_vitkd_by_hand(objective: ViTKD, selector: TokenSelector | None, own: int, parameters: int) -> None:
+def test_the_cost_of_vitkd_by_hand(
+    objective: ViTKD, selector: TokenSelector | None, own: int, parameters: int
+) -> None:
     cost = counted({"ce": CrossEntropy(), "vitkd": objective}, selector)
     assert cost.objectives == {"ce": 0, "vitkd": own} and cost.adapters == {"vitkd": parameters}
     assert cost.step == cost.student + cost.teachers["teacher"] + own
@@ -254,19 +330,33 @@ def test_the_cost_of_vitkd_by_hand(objective: ViTKD, selector: TokenSelector | N
 
 def test_equal_widths_cost_no_projection_and_unequal_grids_no_flops() -> None:
     same = counted({"vitkd": ViTKD()}, teacher=small(depth=3))
-    assert same.objectives["vitkd"] == generator(width=48) and same.adapters["vitkd"] == 48 + 2 * (9 * 48**2 + 48)
+    assert same.objectives["vitkd"] == generator(width=48) and same.adapters["vitkd"] == 48 + 2 * (
+        9 * 48**2 + 48
+    )
     coarse = counted({"vitkd": ViTKD()}, student=small(depth=3, patch_size=8))
-    assert coarse.objectives["vitkd"] == 3 * projections(64) + generator()  # projected where the teacher has its patches
+    assert (
+        coarse.objectives["vitkd"] == 3 * projections(64) + generator()
+    )  # projected where the teacher has its patches
 
 
 def test_an_objective_that_reads_nothing_new_leaves_the_students_part_alone() -> None:
     logits = counted({"kd": SoftKD()})
     both = counted({"kd": SoftKD(), "nkd": NKD(), "ce": CrossEntropy()})
-    assert both.student == logits.student and set(both.objectives.values()) == {0} and both.adapters == {}
+    assert (
+        both.student == logits.student
+        and set(both.objectives.values()) == {0}
+        and both.adapters == {}
+    )
     features = counted({"ce": CrossEntropy(), "one": ViTKD()})
     twice = counted({"ce": CrossEntropy(), "one": ViTKD(), "two": ViTKD(mask_rate=0.75)})
-    assert twice.student == features.student > logits.student  # features are of every token, logits of the class token alone
-    assert twice.objectives == {"ce": 0, "one": features.objectives["one"], "two": features.objectives["one"]}
+    assert (
+        twice.student == features.student > logits.student
+    )  # features are of every token, logits of the class token alone
+    assert twice.objectives == {
+        "ce": 0,
+        "one": features.objectives["one"],
+        "two": features.objectives["one"],
+    }
     assert twice.teachers == features.teachers and twice.student_plain == logits.student_plain
 
 
@@ -275,15 +365,21 @@ def test_features_cost_what_a_whole_training_step_costs() -> None:
     cost = counted({"vitkd": ViTKD()})
     assert cost.student == cost.student_plain - 6 * 48 * 10
     early = counted({"vitkd": ViTKD(high_weight=0.0)})
-    assert early.student < 0.75 * cost.student and early.teachers["teacher"] < 0.75 * cost.teachers["teacher"]
+    assert (
+        early.student < 0.75 * cost.student
+        and early.teachers["teacher"] < 0.75 * cost.teachers["teacher"]
+    )
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_what_is_computed() -> None:
     kd = counted({"ce": CrossEntropy(), "kd": SoftKD()})
-    assert 0 < kd.activations < kd.activations_plain  # the class token alone goes through the last MLP
+    assert (
+        0 < kd.activations < kd.activations_plain
+    )  # the class token alone goes through the last MLP
     more = counted({"ce": CrossEntropy(), "kd": SoftKD(), "vitkd": ViTKD()})
     assert more.activations_plain == kd.activations_plain
-    # At least the whole last block's tokens, and the inputs of a projection and two convolutions, in float32.
+    # At least the whole last block's tokens, and the inputs of a projection and two convolutions,
+    # in float32.
     assert more.activations - kd.activations > 4 * 64 * (4 * 48 + 48 + 2 * 96)
     deep = small(depth=6)
     alone = cost_of(make_plan(of(deep, "student"), {}, {"ce": CrossEntropy()}), deep, {})
@@ -295,10 +391,20 @@ def test_what_is_computed_once_for_a_batch_or_between_images_depends_on_its_size
 
     def steps(objective: Objective, masking: Masking | None = None) -> list[int]:
         reads = isinstance(objective, TeacherObjective)
-        plan = make_plan(of(model, "student"), {"teacher": of(model, "teacher")} if reads else {}, {"it": objective}, masking=masking)
-        return [cost_of(plan, model, {"teacher": model} if reads else {}, batch_size).step for batch_size in (2, 8, 64)]
+        plan = make_plan(
+            of(model, "student"),
+            {"teacher": of(model, "teacher")} if reads else {},
+            {"it": objective},
+            masking=masking,
+        )
+        return [
+            cost_of(plan, model, {"teacher": model} if reads else {}, batch_size).step
+            for batch_size in (2, 8, 64)
+        ]
 
-    two, eight, many = steps(PixelReconstruction(decoder_dim=16, decoder_depth=2, decoder_num_heads=2), RandomMasking())
+    two, eight, many = steps(
+        PixelReconstruction(decoder_dim=16, decoder_depth=2, decoder_num_heads=2), RandomMasking()
+    )
     assert two > eight > many  # the mask tokens' first projection
     # q, k and v of the 64 places, 16 wide, forward and backward (6 FLOPs a weight), once a batch.
     assert two - many == pytest.approx(64 * 3 * 16 * 16 * 6 * (1 / 2 - 1 / 64), rel=0.01)
@@ -307,10 +413,14 @@ def test_what_is_computed_once_for_a_batch_or_between_images_depends_on_its_size
     assert len(set(steps(SoftKD()))) == 1
 
 
-def test_explain_counts_for_the_micro_batch_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_counts_for_the_micro_batch_of_the_recipe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def own_part(*flags: str) -> str:
         assert main(["explain", "small_images_mae", *flags]) == 0
-        (found,) = re.findall(r"mae, its own part +[\d.]+ \S* +([\d.]+ \S+)", capsys.readouterr().out)
+        (found,) = re.findall(
+            r"mae, its own part +[\d.]+ \S* +([\d.]+ \S+)", capsys.readouterr().out
+        )
         return found
 
     few, many = own_part("--batch-size", "4"), own_part("--batch-size", "512")
@@ -318,7 +428,10 @@ def test_explain_counts_for_the_micro_batch_of_the_recipe(capsys: pytest.Capture
 
 
 def test_a_teacher_keeps_nothing_for_the_backward_pass() -> None:
-    costs = [counted({"ce": CrossEntropy(), "kd": SoftKD()}, teacher=small(depth=depth)) for depth in (1, 4)]
+    costs = [
+        counted({"ce": CrossEntropy(), "kd": SoftKD()}, teacher=small(depth=depth))
+        for depth in (1, 4)
+    ]
     assert costs[0].activations == costs[1].activations
 
 
@@ -343,38 +456,82 @@ def test_kept_bytes_count_every_storage_once_and_no_weight() -> None:
 
 
 def test_counting_objectives_leaves_networks_alone() -> None:
-    student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3).eval()
-    teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=36, depth=2, num_heads=2, num_classes=3).eval()
+    student = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+    ).eval()
+    teacher = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=36,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+    ).eval()
     before = [p.clone() for p in (*student.parameters(), *teacher.parameters())]
     counted({"vitkd": ViTKD(), "kd": SoftKD()}, MaskedKD(), student, teacher)
     after = [*student.parameters(), *teacher.parameters()]
-    assert not student.training and not teacher.training and all(p.grad is None and not p.is_meta for p in after)
+    assert (
+        not student.training
+        and not teacher.training
+        and all(p.grad is None and not p.is_meta for p in after)
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_a_convolutional_teachers_features_are_counted() -> None:
     teacher = vit("resnet10t", channels=[8, 8, 16, 16], num_classes=0)  # type: ignore[arg-type]
-    cost = counted({"ce": CrossEntropy(), "vitkd": ViTKD(low_blocks=(0,), teacher_low_blocks=(1,))}, teacher=teacher)
+    cost = counted(
+        {"ce": CrossEntropy(), "vitkd": ViTKD(low_blocks=(0,), teacher_low_blocks=(1,))},
+        teacher=teacher,
+    )
     low, high = projections(64, 48, 8), projections(1, 48, 16) + generator(1, 16)
-    assert cost.objectives["vitkd"] == low + high and cost.teachers["teacher"] == cost.teachers_plain["teacher"] > 0
+    assert (
+        cost.objectives["vitkd"] == low + high
+        and cost.teachers["teacher"] == cost.teachers_plain["teacher"] > 0
+    )
 
 
 def test_the_explanation_has_a_row_for_what_an_objective_computes() -> None:
     student, teacher = small(), small(embed_dim=96)
-    plan = make_plan(of(student, "student"), {"teacher": of(teacher, "teacher")}, {"ce": CrossEntropy(), "vitkd": ViTKD()})
+    plan = make_plan(
+        of(student, "student"),
+        {"teacher": of(teacher, "teacher")},
+        {"ce": CrossEntropy(), "vitkd": ViTKD()},
+    )
     cost = cost_of(plan, student, {"teacher": teacher})
     lines = [" ".join(line.split()) for line in explain(plan, cost, 10, 1).splitlines()]
-    row = f"vitkd, its own part {flops(cost.adapters['vitkd'], '').strip()} {flops(cost.objectives['vitkd'])}"
-    assert " ".join(row.split()) in lines and not any(line.startswith("ce, its own part") for line in lines)
+    row = (
+        f"vitkd, its own part {flops(cost.adapters['vitkd'], '').strip()}"
+        f" {flops(cost.objectives['vitkd'])}"
+    )
+    assert " ".join(row.split()) in lines and not any(
+        line.startswith("ce, its own part") for line in lines
+    )
     trained = plan.student.num_parameters + cost.adapters["vitkd"]
     text = " ".join(lines)
-    assert f"{size(cost.activations)} an image in float32; the student alone keeps {size(cost.activations_plain)}" in text
-    assert f"two moments: {size(16 * trained)} ({flops(trained, '').strip()} trained parameters)" in text
+    assert (
+        f"{size(cost.activations)} an image in float32; the student alone keeps"
+        f" {size(cost.activations_plain)}" in text
+    )
+    assert (
+        f"two moments: {size(16 * trained)} ({flops(trained, '').strip()} trained parameters)"
+        in text
+    )
     assert f"objectives {flops(10 * cost.objectives['vitkd'])}" in text
-    assert "1 x vitkd: low_weight |S - T|^2" in text and "(low_weight 3e-05, high_weight 3e-06 on sums)" in text
+    assert (
+        "1 x vitkd: low_weight |S - T|^2" in text
+        and "(low_weight 3e-05, high_weight 3e-06 on sums)" in text
+    )
 
 
-# --- numbers as text -------------------------------------------------------------------------------------------------------------
+# --- numbers as text -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

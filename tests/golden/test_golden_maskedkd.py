@@ -20,7 +20,9 @@ def _load(name: str) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(data[key]) for key in data.files}
 
 
-def _model(data: dict[str, torch.Tensor], which: str, dim: int, depth: int, heads: int) -> VisionTransformer:
+def _model(
+    data: dict[str, torch.Tensor], which: str, dim: int, depth: int, heads: int
+) -> VisionTransformer:
     model = VisionTransformer(
         img_size=32,
         patch_size=8,
@@ -30,7 +32,9 @@ def _model(data: dict[str, torch.Tensor], which: str, dim: int, depth: int, head
         num_classes=10,
         norm_layer=lambda width, **kwargs: torch.nn.LayerNorm(width, eps=1e-6, **kwargs),
     )
-    model.load_state_dict({key.removeprefix(f"{which}."): v for key, v in data.items() if key.startswith(f"{which}.")})
+    model.load_state_dict(
+        {key.removeprefix(f"{which}."): v for key, v in data.items() if key.startswith(f"{which}.")}
+    )
     return model.eval()
 
 
@@ -55,9 +59,17 @@ def test_networks() -> None:
     student, teacher = _model(data, "student", 24, 2, 3), _model(data, "teacher", 48, 3, 6)
     images = data["images"].float()
     output = run_vit(student, images, Needs(logits=True, attention=frozenset({-1})))
-    assert torch.allclose(output.logits, torch.tensor(EXPECTED["maskedkd student_logits"]), atol=1e-5)
-    assert torch.allclose(patch_saliency(output.attention[1]), torch.tensor(EXPECTED["maskedkd saliency"]), atol=1e-5)
+    assert torch.allclose(
+        output.logits, torch.tensor(EXPECTED["maskedkd student_logits"]), atol=1e-5
+    )
+    assert torch.allclose(
+        patch_saliency(output.attention[1]), torch.tensor(EXPECTED["maskedkd saliency"]), atol=1e-5
+    )
     keep = select_patches(output.attention[1], 8)
-    assert _sets(keep) == [set(row) for row in EXPECTED["maskedkd kept patches, keep 8 (compare as sets)"]]
+    assert _sets(keep) == [
+        set(row) for row in EXPECTED["maskedkd kept patches, keep 8 (compare as sets)"]
+    ]
     answer = run_vit(teacher, images, Needs(logits=True), keep)
-    assert torch.allclose(answer.logits, torch.tensor(EXPECTED["maskedkd teacher_logits keep 8"]), atol=1e-5)
+    assert torch.allclose(
+        answer.logits, torch.tensor(EXPECTED["maskedkd teacher_logits keep 8"]), atol=1e-5
+    )

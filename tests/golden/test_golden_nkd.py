@@ -13,11 +13,15 @@ HERE = Path(__file__).parent
 EXPECTED = json.loads((HERE / "expected.json").read_text())["nkd(gamma=1, temperature=1)"]
 
 with np.load(HERE / "kd_nkd.npz") as data:
-    STUDENT, TEACHER, LABELS = (torch.from_numpy(data[key]) for key in ("student_logits", "teacher_logits", "labels"))
+    STUDENT, TEACHER, LABELS = (
+        torch.from_numpy(data[key]) for key in ("student_logits", "teacher_logits", "labels")
+    )
 
 
 def test_loss() -> None:
-    assert abs(nkd_loss(STUDENT, TEACHER, LABELS, gamma=1.0, temperature=1.0).item() - EXPECTED) < 1e-5
+    assert (
+        abs(nkd_loss(STUDENT, TEACHER, LABELS, gamma=1.0, temperature=1.0).item() - EXPECTED) < 1e-5
+    )
 
 
 def test_loss_of_soft_labels() -> None:

@@ -21,7 +21,11 @@ def adapter() -> ViTKDAdapter:
     ours = {}
     for key, value in DATA.items():
         if key.startswith("P."):
-            ours[key.removeprefix("P.").replace("align2.", "align_low.").replace("align.", "align_high.")] = value
+            ours[
+                key.removeprefix("P.")
+                .replace("align2.", "align_low.")
+                .replace("align.", "align_high.")
+            ] = value
     made = ViTKDAdapter(8, 12)
     made.load_state_dict(ours)
     return made
@@ -29,13 +33,24 @@ def adapter() -> ViTKDAdapter:
 
 @torch.no_grad()
 def test_losses() -> None:
-    low, high = vitkd_loss(adapter(), DATA["low_s"], DATA["high_s"], DATA["low_t"], DATA["high_t"], noise=DATA["noise"])
+    low, high = vitkd_loss(
+        adapter(), DATA["low_s"], DATA["high_s"], DATA["low_t"], DATA["high_t"], noise=DATA["noise"]
+    )
     assert low.item() == pytest.approx(EXPECTED["vitkd low"], rel=1e-5)
     assert high.item() == pytest.approx(EXPECTED["vitkd high"], rel=1e-5)
 
 
 @torch.no_grad()
 def test_other_noise_masks_other_patches() -> None:
-    """The numbers above depend on which patches are masked, and not on those alone that are compared."""
-    _, high = vitkd_loss(adapter(), DATA["low_s"], DATA["high_s"], DATA["low_t"], DATA["high_t"], noise=1 - DATA["noise"])
+    """The numbers above depend on which patches are masked, and not on those alone that are
+    compared.
+    """
+    _, high = vitkd_loss(
+        adapter(),
+        DATA["low_s"],
+        DATA["high_s"],
+        DATA["low_t"],
+        DATA["high_t"],
+        noise=1 - DATA["noise"],
+    )
     assert abs(high.item() / EXPECTED["vitkd high"] - 1) > 1e-3

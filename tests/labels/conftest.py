@@ -1,4 +1,6 @@
-"""Small stores whose records say which sample and view they are of, and processes to write them with."""
+"""Small stores whose records say which sample and view they are of, and processes to write them
+with.
+"""
 
 import os
 import signal
@@ -27,12 +29,20 @@ def _layout(k: int = 3) -> Layout:
 
 
 def _manifest(**changes: Any) -> Manifest:
-    fields = {"identity": IDENTITY, "layout": _layout(), "num_samples": 37, "num_views": 2, "part_size": 8}
+    fields = {
+        "identity": IDENTITY,
+        "layout": _layout(),
+        "num_samples": 37,
+        "num_views": 2,
+        "part_size": 8,
+    }
     return Manifest(**{**fields, **changes})
 
 
 def _records(layout: Layout, view: int, samples: Any) -> np.ndarray:
-    """What these samples' records are: a function of view and sample alone, and different for all of them."""
+    """What these samples' records are: a function of view and sample alone, and different for all
+    of them.
+    """
     samples = np.asarray(samples, dtype=np.int64)
     records = np.zeros(len(samples), dtype=layout.dtype)
     k = layout.dtype["ids"].shape[0]
@@ -51,7 +61,9 @@ def layout() -> Callable[..., Layout]:
 
 @pytest.fixture(scope="session")
 def manifest() -> Callable[..., Manifest]:
-    """``manifest(num_samples=..., ...)``: of 37 samples, 2 views and parts of 8, unless told otherwise."""
+    """``manifest(num_samples=..., ...)``: of 37 samples, 2 views and parts of 8, unless told
+    otherwise.
+    """
     return _manifest
 
 
@@ -70,7 +82,9 @@ def made() -> Callable[..., LabelStore]:
         for view in range(store.manifest.num_views):
             for part in range(store.num_parts):
                 if (view, part) not in without:
-                    assert store.seal(view, part, _records(store.layout, view, np.arange(*store.part_range(part))))
+                    assert store.seal(
+                        view, part, _records(store.layout, view, np.arange(*store.part_range(part)))
+                    )
         return store
 
     return make
@@ -78,7 +92,9 @@ def made() -> Callable[..., LabelStore]:
 
 @pytest.fixture(scope="session")
 def is_right() -> Callable[[LabelStore], int]:
-    """``is_right(store)``: asserts that every record there is the right one, opened anew, and returns how many there are."""
+    """``is_right(store)``: asserts that every record there is the right one, opened anew, and
+    returns how many there are.
+    """
 
     def check(store: LabelStore) -> int:
         store = LabelStore.open(store.path)
@@ -86,7 +102,9 @@ def is_right() -> Callable[[LabelStore], int]:
         for view in range(store.manifest.num_views):
             ids = np.random.default_rng(view).permutation(store.manifest.num_samples)
             found, present = store.read(np.full(len(ids), view), ids)
-            np.testing.assert_array_equal(found[present], _records(store.layout, view, ids[present]))
+            np.testing.assert_array_equal(
+                found[present], _records(store.layout, view, ids[present])
+            )
             assert not found[~present].view(np.uint8).any()
             count += int(present.sum())
         return count
@@ -97,12 +115,16 @@ def is_right() -> Callable[[LabelStore], int]:
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """``tree(folder)``: every file's content."""
-    return lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return lambda folder: {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.fixture(scope="session")
 def fork() -> Callable[[Callable[[], object]], int]:
-    """``fork(work)``: the pid of a child that does it and leaves with 0, or with 1 on an exception."""
+    """``fork(work)``: the pid of a child that does it and leaves with 0, or with 1 on an
+    exception.
+    """
 
     def start(work: Callable[[], object]) -> int:
         pid = os.fork()

@@ -1,4 +1,6 @@
-"""Records of a teacher's answers: what they give back, whatever the logits, and what they refuse."""
+"""Records of a teacher's answers: what they give back, whatever the logits, and what they
+refuse.
+"""
 
 import json
 import math
@@ -21,13 +23,19 @@ DENSE = ("float32", "float16", "uint8")
 seeds = st.integers(0, 10**6)
 
 
-def gaussian(seed: int, batch: int = 3, classes: int = 7, scale: float = 3.0, ties: bool = False) -> Tensor:
+def gaussian(
+    seed: int, batch: int = 3, classes: int = 7, scale: float = 3.0, ties: bool = False
+) -> Tensor:
     z = scale * torch.randn(batch, classes, generator=torch.Generator().manual_seed(seed))
     return z.round() if ties else z
 
 
 def topk(classes: int, k: int, *temperatures: float) -> Layout:
-    return Layout(logits=LogitEncoding(kind="topk", num_classes=classes, k=k, temperatures=temperatures or (1.0,)))
+    return Layout(
+        logits=LogitEncoding(
+            kind="topk", num_classes=classes, k=k, temperatures=temperatures or (1.0,)
+        )
+    )
 
 
 def dense(kind: Any, classes: int) -> Layout:
@@ -35,10 +43,17 @@ def dense(kind: Any, classes: int) -> Layout:
 
 
 def sampled(classes: int, k: int, temperature: float = 1.0) -> Layout:
-    return Layout(logits=LogitEncoding(kind="sampled", num_classes=classes, k=k, temperatures=(temperature,)))
+    return Layout(
+        logits=LogitEncoding(kind="sampled", num_classes=classes, k=k, temperatures=(temperature,))
+    )
 
 
-def encode(layout: Layout, logits: Tensor | None, hidden: dict[int, Tensor] | None = None, features: Tensor | None = None) -> Records:
+def encode(
+    layout: Layout,
+    logits: Tensor | None,
+    hidden: dict[int, Tensor] | None = None,
+    features: Tensor | None = None,
+) -> Records:
     given = next(t for t in (logits, features, *(hidden or {}).values()) if t is not None)
     pixels = np.arange(len(given), dtype=np.uint32) + np.uint32(2**32 - len(given))
     keys = keyed.keys(0, 0, np.arange(len(given)), keyed.Stream.OBJECTIVE)
@@ -55,17 +70,21 @@ def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def order(logits: Tensor) -> Tensor:
     """Ids by falling logit and then rising id, by Python's sort."""
-    return torch.tensor([sorted(range(len(row)), key=lambda i: (-row[i], i)) for row in logits.tolist()])
+    return torch.tensor(
+        [sorted(range(len(row)), key=lambda i: (-row[i], i)) for row in logits.tolist()]
+    )
 
 
 def head_error(logits: Tensor, k: int, temperature: float) -> Tensor:
-    """The most that float16 can move the log of the head's sum: the head's mean rounding error, and twice that for its single values."""
+    """The most that float16 can move the log of the head's sum: the head's mean rounding error, and
+    twice that for its single values.
+    """
     head = logits.double().sort(dim=1, descending=True).values[:, :k]
     below = (head - head[:, :1]).abs()
     return (below * 2.0**-11 * 1.001 + 2.0**-25).amax(1) / temperature
 
 
-# ---------------------------------------------------------------------------------------------------- sizes and identity
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_size_of_a_record() -> None:
@@ -77,7 +96,9 @@ def test_the_size_of_a_record() -> None:
     assert dense("float32", 1000).record_bytes == 4 + 4000
     assert dense("float16", 1000).record_bytes == 4 + 2004
     assert dense("uint8", 1000).record_bytes == 4 + 1008
-    assert Layout(hidden=((2, 5, 3), (4, 2, 2)), features=(5, 3), hidden_dtype="float32").record_bytes == 4 + 4 * (15 + 4 + 15)
+    assert Layout(
+        hidden=((2, 5, 3), (4, 2, 2)), features=(5, 3), hidden_dtype="float32"
+    ).record_bytes == 4 + 4 * (15 + 4 + 15)
 
 
 def test_the_bytes_of_a_record() -> None:
@@ -87,18 +108,35 @@ def test_the_bytes_of_a_record() -> None:
     assert dtype.names == ("pixels", "ids", "values", "tails")
     assert dtype["pixels"] == np.dtype("<u4") and dtype["tails"].base == np.dtype("<f4")
     tail = math.log(math.exp(-6 / 2) + math.exp(-3.5 / 2))
-    expected = np.array([2**32 - 1], "<u4").tobytes() + np.array([1, 3, 0], "<u2").tobytes() + np.array([0, 0, -3], "<f2").tobytes()
+    expected = (
+        np.array([2**32 - 1], "<u4").tobytes()
+        + np.array([1, 3, 0], "<u2").tobytes()
+        + np.array([0, 0, -3], "<f2").tobytes()
+    )
     record = encode(topk(5, 3, 2.0), z).tobytes()
     assert record[:-4] == expected
     assert np.frombuffer(record[-4:], "<f4")[0] == pytest.approx(tail, abs=1e-6)
-    assert encode(dense("float16", 5), z).tobytes()[4:] == np.array([4], "<f4").tobytes() + np.array([-3, 0, -6, 0, -3.5], "<f2").tobytes()
+    assert (
+        encode(dense("float16", 5), z).tobytes()[4:]
+        == np.array([4], "<f4").tobytes() + np.array([-3, 0, -6, 0, -3.5], "<f2").tobytes()
+    )
     steps, z[0, 0] = np.array([132, 255, 0, 255, 106], "u1").tobytes(), 1.1
-    assert encode(dense("uint8", 5), z).tobytes()[4:] == np.array([-2, 6 / 255], "<f4").tobytes() + steps
+    assert (
+        encode(dense("uint8", 5), z).tobytes()[4:]
+        == np.array([-2, 6 / 255], "<f4").tobytes() + steps
+    )
 
 
 layouts = st.builds(
     Layout,
-    logits=st.sampled_from([None, *(dense(kind, 9).logits for kind in DENSE), topk(9, 4, 1.0, 2.5).logits, sampled(9, 30, 0.7).logits]),
+    logits=st.sampled_from(
+        [
+            None,
+            *(dense(kind, 9).logits for kind in DENSE),
+            topk(9, 4, 1.0, 2.5).logits,
+            sampled(9, 30, 0.7).logits,
+        ]
+    ),
     hidden=st.sampled_from([(), ((0, 3, 2),), ((2, 3, 2), (7, 1, 4))]),
     features=st.just((3, 2)),
     hidden_dtype=st.sampled_from(["float16", "float32"]),
@@ -176,7 +214,7 @@ def test_settings_that_do_not_fit_together() -> None:
         Layout()
 
 
-# ------------------------------------------------------------------------------------------------------------------ dense
+# -------------------------------------------------------------------------------------------------
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -188,25 +226,39 @@ def test_float32_is_kept_bit_for_bit(rows: list[list[float]]) -> None:
     assert torch.equal(answered(dense("float32", 4), z, 3.0), z)  # any temperature
 
 
-@given(seed=seeds, scale=st.sampled_from([1e-6, 0.01, 1.0, 30.0, 1e4]), offset=st.sampled_from([0.0, -7.0, 1e4]))
+@given(
+    seed=seeds,
+    scale=st.sampled_from([1e-6, 0.01, 1.0, 30.0, 1e4]),
+    offset=st.sampled_from([0.0, -7.0, 1e4]),
+)
 def test_the_error_of_float16(seed: int, scale: float, offset: float) -> None:
     z = gaussian(seed, scale=scale) + offset
     got = answered(dense("float16", 7), z)
     below = (z - z.amax(1, keepdim=True)).abs()
     assert torch.equal(got.amax(1), z.amax(1))  # the largest is exact
-    assert torch.all((got - z).abs() <= below * 2.0**-11 * 1.001 + 2.0**-24 + z.abs().amax() * 2.0**-23)
+    assert torch.all(
+        (got - z).abs() <= below * 2.0**-11 * 1.001 + 2.0**-24 + z.abs().amax() * 2.0**-23
+    )
 
 
-@given(seed=seeds, scale=st.sampled_from([1e-6, 0.01, 1.0, 30.0, 1e4, 1e30]), offset=st.sampled_from([0.0, -7.0, 1e4]))
+@given(
+    seed=seeds,
+    scale=st.sampled_from([1e-6, 0.01, 1.0, 30.0, 1e4, 1e30]),
+    offset=st.sampled_from([0.0, -7.0, 1e4]),
+)
 def test_the_error_of_uint8_is_half_a_step(seed: int, scale: float, offset: float) -> None:
     z = gaussian(seed, classes=300, scale=scale) + offset
     records = encode(dense("uint8", 300), z)
-    low, step = (torch.from_numpy(records[name].astype(np.float64))[:, None] for name in ("low", "step"))
+    low, step = (
+        torch.from_numpy(records[name].astype(np.float64))[:, None] for name in ("low", "step")
+    )
     got = low + step * torch.from_numpy(records["values"].astype(np.float64))
     assert torch.all((got - z.double()).abs() <= step * 0.5 * (1 + 1e-12))
     assert torch.all(step <= (z.amax(1) - z.amin(1)).double()[:, None] / 255 * (1 + 1e-6) + 1e-44)
     rounding = z.abs().amax() * 2.0**-22
-    assert torch.all((dense("uint8", 300).targets(records).logits() - z).abs() <= step * 0.5 + rounding)
+    assert torch.all(
+        (dense("uint8", 300).targets(records).logits() - z).abs() <= step * 0.5 + rounding
+    )
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -218,33 +270,48 @@ def test_equal_logits_are_kept_as_they_are(kind: str) -> None:
 def test_what_float16_cannot_reach_is_clamped() -> None:
     z = torch.tensor([[0.0, -1e9, 3.4e38], [-3.4e38, 3.4e38, 0.0], [5.0, -1e6, 4.0]])
     assert answered(dense("float16", 3), z)[2].tolist() == [5.0, -65499.0, 4.0]
-    for layout in (dense("float16", 3), topk(3, 1), topk(3, 2, 0.001, 1000.0), topk(3, 3), sampled(3, 4, 1000.0)):
+    for layout in (
+        dense("float16", 3),
+        topk(3, 1),
+        topk(3, 2, 0.001, 1000.0),
+        topk(3, 3),
+        sampled(3, 4, 1000.0),
+    ):
         temperatures = layout.logits.temperatures if layout.logits is not None else ()
         for t in temperatures or (1.0,):
             assert answered(layout, z, t).isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------------- topk
+# -------------------------------------------------------------------------------------------------
 
 
 @given(
     seed=seeds,
     k=st.integers(1, 11),
     ties=st.booleans(),
-    temperatures=st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0, 10.0]), min_size=1, max_size=3),
+    temperatures=st.lists(
+        st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0, 10.0]), min_size=1, max_size=3
+    ),
 )
-def test_the_mass_of_the_tail_is_right_at_every_temperature(seed: int, k: int, ties: bool, temperatures: list[float]) -> None:
+def test_the_mass_of_the_tail_is_right_at_every_temperature(
+    seed: int, k: int, ties: bool, temperatures: list[float]
+) -> None:
     z = gaussian(seed, classes=12, ties=ties)
     layout, ids = topk(12, k, *temperatures), order(z)
     targets = layout.targets(encode(layout, z))
     for t in temperatures:
         true, got = probabilities(z, t), probabilities(targets.logits(t), t)
-        torch.testing.assert_close(got.sum(1), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            got.sum(1), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0
+        )
         # The tail is one number, spread evenly: its mass is exact though the head is rounded.
         tail = got.gather(1, ids[:, k:])
-        torch.testing.assert_close(tail.sum(1), true.gather(1, ids[:, k:]).sum(1), rtol=2e-6, atol=1e-12)
+        torch.testing.assert_close(
+            tail.sum(1), true.gather(1, ids[:, k:]).sum(1), rtol=2e-6, atol=1e-12
+        )
         torch.testing.assert_close(tail, tail[:, :1].expand_as(tail))
-        # The head is right to float16: each log-probability to its own rounding and the normaliser's.
+        # The head is right to float16: each log-probability to its own rounding and the
+        # normaliser's.
         error = (got.gather(1, ids[:, :k]).log() - true.gather(1, ids[:, :k]).log()).abs()
         assert torch.all(error <= 2 * head_error(z, k, t)[:, None] + 2e-6)
 
@@ -264,7 +331,9 @@ def test_every_class_in_the_head_is_dense_in_disguise(seed: int, classes: int, m
 @pytest.mark.parametrize("confidence", [4.0, 9.2, 20.0, 100.0, 60000.0])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_confident_answers(k: int, confidence: float, temperature: float) -> None:
-    """float16 probabilities would sum above 1 here, and leave a negative tail: NaN in `F.kl_div`."""
+    """float16 probabilities would sum above 1 here, and leave a negative tail: NaN in
+    `F.kl_div`.
+    """
     z = gaussian(1, batch=64, classes=100, scale=0.5)
     z[torch.arange(64), torch.arange(64)] += confidence + torch.linspace(0, 5, 64)
     layout = topk(100, k, temperature)
@@ -275,13 +344,21 @@ def test_confident_answers(k: int, confidence: float, temperature: float) -> Non
     student = gaussian(2, batch=64, classes=100).requires_grad_()
     log_student = (student / temperature).log_softmax(-1)
     loss = F.kl_div(log_student, teacher, reduction="batchmean")
-    other = F.kl_div(log_student, (got / temperature).log_softmax(-1), reduction="batchmean", log_target=True)
+    other = F.kl_div(
+        log_student, (got / temperature).log_softmax(-1), reduction="batchmean", log_target=True
+    )
     (loss + other).backward()
-    assert loss.isfinite() and other.item() == pytest.approx(loss.item(), rel=1e-4) and student.grad is not None
+    assert (
+        loss.isfinite()
+        and other.item() == pytest.approx(loss.item(), rel=1e-4)
+        and student.grad is not None
+    )
     assert student.grad.isfinite().all()
     true = probabilities(z, temperature).amax(1)
     torch.testing.assert_close(teacher.amax(1).double(), true, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(1 - probabilities(got, temperature).amax(1), 1 - true, rtol=0.05, atol=1e-9)
+    torch.testing.assert_close(
+        1 - probabilities(got, temperature).amax(1), 1 - true, rtol=0.05, atol=1e-9
+    )
 
 
 def test_an_answer_of_four_nines_by_hand() -> None:
@@ -294,12 +371,17 @@ def test_an_answer_of_four_nines_by_hand() -> None:
 
 @given(seed=seeds, k=st.integers(1, 9))
 def test_of_equal_logits_the_smaller_class_is_first(seed: int, k: int) -> None:
-    z = torch.randint(-1, 2, (6, 9), generator=torch.Generator().manual_seed(seed)).float() * -1.0  # with negative zeros
+    z = (
+        torch.randint(-1, 2, (6, 9), generator=torch.Generator().manual_seed(seed)).float() * -1.0
+    )  # with negative zeros
     records = encode(topk(9, k), z)
     assert records["ids"].tolist() == order(z)[:, :k].tolist()
     assert records.tobytes() == encode(topk(9, k), torch.where(z == 0, 0.0, z)).tobytes()
     for kind in ("float16", "uint8"):
-        assert encode(dense(kind, 9), z).tobytes() == encode(dense(kind, 9), torch.where(z == 0, 0.0, z)).tobytes()
+        assert (
+            encode(dense(kind, 9), z).tobytes()
+            == encode(dense(kind, 9), torch.where(z == 0, 0.0, z)).tobytes()
+        )
     alike = torch.zeros(2, 9)
     assert encode(topk(9, k), alike)["ids"].tolist() == [list(range(k))] * 2
 
@@ -314,7 +396,9 @@ def test_70_000_classes(place: int) -> None:
     drawn = answered(sampled(70_000, 5), z)
     assert drawn[0].argmax() == place and (drawn[0] > -1e3).sum() == 1
     true, ids = probabilities(z), order(z[:1])[0]
-    torch.testing.assert_close(probabilities(got)[0, ids[3:]].sum(), true[0, ids[3:]].sum(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        probabilities(got)[0, ids[3:]].sum(), true[0, ids[3:]].sum(), rtol=2e-6, atol=0
+    )
 
 
 def test_the_largest_id_that_16_bits_hold() -> None:
@@ -327,7 +411,9 @@ def test_the_largest_id_that_16_bits_hold() -> None:
 def test_an_undeclared_temperature_is_refused() -> None:
     targets = topk(9, 4, 1.0, 4.0).targets(encode(topk(9, 4, 1.0, 4.0), gaussian(0, classes=9)))
     assert targets.logits(4).shape == (3, 9)
-    with pytest.raises(ConfigError, match=r"of temperature 1 and 4, not of 2: use a stored one, or label again"):
+    with pytest.raises(
+        ConfigError, match=r"of temperature 1 and 4, not of 2: use a stored one, or label again"
+    ):
         targets.logits(2.0)
     with pytest.raises(ConfigError, match="several temperatures \\(1 and 4\\): say which"):
         targets.logits()
@@ -337,12 +423,14 @@ def test_an_undeclared_temperature_is_refused() -> None:
         drawn.logits(1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- sampled
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_draws_are_unbiased(temperature: float) -> None:
-    """The mean over 4000 keys of 8 draws: 32,000 draws, within five standard errors of each class's probability."""
+    """The mean over 4000 keys of 8 draws: 32,000 draws, within five standard errors of each class's
+    probability.
+    """
     z, layout = gaussian(5, batch=1, classes=10, scale=1.5), sampled(10, 8, temperature)
     keys = keyed.keys(1, 2, np.arange(4000), keyed.Stream.OBJECTIVE)
     records = layout.encode(z.expand(4000, 10), {}, None, np.zeros(4000, np.uint32), keys)
@@ -350,7 +438,9 @@ def test_draws_are_unbiased(temperature: float) -> None:
     true = probabilities(z, temperature)[0]
     assert torch.all((mean - true).abs() <= 5 * (true * (1 - true) / 32_000).sqrt())
     other = probabilities(z, 2.0)[0]
-    assert not torch.all((mean - other).abs() <= 5 * (other * (1 - other) / 32_000).sqrt())  # the bound is not empty
+    assert not torch.all(
+        (mean - other).abs() <= 5 * (other * (1 - other) / 32_000).sqrt()
+    )  # the bound is not empty
 
 
 @given(seed=seeds, k=st.integers(1, 40), temperature=st.sampled_from([0.1, 1.0, 4.0, 1000.0]))
@@ -358,28 +448,41 @@ def test_draws_are_counted_exactly(seed: int, k: int, temperature: float) -> Non
     layout = sampled(6, k, temperature)
     records = encode(layout, gaussian(seed, classes=6))
     got = layout.targets(records).logits(temperature)
-    counts = torch.stack([torch.bincount(torch.from_numpy(ids.astype(np.int64)), minlength=6) for ids in records["ids"]])
+    counts = torch.stack(
+        [
+            torch.bincount(torch.from_numpy(ids.astype(np.int64)), minlength=6)
+            for ids in records["ids"]
+        ]
+    )
     assert got.isfinite().all()
     shown = (got / temperature).softmax(-1)
     torch.testing.assert_close(shown, counts / k, rtol=0, atol=1e-6)
     assert torch.all(shown[counts == 0] == 0)
-    assert F.kl_div(gaussian(seed + 1, classes=6).log_softmax(-1), shown, reduction="batchmean").isfinite()
+    assert F.kl_div(
+        gaussian(seed + 1, classes=6).log_softmax(-1), shown, reduction="batchmean"
+    ).isfinite()
 
 
 def test_a_class_without_probability_is_never_drawn() -> None:
     z = torch.full((2000, 5), -60000.0)
     z[:, 2] = 0.0
     assert set(encode(sampled(5, 20), z)["ids"].ravel().tolist()) == {2}
-    zero = np.array([2**64 - 0x9E3779B97F4A7C15], np.uint64)  # the key whose first number is exactly 0
+    zero = np.array(
+        [2**64 - 0x9E3779B97F4A7C15], np.uint64
+    )  # the key whose first number is exactly 0
     assert keyed.uniforms(zero, 1).item() == 0.0
-    assert sampled(5, 1).encode(z[:1], {}, None, np.zeros(1, np.uint32), zero)["ids"].tolist() == [[2]]
+    assert sampled(5, 1).encode(z[:1], {}, None, np.zeros(1, np.uint32), zero)["ids"].tolist() == [
+        [2]
+    ]
 
 
 @given(seed=seeds, classes=st.integers(1, 40))
 def test_the_largest_number_there_is_draws_a_class(seed: int, classes: int) -> None:
     key = np.array([_unmixed(2**64 - 1) - 0x9E3779B97F4A7C15 & 2**64 - 1], np.uint64)
     assert keyed.uniforms(key, 1).item() == 1 - 2.0**-53
-    z = torch.cat([gaussian(seed, 1, classes), torch.full((1, 3), -60000.0)], 1)  # the last three are never drawn
+    z = torch.cat(
+        [gaussian(seed, 1, classes), torch.full((1, 3), -60000.0)], 1
+    )  # the last three are never drawn
     drawn = sampled(classes + 3, 1).encode(z, {}, None, np.zeros(1, np.uint32), key)["ids"].item()
     assert drawn < classes
 
@@ -396,32 +499,49 @@ def test_draws_depend_on_their_key_alone() -> None:
     z, layout = gaussian(4, batch=6, classes=50, scale=1.0), sampled(50, 9)
     keys, pixels = keyed.keys(0, 1, np.arange(6), keyed.Stream.OBJECTIVE), np.zeros(6, np.uint32)
     whole = layout.encode(z, {}, None, pixels, keys)
-    parts = [layout.encode(z[i : i + 2], {}, None, pixels[i : i + 2], keys[i : i + 2]) for i in (0, 2, 4)]
+    parts = [
+        layout.encode(z[i : i + 2], {}, None, pixels[i : i + 2], keys[i : i + 2]) for i in (0, 2, 4)
+    ]
     assert whole.tobytes() == b"".join(part.tobytes() for part in parts)
-    assert whole.tobytes() != layout.encode(z, {}, None, pixels, keyed.keys(0, 2, np.arange(6), keyed.Stream.OBJECTIVE)).tobytes()
+    assert (
+        whole.tobytes()
+        != layout.encode(
+            z, {}, None, pixels, keyed.keys(0, 2, np.arange(6), keyed.Stream.OBJECTIVE)
+        ).tobytes()
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------------
 
 EVERY = [*(dense(kind, 5) for kind in DENSE), topk(5, 2), topk(5, 5), sampled(5, 4)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("layout", EVERY, ids=lambda layout: f"{layout.logits.kind}-{layout.logits.k}")
+@pytest.mark.parametrize(
+    "layout", EVERY, ids=lambda layout: f"{layout.logits.kind}-{layout.logits.k}"
+)
 def test_answers_that_are_not_finite_are_refused_by_row(layout: Layout, bad: float) -> None:
     z = gaussian(0, batch=6, classes=5)
     encode(layout, z)
     z[2, 4] = z[5, 0] = bad
-    with pytest.raises(NonFinite, match="logits are not finite numbers of float32 in row 2") as caught:
+    with pytest.raises(
+        NonFinite, match="logits are not finite numbers of float32 in row 2"
+    ) as caught:
         encode(layout, z)
     assert caught.value.index == 2
 
 
 def test_hidden_states_that_are_not_finite_or_do_not_fit_are_refused_by_row() -> None:
     layout = Layout(logits=dense("float32", 5).logits, hidden=((1, 2, 3),), features=(2, 3))
-    z, hidden, features = gaussian(0, batch=4, classes=5), torch.zeros(4, 2, 3), torch.zeros(4, 2, 3)
+    z, hidden, features = (
+        gaussian(0, batch=4, classes=5),
+        torch.zeros(4, 2, 3),
+        torch.zeros(4, 2, 3),
+    )
     features[3, 1, 1], hidden[1, 0, 2] = math.nan, 70000.0
-    with pytest.raises(NonFinite, match="hidden_1 are not finite numbers of float16 in row 1") as caught:
+    with pytest.raises(
+        NonFinite, match="hidden_1 are not finite numbers of float16 in row 1"
+    ) as caught:
         encode(layout, z, {1: hidden}, features)
     assert caught.value.index == 1
     z[2, 0] = math.inf
@@ -435,7 +555,13 @@ def test_hidden_states_that_are_not_finite_or_do_not_fit_are_refused_by_row() ->
 def test_answers_of_another_shape_are_refused() -> None:
     layout = Layout(logits=dense("float32", 5).logits, hidden=((1, 2, 3),))
     z, hidden = gaussian(0, classes=5), {1: torch.zeros(3, 2, 3)}
-    for logits, states in ((None, hidden), (z[:, :4], hidden), (z, {}), (z, {0: hidden[1]}), (z, {1: torch.zeros(3, 3, 2)})):
+    for logits, states in (
+        (None, hidden),
+        (z[:, :4], hidden),
+        (z, {}),
+        (z, {0: hidden[1]}),
+        (z, {1: torch.zeros(3, 3, 2)}),
+    ):
         with pytest.raises(ValueError, match="the layout of the label store has"):
             layout.encode(logits, states, None, np.zeros(3, np.uint32), np.zeros(3, np.uint64))
     with pytest.raises(ValueError, match="not a batch"):
@@ -450,18 +576,30 @@ def test_a_damaged_class_id_is_not_used() -> None:
             layout.targets(records)
 
 
-# -------------------------------------------------------------------------------------------- hidden states and the tensors
+# -------------------------------------------------------------------------------------------- hidd
 
 
 @given(seed=seeds, number=st.sampled_from(["float16", "float32"]), logits=st.booleans())
 def test_hidden_states_and_features_come_back(seed: int, number: Any, logits: bool) -> None:
-    layout = Layout(logits=topk(7, 3).logits if logits else None, hidden=((0, 2, 3), (4, 5, 1)), features=(2, 3), hidden_dtype=number)
+    layout = Layout(
+        logits=topk(7, 3).logits if logits else None,
+        hidden=((0, 2, 3), (4, 5, 1)),
+        features=(2, 3),
+        hidden_dtype=number,
+    )
     g = torch.Generator().manual_seed(seed)
-    hidden = {4: torch.randn(3, 5, 1, generator=g), 0: torch.randn(3, 2, 3, generator=g), 9: torch.zeros(3, 1, 1)}
+    hidden = {
+        4: torch.randn(3, 5, 1, generator=g),
+        0: torch.randn(3, 2, 3, generator=g),
+        9: torch.zeros(3, 1, 1),
+    }
     features = torch.randn(3, 2, 3, generator=g) * 100
     targets = layout.targets(encode(layout, gaussian(seed), hidden, features))
     assert list(targets.hidden) == [0, 4] and targets.features is not None
-    for got, true in ((targets.features, features), *((targets.hidden[i], hidden[i]) for i in (0, 4))):
+    for got, true in (
+        (targets.features, features),
+        *((targets.hidden[i], hidden[i]) for i in (0, 4)),
+    ):
         assert got.dtype == torch.float32
         assert torch.equal(got, true if number == "float32" else true.half().float())
     if not logits:
@@ -478,17 +616,32 @@ def test_targets_move_and_keep_their_pixels() -> None:
     assert targets.to("meta").logits().device.type == "meta"  # nothing is decoded on the host
 
 
-@pytest.mark.parametrize("layout", EVERY, ids=lambda layout: f"{layout.logits.kind}-{layout.logits.k}")
+@pytest.mark.parametrize(
+    "layout", EVERY, ids=lambda layout: f"{layout.logits.kind}-{layout.logits.k}"
+)
 def test_records_do_not_depend_on_their_batch(layout: Layout) -> None:
     z = gaussian(8, batch=7, classes=5, ties=True)
-    keys, pixels = keyed.keys(0, 1, np.arange(7), keyed.Stream.OBJECTIVE), np.arange(7, dtype=np.uint32)
+    keys, pixels = (
+        keyed.keys(0, 1, np.arange(7), keyed.Stream.OBJECTIVE),
+        np.arange(7, dtype=np.uint32),
+    )
     whole = layout.encode(z, {}, None, pixels, keys)
-    ones = [layout.encode(z[i : i + 1], {}, None, pixels[i : i + 1], keys[i : i + 1]) for i in range(7)]
+    ones = [
+        layout.encode(z[i : i + 1], {}, None, pixels[i : i + 1], keys[i : i + 1]) for i in range(7)
+    ]
     assert whole.tobytes() == b"".join(one.tobytes() for one in ones)
     swapped = np.array([3, 0, 6])
-    assert torch.equal(layout.targets(whole[swapped]).logits(), layout.targets(whole).logits()[torch.from_numpy(swapped)])
-    assert layout.targets(whole[:0]).logits().shape == (0, 5) and len(layout.encode(z[:0], {}, None, pixels[:0], keys[:0])) == 0
-    assert layout.targets(np.zeros(2, layout.dtype)).logits().isfinite().all()  # rows that were never written
+    assert torch.equal(
+        layout.targets(whole[swapped]).logits(),
+        layout.targets(whole).logits()[torch.from_numpy(swapped)],
+    )
+    assert (
+        layout.targets(whole[:0]).logits().shape == (0, 5)
+        and len(layout.encode(z[:0], {}, None, pixels[:0], keys[:0])) == 0
+    )
+    assert (
+        layout.targets(np.zeros(2, layout.dtype)).logits().isfinite().all()
+    )  # rows that were never written
 
 
 def test_half_precision_answers_are_taken_as_they_are() -> None:
@@ -498,7 +651,7 @@ def test_half_precision_answers_are_taken_as_they_are() -> None:
     answered(dense("float32", 5), z.float().requires_grad_())
 
 
-# ------------------------------------------------------------------------------------------------------ pruned and converted
+# -------------------------------------------------------------------------------------------------
 
 
 @given(seed=seeds, k=st.integers(1, 12), fewer=st.integers(0, 11), ties=st.booleans())
@@ -511,14 +664,29 @@ def test_a_pruned_head_keeps_all_mass(seed: int, k: int, fewer: int, ties: bool)
     assert cut.dtype == small.dtype and np.array_equal(cut["pixels"], records["pixels"])
     kept = small.logits.k if small.logits is not None else 0
     direct = encode(small, z)
-    assert np.array_equal(cut["ids"], direct["ids"]) and np.array_equal(cut["values"], direct["values"])
+    assert np.array_equal(cut["ids"], direct["ids"]) and np.array_equal(
+        cut["values"], direct["values"]
+    )
     for t in temperatures:
-        before, after = (probabilities(layout.targets(r).logits(t), t) for layout, r in ((big, records), (small, cut)))
+        before, after = (
+            probabilities(layout.targets(r).logits(t), t)
+            for layout, r in ((big, records), (small, cut))
+        )
         ids = order(z)
-        torch.testing.assert_close(after.gather(1, ids[:, :kept]), before.gather(1, ids[:, :kept]), rtol=2e-6, atol=1e-12)
-        torch.testing.assert_close(after.gather(1, ids[:, kept:]).sum(1), before.gather(1, ids[:, kept:]).sum(1), rtol=2e-6, atol=1e-12)
+        torch.testing.assert_close(
+            after.gather(1, ids[:, :kept]), before.gather(1, ids[:, :kept]), rtol=2e-6, atol=1e-12
+        )
+        torch.testing.assert_close(
+            after.gather(1, ids[:, kept:]).sum(1),
+            before.gather(1, ids[:, kept:]).sum(1),
+            rtol=2e-6,
+            atol=1e-12,
+        )
         true = probabilities(z, t).gather(1, ids[:, kept:]).sum(1)
-        assert torch.all((after.gather(1, ids[:, kept:]).sum(1) - true).abs() <= true * (2 * head_error(z, k, t) + 2e-6))
+        assert torch.all(
+            (after.gather(1, ids[:, kept:]).sum(1) - true).abs()
+            <= true * (2 * head_error(z, k, t) + 2e-6)
+        )
 
 
 def test_pruning_twice_is_pruning_once() -> None:
@@ -538,7 +706,13 @@ def test_dense_records_become_smaller_ones(source: str) -> None:
     ours = dense(source, 30)
     records = encode(ours, z)
     shown = ours.targets(records).logits()
-    for other in (dense("float16", 30), dense("uint8", 30), topk(30, 5, 1.0, 4.0), topk(30, 30), ours):
+    for other in (
+        dense("float16", 30),
+        dense("uint8", 30),
+        topk(30, 5, 1.0, 4.0),
+        topk(30, 30),
+        ours,
+    ):
         kind = other.logits.kind if other.logits is not None else ""
         if source == "uint8" and kind == "float16":
             continue
@@ -546,7 +720,9 @@ def test_dense_records_become_smaller_ones(source: str) -> None:
         if source == "float32" or kind == source:
             assert made.tobytes() == encode(other, z).tobytes()
         elif kind == "topk":  # by rounding of the logits in float32, which conversion does without
-            torch.testing.assert_close(other.targets(made).logits(1.0), answered(other, shown, 1.0), rtol=2e-3, atol=1e-5)
+            torch.testing.assert_close(
+                other.targets(made).logits(1.0), answered(other, shown, 1.0), rtol=2e-3, atol=1e-5
+            )
         else:
             step = torch.from_numpy(made["step"].copy())[:, None]
             assert torch.all((other.targets(made).logits() - shown).abs() <= step * 0.5 + 1e-5)
@@ -558,9 +734,20 @@ def test_fewer_draws_are_the_first_ones() -> None:
 
 
 def test_parts_of_a_record_can_be_left_out() -> None:
-    big = Layout(logits=dense("float32", 7).logits, hidden=((0, 2, 3), (4, 5, 1)), features=(2, 3), hidden_dtype="float32")
+    big = Layout(
+        logits=dense("float32", 7).logits,
+        hidden=((0, 2, 3), (4, 5, 1)),
+        features=(2, 3),
+        hidden_dtype="float32",
+    )
     g = torch.Generator().manual_seed(0)
-    hidden, features = {0: torch.randn(3, 2, 3, generator=g), 4: torch.randn(3, 5, 1, generator=g)}, torch.randn(3, 2, 3, generator=g)
+    hidden, features = (
+        {
+            0: torch.randn(3, 2, 3, generator=g),
+            4: torch.randn(3, 5, 1, generator=g),
+        },
+        torch.randn(3, 2, 3, generator=g),
+    )
     records = encode(big, gaussian(0), hidden, features)
     for small in (
         Layout(logits=topk(7, 2).logits),
@@ -568,7 +755,10 @@ def test_parts_of_a_record_can_be_left_out() -> None:
         Layout(features=(2, 3), hidden_dtype="float32"),
         Layout(logits=dense("uint8", 7).logits, hidden=((0, 2, 3), (4, 5, 1)), features=(2, 3)),
     ):
-        assert big.convert(records, small).tobytes() == encode(small, gaussian(0), hidden, features).tobytes()
+        assert (
+            big.convert(records, small).tobytes()
+            == encode(small, gaussian(0), hidden, features).tobytes()
+        )
     hidden[4][2] = 1e6
     with pytest.raises(NonFinite, match="hidden_4 are not finite numbers of float16 in row 2"):
         big.convert(encode(big, gaussian(0), hidden, features), Layout(hidden=((4, 5, 1),)))

@@ -1,4 +1,6 @@
-"""A store gives back what was sealed, for every id and order, and refuses by name what is damaged, foreign or missing."""
+"""A store gives back what was sealed, for every id and order, and refuses by name what is damaged,
+foreign or missing.
+"""
 
 import gc
 import hashlib
@@ -26,19 +28,28 @@ from vitdistill.labels.encoding import Layout, LogitEncoding
 from vitdistill.labels.store import LabelStore, Manifest, Status, differences
 from vitdistill.storage import durable
 
-# -- what was sealed comes back ---------------------------------------------------------------------------------------
+# -- what was sealed comes back -------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=25)
-@given(samples=st.integers(1, 40), part_size=st.integers(1, 50), views=st.integers(1, 3), seed=st.integers(0, 1000))
-def test_every_record_comes_back_in_any_order_and_number(made, records, samples, part_size, views, seed):
+@given(
+    samples=st.integers(1, 40),
+    part_size=st.integers(1, 50),
+    views=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_every_record_comes_back_in_any_order_and_number(
+    made, records, samples, part_size, views, seed
+):
     with tempfile.TemporaryDirectory() as folder:
         store = made(Path(folder) / "s", num_samples=samples, part_size=part_size, num_views=views)
         rng = np.random.default_rng(seed)
         at, ids = rng.integers(0, views, 30), rng.integers(0, samples, 30)
         found, present = store.read(at, ids)
         assert present.all() and found.dtype == store.layout.dtype
-        expected = np.concatenate([records(store.layout, int(view), [i]) for view, i in zip(at, ids, strict=True)])
+        expected = np.concatenate(
+            [records(store.layout, int(view), [i]) for view, i in zip(at, ids, strict=True)]
+        )
         np.testing.assert_array_equal(found, expected)
         assert sorted(store.part_range(p) for p in range(store.num_parts))[-1][1] == samples
         assert list(store.missing_parts()) == [] and store.verify() == []
@@ -46,7 +57,12 @@ def test_every_record_comes_back_in_any_order_and_number(made, records, samples,
 
 def test_records_are_targets_of_the_layout(made, tmp_path, records):
     store = made(tmp_path / "s")
-    for ids in ([5, 36, 0, 5], torch.tensor([5, 36, 0, 5]), np.array([5, 36, 0, 5], dtype=np.int32), range(4)):
+    for ids in (
+        [5, 36, 0, 5],
+        torch.tensor([5, 36, 0, 5]),
+        np.array([5, 36, 0, 5], dtype=np.int32),
+        range(4),
+    ):
         targets = store.records(1, ids)
         expected = store.layout.targets(records(store.layout, 1, [int(i) for i in ids]))
         assert torch.equal(targets.pixels, expected.pixels)
@@ -62,7 +78,10 @@ def test_records_are_targets_of_the_layout(made, tmp_path, records):
 def test_the_files_are_as_documented(made, tmp_path, records, tree):
     """Frozen: a store written today is read by every later version."""
     store = made(tmp_path / "s", num_samples=11)
-    assert list(tree(tmp_path / "s")) == ["manifest.json", *(f"view-0000{v}/part-0000{p}.bin" for v in range(2) for p in range(2))]
+    assert list(tree(tmp_path / "s")) == [
+        "manifest.json",
+        *(f"view-0000{v}/part-0000{p}.bin" for v in range(2) for p in range(2)),
+    ]
     data = (tmp_path / "s" / "view-00001" / "part-00001.bin").read_bytes()
     body = records(store.layout, 1, [8, 9, 10]).tobytes()
     footer = {
@@ -77,14 +96,26 @@ def test_the_files_are_as_documented(made, tmp_path, records, tree):
         "view": 1,
     }
     text = json.dumps(footer, sort_keys=True, separators=(",", ":")).encode()
-    assert data == body + text + len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(4, "little") + b"vitdpart"
-    assert hashlib.sha256(body).hexdigest() == "c6c611f80eb9b74362fb8d14cd472697e0b062dae6f10287adddde2db158b081"
+    assert (
+        data
+        == body
+        + text
+        + len(text).to_bytes(8, "little")
+        + zlib.crc32(text).to_bytes(4, "little")
+        + b"vitdpart"
+    )
+    assert (
+        hashlib.sha256(body).hexdigest()
+        == "c6c611f80eb9b74362fb8d14cd472697e0b062dae6f10287adddde2db158b081"
+    )
     assert store.digest == "f1f8625f560161c4ad95ca445de235525553e58fef6a6bf76ad995d8d8d6ea3b"
 
 
 def test_large_records_have_blocks_of_a_mebibyte(tmp_path):
     layout = Layout(hidden=((3, 50, 400),), hidden_dtype="float32")
-    store = LabelStore.create(tmp_path / "s", Manifest(identity={}, layout=layout, num_samples=30, num_views=1))
+    store = LabelStore.create(
+        tmp_path / "s", Manifest(identity={}, layout=layout, num_samples=30, num_views=1)
+    )
     rows = np.zeros(30, dtype=layout.dtype)
     rows["hidden_3"] = np.random.default_rng(0).standard_normal((30, 50, 400))
     store.seal(0, 0, rows)
@@ -93,9 +124,13 @@ def test_large_records_have_blocks_of_a_mebibyte(tmp_path):
     flip(path, 15 * layout.record_bytes + 100)
     for ids, good in (([0, 12], True), ([26, 29], True), ([14], False)):
         if good:
-            assert torch.equal(store.records(0, ids).hidden[3], torch.from_numpy(rows["hidden_3"][ids]))
+            assert torch.equal(
+                store.records(0, ids).hidden[3], torch.from_numpy(rows["hidden_3"][ids])
+            )
         else:
-            with pytest.raises(DataError, match=r"part-00000.bin is damaged: block 1 \(records 13 to 25"):
+            with pytest.raises(
+                DataError, match=r"part-00000.bin is damaged: block 1 \(records 13 to 25"
+            ):
                 store.records(0, ids)
 
 
@@ -104,7 +139,13 @@ def test_a_part_is_sealed_once_and_whole(made, manifest, tmp_path, records, tree
     before = tree(tmp_path)
     assert not store.seal(0, 0, records(store.layout, 1, range(8)))
     last = records(store.layout, 1, range(32, 37))
-    for view, part, rows in ((1, 4, last[:4]), (1, 4, np.zeros(5)), (2, 0, last), (0, 5, last), (-1, 0, last)):
+    for view, part, rows in (
+        (1, 4, last[:4]),
+        (1, 4, np.zeros(5)),
+        (2, 0, last),
+        (0, 5, last),
+        (-1, 0, last),
+    ):
         with pytest.raises(ValueError):
             store.seal(view, part, rows)
     assert tree(tmp_path) == before
@@ -112,7 +153,7 @@ def test_a_part_is_sealed_once_and_whole(made, manifest, tmp_path, records, tree
     assert not [name for name in tree(tmp_path) if ".tmp-" in name]
 
 
-# -- what is not there ------------------------------------------------------------------------------------------------
+# -- what is not there ----------------------------------------------------------------------------
 
 
 def test_a_missing_record_is_named_and_nothing_else_is_given(made, tmp_path, records):
@@ -124,7 +165,11 @@ def test_a_missing_record_is_named_and_nothing_else_is_given(made, tmp_path, rec
     np.testing.assert_array_equal(found[1:2], records(store.layout, 0, [17]))
     np.testing.assert_array_equal(found[2:3], records(store.layout, 1, [3]))
     with pytest.raises(
-        DataError, match=r"/s has no record of sample 23 in view 1: view-00001/part-00002.bin is not written yet; run 'vitdistill"
+        DataError,
+        match=(
+            r"/s has no record of sample 23 in view 1: view-00001/part-00002.bin is not written"
+            r" yet; run 'vitdistill"
+        ),
     ):
         store.records(1, [3, 23, 17])
     assert sorted(store.missing_parts()) == [(0, 4), (1, 2)]
@@ -151,11 +196,13 @@ def test_ids_outside_of_the_store_are_refused(made, tmp_path, view, sample, sent
 def test_status_counts_what_is_there(made, manifest, tmp_path):
     store = made(tmp_path / "s", without=[(0, 4), (1, 0), (1, 1)])
     size = sum(path.stat().st_size for path in (tmp_path / "s").glob("*/*.bin"))
-    assert store.status() == Status(views=2, parts=10, sealed=7, records=32 + 21, bytes=size, writing=[])
+    assert store.status() == Status(
+        views=2, parts=10, sealed=7, records=32 + 21, bytes=size, writing=[]
+    )
     assert LabelStore.create(tmp_path / "empty", manifest()).status() == Status(2, 10, 0, 0, 0, [])
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage ---------------------------------------------------------------------------------------
 
 NAME = "view-00001/part-00000.bin"
 
@@ -175,7 +222,11 @@ def refused(store: LabelStore, view: int = 1) -> list[str]:
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
     said = store.verify(lines.append)
     assert str(caught.value) in said
-    assert re.fullmatch(rf"\d+ of {store.num_parts * store.manifest.num_views} parts are intact: \d+ of \d+ records", lines[-1])
+    assert re.fullmatch(
+        rf"\d+ of {store.num_parts * store.manifest.num_views} parts are intact: \d+ of \d+"
+        r" records",
+        lines[-1],
+    )
     return said
 
 
@@ -206,10 +257,16 @@ def test_undamaged_blocks_are_read_beside_a_damaged_one(large, records):
     try:
         store = LabelStore.open(large.path)
         ids = np.r_[4095, 0, 8192, 9999]
-        np.testing.assert_array_equal(store.read(np.ones_like(ids), ids)[0], records(store.layout, 1, ids))
+        np.testing.assert_array_equal(
+            store.read(np.ones_like(ids), ids)[0], records(store.layout, 1, ids)
+        )
         for _ in range(2):
             with pytest.raises(
-                DataError, match=r"part-00000.bin is damaged: block 1 \(records 4096 to 8191 of the part\).*delete it and run"
+                DataError,
+                match=(
+                    r"part-00000.bin is damaged: block 1 \(records 4096 to 8191 of the"
+                    r" part\).*delete it and run"
+                ),
             ):
                 store.records(1, [4096])
     finally:
@@ -221,9 +278,28 @@ def test_cut_grown_and_zeroed_parts_are_refused(large):
     good = path.read_bytes()
     rng = random.Random(1)
     end = 10_000 * 20
-    cuts = [0, 1, 19, 20, 21, end - 1, end, end + 1, len(good) - 20, len(good) - 1, *(rng.randrange(len(good)) for _ in range(20))]
+    cuts = [
+        0,
+        1,
+        19,
+        20,
+        21,
+        end - 1,
+        end,
+        end + 1,
+        len(good) - 20,
+        len(good) - 1,
+        *(rng.randrange(len(good)) for _ in range(20)),
+    ]
     bad = [good[:cut] for cut in cuts]
-    bad += [good + b"\0", good + good, b"\0" + good, good[20:], bytes(len(good)), bytes(4096 * 20) + good[4096 * 20 :]]
+    bad += [
+        good + b"\0",
+        good + good,
+        b"\0" + good,
+        good[20:],
+        bytes(len(good)),
+        bytes(4096 * 20) + good[4096 * 20 :],
+    ]
     bad += [
         good[:end] + bytes(len(good) - end),
         good[20:40] + good[:20] + good[40:],
@@ -247,7 +323,11 @@ def test_parts_under_another_name_are_refused(made, tmp_path):
         ((1, 3), parts[1, 2], r"part-00003.bin is part 2 of view 1 under another name"),
         ((1, 3), parts[0, 3], r"part-00003.bin is part 3 of view 0 under another name"),
         ((1, 4), parts[1, 3], r"part-00004.bin is part 3 of view 1 under another name"),
-        ((1, 3), other.part_path(1, 3).read_bytes(), r"view-00001/part-00003.bin is a part of another store"),
+        (
+            (1, 3),
+            other.part_path(1, 3).read_bytes(),
+            r"view-00001/part-00003.bin is a part of another store",
+        ),
     ):
         store.part_path(view, part).write_bytes(data)
         assert re.search(sentence, refused(store)[0])
@@ -264,7 +344,11 @@ def test_parts_under_another_name_are_refused(made, tmp_path):
     assert [re.search(r"view-0000\d/part-0000\d", line)[0] for line in said] == [
         f"view-0000{v}/part-0000{p}" for v, p in ((0, 1), (0, 2), (0, 4), (1, 0), (1, 4))
     ]
-    assert lines == ["view 0: 2 of 5 parts are intact", "view 1: 2 of 5 parts are intact", "4 of 10 parts are intact: 32 of 74 records"]
+    assert lines == [
+        "view 0: 2 of 5 parts are intact",
+        "view 1: 2 of 5 parts are intact",
+        "4 of 10 parts are intact: 32 of 74 records",
+    ]
 
 
 def test_other_files_are_listed_and_hidden_ones_are_not(made, tmp_path):
@@ -284,7 +368,9 @@ def test_other_files_are_listed_and_hidden_ones_are_not(made, tmp_path):
     said = store.verify()
     assert len(said) == 6
     for name in ("notes.txt", *strange[1:3], "view-00002", strange[4]):
-        assert any(line.startswith(f"{store.path / name} is not a file of this store") for line in said)
+        assert any(
+            line.startswith(f"{store.path / name} is not a file of this store") for line in said
+        )
     assert any("view-00001/part-00001.bin is damaged: it is a folder" in line for line in said)
 
 
@@ -293,12 +379,16 @@ def test_a_part_of_a_later_format_is_refused(made, tmp_path):
     data = store.part_path(1, 0).read_bytes()
     text = data[160:-20].replace(b'"format":1', b'"format":2')
     store.part_path(1, 0).write_bytes(
-        data[:160] + text + len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(4, "little") + data[-8:]
+        data[:160]
+        + text
+        + len(text).to_bytes(8, "little")
+        + zlib.crc32(text).to_bytes(4, "little")
+        + data[-8:]
     )
     assert "has format 2 and this version reads format 1" in refused(store)[0]
 
 
-# -- identity ---------------------------------------------------------------------------------------------------------
+# -- identity -------------------------------------------------------------------------------------
 
 CHANGES = {
     "teacher.model": (
@@ -306,8 +396,16 @@ CHANGES = {
         '"vit_tiny_patch16_224"',
         '"vit_small"',
     ),
-    "teacher.weights": ({"teacher": {"model": "vit_tiny_patch16_224", "precision": "float32"}}, '"sha256 0123"', "absent"),
-    "data.classes": ({"data": {"name": "flowers", "train": 37, "classes": ["rose", "lily"]}}, '["lily", "rose"]', '["rose", "lily"]'),
+    "teacher.weights": (
+        {"teacher": {"model": "vit_tiny_patch16_224", "precision": "float32"}},
+        '"sha256 0123"',
+        "absent",
+    ),
+    "data.classes": (
+        {"data": {"name": "flowers", "train": 37, "classes": ["rose", "lily"]}},
+        '["lily", "rose"]',
+        '["rose", "lily"]',
+    ),
     "augment.crop": ({"augment.crop": [0.08, 0.9]}, "[0.08, 1.0]", "[0.08, 0.9]"),
     "seed": ({"seed": 8}, "7", "8"),
     "mixed": ({"mixed": 0}, "false", "0"),
@@ -322,9 +420,15 @@ def test_each_field_of_the_identity_is_compared(manifest, tmp_path, tree, field)
     before = tree(tmp_path)
     wanted = manifest(identity={**manifest().identity, **change})
     assert wanted.digest != store.digest
-    assert differences(wanted, store.manifest) == [f"{field} is {theirs} in the store and {ours} here"]
+    assert differences(wanted, store.manifest) == [
+        f"{field} is {theirs} in the store and {ours} here"
+    ]
     with pytest.raises(
-        DataError, match=re.escape(f"{tmp_path}/s holds labels of something else ({field} is {theirs} in the store and {ours} here)")
+        DataError,
+        match=re.escape(
+            f"{tmp_path}/s holds labels of something else ({field} is {theirs} in the store and"
+            f" {ours} here)"
+        ),
     ):
         LabelStore.create(tmp_path / "s", wanted)
     assert tree(tmp_path) == before
@@ -333,16 +437,26 @@ def test_each_field_of_the_identity_is_compared(manifest, tmp_path, tree, field)
 def test_what_to_do_about_other_images(manifest, tmp_path):
     LabelStore.create(tmp_path / "s", manifest(identity={"images.fingerprint": "a"}))
     with pytest.raises(
-        DataError, match=r"give the very files that were labelled .one that was repaired .*, name another folder, or delete"
+        DataError,
+        match=(
+            r"give the very files that were labelled .one that was repaired .*, name another"
+            r" folder, or delete"
+        ),
     ):
         LabelStore.create(tmp_path / "s", manifest(identity={"images.fingerprint": "b"}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("num_samples", 38), ("part_size", 16), ("layout", None)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_samples", 38), ("part_size", 16), ("layout", None)]
+)
 def test_sizes_and_layout_are_compared(manifest, layout, tmp_path, field, value):
     LabelStore.create(tmp_path / "s", manifest())
     wanted = manifest(**{field: layout(4) if field == "layout" else value})
-    name, theirs, ours = ("layout.logits.k", 3, 4) if field == "layout" else (field, getattr(manifest(), field), value)
+    name, theirs, ours = (
+        ("layout.logits.k", 3, 4)
+        if field == "layout"
+        else (field, getattr(manifest(), field), value)
+    )
     with pytest.raises(DataError, match=rf"\({name} is {theirs} in the store and {ours} here\)"):
         LabelStore.create(tmp_path / "s", wanted)
 
@@ -352,7 +466,10 @@ def test_views_may_be_added_and_what_was_written_stays(made, manifest, tree, tmp
     before = tree(tmp_path)
     digest = small.digest
     grown = LabelStore.create(tmp_path / "s", manifest(num_views=4))
-    assert (grown.manifest.num_views, grown.digest) == (4, digest) and grown.status().sealed == small.status().sealed
+    assert (grown.manifest.num_views, grown.digest) == (
+        4,
+        digest,
+    ) and grown.status().sealed == small.status().sealed
     assert sorted({view for view, _ in grown.missing_parts()}) == [2, 3] and not grown.verify()
     assert {name: data for name, data in tree(tmp_path).items() if "manifest" not in name} == {
         name: data for name, data in before.items() if "manifest" not in name
@@ -363,9 +480,16 @@ def test_views_may_be_added_and_what_was_written_stays(made, manifest, tree, tmp
 
 
 def test_many_differences_are_shortened(manifest, tmp_path):
-    LabelStore.create(tmp_path / "s", manifest(identity={"names": [f"class {i}" for i in range(1000)]}))
-    other = manifest(identity={"names": [f"class {i}" for i in range(999)], **{f"a{i}": i for i in range(20)}})
-    with pytest.raises(DataError, match=r"names is \[.*\.\.\. \(sha256 [0-9a-f]{12}\) in the store and .*, and 16 more\)") as caught:
+    LabelStore.create(
+        tmp_path / "s", manifest(identity={"names": [f"class {i}" for i in range(1000)]})
+    )
+    other = manifest(
+        identity={"names": [f"class {i}" for i in range(999)], **{f"a{i}": i for i in range(20)}}
+    )
+    with pytest.raises(
+        DataError,
+        match=r"names is \[.*\.\.\. \(sha256 [0-9a-f]{12}\) in the store and .*, and 16 more\)",
+    ) as caught:
         LabelStore.create(tmp_path / "s", other)
     assert len(str(caught.value)) < 800
 
@@ -374,7 +498,9 @@ def test_an_equal_store_is_opened_whatever_is_told_about_it(manifest, tmp_path):
     first = LabelStore.create(tmp_path / "a" / "s", manifest(about={"versions": {"torch": "2.6"}}))
     # The order of keys, and tuples for lists, make no difference.
     identity = {**dict(reversed(manifest().identity.items())), "augment.crop": (0.08, 1.0)}
-    second = LabelStore.create(tmp_path / "a" / "s", manifest(identity=identity, about={"versions": {"torch": "2.7"}}))
+    second = LabelStore.create(
+        tmp_path / "a" / "s", manifest(identity=identity, about={"versions": {"torch": "2.7"}})
+    )
     assert second.digest == first.digest == LabelStore.open(tmp_path / "a" / "s").digest
     assert second.manifest.about == {"versions": {"torch": "2.6"}}
     assert LabelStore.open(tmp_path / "a").manifest == first.manifest
@@ -424,7 +550,11 @@ def test_folders_of_something_else_are_told_apart(made, manifest, tmp_path, tree
     before = tree(tmp_path)
     for name, kind, sentence in (
         ("mine", ConfigError, r"mine is not empty \(thesis.doc is in it\)"),
-        ("checkpoint", DataError, r"checkpoint holds no labels: .*manifest.json is the manifest of something else"),
+        (
+            "checkpoint",
+            DataError,
+            r"checkpoint holds no labels: .*manifest.json is the manifest of something else",
+        ),
         ("file", DiskError, "file cannot be written"),
     ):
         with pytest.raises(kind, match=sentence):
@@ -450,12 +580,19 @@ def test_damaged_and_later_manifests_are_refused(made, manifest, tmp_path):
     rng = random.Random(5)
     for position in rng.sample(range(len(good)), 60):
         flip(path, position, rng.randrange(8))
-        for use in (lambda: LabelStore.open(tmp_path / "s"), lambda: LabelStore.create(tmp_path / "s", manifest())):
+        for use in (
+            lambda: LabelStore.open(tmp_path / "s"),
+            lambda: LabelStore.create(tmp_path / "s", manifest()),
+        ):
             with pytest.raises(DataError, match=r"manifest.json.*(restore it|use the version)"):
                 use()
         path.write_bytes(good)
     body = manifest().to_json()
-    cases = ({**body, "format": 2}, "has format 2"), ({**body, "num_samples": 0}, "num_samples"), ({**body, "layout": {}}, "layout")
+    cases = (
+        ({**body, "format": 2}, "has format 2"),
+        ({**body, "num_samples": 0}, "num_samples"),
+        ({**body, "layout": {}}, "layout"),
+    )
     for changed, sentence in cases:
         path.unlink()
         durable.write_manifest(store.path, {}, changed)
@@ -463,7 +600,7 @@ def test_damaged_and_later_manifests_are_refused(made, manifest, tmp_path):
             LabelStore.open(tmp_path / "s")
 
 
-# -- disks and processes ----------------------------------------------------------------------------------------------
+# -- disks and processes --------------------------------------------------------------------------
 
 
 def test_a_full_disk_leaves_the_store_valid(large, manifest, tmp_path, fork, join, records, tree):
@@ -474,7 +611,10 @@ def test_a_full_disk_leaves_the_store_valid(large, manifest, tmp_path, fork, joi
 
     def write():
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-        with pytest.raises(DiskError, match=r"part-00001.bin cannot be written because a file of 100\d\d\d bytes is larger"):
+        with pytest.raises(
+            DiskError,
+            match=r"part-00001.bin cannot be written because a file of 100\d\d\d bytes is larger",
+        ):
             store.seal(0, 1, rows[1])
 
     assert join(fork(write)) == 0
@@ -490,7 +630,10 @@ def test_no_room_is_found_before_writing(manifest, tmp_path, records, monkeypatc
     assert list(store.path.glob("**/part*")) == []
 
 
-@pytest.mark.parametrize(("umask", "file_mode", "dir_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+@pytest.mark.parametrize(
+    ("umask", "file_mode", "dir_mode"),
+    [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)],
+)
 def test_umask_is_honoured(made, tmp_path, umask, file_mode, dir_mode):
     before = os.umask(umask)
     try:
@@ -518,7 +661,9 @@ class Rows(Dataset):
 def test_workers_of_a_loader_read_an_open_store(made, tmp_path):
     store = made(tmp_path / "s")
     assert len(store.records(1, range(37))) == 37
-    loader = DataLoader(Rows(store), batch_size=5, num_workers=2, multiprocessing_context="fork", collate_fn=list)
+    loader = DataLoader(
+        Rows(store), batch_size=5, num_workers=2, multiprocessing_context="fork", collate_fn=list
+    )
     rows = [row for batch in loader for row in batch]
     assert [pixels for _, pixels in rows] == [1_000_003 + i for i in range(37)]
     assert len({pid for pid, _ in rows} - {os.getpid()}) == 2
@@ -540,12 +685,19 @@ def test_a_forked_process_looks_at_the_files_itself(made, tmp_path, fork, join):
 def test_a_spawned_process_reads_a_pickled_store(made, tmp_path):
     store = made(tmp_path / "s")
     store.records(1, range(37))
-    script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).records(1, [36, 2]).pixels.tolist())"
+    script = (
+        "import pickle, sys; print(pickle.load(sys.stdin.buffer).records(1, [36,"
+        " 2]).pixels.tolist())"
+    )
     root = str(Path(durable.__file__).parent.parent)
     data = pickle.dumps(store)
     assert len(data) < 5000
     done = subprocess.run(
-        [sys.executable, "-c", script], input=data, capture_output=True, env={**os.environ, "PYTHONPATH": root}, check=True
+        [sys.executable, "-c", script],
+        input=data,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": root},
+        check=True,
     )
     assert done.stdout.strip() == b"[1000039, 1000005]"
 
@@ -608,11 +760,17 @@ def test_encodings_of_every_kind_come_back(tmp_path):
     ):
         layout = Layout(logits=LogitEncoding(kind=kind, num_classes=50, **extra), features=(5, 7))
         rows = layout.encode(logits, {}, torch.randn(12, 5, 7), pixels, keys)
-        store = LabelStore.create(tmp_path / kind, Manifest(identity={}, layout=layout, num_samples=12, num_views=1, part_size=5))
+        store = LabelStore.create(
+            tmp_path / kind,
+            Manifest(identity={}, layout=layout, num_samples=12, num_views=1, part_size=5),
+        )
         for part in range(3):
             store.seal(0, part, rows[slice(*store.part_range(part))])
         order = np.random.default_rng(1).permutation(12)
-        found, expected = LabelStore.open(tmp_path / kind).records(0, order), layout.targets(rows[order])
+        found, expected = (
+            LabelStore.open(tmp_path / kind).records(0, order),
+            layout.targets(rows[order]),
+        )
         temperature = extra.get("temperatures", (1.0,))[-1]
         assert torch.equal(found.logits(temperature), expected.logits(temperature))
         assert torch.equal(found.features, expected.features)

@@ -1,4 +1,6 @@
-"""United and pruned stores hold what their sources held, and nothing is made of sources that contradict each other."""
+"""United and pruned stores hold what their sources held, and nothing is made of sources that
+contradict each other.
+"""
 
 import re
 import tempfile
@@ -18,7 +20,7 @@ from vitdistill.labels.tools import merge, prune
 PLACES = [(view, part) for view in range(2) for part in range(5)]
 
 
-# -- merge ------------------------------------------------------------------------------------------------------------
+# -- merge ----------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=8)
@@ -47,7 +49,9 @@ def test_a_merged_store_has_the_parts_of_all(made, is_right, tree, missing, alre
         assert tree(folder / "target") == after
 
 
-def test_parts_that_differ_are_refused_before_anything_is_written(made, manifest, records, tmp_path, tree):
+def test_parts_that_differ_are_refused_before_anything_is_written(
+    made, manifest, records, tmp_path, tree
+):
     made(tmp_path / "a", without=[(1, 3)])
     made(tmp_path / "b", without=[(0, 0), (1, 4)])
     other = LabelStore.open(tmp_path / "b")
@@ -58,9 +62,17 @@ def test_parts_that_differ_are_refused_before_anything_is_written(made, manifest
     assert other.verify() == []
     before = tree(tmp_path)
     name = "view-00001/part-00002.bin"
-    with pytest.raises(DataError, match=rf"/a/{name} and .*/b/{name} hold different records of the same samples: delete the wrong one"):
+    with pytest.raises(
+        DataError,
+        match=(
+            rf"/a/{name} and .*/b/{name} hold different records of the same samples: delete the"
+            r" wrong one"
+        ),
+    ):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
-    assert {path: data for path, data in tree(tmp_path).items() if not path.startswith("target")} == before
+    assert {
+        path: data for path, data in tree(tmp_path).items() if not path.startswith("target")
+    } == before
     assert LabelStore.open(tmp_path / "target").status().sealed == 0
     # Also when one of the two is in the target already.
     with pytest.raises(DataError, match=rf"/a/{name} and .*/b/{name}"):
@@ -73,10 +85,20 @@ def test_parts_that_differ_are_refused_before_anything_is_written(made, manifest
     [
         (
             {"identity": {"teacher": {"model": "vit_small"}}},
-            r'/b and .*/a hold .*\(teacher.model is "vit_small" in the former and "vit_tiny_patch16_224" in the latter',
+            (
+                r'/b and .*/a hold .*\(teacher.model is "vit_small" in the former and'
+                r' "vit_tiny_patch16_224" in the latter'
+            ),
         ),
         ({"part_size": 9}, r"part_size is 9 in the former and 8 in the latter"),
-        ({"layout": Layout(logits=LogitEncoding(kind="topk", num_classes=100, k=2, temperatures=(1.0,)))}, r"layout.logits.k is 2 in"),
+        (
+            {
+                "layout": Layout(
+                    logits=LogitEncoding(kind="topk", num_classes=100, k=2, temperatures=(1.0,))
+                )
+            },
+            r"layout.logits.k is 2 in",
+        ),
     ],
 )
 def test_stores_of_other_labels_are_not_merged(made, manifest, tmp_path, change, sentence):
@@ -97,7 +119,10 @@ def test_stores_of_more_and_fewer_views_are_merged(made, manifest, tmp_path):
     made(tmp_path / "a")
     LabelStore.create(tmp_path / "b", manifest(num_views=3))
     united = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
-    assert united.manifest.num_views == 3 and united.status().sealed == LabelStore.open(tmp_path / "a").status().sealed
+    assert (
+        united.manifest.num_views == 3
+        and united.status().sealed == LabelStore.open(tmp_path / "a").status().sealed
+    )
 
 
 @pytest.mark.parametrize("position", [3, -50, -1])
@@ -113,11 +138,15 @@ def test_a_damaged_part_is_not_copied(made, tmp_path, position):
     assert not target.is_sealed(1, 3) and target.verify() == []
 
 
-# -- prune ------------------------------------------------------------------------------------------------------------
+# -- prune ----------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=8)
-@given(views=st.integers(1, 2), k=st.integers(1, 3), without=st.sets(st.sampled_from(PLACES), max_size=4))
+@given(
+    views=st.integers(1, 2),
+    k=st.integers(1, 3),
+    without=st.sets(st.sampled_from(PLACES), max_size=4),
+)
 def test_a_pruned_store_holds_the_same_in_less(made, manifest, layout, records, views, k, without):
     with tempfile.TemporaryDirectory() as name:
         source = made(Path(name) / "source", without)
@@ -137,7 +166,10 @@ def test_a_pruned_store_gets_what_its_source_gets(made, records, layout, tmp_pat
     said = []
     pruned = prune(source.path, tmp_path / "target", k=2, say=said.append)
     assert len(said) == 9 and pruned.manifest.about["versions"] == {"torch": "2.6"}
-    assert pruned.manifest.about["pruned_from"] == {"num_views": 2, "layout": source.layout.to_json()}
+    assert pruned.manifest.about["pruned_from"] == {
+        "num_views": 2,
+        "layout": source.layout.to_json(),
+    }
     before = tree(pruned.path)
     source.seal(0, 1, records(source.layout, 0, np.arange(8, 16)))
     prune(source.path, tmp_path / "target", k=2, say=said.append)
@@ -146,8 +178,12 @@ def test_a_pruned_store_gets_what_its_source_gets(made, records, layout, tmp_pat
     # A pruned store is pruned again, to the same bytes as at once.
     again = prune(pruned.path, tmp_path / "again", k=1, num_views=1)
     once = prune(source.path, tmp_path / "once", k=1, num_views=1)
-    (found, _), (expected, _) = (store.read(np.zeros(37, np.int64), np.arange(37)) for store in (again, once))
-    np.testing.assert_array_equal(found[["pixels", "ids", "values"]], expected[["pixels", "ids", "values"]])
+    (found, _), (expected, _) = (
+        store.read(np.zeros(37, np.int64), np.arange(37)) for store in (again, once)
+    )
+    np.testing.assert_array_equal(
+        found[["pixels", "ids", "values"]], expected[["pixels", "ids", "values"]]
+    )
     np.testing.assert_allclose(found["tails"], expected["tails"], rtol=1e-4, atol=1e-6)
 
 
@@ -158,10 +194,14 @@ def test_dense_labels_become_sparse_ones(tmp_path):
     logits, ids = torch.randn(10, 30), np.arange(10)
     hidden = {2: torch.randn(10, 3, 4)}
     rows = dense.encode(logits, hidden, None, ids.astype(np.uint32), ids.astype(np.uint64))
-    source = LabelStore.create(tmp_path / "source", Manifest(identity={"a": 1}, layout=dense, num_samples=10, num_views=1))
+    source = LabelStore.create(
+        tmp_path / "source", Manifest(identity={"a": 1}, layout=dense, num_samples=10, num_views=1)
+    )
     source.seal(0, 0, rows)
     pruned = prune(tmp_path / "source", tmp_path / "target", layout=small)
-    expected = small.targets(small.encode(logits, {}, None, ids.astype(np.uint32), ids.astype(np.uint64)))
+    expected = small.targets(
+        small.encode(logits, {}, None, ids.astype(np.uint32), ids.astype(np.uint64))
+    )
     found = pruned.records(0, ids)
     assert found.hidden == {} and torch.equal(found.pixels, expected.pixels)
     for temperature in (1.0, 4.0):

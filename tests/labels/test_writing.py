@@ -27,25 +27,37 @@ def make(records):
 
     def call(unit: Unit) -> list[np.ndarray]:
         unit.beat()
-        return [records(store.layout, unit.view, np.arange(unit.lo, unit.hi)) for store in unit.stores]
+        return [
+            records(store.layout, unit.view, np.arange(unit.lo, unit.hi)) for store in unit.stores
+        ]
 
     return call
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.suffix == ".lease" or path.name.startswith(".tmp-"))
+    return sorted(
+        path.name
+        for path in folder.rglob("*")
+        if path.suffix == ".lease" or path.name.startswith(".tmp-")
+    )
 
 
 def lease(**changes) -> bytes:
     """A lease as this process would write it."""
-    return json.dumps({**processes.this_process(), "beat": 1, "token": "0123456789ab", **changes}).encode()
+    return json.dumps(
+        {**processes.this_process(), "beat": 1, "token": "0123456789ab", **changes}
+    ).encode()
 
 
-# -- several writers --------------------------------------------------------------------------------------------------
+# -- several writers ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_samples": 5}, {"num_samples": 41, "part_size": 1, "num_views": 1}])
-def test_the_bytes_do_not_depend_on_who_writes(manifest, tmp_path, make, fork, join, tree, is_right, shape):
+@pytest.mark.parametrize(
+    "shape", [{}, {"num_samples": 5}, {"num_samples": 41, "part_size": 1, "num_views": 1}]
+)
+def test_the_bytes_do_not_depend_on_who_writes(
+    manifest, tmp_path, make, fork, join, tree, is_right, shape
+):
     trees = []
     for writers in (1, 2, 3):
         store = LabelStore.create(tmp_path / str(writers), manifest(**shape))
@@ -67,7 +79,9 @@ def test_the_bytes_do_not_depend_on_who_writes(manifest, tmp_path, make, fork, j
     assert trees[0] == trees[1] == trees[2]
 
 
-def test_kill_9_at_random_moments_leaves_whole_parts(made, manifest, tmp_path, make, fork, join, tree, is_right):
+def test_kill_9_at_random_moments_leaves_whole_parts(
+    made, manifest, tmp_path, make, fork, join, tree, is_right
+):
     store = LabelStore.create(tmp_path / "s", manifest(num_samples=399, part_size=4))
     rng = random.Random(11)
 
@@ -88,7 +102,9 @@ def test_kill_9_at_random_moments_leaves_whole_parts(made, manifest, tmp_path, m
         reader, writer = os.pipe()  # for these two alone
         pids = [fork(lambda writer=writer: write(writer)) for _ in range(2)]
         os.close(writer)
-        os.read(reader, 1)  # somebody has sealed a part when the clock starts, however slow the disk; or both have ended
+        os.read(
+            reader, 1
+        )  # somebody has sealed a part when the clock starts, however slow the disk; or both have ended
         for pid in pids:
             time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
@@ -150,7 +166,9 @@ def test_the_first_of_two_that_made_one_part_wins(manifest, tmp_path, make, reco
 
     def overtaken(unit: Unit) -> list[np.ndarray]:
         if unit.part % 2:
-            assert store.seal(unit.view, unit.part, records(store.layout, 1, np.arange(unit.lo, unit.hi)))
+            assert store.seal(
+                unit.view, unit.part, records(store.layout, 1, np.arange(unit.lo, unit.hi))
+            )
         return make(unit)
 
     assert write_missing([store], overtaken) == 3
@@ -187,10 +205,12 @@ def test_reading_while_writing(manifest, tmp_path, make, fork, join, records):
     assert counts == sorted(counts) and counts[-1] == 200 and len(set(counts)) > 20
 
 
-# -- leases -----------------------------------------------------------------------------------------------------------
+# -- leases ---------------------------------------------------------------------------------------
 
 
-def test_the_lease_of_a_killed_writer_is_taken_over_at_once(manifest, tmp_path, make, fork, join, is_right):
+def test_the_lease_of_a_killed_writer_is_taken_over_at_once(
+    manifest, tmp_path, make, fork, join, is_right
+):
     store = LabelStore.create(tmp_path / "s", manifest())
     pid = fork(lambda: write_missing([store], lambda unit: os.kill(os.getpid(), signal.SIGKILL)))
     # Before it is waited for, a killed process is a zombie.
@@ -221,18 +241,24 @@ def test_the_lease_of_a_killed_writer_is_taken_over_at_once(manifest, tmp_path, 
         (lambda: b'{"host": 3}', False),
     ],
 )
-def test_only_the_dead_of_this_host_lose_a_lease_at_once(manifest, tmp_path, make, is_right, content, dead):
+def test_only_the_dead_of_this_host_lose_a_lease_at_once(
+    manifest, tmp_path, make, is_right, content, dead
+):
     store = LabelStore.create(tmp_path / "s", manifest(num_views=1))
     durable.write_atomic(store.lease_path(0, 2), content())
     rounds = iter(range(8))  # stop is asked before each of five parts, and once a round
-    assert write_missing([store], make, patience_s=1e6, stop=lambda: next(rounds, None) is None) == (5 if dead else 4)
+    assert write_missing(
+        [store], make, patience_s=1e6, stop=lambda: next(rounds, None) is None
+    ) == (5 if dead else 4)
     assert store.is_sealed(0, 2) == dead
     assert leftovers(store.path) == ([] if dead else ["part-00002.lease"])
     assert write_missing([store], make, patience_s=0) == (0 if dead else 1)
     assert is_right(store) == 37 and leftovers(store.path) == []
 
 
-def test_another_host_is_waited_for_while_its_lease_changes(manifest, tmp_path, make, is_right, monkeypatch):
+def test_another_host_is_waited_for_while_its_lease_changes(
+    manifest, tmp_path, make, is_right, monkeypatch
+):
     store = LabelStore.create(tmp_path / "s", manifest())
     path = store.lease_path(1, 1)
     durable.write_atomic(path, lease(host="elsewhere", pid=17))
@@ -257,11 +283,15 @@ def test_another_host_is_waited_for_while_its_lease_changes(manifest, tmp_path, 
     monkeypatch.setattr(writing, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     assert write_missing([store], note, patience_s=3.0) == 10
     assert len(beats) == 8 and beats[-1] > 2 * 3.0
-    assert [at - beats[-1] for at in taken] == [pytest.approx(4.0)]  # it looks every two seconds: the first time that three are over
+    assert [at - beats[-1] for at in taken] == [
+        pytest.approx(4.0)
+    ]  # it looks every two seconds: the first time that three are over
     assert is_right(store) == 74 and leftovers(store.path) == []
 
 
-def test_who_waits_looks_less_and_less_often_until_there_is_work(manifest, tmp_path, make, is_right, monkeypatch):
+def test_who_waits_looks_less_and_less_often_until_there_is_work(
+    manifest, tmp_path, make, is_right, monkeypatch
+):
     store = LabelStore.create(tmp_path / "s", manifest(num_views=1))
     held = [store.lease_path(0, part) for part in (1, 3)]
     for path in held:
@@ -355,7 +385,12 @@ def test_stopping(manifest, tmp_path, make):
     # While there is nothing to do but to wait.
     durable.write_atomic(store.lease_path(1, 4), lease(host="elsewhere"))
     rounds = iter(range(2))
-    assert write_missing([store], make, stop=lambda: store.status().sealed == 9 and next(rounds, None) is None) == 6
+    assert (
+        write_missing(
+            [store], make, stop=lambda: store.status().sealed == 9 and next(rounds, None) is None
+        )
+        == 6
+    )
 
 
 def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, tmp_path, make):
@@ -371,16 +406,27 @@ def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, t
         (folder / name).write_bytes(b"x" if dead else b"keep")
     (store.path / "mine.lease").write_bytes(b"keep")
     assert write_missing([store], make) == 1
-    others = [path for path in store.path.rglob("*") if path.is_file() and path.suffix != ".bin" and path.name != "manifest.json"]
+    others = [
+        path
+        for path in store.path.rglob("*")
+        if path.is_file() and path.suffix != ".bin" and path.name != "manifest.json"
+    ]
     assert len(others) == 4 and all(path.read_bytes() == b"keep" for path in others)
 
 
-# -- several stores, full disks ---------------------------------------------------------------------------------------
+# -- several stores, full disks -------------------------------------------------------------------
 
 
-def test_stores_are_written_together_and_only_what_each_lacks(made, manifest, layout, tmp_path, make, is_right):
+def test_stores_are_written_together_and_only_what_each_lacks(
+    made, manifest, layout, tmp_path, make, is_right
+):
     conv = made(tmp_path / "conv", without=[(0, 1), (1, 0)])
-    other = made(tmp_path / "inv", without=[(0, 1), (0, 3)], layout=layout(5), identity={"teacher": "another"})
+    other = made(
+        tmp_path / "inv",
+        without=[(0, 1), (0, 3)],
+        layout=layout(5),
+        identity={"teacher": "another"},
+    )
     asked = {}
 
     def note(unit: Unit) -> list[np.ndarray]:
@@ -395,8 +441,13 @@ def test_stores_are_written_together_and_only_what_each_lacks(made, manifest, la
     assert write_missing([], make) == 0
 
 
-def test_two_writers_of_two_stores_in_opposite_order(manifest, layout, tmp_path, make, fork, join, is_right):
-    stores = [LabelStore.create(tmp_path / str(k), manifest(layout=layout(k), part_size=2)) for k in (2, 5)]
+def test_two_writers_of_two_stores_in_opposite_order(
+    manifest, layout, tmp_path, make, fork, join, is_right
+):
+    stores = [
+        LabelStore.create(tmp_path / str(k), manifest(layout=layout(k), part_size=2))
+        for k in (2, 5)
+    ]
     pids = [fork(lambda order=order: write_missing(stores[::order], make)) for order in (1, -1, 1)]
     assert [join(pid) for pid in pids] == [0, 0, 0]
     assert is_right(stores[0]) == is_right(stores[1]) == 74 and leftovers(tmp_path) == []
@@ -404,7 +455,10 @@ def test_two_writers_of_two_stores_in_opposite_order(manifest, layout, tmp_path,
 
 @pytest.mark.parametrize("change", [{"num_samples": 36}, {"num_views": 1}, {"part_size": 16}])
 def test_unequal_stores_are_not_written_together(manifest, tmp_path, make, change):
-    stores = [LabelStore.create(tmp_path / "a", manifest()), LabelStore.create(tmp_path / "b", manifest(**change))]
+    stores = [
+        LabelStore.create(tmp_path / "a", manifest()),
+        LabelStore.create(tmp_path / "b", manifest(**change)),
+    ]
     with pytest.raises(ConfigError, match=r"/a, .*/b differ in samples, views or part size"):
         write_missing(stores, make)
 

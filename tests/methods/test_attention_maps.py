@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.methods.attention_maps import AttentionMaps, attention_loss, class_attention_loss, shared_rows, shared_vectors, token_scores
+from vitdistill.methods.attention_maps import (
+    AttentionMaps,
+    attention_loss,
+    class_attention_loss,
+    shared_rows,
+    shared_vectors,
+    token_scores,
+)
 from vitdistill.methods.base import Network
 from vitdistill.vit.walk import QKV, Needs, ViTOutput, run_vit
 
@@ -24,7 +31,14 @@ seeds = st.integers(0, 10**6)
 
 def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     model = timm.create_model(name, **{**settings, **args}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.4)
@@ -37,16 +51,26 @@ def network(model: nn.Module, name: str = "teacher") -> Network:
 
 def batch_of(count: int = 3) -> Batch:
     numbers = torch.arange(count)
-    return Batch(torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count)), numbers, numbers, numbers * 0, 0)
+    return Batch(
+        torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count)),
+        numbers,
+        numbers,
+        numbers * 0,
+        0,
+    )
 
 
-def outputs(objective: AttentionMaps, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> tuple[ViTOutput, ViTOutput]:
+def outputs(
+    objective: AttentionMaps, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> tuple[ViTOutput, ViTOutput]:
     images, ours, its = batch_of().images, network(student, "student"), network(teacher)
     answer = run_vit(teacher, images, objective.teacher_needs(its), keep)
     return run_vit(student, images, objective.student_needs(ours)), answer
 
 
-def loss_of(objective: AttentionMaps, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> Tensor:
+def loss_of(
+    objective: AttentionMaps, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> Tensor:
     adapter = objective.adapter(network(student, "student"), network(teacher))
     return objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
 
@@ -56,35 +80,51 @@ def some(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
 
 
 def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count] for i in range(images)])
+    return torch.stack(
+        [
+            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
+            for i in range(images)
+        ]
+    )
 
 
 EVERY = [AttentionMaps(rows=rows, divergence=d) for rows in ("class", "all") for d in ("kl", "mse")]  # type: ignore[arg-type]
-every = pytest.mark.parametrize("objective", EVERY, ids=lambda objective: f"{objective.rows}-{objective.divergence}")
+every = pytest.mark.parametrize(
+    "objective", EVERY, ids=lambda objective: f"{objective.rows}-{objective.divergence}"
+)
 
 
-# --- the formulas --------------------------------------------------------------------------------------------------------------
+# --- the formulas --------------------------------------------------------------------------------
 
 
 def test_the_divergence_of_rows_by_hand() -> None:
     """One image of two heads, two tokens; of three heads in the teacher, the means meet."""
     ours, its = [[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.6, 0.4]]
-    kl = [sum(q * math.log(q / p) for p, q in zip(a, b, strict=True)) for a, b in zip(ours, its, strict=True)]
+    kl = [
+        sum(q * math.log(q / p) for p, q in zip(a, b, strict=True))
+        for a, b in zip(ours, its, strict=True)
+    ]
     student, teacher = torch.tensor([ours]), torch.tensor([its])
     assert class_attention_loss(student, teacher).item() == pytest.approx(sum(kl) / 2, abs=1e-6)
-    assert class_attention_loss(student, teacher, "mse").item() == pytest.approx((2 * 0.25**2 + 2 * 0.3**2) / 2, abs=1e-6)
+    assert class_attention_loss(student, teacher, "mse").item() == pytest.approx(
+        (2 * 0.25**2 + 2 * 0.3**2) / 2, abs=1e-6
+    )
     three = torch.cat([teacher, teacher.mean(1, keepdim=True)], dim=1)
     mean = [sum(q * math.log(q / p) for p, q in zip([0.7, 0.3], [0.425, 0.575], strict=True))]
     assert class_attention_loss(student, three).item() == pytest.approx(mean[0], abs=1e-6)
 
 
 @given(seed=seeds, heads=st.integers(1, 4), tokens=st.integers(1, 9))
-def test_all_rows_are_torchs_divergence_of_their_softmax(seed: int, heads: int, tokens: int) -> None:
+def test_all_rows_are_torchs_divergence_of_their_softmax(
+    seed: int, heads: int, tokens: int
+) -> None:
     ours, its = some(seed, 2, heads, tokens, tokens), some(seed + 1, 2, heads, tokens, tokens)
     p, q = ours.softmax(-1), its.softmax(-1)
     expected = (q * (q / p).log()).sum(-1).mean()
     assert attention_loss(ours, its, "kl").item() == pytest.approx(expected.item(), abs=1e-5)
-    assert attention_loss(ours, its, "mse").item() == pytest.approx((ours - its).square().mean().item(), rel=1e-5)
+    assert attention_loss(ours, its, "mse").item() == pytest.approx(
+        (ours - its).square().mean().item(), rel=1e-5
+    )
     more = torch.cat([its, its], dim=1)
     expected = (q.mean(1) * (q.mean(1) / p.mean(1)).log()).sum(-1).mean()
     assert attention_loss(ours, more, "kl").item() == pytest.approx(expected.item(), abs=1e-5)
@@ -93,8 +133,15 @@ def test_all_rows_are_torchs_divergence_of_their_softmax(seed: int, heads: int, 
     )
 
 
-@given(seed=seeds, divergence=st.sampled_from(["kl", "mse"]), heads=st.integers(1, 3), others=st.integers(1, 3))
-def test_equal_attention_has_no_loss_and_other_attention_has(seed: int, divergence: Any, heads: int, others: int) -> None:
+@given(
+    seed=seeds,
+    divergence=st.sampled_from(["kl", "mse"]),
+    heads=st.integers(1, 3),
+    others=st.integers(1, 3),
+)
+def test_equal_attention_has_no_loss_and_other_attention_has(
+    seed: int, divergence: Any, heads: int, others: int
+) -> None:
     rows, other = some(seed, 2, heads, 5).softmax(-1), some(seed + 1, 2, others, 5).softmax(-1)
     scores, other_scores = some(seed, 2, heads, 5, 5), some(seed + 1, 2, others, 5, 5)
     assert abs(class_attention_loss(rows, rows, divergence).item()) < 1e-6
@@ -106,7 +153,9 @@ def test_equal_attention_has_no_loss_and_other_attention_has(seed: int, divergen
 def test_the_gradient_of_a_row_is_the_difference_of_the_softmaxes() -> None:
     scores, its = some(0, 3, 2, 7).requires_grad_(), some(1, 3, 2, 7).softmax(-1)
     class_attention_loss(scores.softmax(-1), its).backward()
-    assert scores.grad is not None and torch.allclose(scores.grad, (scores.detach().softmax(-1) - its) / 6, atol=1e-6)
+    assert scores.grad is not None and torch.allclose(
+        scores.grad, (scores.detach().softmax(-1) - its) / 6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
@@ -115,54 +164,79 @@ def test_attention_on_one_token_alone_stays_finite(divergence: Any, others: int)
     scores = torch.tensor([[[1e3, -1e3, 0.0], [0.0, 1e3, -1e3]]], requires_grad=True)
     its = torch.eye(3)[[1, 0, 0][:others]][None]
     loss = class_attention_loss(scores.softmax(-1), its, divergence)
-    loss = loss + attention_loss(scores[:, :, None].expand(1, 2, 3, 3), 1e3 * its[:, :, None].expand(1, others, 3, 3), divergence)
+    loss = loss + attention_loss(
+        scores[:, :, None].expand(1, 2, 3, 3),
+        1e3 * its[:, :, None].expand(1, others, 3, 3),
+        divergence,
+    )
     loss.backward()
     assert loss.isfinite() and loss > 0 and scores.grad is not None and scores.grad.isfinite().all()
 
 
-# --- which tokens --------------------------------------------------------------------------------------------------------------
+# --- which tokens --------------------------------------------------------------------------------
 
 
-@given(seed=seeds, prefix=st.tuples(st.integers(1, 3), st.integers(1, 3)), count=st.integers(1, 9), classes=st.booleans())
-def test_rows_and_vectors_are_gathered_token_by_token(seed: int, prefix: tuple[int, int], count: int, classes: bool) -> None:
+@given(
+    seed=seeds,
+    prefix=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    count=st.integers(1, 9),
+    classes=st.booleans(),
+)
+def test_rows_and_vectors_are_gathered_token_by_token(
+    seed: int, prefix: tuple[int, int], count: int, classes: bool
+) -> None:
     keep = kept(count, 2, 9)
     student = ViTOutput(grid=(3, 3), num_prefix_tokens=prefix[0], has_class_token=classes)
     teacher = ViTOutput(grid=(3, 3), num_prefix_tokens=prefix[1], has_class_token=True, keep=keep)
-    ours, its = some(seed, 2, 2, prefix[0] + 9).softmax(-1), some(seed + 1, 2, 3, prefix[1] + count).softmax(-1)
+    ours, its = (
+        some(seed, 2, 2, prefix[0] + 9).softmax(-1),
+        some(seed + 1, 2, 3, prefix[1] + count).softmax(-1),
+    )
     rows = shared_rows(student, teacher, ours, its)
     vectors = shared_vectors(student, teacher, ours[..., None], its[..., None])
     for b in range(2):
         mine = [0] * classes + [prefix[0] + int(place) for place in keep[b]]
         other = [0] * classes + [prefix[1] + i for i in range(count)]
-        for row, vector, values, places in ((rows[0], vectors[0], ours, mine), (rows[1], vectors[1], its, other)):
+        for row, vector, values, places in (
+            (rows[0], vectors[0], ours, mine),
+            (rows[1], vectors[1], its, other),
+        ):
             picked = values[b][:, places]
             assert torch.allclose(row[b], picked / picked.sum(1, keepdim=True), atol=1e-6)
             assert torch.equal(vector[b], picked.T)
 
 
 @given(seed=seeds, grid=st.sampled_from([(2, 2), (4, 2), (8, 8), (3, 5)]))
-def test_between_grids_patches_keep_their_total_and_a_level_row_stays_level(seed: int, grid: tuple[int, int]) -> None:
+def test_between_grids_patches_keep_their_total_and_a_level_row_stays_level(
+    seed: int, grid: tuple[int, int]
+) -> None:
     student = ViTOutput(grid=grid, num_prefix_tokens=2, has_class_token=True)
     teacher = ViTOutput(grid=(4, 4), num_prefix_tokens=1, has_class_token=True)
     ours = some(seed, 2, 3, 2 + grid[0] * grid[1]).softmax(-1)
     its = some(seed, 2, 3, 17).softmax(-1)
     row, _ = shared_rows(student, teacher, ours, its)
     without_distillation = ours[:, :, 0] / (1 - ours[:, :, 1])
-    assert torch.allclose(row[:, :, 0], without_distillation, atol=1e-5) and torch.allclose(row.sum(-1), torch.ones(2, 3))
+    assert torch.allclose(row[:, :, 0], without_distillation, atol=1e-5) and torch.allclose(
+        row.sum(-1), torch.ones(2, 3)
+    )
     level = torch.cat([ours[:, :, :2], torch.full((2, 3, grid[0] * grid[1]), 0.01)], dim=-1)
     row, _ = shared_rows(student, teacher, level, its)
     assert torch.allclose(row[:, :, 1:], row[:, :, 1:2].expand(2, 3, 16), atol=1e-6)
 
 
 def test_scores_are_those_of_the_block() -> None:
-    """softmax of the scores is the attention `run_vit` records, and the first row the class token's."""
+    """softmax of the scores is the attention `run_vit` records, and the first row the class
+    token's.
+    """
     model, images = vit(0), batch_of().images
     output = run_vit(model, images, Needs(attention=frozenset({1}), qkv=frozenset({1})))
     q, k, _ = (t.transpose(1, 2).flatten(2) for t in output.qkv[1])
-    assert torch.allclose(token_scores(q, k, 2).softmax(-1)[:, :, 0], output.attention[1], atol=1e-6)
+    assert torch.allclose(
+        token_scores(q, k, 2).softmax(-1)[:, :, 0], output.attention[1], atol=1e-6
+    )
 
 
-# --- as an objective -----------------------------------------------------------------------------------------------------------
+# --- as an objective -----------------------------------------------------------------------------
 
 
 @every
@@ -178,12 +252,16 @@ def test_a_network_has_no_loss_against_itself(objective: AttentionMaps) -> None:
 @torch.no_grad()
 def test_all_patches_in_any_order_are_the_whole_image(objective: AttentionMaps) -> None:
     student, teacher = vit(0, DISTILLED, patch_size=8), vit(1, num_heads=3, reg_tokens=2)
-    assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(loss_of(objective, student, teacher).item(), rel=1e-4)
+    assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(
+        loss_of(objective, student, teacher).item(), rel=1e-4
+    )
 
 
 @torch.no_grad()
 def test_the_class_row_on_kept_patches_by_hand() -> None:
-    """A student with class and distillation token; a teacher of other width, depth and heads that sees 5 patches."""
+    """A student with class and distillation token; a teacher of other width, depth and heads that
+    sees 5 patches.
+    """
     student, teacher, keep = vit(0, DISTILLED), vit(1, embed_dim=36, depth=4, num_heads=3), kept(5)
     objective = AttentionMaps(block=1, teacher_block=-1)
     ours, its = outputs(objective, student, teacher, keep)
@@ -204,7 +282,11 @@ def test_all_rows_on_kept_patches_by_hand() -> None:
     total = 0.0
     for b in range(3):
         places = (1 + keep[b]).tolist()
-        p = (ours.qkv[0].q[b][:, places] @ ours.qkv[0].k[b][:, places].transpose(1, 2) / math.sqrt(12)).softmax(-1)
+        p = (
+            ours.qkv[0].q[b][:, places]
+            @ ours.qkv[0].k[b][:, places].transpose(1, 2)
+            / math.sqrt(12)
+        ).softmax(-1)
         q = (its.qkv[2].q[b] @ its.qkv[2].k[b].transpose(1, 2) / math.sqrt(18)).softmax(-1)
         total += (q * (q / p).log()).sum(-1).mean().item() / 3
     assert loss_of(objective, student, teacher, keep).item() == pytest.approx(total, rel=1e-4)
@@ -256,7 +338,9 @@ def test_recorded_in_bfloat16_the_loss_is_float32(objective: AttentionMaps) -> N
         for o in outputs(objective, student, teacher)
     ]
     loss = objective.loss(pair[0], pair[1], batch_of(), adapter)
-    assert loss.dtype is torch.float32 and loss.item() == pytest.approx(loss_of(objective, student, teacher).item(), rel=0.1)
+    assert loss.dtype is torch.float32 and loss.item() == pytest.approx(
+        loss_of(objective, student, teacher).item(), rel=0.1
+    )
 
 
 @every
@@ -266,15 +350,25 @@ def test_it_is_traced_between_unlike_networks_on_kept_patches(objective: Attenti
         ours, its = outputs(objective, student, teacher, kept(5))
     adapter = objective.adapter(network(student, "student"), network(teacher))
     torch.compiler.reset()
-    compiled = torch.compile(lambda s, t, b: objective.loss(s, t, b, adapter), fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), adapter), rtol=1e-5)
+    compiled = torch.compile(
+        lambda s, t, b: objective.loss(s, t, b, adapter), fullgraph=True, backend="eager"
+    )
+    assert torch.allclose(
+        compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), adapter), rtol=1e-5
+    )
 
 
 def test_the_plan_says_how_unlike_networks_meet() -> None:
-    student, teacher = network(vit(0, num_heads=3, patch_size=8, **NO_CLASS), "student"), network(vit(1))
+    student, teacher = (
+        network(vit(0, num_heads=3, patch_size=8, **NO_CLASS), "student"),
+        network(vit(1)),
+    )
     said = AttentionMaps().describe(student, teacher, 5)
     assert (
-        "3 and 2 heads" in said and "student has no class token: mean attention" in said and "5 of 16" in said and "2 x 2 to 4 x 4" in said
+        "3 and 2 heads" in said
+        and "student has no class token: mean attention" in said
+        and "5 of 16" in said
+        and "2 x 2 to 4 x 4" in said
     )
     assert AttentionMaps().describe(teacher, teacher, None) == ""
 

@@ -1,4 +1,6 @@
-"""What every method shares: counts of kept patches, and settings that are checked when they are made."""
+"""What every method shares: counts of kept patches, and settings that are checked when they are
+made.
+"""
 
 import itertools
 import math
@@ -19,14 +21,27 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.recipes.config import Recipe, TeacherConfig, dump_recipe, load_recipe, replace_fields
+from vitdistill.recipes.config import (
+    Recipe,
+    TeacherConfig,
+    dump_recipe,
+    load_recipe,
+    replace_fields,
+)
 
-# --- counts --------------------------------------------------------------------------------------------------------------------
+# --- counts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("patches", "rate", "count"),
-    [(196, 0.75, 144), (196, 0.5, 98), (196, 0.4, 80), (196, 0.25, 49), (256, 0.75, 192), (256, 0.5, 128)],
+    [
+        (196, 0.75, 144),
+        (196, 0.5, 98),
+        (196, 0.4, 80),
+        (196, 0.25, 49),
+        (256, 0.75, 192),
+        (256, 0.5, 128),
+    ],
 )
 def test_the_papers_counts(patches: int, rate: float, count: int) -> None:
     assert num_kept_patches(patches, rate) == count
@@ -74,7 +89,7 @@ def test_an_exact_count_is_taken_as_it_is() -> None:
         MaskedKD(num_keep=197).count(196)
 
 
-# --- settings ------------------------------------------------------------------------------------------------------------------
+# --- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0, -0.5, 1.5, math.nan, math.inf, True, "half"])
@@ -108,7 +123,7 @@ def test_smoothing_is_below_1(smoothing: float) -> None:
         CrossEntropy(smoothing=smoothing)
 
 
-# --- weights that change -------------------------------------------------------------------------------------------------------
+# --- weights that change -------------------------------------------------------------------------
 
 Shape = Literal["linear", "cosine"]
 fractions = st.floats(0, 1)
@@ -116,7 +131,14 @@ weights = st.floats(0, 100)
 shapes = st.sampled_from(["linear", "cosine"])
 
 
-@given(weight=weights, to=weights, one=fractions, two=fractions, shape=shapes, progress=st.lists(fractions, min_size=2, max_size=20))
+@given(
+    weight=weights,
+    to=weights,
+    one=fractions,
+    two=fractions,
+    shape=shapes,
+    progress=st.lists(fractions, min_size=2, max_size=20),
+)
 def test_a_schedule_leads_from_the_weight_to_its_end(
     weight: float, to: float, one: float, two: float, shape: Shape, progress: list[float]
 ) -> None:
@@ -131,12 +153,16 @@ def test_a_schedule_leads_from_the_weight_to_its_end(
 
 
 def test_the_shapes_of_a_schedule() -> None:
-    linear, cosine = (WeightSchedule(to=5.0, begin=0.2, end=0.6, shape=shape) for shape in ("linear", "cosine"))  # type: ignore[arg-type]
+    linear, cosine = (
+        WeightSchedule(to=5.0, begin=0.2, end=0.6, shape=shape) for shape in ("linear", "cosine")
+    )  # type: ignore[arg-type]
     ways = {0.1: 0.0, 0.2: 0.0, 0.3: 0.25, 0.4: 0.5, 0.5: 0.75, 0.6: 1.0, 0.9: 1.0}
     for progress, way in ways.items():
         assert linear.at(1.0, progress) == pytest.approx(1 + 4 * way)
         assert cosine.at(1.0, progress) == pytest.approx(1 + 4 * (1 - math.cos(math.pi * way)) / 2)
-    assert cosine.at(1.0, 0.21) < linear.at(1.0, 0.21) and cosine.at(1.0, 0.59) > linear.at(1.0, 0.59)
+    assert cosine.at(1.0, 0.21) < linear.at(1.0, 0.21) and cosine.at(1.0, 0.59) > linear.at(
+        1.0, 0.59
+    )
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
@@ -179,20 +205,29 @@ def test_a_weight_of_0_needs_a_schedule_that_raises_it(kind: type) -> None:
 def test_a_schedule_survives_yaml(tmp_path: Path) -> None:
     schedule = WeightSchedule(to=0.5, begin=0.25, end=0.75, shape="cosine")
     recipe = Recipe(
-        objectives={"ce": CrossEntropy(), "vitkd": ViTKD(weight=2.0, schedule=schedule, low_blocks=(0, 3))},
+        objectives={
+            "ce": CrossEntropy(),
+            "vitkd": ViTKD(weight=2.0, schedule=schedule, low_blocks=(0, 3)),
+        },
         teachers={"teacher": TeacherConfig(model="x")},
     )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     again = load_recipe(tmp_path / "recipe.yaml")
-    assert again == recipe and again.objectives["vitkd"].schedule == schedule and again.objectives["ce"].schedule is None
-    moved = replace_fields(recipe, {"objectives.vitkd.schedule.end": 1.0, "objectives.ce.schedule": {"to": 0.0}})
+    assert (
+        again == recipe
+        and again.objectives["vitkd"].schedule == schedule
+        and again.objectives["ce"].schedule is None
+    )
+    moved = replace_fields(
+        recipe, {"objectives.vitkd.schedule.end": 1.0, "objectives.ce.schedule": {"to": 0.0}}
+    )
     assert moved.objectives["vitkd"].schedule == replace(schedule, end=1.0)
     assert moved.objectives["ce"].schedule == WeightSchedule(to=0.0)
     with pytest.raises(ConfigError, match=r"runs from 0\.25 to 0\.1"):
         replace_fields(recipe, {"objectives.vitkd.schedule.end": 0.1})
 
 
-# --- the table -----------------------------------------------------------------------------------------------------------------
+# --- the table -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -216,7 +251,7 @@ def test_a_method_outside_the_table_cannot_be_written_into_a_recipe() -> None:
         method_name(Mine())
 
 
-# --- descriptions ----------------------------------------------------------------------------------------------------------------
+# --- descriptions --------------------------------------------------------------------------------
 
 
 def test_networks_are_described_without_being_run() -> None:
@@ -224,33 +259,69 @@ def test_networks_are_described_without_being_run() -> None:
         vit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7)
         resnet = timm.create_model("resnet18")
     network = Network.of(vit, "student", "deit_tiny_distilled_patch16_224", (224, 224))
-    assert (network.grid, network.patch_size, network.num_patches, network.num_prefix_tokens) == ((14, 14), (16, 16), 196, 2)
-    assert (network.depth, network.dim, network.num_classes, network.heads) == (12, 192, 7, ("class", "distillation"))
+    assert (network.grid, network.patch_size, network.num_patches, network.num_prefix_tokens) == (
+        (14, 14),
+        (16, 16),
+        196,
+        2,
+    )
+    assert (network.depth, network.dim, network.num_classes, network.heads) == (
+        12,
+        192,
+        7,
+        ("class", "distillation"),
+    )
     assert network.walks and network.attention_source == "class"
     assert network.num_parameters == sum(p.numel() for p in vit.parameters())
     assert Network.of(vit, "t", "x", (224, 224), num_classes=3).num_classes == 3
     other = Network.of(resnet, "teacher", "resnet18", (224, 224))
-    assert not other.walks and other.attention_source is None and other.num_patches == 0 and other.depth == 5
+    assert (
+        not other.walks
+        and other.attention_source is None
+        and other.num_patches == 0
+        and other.depth == 5
+    )
 
 
 def test_how_patches_meet_is_said_in_words() -> None:
     student = Network("student", "a", (224, 224), 12, 192, 10, 5, grid=(14, 14), walks=True)
     teacher = replace(student, name="teacher", grid=(16, 16))
     cnn = Network("teacher", "c", (224, 224), 5, 512, 10, 5)
-    assert describe_alignment(student, student, None) == describe_alignment(student, student, 196) == ""
-    assert describe_alignment(student, student, 98) == "compared at the 98 of 196 patches both see"
-    assert describe_alignment(student, teacher, None) == "the student's patches resampled from 14 x 14 to 16 x 16"
-    assert describe_alignment(student, teacher, 64) == (
-        "compared at the 64 of 256 patches both see, the student's patches resampled from 14 x 14 to 16 x 16"
+    assert (
+        describe_alignment(student, student, None)
+        == describe_alignment(student, student, 196)
+        == ""
     )
-    assert describe_alignment(student, cnn, None) == "the student's features resampled to the teacher's map by position"
-    assert describe_alignment(cnn, teacher, 64).endswith("see, the student's features resampled to the teacher's map by position")
+    assert describe_alignment(student, student, 98) == "compared at the 98 of 196 patches both see"
+    assert (
+        describe_alignment(student, teacher, None)
+        == "the student's patches resampled from 14 x 14 to 16 x 16"
+    )
+    assert (
+        describe_alignment(student, teacher, 64)
+        == "compared at the 64 of 256 patches both see, the student's patches resampled from 14 x"
+        " 14 to 16 x 16"
+    )
+    assert (
+        describe_alignment(student, cnn, None)
+        == "the student's features resampled to the teacher's map by position"
+    )
+    assert describe_alignment(cnn, teacher, 64).endswith(
+        "see, the student's features resampled to the teacher's map by position"
+    )
 
 
 def test_networks_say_how_wide_every_block_is() -> None:
     with torch.device("meta"):
         vit, resnet = timm.create_model("deit_tiny_patch16_224"), timm.create_model("resnet18")
-    assert Network.of(vit, "student", "x", (224, 224)).dims == (192,) * 12 and Network.of(vit, "student", "x", (224, 224)).num_heads == 3
+    assert (
+        Network.of(vit, "student", "x", (224, 224)).dims == (192,) * 12
+        and Network.of(vit, "student", "x", (224, 224)).num_heads == 3
+    )
     other = Network.of(resnet, "teacher", "resnet18", (224, 224))
-    assert other.dims == (64, 64, 128, 256, 512) and other.num_heads == 0 and other.dims[-1] == other.dim
+    assert (
+        other.dims == (64, 64, 128, 256, 512)
+        and other.num_heads == 0
+        and other.dims[-1] == other.dim
+    )
     assert Network.of(torch.nn.Flatten(), "teacher", "mine", (224, 224)).dims == ()

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.methods.cross_entropy import CrossEntropy, chosen_head, cross_entropy_loss, head_logits
+from vitdistill.methods.cross_entropy import (
+    CrossEntropy,
+    chosen_head,
+    cross_entropy_loss,
+    head_logits,
+)
 from vitdistill.vit.walk import ViTOutput
 
 LOGITS = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -30,8 +35,12 @@ def test_it_equals_torch_and_timm(smoothing: float) -> None:
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_mixed_labels_equal_timms_mixup(mode: str, smoothing: float) -> None:
     """timm mixes each image with its mirror in the batch, and makes one soft label of both."""
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=0.0, mode=mode, label_smoothing=smoothing, num_classes=5)
-    images = torch.eye(6).view(6, 1, 6, 1).repeat(1, 3, 1, 2)  # image i is 1 in row i: how much of it is left is its lam
+    mixup = Mixup(
+        mixup_alpha=0.8, cutmix_alpha=0.0, mode=mode, label_smoothing=smoothing, num_classes=5
+    )
+    images = (
+        torch.eye(6).view(6, 1, 6, 1).repeat(1, 3, 1, 2)
+    )  # image i is 1 in row i: how much of it is left is its lam
     mixed, targets = mixup(images.clone(), LABELS)
     lam = mixed[:, 0].diagonal()[0] if mode == "batch" else mixed[:, 0, :, 0].diagonal()
     lam = torch.as_tensor(lam).expand(6).contiguous()
@@ -42,14 +51,18 @@ def test_mixed_labels_equal_timms_mixup(mode: str, smoothing: float) -> None:
 @given(share=st.floats(0, 1))
 def test_a_mixed_label_is_linear_in_its_share(share: float) -> None:
     lam = torch.full((6,), share)
-    expected = share * cross_entropy_loss(LOGITS, LABELS, smoothing=0.1) + (1 - share) * cross_entropy_loss(LOGITS, OTHER, smoothing=0.1)
+    expected = share * cross_entropy_loss(LOGITS, LABELS, smoothing=0.1) + (
+        1 - share
+    ) * cross_entropy_loss(LOGITS, OTHER, smoothing=0.1)
     assert torch.allclose(cross_entropy_loss(LOGITS, LABELS, OTHER, lam, 0.1), expected, atol=1e-5)
 
 
 def test_each_image_has_its_own_share() -> None:
     lam = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
     chosen = torch.where(lam == 1, LABELS, OTHER)
-    assert torch.allclose(cross_entropy_loss(LOGITS, LABELS, OTHER, lam), F.cross_entropy(LOGITS, chosen), atol=1e-6)
+    assert torch.allclose(
+        cross_entropy_loss(LOGITS, LABELS, OTHER, lam), F.cross_entropy(LOGITS, chosen), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -58,7 +71,11 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype, mixed: bool) -> None:
     logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], dtype=dtype, requires_grad=True)
     labels = torch.tensor([1, 1])
     lam = torch.tensor([0.3, 0.7])
-    loss = cross_entropy_loss(logits, labels, 1 - labels, lam, 0.1) if mixed else cross_entropy_loss(logits, labels, smoothing=0.1)
+    loss = (
+        cross_entropy_loss(logits, labels, 1 - labels, lam, 0.1)
+        if mixed
+        else cross_entropy_loss(logits, labels, smoothing=0.1)
+    )
     loss.backward()
     assert loss.dtype is torch.float32 and loss.isfinite()
     assert logits.grad is not None and logits.grad.isfinite().all()
@@ -105,7 +122,9 @@ HEADS = ("class", "conv", "inv")
         (("class", "distillation", "inv"), "auto", "inv", "inv"),
     ],
 )
-def test_which_head_is_meant(heads: tuple[str, ...], head: str, teacher: str | None, chosen: str) -> None:
+def test_which_head_is_meant(
+    heads: tuple[str, ...], head: str, teacher: str | None, chosen: str
+) -> None:
     assert chosen_head(heads, head, teacher) == chosen
     every = torch.randn(2, len(heads), 4) if len(heads) > 1 else None
     output = ViTOutput(logits=torch.randn(2, 4), head_logits=every, heads=heads)
@@ -116,13 +135,33 @@ def test_which_head_is_meant(heads: tuple[str, ...], head: str, teacher: str | N
 @pytest.mark.parametrize(
     ("heads", "head", "teacher", "sentence"),
     [
-        (("class",), "distillation", None, r"the student has no head called 'distillation': .* \(class\), to all"),
-        (HEADS, "distillation", "conv", r"no head called 'distillation': set head to one it has \(class, conv, inv\), to all, or to auto"),
-        (HEADS, "auto", "teacher", r"heads class, conv, inv, and none for the teacher 'teacher': .* \(head=inv\)"),
+        (
+            ("class",),
+            "distillation",
+            None,
+            r"the student has no head called 'distillation': .* \(class\), to all",
+        ),
+        (
+            HEADS,
+            "distillation",
+            "conv",
+            (
+                r"no head called 'distillation': set head to one it has \(class, conv, inv\), to"
+                r" all, or to auto"
+            ),
+        ),
+        (
+            HEADS,
+            "auto",
+            "teacher",
+            r"heads class, conv, inv, and none for the teacher 'teacher': .* \(head=inv\)",
+        ),
         (HEADS, "", None, "no head called ''"),
     ],
 )
-def test_a_head_that_is_not_there_is_refused(heads: tuple[str, ...], head: str, teacher: str | None, sentence: str) -> None:
+def test_a_head_that_is_not_there_is_refused(
+    heads: tuple[str, ...], head: str, teacher: str | None, sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=sentence) as caught:
         chosen_head(heads, head, teacher)
     assert "\n" not in str(caught.value)

@@ -39,10 +39,16 @@ def correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @given(case=cases(), beta=st.floats(0, 3), gamma=st.floats(0, 3), temperature=temperatures)
-def test_it_is_numpys_correlation(case: Case, beta: float, gamma: float, temperature: float) -> None:
+def test_it_is_numpys_correlation(
+    case: Case, beta: float, gamma: float, temperature: float
+) -> None:
     student, teacher = ((x.double() / temperature).softmax(-1).numpy() for x in case)
-    expected = beta * (1 - correlation(student, teacher)) + gamma * (1 - correlation(student.T, teacher.T))
-    assert dist_loss(*case, beta, gamma, temperature).item() / temperature**2 == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    expected = beta * (1 - correlation(student, teacher)) + gamma * (
+        1 - correlation(student.T, teacher.T)
+    )
+    assert dist_loss(*case, beta, gamma, temperature).item() / temperature**2 == pytest.approx(
+        expected, rel=1e-3, abs=1e-4
+    )
 
 
 def test_the_formula_by_hand() -> None:
@@ -54,10 +60,20 @@ def test_the_formula_by_hand() -> None:
     for s, t in zip(student.exp().tolist(), teacher.exp().tolist(), strict=True):
         a, b = [x - third for x in s], [x - third for x in t]
         rows.append(sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b))
-    columns = [1, -1, 1]  # 0.5 to 0.1 and 0.6 to 0.4; 0.3 to 0.6 and 0.3 to 0.2; 0.2 to 0.3 and 0.1 to 0.4
-    assert dist_loss(student, teacher, 1.0, 0.0).item() == pytest.approx(1 - sum(rows) / 2, abs=1e-5)
-    assert dist_loss(student, teacher, 0.0, 1.0).item() == pytest.approx(1 - sum(columns) / 3, abs=1e-5)
-    assert dist_loss(student, teacher, 2.0, 3.0).item() == pytest.approx(2 * (1 - sum(rows) / 2) + 3 * (1 - sum(columns) / 3), abs=1e-5)
+    columns = [
+        1,
+        -1,
+        1,
+    ]  # 0.5 to 0.1 and 0.6 to 0.4; 0.3 to 0.6 and 0.3 to 0.2; 0.2 to 0.3 and 0.1 to 0.4
+    assert dist_loss(student, teacher, 1.0, 0.0).item() == pytest.approx(
+        1 - sum(rows) / 2, abs=1e-5
+    )
+    assert dist_loss(student, teacher, 0.0, 1.0).item() == pytest.approx(
+        1 - sum(columns) / 3, abs=1e-5
+    )
+    assert dist_loss(student, teacher, 2.0, 3.0).item() == pytest.approx(
+        2 * (1 - sum(rows) / 2) + 3 * (1 - sum(columns) / 3), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -72,7 +88,11 @@ def test_equal_logits_have_no_loss_and_no_gradient(temperature: float) -> None:
 
 @given(case=cases(), temperature=temperatures)
 def test_it_lies_between_0_and_its_bound(case: Case, temperature: float) -> None:
-    assert -1e-5 * temperature**2 < dist_loss(*case, temperature=temperature).item() < 4.00001 * temperature**2
+    assert (
+        -1e-5 * temperature**2
+        < dist_loss(*case, temperature=temperature).item()
+        < 4.00001 * temperature**2
+    )
 
 
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 10), shift=st.floats(-3, 3))
@@ -86,7 +106,9 @@ def test_a_correlation_knows_no_scale_and_no_shift(seed: int, scale: float, shif
 @given(case=cases(), temperature=temperatures)
 def test_the_order_of_images_and_of_classes_does_not_matter(case: Case, temperature: float) -> None:
     student, teacher = case
-    expected = pytest.approx(dist_loss(student, teacher, temperature=temperature).item(), rel=1e-3, abs=1e-4)
+    expected = pytest.approx(
+        dist_loss(student, teacher, temperature=temperature).item(), rel=1e-3, abs=1e-4
+    )
     assert dist_loss(student.flip(0), teacher.flip(0), temperature=temperature).item() == expected
     assert dist_loss(student.flip(1), teacher.flip(1), temperature=temperature).item() == expected
 
@@ -95,16 +117,25 @@ def test_it_says_that_it_couples_images_and_it_does() -> None:
     student, teacher = torch.randn(2, 6, 5)
     assert DIST.couples_images
     for gamma, couples in ((0.0, False), (1.0, True)):
-        halves = (dist_loss(student[:3], teacher[:3], 1.0, gamma) + dist_loss(student[3:], teacher[3:], 1.0, gamma)) / 2
-        assert torch.allclose(dist_loss(student, teacher, 1.0, gamma), halves, atol=1e-4) is not couples
+        halves = (
+            dist_loss(student[:3], teacher[:3], 1.0, gamma)
+            + dist_loss(student[3:], teacher[3:], 1.0, gamma)
+        ) / 2
+        assert (
+            torch.allclose(dist_loss(student, teacher, 1.0, gamma), halves, atol=1e-4)
+            is not couples
+        )
 
 
-# --- where there is no correlation ---------------------------------------------------------------------------------------------
+# --- where there is no correlation ---------------------------------------------------------------
 
 
 def test_a_batch_of_one_has_the_constant_for_its_images() -> None:
     student, teacher = (x.clone().requires_grad_() for x in torch.randn(2, 1, 5))
-    whole, over_classes = dist_loss(student, teacher, 1.0, 0.5, 2.0), dist_loss(student, teacher, 1.0, 0.0, 2.0)
+    whole, over_classes = (
+        dist_loss(student, teacher, 1.0, 0.5, 2.0),
+        dist_loss(student, teacher, 1.0, 0.0, 2.0),
+    )
     assert (whole - over_classes).item() == pytest.approx(0.5 * 4)
     gradients = [torch.autograd.grad(loss, student)[0] for loss in (whole, over_classes)]
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
@@ -136,7 +167,9 @@ def test_rows_that_do_not_vary_correlate_with_nothing(constant: str, dtype: torc
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_logits_stay_finite(dtype: torch.dtype, temperature: float) -> None:
-    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, 1e4, 1e4]], dtype=dtype, requires_grad=True)
+    student = torch.tensor(
+        [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, 1e4, 1e4]], dtype=dtype, requires_grad=True
+    )
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4], [0.0, 0.0, 0.0]], dtype=dtype)
     for size in (1, 2, 3):
         loss = dist_loss(student[:size], teacher[:size], temperature=temperature)
@@ -148,7 +181,10 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype, temperature: float) -> N
 def test_nan_stays_nan() -> None:
     """A loss of 0 for answers that are no numbers would hide them."""
     logits = torch.randn(3, 5)
-    assert dist_loss(logits * math.nan, logits).isnan() and dist_loss(logits, logits * math.nan).isnan()
+    assert (
+        dist_loss(logits * math.nan, logits).isnan()
+        and dist_loss(logits, logits * math.nan).isnan()
+    )
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
@@ -172,7 +208,10 @@ def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None
         DIST(temperature=temperature)
 
 
-@pytest.mark.parametrize(("beta", "gamma", "words"), [(-1.0, 1.0, "beta"), (1.0, math.nan, "gamma"), (0.0, 0.0, "beta and gamma")])
+@pytest.mark.parametrize(
+    ("beta", "gamma", "words"),
+    [(-1.0, 1.0, "beta"), (1.0, math.nan, "gamma"), (0.0, 0.0, "beta and gamma")],
+)
 def test_settings_that_mean_nothing_are_refused(beta: float, gamma: float, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         DIST(beta=beta, gamma=gamma)
@@ -180,14 +219,26 @@ def test_settings_that_mean_nothing_are_refused(beta: float, gamma: float, words
 
 def test_the_objective_compares_the_head_that_learns_from_the_teacher() -> None:
     heads, teacher = torch.randn(3, 2, 5), torch.randn(3, 5)
-    student, labels = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")), torch.full((3,), -1)
+    student, labels = (
+        ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")),
+        torch.full((3,), -1),
+    )
     method = DIST(beta=2.0, gamma=0.5, temperature=3.0)
-    loss = method.loss(student, ViTOutput(logits=teacher), Batch(torch.zeros(3, 3, 4, 4), labels, labels, labels, 0), None)
-    assert not method.reads_labels and torch.equal(loss, dist_loss(heads[:, 1], teacher, 2.0, 0.5, 3.0))
+    loss = method.loss(
+        student,
+        ViTOutput(logits=teacher),
+        Batch(torch.zeros(3, 3, 4, 4), labels, labels, labels, 0),
+        None,
+    )
+    assert not method.reads_labels and torch.equal(
+        loss, dist_loss(heads[:, 1], teacher, 2.0, 0.5, 3.0)
+    )
 
 
 def test_it_is_traced_without_a_graph_break() -> None:
     student, teacher = torch.randn(2, 4, 5)
     torch.compiler.reset()
-    compiled = torch.compile(lambda student, teacher: dist_loss(student, teacher), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda student, teacher: dist_loss(student, teacher), fullgraph=True, backend="eager"
+    )
     assert torch.allclose(compiled(student, teacher), dist_loss(student, teacher))

@@ -1,4 +1,6 @@
-"""DKD: its two terms, and that they are the ordinary divergence taken apart. What it shares with NKD is in test_nkd.py."""
+"""DKD: its two terms, and that they are the ordinary divergence taken apart. What it shares with
+NKD is in test_nkd.py.
+"""
 
 import math
 
@@ -30,28 +32,50 @@ def cases(draw: st.DrawFn) -> Case:
 temperatures = st.floats(0.25, 8)
 
 
-def by_hand(student: list[float], teacher: list[float], label: int, alpha: float, beta: float, temperature: float) -> float:
+def by_hand(
+    student: list[float],
+    teacher: list[float],
+    label: int,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> float:
     def softmax(values: list[float]) -> list[float]:
-        return [math.exp(x / temperature) / sum(math.exp(y / temperature) for y in values) for x in values]
+        return [
+            math.exp(x / temperature) / sum(math.exp(y / temperature) for y in values)
+            for x in values
+        ]
 
     def divergence(first: list[float], second: list[float]) -> float:
         return sum(p * math.log(p / q) for p, q in zip(first, second, strict=True))
 
     t, s = softmax(teacher)[label], softmax(student)[label]
     rest = [[x for i, x in enumerate(values) if i != label] for values in (teacher, student)]
-    return temperature**2 * (alpha * divergence([t, 1 - t], [s, 1 - s]) + beta * divergence(softmax(rest[0]), softmax(rest[1])))
+    return temperature**2 * (
+        alpha * divergence([t, 1 - t], [s, 1 - s])
+        + beta * divergence(softmax(rest[0]), softmax(rest[1]))
+    )
 
 
 @given(case=cases(), alpha=st.floats(0, 3), beta=st.floats(0, 9), temperature=st.floats(1, 8))
 def test_the_formula_by_hand(case: Case, alpha: float, beta: float, temperature: float) -> None:
     rows = zip(*(values.tolist() for values in case), strict=True)
-    expected = [by_hand(student, teacher, label, alpha, beta, temperature) for student, teacher, label in rows]
-    assert dkd_loss(*case, alpha, beta, temperature).item() == pytest.approx(sum(expected) / len(expected), rel=1e-4, abs=1e-4)
+    expected = [
+        by_hand(student, teacher, label, alpha, beta, temperature)
+        for student, teacher, label in rows
+    ]
+    assert dkd_loss(*case, alpha, beta, temperature).item() == pytest.approx(
+        sum(expected) / len(expected), rel=1e-4, abs=1e-4
+    )
 
 
 @given(case=cases(), temperature=temperatures)
-def test_the_two_terms_are_the_ordinary_divergence_taken_apart(case: Case, temperature: float) -> None:
-    """KD = TCKD + (1 - p_T[y]) NCKD of every image: the paper's reason for a loss in which NCKD counts in full."""
+def test_the_two_terms_are_the_ordinary_divergence_taken_apart(
+    case: Case, temperature: float
+) -> None:
+    """KD = TCKD + (1 - p_T[y]) NCKD of every image: the paper's reason for a loss in which NCKD
+    counts in full.
+    """
     student, teacher, labels = case
     doubt = 1 - (teacher / temperature).softmax(-1).gather(1, labels[:, None])[:, 0]
     for i in range(len(labels)):
@@ -59,7 +83,9 @@ def test_the_two_terms_are_the_ordinary_divergence_taken_apart(case: Case, tempe
         target = dkd_loss(*image, labels[i : i + 1], 1.0, 0.0, temperature)
         rest = dkd_loss(*image, labels[i : i + 1], 0.0, 1.0, temperature)
         parts = (target + doubt[i] * rest).item()
-        assert parts == pytest.approx(kd_loss(*image, temperature).item(), rel=1e-3, abs=1e-5 * max(1.0, temperature**2))
+        assert parts == pytest.approx(
+            kd_loss(*image, temperature).item(), rel=1e-3, abs=1e-5 * max(1.0, temperature**2)
+        )
 
 
 @given(case=cases(), temperature=temperatures)
@@ -73,16 +99,24 @@ def test_equal_logits_have_no_loss_and_no_gradient(case: Case, temperature: floa
 
 
 @given(case=cases(), temperature=temperatures, value=st.floats(-20, 20))
-def test_the_rest_ignores_both_logits_of_the_label(case: Case, temperature: float, value: float) -> None:
+def test_the_rest_ignores_both_logits_of_the_label(
+    case: Case, temperature: float, value: float
+) -> None:
     student, teacher, labels = case
     raised = [x.scatter(1, labels[:, None], value) for x in (student, teacher)]
     rest = dkd_loss(student, teacher, labels, 0.0, 1.0, temperature).item()
-    assert dkd_loss(raised[0], raised[1], labels, 0.0, 1.0, temperature).item() == pytest.approx(rest, rel=1e-3, abs=1e-3)
+    assert dkd_loss(raised[0], raised[1], labels, 0.0, 1.0, temperature).item() == pytest.approx(
+        rest, rel=1e-3, abs=1e-3
+    )
 
 
 @given(case=cases(), alpha=st.floats(0, 3), beta=st.floats(0, 9), temperature=temperatures)
-def test_the_gradient_in_closed_form(case: Case, alpha: float, beta: float, temperature: float) -> None:
-    """alpha T (s - t) (onehot - (1 - onehot) q_S) of the target, where s and t are p[y]; beta T (q_S - q_T) of the rest."""
+def test_the_gradient_in_closed_form(
+    case: Case, alpha: float, beta: float, temperature: float
+) -> None:
+    """alpha T (s - t) (onehot - (1 - onehot) q_S) of the target, where s and t are p[y]; beta T
+    (q_S - q_T) of the rest.
+    """
     student, teacher, labels = case
     student.requires_grad_()
     dkd_loss(student, teacher, labels, alpha, beta, temperature).backward()
@@ -90,20 +124,29 @@ def test_the_gradient_in_closed_form(case: Case, alpha: float, beta: float, temp
     ours, theirs = ((x.detach() / temperature) for x in (student, teacher))
     q_ours, q_theirs = (x.masked_fill(label.bool(), -math.inf).softmax(-1) for x in (ours, theirs))
     gap = (ours.softmax(-1) - theirs.softmax(-1)).gather(1, labels[:, None])
-    expected = temperature * (alpha * gap * (label - q_ours) + beta * (q_ours - q_theirs)) / len(labels)
+    expected = (
+        temperature * (alpha * gap * (label - q_ours) + beta * (q_ours - q_theirs)) / len(labels)
+    )
     assert student.grad is not None and torch.allclose(student.grad, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("margin", [20.0, 100.0, 1e4])
 def test_a_label_that_is_all_but_certain_keeps_its_digits(margin: float) -> None:
-    """1 - p_y is 0 in float32 from a margin of 17 on; the true divergence is p_T[y]'s doubt times the margin."""
-    student, teacher = torch.tensor([[margin, 0.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 0.0, 0.0]])
+    """1 - p_y is 0 in float32 from a margin of 17 on; the true divergence is p_T[y]'s doubt times
+    the margin.
+    """
+    student, teacher = (
+        torch.tensor([[margin, 0.0, 0.0]], requires_grad=True),
+        torch.tensor([[0.0, 0.0, 0.0]]),
+    )
     loss = dkd_loss(student, teacher, torch.tensor([0]), 1.0, 0.0, 1.0)
     loss.backward()
     third = 1 / 3  # of the teacher's p; the student's is 1 and exp(-margin) twice
     expected = third * math.log(third) + 2 * third * (math.log(2 * third) - (math.log(2) - margin))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert student.grad is not None and student.grad[0].tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3], rel=1e-3)
+    assert student.grad is not None and student.grad[0].tolist() == pytest.approx(
+        [2 / 3, -1 / 3, -1 / 3], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,6 +167,9 @@ def test_the_objective_passes_its_settings_on() -> None:
     student, teacher = torch.randn(2, 3, 5)
     labels = torch.tensor([0, 4, 2])
     loss = DKD(alpha=0.5, beta=2.0, temperature=3.0).loss(
-        ViTOutput(logits=student), ViTOutput(logits=teacher), Batch(torch.zeros(3, 3, 4, 4), labels, labels, labels, 0), None
+        ViTOutput(logits=student),
+        ViTOutput(logits=teacher),
+        Batch(torch.zeros(3, 3, 4, 4), labels, labels, labels, 0),
+        None,
     )
     assert torch.equal(loss, dkd_loss(student, teacher, labels, 0.5, 2.0, 3.0))

@@ -1,4 +1,6 @@
-"""DMAE and masked pre-training: the authors' numbers, a teacher that stops early, masks shared by both networks."""
+"""DMAE and masked pre-training: the authors' numbers, a teacher that stops early, masks shared by
+both networks.
+"""
 
 import json
 import re
@@ -40,21 +42,37 @@ SMALL = PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2
 
 def vit(seed: int, dim: int = 24, depth: int = 4, **args: Any) -> nn.Module:
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": dim, "depth": depth, "num_heads": 2, "num_classes": 0}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     return timm.create_model("deit_tiny_patch16_224", **{**settings, **args}).eval()
 
 
 class Pair:
     """A student and a teacher under a masking, and a batch of six images."""
 
-    def __init__(self, objectives: dict[str, Objective], masking: RandomMasking, **teacher: Any) -> None:
+    def __init__(
+        self, objectives: dict[str, Objective], masking: RandomMasking, **teacher: Any
+    ) -> None:
         self.student, self.model = vit(0), vit(1, 36, 8, **teacher)
         init_mae(self.student)  # type: ignore[arg-type]
-        self.teacher = Teacher(self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC)
+        self.teacher = Teacher(
+            self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
+        )
         reads = any(hasattr(objective, "teacher") for objective in objectives.values())
         self.teachers = {"teacher": self.teacher} if reads else {}
         networks = {name: it.network for name, it in self.teachers.items()}
-        self.plan = make_plan(Network.of(self.student, "student", "small", (16, 16)), networks, objectives, masking=masking)
+        self.plan = make_plan(
+            Network.of(self.student, "student", "small", (16, 16)),
+            networks,
+            objectives,
+            masking=masking,
+        )
         torch.manual_seed(2)
         self.module = Distillation(self.student, self.plan)
         ids = torch.arange(6)
@@ -66,7 +84,11 @@ class Pair:
 
 
 def author_weights(data: Any, who: str) -> dict[str, Tensor]:
-    return {k.removeprefix(f"{who}."): torch.from_numpy(data[k]).double() for k in data.files if k.startswith(f"{who}.")}
+    return {
+        k.removeprefix(f"{who}."): torch.from_numpy(data[k]).double()
+        for k in data.files
+        if k.startswith(f"{who}.")
+    }
 
 
 def authors(who: str, dim: int, depth: int, heads: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -77,8 +99,13 @@ def authors(who: str, dim: int, depth: int, heads: int) -> tuple[nn.Module, dict
 
 
 def test_the_authors_losses_and_their_gradients() -> None:
-    """Both terms through the plan, in float64, as UCSC-VLAA/DMAE@a0f4959 computes them with the whole teacher."""
-    data, expected = np.load(GOLDEN / "dmae.npz"), json.loads((GOLDEN / "expected.json").read_text())
+    """Both terms through the plan, in float64, as UCSC-VLAA/DMAE@a0f4959 computes them with the
+    whole teacher.
+    """
+    data, expected = (
+        np.load(GOLDEN / "dmae.npz"),
+        json.loads((GOLDEN / "expected.json").read_text()),
+    )
     student, state = authors("student", 48, 4, 3)
     teacher, _ = authors("teacher", 64, 8, 4)
     images, noise = torch.from_numpy(data["images"]), torch.from_numpy(data["noise"])
@@ -86,27 +113,43 @@ def test_the_authors_losses_and_their_gradients() -> None:
         "mae": PixelReconstruction(decoder_dim=32, decoder_depth=2, decoder_num_heads=4),
         "dmae": DMAE(student_blocks=(2,), teacher_blocks=(5,)),
     }
-    networks = Network.of(student, "student", "s", (64, 64)), {"teacher": Network.of(teacher, "teacher", "t", (64, 64))}
+    networks = (
+        Network.of(student, "student", "s", (64, 64)),
+        {"teacher": Network.of(teacher, "teacher", "t", (64, 64))},
+    )
     assert objectives["dmae"].student_needs(networks[0]) == DMAE().student_needs(networks[0])
     plan = make_plan(*networks, objectives, masking=RandomMasking(mask_rate=0.75))
     assert plan.student_keep == plan.num_keep["teacher"] == 4
     module = Distillation(student, plan).double()
-    module.adapters["mae"].load_state_dict({key: state[key] for key in module.adapters["mae"].state_dict()})
-    heads = {f"projections.{key}": state[f"aligned_feature_projection_heads.{key}"] for key in ("0.weight", "0.bias")}
+    module.adapters["mae"].load_state_dict(
+        {key: state[key] for key in module.adapters["mae"].state_dict()}
+    )
+    heads = {
+        f"projections.{key}": state[f"aligned_feature_projection_heads.{key}"]
+        for key in ("0.weight", "0.bias")
+    }
     module.adapters["dmae"].load_state_dict(heads)
     keep, _, _ = random_masking(noise, 0.75)
     assert sorted(keep[0].tolist()) == sorted(expected["dmae kept patches of image 0"])
-    ours, its = run_vit(student, images, plan.student_needs, keep), run_vit(teacher, images, plan.live["teacher"], keep)
+    ours, its = (
+        run_vit(student, images, plan.student_needs, keep),
+        run_vit(teacher, images, plan.live["teacher"], keep),
+    )
     batch = Batch(images, torch.zeros(3).long(), torch.arange(3), torch.zeros(3).long(), 0)
     found = {
         name: objective.loss(ours, its if name == "dmae" else None, batch, module.adapters[name])  # type: ignore[arg-type]
         for name, objective in objectives.items()
     }
-    assert found["mae"].item() == pytest.approx(expected["dmae reconstruction (float64)"], rel=1e-10, abs=1e-12)
+    assert found["mae"].item() == pytest.approx(
+        expected["dmae reconstruction (float64)"], rel=1e-10, abs=1e-12
+    )
     distance = expected["dmae feature distance L1 (float64), student block 2, teacher block 5"]
     assert found["dmae"].item() == pytest.approx(distance, rel=1e-10, abs=1e-12)
     whole = run_vit(teacher, images, Needs(features=True, hidden=frozenset({5})), keep)
-    assert objectives["dmae"].loss(ours, whole, batch, module.adapters["dmae"]).item() == found["dmae"].item()
+    assert (
+        objectives["dmae"].loss(ours, whole, batch, module.adapters["dmae"]).item()
+        == found["dmae"].item()
+    )
     (found["mae"] + found["dmae"]).backward()
     with torch.no_grad():  # the derivative along the gradient, by central differences
         parameters = [p for p in module.parameters() if p.grad is not None]
@@ -116,38 +159,66 @@ def test_the_authors_losses_and_their_gradients() -> None:
             for p in parameters:
                 p.add_(p.grad, alpha=step / norm.item())  # type: ignore[arg-type]
             there = run_vit(student, images, plan.student_needs, keep)
-            values.append(sum(o.loss(there, its if n == "dmae" else None, batch, module.adapters[n]).item() for n, o in objectives.items()))
+            values.append(
+                sum(
+                    o.loss(there, its if n == "dmae" else None, batch, module.adapters[n]).item()
+                    for n, o in objectives.items()
+                )
+            )
             for p in parameters:
                 p.sub_(p.grad, alpha=step / norm.item())  # type: ignore[arg-type]
         assert (values[0] - values[1]) / 2e-5 == pytest.approx(norm.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("depth", "block"), [(12, 8), (24, 17), (4, 2), (8, 5), (32, 23), (1, 0), (2, 0)])
+@pytest.mark.parametrize(
+    ("depth", "block"), [(12, 8), (24, 17), (4, 2), (8, 5), (32, 23), (1, 0), (2, 0)]
+)
 def test_three_quarters_of_the_depth(depth: int, block: int) -> None:
     assert three_quarters(depth) == block
 
 
-@given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100), distance=st.sampled_from(["l1", "l2", "smooth_l1"]))
-def test_unit_length_forgets_the_scale_and_nothing_else_does(seed: int, scale: float, distance: Any) -> None:
+@given(
+    seed=st.integers(0, 1000),
+    scale=st.floats(0.01, 100),
+    distance=st.sampled_from(["l1", "l2", "smooth_l1"]),
+)
+def test_unit_length_forgets_the_scale_and_nothing_else_does(
+    seed: int, scale: float, distance: Any
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     ours, its = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
     loss = alignment_loss(ours, its, distance)
-    assert alignment_loss(scale * ours, its / scale, distance).item() == pytest.approx(loss.item(), rel=1e-4)
+    assert alignment_loss(scale * ours, its / scale, distance).item() == pytest.approx(
+        loss.item(), rel=1e-4
+    )
     assert alignment_loss(its, its, distance).item() == 0
     raw = alignment_loss(ours, its, distance, normalize=False)
-    expected = {"l1": (ours - its).abs(), "l2": (ours - its) ** 2, "smooth_l1": F.smooth_l1_loss(ours, its, reduction="none")}[distance]
+    expected = {
+        "l1": (ours - its).abs(),
+        "l2": (ours - its) ** 2,
+        "smooth_l1": F.smooth_l1_loss(ours, its, reduction="none"),
+    }[distance]
     assert raw.item() == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
 @given(seed=st.integers(0, 1000), dim=st.integers(1, 6), beta=st.floats(2.0, 10.0))
-def test_smooth_l1_of_unit_length_with_a_beta_of_2_and_more_is_l2(seed: int, dim: int, beta: float) -> None:
+def test_smooth_l1_of_unit_length_with_a_beta_of_2_and_more_is_l2(
+    seed: int, dim: int, beta: float
+) -> None:
     """Which is why it is refused; opposite vectors are as far apart as it gets."""
     generator = torch.Generator().manual_seed(seed)
-    ours, its = torch.randn(2, 3, dim, generator=generator), torch.randn(2, 3, dim, generator=generator)
+    ours, its = (
+        torch.randn(2, 3, dim, generator=generator),
+        torch.randn(2, 3, dim, generator=generator),
+    )
     for other in (its, -ours):
         expected = alignment_loss(ours, other, "l2").item() / (2 * beta)
-        assert alignment_loss(ours, other, "smooth_l1", beta=beta).item() == pytest.approx(expected, rel=1e-5)
-    assert DMAE(distance="smooth_l1", beta=1.9) and DMAE(distance="smooth_l1", beta=beta, normalize=False)
+        assert alignment_loss(ours, other, "smooth_l1", beta=beta).item() == pytest.approx(
+            expected, rel=1e-5
+        )
+    assert DMAE(distance="smooth_l1", beta=1.9) and DMAE(
+        distance="smooth_l1", beta=beta, normalize=False
+    )
 
 
 def test_the_teacher_runs_no_further_than_its_aligned_block_and_sees_no_hidden_patch() -> None:
@@ -173,7 +244,9 @@ def test_the_teacher_runs_no_further_than_its_aligned_block_and_sees_no_hidden_p
 def test_a_mask_belongs_to_a_sample_and_its_view() -> None:
     pair = Pair({"mae": SMALL}, RandomMasking(mask_rate=0.5))
     order = pair.module.mask(pair.batch)
-    turned = Batch(pair.batch.images, pair.batch.labels, pair.batch.ids.flip(0), pair.batch.views, 0)
+    turned = Batch(
+        pair.batch.images, pair.batch.labels, pair.batch.ids.flip(0), pair.batch.views, 0
+    )
     later = Batch(pair.batch.images, pair.batch.labels, pair.batch.ids, pair.batch.views + 1, 1)
     assert order is not None
     assert torch.equal(pair.module.mask(turned), order.flip(0))  # type: ignore[arg-type]
@@ -181,8 +254,12 @@ def test_a_mask_belongs_to_a_sample_and_its_view() -> None:
 
 
 def test_a_teacher_that_sees_more_is_compared_on_what_the_student_sees() -> None:
-    """AMD's asymmetric masks: the student's patches are among the teacher's, and other context changes what it says of them."""
-    pair = Pair({"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75, teacher_mask_rate=0.25))
+    """AMD's asymmetric masks: the student's patches are among the teacher's, and other context
+    changes what it says of them.
+    """
+    pair = Pair(
+        {"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75, teacher_mask_rate=0.25)
+    )
     assert (pair.plan.student_keep, pair.plan.num_keep) == (4, {"teacher": 12})
     assert pair.plan.notes["dmae"].endswith("compared at the 4 of 16 patches both see")
     student, answers = pair.module.answer(pair.batch, pair.teachers)
@@ -207,14 +284,29 @@ def test_several_pairs_add_up_in_the_order_they_are_given() -> None:
     assert both.plan.live["teacher"].num_blocks(8) == 8
 
 
-@pytest.mark.parametrize("objective", [DMAE(projection="mlp"), DMAE(distance="smooth_l1", beta=0.5), DMAE(distance="l2", normalize=False)])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        DMAE(projection="mlp"),
+        DMAE(distance="smooth_l1", beta=0.5),
+        DMAE(distance="l2", normalize=False),
+    ],
+)
 def test_every_form_trains_student_and_projection_and_not_the_teacher(objective: DMAE) -> None:
     pair = Pair({"dmae": objective}, RandomMasking())
     pair.losses()["loss"].backward()
-    reached = {name for name, p in pair.module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    reached = {
+        name
+        for name, p in pair.module.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert {name for name, _ in pair.module.adapters.named_parameters(prefix="adapters")} <= reached
-    assert {f"student.blocks.{i}.mlp.fc2.weight" for i in range(3)} <= reached and "student.blocks.3.mlp.fc2.weight" not in reached
-    assert "student.pos_embed" not in reached and all(p.grad is None for p in pair.model.parameters())
+    assert {
+        f"student.blocks.{i}.mlp.fc2.weight" for i in range(3)
+    } <= reached and "student.blocks.3.mlp.fc2.weight" not in reached
+    assert "student.pos_embed" not in reached and all(
+        p.grad is None for p in pair.model.parameters()
+    )
 
 
 def test_widths_that_agree_need_no_projection() -> None:
@@ -254,36 +346,84 @@ def network(model: nn.Module, name: str, size: tuple[int, int] = (16, 16)) -> Ne
             {},
             r"block 8 does not exist: the model has 8 blocks \(0",
         ),
-        ({"dmae": DMAE(student_blocks=(4,))}, RandomMasking(), {}, "block 4 does not exist: the model has 4 blocks"),
+        (
+            {"dmae": DMAE(student_blocks=(4,))},
+            RandomMasking(),
+            {},
+            "block 4 does not exist: the model has 4 blocks",
+        ),
         (
             {"dmae": DMAE()},
             RandomMasking(),
             {"num_classes": 10},
-            r"is a classifier of 10 classes, and DMAE learns .* \(--set objectives.NAME.any_teacher=true; NAME is the objective.s\)$",
+            (
+                r"is a classifier of 10 classes, and DMAE learns .* \(--set"
+                r" objectives.NAME.any_teacher=true; NAME is the objective.s\)$"
+            ),
         ),
-        ({"dmae": DMAE()}, RandomMasking(), {"patch_size": 8}, "4 x 4 patches of 4 x 4 pixels, .* 2 x 2 patches of 8 x 8 pixels"),
-        ({"dmae": DMAE(projection="none")}, RandomMasking(), {}, "the student is 24 wide and the teacher 36"),
-        ({"vitkd": ViTKD()}, RandomMasking(), {}, "vitkd reads every patch of the student, and RandomMasking hides some"),
-        ({"dmae": DMAE(), "mae": SMALL}, RandomMasking(mask_rate=0.0), {}, "mae learns .*hides none of the student.s 16: raise its mask"),
-        ({"mae": SMALL}, RandomMasking(teacher_mask_rate=0.5), None, "there is no teacher: leave masking.teacher_mask_rate out"),
+        (
+            {"dmae": DMAE()},
+            RandomMasking(),
+            {"patch_size": 8},
+            "4 x 4 patches of 4 x 4 pixels, .* 2 x 2 patches of 8 x 8 pixels",
+        ),
+        (
+            {"dmae": DMAE(projection="none")},
+            RandomMasking(),
+            {},
+            "the student is 24 wide and the teacher 36",
+        ),
+        (
+            {"vitkd": ViTKD()},
+            RandomMasking(),
+            {},
+            "vitkd reads every patch of the student, and RandomMasking hides some",
+        ),
+        (
+            {"dmae": DMAE(), "mae": SMALL},
+            RandomMasking(mask_rate=0.0),
+            {},
+            "mae learns .*hides none of the student.s 16: raise its mask",
+        ),
+        (
+            {"mae": SMALL},
+            RandomMasking(teacher_mask_rate=0.5),
+            None,
+            "there is no teacher: leave masking.teacher_mask_rate out",
+        ),
         ({"mae": SMALL}, RandomMasking(mask_rate=0.95), None, "leaves none of 16 patches visible"),
     ],
 )
-def test_what_cannot_work_is_refused(objectives: Any, masking: Any, teacher: dict[str, Any] | None, words: str) -> None:
+def test_what_cannot_work_is_refused(
+    objectives: Any, masking: Any, teacher: dict[str, Any] | None, words: str
+) -> None:
     teachers = {} if teacher is None else {"teacher": network(vit(1, 36, 8, **teacher), "teacher")}
     with pytest.raises(ConfigError, match=words):
         make_plan(network(vit(0), "student"), teachers, objectives, masking=masking)
 
 
-@pytest.mark.parametrize(("name", "flag"), [("teacher", "--teacher-img-size PIXELS"), ("wide", "--set teachers.wide.image_size=PIXELS")])
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("teacher", "--teacher-img-size PIXELS"), ("wide", "--set teachers.wide.image_size=PIXELS")],
+)
 def test_unequal_grids_are_refused_with_the_flag_of_that_teacher(name: str, flag: str) -> None:
     teachers = {name: network(vit(1, 36, 8, patch_size=8), name)}
-    with pytest.raises(ConfigError, match=rf"give networks of equal grids \(--img-size PIXELS, {flag}\)$"):
-        make_plan(network(vit(0), "student"), teachers, {"dmae": DMAE(teacher=name)}, masking=RandomMasking())
+    with pytest.raises(
+        ConfigError, match=rf"give networks of equal grids \(--img-size PIXELS, {flag}\)$"
+    ):
+        make_plan(
+            network(vit(0), "student"),
+            teachers,
+            {"dmae": DMAE(teacher=name)},
+            masking=RandomMasking(),
+        )
 
 
 def test_unequal_grids_of_oblong_images_are_refused_with_what_makes_them_equal() -> None:
-    student, teachers = network(vit(0, img_size=(16, 24)), "student", (16, 24)), {"wide": network(vit(1, 36, 8), "wide")}
+    student, teachers = (
+        network(vit(0, img_size=(16, 24)), "student", (16, 24)),
+        {"wide": network(vit(1, 36, 8), "wide")},
+    )
     flags = "--set student.model_args.img_size=[H,W], --set teachers.wide.model_args.img_size=[H,W]"
     with pytest.raises(ConfigError, match=re.escape(f"give networks of equal grids ({flags})")):
         make_plan(student, teachers, {"dmae": DMAE(teacher="wide")}, masking=RandomMasking())
@@ -291,12 +431,20 @@ def test_unequal_grids_of_oblong_images_are_refused_with_what_makes_them_equal()
 
 def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
     teachers = {"teacher": network(vit(1, 36, 8, num_classes=10), "teacher")}
-    plan = make_plan(network(vit(0), "student"), teachers, {"dmae": DMAE(any_teacher=True)}, masking=RandomMasking())
+    plan = make_plan(
+        network(vit(0), "student"),
+        teachers,
+        {"dmae": DMAE(any_teacher=True)},
+        masking=RandomMasking(),
+    )
     assert plan.live["teacher"].num_blocks(8) == 6
 
 
 def test_a_selector_and_a_masking_are_one_too_many() -> None:
-    networks = network(vit(0, num_classes=3), "student"), {"teacher": network(vit(1, 36, 8, num_classes=3), "teacher")}
+    networks = (
+        network(vit(0, num_classes=3), "student"),
+        {"teacher": network(vit(1, 36, 8, num_classes=3), "teacher")},
+    )
     with pytest.raises(ConfigError, match="RandomMasking and MaskedKD both choose"):
         make_plan(*networks, {"ce": CrossEntropy(), "kd": SoftKD()}, MaskedKD(), RandomMasking())
 
@@ -304,9 +452,18 @@ def test_a_selector_and_a_masking_are_one_too_many() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DMAE(student_blocks=(1, 2), teacher_blocks=(3,)), "student_blocks names 2 and teacher_blocks 1: give pairs"),
-        (lambda: DMAE(distance="smooth_l1", beta=2.0), "differ by 2 at most, so that smooth_l1 would be l2 / 4: give a beta below 2"),
-        (lambda: DMAE(distance="smooth_l1", beta=2.0, projection="none", normalize=True), "give a beta below 2"),
+        (
+            lambda: DMAE(student_blocks=(1, 2), teacher_blocks=(3,)),
+            "student_blocks names 2 and teacher_blocks 1: give pairs",
+        ),
+        (
+            lambda: DMAE(distance="smooth_l1", beta=2.0),
+            "differ by 2 at most, so that smooth_l1 would be l2 / 4: give a beta below 2",
+        ),
+        (
+            lambda: DMAE(distance="smooth_l1", beta=2.0, projection="none", normalize=True),
+            "give a beta below 2",
+        ),
         (lambda: DMAE(student_blocks=(1, 2)), "give both"),
         (lambda: DMAE(beta=2.0), "only the distance smooth_l1 reads"),
         (lambda: DMAE(distance="l3"), "give l1, l2 or smooth_l1"),  # type: ignore[arg-type]
@@ -325,33 +482,70 @@ def test_a_setting_that_means_nothing_is_refused(make: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ({"model": "vit_tiny_r_s16_p8_224", "img_size": 64}, "do not cut its images of 64 x 64 into pixels"),
         (
-            {"model": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "global_pool": "avg"},
-            "norms its features after pooling, .* with model_args.global_pool=token; it may pool when it is fine-tuned",
+            {"model": "vit_tiny_r_s16_p8_224", "img_size": 64},
+            "do not cut its images of 64 x 64 into pixels",
         ),
         (
-            {"model": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "global_pool": "avg", "class_token": False},
+            {
+                "model": "vit_tiny_patch16_224",
+                "img_size": 32,
+                "patch_size": 8,
+                "global_pool": "avg",
+            },
+            (
+                "norms its features after pooling, .* with model_args.global_pool=token; it may"
+                " pool when it is fine-tuned"
+            ),
+        ),
+        (
+            {
+                "model": "vit_tiny_patch16_224",
+                "img_size": 32,
+                "patch_size": 8,
+                "global_pool": "avg",
+                "class_token": False,
+            },
             "norms its features after pooling, .* with model_args.fc_norm=false$",
         ),
     ],
 )
-def test_students_that_a_masked_autoencoder_cannot_be_made_of_are_refused(args: dict[str, Any], words: str) -> None:
+def test_students_that_a_masked_autoencoder_cannot_be_made_of_are_refused(
+    args: dict[str, Any], words: str
+) -> None:
     model = timm.create_model(args.pop("model"), num_classes=0, depth=1, **args)
     size = args["img_size"]
     with pytest.raises(ConfigError, match=words):
-        make_plan(network(model, "student", (size, size)), {}, {"mae": SMALL}, masking=RandomMasking(mask_rate=0.5))
+        make_plan(
+            network(model, "student", (size, size)),
+            {},
+            {"mae": SMALL},
+            masking=RandomMasking(mask_rate=0.5),
+        )
 
 
 def test_without_a_projection_raw_features_are_compared_as_the_authors_do() -> None:
-    raw, unit = (Pair({"dmae": DMAE(projection="none", normalize=how)}, RandomMasking(), embed_dim=24) for how in (None, True))
+    raw, unit = (
+        Pair({"dmae": DMAE(projection="none", normalize=how)}, RandomMasking(), embed_dim=24)
+        for how in (None, True)
+    )
     assert raw.losses()["dmae"].item() > 2 * unit.losses()["dmae"].item()
 
 
 def test_without_a_mask_dmae_alone_may_learn_and_a_student_without_class_token_is_helped() -> None:
-    """At a mask rate of 0 nothing is hidden, which `mae` alone cannot use; and what the refusals above advise is not refused."""
+    """At a mask rate of 0 nothing is hidden, which `mae` alone cannot use; and what the refusals
+    above advise is not refused.
+    """
     pair = Pair({"dmae": DMAE()}, RandomMasking(mask_rate=0.0))
     assert pair.plan.student_keep == 16 and pair.losses()["dmae"].item() > 0
-    for args in ({"class_token": False, "global_pool": "avg", "fc_norm": False}, {"global_pool": "token"}):
-        plan = make_plan(network(vit(0, **args), "student"), {}, {"mae": SMALL}, masking=RandomMasking(mask_rate=0.5))
+    for args in (
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {"global_pool": "token"},
+    ):
+        plan = make_plan(
+            network(vit(0, **args), "student"),
+            {},
+            {"mae": SMALL},
+            masking=RandomMasking(mask_rate=0.5),
+        )
         assert plan.student_keep == 8

@@ -27,7 +27,10 @@ temperatures = st.floats(0.25, 8)
 
 
 def test_the_formula_by_hand() -> None:
-    student, teacher = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, -1.0]])
+    student, teacher = (
+        torch.tensor([[1.0, 2.0], [0.0, 0.0]]),
+        torch.tensor([[0.0, 1.0], [3.0, -1.0]]),
+    )
     total = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         p = [math.exp(x / 2) / sum(math.exp(y / 2) for y in t) for x in t]
@@ -41,7 +44,9 @@ def test_the_scale_is_a_batch_mean_and_not_an_element_mean() -> None:
     student, teacher = logits(0, 4, 1000), logits(1, 4, 1000)
     expected = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
     assert kd_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert kd_loss(student.repeat(5, 1), teacher.repeat(5, 1)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kd_loss(student.repeat(5, 1), teacher.repeat(5, 1)).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 @given(seed=seeds, temperature=temperatures)
@@ -63,7 +68,9 @@ def test_it_is_never_negative(seed: int, temperature: float) -> None:
 def test_it_carries_the_square_of_the_temperature(seed: int, temperature: float) -> None:
     student, teacher = logits(seed), logits(seed + 1)
     scaled = kd_loss(temperature * student, temperature * teacher, temperature)
-    assert scaled.item() == pytest.approx(temperature**2 * kd_loss(student, teacher).item(), rel=1e-3, abs=1e-6)
+    assert scaled.item() == pytest.approx(
+        temperature**2 * kd_loss(student, teacher).item(), rel=1e-3, abs=1e-6
+    )
 
 
 def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
@@ -78,17 +85,25 @@ def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
 
 
 @given(seed=seeds, mine=st.floats(-50, 50), its=st.floats(-50, 50), temperature=temperatures)
-def test_a_constant_added_to_all_logits_changes_nothing(seed: int, mine: float, its: float, temperature: float) -> None:
+def test_a_constant_added_to_all_logits_changes_nothing(
+    seed: int, mine: float, its: float, temperature: float
+) -> None:
     student, teacher = logits(seed), logits(seed + 1)
     shifted = kd_loss(student + mine, teacher + its, temperature)
-    assert shifted.item() == pytest.approx(kd_loss(student, teacher, temperature).item(), rel=1e-3, abs=1e-4)
+    assert shifted.item() == pytest.approx(
+        kd_loss(student, teacher, temperature).item(), rel=1e-3, abs=1e-4
+    )
 
 
 @given(seed=seeds, temperature=temperatures)
 def test_the_gradient_is_the_difference_of_the_softmaxes(seed: int, temperature: float) -> None:
     student, teacher = logits(seed).requires_grad_(), logits(seed + 1)
     kd_loss(student, teacher, temperature).backward()
-    expected = temperature * ((student / temperature).softmax(-1) - (teacher / temperature).softmax(-1)) / len(student)
+    expected = (
+        temperature
+        * ((student / temperature).softmax(-1) - (teacher / temperature).softmax(-1))
+        / len(student)
+    )
     assert student.grad is not None and torch.allclose(student.grad, expected, atol=1e-5)
 
 
@@ -98,9 +113,13 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     assert student.grad is not None
     step = 1e-2
     for i in range(student.numel()):
-        nudge = torch.zeros(student.numel()).index_fill_(0, torch.tensor([i]), step).view_as(student)
+        nudge = (
+            torch.zeros(student.numel()).index_fill_(0, torch.tensor([i]), step).view_as(student)
+        )
         with torch.no_grad():
-            slope = (kd_loss(student + nudge, teacher, 2.0) - kd_loss(student - nudge, teacher, 2.0)) / (2 * step)
+            slope = (
+                kd_loss(student + nudge, teacher, 2.0) - kd_loss(student - nudge, teacher, 2.0)
+            ) / (2 * step)
         assert slope.item() == pytest.approx(student.grad.flatten()[i].item(), abs=1e-4)
 
 
@@ -133,7 +152,7 @@ def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None
         kd_loss(logits(0), logits(1), temperature)
 
 
-# --- as objectives -------------------------------------------------------------------------------------------------------------
+# --- as objectives -------------------------------------------------------------------------------
 
 
 def test_heads_are_chosen_as_deit_trains_them() -> None:
@@ -153,20 +172,41 @@ def test_heads_are_chosen_as_deit_trains_them() -> None:
 
 
 @pytest.mark.parametrize("method", [SoftKD, HardKD])
-@given(order=st.permutations(["class", "conv", "inv", "distillation"]), teacher=st.sampled_from(["conv", "inv", "other"]))
-def test_a_teacher_trains_the_head_called_like_it(method: type[SoftKD | HardKD], order: list[str], teacher: str) -> None:
+@given(
+    order=st.permutations(["class", "conv", "inv", "distillation"]),
+    teacher=st.sampled_from(["conv", "inv", "other"]),
+)
+def test_a_teacher_trains_the_head_called_like_it(
+    method: type[SoftKD | HardKD], order: list[str], teacher: str
+) -> None:
     heads, answer = torch.stack([logits(i) for i in range(4)], dim=1), ViTOutput(logits=logits(9))
-    student, batch = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=tuple(order)), batch_of(torch.tensor([0, 1, 2]))
-    expected = method(teacher=teacher, head="conv" if teacher == "conv" else "inv" if teacher == "inv" else "distillation")
-    assert torch.equal(method(teacher=teacher).loss(student, answer, batch, None), expected.loss(student, answer, batch, None))
+    student, batch = (
+        ViTOutput(logits=heads.mean(1), head_logits=heads, heads=tuple(order)),
+        batch_of(torch.tensor([0, 1, 2])),
+    )
+    expected = method(
+        teacher=teacher,
+        head="conv" if teacher == "conv" else "inv" if teacher == "inv" else "distillation",
+    )
+    assert torch.equal(
+        method(teacher=teacher).loss(student, answer, batch, None),
+        expected.loss(student, answer, batch, None),
+    )
     for i, head in enumerate(order):
         alone = method(teacher=teacher).loss(ViTOutput(logits=heads[:, i]), answer, batch, None)
-        assert torch.equal(method(teacher=teacher, head=head).loss(student, answer, batch, None), alone)
+        assert torch.equal(
+            method(teacher=teacher, head=head).loss(student, answer, batch, None), alone
+        )
 
 
 def test_hard_distillation_is_the_cross_entropy_with_the_top_class() -> None:
     student, teacher = logits(0).requires_grad_(), logits(1).requires_grad_()
-    loss = HardKD().loss(ViTOutput(logits=student), ViTOutput(logits=teacher), batch_of(torch.tensor([0, 1, 2])), None)
+    loss = HardKD().loss(
+        ViTOutput(logits=student),
+        ViTOutput(logits=teacher),
+        batch_of(torch.tensor([0, 1, 2])),
+        None,
+    )
     assert torch.equal(loss, F.cross_entropy(student, teacher.argmax(-1)))
     loss.backward()
     assert student.grad is not None and teacher.grad is None
@@ -176,5 +216,8 @@ def test_labels_are_not_read() -> None:
     student, teacher = ViTOutput(logits=logits(0)), ViTOutput(logits=logits(1))
     for method in (SoftKD(), HardKD()):
         assert not method.reads_labels
-        one, other = (method.loss(student, teacher, batch_of(torch.full((3,), label)), None) for label in (0, -1))
+        one, other = (
+            method.loss(student, teacher, batch_of(torch.full((3,), label)), None)
+            for label in (0, -1)
+        )
         assert torch.equal(one, other)

@@ -1,4 +1,6 @@
-"""The loss of masked autoencoding in training, which predicts the hidden patches alone, against the one of the whole image."""
+"""The loss of masked autoencoding in training, which predicts the hidden patches alone, against the
+one of the whole image.
+"""
 
 from typing import Any
 
@@ -32,12 +34,16 @@ def test_the_loss_of_training_is_the_published_one(
     torch.manual_seed(seed)
     if int(rows * columns * (1 - rate)) < 1:
         rate = 0.5
-    objective = PixelReconstruction(decoder_dim=8, decoder_depth=depth, decoder_num_heads=2, norm_pix=norm_pix)
+    objective = PixelReconstruction(
+        decoder_dim=8, decoder_depth=depth, decoder_num_heads=2, norm_pix=norm_pix
+    )
     decoder = MAEDecoder(6, (rows, columns), (2, 3), 8, depth, 2).double()
     keep, _, mask = random_masking(torch.rand(2, rows * columns), rate)
     images = torch.randn(2, 3, 2 * rows, 3 * columns, dtype=torch.float64)
     features = torch.randn(2, prefix + keep.shape[1], 6, dtype=torch.float64, requires_grad=True)
-    output: Any = ViTOutput(features=features, keep=keep, grid=(rows, columns), num_prefix_tokens=prefix, depth=1)
+    output: Any = ViTOutput(
+        features=features, keep=keep, grid=(rows, columns), num_prefix_tokens=prefix, depth=1
+    )
     ids = torch.arange(2)
     trained = objective.loss(output, None, Batch(images, ids, ids, ids, 0), decoder)
     published = reconstruction_loss(decoder(features, keep, prefix), images, mask, (2, 3), norm_pix)

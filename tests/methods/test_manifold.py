@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from vitdistill.data.loader import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.base import Network
-from vitdistill.methods.manifold import Manifold, patch_gram_loss, random_gram_loss, sample_gram_loss
+from vitdistill.methods.manifold import (
+    Manifold,
+    patch_gram_loss,
+    random_gram_loss,
+    sample_gram_loss,
+)
 from vitdistill.vit.walk import ViTOutput, run_vit
 
 SIZE = (16, 16)
@@ -23,7 +28,14 @@ seeds = st.integers(0, 10**6)
 
 def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     model = timm.create_model(name, **{**settings, **args}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
@@ -45,16 +57,25 @@ def some(seed: int, *shape: int) -> Tensor:
 
 
 def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count] for i in range(images)])
+    return torch.stack(
+        [
+            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
+            for i in range(images)
+        ]
+    )
 
 
-def outputs(objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> tuple[ViTOutput, ViTOutput]:
+def outputs(
+    objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> tuple[ViTOutput, ViTOutput]:
     images, ours, its = batch_of().images, network(student, "student"), network(teacher)
     answer = run_vit(teacher, images, objective.teacher_needs(its), keep)
     return run_vit(student, images, objective.student_needs(ours)), answer
 
 
-def loss_of(objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> Tensor:
+def loss_of(
+    objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> Tensor:
     adapter = objective.adapter(network(student, "student"), network(teacher))
     return objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
 
@@ -63,29 +84,48 @@ def cosines(vectors: Tensor) -> Tensor:
     return torch.tensor([[torch.cosine_similarity(a, b, dim=0) for b in vectors] for a in vectors])
 
 
-# --- the formulas --------------------------------------------------------------------------------------------------------------
+# --- the formulas --------------------------------------------------------------------------------
 
 
-@given(seed=seeds, images=st.integers(1, 3), patches=st.integers(1, 4), widths=st.tuples(st.integers(1, 5), st.integers(1, 5)))
-def test_each_term_is_a_mean_of_squared_differences_of_cosines(seed: int, images: int, patches: int, widths: tuple[int, int]) -> None:
+@given(
+    seed=seeds,
+    images=st.integers(1, 3),
+    patches=st.integers(1, 4),
+    widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+def test_each_term_is_a_mean_of_squared_differences_of_cosines(
+    seed: int, images: int, patches: int, widths: tuple[int, int]
+) -> None:
     ours, its = some(seed, images, patches, widths[0]), some(seed + 1, images, patches, widths[1])
     within = [(cosines(a) - cosines(b)).square().mean() for a, b in zip(ours, its, strict=True)]
-    assert patch_gram_loss(ours, its).item() == pytest.approx(torch.stack(within).mean().item(), abs=1e-5)
+    assert patch_gram_loss(ours, its).item() == pytest.approx(
+        torch.stack(within).mean().item(), abs=1e-5
+    )
     between = [(cosines(ours[:, i]) - cosines(its[:, i])).square().mean() for i in range(patches)]
-    assert sample_gram_loss(ours, its).item() == pytest.approx(torch.stack(between).mean().item(), abs=1e-5)
+    assert sample_gram_loss(ours, its).item() == pytest.approx(
+        torch.stack(between).mean().item(), abs=1e-5
+    )
     everything = (cosines(ours.flatten(0, 1)) - cosines(its.flatten(0, 1))).square().mean()
-    assert random_gram_loss(ours, its, some(seed, images, patches)).item() == pytest.approx(everything.item(), abs=1e-5)
+    assert random_gram_loss(ours, its, some(seed, images, patches)).item() == pytest.approx(
+        everything.item(), abs=1e-5
+    )
 
 
 def test_the_formulas_by_hand() -> None:
-    """Two images of two patches. Student: cosines 0 within the first and 1 within the second; teacher: all 1."""
+    """Two images of two patches. Student: cosines 0 within the first and 1 within the second;
+    teacher: all 1.
+    """
     ours = torch.tensor([[[3.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [5.0, 0.0]]])
     its = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
     assert patch_gram_loss(ours, its).item() == pytest.approx(2 / 8)
-    assert sample_gram_loss(ours, its).item() == pytest.approx(2 / 8)  # equal at the first place, orthogonal at the second
+    assert sample_gram_loss(ours, its).item() == pytest.approx(
+        2 / 8
+    )  # equal at the first place, orthogonal at the second
     drawn = random_gram_loss(ours, its, torch.tensor([[0.1, 0.9], [0.8, 0.2]]), 2)
     assert drawn.item() == pytest.approx(2 / 4)  # the patches of 0.9 and 0.8
-    assert random_gram_loss(ours, its, torch.tensor([[0.9, 0.1], [0.8, 0.2]]), 2).item() == pytest.approx(0)
+    assert random_gram_loss(
+        ours, its, torch.tensor([[0.9, 0.1], [0.8, 0.2]]), 2
+    ).item() == pytest.approx(0)
 
 
 @given(seed=seeds, scale=st.floats(0.01, 100))
@@ -94,10 +134,18 @@ def test_turned_and_scaled_vectors_are_the_same_manifold(seed: int, scale: float
     turn = torch.linalg.qr(some(seed + 1, 6, 6)).Q
     lengths = scale * (0.5 + some(seed + 2, 2, 5, 1).abs())
     ours = lengths * (its @ turn)
-    for term in (patch_gram_loss(ours, its), sample_gram_loss(ours, its), random_gram_loss(ours, its, some(seed, 2, 5), 4)):
+    for term in (
+        patch_gram_loss(ours, its),
+        sample_gram_loss(ours, its),
+        random_gram_loss(ours, its, some(seed, 2, 5), 4),
+    ):
         assert abs(term.item()) < 1e-6
     other = some(seed + 3, 2, 5, 6)
-    for term in (patch_gram_loss(other, its), sample_gram_loss(other, its), random_gram_loss(other, its, some(seed, 2, 5), 4)):
+    for term in (
+        patch_gram_loss(other, its),
+        sample_gram_loss(other, its),
+        random_gram_loss(other, its, some(seed, 2, 5), 4),
+    ):
         assert term.item() > 1e-4
 
 
@@ -105,18 +153,26 @@ def test_turned_and_scaled_vectors_are_the_same_manifold(seed: int, scale: float
 def test_the_largest_numbers_are_drawn(seed: int, count: int) -> None:
     ours, its, uniforms = some(seed, 2, 5, 3), some(seed + 1, 2, 5, 4), some(seed + 2, 2, 5)
     chosen = sorted(range(10), key=lambda i: -uniforms.flatten()[i].item())[:count]
-    expected = (cosines(ours.flatten(0, 1)[chosen]) - cosines(its.flatten(0, 1)[chosen])).square().mean()
-    assert random_gram_loss(ours, its, uniforms, count).item() == pytest.approx(expected.item(), abs=1e-5)
+    expected = (
+        (cosines(ours.flatten(0, 1)[chosen]) - cosines(its.flatten(0, 1)[chosen])).square().mean()
+    )
+    assert random_gram_loss(ours, its, uniforms, count).item() == pytest.approx(
+        expected.item(), abs=1e-5
+    )
 
 
 def test_vectors_of_length_zero_stay_finite() -> None:
     ours, its = torch.zeros(2, 3, 4, requires_grad=True), some(0, 2, 3, 4)
-    loss = patch_gram_loss(ours, its) + sample_gram_loss(ours, its) + random_gram_loss(ours, its, some(1, 2, 3))
+    loss = (
+        patch_gram_loss(ours, its)
+        + sample_gram_loss(ours, its)
+        + random_gram_loss(ours, its, some(1, 2, 3))
+    )
     loss.backward()
     assert loss.isfinite() and ours.grad is not None and ours.grad.isfinite().all()
 
 
-# --- as an objective -----------------------------------------------------------------------------------------------------------
+# --- as an objective -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -129,33 +185,60 @@ def test_a_network_has_no_loss_against_itself() -> None:
 
 @torch.no_grad()
 def test_all_patches_in_any_order_are_the_whole_image() -> None:
-    """Each image its own order: the places are compared, not the positions in the list. Fewer are drawn than there are."""
+    """Each image its own order: the places are compared, not the positions in the list. Fewer are
+    drawn than there are.
+    """
     student, teacher = vit(0, DISTILLED, patch_size=8), vit(1, num_heads=3, reg_tokens=2)
-    for objective in (Manifold(num_samples=20), Manifold(patch_weight=0, random_weight=0), Manifold(patch_weight=0, sample_weight=0)):
+    for objective in (
+        Manifold(num_samples=20),
+        Manifold(patch_weight=0, random_weight=0),
+        Manifold(patch_weight=0, sample_weight=0),
+    ):
         whole = loss_of(objective, student, teacher).item()
-        assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(whole, rel=1e-4)
+        assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(
+            whole, rel=1e-4
+        )
 
 
 @torch.no_grad()
 def test_weights_blocks_and_kept_patches_by_hand() -> None:
-    """A student with class and distillation token; a teacher of other width and depth that sees 5 patches."""
+    """A student with class and distillation token; a teacher of other width and depth that sees 5
+    patches.
+    """
     student, teacher, keep = vit(0, DISTILLED), vit(1, embed_dim=36, depth=4, reg_tokens=1), kept(5)
-    objective = Manifold(blocks=(0, -1), teacher_blocks=(1, -1), patch_weight=3.0, sample_weight=0.5, random_weight=0.25, num_samples=6)
+    objective = Manifold(
+        blocks=(0, -1),
+        teacher_blocks=(1, -1),
+        patch_weight=3.0,
+        sample_weight=0.5,
+        random_weight=0.25,
+        num_samples=6,
+    )
     ours, its = outputs(objective, student, teacher, keep)
     total = 0.0
     for i, (mine, other) in enumerate(((0, 1), (2, 3))):
         uniforms = batch_of().uniforms(32)[:, 16 * i : 16 * (i + 1)]
-        places = [sorted(range(5), key=lambda k, b=b: keep[b, k].item()) for b in range(3)]  # row by row
+        places = [
+            sorted(range(5), key=lambda k, b=b: keep[b, k].item()) for b in range(3)
+        ]  # row by row
         s = torch.stack([ours.hidden[mine][b][2 + keep[b]][places[b]] for b in range(3)])
         t = torch.stack([its.hidden[other][b][2:][places[b]] for b in range(3)])
         drawn = torch.stack([uniforms[b][keep[b]][places[b]] for b in range(3)])
-        total += (3 * patch_gram_loss(s, t) + 0.5 * sample_gram_loss(s, t) + 0.25 * random_gram_loss(s, t, drawn, 6)).item() / 2
+        total += (
+            3 * patch_gram_loss(s, t)
+            + 0.5 * sample_gram_loss(s, t)
+            + 0.25 * random_gram_loss(s, t, drawn, 6)
+        ).item() / 2
     assert loss_of(objective, student, teacher, keep).item() == pytest.approx(total, rel=1e-4)
 
 
 @torch.no_grad()
 def test_what_is_drawn_depends_on_the_seed_and_on_nothing_else() -> None:
-    objective, student, teacher = Manifold(num_samples=8, patch_weight=0, sample_weight=0), vit(0), vit(1)
+    objective, student, teacher = (
+        Manifold(num_samples=8, patch_weight=0, sample_weight=0),
+        vit(0),
+        vit(1),
+    )
     ours, its = outputs(objective, student, teacher)
     losses = [objective.loss(ours, its, batch_of(seed=seed), None) for seed in (0, 0, 1)]
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
@@ -169,15 +252,24 @@ def test_a_term_of_no_weight_is_left_out_and_the_others_couple_images() -> None:
         Manifold(patch_weight=0, random_weight=0),
         Manifold(patch_weight=0, sample_weight=0),
     ]
-    assert [part.couples_images for part in parts] == [False, True, True] and Manifold().couples_images
+    assert [part.couples_images for part in parts] == [
+        False,
+        True,
+        True,
+    ] and Manifold().couples_images
     assert sum(loss_of(part, student, teacher) for part in parts).item() == pytest.approx(
         loss_of(Manifold(), student, teacher).item(), rel=1e-5
     )  # type: ignore[union-attr]
     ours, its = outputs(parts[0], student, teacher)
     alone = []
     for b in range(3):
-        mine, other = ({i: h[b : b + 1] for i, h in output.hidden.items()} for output in (ours, its))
-        one = [ViTOutput(hidden=hidden, grid=(4, 4), num_prefix_tokens=1, depth=3) for hidden in (mine, other)]
+        mine, other = (
+            {i: h[b : b + 1] for i, h in output.hidden.items()} for output in (ours, its)
+        )
+        one = [
+            ViTOutput(hidden=hidden, grid=(4, 4), num_prefix_tokens=1, depth=3)
+            for hidden in (mine, other)
+        ]
         alone.append(parts[0].loss(one[0], one[1], batch_of(1), None).item())
     assert sum(alone) / 3 == pytest.approx(loss_of(parts[0], student, teacher).item(), rel=1e-5)
 
@@ -223,12 +315,20 @@ def test_autocast_changes_nothing_but_the_networks() -> None:
 
 
 def test_it_is_traced_between_unlike_networks_on_kept_patches() -> None:
-    student, teacher, objective = vit(0, DISTILLED, patch_size=8), vit(1, num_heads=3), Manifold(num_samples=7)
+    student, teacher, objective = (
+        vit(0, DISTILLED, patch_size=8),
+        vit(1, num_heads=3),
+        Manifold(num_samples=7),
+    )
     with torch.no_grad():
         ours, its = outputs(objective, student, teacher, kept(5))
     torch.compiler.reset()
-    compiled = torch.compile(lambda s, t, b: objective.loss(s, t, b, None), fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), None), rtol=1e-5)
+    compiled = torch.compile(
+        lambda s, t, b: objective.loss(s, t, b, None), fullgraph=True, backend="eager"
+    )
+    assert torch.allclose(
+        compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), None), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, patch_saliency, resample_saliency, select_patches
+from vitdistill.methods.maskedkd import (
+    MaskedKD,
+    RandomPatches,
+    TeacherGuided,
+    patch_saliency,
+    resample_saliency,
+    select_patches,
+)
 from vitdistill.vit.walk import ViTOutput
 
 
-def attention_of(seed: int, batch: int = 2, heads: int = 3, prefix: int = 1, patches: int = 16, scale: float = 2.0) -> Tensor:
-    logits = scale * torch.randn(batch, heads, prefix + patches, generator=torch.Generator().manual_seed(seed))
+def attention_of(
+    seed: int,
+    batch: int = 2,
+    heads: int = 3,
+    prefix: int = 1,
+    patches: int = 16,
+    scale: float = 2.0,
+) -> Tensor:
+    logits = scale * torch.randn(
+        batch, heads, prefix + patches, generator=torch.Generator().manual_seed(seed)
+    )
     return logits.softmax(-1)
 
 
-def output(attention: Tensor, grid: tuple[int, int], prefix: int = 1, depth: int = 12, block: int = 11) -> ViTOutput:
+def output(
+    attention: Tensor, grid: tuple[int, int], prefix: int = 1, depth: int = 12, block: int = 11
+) -> ViTOutput:
     return ViTOutput(attention={block: attention}, grid=grid, num_prefix_tokens=prefix, depth=depth)
 
 
@@ -32,7 +50,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
-# --- choosing ------------------------------------------------------------------------------------------------------------------
+# --- choosing ------------------------------------------------------------------------------------
 
 
 @given(shape=shapes, share=st.floats(0, 1))
@@ -42,7 +60,11 @@ def test_the_most_attended_patches_are_chosen(shape: dict[str, int], share: floa
     assert keep.shape == (shape["batch"], count) and keep.dtype is torch.int64
     saliency = attention[:, :, shape["prefix"] :].mean(1)
     for row, chosen in zip(saliency, keep, strict=True):
-        assert len(set(chosen.tolist())) == count and int(chosen.min()) >= 0 and int(chosen.max()) < shape["patches"]
+        assert (
+            len(set(chosen.tolist())) == count
+            and int(chosen.min()) >= 0
+            and int(chosen.max()) < shape["patches"]
+        )
         left = row[[i for i in range(len(row)) if i not in chosen]]
         assert len(left) == 0 or row[chosen].min() >= left.max()
         assert row[chosen].tolist() == sorted(row[chosen].tolist(), reverse=True)
@@ -61,7 +83,9 @@ def test_the_order_of_heads_does_not_matter(shape: dict[str, int]) -> None:
     attention = attention_of(**shape)
     order = torch.randperm(shape["heads"], generator=torch.Generator().manual_seed(1))
     for over in ("tokens", "patches"):
-        ours, other = (patch_saliency(a, shape["prefix"], over) for a in (attention, attention[:, order]))
+        ours, other = (
+            patch_saliency(a, shape["prefix"], over) for a in (attention, attention[:, order])
+        )
         assert torch.allclose(ours, other, atol=1e-7)
 
 
@@ -92,8 +116,13 @@ def test_ties_are_broken_the_same_way_every_time(count: int) -> None:
 def test_over_patches_is_a_softmax_over_patches(seed: int, prefix: int) -> None:
     logits = 3 * torch.randn(2, 3, prefix + 9, generator=torch.Generator().manual_seed(seed))
     over_patches = logits[:, :, prefix:].softmax(-1).mean(1)
-    assert torch.allclose(patch_saliency(logits.softmax(-1), prefix, "patches"), over_patches, atol=1e-6)
-    assert torch.allclose(patch_saliency(logits.softmax(-1), prefix, "tokens"), logits.softmax(-1)[:, :, prefix:].mean(1))
+    assert torch.allclose(
+        patch_saliency(logits.softmax(-1), prefix, "patches"), over_patches, atol=1e-6
+    )
+    assert torch.allclose(
+        patch_saliency(logits.softmax(-1), prefix, "tokens"),
+        logits.softmax(-1)[:, :, prefix:].mean(1),
+    )
 
 
 def test_a_head_that_looks_at_the_class_token_weighs_less_over_tokens() -> None:
@@ -110,13 +139,15 @@ def test_a_head_that_looks_only_at_the_class_token_is_no_division_by_zero() -> N
     assert patch_saliency(attention, 1, "patches").isfinite().all()
 
 
-# --- another grid --------------------------------------------------------------------------------------------------------------
+# --- another grid --------------------------------------------------------------------------------
 
 grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
 
 
 @given(grid=grids, to_grid=grids, value=st.floats(0.125, 4, width=32))
-def test_a_constant_map_stays_constant(grid: tuple[int, int], to_grid: tuple[int, int], value: float) -> None:
+def test_a_constant_map_stays_constant(
+    grid: tuple[int, int], to_grid: tuple[int, int], value: float
+) -> None:
     moved = resample_saliency(torch.full((2, grid[0] * grid[1]), value), grid, to_grid)
     assert moved.shape == (2, to_grid[0] * to_grid[1])
     assert torch.allclose(moved, torch.full_like(moved, value), rtol=1e-5)
@@ -141,7 +172,9 @@ def test_the_same_grid_changes_nothing(grid: tuple[int, int], seed: int) -> None
     ],
 )
 @pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
-def test_a_bright_corner_stays_in_its_corner(grid: tuple[int, int], to_grid: tuple[int, int], corner: tuple[int, int]) -> None:
+def test_a_bright_corner_stays_in_its_corner(
+    grid: tuple[int, int], to_grid: tuple[int, int], corner: tuple[int, int]
+) -> None:
     saliency = torch.zeros(1, *grid)
     saliency[0, corner[0], corner[1]] = 1
     moved = resample_saliency(saliency.flatten(1), grid, to_grid).unflatten(1, to_grid)[0]
@@ -149,17 +182,21 @@ def test_a_bright_corner_stays_in_its_corner(grid: tuple[int, int], to_grid: tup
     assert moved.sum() > 0 and moved[-1 - corner[0], -1 - corner[1]] <= 1e-6
 
 
-@pytest.mark.parametrize(("grid", "to_grid"), [((14, 14), (16, 16)), ((12, 8), (6, 4)), ((6, 9), (8, 12))])
+@pytest.mark.parametrize(
+    ("grid", "to_grid"), [((14, 14), (16, 16)), ((12, 8), (6, 4)), ((6, 9), (8, 12))]
+)
 def test_what_lies_left_stays_left(grid: tuple[int, int], to_grid: tuple[int, int]) -> None:
     saliency = torch.zeros(1, *grid)
     saliency[:, :, : grid[1] // 2] = 1
     moved = resample_saliency(saliency.flatten(1), grid, to_grid).unflatten(1, to_grid)[0]
     half = to_grid[1] // 2
     assert moved[:, :half].mean() > 0.85 and moved[:, half:].mean() < 0.15
-    assert torch.allclose(moved, moved[:1].expand_as(moved), atol=1e-6)  # rows are alike, as they were
+    assert torch.allclose(
+        moved, moved[:1].expand_as(moved), atol=1e-6
+    )  # rows are alike, as they were
 
 
-# --- the selectors -------------------------------------------------------------------------------------------------------------
+# --- the selectors -------------------------------------------------------------------------------
 
 
 def test_student_guided_on_one_grid_is_select_patches() -> None:
@@ -200,7 +237,9 @@ def test_random_patches_follow_the_noise() -> None:
     keep = RandomPatches().select((4, 4), 6, ViTOutput(), None, noise)
     assert keep.shape == (3, 6)
     assert all(len(set(row)) == 6 for row in keep.tolist())
-    assert torch.equal(noise.gather(1, keep).min(1).values, noise.sort(1, descending=True).values[:, 5])
+    assert torch.equal(
+        noise.gather(1, keep).min(1).values, noise.sort(1, descending=True).values[:, 5]
+    )
 
 
 def test_random_patches_are_uniform() -> None:

@@ -28,7 +28,10 @@ def test_the_counts_of_the_authors(num_patches: int, expected: dict[float, int])
 
 @pytest.mark.parametrize("rate", [1.0, 1.5, -0.1, -1e-9, math.nan, math.inf])
 def test_a_rate_that_means_nothing_is_refused(rate: float) -> None:
-    with pytest.raises(ConfigError, match=r"^mask_rate is .*: give the fraction of patches to hide, from 0 to below 1$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^mask_rate is .*: give the fraction of patches to hide, from 0 to below 1$",
+    ):
         num_visible(16, rate)
 
 
@@ -44,26 +47,53 @@ def test_a_rate_that_means_nothing_is_refused(rate: float) -> None:
         (100_000, 0.99999999, 0.9999899),
     ],
 )
-def test_nothing_left_is_refused_and_the_highest_rate_told(num_patches: int, rate: float, highest: float) -> None:
-    with pytest.raises(ConfigError, match=rf"leaves none of {num_patches} patches visible: the highest that leaves one is {highest}$"):
+def test_nothing_left_is_refused_and_the_highest_rate_told(
+    num_patches: int, rate: float, highest: float
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=(
+            rf"leaves none of {num_patches} patches visible: the highest that leaves one is"
+            rf" {highest}$"
+        ),
+    ):
         num_visible(num_patches, rate)
 
 
 @given(num_patches=counts, rate=rates)
 def test_the_rate_that_is_told_works_and_is_the_highest(num_patches: int, rate: float) -> None:
     try:
-        assert num_patches * (1 - rate) - 1 <= num_visible(num_patches, rate) <= num_patches * (1 - rate) + 1e-9
+        assert (
+            num_patches * (1 - rate) - 1
+            <= num_visible(num_patches, rate)
+            <= num_patches * (1 - rate) + 1e-9
+        )
     except ConfigError as error:
         told = float(str(error).rsplit(" ", 1)[1])
-        assert num_visible(num_patches, told) == 1 and told < rate and 1 - 1 / num_patches - told < 0.02
+        assert (
+            num_visible(num_patches, told) == 1
+            and told < rate
+            and 1 - 1 / num_patches - told < 0.02
+        )
 
 
-@given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), num_patches=st.integers(2, 60), rate=st.floats(0, 0.5))
-def test_keep_restore_and_mask_say_the_same(seed: int, batch: int, num_patches: int, rate: float) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 4),
+    num_patches=st.integers(2, 60),
+    rate=st.floats(0, 0.5),
+)
+def test_keep_restore_and_mask_say_the_same(
+    seed: int, batch: int, num_patches: int, rate: float
+) -> None:
     noise = torch.rand(batch, num_patches, generator=torch.Generator().manual_seed(seed))
     keep, restore, mask = random_masking(noise, rate)
     visible = num_visible(num_patches, rate)
-    assert keep.shape == (batch, visible) and keep.dtype is restore.dtype is torch.int64 and mask.dtype is torch.float32
+    assert (
+        keep.shape == (batch, visible)
+        and keep.dtype is restore.dtype is torch.int64
+        and mask.dtype is torch.float32
+    )
     for row in range(batch):
         order = sorted(range(num_patches), key=lambda patch: noise[row, patch].item())
         assert keep[row].tolist() == order[:visible]

@@ -36,12 +36,17 @@ def batch_of(labels: Tensor, other: Tensor | None = None, lam: Tensor | None = N
     return Batch(torch.zeros(len(labels), 3, 4, 4), labels, labels, labels, 0, other, lam)
 
 
-def by_hand(student: list[float], teacher: list[float], label: int, gamma: float, temperature: float) -> float:
+def by_hand(
+    student: list[float], teacher: list[float], label: int, gamma: float, temperature: float
+) -> float:
     def softmax(values: list[float]) -> list[float]:
         return [math.exp(x) / sum(math.exp(y) for y in values) for x in values]
 
     target = softmax(teacher)[label] * math.log(softmax(student)[label])
-    rest = [[x / temperature for i, x in enumerate(values) if i != label] for values in (student, teacher)]
+    rest = [
+        [x / temperature for i, x in enumerate(values) if i != label]
+        for values in (student, teacher)
+    ]
     others = sum(t * math.log(s) for s, t in zip(*map(softmax, rest), strict=True))
     return -target - gamma * temperature**2 * others
 
@@ -49,38 +54,58 @@ def by_hand(student: list[float], teacher: list[float], label: int, gamma: float
 @given(case=cases(), gamma=gammas, temperature=temperatures)
 def test_the_formula_by_hand(case: Case, gamma: float, temperature: float) -> None:
     rows = zip(*(values.tolist() for values in case), strict=True)
-    expected = [by_hand(student, teacher, label, gamma, temperature) for student, teacher, label in rows]
-    assert nkd_loss(*case, gamma, temperature).item() == pytest.approx(sum(expected) / len(expected), rel=1e-4, abs=1e-5)
+    expected = [
+        by_hand(student, teacher, label, gamma, temperature) for student, teacher, label in rows
+    ]
+    assert nkd_loss(*case, gamma, temperature).item() == pytest.approx(
+        sum(expected) / len(expected), rel=1e-4, abs=1e-5
+    )
 
 
 @given(case=cases())
 def test_label_and_rest_are_all_classes_in_their_order(case: Case) -> None:
     logits, _, labels = case
     for row, label, mine, rest in zip(
-        logits.tolist(), labels.tolist(), of_label(logits, labels).tolist(), of_rest(logits, labels).tolist(), strict=True
+        logits.tolist(),
+        labels.tolist(),
+        of_label(logits, labels).tolist(),
+        of_rest(logits, labels).tolist(),
+        strict=True,
     ):
         assert [*rest[:label], mine, *rest[label:]] == row
 
 
 def rest_term(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
-    return (nkd_loss(student, teacher, labels, 1.0, temperature) - nkd_loss(student, teacher, labels, 0.0, temperature)).item()
+    return (
+        nkd_loss(student, teacher, labels, 1.0, temperature)
+        - nkd_loss(student, teacher, labels, 0.0, temperature)
+    ).item()
 
 
 @given(case=cases(), temperature=temperatures, value=st.floats(-50, 50))
-def test_the_rest_ignores_both_logits_of_the_label(case: Case, temperature: float, value: float) -> None:
+def test_the_rest_ignores_both_logits_of_the_label(
+    case: Case, temperature: float, value: float
+) -> None:
     student, teacher, labels = case
     expected = rest_term(student, teacher, labels, temperature)
     column = labels[:, None]
     raised = student.scatter(1, column, value), teacher.scatter(1, column, value)
     # The target's term is subtracted out again, and with it the digits it is large by.
-    assert rest_term(student, raised[1], labels, temperature) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert rest_term(raised[0], raised[1], labels, temperature) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert rest_term(student, raised[1], labels, temperature) == pytest.approx(
+        expected, rel=1e-4, abs=1e-4
+    )
+    assert rest_term(raised[0], raised[1], labels, temperature) == pytest.approx(
+        expected, rel=1e-4, abs=1e-4
+    )
 
 
 @given(case=cases(), temperature=temperatures)
 def test_the_target_knows_no_temperature(case: Case, temperature: float) -> None:
     student, teacher, labels = case
-    assert torch.equal(nkd_loss(student, teacher, labels, 0.0, temperature), nkd_loss(student, teacher, labels, 0.0, 1.0))
+    assert torch.equal(
+        nkd_loss(student, teacher, labels, 0.0, temperature),
+        nkd_loss(student, teacher, labels, 0.0, 1.0),
+    )
 
 
 @given(case=cases(), gamma=gammas, temperature=temperatures)
@@ -90,16 +115,24 @@ def test_the_gradient_in_closed_form(case: Case, gamma: float, temperature: floa
     student.requires_grad_()
     nkd_loss(student, teacher, labels, gamma, temperature).backward()
     label = F.one_hot(labels, student.shape[1])
-    without = [(x.detach() / temperature).masked_fill(label.bool(), -math.inf).softmax(-1) for x in (student, teacher)]
+    without = [
+        (x.detach() / temperature).masked_fill(label.bool(), -math.inf).softmax(-1)
+        for x in (student, teacher)
+    ]
     target = teacher.softmax(-1).gather(1, labels[:, None]) * (student.detach().softmax(-1) - label)
     expected = (target + gamma * temperature * (without[0] - without[1])) / len(labels)
     assert student.grad is not None and torch.allclose(student.grad, expected, atol=1e-5, rtol=1e-4)
 
 
 @given(case=cases(), temperature=temperatures)
-def test_no_student_has_a_smaller_rest_than_the_teacher_itself(case: Case, temperature: float) -> None:
+def test_no_student_has_a_smaller_rest_than_the_teacher_itself(
+    case: Case, temperature: float
+) -> None:
     student, teacher, labels = case
-    assert rest_term(student, teacher, labels, temperature) >= rest_term(teacher, teacher, labels, temperature) - 1e-4 * temperature**2
+    assert (
+        rest_term(student, teacher, labels, temperature)
+        >= rest_term(teacher, teacher, labels, temperature) - 1e-4 * temperature**2
+    )
 
 
 def test_two_classes_have_a_rest_of_one_which_is_certain() -> None:
@@ -107,7 +140,7 @@ def test_two_classes_have_a_rest_of_one_which_is_certain() -> None:
     assert rest_term(student, teacher, torch.tensor([0, 1, 1, 0, 1])) == 0
 
 
-# --- soft labels and mixed images, of every such method ------------------------------------------------------------------------
+# --- soft labels and mixed images, of every such method ------------------------------------------
 
 LOSSES = [pytest.param(NKD(gamma=2.0, temperature=3.0), id="nkd"), pytest.param(DKD(), id="dkd")]
 
@@ -120,7 +153,9 @@ def value(method: TargetObjective, student: Tensor, teacher: Tensor, batch: Batc
 def test_the_class_of_a_soft_label_is_the_largest_and_of_equals_the_first(loss: Any) -> None:
     student, teacher = torch.randn(2, 4, 5)
     soft = torch.tensor([[0, 0.4, 0, 0.6, 0], [0.5, 0, 0.5, 0, 0], [0, 0, 0, 0.5, 0.5], [0.2] * 5])
-    assert torch.equal(loss(student, teacher, soft), loss(student, teacher, torch.tensor([3, 0, 3, 0])))
+    assert torch.equal(
+        loss(student, teacher, soft), loss(student, teacher, torch.tensor([3, 0, 3, 0]))
+    )
     assert torch.equal(loss(student, teacher, soft.half()), loss(student, teacher, soft))
 
 
@@ -133,13 +168,19 @@ def test_labels_may_be_of_any_whole_type(loss: Any) -> None:
 
 @pytest.mark.parametrize("method", LOSSES)
 @given(case=cases(), seed=st.integers(0, 99))
-def test_the_dominant_class_is_the_argmax_of_the_soft_label(method: TargetObjective, case: Case, seed: int) -> None:
+def test_the_dominant_class_is_the_argmax_of_the_soft_label(
+    method: TargetObjective, case: Case, seed: int
+) -> None:
     """As the authors train: what a loader with soft labels would give the function."""
     student, teacher, labels = case
     generator = torch.Generator().manual_seed(seed)
     other = labels[torch.randperm(len(labels), generator=generator)]
     lam = torch.randint(11, (len(labels),), generator=generator) / 10  # 0.5 among them
-    soft = torch.zeros_like(student).scatter_add(1, labels[:, None], lam[:, None]).scatter_add(1, other[:, None], 1 - lam[:, None])
+    soft = (
+        torch.zeros_like(student)
+        .scatter_add(1, labels[:, None], lam[:, None])
+        .scatter_add(1, other[:, None], 1 - lam[:, None])
+    )
     mixed = value(method, student, teacher, batch_of(labels, other, lam))
     assert torch.equal(mixed, value(method, student, teacher, batch_of(soft.argmax(-1))))
 
@@ -148,32 +189,50 @@ def test_the_dominant_class_is_the_argmax_of_the_soft_label(method: TargetObject
 def test_of_two_halves_the_lower_class_counts(method: TargetObjective) -> None:
     student, teacher = torch.randn(2, 2, 5)
     mixed = batch_of(torch.tensor([3, 1]), torch.tensor([1, 3]), torch.full((2,), 0.5))
-    assert torch.equal(value(method, student, teacher, mixed), value(method, student, teacher, batch_of(torch.tensor([1, 1]))))
+    assert torch.equal(
+        value(method, student, teacher, mixed),
+        value(method, student, teacher, batch_of(torch.tensor([1, 1]))),
+    )
 
 
-@pytest.mark.parametrize("method", [NKD(mixed="both", gamma=2.0), DKD(mixed="both")], ids=["nkd", "dkd"])
+@pytest.mark.parametrize(
+    "method", [NKD(mixed="both", gamma=2.0), DKD(mixed="both")], ids=["nkd", "dkd"]
+)
 def test_both_classes_count_by_their_share_image_by_image(method: TargetObjective) -> None:
     student, teacher = torch.randn(2, 4, 5)
     labels, other = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 1, 0, 2])
     lam = torch.tensor([0.1, 0.3, 0.8, 1.0])
     expected = 0.0
     for i, share in enumerate(lam.tolist()):
-        one, two = (value(method, student[i : i + 1], teacher[i : i + 1], batch_of(x[i : i + 1])).item() for x in (labels, other))
+        one, two = (
+            value(method, student[i : i + 1], teacher[i : i + 1], batch_of(x[i : i + 1])).item()
+            for x in (labels, other)
+        )
         expected += (share * one + (1 - share) * two) / 4
-    assert value(method, student, teacher, batch_of(labels, other, lam)).item() == pytest.approx(expected, rel=1e-5)
+    assert value(method, student, teacher, batch_of(labels, other, lam)).item() == pytest.approx(
+        expected, rel=1e-5
+    )
     whole = batch_of(labels, other, torch.ones(4))
-    assert torch.equal(value(method, student, teacher, whole), value(method, student, teacher, batch_of(labels)))
+    assert torch.equal(
+        value(method, student, teacher, whole), value(method, student, teacher, batch_of(labels))
+    )
 
 
-# --- at the edges --------------------------------------------------------------------------------------------------------------
+# --- at the edges --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_logits_stay_finite(loss: Any, dtype: torch.dtype, temperature: float) -> None:
-    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, 1e4, 1e4], [-1e4, 0, 1e4]], dtype=dtype, requires_grad=True)
-    teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4], [0.0, 0.0, 0.0], [1e4, 0, -1e4]], dtype=dtype)
+    student = torch.tensor(
+        [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, 1e4, 1e4], [-1e4, 0, 1e4]],
+        dtype=dtype,
+        requires_grad=True,
+    )
+    teacher = torch.tensor(
+        [[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4], [0.0, 0.0, 0.0], [1e4, 0, -1e4]], dtype=dtype
+    )
     for labels in (torch.tensor([0, 1, 2, 0]), torch.tensor([1, 0, 0, 2])):
         answer = loss(student, teacher, labels, temperature=temperature)
         (gradient,) = torch.autograd.grad(answer, student)
@@ -187,7 +246,9 @@ def test_half_precision_logits_are_compared_in_float32(loss: Any, dtype: torch.d
     student, teacher = torch.randn(2, 4, 50).to(dtype)
     labels = torch.arange(4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(loss(student, teacher, labels), loss(student.float(), teacher.float(), labels))
+        assert torch.equal(
+            loss(student, teacher, labels), loss(student.float(), teacher.float(), labels)
+        )
 
 
 @pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
@@ -208,11 +269,23 @@ def test_a_temperature_that_means_nothing_is_refused(loss: Any, temperature: flo
 @pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
 @pytest.mark.parametrize(
     ("teacher", "labels"),
-    [((1, 5), (3,)), ((3, 1), (3,)), ((3, 6), (3,)), ((3, 5), (2,)), ((3, 5), (1,)), ((3, 5), (3, 4)), ((3, 5), (3, 1))],
+    [
+        ((1, 5), (3,)),
+        ((3, 1), (3,)),
+        ((3, 6), (3,)),
+        ((3, 5), (2,)),
+        ((3, 5), (1,)),
+        ((3, 5), (3, 4)),
+        ((3, 5), (3, 1)),
+    ],
 )
-def test_shapes_that_do_not_fit_are_refused(loss: Any, teacher: tuple[int, ...], labels: tuple[int, ...]) -> None:
+def test_shapes_that_do_not_fit_are_refused(
+    loss: Any, teacher: tuple[int, ...], labels: tuple[int, ...]
+) -> None:
     label = torch.zeros(labels, dtype=torch.int64 if len(labels) == 1 else torch.float32)
-    unchecked = getattr(loss, "__wrapped__", loss)  # as users call it: without the annotations' shape checks
+    unchecked = getattr(
+        loss, "__wrapped__", loss
+    )  # as users call it: without the annotations' shape checks
     for call in (loss, unchecked):
         with pytest.raises(Exception, match=r"differ|do not fit|Type-check"):
             call(torch.randn(3, 5), torch.randn(teacher), label)
@@ -258,14 +331,20 @@ def test_the_distillation_tokens_head_learns_from_the_teacher(method: Any) -> No
     batch = batch_of(torch.tensor([0, 1, 4]))
 
     def loss(head: str) -> Tensor:
-        student = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation"))
-        answer: Tensor = type(method)(head=head).loss(student, ViTOutput(logits=teacher), batch, None)
+        student = ViTOutput(
+            logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")
+        )
+        answer: Tensor = type(method)(head=head).loss(
+            student, ViTOutput(logits=teacher), batch, None
+        )
         return answer
 
     def plain(logits: Tensor) -> Tensor:
         return value(type(method)(), logits, teacher, batch)
 
-    assert torch.equal(loss("auto"), plain(heads[:, 1])) and torch.equal(loss("class"), plain(heads[:, 0]))
+    assert torch.equal(loss("auto"), plain(heads[:, 1])) and torch.equal(
+        loss("class"), plain(heads[:, 0])
+    )
     assert torch.equal(loss("all"), plain(heads.mean(1)))
 
 
@@ -274,7 +353,15 @@ def test_the_distillation_tokens_head_learns_from_the_teacher(method: Any) -> No
 def test_it_is_traced_without_a_graph_break(kind: Any, mixed: str) -> None:
     method = kind(mixed=mixed)
     student, teacher = ViTOutput(logits=torch.randn(4, 5)), ViTOutput(logits=torch.randn(4, 5))
-    batch = batch_of(torch.tensor([0, 1, 2, 3]), torch.tensor([4, 1, 0, 2]), torch.tensor([0.1, 0.5, 0.8, 1.0]))
+    batch = batch_of(
+        torch.tensor([0, 1, 2, 3]), torch.tensor([4, 1, 0, 2]), torch.tensor([0.1, 0.5, 0.8, 1.0])
+    )
     torch.compiler.reset()
-    compiled = torch.compile(lambda student, teacher, batch: method.loss(student, teacher, batch, None), fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(student, teacher, batch), method.loss(student, teacher, batch, None))
+    compiled = torch.compile(
+        lambda student, teacher, batch: method.loss(student, teacher, batch, None),
+        fullgraph=True,
+        backend="eager",
+    )
+    assert torch.allclose(
+        compiled(student, teacher, batch), method.loss(student, teacher, batch, None)
+    )

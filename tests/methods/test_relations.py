@@ -24,7 +24,14 @@ seeds = st.integers(0, 10**6)
 
 def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     model = timm.create_model(name, **{**settings, **args}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
@@ -46,21 +53,30 @@ def some(seed: int, *shape: int) -> Tensor:
 
 
 def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count] for i in range(images)])
+    return torch.stack(
+        [
+            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
+            for i in range(images)
+        ]
+    )
 
 
-def outputs(objective: Relations, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> tuple[ViTOutput, ViTOutput]:
+def outputs(
+    objective: Relations, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> tuple[ViTOutput, ViTOutput]:
     images, ours, its = batch_of().images, network(student, "student"), network(teacher)
     answer = run_vit(teacher, images, objective.teacher_needs(its), keep)
     return run_vit(student, images, objective.student_needs(ours)), answer
 
 
-def loss_of(objective: Relations, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> Tensor:
+def loss_of(
+    objective: Relations, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> Tensor:
     adapter = objective.adapter(network(student, "student"), network(teacher))
     return objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
 
 
-# --- the formula ---------------------------------------------------------------------------------------------------------------
+# --- the formula ---------------------------------------------------------------------------------
 
 
 def test_the_formula_by_hand() -> None:
@@ -68,18 +84,28 @@ def test_the_formula_by_hand() -> None:
     ours, its = [[1.0, 0.0, 2.0, 1.0], [0.0, 1.0, -1.0, 0.5]], [[1.0, -1.0], [2.0, 0.5]]
     total = 0.0
     for head in range(2):
-        mine, other = [row[2 * head : 2 * head + 2] for row in ours], [row[head : head + 1] for row in its]
+        mine, other = (
+            [row[2 * head : 2 * head + 2] for row in ours],
+            [row[head : head + 1] for row in its],
+        )
         for i in range(2):
-            p = [math.exp(sum(x * y for x, y in zip(mine[i], row, strict=True)) / math.sqrt(2)) for row in mine]
+            p = [
+                math.exp(sum(x * y for x, y in zip(mine[i], row, strict=True)) / math.sqrt(2))
+                for row in mine
+            ]
             q = [math.exp(sum(x * y for x, y in zip(other[i], row, strict=True))) for row in other]
             p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
             total += sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)) / 4
     student, teacher = torch.tensor([ours]), torch.tensor([its])
-    assert relation_loss(student, student, teacher, teacher, 2).item() == pytest.approx(total, abs=1e-6)
+    assert relation_loss(student, student, teacher, teacher, 2).item() == pytest.approx(
+        total, abs=1e-6
+    )
 
 
 @given(seed=seeds, heads=st.integers(1, 3), width=st.integers(1, 4), tokens=st.integers(2, 6))
-def test_equal_relations_have_no_loss_and_other_relations_have(seed: int, heads: int, width: int, tokens: int) -> None:
+def test_equal_relations_have_no_loss_and_other_relations_have(
+    seed: int, heads: int, width: int, tokens: int
+) -> None:
     """Turning every head's vectors by one rotation keeps their relations."""
     q, k, other = (2 * some(seed + i, 2, tokens, heads * width) for i in range(3))
     turn = torch.linalg.qr(some(seed + 3, width, width)).Q
@@ -90,7 +116,9 @@ def test_equal_relations_have_no_loss_and_other_relations_have(seed: int, heads:
 
 @given(seed=seeds)
 def test_relations_of_a_teacher_wider_by_repetition_are_its_own(seed: int) -> None:
-    """Twice the channels, divided by the fourth root of 2, in the same number of relation heads: the same products and scale."""
+    """Twice the channels, divided by the fourth root of 2, in the same number of relation heads:
+    the same products and scale.
+    """
     q, k = some(seed, 2, 5, 6), some(seed + 1, 2, 5, 6)
     wide = [x.unflatten(2, (2, 3)).repeat(1, 1, 1, 2).flatten(2) / 2**0.25 for x in (q, k)]
     assert abs(relation_loss(q, k, wide[0], wide[1], 2).item()) < 1e-5
@@ -101,7 +129,9 @@ def test_relation_heads_split_both_widths(student: int, teacher: int, heads: int
     count = relation_heads(student, heads * teacher, heads)
     assert count <= heads and student % count == 0 and heads * teacher % count == 0
     assert count == heads or student % heads != 0
-    assert not any(student % more == 0 and heads * teacher % more == 0 for more in range(count + 1, heads + 1))
+    assert not any(
+        student % more == 0 and heads * teacher % more == 0 for more in range(count + 1, heads + 1)
+    )
 
 
 def test_large_vectors_stay_finite() -> None:
@@ -111,7 +141,7 @@ def test_large_vectors_stay_finite() -> None:
     assert loss.isfinite() and loss > 0 and ours.grad is not None and ours.grad.isfinite().all()
 
 
-# --- as an objective -----------------------------------------------------------------------------------------------------------
+# --- as an objective -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -128,25 +158,44 @@ def test_all_patches_in_any_order_are_the_whole_image() -> None:
     student, teacher = vit(0, DISTILLED, patch_size=8), vit(1, num_heads=3, reg_tokens=2)
     for objective in (Relations(), Relations(relations=("kv",), num_heads=4)):
         whole = loss_of(objective, student, teacher).item()
-        assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(whole, rel=1e-4)
+        assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(
+            whole, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("num_heads", [None, 2, 6, 12])
 @torch.no_grad()
 def test_kept_patches_by_hand(num_heads: int | None) -> None:
-    """A student with class and distillation token; a teacher of other width, depth and heads that sees 5 patches."""
-    student, teacher, keep = vit(0, DISTILLED, depth=2), vit(1, embed_dim=36, depth=4, num_heads=3, reg_tokens=1), kept(5)
+    """A student with class and distillation token; a teacher of other width, depth and heads that
+    sees 5 patches.
+    """
+    student, teacher, keep = (
+        vit(0, DISTILLED, depth=2),
+        vit(1, embed_dim=36, depth=4, num_heads=3, reg_tokens=1),
+        kept(5),
+    )
     objective = Relations(block=0, teacher_block=-2, relations=("qk", "vv"), num_heads=num_heads)
     count = num_heads or 3
     ours, its = outputs(objective, student, teacher, keep)
     total = 0.0
     for b in range(3):
         for row, column in ((0, 1), (2, 2)):
-            mine = [ours.qkv[0][i][b].transpose(0, 1).flatten(1)[[0, *(2 + keep[b]).tolist()]] for i in (row, column)]
-            other = [its.qkv[2][i][b].transpose(0, 1).flatten(1)[[0, 2, 3, 4, 5, 6]] for i in (row, column)]
+            mine = [
+                ours.qkv[0][i][b].transpose(0, 1).flatten(1)[[0, *(2 + keep[b]).tolist()]]
+                for i in (row, column)
+            ]
+            other = [
+                its.qkv[2][i][b].transpose(0, 1).flatten(1)[[0, 2, 3, 4, 5, 6]]
+                for i in (row, column)
+            ]
             for head in range(count):
-                (a, c), (d, e) = ([x.chunk(count, dim=1)[head] for x in pair] for pair in (mine, other))
-                p, q = (a @ c.T / math.sqrt(24 / count)).softmax(-1), (d @ e.T / math.sqrt(36 / count)).softmax(-1)
+                (a, c), (d, e) = (
+                    [x.chunk(count, dim=1)[head] for x in pair] for pair in (mine, other)
+                )
+                p, q = (
+                    (a @ c.T / math.sqrt(24 / count)).softmax(-1),
+                    (d @ e.T / math.sqrt(36 / count)).softmax(-1),
+                )
                 total += (q * (q / p).log()).sum(-1).mean().item() / (3 * 2 * count)
     assert loss_of(objective, student, teacher, keep).item() == pytest.approx(total, rel=1e-4)
 
@@ -167,7 +216,9 @@ def test_any_two_plain_networks_can_be_compared() -> None:
             loss.backward()
             assert loss.isfinite() and loss > 0 and loss.dtype is torch.float32
             gradient = student.blocks[-1].attn.qkv.weight.grad
-            assert all(part.abs().max() > 0 for part in gradient.chunk(3))  # queries, keys and values learn
+            assert all(
+                part.abs().max() > 0 for part in gradient.chunk(3)
+            )  # queries, keys and values learn
             assert all(p.grad is None for p in teacher.parameters())
 
 
@@ -190,8 +241,12 @@ def test_it_is_traced_between_unlike_networks_on_kept_patches() -> None:
         ours, its = outputs(objective, student, teacher, kept(5))
     adapter = objective.adapter(network(student, "student"), network(teacher))
     torch.compiler.reset()
-    compiled = torch.compile(lambda s, t, b: objective.loss(s, t, b, adapter), fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), adapter), rtol=1e-5)
+    compiled = torch.compile(
+        lambda s, t, b: objective.loss(s, t, b, adapter), fullgraph=True, backend="eager"
+    )
+    assert torch.allclose(
+        compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), adapter), rtol=1e-5
+    )
 
 
 def test_what_cannot_be_split_is_refused_and_what_is_chosen_is_said() -> None:
@@ -202,7 +257,9 @@ def test_what_cannot_be_split_is_refused_and_what_is_chosen_is_said() -> None:
         Relations(num_heads=8).check(student, teacher)
     Relations(num_heads=12).check(student, teacher)
     assert Relations().describe(student, teacher, None) == "qk and vv in 6 relation heads"
-    assert "in 12 relation heads, compared at the 5 of 16" in Relations(num_heads=12).describe(student, teacher, 5)
+    assert "in 12 relation heads, compared at the 5 of 16" in Relations(num_heads=12).describe(
+        student, teacher, 5
+    )
 
 
 @pytest.mark.parametrize("relations", [(), ("q",), ("qx",), ("qkv",), ("qk", "qk"), ("",)])

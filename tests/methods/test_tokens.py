@@ -1,4 +1,6 @@
-"""Feature distillation after the final norm: class token and patches, through projections of their own."""
+"""Feature distillation after the final norm: class token and patches, through projections of their
+own.
+"""
 
 from typing import Any
 
@@ -23,7 +25,14 @@ seeds = st.integers(0, 10**6)
 
 def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     torch.manual_seed(seed)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     model = timm.create_model(name, **{**settings, **args}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
@@ -45,12 +54,21 @@ def some(seed: int, *shape: int) -> Tensor:
 
 
 def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count] for i in range(images)])
+    return torch.stack(
+        [
+            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
+            for i in range(images)
+        ]
+    )
 
 
-def both(student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> tuple[ViTOutput, ViTOutput]:
+def both(
+    student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> tuple[ViTOutput, ViTOutput]:
     images = batch_of().images
-    return run_vit(student, images, Needs(features=True)), run_vit(teacher, images, Needs(features=True), keep)
+    return run_vit(student, images, Needs(features=True)), run_vit(
+        teacher, images, Needs(features=True), keep
+    )
 
 
 def adapter_of(objective: TokenFeatures, student: nn.Module, teacher: nn.Module) -> TokenAdapter:
@@ -60,8 +78,12 @@ def adapter_of(objective: TokenFeatures, student: nn.Module, teacher: nn.Module)
     return adapter
 
 
-def loss_of(objective: TokenFeatures, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None) -> Tensor:
-    return objective.loss(*both(student, teacher, keep), batch_of(), adapter_of(objective, student, teacher))
+def loss_of(
+    objective: TokenFeatures, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> Tensor:
+    return objective.loss(
+        *both(student, teacher, keep), batch_of(), adapter_of(objective, student, teacher)
+    )
 
 
 def cnn() -> nn.Module:
@@ -72,7 +94,7 @@ def cnn() -> nn.Module:
     return model
 
 
-# --- the formula ---------------------------------------------------------------------------------------------------------------
+# --- the formula ---------------------------------------------------------------------------------
 
 
 def test_the_kinds_by_hand() -> None:
@@ -83,7 +105,9 @@ def test_the_kinds_by_hand() -> None:
 
 
 @given(seed=seeds, kind=st.sampled_from(["mse", "smooth_l1", "cosine"]), scale=st.floats(0.1, 10))
-def test_equal_features_have_no_loss_and_other_features_have(seed: int, kind: Any, scale: float) -> None:
+def test_equal_features_have_no_loss_and_other_features_have(
+    seed: int, kind: Any, scale: float
+) -> None:
     its = scale * some(seed, 2, 4, 6)
     assert abs(feature_loss(its, its, kind).item()) < 1e-5
     assert feature_loss(scale * some(seed + 1, 2, 4, 6), its, kind).item() > 1e-3
@@ -95,32 +119,50 @@ def test_the_mean_does_not_depend_on_how_many_tokens_and_images_there_are() -> N
     for kind in ("mse", "smooth_l1", "cosine"):
         expected = feature_loss(ours, its, kind).item()  # type: ignore[arg-type]
         for size in ((3, 1, 1), (1, 3, 1)):
-            assert feature_loss(ours.repeat(size), its.repeat(size), kind).item() == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+            assert feature_loss(ours.repeat(size), its.repeat(size), kind).item() == pytest.approx(
+                expected, rel=1e-5
+            )  # type: ignore[arg-type]
 
 
-# --- as an objective -----------------------------------------------------------------------------------------------------------
+# --- as an objective -----------------------------------------------------------------------------
 
 
-def by_hand(adapter: TokenAdapter, classes: tuple[Tensor, Tensor], patches: tuple[Tensor, Tensor]) -> Tensor:
-    return ((adapter.class_head(classes[0]) - classes[1]) ** 2).mean() + ((adapter.patch_head(patches[0]) - patches[1]) ** 2).mean()
+def by_hand(
+    adapter: TokenAdapter, classes: tuple[Tensor, Tensor], patches: tuple[Tensor, Tensor]
+) -> Tensor:
+    return ((adapter.class_head(classes[0]) - classes[1]) ** 2).mean() + (
+        (adapter.patch_head(patches[0]) - patches[1]) ** 2
+    ).mean()
 
 
 @torch.no_grad()
 def test_what_is_compared_by_hand() -> None:
-    """A student with class and distillation token; a teacher of other width and depth, with registers, that sees 5 patches."""
+    """A student with class and distillation token; a teacher of other width and depth, with
+    registers, that sees 5 patches.
+    """
     student, teacher, keep = vit(0, DISTILLED), vit(1, embed_dim=36, depth=4, reg_tokens=2), kept(5)
     ours, its = both(student, teacher, keep)
     assert ours.features is not None and its.features is not None
     assert torch.equal(
-        its.features[:, :3], teacher.norm(run_vit(teacher, batch_of().images, Needs(hidden=frozenset({-1})), keep).hidden[3])[:, :3]
+        its.features[:, :3],
+        teacher.norm(
+            run_vit(teacher, batch_of().images, Needs(hidden=frozenset({-1})), keep).hidden[3]
+        )[:, :3],
     )
     gathered = torch.stack([ours.features[b][2 + keep[b]] for b in range(3)])
     adapter = adapter_of(TokenFeatures(), student, teacher)
-    expected = by_hand(adapter, (ours.features[:, 0], its.features[:, 0]), (gathered, its.features[:, 3:]))
-    assert loss_of(TokenFeatures(), student, teacher, keep).item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = by_hand(
+        adapter, (ours.features[:, 0], its.features[:, 0]), (gathered, its.features[:, 3:])
+    )
+    assert loss_of(TokenFeatures(), student, teacher, keep).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
     half = TokenFeatures(class_weight=0.5, patch_weight=0)
     assert not hasattr(adapter_of(half, student, teacher), "patch_head")
-    term = ((adapter_of(half, student, teacher).class_head(ours.features[:, 0]) - its.features[:, 0]) ** 2).mean()
+    term = (
+        (adapter_of(half, student, teacher).class_head(ours.features[:, 0]) - its.features[:, 0])
+        ** 2
+    ).mean()
     assert loss_of(half, student, teacher, keep).item() == pytest.approx(term.item() / 2, rel=1e-5)
 
 
@@ -133,35 +175,62 @@ def test_the_mean_of_the_patches_stands_in_for_a_class_token() -> None:
         ours, its = both(student, teacher)
         assert ours.features is not None and its.features is not None
         patches = ours.features[:, form.get("reg_tokens", 0) :]
-        expected = by_hand(adapter, (patches.mean(1), its.features[:, 0]), (patches, its.features[:, 1:]))
-        assert loss_of(TokenFeatures(), student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+        expected = by_hand(
+            adapter, (patches.mean(1), its.features[:, 0]), (patches, its.features[:, 1:])
+        )
+        assert loss_of(TokenFeatures(), student, teacher).item() == pytest.approx(
+            expected.item(), rel=1e-5
+        )
         back = adapter_of(TokenFeatures(), teacher, student)
-        expected = by_hand(back, (its.features[:, 0], patches.mean(1)), (its.features[:, 1:], patches))
-        assert TokenFeatures().loss(its, ours, batch_of(), back).item() == pytest.approx(expected.item(), rel=1e-5)
+        expected = by_hand(
+            back, (its.features[:, 0], patches.mean(1)), (its.features[:, 1:], patches)
+        )
+        assert TokenFeatures().loss(its, ours, batch_of(), back).item() == pytest.approx(
+            expected.item(), rel=1e-5
+        )
 
 
 @torch.no_grad()
 def test_a_convolutional_teacher_and_student() -> None:
-    """Its last map of a 16 pixel image is 1 x 1: that one vector meets the class token, and every patch of the other network."""
+    """Its last map of a 16 pixel image is 1 x 1: that one vector meets the class token, and every
+    patch of the other network.
+    """
     vision, other = vit(0), cnn()
     ours, its = both(vision, other)
-    assert ours.features is not None and its.features is not None and its.features.shape == (3, 1, 512)
+    assert (
+        ours.features is not None and its.features is not None and its.features.shape == (3, 1, 512)
+    )
     adapter = adapter_of(TokenFeatures(), other, vision)
-    expected = by_hand(adapter, (its.features[:, 0], ours.features[:, 0]), (its.features.expand(3, 16, 512), ours.features[:, 1:]))
-    assert TokenFeatures().loss(its, ours, batch_of(), adapter).item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = by_hand(
+        adapter,
+        (its.features[:, 0], ours.features[:, 0]),
+        (its.features.expand(3, 16, 512), ours.features[:, 1:]),
+    )
+    assert TokenFeatures().loss(its, ours, batch_of(), adapter).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
     assert loss_of(TokenFeatures(), vision, other).isfinite()
 
 
 @torch.no_grad()
 def test_all_patches_in_any_order_are_the_whole_image() -> None:
-    for student, teacher in ((vit(0, DISTILLED, patch_size=8), vit(1, reg_tokens=2)), (vit(0, patch_size=8), vit(1, **NO_CLASS))):
+    for student, teacher in (
+        (vit(0, DISTILLED, patch_size=8), vit(1, reg_tokens=2)),
+        (vit(0, patch_size=8), vit(1, **NO_CLASS)),
+    ):
         whole = loss_of(TokenFeatures(), student, teacher).item()
-        assert loss_of(TokenFeatures(), student, teacher, kept(16)).item() == pytest.approx(whole, rel=1e-4)
+        assert loss_of(TokenFeatures(), student, teacher, kept(16)).item() == pytest.approx(
+            whole, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cosine"])
 def test_the_gradient_reaches_every_parameter_of_the_adapter_and_no_teacher(kind: Any) -> None:
-    objective, student, teacher = TokenFeatures(kind=kind), vit(0, patch_size=8), vit(1, embed_dim=36)
+    objective, student, teacher = (
+        TokenFeatures(kind=kind),
+        vit(0, patch_size=8),
+        vit(1, embed_dim=36),
+    )
     adapter = adapter_of(objective, student, teacher)
     loss = objective.loss(*both(student, teacher, kept(5)), batch_of(), adapter)
     loss.backward()
@@ -180,24 +249,36 @@ def test_under_autocast_the_loss_is_float32() -> None:
 
 
 def test_it_is_traced_between_unlike_networks_on_kept_patches() -> None:
-    student, teacher, objective = vit(0, patch_size=8, **NO_CLASS), vit(1, embed_dim=36), TokenFeatures()
+    student, teacher, objective = (
+        vit(0, patch_size=8, **NO_CLASS),
+        vit(1, embed_dim=36),
+        TokenFeatures(),
+    )
     with torch.no_grad():
         ours, its = both(student, teacher, kept(5))
     adapter = adapter_of(objective, student, teacher)
     torch.compiler.reset()
-    compiled = torch.compile(lambda s, t, b: objective.loss(s, t, b, adapter), fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), adapter), rtol=1e-5)
+    compiled = torch.compile(
+        lambda s, t, b: objective.loss(s, t, b, adapter), fullgraph=True, backend="eager"
+    )
+    assert torch.allclose(
+        compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), adapter), rtol=1e-5
+    )
 
 
 def test_the_plan_says_what_stands_in() -> None:
     student, teacher = network(vit(0, **NO_CLASS), "student"), network(vit(1))
     assert (
-        TokenFeatures().describe(student, teacher, 5).startswith("the student has no class token: mean of its patches, compared at the 5")
+        TokenFeatures()
+        .describe(student, teacher, 5)
+        .startswith("the student has no class token: mean of its patches, compared at the 5")
     )
     assert TokenFeatures(class_weight=0).describe(student, teacher, None) == ""
 
 
-@pytest.mark.parametrize("settings", [{"class_weight": -1.0}, {"class_weight": 0.0, "patch_weight": 0.0}, {"kind": "l3"}])
+@pytest.mark.parametrize(
+    "settings", [{"class_weight": -1.0}, {"class_weight": 0.0, "patch_weight": 0.0}, {"kind": "l3"}]
+)
 def test_what_means_nothing_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"class_weight|kind is 'l3'"):
         TokenFeatures(**settings)

@@ -1,4 +1,6 @@
-"""ViTKD: its two terms written out by hand, on any grid and any kept patches, and end to end between unequal networks."""
+"""ViTKD: its two terms written out by hand, on any grid and any kept patches, and end to end
+between unequal networks.
+"""
 
 import inspect
 import itertools
@@ -20,7 +22,13 @@ from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
 from vitdistill.methods.base import Network, TokenSelector, WeightSchedule
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
-from vitdistill.methods.vitkd import ViTKD, ViTKDAdapter, generation_loss, mimicking_loss, vitkd_loss
+from vitdistill.methods.vitkd import (
+    ViTKD,
+    ViTKDAdapter,
+    generation_loss,
+    mimicking_loss,
+    vitkd_loss,
+)
 from vitdistill.vit.patches import resample_patches
 from vitdistill.vit.walk import Needs, run_vit
 
@@ -31,7 +39,13 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def adapter_of(seed: int, student: int, teacher: int, low_dims: list[tuple[int, int]] | None = None, **args: bool) -> ViTKDAdapter:
+def adapter_of(
+    seed: int,
+    student: int,
+    teacher: int,
+    low_dims: list[tuple[int, int]] | None = None,
+    **args: bool,
+) -> ViTKDAdapter:
     """With random parameters, the mask token included."""
     adapter = ViTKDAdapter(student, teacher, low_dims, **args)
     with torch.no_grad():
@@ -40,20 +54,29 @@ def adapter_of(seed: int, student: int, teacher: int, low_dims: list[tuple[int, 
     return adapter
 
 
-# --- the formula ---------------------------------------------------------------------------------------------------------------
+# --- the formula ---------------------------------------------------------------------------------
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    """Features of student and teacher on one grid, at some of its patches, and an adapter between their widths."""
+    """Features of student and teacher on one grid, at some of its patches, and an adapter between
+    their widths.
+    """
     grid = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    batch, ours, its, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    batch, ours, its, blocks = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+    )
     seed, count = draw(st.integers(0, 10**6)), grid[0] * grid[1]
     generator = torch.Generator().manual_seed(seed)
     keep, seen = None, count
     if draw(st.booleans()):
         seen = draw(st.integers(1, count))
-        keep = torch.stack([torch.randperm(count, generator=generator)[:seen] for _ in range(batch)])
+        keep = torch.stack(
+            [torch.randperm(count, generator=generator)[:seen] for _ in range(batch)]
+        )
     return {
         "adapter": adapter_of(seed, ours, its, [(ours, its)] * blocks),
         "student_low": random(seed + 100, batch, blocks, count, ours),
@@ -70,7 +93,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 def linear(vector: list[float], layer: nn.Linear) -> list[float]:
     return [
-        sum(w * x for w, x in zip(row, vector, strict=True)) + b for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+        sum(w * x for w, x in zip(row, vector, strict=True)) + b
+        for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
     ]
 
 
@@ -101,18 +125,33 @@ def by_hand(case: dict[str, Any]) -> tuple[float, float]:
         for block, (k, patch) in itertools.product(range(blocks), enumerate(keep[b].tolist())):
             mine = case["student_low"][b, block, patch].tolist()
             mine = linear(mine, adapter.align_low[block]) if aligned else mine  # type: ignore[arg-type]
-            low += sum((s - t) ** 2 for s, t in zip(mine, case["teacher_low"][b, block, k].tolist(), strict=True))
-        features = [linear(v, adapter.align_high) if aligned else v for v in case["student_high"][b].tolist()]
-        visible = sorted(range(count), key=lambda patch: case["noise"][b, patch].item())[: int(count * (1 - rate))]
+            low += sum(
+                (s - t) ** 2
+                for s, t in zip(mine, case["teacher_low"][b, block, k].tolist(), strict=True)
+            )
+        features = [
+            linear(v, adapter.align_high) if aligned else v
+            for v in case["student_high"][b].tolist()
+        ]
+        visible = sorted(range(count), key=lambda patch: case["noise"][b, patch].item())[
+            : int(count * (1 - rate))
+        ]
         hidden = set(range(count)) - set(visible) if rate > 0 else set()
         token = adapter.mask_token.flatten().tolist()
         features = [token if patch in hidden else v for patch, v in enumerate(features)]
-        image = convolution([features[r * columns : (r + 1) * columns] for r in range(rows)], adapter.generation[0])  # type: ignore[arg-type]
+        image = convolution(
+            [features[r * columns : (r + 1) * columns] for r in range(rows)], adapter.generation[0]
+        )  # type: ignore[arg-type]
         image = [[[max(x, 0.0) for x in v] for v in row] for row in image]
         generated = [v for row in convolution(image, adapter.generation[2]) for v in row]  # type: ignore[arg-type]
         for k, patch in enumerate(keep[b].tolist()):
             if patch in hidden or rate == 0:
-                high += sum((g - t) ** 2 for g, t in zip(generated[patch], case["teacher_high"][b, k].tolist(), strict=True))
+                high += sum(
+                    (g - t) ** 2
+                    for g, t in zip(
+                        generated[patch], case["teacher_high"][b, k].tolist(), strict=True
+                    )
+                )
     masked = count if rate == 0 else count - int(count * (1 - rate))
     whole = count / seen / batch
     if mean:
@@ -139,7 +178,9 @@ def test_the_mean_is_the_sum_divided_by_what_was_summed(case: dict[str, Any]) ->
     count, rate = case["student_high"].shape[1], case["mask_rate"]
     masked = count - int(count * (1 - rate)) if rate else count
     assert means[0].item() == pytest.approx(sums[0].item() / (blocks * count * width), rel=1e-4)
-    assert means[1].item() == pytest.approx(sums[1].item() * (rate or 1) / (masked * width), rel=1e-4, abs=1e-12)
+    assert means[1].item() == pytest.approx(
+        sums[1].item() * (rate or 1) / (masked * width), rel=1e-4, abs=1e-12
+    )
 
 
 def test_weights_are_the_published_ones() -> None:
@@ -153,7 +194,9 @@ def test_weights_are_the_published_ones() -> None:
     }
     low, high = vitkd_loss(**case)  # type: ignore[arg-type]
     one, two = vitkd_loss(**case, low_weight=1.0, high_weight=1.0)  # type: ignore[arg-type]
-    assert low.item() == pytest.approx(3e-5 * one.item(), rel=1e-6) and high.item() == pytest.approx(3e-6 * two.item(), rel=1e-6)
+    assert low.item() == pytest.approx(
+        3e-5 * one.item(), rel=1e-6
+    ) and high.item() == pytest.approx(3e-6 * two.item(), rel=1e-6)
 
 
 @torch.no_grad()
@@ -161,7 +204,9 @@ def test_mean_weights_are_worth_the_published_ones_at_224() -> None:
     """A teacher 768 wide with 196 patches; both losses of one pair of features, to 0.5 %."""
     student, teacher = random(0, 1, 2, 196, 4), random(1, 1, 2, 196, 768)
     adapter = adapter_of(2, 4, 768, masks=True)
-    adapter.generation = nn.Sequential(nn.Identity())  # what is generated does not matter here, and 768 channels take long
+    adapter.generation = nn.Sequential(
+        nn.Identity()
+    )  # what is generated does not matter here, and 768 channels take long
     adapter.generation.forward = lambda image: image  # type: ignore[method-assign, assignment]
     losses = {}
     for reduction in ("sum", "mean"):
@@ -169,26 +214,42 @@ def test_mean_weights_are_worth_the_published_ones_at_224() -> None:
         low, high = objective._weights
         noise = torch.rand(1, 196, generator=torch.Generator().manual_seed(3))
         losses[reduction] = vitkd_loss(
-            adapter, student, student[:, 0], teacher, teacher[:, 0], low_weight=low, high_weight=high, noise=noise, reduction=reduction
+            adapter,
+            student,
+            student[:, 0],
+            teacher,
+            teacher[:, 0],
+            low_weight=low,
+            high_weight=high,
+            noise=noise,
+            reduction=reduction,
         )
     for published, mean in zip(losses["sum"], losses["mean"], strict=True):
         assert published > 0 and mean.item() == pytest.approx(published.item(), rel=5e-3)
 
 
-# --- masking -------------------------------------------------------------------------------------------------------------------
+# --- masking -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40)
-@given(count=st.integers(1, 60), rate=st.floats(0, 1, exclude_min=True, exclude_max=True), seed=st.integers(0, 10**6))
+@given(
+    count=st.integers(1, 60),
+    rate=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    seed=st.integers(0, 10**6),
+)
 @torch.no_grad()
 def test_as_many_patches_are_visible_as_published(count: int, rate: float, seed: int) -> None:
-    """The whole part of N times what is left, those of the smallest numbers, in every image; ties included."""
+    """The whole part of N times what is left, those of the smallest numbers, in every image; ties
+    included.
+    """
     adapter, seen = ViTKDAdapter(1, 1, []), []
     adapter.generation.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     adapter.mask_token.fill_(-7.0)
     noise = torch.rand(2, count, generator=torch.Generator().manual_seed(seed))
     noise[1] = noise[1].round(decimals=1)
-    generation_loss(adapter, torch.ones(2, count, 1), torch.zeros(2, count, 1), (1, count), None, rate, noise)
+    generation_loss(
+        adapter, torch.ones(2, count, 1), torch.zeros(2, count, 1), (1, count), None, rate, noise
+    )
     (image,) = seen
     visible = (image == 1).flatten(1)
     assert ((image == 1) | (image == -7)).all()
@@ -206,7 +267,11 @@ def test_the_teacher_is_compared_at_masked_patches_alone(case: dict[str, Any], o
     count = case["student_high"].shape[1]
     hidden = case["noise"].argsort(1).argsort(1) >= int(count * 0.5)
     hidden = hidden if case["keep"] is None else hidden.gather(1, case["keep"])
-    moved = torch.where(hidden[:, :, None], case["teacher_high"], case["teacher_high"] + random(other, *case["teacher_high"].shape))
+    moved = torch.where(
+        hidden[:, :, None],
+        case["teacher_high"],
+        case["teacher_high"] + random(other, *case["teacher_high"].shape),
+    )
     assert torch.equal(vitkd_loss(**{**case, "teacher_high": moved})[1], whole)
     if hidden.any():
         moved = torch.where(hidden[:, :, None], case["teacher_high"] + 1, case["teacher_high"])
@@ -216,7 +281,9 @@ def test_the_teacher_is_compared_at_masked_patches_alone(case: dict[str, Any], o
 @given(case=cases())
 @torch.no_grad()
 def test_what_is_masked_cannot_be_read(case: dict[str, Any]) -> None:
-    """Not through the convolutions either: the student's vectors at masked patches are gone, NaN and all."""
+    """Not through the convolutions either: the student's vectors at masked patches are gone, NaN
+    and all.
+    """
     case["mask_rate"] = 0.5
     count = case["student_high"].shape[1]
     hidden = case["noise"].argsort(1).argsort(1) >= int(count * 0.5)
@@ -225,7 +292,9 @@ def test_what_is_masked_cannot_be_read(case: dict[str, Any]) -> None:
 
 
 @given(case=cases())
-def test_without_masking_every_patch_counts_and_nothing_is_divided_by_zero(case: dict[str, Any]) -> None:
+def test_without_masking_every_patch_counts_and_nothing_is_divided_by_zero(
+    case: dict[str, Any],
+) -> None:
     adapter = case["adapter"]
     width = case["teacher_high"].shape[2]
     count = case["student_high"].shape[1]
@@ -238,10 +307,12 @@ def test_without_masking_every_patch_counts_and_nothing_is_divided_by_zero(case:
     expected = expected if case["reduction"] == "mean" else expected * count * width
     assert high.item() == pytest.approx(expected.item(), rel=1e-4)
     assert torch.autograd.grad(high, student)[0].isfinite().all()
-    assert torch.equal(vitkd_loss(**{**case, "mask_rate": 0.0, "high_weight": 1.0})[1], high)  # no number is drawn
+    assert torch.equal(
+        vitkd_loss(**{**case, "mask_rate": 0.0, "high_weight": 1.0})[1], high
+    )  # no number is drawn
 
 
-# --- kept patches --------------------------------------------------------------------------------------------------------------
+# --- kept patches --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
@@ -249,10 +320,17 @@ def test_without_masking_every_patch_counts_and_nothing_is_divided_by_zero(case:
 @torch.no_grad()
 def test_sums_keep_their_scale_whatever_the_teacher_sees(kept: int, rate: float) -> None:
     """The mean over every choice of K of six patches is the loss of all six."""
-    adapter, noise = adapter_of(0, 3, 4), torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
+    adapter, noise = (
+        adapter_of(0, 3, 4),
+        torch.rand(2, 6, generator=torch.Generator().manual_seed(1)),
+    )
     ours, its = random(1, 2, 2, 6, 3), random(2, 2, 2, 6, 4)
-    whole = vitkd_loss(adapter, ours, ours[:, 1], its, its[:, 1], noise=noise, mask_rate=rate, grid=(2, 3))
-    choices = [torch.tensor(choice).expand(2, -1) for choice in itertools.combinations(range(6), kept)]
+    whole = vitkd_loss(
+        adapter, ours, ours[:, 1], its, its[:, 1], noise=noise, mask_rate=rate, grid=(2, 3)
+    )
+    choices = [
+        torch.tensor(choice).expand(2, -1) for choice in itertools.combinations(range(6), kept)
+    ]
     losses = [
         vitkd_loss(
             adapter,
@@ -268,7 +346,9 @@ def test_sums_keep_their_scale_whatever_the_teacher_sees(kept: int, rate: float)
         for choice in choices
     ]
     for term in (0, 1):
-        assert sum(loss[term].item() for loss in losses) / len(losses) == pytest.approx(whole[term].item(), rel=1e-4)
+        assert sum(loss[term].item() for loss in losses) / len(losses) == pytest.approx(
+            whole[term].item(), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -281,10 +361,12 @@ def test_every_patch_kept_in_any_order_is_the_whole_image(reduction: Reduction) 
     args: dict[str, Any] = {"noise": noise, "grid": (3, 2), "reduction": reduction}
     whole = vitkd_loss(adapter, ours, ours[:, 0], its, its[:, 0], **args)
     again = vitkd_loss(adapter, ours, ours[:, 0], moved, moved[:, 0], keep=order, **args)
-    assert all(a.item() == pytest.approx(b.item(), rel=1e-5) for a, b in zip(whole, again, strict=True))
+    assert all(
+        a.item() == pytest.approx(b.item(), rel=1e-5) for a, b in zip(whole, again, strict=True)
+    )
 
 
-# --- precision, gradients ------------------------------------------------------------------------------------------------------
+# --- precision, gradients ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -298,11 +380,15 @@ def test_half_precision_is_summed_in_float32() -> None:
     assert low.dtype is high.dtype is torch.float32
     exact = (ours.double() - (10 * its).double()).square().sum()
     assert exact > 1e5 and low.item() == pytest.approx(exact.item(), rel=1e-5)
-    exact = _exact_generation(adapter.double(), ours[:, 0].double(), (10 * its[:, 0]).double(), noise)
+    exact = _exact_generation(
+        adapter.double(), ours[:, 0].double(), (10 * its[:, 0]).double(), noise
+    )
     assert exact > 1e5 and high.item() == pytest.approx(exact.item(), rel=1e-2)
 
 
-def _exact_generation(adapter: ViTKDAdapter, student: Tensor, teacher: Tensor, noise: Tensor) -> Tensor:
+def _exact_generation(
+    adapter: ViTKDAdapter, student: Tensor, teacher: Tensor, noise: Tensor
+) -> Tensor:
     mask = noise.argsort(1).argsort(1) >= 32
     error = (adapter.generate(student, mask, (8, 8)) - teacher).square()
     return error[mask].sum() / 0.5
@@ -323,13 +409,17 @@ CONFIGURATIONS = [
 
 
 @pytest.mark.parametrize(("ours", "its", "rate", "generates"), CONFIGURATIONS)
-def test_a_gradient_reaches_every_parameter_and_no_teacher(ours: int, its: int, rate: float, generates: bool) -> None:
+def test_a_gradient_reaches_every_parameter_and_no_teacher(
+    ours: int, its: int, rate: float, generates: bool
+) -> None:
     adapter = adapter_of(0, ours, its, generates=generates, masks=rate > 0)
     low, high = random(1, 2, 2, 6, ours).requires_grad_(), random(2, 2, 6, ours).requires_grad_()
     target = random(3, 2, 2, 6, its).requires_grad_()
     loss = mimicking_loss(adapter, low.unbind(1), target.unbind(1))
     if generates:
-        loss = loss + generation_loss(adapter, high, target[:, 0], (2, 3), None, rate, torch.rand(2, 6))
+        loss = loss + generation_loss(
+            adapter, high, target[:, 0], (2, 3), None, rate, torch.rand(2, 6)
+        )
     loss.backward()
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -343,23 +433,44 @@ def parts(adapter: nn.Module) -> set[str]:
 
 def test_an_adapter_has_the_parts_it_needs_and_no_others() -> None:
     generator = {"generation.0", "generation.2"}
-    assert parts(ViTKDAdapter(3, 4)) == {"align_low.0", "align_low.1", "align_high", "mask_token"} | generator
+    assert (
+        parts(ViTKDAdapter(3, 4))
+        == {"align_low.0", "align_low.1", "align_high", "mask_token"} | generator
+    )
     same = ViTKDAdapter(4, 4)
-    assert parts(same) == {"mask_token"} | generator and not hasattr(same, "align_low") and not hasattr(same, "align_high")
-    assert parts(ViTKDAdapter(3, 4, masks=False)) == {"align_low.0", "align_low.1", "align_high"} | generator
+    assert (
+        parts(same) == {"mask_token"} | generator
+        and not hasattr(same, "align_low")
+        and not hasattr(same, "align_high")
+    )
+    assert (
+        parts(ViTKDAdapter(3, 4, masks=False))
+        == {"align_low.0", "align_low.1", "align_high"} | generator
+    )
     assert parts(ViTKDAdapter(3, 4, generates=False)) == {"align_low.0", "align_low.1"}
     assert parts(ViTKDAdapter(3, 4, [])) == {"align_high", "mask_token"} | generator
-    assert parts(ViTKDAdapter(4, 4, [(4, 4), (3, 4), (4, 2)], generates=False)) == {"align_low.1", "align_low.2"}
-    assert not torch.any(ViTKDAdapter(3, 4).mask_token) and ViTKDAdapter(3, 4).mask_token.shape == (1, 1, 4)
+    assert parts(ViTKDAdapter(4, 4, [(4, 4), (3, 4), (4, 2)], generates=False)) == {
+        "align_low.1",
+        "align_low.2",
+    }
+    assert not torch.any(ViTKDAdapter(3, 4).mask_token) and ViTKDAdapter(3, 4).mask_token.shape == (
+        1,
+        1,
+        4,
+    )
 
 
-@pytest.mark.parametrize(("ours", "its", "millions"), [(192, 384, 2.88), (384, 768, 11.5), (768, 768, 10.6)])
+@pytest.mark.parametrize(
+    ("ours", "its", "millions"), [(192, 384, 2.88), (384, 768, 11.5), (768, 768, 10.6)]
+)
 def test_an_adapter_is_as_large_as_the_authors(ours: int, its: int, millions: float) -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in ViTKDAdapter(ours, its).parameters()) / 1e6 == pytest.approx(millions, rel=5e-3)
+        assert sum(p.numel() for p in ViTKDAdapter(ours, its).parameters()) / 1e6 == pytest.approx(
+            millions, rel=5e-3
+        )
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mask_rate": 1.0}, "mask_rate is 1.0: give the fraction of patches to hide"),
@@ -368,7 +479,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"low_weight": -1.0}, "low_weight is -1.0: give a number that is not negative"),
     ({"high_weight": float("inf")}, "high_weight is inf"),
     ({"low_weight": float("nan")}, "low_weight is nan"),
-    ({"teacher_low_blocks": (0,)}, "low_blocks names 2 blocks of the student and teacher_low_blocks 1 of the teacher"),
+    (
+        {"teacher_low_blocks": (0,)},
+        "low_blocks names 2 blocks of the student and teacher_low_blocks 1 of the teacher",
+    ),
     ({"low_blocks": (), "high_weight": 0.0}, "nothing to compare"),
     ({"low_weight": 0.0, "high_weight": 0.0}, "nothing to compare"),
     ({"weight": 0.0}, "the weight of ViTKD is 0.0"),
@@ -376,7 +490,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("settings", "sentence"), REFUSED)
-def test_settings_that_mean_nothing_are_refused_in_one_sentence(settings: dict[str, Any], sentence: str) -> None:
+def test_settings_that_mean_nothing_are_refused_in_one_sentence(
+    settings: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=sentence) as caught:
         ViTKD(**settings)
     assert "\n" not in str(caught.value)
@@ -397,25 +513,45 @@ SHAPES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changed", "sentence"), SHAPES)
 def test_shapes_that_would_broadcast_are_refused(changed: dict[str, Any], sentence: str) -> None:
     low, high = torch.zeros(1, 2, 4, 2), torch.zeros(1, 4, 2)
-    fitting: dict[str, Any] = {"student_low": low, "student_high": high, "teacher_low": low, "teacher_high": high}
-    unchecked = inspect.unwrap(vitkd_loss)  # as a user has it, without the type checks of these tests
+    fitting: dict[str, Any] = {
+        "student_low": low,
+        "student_high": high,
+        "teacher_low": low,
+        "teacher_high": high,
+    }
+    unchecked = inspect.unwrap(
+        vitkd_loss
+    )  # as a user has it, without the type checks of these tests
     unchecked(ViTKDAdapter(2, 2), **fitting)
     with pytest.raises(ValueError, match=sentence) as caught:
         unchecked(ViTKDAdapter(2, 2), **{**fitting, **changed})
     assert "\n" not in str(caught.value)
 
 
-# --- as an objective -----------------------------------------------------------------------------------------------------------
+# --- as an objective -----------------------------------------------------------------------------
 
 MEAN = STD = (0.5, 0.5, 0.5)
-SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
+SMALL = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", {}),
     "wider, deeper": ("vit_tiny_patch16_224", {"embed_dim": 36, "depth": 5, "num_heads": 3}),
     "two prefix tokens, coarser": ("deit_tiny_distilled_patch16_224", {"patch_size": 8}),
-    "registers, finer": ("vit_tiny_patch16_224", {"patch_size": 2, "reg_tokens": 3, "embed_dim": 32}),
-    "oblong patches": ("vit_tiny_patch16_224", {"patch_size": (4, 2), "class_token": False, "global_pool": "avg"}),
+    "registers, finer": (
+        "vit_tiny_patch16_224",
+        {"patch_size": 2, "reg_tokens": 3, "embed_dim": 32},
+    ),
+    "oblong patches": (
+        "vit_tiny_patch16_224",
+        {"patch_size": (4, 2), "class_token": False, "global_pool": "avg"},
+    ),
     "resnet": ("resnet10t", {"channels": [8, 8, 16, 16]}),
     "wider resnet": ("resnet18", {"channels": [8, 16, 24, 32]}),
 }
@@ -440,13 +576,23 @@ def batch_of(size: int = 3) -> Batch:
 class Pair:
     """Two networks, ViTKD between them, and what it takes to run a step."""
 
-    def __init__(self, student: str, teacher: str, objective: ViTKD | None = None, selector: TokenSelector | None = None) -> None:
+    def __init__(
+        self,
+        student: str,
+        teacher: str,
+        objective: ViTKD | None = None,
+        selector: TokenSelector | None = None,
+    ) -> None:
         self.objective = objective or ViTKD()
         self.student, self.model = network(student), network(teacher, 1)
         spec = InputSpec((16, 16), MEAN, STD)
-        self.teacher = Teacher(self.model, Network.of(self.model, "teacher", teacher, (16, 16)), spec, spec)
+        self.teacher = Teacher(
+            self.model, Network.of(self.model, "teacher", teacher, (16, 16)), spec, spec
+        )
         described = Network.of(self.student, "student", student, (16, 16))
-        self.plan = make_plan(described, {"teacher": self.teacher.network}, {"vitkd": self.objective}, selector)
+        self.plan = make_plan(
+            described, {"teacher": self.teacher.network}, {"vitkd": self.objective}, selector
+        )
         self.module = Distillation(self.student, self.plan)
         self.batch = batch_of()
 
@@ -460,15 +606,26 @@ class Pair:
         return self.module(self.batch, {"teacher": self.teacher})["vitkd"]
 
 
-def tokens_of(model: nn.Module, images: Tensor, block: int | None) -> tuple[Tensor, tuple[int, int]]:
+def tokens_of(
+    model: nn.Module, images: Tensor, block: int | None
+) -> tuple[Tensor, tuple[int, int]]:
     """timm's own patches after a block, or its last features, and their grid."""
     stages = [0 if block is None else block]
     if hasattr(model, "blocks"):
         grid = model.patch_embed.grid_size
         if block is None:
             return model.forward_features(images)[:, model.num_prefix_tokens :], grid
-        return model.forward_intermediates(images, indices=stages, norm=False, intermediates_only=True, output_fmt="NLC")[0], grid
-    image = model.forward_features(images) if block is None else model.forward_intermediates(images, stages, intermediates_only=True)[0]
+        return (
+            model.forward_intermediates(
+                images, indices=stages, norm=False, intermediates_only=True, output_fmt="NLC"
+            )[0],
+            grid,
+        )
+    image = (
+        model.forward_features(images)
+        if block is None
+        else model.forward_intermediates(images, stages, intermediates_only=True)[0]
+    )
     return image.flatten(2).transpose(1, 2), tuple(image.shape[2:])
 
 
@@ -479,14 +636,31 @@ VITS = [form for form in NETWORKS if "resnet" not in form]
 @pytest.mark.parametrize("teacher", NETWORKS)
 @torch.no_grad()
 def test_a_step_between_unequal_networks_by_hand(student: str, teacher: str) -> None:
-    """From timm's own features: resampled by position, projected, compared; any prefix tokens, depths, widths and grids."""
-    objective = ViTKD(low_blocks=(0, 2), teacher_low_blocks=(1, -1), reduction="mean", low_weight=2.0, high_weight=3.0)
+    """From timm's own features: resampled by position, projected, compared; any prefix tokens,
+    depths, widths and grids.
+    """
+    objective = ViTKD(
+        low_blocks=(0, 2),
+        teacher_low_blocks=(1, -1),
+        reduction="mean",
+        low_weight=2.0,
+        high_weight=3.0,
+    )
     pair = Pair(student, teacher, objective)
     images, expected = pair.batch.images, torch.zeros(())
     for i, (ours, its) in enumerate(((0, 1), (2, pair.plan.teachers["teacher"].depth - 1))):
-        (mine, grid), (target, to) = tokens_of(pair.student, images, ours), tokens_of(pair.model, images, its)
-        expected = expected + 2 * F.mse_loss(pair.adapter.low(i, resample_patches(mine, grid, to)), target) / 2
-    (mine, grid), (target, to) = tokens_of(pair.student, images, None), tokens_of(pair.model, images, None)
+        (mine, grid), (target, to) = (
+            tokens_of(pair.student, images, ours),
+            tokens_of(pair.model, images, its),
+        )
+        expected = (
+            expected
+            + 2 * F.mse_loss(pair.adapter.low(i, resample_patches(mine, grid, to)), target) / 2
+        )
+    (mine, grid), (target, to) = (
+        tokens_of(pair.student, images, None),
+        tokens_of(pair.model, images, None),
+    )
     count = to[0] * to[1]
     mask = pair.batch.uniforms(count).argsort(1).argsort(1) >= count // 2
     generated = pair.adapter.generate(resample_patches(mine, grid, to), mask, to)
@@ -501,15 +675,22 @@ def test_a_whole_teachers_sum_is_the_sum(teacher: str) -> None:
     pair = Pair("plain", teacher, ViTKD(low_weight=1.0, high_weight=0.0))
     total = torch.zeros(())
     for block in (0, 1):
-        (mine, grid), (target, to) = tokens_of(pair.student, pair.batch.images, block), tokens_of(pair.model, pair.batch.images, block)
-        total = total + (pair.adapter.low(block, resample_patches(mine, grid, to)) - target).square().sum() / len(target)
+        (mine, grid), (target, to) = (
+            tokens_of(pair.student, pair.batch.images, block),
+            tokens_of(pair.model, pair.batch.images, block),
+        )
+        total = total + (
+            pair.adapter.low(block, resample_patches(mine, grid, to)) - target
+        ).square().sum() / len(target)
     assert pair.loss().item() == pytest.approx(total.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("student", NETWORKS)
 @pytest.mark.parametrize("teacher", VITS)
 def test_a_step_on_kept_patches(student: str, teacher: str) -> None:
-    """Every configuration runs, and its gradient reaches the student and every parameter of the adapter."""
+    """Every configuration runs, and its gradient reaches the student and every parameter of the
+    adapter.
+    """
     pair = Pair(student, teacher, selector=RandomPatches(keep_rate=0.5))
     assert pair.plan.num_keep["teacher"] == pair.teacher.network.num_patches // 2
     pair.loss().backward()
@@ -525,7 +706,9 @@ def test_a_step_on_kept_patches(student: str, teacher: str) -> None:
 
 @torch.no_grad()
 def test_the_patches_the_student_attends_to_are_compared() -> None:
-    pair = Pair("plain", "wider, deeper", ViTKD(high_weight=0.0, low_weight=1.0), MaskedKD(keep_rate=0.25))
+    pair = Pair(
+        "plain", "wider, deeper", ViTKD(high_weight=0.0, low_weight=1.0), MaskedKD(keep_rate=0.25)
+    )
     output = run_vit(pair.student, pair.batch.images, Needs(attention=frozenset({-1})))
     keep = output.attention[2][:, :, 1:].mean(1).topk(4).indices
     answer = pair.teacher(pair.batch.images, Needs(hidden=frozenset({0, 1})), keep)
@@ -533,7 +716,9 @@ def test_the_patches_the_student_attends_to_are_compared() -> None:
     for block in (0, 1):
         mine, _ = tokens_of(pair.student, pair.batch.images, block)
         mine = torch.stack([mine[i, keep[i]] for i in range(3)])
-        total = total + (pair.adapter.low(block, mine) - answer.hidden[block][:, 1:]).square().sum() / 3 * (16 / 4)
+        total = total + (
+            pair.adapter.low(block, mine) - answer.hidden[block][:, 1:]
+        ).square().sum() / 3 * (16 / 4)
     assert pair.loss().item() == pytest.approx(total.item(), rel=1e-4)
 
 
@@ -551,9 +736,21 @@ TERMS: dict[str, tuple[dict[str, Any], Needs, set[str]]] = {
         Needs(hidden=frozenset({0, 1}), features=True),
         {"align_low.0", "align_low.1", "align_high", "mask_token", "generation.0", "generation.2"},
     ),
-    "no low weight": ({"low_weight": 0.0}, Needs(features=True), {"align_high", "mask_token", "generation.0", "generation.2"}),
-    "no low blocks": ({"low_blocks": ()}, Needs(features=True), {"align_high", "mask_token", "generation.0", "generation.2"}),
-    "no high weight": ({"high_weight": 0.0}, Needs(hidden=frozenset({0, 1})), {"align_low.0", "align_low.1"}),
+    "no low weight": (
+        {"low_weight": 0.0},
+        Needs(features=True),
+        {"align_high", "mask_token", "generation.0", "generation.2"},
+    ),
+    "no low blocks": (
+        {"low_blocks": ()},
+        Needs(features=True),
+        {"align_high", "mask_token", "generation.0", "generation.2"},
+    ),
+    "no high weight": (
+        {"high_weight": 0.0},
+        Needs(hidden=frozenset({0, 1})),
+        {"align_low.0", "align_low.1"},
+    ),
     "no mask": (
         {"mask_rate": 0.0, "low_blocks": (2,)},
         Needs(hidden=frozenset({2}), features=True),
@@ -596,12 +793,21 @@ def test_a_block_that_does_not_exist_is_refused() -> None:
 def test_the_plan_says_what_it_does() -> None:
     whole = Pair("plain", "wider, deeper").plan.notes["vitkd"]
     assert whole == "low_weight 3e-05, high_weight 3e-06 on sums"
-    kept = Pair("two prefix tokens, coarser", "wider, deeper", selector=RandomPatches(keep_rate=0.5)).plan.notes["vitkd"]
-    assert "compared at the 8 of 16 patches both see, the student's patches resampled from 2 x 2 to 4 x 4" in kept
+    kept = Pair(
+        "two prefix tokens, coarser", "wider, deeper", selector=RandomPatches(keep_rate=0.5)
+    ).plan.notes["vitkd"]
+    assert (
+        "compared at the 8 of 16 patches both see, the student's patches resampled from 2 x 2 to"
+        " 4 x 4" in kept
+    )
     assert "sums times 2 to keep their scale" in kept
-    mean = Pair("plain", "plain", ViTKD(reduction="mean", low_weight=4.0), RandomPatches(keep_rate=0.5)).plan.notes["vitkd"]
+    mean = Pair(
+        "plain", "plain", ViTKD(reduction="mean", low_weight=4.0), RandomPatches(keep_rate=0.5)
+    ).plan.notes["vitkd"]
     assert mean.startswith("low_weight 4, high_weight 0.45 on means") and "sums" not in mean
-    assert "resampled to the teacher's map by position" in Pair("plain", "resnet").plan.notes["vitkd"]
+    assert (
+        "resampled to the teacher's map by position" in Pair("plain", "resnet").plan.notes["vitkd"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -617,9 +823,16 @@ def test_autocast_keeps_the_loss_in_float32(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_its_weight_follows_the_progress_of_the_run() -> None:
     schedule = WeightSchedule(to=6.0, begin=0.25, end=0.75)
-    plain, pair = Pair("plain", "plain"), Pair("plain", "plain", ViTKD(weight=2.0, schedule=schedule))
+    plain, pair = (
+        Pair("plain", "plain"),
+        Pair("plain", "plain", ViTKD(weight=2.0, schedule=schedule)),
+    )
     pair.module.adapters = plain.module.adapters
     loss = plain.loss().item()
     for progress, weight in ((0.0, 2.0), (0.25, 2.0), (0.5, 4.0), (0.75, 6.0), (1.0, 6.0)):
         losses = pair.module(pair.batch, {"teacher": pair.teacher}, progress)
-        assert losses["vitkd"].item() == losses["loss"].item() == pytest.approx(weight * loss, rel=1e-5)
+        assert (
+            losses["vitkd"].item()
+            == losses["loss"].item()
+            == pytest.approx(weight * loss, rel=1e-5)
+        )

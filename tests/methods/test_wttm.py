@@ -31,7 +31,10 @@ temperatures = st.floats(0.5, 10)
 
 def by_hand(student: list[float], teacher: list[float], temperature: float) -> float:
     """By the paper's powers of probabilities, not by a softmax at a temperature."""
-    p, q = ([math.exp(x) / sum(math.exp(y) for y in values) for x in values] for values in (teacher, student))
+    p, q = (
+        [math.exp(x) / sum(math.exp(y) for y in values) for x in values]
+        for values in (teacher, student)
+    )
     powers = [x ** (1 / temperature) for x in p]
     transformed = [x / sum(powers) for x in powers]
     return sum(powers) * sum(t * math.log(t / s) for t, s in zip(transformed, q, strict=True))
@@ -41,16 +44,22 @@ def by_hand(student: list[float], teacher: list[float], temperature: float) -> f
 def test_the_formula_by_hand(case: Case, temperature: float) -> None:
     rows = zip(*(values.tolist() for values in case), strict=True)
     expected = [by_hand(student, teacher, temperature) for student, teacher in rows]
-    assert wttm_loss(*case, temperature).item() == pytest.approx(sum(expected) / len(expected), rel=1e-4, abs=1e-5)
+    assert wttm_loss(*case, temperature).item() == pytest.approx(
+        sum(expected) / len(expected), rel=1e-4, abs=1e-5
+    )
 
 
 @given(case=cases())
 def test_at_temperature_1_it_is_kd(case: Case) -> None:
-    assert wttm_loss(*case, 1.0).item() == pytest.approx(kd_loss(*case, 1.0).item(), rel=1e-4, abs=1e-6)
+    assert wttm_loss(*case, 1.0).item() == pytest.approx(
+        kd_loss(*case, 1.0).item(), rel=1e-4, abs=1e-6
+    )
 
 
 @given(case=cases(), temperature=temperatures)
-def test_the_student_that_it_asks_for_is_the_softened_teacher(case: Case, temperature: float) -> None:
+def test_the_student_that_it_asks_for_is_the_softened_teacher(
+    case: Case, temperature: float
+) -> None:
     teacher = case[1]
     student = (teacher / temperature).requires_grad_()
     loss = wttm_loss(student, teacher, temperature)
@@ -61,13 +70,17 @@ def test_the_student_that_it_asks_for_is_the_softened_teacher(case: Case, temper
 
 
 @given(case=cases(), temperature=temperatures)
-def test_the_gradient_is_the_weighted_difference_of_the_softmaxes(case: Case, temperature: float) -> None:
+def test_the_gradient_is_the_weighted_difference_of_the_softmaxes(
+    case: Case, temperature: float
+) -> None:
     """And so does not shrink with T: there is no T^2 to make up for it."""
     student, teacher = case
     student.requires_grad_()
     wttm_loss(student, teacher, temperature).backward()
     weight = (teacher.softmax(-1) ** (1 / temperature)).sum(-1, keepdim=True)
-    expected = weight * (student.detach().softmax(-1) - (teacher / temperature).softmax(-1)) / len(teacher)
+    expected = (
+        weight * (student.detach().softmax(-1) - (teacher / temperature).softmax(-1)) / len(teacher)
+    )
     assert student.grad is not None and torch.allclose(student.grad, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -77,7 +90,9 @@ def test_an_image_of_which_the_teacher_knows_nothing_counts_most() -> None:
     unsure, sure = torch.zeros(1, 4), torch.tensor([[200.0, 0.0, 0.0, 0.0]])
     divergence = (math.log(1 / 4) - student.log_softmax(-1)).mean().item()
     assert wttm_loss(student, unsure, 2.0).item() == pytest.approx(2 * divergence, rel=1e-5)
-    assert wttm_loss(student, sure, 2.0).item() == pytest.approx(-student.log_softmax(-1)[0, 0].item(), rel=1e-5)
+    assert wttm_loss(student, sure, 2.0).item() == pytest.approx(
+        -student.log_softmax(-1)[0, 0].item(), rel=1e-5
+    )
 
 
 def test_it_is_a_mean_over_the_batch() -> None:
@@ -120,14 +135,24 @@ def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None
 
 def test_the_objective_compares_the_head_that_learns_from_the_teacher() -> None:
     heads, teacher = torch.randn(3, 2, 5), torch.randn(3, 5)
-    student, labels = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")), torch.full((3,), -1)
+    student, labels = (
+        ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")),
+        torch.full((3,), -1),
+    )
     method = WTTM(temperature=3.0)
-    loss = method.loss(student, ViTOutput(logits=teacher), Batch(torch.zeros(3, 3, 4, 4), labels, labels, labels, 0), None)
+    loss = method.loss(
+        student,
+        ViTOutput(logits=teacher),
+        Batch(torch.zeros(3, 3, 4, 4), labels, labels, labels, 0),
+        None,
+    )
     assert not method.reads_labels and torch.equal(loss, wttm_loss(heads[:, 1], teacher, 3.0))
 
 
 def test_it_is_traced_without_a_graph_break() -> None:
     student, teacher = torch.randn(2, 4, 5)
     torch.compiler.reset()
-    compiled = torch.compile(lambda student, teacher: wttm_loss(student, teacher), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda student, teacher: wttm_loss(student, teacher), fullgraph=True, backend="eager"
+    )
     assert torch.allclose(compiled(student, teacher), wttm_loss(student, teacher))

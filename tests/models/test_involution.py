@@ -1,4 +1,6 @@
-"""Involution and RedNet: the authors' numbers, and what must hold for any shape, stride and precision."""
+"""Involution and RedNet: the authors' numbers, and what must hold for any shape, stride and
+precision.
+"""
 
 import copy
 import subprocess
@@ -18,7 +20,14 @@ from torch.profiler import ProfilerActivity, profile
 from vitdistill.data.views import InputSpec
 from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import forward_flops, training_flops
-from vitdistill.models.involution import DEPTHS, Involution, RedNet, checkpoint_filter_fn, involution, rednet
+from vitdistill.models.involution import (
+    DEPTHS,
+    Involution,
+    RedNet,
+    checkpoint_filter_fn,
+    involution,
+    rednet,
+)
 from vitdistill.vit.walk import Needs, run_vit
 from vitdistill.weights.create import create_model
 from vitdistill.weights.export import export_timm
@@ -26,7 +35,16 @@ from vitdistill.weights.export import export_timm
 with np.load(Path(__file__).parents[1] / "golden" / "involution.npz") as data:
     DATA = {key: torch.from_numpy(data[key]) for key in data.files}
 
-NAMES = ("rednet26", "rednet38", "rednet50", "rednet101", "rednet152", "rednet26_small", "rednet38_small", "rednet50_small")
+NAMES = (
+    "rednet26",
+    "rednet38",
+    "rednet50",
+    "rednet101",
+    "rednet152",
+    "rednet26_small",
+    "rednet38_small",
+    "rednet50_small",
+)
 seeds = st.integers(0, 10**6)
 sides = st.integers(1, 9)
 odd = st.sampled_from((1, 3, 5, 7))
@@ -38,70 +56,121 @@ def naive(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
     groups, places = kernel.shape[1] // kernel_size**2, kernel.shape[2:]
     unfolded = F.unfold(x, kernel_size, padding=kernel_size // 2, stride=stride)
     unfolded = unfolded.view(batch, groups, channels // groups, kernel_size**2, *places)
-    return (kernel.view(batch, groups, 1, kernel_size**2, *places) * unfolded).sum(3).view(batch, channels, *places)
+    return (
+        (kernel.view(batch, groups, 1, kernel_size**2, *places) * unfolded)
+        .sum(3)
+        .view(batch, channels, *places)
+    )
 
 
 def example(
-    seed: int, shape: tuple[int, int, int, int], groups: int, kernel_size: int, stride: int, dtype: torch.dtype = torch.float64
+    seed: int,
+    shape: tuple[int, int, int, int],
+    groups: int,
+    kernel_size: int,
+    stride: int,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     places = (-(-shape[2] // stride), -(-shape[3] // stride))
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    kernel = torch.randn(shape[0], groups * kernel_size**2, *places, generator=generator, dtype=torch.float64).to(dtype)
+    kernel = torch.randn(
+        shape[0], groups * kernel_size**2, *places, generator=generator, dtype=torch.float64
+    ).to(dtype)
     return x.requires_grad_(), kernel.requires_grad_()
 
 
-# --- the authors' numbers ------------------------------------------------------------------------------------------------------
+# --- the authors' numbers ------------------------------------------------------------------------
 
 
 def test_the_authors_outputs_and_gradients() -> None:
     module = Involution(16, 7).double()
-    module.load_state_dict({key.removeprefix("w."): value for key, value in DATA.items() if key.startswith("w.")})
+    module.load_state_dict(
+        {key.removeprefix("w."): value for key, value in DATA.items() if key.startswith("w.")}
+    )
     module.eval()
     x = DATA["eval.x"].clone().requires_grad_()
     y = module(x)
     y.backward(DATA["eval.gout"])
     torch.testing.assert_close(y, DATA["eval.y"], rtol=0, atol=1e-9)
     torch.testing.assert_close(x.grad, DATA["eval.gx"], rtol=0, atol=1e-9)
-    gradients = {key.removeprefix("eval.grad."): value for key, value in DATA.items() if key.startswith("eval.grad.")}
+    gradients = {
+        key.removeprefix("eval.grad."): value
+        for key, value in DATA.items()
+        if key.startswith("eval.grad.")
+    }
     parameters = dict(module.named_parameters())
     assert parameters.keys() == gradients.keys()
     for name, expected in gradients.items():
         torch.testing.assert_close(parameters[name].grad, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("depth", "millions"), [(26, 9.233), (38, 12.387), (50, 15.541), (101, 25.653), (152, 33.985)])
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(26, 9.233), (38, 12.387), (50, 15.541), (101, 25.653), (152, 33.985)]
+)
 def test_the_authors_parameter_counts_and_flops(depth: int, millions: float) -> None:
     with torch.device("meta"):
         model = rednet(depth, 1000)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
-    # Multiply-accumulates of the authors' code at 224 x 224, in units of 10^9: what is applied is counted, not only what generates.
+    # Multiply-accumulates of the authors' code at 224 x 224, in units of 10^9: what is applied is
+    # counted, not only what generates.
     expected = {26: 1.69, 38: 2.17, 50: 2.65, 101: 4.66, 152: 6.68}[depth]
     assert round(forward_flops(model, (224, 224)) / 2e9, 2) == expected
 
 
-# --- the operator --------------------------------------------------------------------------------------------------------------
+# --- the operator --------------------------------------------------------------------------------
 
 
-@given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), sides, sides, odd, st.integers(1, 4))
+@given(
+    seeds,
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    sides,
+    sides,
+    odd,
+    st.integers(1, 4),
+)
 def test_equals_the_definition(
-    seed: int, batch: int, groups: int, group_channels: int, height: int, width: int, kernel_size: int, stride: int
+    seed: int,
+    batch: int,
+    groups: int,
+    group_channels: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    stride: int,
 ) -> None:
-    x, kernel = example(seed, (batch, groups * group_channels, height, width), groups, kernel_size, stride)
-    ours, expected = involution(x, kernel, kernel_size, stride), naive(x, kernel, kernel_size, stride)
+    x, kernel = example(
+        seed, (batch, groups * group_channels, height, width), groups, kernel_size, stride
+    )
+    ours, expected = (
+        involution(x, kernel, kernel_size, stride),
+        naive(x, kernel, kernel_size, stride),
+    )
     torch.testing.assert_close(ours, expected)
     weights = torch.rand_like(expected)
     found = torch.autograd.grad(ours, (x, kernel), weights)
-    for gradient, right in zip(found, torch.autograd.grad(expected, (x, kernel), weights), strict=True):
+    for gradient, right in zip(
+        found, torch.autograd.grad(expected, (x, kernel), weights), strict=True
+    ):
         torch.testing.assert_close(gradient, right)
 
 
-@pytest.mark.parametrize(("height", "width", "kernel_size", "stride"), [(3, 4, 3, 1), (5, 3, 3, 2), (2, 2, 5, 3)])
+@pytest.mark.parametrize(
+    ("height", "width", "kernel_size", "stride"), [(3, 4, 3, 1), (5, 3, 3, 2), (2, 2, 5, 3)]
+)
 def test_gradients(height: int, width: int, kernel_size: int, stride: int) -> None:
     x, kernel = example(0, (2, 4, height, width), 2, kernel_size, stride)
-    assert torch.autograd.gradcheck(lambda *both: involution(*both, kernel_size, stride), (x, kernel))
-    assert torch.autograd.gradcheck(lambda k: involution(x.detach(), k, kernel_size, stride), (kernel,))
-    assert torch.autograd.gradcheck(lambda i: involution(i, kernel.detach(), kernel_size, stride), (x,))
+    assert torch.autograd.gradcheck(
+        lambda *both: involution(*both, kernel_size, stride), (x, kernel)
+    )
+    assert torch.autograd.gradcheck(
+        lambda k: involution(x.detach(), k, kernel_size, stride), (kernel,)
+    )
+    assert torch.autograd.gradcheck(
+        lambda i: involution(i, kernel.detach(), kernel_size, stride), (x,)
+    )
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -138,7 +207,12 @@ def test_mixed_precision_is_promoted() -> None:
 def test_any_layout_in_memory() -> None:
     x, kernel = example(0, (2, 4, 5, 6), 2, 3, 2)
     y = involution(x, kernel, 3, 2)
-    other = involution(x.to(memory_format=torch.channels_last), kernel.transpose(2, 3).contiguous().transpose(2, 3), 3, 2)
+    other = involution(
+        x.to(memory_format=torch.channels_last),
+        kernel.transpose(2, 3).contiguous().transpose(2, 3),
+        3,
+        2,
+    )
     torch.testing.assert_close(other, y, rtol=0, atol=0)
 
 
@@ -149,12 +223,16 @@ def test_many_numbers_are_summed_in_parts(stride: int) -> None:
     y, expected = involution(x, kernel, 3, stride), naive(x, kernel, 3, stride)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     found = torch.autograd.grad(y.square().sum(), (x, kernel))
-    for gradient, right in zip(found, torch.autograd.grad(expected.square().sum(), (x, kernel)), strict=True):
+    for gradient, right in zip(
+        found, torch.autograd.grad(expected.square().sum(), (x, kernel)), strict=True
+    ):
         torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-3)
 
 
 def test_infinities_stay_where_they_are() -> None:
-    """A pixel that is not finite reaches its neighbours only: padding and other taps do not carry it."""
+    """A pixel that is not finite reaches its neighbours only: padding and other taps do not carry
+    it.
+    """
     x, kernel = example(0, (1, 1, 7, 7), 1, 3, 1)
     with torch.no_grad():
         x[0, 0, 0, 6] = float("inf")
@@ -174,7 +252,9 @@ def test_infinities_stay_where_they_are() -> None:
         ((1, 9, 4, 4), 3, 2, "needs 2 x 2"),
     ],
 )
-def test_shapes_that_do_not_belong_together(shape: tuple[int, int, int, int], kernel_size: int, stride: int, says: str) -> None:
+def test_shapes_that_do_not_belong_together(
+    shape: tuple[int, int, int, int], kernel_size: int, stride: int, says: str
+) -> None:
     with pytest.raises(ConfigError, match=says):
         involution(torch.zeros(1, 4, 4, 4), torch.zeros(shape), kernel_size, stride)
 
@@ -201,7 +281,9 @@ def test_memory_of_training() -> None:
 def test_kept_for_the_backward_pass() -> None:
     x, kernel = example(0, (2, 64, 8, 8), 4, 7, 1, torch.float32)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+    ):
         involution(x, kernel, 7)
     assert set(kept) == {x.data_ptr(), kernel.data_ptr()}
 
@@ -210,14 +292,24 @@ def test_the_library_accepts_the_operators() -> None:
     """Schema, autograd registration and shapes without data agree with what the operators do."""
     x, kernel = example(0, (2, 4, 5, 4), 2, 3, 2, torch.float32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.vitdistill.involution.default, (x, kernel, 3, 2), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.vitdistill.involution.default, (x, kernel, 3, 2), test_utils=checks
+    )
     grad = torch.randn(2, 4, 3, 2)
     x, kernel = x.detach(), kernel.detach()
-    torch.library.opcheck(torch.ops.vitdistill.involution_gradient_of_input.default, (grad, kernel, 5, 4, 3, 2), test_utils=checks)
-    torch.library.opcheck(torch.ops.vitdistill.involution_gradient_of_kernel.default, (grad, x, 2, 3, 2), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.vitdistill.involution_gradient_of_input.default,
+        (grad, kernel, 5, 4, 3, 2),
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        torch.ops.vitdistill.involution_gradient_of_kernel.default,
+        (grad, x, 2, 3, 2),
+        test_utils=checks,
+    )
 
 
-# --- the module ----------------------------------------------------------------------------------------------------------------
+# --- the module ----------------------------------------------------------------------------------
 
 
 @given(seeds, sides, sides, st.sampled_from((1, 2, 3)), st.sampled_from((2, 4)))
@@ -226,16 +318,29 @@ def test_any_size(seed: int, height: int, width: int, stride: int, reduction: in
     module = Involution(8, 3, stride, group_channels=4, reduction=reduction).eval()
     x = torch.randn(2, 8, height, width)
     y = module(x)
-    assert y.shape == F.conv2d(x, torch.zeros(1, 8, 3, 3), stride=stride, padding=1).expand(-1, 8, -1, -1).shape
+    assert (
+        y.shape
+        == F.conv2d(x, torch.zeros(1, 8, 3, 3), stride=stride, padding=1)
+        .expand(-1, 8, -1, -1)
+        .shape
+    )
     torch.testing.assert_close(y[1:], module(x[1:]), rtol=1e-4, atol=1e-5)  # no image sees another
 
 
 def test_a_stride_pools_the_cell_it_stands_for() -> None:
-    """Five pixels at stride 2: cells of 2, 2 and 1; and where the stride divides, the authors' floor and ours are one."""
+    """Five pixels at stride 2: cells of 2, 2 and 1; and where the stride divides, the authors'
+    floor and ours are one.
+    """
     module = Involution(4, 1, 2, group_channels=4, reduction=1).eval()
     x = torch.rand(1, 4, 5, 5)
     kernel = module.conv2(module.conv1(module.pool(x)))
-    cells = torch.stack([torch.stack([x[..., a : a + 2, b : b + 2].mean((2, 3)) for b in (0, 2, 4)], -1) for a in (0, 2, 4)], -2)
+    cells = torch.stack(
+        [
+            torch.stack([x[..., a : a + 2, b : b + 2].mean((2, 3)) for b in (0, 2, 4)], -1)
+            for a in (0, 2, 4)
+        ],
+        -2,
+    )
     torch.testing.assert_close(kernel, module.conv2(module.conv1(cells)))
     torch.testing.assert_close(module(x), kernel * x[..., ::2, ::2])
     torch.testing.assert_close(module.pool(x[..., :4, :4]), F.avg_pool2d(x[..., :4, :4], 2))
@@ -273,7 +378,9 @@ def test_impossible_modules(options: dict[str, int], says: str) -> None:
 
 
 def test_flops() -> None:
-    """Generating and applying, 13.0 M and 9.8 M multiply-accumulates at 56 x 56; a backward pass applies twice more."""
+    """Generating and applying, 13.0 M and 9.8 M multiply-accumulates at 56 x 56; a backward pass
+    applies twice more.
+    """
     with torch.device("meta"):
         module = Involution(64, 7)
         generate = 64 * 16 + 16 * 4 * 49
@@ -299,13 +406,15 @@ def test_exports_as_plain_operators(stride: int) -> None:
     """What an ONNX file holds: no operator of ours, the same answers, any batch."""
     module = Involution(16, 7, stride).eval()
     batch = torch.export.Dim("batch")
-    program = torch.export.export(module, (torch.randn(2, 16, 5, 6),), dynamic_shapes=({0: batch},), strict=False)
+    program = torch.export.export(
+        module, (torch.randn(2, 16, 5, 6),), dynamic_shapes=({0: batch},), strict=False
+    )
     assert not [node for node in program.graph.nodes if "vitdistill" in str(node.target)]
     x = torch.randn(3, 16, 5, 6)
     torch.testing.assert_close(program.module()(x), module(x))
 
 
-# --- RedNet --------------------------------------------------------------------------------------------------------------------
+# --- RedNet --------------------------------------------------------------------------------------
 
 
 def tiny(**changes) -> RedNet:
@@ -327,8 +436,13 @@ def test_names_are_registered_and_none_is_timms() -> None:
 
 def test_the_command_line_knows_the_names() -> None:
     """In a process that imports what builds networks, and nothing of involution by name."""
-    code = "from vitdistill.weights import create_model; print(create_model('rednet26_small', num_classes=3).num_classes)"
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    code = (
+        "from vitdistill.weights import create_model; print(create_model('rednet26_small',"
+        " num_classes=3).num_classes)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert ran.stdout.strip() == "3", ran.stderr
 
 
@@ -338,7 +452,9 @@ def test_the_command_line_knows_the_names() -> None:
 def test_recorded_by_run_vit(height: int, width: int, small: bool) -> None:
     model = tiny(small_images=small)
     images = torch.randn(2, 3, height, width)
-    output = run_vit(model, images, Needs(logits=True, features=True, hidden=frozenset({0, 1, 2, 3})))
+    output = run_vit(
+        model, images, Needs(logits=True, features=True, hidden=frozenset({0, 1, 2, 3}))
+    )
     torch.testing.assert_close(output.logits, model(images))
     assert [stage["num_chs"] for stage in model.feature_info] == [64, 256, 512, 1024, 2048]
     for block, stage in enumerate(model.feature_info):
@@ -355,7 +471,13 @@ def test_recorded_by_run_vit(height: int, width: int, small: bool) -> None:
 
 def test_small_images_keep_their_size() -> None:
     assert [stage["reduction"] for stage in tiny().feature_info] == [1, 1, 2, 4, 8]
-    assert [stage["reduction"] for stage in tiny(small_images=False).feature_info] == [2, 4, 8, 16, 32]
+    assert [stage["reduction"] for stage in tiny(small_images=False).feature_info] == [
+        2,
+        4,
+        8,
+        16,
+        32,
+    ]
 
 
 @torch.no_grad()
@@ -371,7 +493,11 @@ def test_every_parameter_learns() -> None:
     torch.manual_seed(1)
     model(torch.randn(4, 3, 16, 16)).square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+        assert (
+            parameter.grad is not None
+            and parameter.grad.isfinite().all()
+            and parameter.grad.abs().max() > 0
+        ), name
 
 
 def test_starts_as_the_authors() -> None:
@@ -381,13 +507,22 @@ def test_starts_as_the_authors() -> None:
             assert module.conv2[0].bias.abs().max() == 0, name
             std = (2 / module.conv2[0].out_channels) ** 0.5
             assert module.conv2[0].weight.std().item() == pytest.approx(std, rel=0.1), name
-    assert all(stage[-1].bn3.weight.abs().max() == 0 for stage in (model.layer1, model.layer2, model.layer3, model.layer4))
+    assert all(
+        stage[-1].bn3.weight.abs().max() == 0
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4)
+    )
 
 
 @torch.no_grad()
 def test_takes_the_authors_checkpoints() -> None:
     """Their names, written back from ours: the converter finds every one."""
-    names = {"conv1.0.": "stem.0.conv.", "conv1.1.": "stem.0.bn.", "conv1.3.": "stem.1.", "conv1.4.": "stem.2.", "conv1.6.": "stem.4.conv."}
+    names = {
+        "conv1.0.": "stem.0.conv.",
+        "conv1.1.": "stem.0.bn.",
+        "conv1.3.": "stem.1.",
+        "conv1.4.": "stem.2.",
+        "conv1.6.": "stem.4.conv.",
+    }
     state = tiny().state_dict()
     theirs = {}
     for key, value in state.items():
@@ -396,7 +531,14 @@ def test_takes_the_authors_checkpoints() -> None:
             if key.startswith(ours):
                 name = "backbone." + old + key.removeprefix(ours)
         theirs[name] = value
-    assert {key.split(".")[1] for key in theirs} == {"stem", "layer1", "layer2", "layer3", "layer4", "fc"}
+    assert {key.split(".")[1] for key in theirs} == {
+        "stem",
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+        "fc",
+    }
     converted = checkpoint_filter_fn(theirs, tiny())
     assert converted.keys() == state.keys()
     assert all(torch.equal(converted[key], state[key]) for key in state)
@@ -405,12 +547,21 @@ def test_takes_the_authors_checkpoints() -> None:
 
 @torch.no_grad()
 def test_export_and_back(tmp_path: Path) -> None:
-    """The folder alone rebuilds the network: fewer blocks than the name's, other classes, the small stem."""
+    """The folder alone rebuilds the network: fewer blocks than the name's, other classes, the small
+    stem.
+    """
     model = create_model("rednet26_small", num_classes=3, layers=[1, 1, 1, 1])
     spec = InputSpec.of_model(model)
     assert spec.image_size == (32, 32)
     given = {"layers": [1, 1, 1, 1]}
-    export_timm(model, tmp_path / "out", architecture="rednet26_small", model_args=given, classes=("a", "b", "c"), input_spec=spec)
+    export_timm(
+        model,
+        tmp_path / "out",
+        architecture="rednet26_small",
+        model_args=given,
+        classes=("a", "b", "c"),
+        input_spec=spec,
+    )
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(again(images), model.eval()(images), rtol=0, atol=0)

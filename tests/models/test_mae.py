@@ -1,4 +1,6 @@
-"""The masked autoencoder: the authors' numbers, and what must hold for any image, patch and encoder."""
+"""The masked autoencoder: the authors' numbers, and what must hold for any image, patch and
+encoder.
+"""
 
 import copy
 import json
@@ -42,18 +44,26 @@ sides = st.integers(1, 4)
 def golden(who: str, dim: int, depth: int, num_heads: int) -> MaskedAutoencoder:
     """The authors' network in float64; ``load_state_dict`` is strict, so that its keys are ours."""
     model = MaskedAutoencoder(64, 16, dim, depth, num_heads, 32, 2, 4)
-    state = {key.removeprefix(f"{who}."): value for key, value in DATA.items() if key.startswith(f"{who}.")}
-    model.load_state_dict({key: value for key, value in state.items() if not key.startswith("aligned_")})
+    state = {
+        key.removeprefix(f"{who}."): value
+        for key, value in DATA.items()
+        if key.startswith(f"{who}.")
+    }
+    model.load_state_dict(
+        {key: value for key, value in state.items() if not key.startswith("aligned_")}
+    )
     return model.double()
 
 
 def small(**changes) -> MaskedAutoencoder:
     torch.manual_seed(0)
     options = {"image_size": (12, 16), "patch_size": (6, 4), "dim": 8, "depth": 2, "num_heads": 2}
-    return MaskedAutoencoder(**{**options, "decoder_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3, **changes})
+    return MaskedAutoencoder(
+        **{**options, "decoder_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3, **changes}
+    )
 
 
-# --- the authors' numbers ------------------------------------------------------------------------------------------------------
+# --- the authors' numbers ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -78,7 +88,9 @@ def test_the_authors_features() -> None:
             tokens = encoder.run_block(i, tokens, None).tokens
         features.append(tokens)
     head = "student.aligned_feature_projection_heads.0"
-    projected = F.linear(features[0], DATA[f"{head}.weight"].double(), DATA[f"{head}.bias"].double())
+    projected = F.linear(
+        features[0], DATA[f"{head}.weight"].double(), DATA[f"{head}.bias"].double()
+    )
     distance = (F.normalize(features[1], dim=-1) - F.normalize(projected, dim=-1)).abs().mean()
     expected = EXPECTED["dmae feature distance L1 (float64), student block 2, teacher block 5"]
     assert distance.item() == pytest.approx(expected, abs=1e-10)
@@ -101,8 +113,18 @@ def test_gradients_are_those_of_finite_differences(norm_pix: bool) -> None:
 
     loss().backward()
     parameters = dict(model.named_parameters())
-    assert {name for name, p in parameters.items() if p.grad is None} == {"pos_embed", "decoder_pos_embed"}
-    for name in ("cls_token", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight", "decoder_embed.bias"):
+    assert {name for name, p in parameters.items() if p.grad is None} == {
+        "pos_embed",
+        "decoder_pos_embed",
+    }
+    for name in (
+        "cls_token",
+        "mask_token",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "norm.weight",
+        "decoder_embed.bias",
+    ):
         values, gradient = parameters[name].detach().flatten(), parameters[name].grad.flatten()
         place = gradient.abs().argmax()
         before, step = values[place].item(), 1e-5
@@ -112,14 +134,18 @@ def test_gradients_are_those_of_finite_differences(norm_pix: bool) -> None:
             values[place] = before - step
             slope = (above - loss()) / (2 * step)
             values[place] = before
-        assert gradient[place] != 0 and slope.item() == pytest.approx(gradient[place].item(), rel=1e-6)
+        assert gradient[place] != 0 and slope.item() == pytest.approx(
+            gradient[place].item(), rel=1e-6
+        )
 
 
-# --- positions -----------------------------------------------------------------------------------------------------------------
+# --- positions -----------------------------------------------------------------------------------
 
 
 @given(quarter=st.integers(1, 8), rows=st.integers(1, 6), columns=st.integers(1, 6))
-def test_positions_are_sines_and_cosines_of_column_then_row(quarter: int, rows: int, columns: int) -> None:
+def test_positions_are_sines_and_cosines_of_column_then_row(
+    quarter: int, rows: int, columns: int
+) -> None:
     dim = 4 * quarter
     table = sincos_positions(dim, (rows, columns))
     assert table.shape == (1, 1 + rows * columns, dim) and table.dtype is torch.float32
@@ -140,12 +166,16 @@ def test_a_width_that_does_not_divide_is_refused(dim: int) -> None:
         sincos_positions(dim, (2, 2))
 
 
-# --- patches -------------------------------------------------------------------------------------------------------------------
+# --- patches -------------------------------------------------------------------------------------
 
 
 @given(seed=seeds, rows=sides, columns=sides, height=sides, width=sides, channels=st.integers(1, 3))
-def test_patches_and_back(seed: int, rows: int, columns: int, height: int, width: int, channels: int) -> None:
-    images = torch.randn(2, channels, rows * height, columns * width, generator=torch.Generator().manual_seed(seed))
+def test_patches_and_back(
+    seed: int, rows: int, columns: int, height: int, width: int, channels: int
+) -> None:
+    images = torch.randn(
+        2, channels, rows * height, columns * width, generator=torch.Generator().manual_seed(seed)
+    )
     patches = patchify(images, (height, width))
     assert patches.shape == (2, rows * columns, height * width * channels)
     assert torch.equal(unpatchify(patches, (rows, columns), (height, width)), images)
@@ -159,13 +189,16 @@ def test_patches_that_do_not_fill_the_image_are_refused() -> None:
         patchify(torch.zeros(1, 3, 8, 8), (4, 3))
 
 
-# --- the loss ------------------------------------------------------------------------------------------------------------------
+# --- the loss ------------------------------------------------------------------------------------
 
 
 @given(seed=seeds, norm_pix=st.booleans())
 def test_the_loss_by_hand(seed: int, norm_pix: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    images, prediction = torch.randn(2, 3, 4, 6, generator=generator), torch.randn(2, 4, 18, generator=generator)
+    images, prediction = (
+        torch.randn(2, 3, 4, 6, generator=generator),
+        torch.randn(2, 4, 18, generator=generator),
+    )
     mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])
     target, total = patchify(images, (2, 3)).double().numpy(), 0.0
     for image, patch in mask.nonzero().tolist():
@@ -173,7 +206,9 @@ def test_the_loss_by_hand(seed: int, norm_pix: bool) -> None:
         if norm_pix:
             pixels = (pixels - pixels.mean()) / math.sqrt(pixels.var(ddof=1) + 1e-6)
         total += ((prediction[image, patch].double().numpy() - pixels) ** 2).mean()
-    assert reconstruction_loss(prediction, images, mask, (2, 3), norm_pix).item() == pytest.approx(total / 4, rel=1e-5)
+    assert reconstruction_loss(prediction, images, mask, (2, 3), norm_pix).item() == pytest.approx(
+        total / 4, rel=1e-5
+    )
 
 
 @given(seed=seeds, norm_pix=st.booleans())
@@ -196,7 +231,9 @@ def test_the_right_answer_costs_nothing_and_a_patch_that_is_hidden_nowhere_neith
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_values_stay_finite(dtype: torch.dtype) -> None:
-    images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 1e4), 1e4 * torch.randn(3, 4, 4)]).to(dtype)
+    images = torch.stack(
+        [torch.zeros(3, 4, 4), torch.full((3, 4, 4), 1e4), 1e4 * torch.randn(3, 4, 4)]
+    ).to(dtype)
     prediction = torch.full((3, 4, 12), 6e4, dtype=dtype, requires_grad=True)
     for norm_pix in (False, True):
         loss = reconstruction_loss(prediction, images, torch.ones(3, 4), (2, 2), norm_pix)
@@ -212,27 +249,45 @@ def test_normalised_pixels_do_not_depend_on_brightness_and_contrast() -> None:
     assert changed.item() == pytest.approx(plain.item(), rel=1e-3)
 
 
-# --- the decoder ---------------------------------------------------------------------------------------------------------------
+# --- the decoder ---------------------------------------------------------------------------------
 
 
-def by_unshuffling(decoder: MAEDecoder | MaskedAutoencoder, features: Tensor, noise: Tensor, rate: float, prefix: int) -> Tensor:
-    """The authors' order of things: mask tokens behind the visible ones, then all back in place by ``restore``."""
+def by_unshuffling(
+    decoder: MAEDecoder | MaskedAutoencoder,
+    features: Tensor,
+    noise: Tensor,
+    rate: float,
+    prefix: int,
+) -> Tensor:
+    """The authors' order of things: mask tokens behind the visible ones, then all back in place by
+    ``restore``.
+    """
     keep, restore, _ = random_masking(noise, rate)
     tokens = decoder.decoder_embed(features)
     hidden = decoder.mask_token.expand(len(noise), noise.shape[1] - keep.shape[1], -1)
     shuffled = torch.cat([tokens[:, prefix:], hidden], dim=1)
     patches = torch.stack([row[order] for row, order in zip(shuffled, restore, strict=True)])
     zeros = decoder.decoder_pos_embed[:, :1].expand(-1, prefix, -1)
-    tokens = torch.cat([tokens[:, :prefix], patches], dim=1) + torch.cat([zeros, decoder.decoder_pos_embed[:, 1:]], dim=1)
+    tokens = torch.cat([tokens[:, :prefix], patches], dim=1) + torch.cat(
+        [zeros, decoder.decoder_pos_embed[:, 1:]], dim=1
+    )
     for block in decoder.decoder_blocks:
         tokens = block(tokens)
     return decoder.decoder_pred(decoder.decoder_norm(tokens))[:, prefix:]
 
 
 @settings(max_examples=15)
-@given(seed=seeds, rows=st.integers(1, 3), columns=st.integers(2, 4), prefix=st.integers(0, 3), depth=st.integers(0, 2))
+@given(
+    seed=seeds,
+    rows=st.integers(1, 3),
+    columns=st.integers(2, 4),
+    prefix=st.integers(0, 3),
+    depth=st.integers(0, 2),
+)
 @torch.no_grad()
-def test_placing_equals_unshuffling(seed: int, rows: int, columns: int, prefix: int, depth: int) -> None:
+def test_placing_equals_unshuffling(
+    seed: int, rows: int, columns: int, prefix: int, depth: int
+) -> None:
     torch.manual_seed(seed)
     noise = torch.rand(2, rows * columns)
     keep, _, _ = random_masking(noise, 0.5)
@@ -240,7 +295,9 @@ def test_placing_equals_unshuffling(seed: int, rows: int, columns: int, prefix: 
     decoder = MAEDecoder(6, (rows, columns), (2, 3), 8, depth, 2)
     prediction = decoder(features, keep, prefix)
     assert prediction.shape == (2, rows * columns, 18)
-    assert torch.allclose(prediction, by_unshuffling(decoder, features, noise, 0.5, prefix), atol=1e-5)
+    assert torch.allclose(
+        prediction, by_unshuffling(decoder, features, noise, 0.5, prefix), atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -264,7 +321,10 @@ def test_the_decoder_starts_as_maes() -> None:
     ("options", "sentence"),
     [
         ({"decoder_dim": 10, "decoder_num_heads": 5}, "multiple of 4, and this one is 10"),
-        ({"decoder_dim": 12, "decoder_num_heads": 5}, "decoder_dim is 12, which 5 attention heads do not divide"),
+        (
+            {"decoder_dim": 12, "decoder_num_heads": 5},
+            "decoder_dim is 12, which 5 attention heads do not divide",
+        ),
         ({"decoder_num_heads": 0}, "decoder_dim is 512, which 0 attention heads"),
         ({"decoder_depth": -1}, "decoder_depth is -1"),
     ],
@@ -276,18 +336,30 @@ def test_decoders_that_cannot_be_built_are_refused(options: dict[str, int], sent
         small(**{"decoder_dim": 512, "decoder_num_heads": 16, **options})
 
 
-# --- the network ---------------------------------------------------------------------------------------------------------------
+# --- the network ---------------------------------------------------------------------------------
 
 
 def test_the_names_are_those_of_the_public_checkpoints() -> None:
-    block = [f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")]
+    block = [
+        f"{part}.{kind}"
+        for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ]
     expected = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"}
     for layer in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"):
         expected |= {f"{layer}.weight", f"{layer}.bias"}
-    expected |= {f"blocks.{i}.{name}" for i in range(2) for name in block} | {f"decoder_blocks.0.{name}" for name in block}
+    expected |= {f"blocks.{i}.{name}" for i in range(2) for name in block} | {
+        f"decoder_blocks.0.{name}" for name in block
+    }
     model = small()
-    assert set(model.state_dict()) == expected and {name for name, _ in model.named_parameters()} == expected
-    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"pos_embed", "decoder_pos_embed"}
+    assert (
+        set(model.state_dict()) == expected
+        and {name for name, _ in model.named_parameters()} == expected
+    )
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        "pos_embed",
+        "decoder_pos_embed",
+    }
     epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
     assert epsilons == {1e-6}
 
@@ -296,18 +368,31 @@ def test_the_names_are_those_of_the_public_checkpoints() -> None:
 @given(seed=seeds, rate=st.sampled_from([0.0, 0.3, 0.5, 0.75]))
 @torch.no_grad()
 def test_only_visible_patches_are_read(seed: int, rate: float) -> None:
-    """Hidden pixels change nothing, and the encoder is the plain ViT on the visible patches, then the authors' decoder."""
+    """Hidden pixels change nothing, and the encoder is the plain ViT on the visible patches, then
+    the authors' decoder.
+    """
     model = small().eval()
     generator = torch.Generator().manual_seed(seed)
-    images, noise = torch.randn(2, 3, 12, 16, generator=generator), torch.rand(2, 8, generator=generator)
+    images, noise = (
+        torch.randn(2, 3, 12, 16, generator=generator),
+        torch.rand(2, 8, generator=generator),
+    )
     prediction, mask = model(images, noise, rate)
     noisy = unpatchify(patchify(images, (6, 4)) + 9 * mask[:, :, None], (2, 4), (6, 4))
     again, _ = model(noisy, noise, rate)
     assert torch.equal(again, prediction)
     plain = timm.create_model(
-        "vit_tiny_patch16_224", img_size=(12, 16), patch_size=(6, 4), embed_dim=8, depth=2, num_heads=2, num_classes=0
+        "vit_tiny_patch16_224",
+        img_size=(12, 16),
+        patch_size=(6, 4),
+        embed_dim=8,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
     )
-    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
+    plain.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if key in plain.state_dict()}
+    )
     keep, _, _ = random_masking(noise, rate)
     features = run_vit(plain.eval(), images, Needs(features=True), keep).features
     assert features is not None
@@ -322,7 +407,9 @@ def test_the_class_token_reaches_the_prediction_and_copies_are_independent() -> 
     other = copy.deepcopy(model)
     other.cls_token.add_(torch.randn(8))
     after, _ = other(images, noise)
-    assert (after - before).abs().amax(-1).min() > 1e-4 and torch.equal(model(images, noise)[0], before)
+    assert (after - before).abs().amax(-1).min() > 1e-4 and torch.equal(
+        model(images, noise)[0], before
+    )
 
 
 def test_autocast_gives_finite_gradients() -> None:
@@ -332,7 +419,9 @@ def test_autocast_gives_finite_gradients() -> None:
         prediction, mask = model(images, torch.rand(1, 8))
         loss = reconstruction_loss(prediction, images, mask, (6, 4))
     loss.backward()
-    assert loss.dtype is torch.float32 and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert loss.dtype is torch.float32 and all(
+        p.grad.isfinite().all() for p in model.parameters() if p.grad is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -352,20 +441,25 @@ def test_images_and_noise_of_another_size_are_refused() -> None:
     model = small()
     with pytest.raises(ConfigError, match="images of 12 x 16, and these are 16 x 12"):
         model(torch.zeros(1, 3, 16, 12), torch.rand(1, 8))
-    with pytest.raises(ConfigError, match="noise has 9 numbers an image, and the network has 8 patches"):
+    with pytest.raises(
+        ConfigError, match="noise has 9 numbers an image, and the network has 8 patches"
+    ):
         model(torch.zeros(1, 3, 12, 16), torch.rand(1, 9))
     with pytest.raises(ConfigError, match="leaves none of 8 patches visible"):
         model(torch.zeros(1, 3, 12, 16), torch.rand(1, 8), 0.9)
 
 
-# --- initialisation ------------------------------------------------------------------------------------------------------------
+# --- initialisation ------------------------------------------------------------------------------
 
 
 def check_initial(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             bound = math.sqrt(6 / (module.in_features + module.out_features))
-            assert module.weight.abs().max() <= bound and module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+            assert (
+                module.weight.abs().max() <= bound
+                and module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2)
+            )
             assert module.bias is None or (module.bias == 0).all()
         elif isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all() and (module.bias == 0).all()
@@ -384,7 +478,17 @@ def check_initial(model: nn.Module) -> None:
 )
 @torch.no_grad()
 def test_any_plain_vit_starts_as_maes(name: str, options: dict[str, object], prefix: int) -> None:
-    model = timm.create_model(name, **{"img_size": (32, 48), "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, **options})
+    model = timm.create_model(
+        name,
+        **{
+            "img_size": (32, 48),
+            "patch_size": 8,
+            "embed_dim": 32,
+            "depth": 1,
+            "num_heads": 2,
+            **options,
+        },
+    )
     for parameter in model.parameters():
         parameter.fill_(7)
     torch.manual_seed(0)
@@ -392,7 +496,9 @@ def test_any_plain_vit_starts_as_maes(name: str, options: dict[str, object], pre
     check_initial(model)
     weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
     bound = math.sqrt(6 / (32 + 192))
-    assert 0.95 * bound < weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert 0.95 * bound < weight.abs().max() <= bound and weight.std().item() == pytest.approx(
+        bound / math.sqrt(3), rel=0.05
+    )
     assert 0 < bias.abs().max() <= 1 / math.sqrt(192) and bias.std() > 0.02
     for token in (model.cls_token, getattr(model, "dist_token", None), model.reg_token):
         assert token is None or 0.01 < token.std() < 0.03
@@ -402,7 +508,9 @@ def test_any_plain_vit_starts_as_maes(name: str, options: dict[str, object], pre
 
 
 def test_positions_can_be_held_as_they_are() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=1, num_heads=2)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=1, num_heads=2
+    )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     hold_positions(model)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["pos_embed"]
@@ -410,7 +518,9 @@ def test_positions_can_be_held_as_they_are() -> None:
 
 
 def test_a_network_without_a_table_of_positions_is_refused() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=1, num_heads=2, pos_embed="none")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=1, num_heads=2, pos_embed="none"
+    )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for change in (init_mae, hold_positions):
         with pytest.raises(ConfigError, match="no table of absolute positions"):
@@ -420,19 +530,32 @@ def test_a_network_without_a_table_of_positions_is_refused() -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 @pytest.mark.parametrize(("num_keep", "num_prefix_tokens"), [(1, 1), (5, 0), (7, 3), (11, 1)])
-def test_hidden_patches_alone_are_decoded_as_among_all(depth: int, num_keep: int, num_prefix_tokens: int) -> None:
+def test_hidden_patches_alone_are_decoded_as_among_all(
+    depth: int, num_keep: int, num_prefix_tokens: int
+) -> None:
     torch.manual_seed(depth)
     decoder = MAEDecoder(12, (3, 4), (2, 5), 16, depth, 4).double()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     keep = torch.stack([torch.randperm(12)[:num_keep] for _ in range(3)])
-    features = torch.randn(3, num_prefix_tokens + num_keep, 12, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(
+        3, num_prefix_tokens + num_keep, 12, dtype=torch.float64, requires_grad=True
+    )
     whole = decoder(features, keep, num_prefix_tokens)
     alone, hidden = decoder.decode_hidden(features, keep, num_prefix_tokens)
-    assert [sorted([*a, *b]) for a, b in zip(keep.tolist(), hidden.tolist(), strict=True)] == [list(range(12))] * 3
+    assert [sorted([*a, *b]) for a, b in zip(keep.tolist(), hidden.tolist(), strict=True)] == [
+        list(range(12))
+    ] * 3
     assert torch.allclose(alone, whole[torch.arange(3)[:, None], hidden], rtol=1e-10, atol=1e-10)
-    trained = [features, *(parameter for parameter in decoder.parameters() if parameter.requires_grad)]
+    trained = [
+        features,
+        *(parameter for parameter in decoder.parameters() if parameter.requires_grad),
+    ]
     ours = torch.autograd.grad(alone.square().sum(), trained, allow_unused=True)
-    theirs = torch.autograd.grad(whole[torch.arange(3)[:, None], hidden].square().sum(), trained, allow_unused=True)
+    theirs = torch.autograd.grad(
+        whole[torch.arange(3)[:, None], hidden].square().sum(), trained, allow_unused=True
+    )
     for a, b in zip(ours, theirs, strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-8))
+        assert (a is None) == (b is None) and (
+            a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-8)
+        )

@@ -1,7 +1,9 @@
-"""Six small runs by the command line, and what each computed: a change without numeric purpose leaves all of it as it was.
+"""Six small runs by the command line, and what each computed: a change without numeric purpose
+leaves all of it as it was.
 
-``python tests/oracle/oracle.py`` prints the losses and the digests of this tree; ``--write`` records them in oracle.json,
-which `test_oracle.py` compares with: losses within rounding on any machine, every bit on one like the recorded one.
+``python tests/oracle/oracle.py`` prints the losses and the digests of this tree; ``--write``
+records them in oracle.json, which `test_oracle.py` compares with: losses within rounding on any
+machine, every bit on one like the recorded one.
 """
 
 import contextlib
@@ -49,9 +51,19 @@ def recipe(root: Path, **parts: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "student": vit(24),
         "objectives": {"ce": {"method": "ce", "smoothing": 0.1}},
-        "data": {"dir": str(root / "alike"), "workers": 0, "augment": {"crop": "pad", "crop_padding": 2}},
+        "data": {
+            "dir": str(root / "alike"),
+            "workers": 0,
+            "augment": {"crop": "pad", "crop_padding": 2},
+        },
         "optim": {"lr": 2e-3, "warmup_epochs": 1.0},
-        "train": {"epochs": 2, "batch_size": 16, "log_every": 1, "eval_batch_size": 8, "amp_dtype": "float32"},
+        "train": {
+            "epochs": 2,
+            "batch_size": 16,
+            "log_every": 1,
+            "eval_batch_size": 8,
+            "amp_dtype": "float32",
+        },
     }
     for name, part in parts.items():
         base[name] = {**base[name], **part} if name in ("data", "optim", "train") else part
@@ -61,7 +73,14 @@ def recipe(root: Path, **parts: Any) -> dict[str, Any]:
 def recipes(root: Path) -> dict[str, dict[str, Any]]:
     """By name, in the order in which they run: teachers first."""
     teacher = {"teacher": {"model": str(root / "runs" / "teacher" / "last")}}
-    ce, kd = {"method": "ce", "weight": 0.5, "smoothing": 0.1}, {"method": "kd", "weight": 0.5, "temperature": 2.0}
+    ce, kd = (
+        {"method": "ce", "weight": 0.5, "smoothing": 0.1},
+        {
+            "method": "kd",
+            "weight": 0.5,
+            "temperature": 2.0,
+        },
+    )
     mae = {"method": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
     small = {"scale": [0.3, 1.0]}
     pretrain = recipe(
@@ -78,7 +97,11 @@ def recipes(root: Path) -> dict[str, dict[str, Any]]:
         data={"augment": small},
         optim={"layer_decay": 0.75},
     )
-    stored = {"teachers": teacher, "objectives": {"ce": ce, "kd": kd}, "data": {"augment": {"crop": "pad", "mixup": 0.8}, "views": 2}}
+    stored = {
+        "teachers": teacher,
+        "objectives": {"ce": ce, "kd": kd},
+        "data": {"augment": {"crop": "pad", "mixup": 0.8}, "views": 2},
+    }
     return {
         "teacher": recipe(root, student=vit(32, depth=4), train={"epochs": 4}),
         "maskedkd": recipe(
@@ -87,18 +110,37 @@ def recipes(root: Path) -> dict[str, dict[str, Any]]:
             teachers=teacher,
             objectives={"ce": ce, "kd": kd},
             selector={"method": "maskedkd", "keep_rate": 0.5},
-            data={"augment": {"crop": "pad", "crop_padding": 2, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25}},
+            data={
+                "augment": {
+                    "crop": "pad",
+                    "crop_padding": 2,
+                    "mixup": 0.8,
+                    "cutmix": 1.0,
+                    "reprob": 0.25,
+                }
+            },
             optim={"clip_grad": 1.0, "layer_decay": 0.8},
             train={"ema_decay": 0.6, "accumulate": 2},
         ),
-        "vitkd_nkd": recipe(root, teachers=teacher, objectives={"ce": ce, "vitkd": {"method": "vitkd"}, "nkd": {"method": "nkd"}}),
+        "vitkd_nkd": recipe(
+            root,
+            teachers=teacher,
+            objectives={"ce": ce, "vitkd": {"method": "vitkd"}, "nkd": {"method": "nkd"}},
+        ),
         "dmae": {"name": "dmae", "stages": {"pretrain": pretrain, "finetune": finetune}},
         "libkd_topk": recipe(root, **stored),
         "libkd_float32": recipe(root, **stored),
         "one_by_one": recipe(
-            root, data={"dir": str(root / "unlike"), "workers": 2, "augment": {"scale": [0.3, 1.0], "aa": "rand-m9-mstd0.5-inc1"}}
+            root,
+            data={
+                "dir": str(root / "unlike"),
+                "workers": 2,
+                "augment": {"scale": [0.3, 1.0], "aa": "rand-m9-mstd0.5-inc1"},
+            },
         ),
-        "two_processes": recipe(root, teachers=teacher, objectives={"ce": ce, "kd": kd}, train={"accumulate": 2}),
+        "two_processes": recipe(
+            root, teachers=teacher, objectives={"ce": ce, "kd": kd}, train={"accumulate": 2}
+        ),
     }
 
 
@@ -120,10 +162,29 @@ def run(name: str, file: Path, output: Path, folder: Path) -> None:
         encoding = name.removeprefix("libkd_")
         sparse = ["--k", "2"] if encoding == "topk" else []
         labels = folder / f"labels_{encoding}"
-        command("label", str(file), "--output", str(labels), "--encoding", encoding, *sparse, "--device", "cpu")
+        command(
+            "label",
+            str(file),
+            "--output",
+            str(labels),
+            "--encoding",
+            encoding,
+            *sparse,
+            "--device",
+            "cpu",
+        )
         words += ["--labels", str(labels)]
     if name == "two_processes":
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vitdistill.cli"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "vitdistill.cli",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         subprocess.run([*launcher, *words], check=True, capture_output=True, env=environment)
     else:
@@ -134,7 +195,9 @@ def computed(folder: Path) -> dict[str, Any]:
     """The losses of a run's steps, its scores, and one digest of both and of every weight."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     digest = hashlib.sha256(json.dumps(lines, sort_keys=True).encode())
-    for name, tensor in sorted(safetensors.torch.load_file(folder / "last" / "model.safetensors").items()):
+    for name, tensor in sorted(
+        safetensors.torch.load_file(folder / "last" / "model.safetensors").items()
+    ):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
@@ -158,7 +221,9 @@ def compute(folder: Path) -> dict[str, dict[str, Any]]:
 def machine() -> str:
     """What decides the last bits: kernels of torch on this kind of processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
     return f"torch {torch.__version__}, {model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -167,7 +232,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = compute(Path(folder))
     for name, result in found.items():
-        print(f"{name:16} {result['digest'][:16]}  {result['losses'][0]:.6f} -> {result['losses'][-1]:.6f}")
+        print(
+            f"{name:16} {result['digest'][:16]}  {result['losses'][0]:.6f} ->"
+            f" {result['losses'][-1]:.6f}"
+        )
     if "--write" in sys.argv:
         RECORDED.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
     elif RECORDED.exists():

@@ -53,10 +53,12 @@ def refused(tmp_path: Path, text: str | bytes) -> str:
     return sentence
 
 
-# --- round trips ---------------------------------------------------------------------------------------------------------------
+# --- round trips ---------------------------------------------------------------------------------
 
 
-SINGLE = [name for name in RECIPES if isinstance(named_recipe(name), Recipe)]  # of those with stages tests/test_stages.py speaks
+SINGLE = [
+    name for name in RECIPES if isinstance(named_recipe(name), Recipe)
+]  # of those with stages tests/test_stages.py speaks
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -64,7 +66,11 @@ def test_a_named_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe = named_recipe(name)
     assert recipe.name == name and recipe.description
     again = read(tmp_path, dump_recipe(recipe))
-    assert again == recipe and fingerprint(again) == fingerprint(recipe) and differences(again, recipe) == []
+    assert (
+        again == recipe
+        and fingerprint(again) == fingerprint(recipe)
+        and differences(again, recipe) == []
+    )
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -74,19 +80,52 @@ def test_a_dumped_recipe_means_the_same_to_other_yaml_readers(name: str) -> None
 
 
 words = st.one_of(
-    st.sampled_from(["no", "null", "~", "1e-3", "010", "1:30", "true", ".nan", "", " ", "a: b", "#c", "<<", "=", "2026-11-21", "- x", "é"]),
+    st.sampled_from(
+        [
+            "no",
+            "null",
+            "~",
+            "1e-3",
+            "010",
+            "1:30",
+            "true",
+            ".nan",
+            "",
+            " ",
+            "a: b",
+            "#c",
+            "<<",
+            "=",
+            "2026-11-21",
+            "- x",
+            "é",
+        ]
+    ),
     st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=8),
 )
 plain = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), words),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        words,
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=3)),
     max_leaves=6,
 )
 recipes = st.builds(
     Recipe,
     description=words,
-    student=st.builds(StudentConfig, model=words, checkpoint=st.none() | words, model_args=st.dictionaries(words, plain, max_size=3)),
-    teachers=st.dictionaries(st.sampled_from(["teacher", "second"]), st.builds(TeacherConfig, model=words), max_size=2),
+    student=st.builds(
+        StudentConfig,
+        model=words,
+        checkpoint=st.none() | words,
+        model_args=st.dictionaries(words, plain, max_size=3),
+    ),
+    teachers=st.dictionaries(
+        st.sampled_from(["teacher", "second"]), st.builds(TeacherConfig, model=words), max_size=2
+    ),
     objectives=st.dictionaries(
         st.sampled_from(["ce", "kd", "other"]),
         st.one_of(
@@ -97,17 +136,32 @@ recipes = st.builds(
         min_size=1,
     ),
     selector=st.none()
-    | st.builds(MaskedKD, keep_rate=st.floats(1e-6, 1), num_keep=st.none() | st.integers(1, 9), block=st.integers(-3, 3))
+    | st.builds(
+        MaskedKD,
+        keep_rate=st.floats(1e-6, 1),
+        num_keep=st.none() | st.integers(1, 9),
+        block=st.integers(-3, 3),
+    )
     | st.builds(TeacherGuided, softmax_over=st.sampled_from(["tokens", "patches"])),
-    optim=st.builds(OptimConfig, lr=st.floats(1e-12, 1e3), min_lr=st.floats(0, 1), clip_grad=st.none() | st.floats(1e-3, 1e3)),
+    optim=st.builds(
+        OptimConfig,
+        lr=st.floats(1e-12, 1e3),
+        min_lr=st.floats(0, 1),
+        clip_grad=st.none() | st.floats(1e-3, 1e3),
+    ),
     train=st.builds(
-        TrainConfig, epochs=st.integers(6, 10**6), seed=st.integers(-(2**40), 2**40), ema_decay=st.none() | st.floats(0.1, 0.9)
+        TrainConfig,
+        epochs=st.integers(6, 10**6),
+        seed=st.integers(-(2**40), 2**40),
+        ema_decay=st.none() | st.floats(0.1, 0.9),
     ),
 )
 
 
 @given(recipe=recipes)
-def test_any_recipe_survives_yaml_and_json(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_recipe_survives_yaml_and_json(
+    recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
@@ -118,11 +172,16 @@ def test_any_recipe_survives_yaml_and_json(recipe: Recipe, tmp_path_factory: pyt
 @given(recipe=recipes)
 def test_flattening_keeps_every_leaf(recipe: Recipe) -> None:
     flat = flatten(recipe)
-    assert flat["student.model"] == recipe.student.model and flat["train.epochs"] == recipe.train.epochs
-    assert len(fingerprint(recipe)) == 64 and fingerprint(recipe) == fingerprint(from_dict(to_dict(recipe)))
+    assert (
+        flat["student.model"] == recipe.student.model
+        and flat["train.epochs"] == recipe.train.epochs
+    )
+    assert len(fingerprint(recipe)) == 64 and fingerprint(recipe) == fingerprint(
+        from_dict(to_dict(recipe))
+    )
 
 
-# --- YAML's traps --------------------------------------------------------------------------------------------------------------
+# --- YAML's traps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,7 +261,10 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
         ("objectives: {kd: {method: kdd}}", "no method 'kdd': did you mean 'kd'"),
         ("objectives: {kd: {method: maskedkd}}", "not an objective"),
         ("selector: {method: kd}", "not a patch selector"),
-        ("objectives: {kd: {method: kd, temprature: 2}}", "'objectives.kd.temprature' .*did you mean 'temperature'"),
+        (
+            "objectives: {kd: {method: kd, temprature: 2}}",
+            "'objectives.kd.temprature' .*did you mean 'temperature'",
+        ),
         ("selector: {method: maskedkd, keep_rate: 0}", "keep_rate is 0"),
         ("selector: {method: maskedkd, keep_rate: half}", "selector.keep_rate .* a number"),
         ("name: ../up", "plain name of a folder"),
@@ -214,13 +276,19 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
         ("student: " + "x" * 9000, "a mapping is needed"),
     ],
 )
-def test_a_wrong_file_is_refused_in_one_sentence(text: str | bytes, sentence: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_refused_in_one_sentence(
+    text: str | bytes, sentence: str, tmp_path: Path
+) -> None:
     assert re.search(sentence, refused(tmp_path, text))
 
 
 def test_a_canary_in_a_tag_does_not_run(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    refused(tmp_path, f"name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{canary}']]")
+    refused(
+        tmp_path,
+        "name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path"
+        f" ['{canary}']]",
+    )
     assert not canary.exists()
 
 
@@ -255,7 +323,7 @@ def test_a_run_folder_stands_for_its_recipe(tmp_path: Path) -> None:
     assert find_recipe(str(tmp_path)) == recipe
 
 
-# --- values that make no sense together ------------------------------------------------------------------------------------------
+# --- values that make no sense together ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,21 +364,39 @@ def test_a_schedule_that_cannot_be() -> None:
         replace_fields(Recipe(), {"train.epochs": 5})
     with pytest.raises(ConfigError, match="warmup_epochs cannot take effect"):
         replace_fields(Recipe(), {"optim.sched": "none"})
-    assert replace_fields(Recipe(), {"optim.sched": "none", "optim.warmup_epochs": 0}).optim.sched == "none"
+    assert (
+        replace_fields(Recipe(), {"optim.sched": "none", "optim.warmup_epochs": 0}).optim.sched
+        == "none"
+    )
 
 
-# --- replacing fields ------------------------------------------------------------------------------------------------------------
+# --- replacing fields ----------------------------------------------------------------------------
 
 
 def test_fields_are_replaced_together() -> None:
     recipe = named_recipe("maskedkd")
     changed = replace_fields(
-        recipe, {"train.epochs": 3, "optim.warmup_epochs": 1, "selector.keep_rate": 0.25, "objectives.kd.temperature": "2"}
+        recipe,
+        {
+            "train.epochs": 3,
+            "optim.warmup_epochs": 1,
+            "selector.keep_rate": 0.25,
+            "objectives.kd.temperature": "2",
+        },
     )
     assert (changed.train.epochs, changed.optim.warmup_epochs) == (3, 1.0)
     assert changed.selector == MaskedKD(keep_rate=0.25)
     assert changed.objectives["kd"] == SoftKD(weight=0.5, temperature=2.0)
-    assert replace(changed, train=recipe.train, optim=recipe.optim, selector=recipe.selector, objectives=recipe.objectives) == recipe
+    assert (
+        replace(
+            changed,
+            train=recipe.train,
+            optim=recipe.optim,
+            selector=recipe.selector,
+            objectives=recipe.objectives,
+        )
+        == recipe
+    )
     assert recipe == named_recipe("maskedkd")
 
 
@@ -328,7 +414,13 @@ def test_open_ended_fields_take_new_keys() -> None:
         ("optim.lr.x", "no field 'optim.lr.x'"),
         ("selector.keep_rate", r"has no patch selector: add one first \(--with maskedkd\)"),
         ("masking.mask_rate", r"has no masking: add one first \(--with random_masking\)"),
-        ("objectives.ce.schedule.to", "objectives.ce.schedule is null, so it has no 'to': .*--set objectives.ce.schedule='{to: 0}'"),
+        (
+            "objectives.ce.schedule.to",
+            (
+                "objectives.ce.schedule is null, so it has no 'to': .*--set"
+                " objectives.ce.schedule='{to: 0}'"
+            ),
+        ),
         ("optim.clip_grad.x", "optim.clip_grad is null, so it has no 'x': set it itself"),
         ("teachers.teacher.model", "no field 'teachers.teacher'"),
         ("", "no field ''"),
@@ -341,7 +433,11 @@ def test_a_wrong_path_is_refused(path: str, sentence: str) -> None:
 
 
 def test_what_is_null_is_set_as_the_refusal_says() -> None:
-    schedule = replace_fields(Recipe(), {"objectives.ce.schedule": parse_value("{to: 0}", "--set x")}).objectives["ce"].schedule
+    schedule = (
+        replace_fields(Recipe(), {"objectives.ce.schedule": parse_value("{to: 0}", "--set x")})
+        .objectives["ce"]
+        .schedule
+    )
     assert schedule is not None and schedule.to == 0
     assert replace_fields(Recipe(), {"optim.clip_grad": 3}).optim.clip_grad == 3
 
@@ -364,7 +460,7 @@ def test_values_from_the_command_line() -> None:
         convert("3.5", int, "--epochs")
 
 
-# --- what can change a result ------------------------------------------------------------------------------------------------------
+# --- what can change a result --------------------------------------------------------------------
 
 
 def test_the_fingerprint_sees_what_changes_the_result_and_nothing_else() -> None:
@@ -372,8 +468,14 @@ def test_the_fingerprint_sees_what_changes_the_result_and_nothing_else() -> None
     flat = flatten(recipe)
     for path in VOLATILE:
         other = replace_fields(recipe, {path: 7 if isinstance(flat[path], int) else "elsewhere"})
-        assert other != recipe and fingerprint(other) == fingerprint(recipe) and differences(other, recipe) == []
-    other = replace_fields(recipe, {"selector.keep_rate": 0.25, "train.seed": 1, "student.model_args.depth": 7})
+        assert (
+            other != recipe
+            and fingerprint(other) == fingerprint(recipe)
+            and differences(other, recipe) == []
+        )
+    other = replace_fields(
+        recipe, {"selector.keep_rate": 0.25, "train.seed": 1, "student.model_args.depth": 7}
+    )
     assert fingerprint(other) != fingerprint(recipe)
     assert differences(other, recipe) == [
         "selector.keep_rate is 0.25 here and 0.5 there",
@@ -387,6 +489,10 @@ def test_every_setting_is_documented() -> None:
     for part in (Recipe, StudentConfig, TeacherConfig, OptimConfig, TrainConfig, Augment):
         for field in dataclasses.fields(part):
             documented = part.__doc__ or ""
-            assert field.name in documented or field.name in ("student", "teachers", "data", "optim", "train"), (
-                f"{part.__name__}.{field.name}"
-            )
+            assert field.name in documented or field.name in (
+                "student",
+                "teachers",
+                "data",
+                "optim",
+                "train",
+            ), f"{part.__name__}.{field.name}"

@@ -1,4 +1,6 @@
-"""The DMAE pairs: the five settings that changed between the authors' releases, and what both share."""
+"""The DMAE pairs: the five settings that changed between the authors' releases, and what both
+share.
+"""
 
 import re
 
@@ -15,12 +17,20 @@ LAST = [name for name in NAMES if not name.endswith("_first_release")]
 
 def stages(name: str) -> Stages:
     found = named_recipe(name)
-    assert isinstance(found, Stages) and found.name == name and list(found.stages) == ["pretrain", "finetune"]
+    assert (
+        isinstance(found, Stages)
+        and found.name == name
+        and list(found.stages) == ["pretrain", "finetune"]
+    )
     return found
 
 
 def leaves(name: str) -> dict[str, object]:
-    return {f"{key}.{path}": value for key, stage in stages(name).stages.items() for path, value in flatten(stage).items()}
+    return {
+        f"{key}.{path}": value
+        for key, stage in stages(name).stages.items()
+        for path, value in flatten(stage).items()
+    }
 
 
 @pytest.mark.parametrize("name", LAST)
@@ -28,23 +38,54 @@ def test_the_releases_differ_in_five_settings_and_the_module_lists_them(name: st
     first, last = leaves(f"{name}_first_release"), leaves(name)
     changed = {key: (first[key], last[key]) for key in last if first[key] != last[key]}
     rows = re.findall(r"^(\w+\.[\w.]+) +(\S+) +(\S+)$", dmae.__doc__ or "", re.MULTILINE)
-    said = {key: (float(a), float(b)) if a[0].isdigit() else (a == "true", b == "true") for key, a, b in rows}
+    said = {
+        key: (float(a), float(b)) if a[0].isdigit() else (a == "true", b == "true")
+        for key, a, b in rows
+    }
     assert changed == said and len(said) == 5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_both_releases_share(name: str) -> None:
     pretrain, finetune = stages(name).stages.values()
-    assert (pretrain.train.epochs, pretrain.train.batch_size, pretrain.optim.lr) == (100, 4096, pytest.approx(1.5e-4 * 4096 / 256))
-    assert (finetune.train.epochs, finetune.train.batch_size, finetune.optim.lr) == (100, 1024, pytest.approx(5e-4 * 1024 / 256))
-    assert pretrain.optim.opt_args == {"betas": [0.9, 0.95]} and finetune.optim.opt_args == {"betas": [0.9, 0.999]}
-    assert pretrain.objectives["dmae"] == DMAE() and pretrain.objectives["mae"].weight == 1  # unit weights, 3/4 depth, L1 on unit length
+    assert (pretrain.train.epochs, pretrain.train.batch_size, pretrain.optim.lr) == (
+        100,
+        4096,
+        pytest.approx(1.5e-4 * 4096 / 256),
+    )
+    assert (finetune.train.epochs, finetune.train.batch_size, finetune.optim.lr) == (
+        100,
+        1024,
+        pytest.approx(5e-4 * 1024 / 256),
+    )
+    assert pretrain.optim.opt_args == {"betas": [0.9, 0.95]} and finetune.optim.opt_args == {
+        "betas": [0.9, 0.999]
+    }
+    assert (
+        pretrain.objectives["dmae"] == DMAE() and pretrain.objectives["mae"].weight == 1
+    )  # unit weights, 3/4 depth, L1 on unit length
     augment = finetune.data.augment
-    assert (augment.aa, augment.reprob, augment.mixup, augment.cutmix) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0)
-    assert pretrain.data.augment.scale == (0.2, 1.0) and pretrain.data.augment.hflip == 0.5 and pretrain.student.init == "mae"
+    assert (augment.aa, augment.reprob, augment.mixup, augment.cutmix) == (
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+        0.8,
+        1.0,
+    )
+    assert (
+        pretrain.data.augment.scale == (0.2, 1.0)
+        and pretrain.data.augment.hflip == 0.5
+        and pretrain.student.init == "mae"
+    )
     assert finetune.student.model_args == {"global_pool": "avg"}
 
 
 def test_mask_rates() -> None:
     rates = {name: stages(name).stages["pretrain"].masking for name in LAST}
-    assert [getattr(rates[name], "mask_rate", None) for name in LAST] == [0.75, 0.9, 0.95, 0.98, 0.75, 0.75]
+    assert [getattr(rates[name], "mask_rate", None) for name in LAST] == [
+        0.75,
+        0.9,
+        0.95,
+        0.98,
+        0.75,
+        0.75,
+    ]

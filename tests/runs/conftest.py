@@ -1,4 +1,6 @@
-"""Small real runs: 16 x 16 images of three kinds, ViTs of a few thousand weights, and processes forked from this one."""
+"""Small real runs: 16 x 16 images of three kinds, ViTs of a few thousand weights, and processes
+forked from this one.
+"""
 
 import contextlib
 import hashlib
@@ -21,14 +23,29 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, is_model, register_model, vision_transformer
+from timm.models import (
+    VisionTransformer,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+    vision_transformer,
+)
 
 import vitdistill
 from vitdistill.data.views import Augment
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD
-from vitdistill.recipes.config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig, replace_fields
+from vitdistill.recipes.config import (
+    DataConfig,
+    OptimConfig,
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    replace_fields,
+)
 from vitdistill.runs.train import train
 from vitdistill.storage import checkpoint
 
@@ -60,14 +77,24 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """The run folder of a teacher that is right on every validation image."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    recipe = replace_fields(alone(images), {"train.epochs": 8, "optim.lr": 5e-3, "train.eval_every": 8, "train.seed": 5})
+    recipe = replace_fields(
+        alone(images), {"train.epochs": 8, "optim.lr": 5e-3, "train.eval_every": 8, "train.seed": 5}
+    )
     assert run(recipe, folder)["scores"]["top1"] == 1.0
     return folder
 
 
 def alone(images: Path, **changes: Any) -> Recipe:
     """3 epochs of 3 steps without a teacher; ``changes`` are fields of train."""
-    settings = {"epochs": 3, "batch_size": 16, "log_every": 2, "save_every": 1, "keep_checkpoints": 99, "eval_batch_size": 4, **changes}
+    settings = {
+        "epochs": 3,
+        "batch_size": 16,
+        "log_every": 2,
+        "save_every": 1,
+        "keep_checkpoints": 99,
+        "eval_batch_size": 4,
+        **changes,
+    }
     return Recipe(
         student=StudentConfig(model="vit_tiny_patch16_224", model_args=VIT),
         data=DataConfig(dir=str(images), workers=0, augment=Augment(crop="pad", crop_padding=2)),
@@ -84,16 +111,25 @@ def plain(images: Path) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def taught(images: Path, teacher: Path) -> Callable[..., Recipe]:
-    """``taught(...)``: MaskedKD with everything that has a state or draws random numbers switched on."""
+    """``taught(...)``: MaskedKD with everything that has a state or draws random numbers switched
+    on.
+    """
 
     def make(**changes: Any) -> Recipe:
         base = alone(images, ema_decay=0.6, accumulate=2)
         recipe = Recipe(
             student=StudentConfig(model="vit_tiny_patch16_224", model_args=VIT, drop_path=0.3),
             teachers={"teacher": TeacherConfig(model=str(teacher / "last"))},
-            objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": SoftKD(weight=0.5, temperature=2.0)},
+            objectives={
+                "ce": CrossEntropy(weight=0.5, smoothing=0.1),
+                "kd": SoftKD(weight=0.5, temperature=2.0),
+            },
             selector=MaskedKD(keep_rate=0.5),
-            data=DataConfig(dir=base.data.dir, workers=0, augment=Augment(crop="pad", crop_padding=2, mixup=0.8, cutmix=1.0, reprob=0.25)),
+            data=DataConfig(
+                dir=base.data.dir,
+                workers=0,
+                augment=Augment(crop="pad", crop_padding=2, mixup=0.8, cutmix=1.0, reprob=0.25),
+            ),
             optim=OptimConfig(lr=2e-3, warmup_epochs=1.0, clip_grad=1.0, layer_decay=0.8),
             train=base.train,
         )
@@ -115,13 +151,17 @@ def spare_vit() -> str:
             return build_model_with_cfg(SpareViT, "vit_with_spare", pretrained, **args)
 
         module = types.ModuleType("spare_models")
-        module.default_cfgs = generate_default_cfgs({"vit_with_spare.untrained": vision_transformer._cfg()})
+        module.default_cfgs = generate_default_cfgs(
+            {"vit_with_spare.untrained": vision_transformer._cfg()}
+        )
         sys.modules["spare_models"], vit_with_spare.__module__ = module, "spare_models"
         register_model(vit_with_spare)
     return "vit_with_spare"
 
 
-def run(recipe: Recipe, folder: Path, said: list[str] | None = None, **options: Any) -> dict[str, Any]:
+def run(
+    recipe: Recipe, folder: Path, said: list[str] | None = None, **options: Any
+) -> dict[str, Any]:
     """`train` on the CPU; what it prints goes to ``said``, line by line."""
     text = io.StringIO()
     try:
@@ -139,17 +179,24 @@ def said(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """All that a finished run computed: logs and exports as bytes, the final state, the summary but for its seconds."""
+    """All that a finished run computed: logs and exports as bytes, the final state, the summary but
+    for its seconds.
+    """
     newest = checkpoint.latest(folder)
     assert newest is not None
     tensors, state = checkpoint.load(newest)
     summary = json.loads((folder / "summary.json").read_bytes())
-    kept = {key: value for key, value in state.items() if key not in ("seconds", "offsets", "recipe")}
+    kept = {
+        key: value for key, value in state.items() if key not in ("seconds", "offsets", "recipe")
+    }
     return {
         "metrics": (folder / "metrics.jsonl").read_bytes(),
         "last": (folder / "last" / "model.safetensors").read_bytes(),
         "best": (folder / "best" / "model.safetensors").read_bytes(),
-        "tensors": {key: (str(value.dtype), tuple(value.shape), value.numpy().tobytes()) for key, value in tensors.items()},
+        "tensors": {
+            key: (str(value.dtype), tuple(value.shape), value.numpy().tobytes())
+            for key, value in tensors.items()
+        },
         "state": kept,
         "summary": {key: value for key, value in summary.items() if key != "seconds"},
     }
@@ -158,18 +205,27 @@ def result(folder: Path) -> dict[str, Any]:
 def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder with a digest of its content."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
     """The training records of a run's log."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: line[key] for key in ("step", "ce", "loss", "grad_norm")} for line in lines if line["kind"] == "train"]
+    return [
+        {key: line[key] for key in ("step", "ce", "loss", "grad_norm")}
+        for line in lines
+        if line["kind"] == "train"
+    ]
 
 
 def result_losses(folder: Path) -> tuple[float, float]:
     """The first and the last loss of a run's log."""
-    values = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return values[0], values[-1]
 
 
@@ -188,7 +244,9 @@ def environment() -> dict[str, str]:
 
 
 class Child:
-    """``work()`` in a forked process; what it returns, or the exception it raises, comes back through a pipe."""
+    """``work()`` in a forked process; what it returns, or the exception it raises, comes back
+    through a pipe.
+    """
 
     def __init__(self, work: Callable[[], Any], **environment: str) -> None:
         reader, writer = os.pipe()
@@ -215,11 +273,15 @@ class Child:
         os.kill(self.pid, number)
 
     def wait(self, seconds: float = 60) -> Any:
-        """What came back (None if it was killed); a child that takes longer is killed, and that is an error."""
+        """What came back (None if it was killed); a child that takes longer is killed, and that is
+        an error.
+        """
         data, deadline = b"", time.monotonic() + seconds
         try:
             while True:
-                ready, _, _ = select.select([self._reader], [], [], max(deadline - time.monotonic(), 0))
+                ready, _, _ = select.select(
+                    [self._reader], [], [], max(deadline - time.monotonic(), 0)
+                )
                 if not ready:
                     self.kill()
                     raise TimeoutError(f"the process hangs after {seconds} s")
@@ -237,7 +299,12 @@ def start_ranks(count: int, work: Callable[[int], Any]) -> list[Child]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
     def start(rank: int) -> Child:
         return Child(lambda: work(rank), RANK=str(rank), LOCAL_RANK=str(rank), **shared)
@@ -253,5 +320,19 @@ def ranks(count: int, work: Callable[[int], Any]) -> list[Any]:
 @pytest.fixture(scope="session")
 def tools() -> Any:
     """The functions of this file: the tests are not a package that could import them."""
-    offered = (write_images, run, said, result, tree, losses, result_losses, Child, environment, until, spare_vit, start_ranks, ranks)
+    offered = (
+        write_images,
+        run,
+        said,
+        result,
+        tree,
+        losses,
+        result_losses,
+        Child,
+        environment,
+        until,
+        spare_vit,
+        start_ranks,
+        ranks,
+    )
     return types.SimpleNamespace(VIT=VIT, **{tool.__name__: tool for tool in offered})

@@ -1,4 +1,6 @@
-"""A checkpoint that can be seen is whole; kills, full disks and damage cost nothing but the work since."""
+"""A checkpoint that can be seen is whole; kills, full disks and damage cost nothing but the work
+since.
+"""
 
 import json
 import math
@@ -22,14 +24,21 @@ from vitdistill.storage import checkpoint, durable
 
 
 def state_of(step: int, size: int = 300) -> tuple[dict[str, torch.Tensor], dict]:
-    """A state every byte of which follows from its step, so that half of one and half of another cannot pass."""
+    """A state every byte of which follows from its step, so that half of one and half of another
+    cannot pass.
+    """
     generator = torch.Generator().manual_seed(step)
     tensors = {
         "model.weight": torch.randn(size, generator=generator),
         "ema.weight": torch.randn(3, 5, generator=generator).bfloat16(),
         "count": torch.tensor(step),
     }
-    return tensors, {"step": step, "rng": list(range(step, step + 50)), "lr": 0.1 * step, "best": None}
+    return tensors, {
+        "step": step,
+        "rng": list(range(step, step + 50)),
+        "lr": 0.1 * step,
+        "best": None,
+    }
 
 
 def same(folder: Path, step: int, size: int = 300) -> bool:
@@ -38,7 +47,9 @@ def same(folder: Path, step: int, size: int = 300) -> bool:
     return (
         state == expected_state
         and tensors.keys() == expected.keys()
-        and all(tensors[k].dtype == v.dtype and torch.equal(tensors[k], v) for k, v in expected.items())
+        and all(
+            tensors[k].dtype == v.dtype and torch.equal(tensors[k], v) for k, v in expected.items()
+        )
     )
 
 
@@ -95,11 +106,13 @@ def test_what_json_would_change_is_refused(tmp_path, value):
 
 
 def test_not_a_number_survives_in_a_state(tmp_path):
-    _, state = checkpoint.load(checkpoint.save(tmp_path, 0, {}, {"best": -math.inf, "last": math.nan}))
+    _, state = checkpoint.load(
+        checkpoint.save(tmp_path, 0, {}, {"best": -math.inf, "last": math.nan})
+    )
     assert state["best"] == -math.inf and math.isnan(state["last"])
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage ---------------------------------------------------------------------------------------
 
 
 def damage_is_found(run: Path, good: Path, path: Path, content: bytes) -> None:
@@ -138,10 +151,20 @@ def test_every_flipped_bit_is_found_and_the_one_before_used(two, name):
 def test_every_cut_is_found(two, name):
     path = checkpoint.folder_of(two, 2) / name
     data = path.read_bytes()
-    cuts = {0, 1, 7, 8, 9, len(data) - 1, *(random.Random(name).randrange(len(data)) for _ in range(60))}
+    cuts = {
+        0,
+        1,
+        7,
+        8,
+        9,
+        len(data) - 1,
+        *(random.Random(name).randrange(len(data)) for _ in range(60)),
+    }
     for cut in cuts:
         damage_is_found(two, checkpoint.folder_of(two, 1), path, data[:cut])
-        damage_is_found(two, checkpoint.folder_of(two, 1), path, data[:cut] + bytes(len(data) - cut + 1))
+        damage_is_found(
+            two, checkpoint.folder_of(two, 1), path, data[:cut] + bytes(len(data) - cut + 1)
+        )
 
 
 def test_missing_swapped_and_renamed_files_are_found(tmp_path):
@@ -212,7 +235,7 @@ def test_foreign_files_are_never_deleted(tmp_path):
     assert (first / "notes.txt").exists() and same(first, 1)
 
 
-# -- kills and full disks ---------------------------------------------------------------------------------------------
+# -- kills and full disks -------------------------------------------------------------------------
 
 
 def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path):
@@ -301,7 +324,7 @@ def test_too_little_room_is_told_before_writing(tmp_path):
     assert steps_in(tmp_path) == []
 
 
-# -- optimizers -------------------------------------------------------------------------------------------------------
+# -- optimizers -----------------------------------------------------------------------------------
 
 
 def network() -> torch.nn.Module:
@@ -320,12 +343,18 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True, amsgrad=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "adamw-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), capturable=False, foreach=False),
+    "adamw-tensor-lr": lambda p: torch.optim.AdamW(
+        p, lr=torch.tensor(0.01), capturable=False, foreach=False
+    ),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
-    "groups": lambda p: torch.optim.AdamW([{"params": p[:2], "lr": 0.1, "lr_scale": 0.5}, {"params": p[2:], "name": "x"}]),
+    "groups": lambda p: torch.optim.AdamW(
+        [{"params": p[:2], "lr": 0.1, "lr_scale": 0.5}, {"params": p[2:], "name": "x"}]
+    ),
     **{
-        name: (lambda p, name=name: timm.optim.create_optimizer_v2(p, opt=name, lr=0.01, weight_decay=0.05))
+        name: lambda p, name=name: timm.optim.create_optimizer_v2(
+            p, opt=name, lr=0.01, weight_decay=0.05
+        )
         for name in ("lamb", "lion", "adopt", "nadamw", "adafactor", "rmsproptf", "madgrad", "muon")
         if name in timm.optim.list_optimizers()
     },
@@ -339,7 +368,12 @@ def bits(tensor: torch.Tensor) -> bytes:
 def assert_identical(a, b) -> None:
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and bits(a) == bits(b)
+        assert (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.stride() == b.stride()
+            and bits(a) == bits(b)
+        )
     elif isinstance(a, dict):
         assert list(a) == list(b)
         for key in a:
@@ -370,7 +404,9 @@ def test_optimizer_state_survives_bit_for_bit(tmp_path, name, layout):
     tensors, structure = checkpoint.pack_optimizer(optimizer.state_dict())
     json.dumps(structure)
     weights = {f"model.{k}": v for k, v in model.state_dict().items()}
-    loaded, state = checkpoint.load(checkpoint.save(tmp_path, 3, {**weights, **tensors}, {"optimizer": structure}))
+    loaded, state = checkpoint.load(
+        checkpoint.save(tmp_path, 3, {**weights, **tensors}, {"optimizer": structure})
+    )
     restored = checkpoint.unpack_optimizer(loaded, state["optimizer"])
     assert_identical(restored, optimizer.state_dict())
 
@@ -386,7 +422,9 @@ def test_optimizer_state_survives_bit_for_bit(tmp_path, name, layout):
 
 def test_odd_values_survive_packing():
     odd = {
-        "state": {0: {"s": torch.ones(2).bfloat16(), "n": None, "t": (1, [2.5, (True,)], "x"), "e": {}}},
+        "state": {
+            0: {"s": torch.ones(2).bfloat16(), "n": None, "t": (1, [2.5, (True,)], "x"), "e": {}}
+        },
         "param_groups": [{"params": [0], "betas": (0.9, 0.999), "nan": math.nan, "big": 2**70}],
     }
     tensors, structure = checkpoint.pack_optimizer(odd, "o.")

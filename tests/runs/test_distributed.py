@@ -1,4 +1,6 @@
-"""Several processes are one run: the same samples, views and losses as one process, and they stop together, whatever one of them meets."""
+"""Several processes are one run: the same samples, views and losses as one process, and they stop
+together, whatever one of them meets.
+"""
 
 import json
 import os
@@ -14,7 +16,14 @@ import torch.distributed as dist
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import open_source
 from vitdistill.data.views import InputSpec
-from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted, UserError
+from vitdistill.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    NonFiniteError,
+    Preempted,
+    UserError,
+)
 from vitdistill.recipes.config import dump_recipe
 from vitdistill.runs.prepare import prepare
 from vitdistill.runs.train import evaluate
@@ -45,11 +54,13 @@ def same_numbers(ours, theirs, rel):
         assert a == pytest.approx(b, rel=rel)
 
 
-# -- the same run -----------------------------------------------------------------------------------------------------
+# -- the same run ---------------------------------------------------------------------------------
 
 
 def test_two_processes_see_the_samples_and_views_of_one(taught, tools):
-    """Every pixel, label and mixing weight, micro-batches included, in the order of the processes."""
+    """Every pixel, label and mixing weight, micro-batches included, in the order of the
+    processes.
+    """
     recipe = taught()
 
     def batches(count):
@@ -64,9 +75,13 @@ def test_two_processes_see_the_samples_and_views_of_one(taught, tools):
         whole = [one[2 * step + i] for i in range(2)]
         parts = [two[rank][2 * step + i] for rank in range(2) for i in range(2)]
         for column in range(3):
-            assert [x for batch in whole for x in batch[column]] == [x for batch in parts for x in batch[column]]
+            assert [x for batch in whole for x in batch[column]] == [
+                x for batch in parts for x in batch[column]
+            ]
         images = [torch.from_numpy(batch[3]) for batch in parts]
-        assert torch.equal(torch.cat([torch.from_numpy(batch[3]) for batch in whole]), torch.cat(images))
+        assert torch.equal(
+            torch.cat([torch.from_numpy(batch[3]) for batch in whole]), torch.cat(images)
+        )
 
 
 @pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (2, 4)])
@@ -76,7 +91,9 @@ def test_losses_are_those_of_one_process(tmp_path, one, taught, tools, count, ac
     assert [answer["processes"] for answer in answers] == [count] * count
     assert all(answer == answers[0] for answer in answers)
     same_numbers(tools.losses(one), tools.losses(tmp_path / "many"), rel=1e-4)
-    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (one, tmp_path / "many"))
+    a, b = (
+        json.loads((folder / "summary.json").read_text()) for folder in (one, tmp_path / "many")
+    )
     assert b["scores"]["num_samples"] == 21 and a["scores"] == pytest.approx(b["scores"], rel=1e-4)
 
 
@@ -85,22 +102,36 @@ def test_evaluation_is_exact_on_odd_sizes(images, teacher, tools, count):
     """21 images in batches of 4: no process has as many as another, and none is counted twice."""
     model = create_model(str(teacher / "last"))
     with torch.no_grad():
-        model.head.weight += 0.3 * torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(0))
+        model.head.weight += 0.3 * torch.randn(
+            model.head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
     spec = InputSpec.of_model(model)
 
     def scores(rank):
         with world("cpu") as here:
-            loader = EvalLoader(open_source(str(images), "val"), spec, batch_size=4, rank=here.rank, world_size=here.size)
+            loader = EvalLoader(
+                open_source(str(images), "val"),
+                spec,
+                batch_size=4,
+                rank=here.rank,
+                world_size=here.size,
+            )
             return evaluate(model, loader, here)
 
-    alone = evaluate(model, EvalLoader(open_source(str(images), "val"), spec, batch_size=4), World(0, 1, torch.device("cpu")))
+    alone = evaluate(
+        model,
+        EvalLoader(open_source(str(images), "val"), spec, batch_size=4),
+        World(0, 1, torch.device("cpu")),
+    )
     assert alone["num_samples"] == 21 and alone["top1"] < 1.0
     for found in tools.ranks(count, scores):
         assert found == pytest.approx(alone, rel=1e-6)
 
 
 def test_two_processes_repeat_themselves_and_resume_exactly(tmp_path, taught, tools):
-    """Stochastic depth, moving average and micro-batches included; the interruption is in the middle of an epoch and of a log window."""
+    """Stochastic depth, moving average and micro-batches included; the interruption is in the
+    middle of an epoch and of a log window.
+    """
     recipe = taught(**{"student.drop_path": 0.3})
     tools.ranks(2, lambda rank: tools.run(recipe, tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
@@ -118,7 +149,10 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path, one
     for step in range(5, 10):
         shutil.rmtree(checkpoint.folder_of(folder, step))
     said = tools.ranks(2, lambda rank: tools.said(recipe, folder))[0]
-    assert "this run goes on with processes 1 before, 2 now: same samples and views, numbers may differ in their last bits" in said
+    assert (
+        "this run goes on with processes 1 before, 2 now: same samples and views, numbers may"
+        " differ in their last bits" in said
+    )
     same_numbers(tools.losses(one), tools.losses(folder), rel=1e-4)
 
 
@@ -130,13 +164,15 @@ def test_a_parameter_without_a_gradient_does_not_stop_processes(tmp_path, plain,
     assert torch.equal(tensors["distillation.student.spare"], torch.ones(3))
 
 
-# -- stopping together ------------------------------------------------------------------------------------------------
+# -- stopping together ----------------------------------------------------------------------------
 
 
 def together(tools, count, work, kind, sentence):
     """Every process leaves by itself, with the same sentence."""
     errors = tools.ranks(count, work)
-    assert [type(error) for error in errors] == [kind] * count and len({str(error) for error in errors}) == 1
+    assert [type(error) for error in errors] == [kind] * count and len(
+        {str(error) for error in errors}
+    ) == 1
     assert sentence in str(errors[0]) and "\n" not in str(errors[0])
 
 
@@ -149,7 +185,9 @@ def broken_images(tmp_path, tools, place):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_only_one_process_meets(tmp_path, plain, tools, workers):
-    recipe = plain(**broken_images(tmp_path, tools, "train/bee/03.png"), **{"data.workers": workers})
+    recipe = plain(
+        **broken_images(tmp_path, tools, "train/bee/03.png"), **{"data.workers": workers}
+    )
     together(tools, 2, lambda rank: tools.run(recipe, tmp_path / "run"), DataError, "bee/03.png")
     assert not (tmp_path / "run" / "in_use.json").exists()
 
@@ -194,27 +232,50 @@ def test_a_damaged_state_is_named_once_and_refused_together(tmp_path, plain, too
     (tmp_path / "run" / "summary.json").unlink()
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "state.json").write_text("{}")
-    together(tools, 2, lambda rank: tools.run(plain(**{"train.save_every": 3}), tmp_path / "run"), DataError, "None of the 3 ")
+    together(
+        tools,
+        2,
+        lambda rank: tools.run(plain(**{"train.save_every": 3}), tmp_path / "run"),
+        DataError,
+        "None of the 3 ",
+    )
 
 
 def test_a_number_that_is_none_on_one_process(tmp_path, plain, tools):
     """The other process names it too, and not its own share of the gradients."""
 
     def fault(job):
-        job.student.norm.register_forward_hook(lambda module, inputs, output: output * torch.nan if module.training else output)
+        job.student.norm.register_forward_hook(
+            lambda module, inputs, output: output * torch.nan if module.training else output
+        )
 
-    together(tools, 2, lambda rank: tools.run(plain(), tmp_path / "run", prepared=fault), NonFiniteError, "the loss 'ce' (samples")
+    together(
+        tools,
+        2,
+        lambda rank: tools.run(plain(), tmp_path / "run", prepared=fault),
+        NonFiniteError,
+        "the loss 'ce' (samples",
+    )
 
 
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, plain, tools, told):
-    endless = {"train.epochs": 2000, "train.eval_every": 2000, "train.save_every": 100_000, "train.log_every": 1}
+    endless = {
+        "train.epochs": 2000,
+        "train.eval_every": 2000,
+        "train.save_every": 100_000,
+        "train.log_every": 1,
+    }
     recipe, folder = plain(**endless), tmp_path / "run"
     children = tools.start_ranks(2, lambda rank: tools.run(recipe, folder))
-    tools.until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size)
+    tools.until(
+        lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size
+    )
     children[told].kill(signal.SIGTERM)
     errors = [child.wait() for child in children]
-    assert [type(error) for error in errors] == [Preempted] * 2 and [child.code for child in children] == [75, 75]
+    assert [type(error) for error in errors] == [Preempted] * 2 and [
+        child.code for child in children
+    ] == [75, 75]
     (saved,) = (folder / "checkpoints").iterdir()
     assert all(f"at step {checkpoint.verify(saved)} of 6000" in str(error) for error in errors)
     assert f"stopped by {('SIGTERM', 'another process')[told]} at" in str(errors[0])
@@ -232,13 +293,18 @@ def test_a_process_that_dies_does_not_leave_the_others_hanging(tmp_path, plain, 
     assert checkpoint.latest(folder) is not None and not (folder / "in_use.json").exists()
 
 
-# -- the world itself -------------------------------------------------------------------------------------------------
+# -- the world itself -----------------------------------------------------------------------------
 
 
 def test_meeting(tools):
     def work(rank):
         with world("cpu") as here:
-            seen = [here.any(rank == 1, False), here.most(rank * 10), here.gather(f"r{rank}"), here.from_main(lambda: f"main {rank}")]
+            seen = [
+                here.any(rank == 1, False),
+                here.most(rank * 10),
+                here.gather(f"r{rank}"),
+                here.from_main(lambda: f"main {rank}"),
+            ]
             seen.append(here.mean(torch.tensor([float(rank), 1.0])).tolist())
             with pytest.raises(DataError, match="only I"), here.together():
                 if rank == 2:
@@ -253,7 +319,11 @@ def test_meeting(tools):
     for found in tools.ranks(3, work):
         assert found == [[True, False], 20, ["r0", "r1", "r2"], "main 0", [1.0, 1.0]]
     alone = World(0, 1, torch.device("cpu"))
-    assert alone.any(True, False) == [True, False] and alone.most(3) == 3 and alone.from_main(lambda: 5) == 5
+    assert (
+        alone.any(True, False) == [True, False]
+        and alone.most(3) == 3
+        and alone.from_main(lambda: 5) == 5
+    )
     with pytest.raises(UserError, match="mine"):
         alone.agree(UserError("mine"))
 
@@ -261,7 +331,13 @@ def test_meeting(tools):
 def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
     for name in ("mps", "gpu", "cuda:x", "meta"):
-        with pytest.raises(ConfigError, match=rf"the device '{name}' is not one this can train on: choose auto, cpu, cuda or cuda:N"):
+        with pytest.raises(
+            ConfigError,
+            match=(
+                rf"the device '{name}' is not one this can train on: choose auto, cpu, cuda or"
+                r" cuda:N"
+            ),
+        ):
             choose_device(name)
     if not torch.cuda.is_available():
         assert choose_device("auto") == torch.device("cpu")
@@ -270,16 +346,34 @@ def test_devices():
 
 
 def test_torchrun(tmp_path, plain, tools):
-    """The real launcher: Ctrl-C to the whole group, as a terminal sends it and the launcher once more; then on from there."""
-    recipe = plain(**{"name": "run", "train.epochs": 8, "train.eval_every": 8, "train.save_every": 100})
+    """The real launcher: Ctrl-C to the whole group, as a terminal sends it and the launcher once
+    more; then on from there.
+    """
+    recipe = plain(
+        **{"name": "run", "train.epochs": 8, "train.eval_every": 8, "train.save_every": 100}
+    )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     folder = tmp_path / "run"
     words = ["train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
-    launch = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]  # not every host knows an address of its own name
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vitdistill.cli", *words]
+    launch = [
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+    ]  # not every host knows an address of its own name
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *launch,
+        "-m",
+        "vitdistill.cli",
+        *words,
+    ]
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=tools.environment(), start_new_session=True, **pipes) as launcher:
+    with subprocess.Popen(
+        command, env=tools.environment(), start_new_session=True, **pipes
+    ) as launcher:
         said = ""
         for line in launcher.stdout:
             said += line

@@ -1,4 +1,6 @@
-"""DMAE as its users run it: pre-training without a classifier from an MAE teacher, stopped, resumed, and then fine-tuned."""
+"""DMAE as its users run it: pre-training without a classifier from an MAE teacher, stopped,
+resumed, and then fine-tuned.
+"""
 
 import json
 import shutil
@@ -19,7 +21,14 @@ from vitdistill.methods.dmae import DMAE
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.models.mae import sincos_positions
-from vitdistill.recipes.config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from vitdistill.recipes.config import (
+    DataConfig,
+    OptimConfig,
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from vitdistill.runs.stages import Stages, train_stages
 from vitdistill.runs.train import train
 
@@ -32,7 +41,9 @@ def vit(dim: int) -> StudentConfig:
 
 @pytest.fixture
 def staged(tmp_path: Path) -> Stages:
-    """Two stages of 6 steps each on 48 images, and a wider teacher that was itself pre-trained for 3."""
+    """Two stages of 6 steps each on 48 images, and a wider teacher that was itself pre-trained for
+    3.
+    """
     random = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 4)):
         for label, name in enumerate(("ant", "bee", "cat")):
@@ -40,10 +51,14 @@ def staged(tmp_path: Path) -> Stages:
             for i in range(count):
                 pixels = random.integers(0, 150, (16, 16, 3))
                 pixels[..., label] += 60
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / split / name / f"{i:02d}.png")
+                Image.fromarray(pixels.astype(np.uint8)).save(
+                    tmp_path / "images" / split / name / f"{i:02d}.png"
+                )
     mae = Recipe(
         student=vit(32),
-        objectives={"mae": PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2)},
+        objectives={
+            "mae": PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
+        },
         masking=RandomMasking(mask_rate=0.75),
         data=DataConfig(dir=str(tmp_path / "images"), workers=0, augment=Augment(scale=(0.2, 1.0))),
         optim=OptimConfig(lr=2e-3, warmup_epochs=0.0),
@@ -51,33 +66,62 @@ def staged(tmp_path: Path) -> Stages:
     )
     train(mae, tmp_path / "teacher", device="cpu")
     teachers = {"teacher": TeacherConfig(model=str(tmp_path / "teacher"))}
-    dmae = replace(mae, student=vit(24), teachers=teachers, objectives={**mae.objectives, "dmae": DMAE()})
+    dmae = replace(
+        mae, student=vit(24), teachers=teachers, objectives={**mae.objectives, "dmae": DMAE()}
+    )
     dmae = replace(dmae, train=replace(mae.train, epochs=2))
-    student = StudentConfig(model="stage:pretrain", drop_path=0.1, model_args={"global_pool": "avg"})
+    student = StudentConfig(
+        model="stage:pretrain", drop_path=0.1, model_args={"global_pool": "avg"}
+    )
     optim = replace(mae.optim, layer_decay=0.75)
     fine = Recipe(student=student, data=mae.data, optim=optim, train=dmae.train)
     return Stages(name="small", stages={"pretrain": dmae, "finetune": fine})
 
 
-def test_a_stopped_pre_training_goes_on_and_is_fine_tuned(staged: Stages, tmp_path: Path, interrupt: Callable[..., Any]) -> None:
+def test_a_stopped_pre_training_goes_on_and_is_fine_tuned(
+    staged: Stages, tmp_path: Path, interrupt: Callable[..., Any]
+) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_stages(staged, whole, device="cpu")
-    with pytest.raises(Preempted, match=r"in the stage 'pretrain', stopped by SIGINT at step 3 of 6"):
+    with pytest.raises(
+        Preempted, match=r"in the stage 'pretrain', stopped by SIGINT at step 3 of 6"
+    ):
         train_stages(staged, stopped, device="cpu", prepared=interrupt("pretrain", 3))
-    shutil.rmtree(stopped / "pretrain" / "checkpoints" / "step-00000003")  # as if it had been killed
+    shutil.rmtree(
+        stopped / "pretrain" / "checkpoints" / "step-00000003"
+    )  # as if it had been killed
     train_stages(staged, stopped, device="cpu")
     for name, kinds in (("pretrain", ["last"]), ("finetune", ["best", "last"])):
         one, two = whole / name, stopped / name
         assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
         for folder in (one, two):
-            assert sorted(path.name for path in folder.iterdir() if path.name in ("best", "last")) == kinds
+            assert (
+                sorted(path.name for path in folder.iterdir() if path.name in ("best", "last"))
+                == kinds
+            )
         for kind in kinds:
-            assert (one / kind / "model.safetensors").read_bytes() == (two / kind / "model.safetensors").read_bytes()
-        first, second = (json.loads((folder / "summary.json").read_bytes()) for folder in (one, two))
+            assert (one / kind / "model.safetensors").read_bytes() == (
+                two / kind / "model.safetensors"
+            ).read_bytes()
+        first, second = (
+            json.loads((folder / "summary.json").read_bytes()) for folder in (one, two)
+        )
         assert {**first, "seconds": 0} == {**second, "seconds": 0} and first["steps"] == 6
-    losses = [json.loads(line) for line in (stopped / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)
+        for line in (stopped / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all({"mae", "dmae"} <= line.keys() for line in losses if line["kind"] == "train")
     table = sincos_positions(24, (4, 4))
-    learned, tuned = (safetensors.torch.load_file(stopped / name / "last" / "model.safetensors") for name in staged.stages)
-    assert learned["pos_embed"].numpy().tobytes() == table.numpy().tobytes() and "head.weight" not in learned
-    assert not torch.equal(tuned["pos_embed"], table) and tuned["head.weight"].shape == (3, 24)  # fine-tuning trains it too
+    learned, tuned = (
+        safetensors.torch.load_file(stopped / name / "last" / "model.safetensors")
+        for name in staged.stages
+    )
+    assert (
+        learned["pos_embed"].numpy().tobytes() == table.numpy().tobytes()
+        and "head.weight" not in learned
+    )
+    assert not torch.equal(tuned["pos_embed"], table) and tuned["head.weight"].shape == (
+        3,
+        24,
+    )  # fine-tuning trains it too

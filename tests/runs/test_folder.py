@@ -1,4 +1,6 @@
-"""One run, one folder, one process: what is refused, what is taken over, and what is never touched."""
+"""One run, one folder, one process: what is refused, what is taken over, and what is never
+touched.
+"""
 
 import json
 import os
@@ -40,17 +42,26 @@ def test_a_run_is_recognised_by_its_recipe(tmp_path):
 def test_other_fields_are_named_and_nothing_changes(tmp_path, tools):
     with RunFolder(tmp_path, RECIPE):
         pass
-    other = replace(RECIPE, train=replace(RECIPE.train, seed=1, epochs=7), optim=replace(RECIPE.optim, lr=0.5, opt="sgd"))
+    other = replace(
+        RECIPE,
+        train=replace(RECIPE.train, seed=1, epochs=7),
+        optim=replace(RECIPE.optim, lr=0.5, opt="sgd"),
+    )
     before = tools.tree(tmp_path)
     for attempt in (check_folder, finished, RunFolder):
-        with pytest.raises(ConfigError, match=r"optim\.lr is 0\.5 here and 0\.001 there; optim\.opt is 'sgd' .* and 1 more"):
+        with pytest.raises(
+            ConfigError,
+            match=r"optim\.lr is 0\.5 here and 0\.001 there; optim\.opt is 'sgd' .* and 1 more",
+        ):
             attempt(tmp_path, other)
     assert tools.tree(tmp_path) == before
 
 
 def test_somebody_elses_files_are_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"is not empty \(thesis\.txt is in it\) and holds no run"):
+    with pytest.raises(
+        ConfigError, match=r"is not empty \(thesis\.txt is in it\) and holds no run"
+    ):
         check_folder(tmp_path, RECIPE)
     with pytest.raises(ConfigError, match=r"needs a folder where the file .*thesis\.txt is"):
         check_folder(tmp_path / "thesis.txt" / "run", RECIPE)
@@ -88,7 +99,10 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools):
         folder = object.__new__(RunFolder)
         folder.path = tmp_path / "run"
         folder._claim()
-        for host in (durable._HOST, "host.01234567"):  # the other: this host before it was started again, or another
+        for host in (
+            durable._HOST,
+            "host.01234567",
+        ):  # the other: this host before it was started again, or another
             (tmp_path / "run" / f".tmp-{host}-{os.getpid()}-0123456789ab").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -117,10 +131,14 @@ def test_an_export_that_was_replaced_is_cleared_away_once_the_new_one_is_there(t
             (tmp_path / name / file).write_text(name)
     with RunFolder(tmp_path, RECIPE):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "last", ".replaced-best-89abcdef"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recipe.yaml",
+        "last",
+        ".replaced-best-89abcdef",
+    }
 
 
-# -- claims -----------------------------------------------------------------------------------------------------------
+# -- claims ---------------------------------------------------------------------------------------
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, plain, tools):
@@ -137,7 +155,11 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, plain, to
     before = tools.tree(folder)
     for _ in range(2):
         with pytest.raises(
-            ConfigError, match=rf"is in use by process {holder.pid}: wait for it, .*or delete .*in_use\.json if that run is dead"
+            ConfigError,
+            match=(
+                rf"is in use by process {holder.pid}: wait for it, .*or delete .*in_use\.json if"
+                r" that run is dead"
+            ),
         ):
             tools.run(plain(), folder)
     assert tools.tree(folder) == before
@@ -149,7 +171,10 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, plain, to
 
 
 def test_twice_in_one_process_is_refused(tmp_path):
-    with RunFolder(tmp_path, RECIPE), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+    with (
+        RunFolder(tmp_path, RECIPE),
+        pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"),
+    ):
         RunFolder(tmp_path, RECIPE)
 
 
@@ -182,11 +207,17 @@ def test_a_number_that_was_used_again_is_not_the_owner(tmp_path):
 
 
 def test_another_container_of_this_host_is_believed(tmp_path):
-    """Its number, 1 for instance, means nothing here: two containers under one name would write one run."""
+    """Its number, 1 for instance, means nothing here: two containers under one name would write one
+    run.
+    """
     claim(tmp_path, space="another boot pid:[17]", pid=2**22 + 1)
     before = (tmp_path / "in_use.json").read_bytes()
     with pytest.raises(
-        ConfigError, match=r"in use by process 4194305 of another container: .*or delete .*in_use\.json if that run is dead"
+        ConfigError,
+        match=(
+            r"in use by process 4194305 of another container: .*or delete .*in_use\.json if that"
+            r" run is dead"
+        ),
     ):
         RunFolder(tmp_path, RECIPE)
     assert (tmp_path / "in_use.json").read_bytes() == before
@@ -206,11 +237,20 @@ with RunFolder(pathlib.Path(sys.argv[1]), Recipe()):
 """
 
 
-@pytest.mark.skipif(processes.space() == "", reason="this system does not say which boot and container a process is in")
+@pytest.mark.skipif(
+    processes.space() == "",
+    reason="this system does not say which boot and container a process is in",
+)
 @pytest.mark.parametrize("host", [socket.gethostname(), "pod-1"])
 def test_a_container_of_this_machine_that_is_gone(tmp_path, host):
-    """It was killed and started anew, as another one or under its name; its number says nothing, its lock does."""
-    other = subprocess.Popen([sys.executable, "-c", OTHER_CONTAINER, str(tmp_path), host], stdout=subprocess.PIPE, text=True)
+    """It was killed and started anew, as another one or under its name; its number says nothing,
+    its lock does.
+    """
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER_CONTAINER, str(tmp_path), host],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert other.stdout.readline() == "in\n"
         with pytest.raises(ConfigError, match="in use by process"):
@@ -220,7 +260,9 @@ def test_a_container_of_this_machine_that_is_gone(tmp_path, host):
         other.communicate()
     left = (tmp_path / "in_use.json").read_text()
     (tmp_path / "in_use.json").write_text(json.dumps({**json.loads(left), "device": -1}))
-    with pytest.raises(ConfigError, match="in use by process"):  # of a mount of its own, whose locks are not seen here
+    with pytest.raises(
+        ConfigError, match="in use by process"
+    ):  # of a mount of its own, whose locks are not seen here
         RunFolder(tmp_path, RECIPE)
     (tmp_path / "in_use.json").write_text(left)
     with RunFolder(tmp_path, RECIPE):
@@ -245,7 +287,9 @@ def test_a_claim_that_cannot_be_read_is_left_alone(tmp_path, content):
     with RunFolder(tmp_path, RECIPE):
         pass
     (tmp_path / "in_use.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"in_use\.json is not a claim this program wrote: delete it"):
+    with pytest.raises(
+        ConfigError, match=r"in_use\.json is not a claim this program wrote: delete it"
+    ):
         RunFolder(tmp_path, RECIPE)
     assert (tmp_path / "in_use.json").read_bytes() == content
 
@@ -255,14 +299,18 @@ def test_of_many_that_take_a_dead_claim_over_one_wins(tmp_path, tools, monkeypat
 
     def slow_look(folder, path):
         look(folder, path)
-        time.sleep(0.02 * random.Random(os.getpid()).random())  # the claim found dead is removed later: by then it may be another's
+        time.sleep(
+            0.02 * random.Random(os.getpid()).random()
+        )  # the claim found dead is removed later: by then it may be another's
 
     monkeypatch.setattr(RunFolder, "_refuse_if_alive", slow_look)
     attempts = 6
     dead = tools.Child(lambda: None)
     dead.wait()
     (tmp_path / "recipe.yaml").write_text(dump_recipe(RECIPE))
-    (tmp_path / "in_use.json").write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid, "started": "x"}))
+    (tmp_path / "in_use.json").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": dead.pid, "started": "x"})
+    )
     (begin, start), (tries, tried), (all_tried, tell) = os.pipe(), os.pipe(), os.pipe()
 
     def attempt():
@@ -273,7 +321,9 @@ def test_of_many_that_take_a_dead_claim_over_one_wins(tmp_path, tools, monkeypat
             return 0
         finally:
             os.write(tried, b".")
-        os.read(all_tried, 1)  # who wins holds the folder until all have tried, however late they started
+        os.read(
+            all_tried, 1
+        )  # who wins holds the folder until all have tried, however late they started
         return 1
 
     children = [tools.Child(attempt) for _ in range(attempts)]
@@ -292,7 +342,7 @@ def test_only_ones_own_claim_is_released(tmp_path):
     assert (tmp_path / "in_use.json").exists()
 
 
-# -- logs and environment ---------------------------------------------------------------------------------------------
+# -- logs and environment -------------------------------------------------------------------------
 
 
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):

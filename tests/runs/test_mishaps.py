@@ -1,4 +1,6 @@
-"""What goes wrong in the middle of a run costs nothing: it is mended, and the same command goes on as if it had not happened."""
+"""What goes wrong in the middle of a run costs nothing: it is mended, and the same command goes on
+as if it had not happened.
+"""
 
 import contextlib
 import io
@@ -26,7 +28,9 @@ ONE_BY_ONE = {"data.in_memory": False, "train.save_every": 100}
 
 
 def shown(root: Path, step: int, place: int = 3) -> Path:
-    """The image at a place of a step's batch; each comes once in the first epoch, which is of 3 steps."""
+    """The image at a place of a step's batch; each comes once in the first epoch, which is of 3
+    steps.
+    """
     source = open_source(str(root), "train")
     ids, _ = epoch_order(len(source), 0, step // 3)
     return root / "train" / source.key(int(ids[step % 3 * 16 + place]))
@@ -62,17 +66,22 @@ def in_training(work, calls):
     return watch
 
 
-# -- images that cannot be read ---------------------------------------------------------------------------------------
+# -- images that cannot be read -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (2, 0), (2, 1)])
-def test_a_damaged_image_met_late_is_replaced_and_the_run_goes_on(tmp_path, taught, tools, step, workers):
+def test_a_damaged_image_met_late_is_replaced_and_the_run_goes_on(
+    tmp_path, taught, tools, step, workers
+):
     """Step 1 ends inside a window of the log, with its sums; nothing else had been saved."""
     root, folder, said = tools.write_images(tmp_path / "images"), tmp_path / "run", []
     recipe = taught(**ONE_BY_ONE, **{"data.dir": str(root), "data.workers": workers})
     path = shown(root, step)
     damage(path)
-    with pytest.raises(DataError, match=rf"{path.name}: .* by a whole one of the same name and run the same command again") as caught:
+    with pytest.raises(
+        DataError,
+        match=rf"{path.name}: .* by a whole one of the same name and run the same command again",
+    ) as caught:
         tools.run(recipe, folder, said)
     assert "\n" not in str(caught.value) and steps_saved(folder) == [step]
     assert f"the state of step {step} of 9 is saved in {folder}" in said
@@ -82,14 +91,19 @@ def test_a_damaged_image_met_late_is_replaced_and_the_run_goes_on(tmp_path, taug
     said.clear()
     tools.run(recipe, folder, said)
     key = path.relative_to(root / "train").as_posix()
-    assert f"the training images have another {key}, which could not be read: the run goes on with it" in said
+    assert (
+        f"the training images have another {key}, which could not be read: the run goes on with it"
+        in said
+    )
     assert f"resuming {folder} at step {step} of 9" in said
     tools.run(recipe, tmp_path / "whole")
     assert tools.result(folder) == tools.result(tmp_path / "whole")
 
 
 def test_an_image_that_is_lost_at_the_end_of_an_epoch(tmp_path, plain, tools):
-    """The epoch is evaluated by the run that goes on; the image, once read, is restored as it was."""
+    """The epoch is evaluated by the run that goes on; the image, once read, is restored as it
+    was.
+    """
     root, folder = tools.write_images(tmp_path / "images"), tmp_path / "run"
     recipe = plain(**ONE_BY_ONE, **{"data.dir": str(root)})
     tools.run(recipe, tmp_path / "whole")
@@ -153,7 +167,10 @@ def test_a_damaged_validation_image(tmp_path, plain, tools):
     assert steps_saved(folder) == [3] and not (folder / "last").exists()
     another(root / "val" / "cat" / "05.png")
     tools.run(recipe, folder, said)
-    assert "the validation images have another cat/05.png, which could not be read: the run goes on with it" in said
+    assert (
+        "the validation images have another cat/05.png, which could not be read: the run goes on"
+        " with it" in said
+    )
     tools.run(recipe, tmp_path / "whole")
     assert tools.result(folder) == tools.result(tmp_path / "whole")
 
@@ -164,11 +181,18 @@ def test_an_image_that_one_of_two_processes_meets(tmp_path, taught, tools):
     path = shown(root, 1, 13)  # in the second half of the batch
     damage(path)
     errors = tools.ranks(2, lambda rank: tools.run(recipe, folder))
-    assert [type(error) for error in errors] == [DataError] * 2 and str(errors[0]) == str(errors[1]) and path.name in str(errors[0])
+    assert (
+        [type(error) for error in errors] == [DataError] * 2
+        and str(errors[0]) == str(errors[1])
+        and path.name in str(errors[0])
+    )
     assert steps_saved(folder) == [1]
     another(path)
     said = tools.ranks(2, lambda rank: tools.said(recipe, folder))
-    assert sum("which could not be read: the run goes on with it" in line for line in said[0]) == 1 and said[1] == []
+    assert (
+        sum("which could not be read: the run goes on with it" in line for line in said[0]) == 1
+        and said[1] == []
+    )
     tools.ranks(2, lambda rank: tools.run(recipe, tmp_path / "whole"))
     assert tools.result(folder) == tools.result(tmp_path / "whole")
 
@@ -180,23 +204,36 @@ def test_where_saving_fails_too_the_first_error_is_said(tmp_path, plain, tools):
     damage(path)
 
     def work():
-        return tools.run(recipe, folder, prepared=lambda job: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY)))
+        return tools.run(
+            recipe,
+            folder,
+            prepared=lambda job: resource.setrlimit(
+                resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY)
+            ),
+        )
 
     error = tools.Child(work).wait()
     assert type(error) is DataError and path.name in str(error) and steps_saved(folder) == []
 
 
-# -- evaluation and export --------------------------------------------------------------------------------------------
+# -- evaluation and export ------------------------------------------------------------------------
 
 
 def test_an_export_that_fails_does_not_cost_the_epoch(tmp_path, taught, tools):
     """The scores are there by then, and are neither logged nor taken for the best."""
     recipe, folder = taught(**{"train.save_every": 100}), tmp_path / "run"
     with pytest.raises(ConfigError, match="last is a file; give the export a folder of its own"):
-        tools.run(recipe, folder, prepared=in_training(lambda: (folder / "last").write_text("mine"), 1))
+        tools.run(
+            recipe, folder, prepared=in_training(lambda: (folder / "last").write_text("mine"), 1)
+        )
     assert steps_saved(folder) == [3] and '"eval"' not in (folder / "metrics.jsonl").read_text()
     _, state = checkpoint.load(checkpoint.folder_of(folder, 3))
-    assert (state["evaluated_at"], state["best"], state["best_step"], state["scores"]) == (-1, None, -1, {})
+    assert (state["evaluated_at"], state["best"], state["best_step"], state["scores"]) == (
+        -1,
+        None,
+        -1,
+        {},
+    )
     (folder / "last").unlink()
     tools.run(recipe, folder)
     tools.run(recipe, tmp_path / "whole")
@@ -219,7 +256,7 @@ def test_hidden_files_of_the_system_in_an_export_are_no_obstacle(tmp_path, plain
     assert (folder / "last" / ".DS_Store").read_text() == "finder" and not list(folder.glob(".*"))
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory ---------------------------------------------------------------------------------------
 
 
 def allocate() -> None:
@@ -232,13 +269,24 @@ def allocate() -> None:
     [
         (MemoryError(), "this machine"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "the GPU"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU"),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            "the GPU",
+        ),
     ],
 )
 def test_memory_that_runs_out_is_a_sentence(error, what):
-    with pytest.raises(OutOfMemory, match=f"^the memory of {what} ran out here: do this$"), memory_errors("here", "do this"):
+    with (
+        pytest.raises(OutOfMemory, match=f"^the memory of {what} ran out here: do this$"),
+        memory_errors("here", "do this"),
+    ):
         raise error
-    with pytest.raises(OutOfMemory, match=r"^the memory of this machine ran out here: do this$"), memory_errors("here", "do this"):
+    with (
+        pytest.raises(OutOfMemory, match=r"^the memory of this machine ran out here: do this$"),
+        memory_errors("here", "do this"),
+    ):
         allocate()
     with pytest.raises(RuntimeError, match=r"^size mismatch$"), memory_errors("here", "do this"):
         raise RuntimeError("size mismatch")
@@ -247,7 +295,8 @@ def test_memory_that_runs_out_is_a_sentence(error, what):
 def test_memory_that_runs_out_in_a_step(tmp_path, plain, tools):
     recipe = plain(**{"train.accumulate": 2})
     sentence = (
-        "the memory of this machine ran out in a training step of 8 images at once: start again in another --output with --accumulate "
+        "the memory of this machine ran out in a training step of 8 images at once: start again in"
+        " another --output with --accumulate "
         r"above 2 or --batch-size below 16 \(and --lr in proportion\)"
     )
     with pytest.raises(OutOfMemory, match=f"^{sentence}$") as caught:
@@ -259,9 +308,14 @@ def test_memory_that_runs_out_in_an_evaluation(tmp_path, plain, tools):
     recipe, folder = plain(**{"train.save_every": 100}), tmp_path / "run"
 
     def watch(job):
-        job.student.norm.register_forward_hook(lambda module, inputs, output: None if module.training else allocate())
+        job.student.norm.register_forward_hook(
+            lambda module, inputs, output: None if module.training else allocate()
+        )
 
-    with pytest.raises(OutOfMemory, match=r"ran out in an evaluation: set a smaller train\.eval_batch_size with --set"):
+    with pytest.raises(
+        OutOfMemory,
+        match=r"ran out in an evaluation: set a smaller train\.eval_batch_size with --set",
+    ):
         tools.run(recipe, folder, prepared=watch)
     assert steps_saved(folder) == [3]
     tools.run(recipe, folder)
@@ -271,14 +325,16 @@ def test_memory_that_runs_out_in_an_evaluation(tmp_path, plain, tools):
 
 def test_memory_that_runs_out_on_one_of_two_processes(tmp_path, plain, tools):
     def work(rank):
-        return tools.run(plain(), tmp_path / "run", prepared=None if rank else in_training(allocate, 5))
+        return tools.run(
+            plain(), tmp_path / "run", prepared=None if rank else in_training(allocate, 5)
+        )
 
     errors = tools.ranks(2, work)
     assert type(errors[0]) is OutOfMemory and not errors[0].agreed
     assert "another process of this run died" in str(errors[1])
 
 
-# -- who says it ------------------------------------------------------------------------------------------------------
+# -- who says it ----------------------------------------------------------------------------------
 
 
 def command(words):
@@ -301,7 +357,8 @@ def command(words):
         ("together", "vitdistill fail: cat/05.png is damaged\n", ""),
         (
             "alone",
-            r"vitdistill fail: another process of this run died or does not answer \(.*\): its own message says why, and the same command "
+            r"vitdistill fail: another process of this run died or does not answer \(.*\): its own"
+            r" message says why, and the same command "
             "goes on from what was saved\n",
             r"vitdistill fail \(process 1\): mine alone" + "\n",
         ),
@@ -323,12 +380,14 @@ def test_an_error_is_said_once_by_who_met_it(tools, word, first, second):
     assert (first_code, second_code) == ((65, 65) if word == "together" else (70, 64))
 
 
-# -- the folder of a run is a recipe ----------------------------------------------------------------------------------
+# -- the folder of a run is a recipe --------------------------------------------------------------
 
 
 @pytest.fixture
 def stopped(tmp_path, plain, tools, monkeypatch) -> Path:
-    """A run that was killed after step 4, in ``runs`` of the current folder, and beside it ``whole``, which was not."""
+    """A run that was killed after step 4, in ``runs`` of the current folder, and beside it
+    ``whole``, which was not.
+    """
     monkeypatch.chdir(tmp_path)
     tools.run(plain(**{"name": "mine"}), Path("whole"))
     folder = Path("elsewhere/mine")
@@ -352,12 +411,20 @@ def test_a_run_begins_anew_from_a_runs_folder_only_in_another(stopped, tools, ca
     before = tools.tree(Path())
     assert cli.main(["train", str(stopped), "--device", "cpu", "--lr", "0.004"]) == 78
     said = capsys.readouterr().err
-    assert "holds a run of another recipe (optim.lr is 0.004 here and 0.002 there): name another folder with --output" in said
+    assert (
+        "holds a run of another recipe (optim.lr is 0.004 here and 0.002 there): name another"
+        " folder with --output" in said
+    )
     assert tools.tree(Path()) == before
-    assert cli.main(["train", str(stopped), "--device", "cpu", "--lr", "0.004", "--output", "new"]) == 0
+    assert (
+        cli.main(["train", str(stopped), "--device", "cpu", "--lr", "0.004", "--output", "new"])
+        == 0
+    )
     records = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
     assert records[0]["step"] == 2 and tools.tree(stopped) == {
-        name.removeprefix(f"{stopped}/"): digest for name, digest in before.items() if name.startswith(f"{stopped}/")
+        name.removeprefix(f"{stopped}/"): digest
+        for name, digest in before.items()
+        if name.startswith(f"{stopped}/")
     }
 
 

@@ -1,4 +1,6 @@
-"""Which weight gets which decay and learning rate, and when; and what of an optimizer comes back from a checkpoint."""
+"""Which weight gets which decay and learning rate, and when; and what of an optimizer comes back
+from a checkpoint.
+"""
 
 import json
 import math
@@ -13,7 +15,13 @@ from vitdistill.errors import ConfigError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.recipes.config import OptimConfig, Recipe, StudentConfig
 from vitdistill.runs.networks import build_student, plan_of
-from vitdistill.runs.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
+from vitdistill.runs.optim import (
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    make_schedule,
+)
 from vitdistill.storage import checkpoint
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -28,7 +36,9 @@ def tiny() -> Distillation:
 
 def settings(optimizer, module) -> dict[str, dict]:
     """Every parameter's group by its name."""
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
     return {name: groups[id(parameter)] for name, parameter in module.named_parameters()}
 
 
@@ -37,8 +47,18 @@ def test_vectors_and_what_the_model_exempts_do_not_decay():
     module.adapters["kd"] = nn.Linear(3, 4)
     found = settings(make_optimizer(module, OptimConfig(weight_decay=0.3)), module)
     decay = {name: group["weight_decay"] for name, group in found.items()}
-    assert decay["student.blocks.0.attn.qkv.weight"] == decay["student.head.weight"] == decay["adapters.kd.weight"] == 0.3
-    assert decay["student.blocks.0.attn.qkv.bias"] == decay["student.norm.weight"] == decay["adapters.kd.bias"] == 0.0
+    assert (
+        decay["student.blocks.0.attn.qkv.weight"]
+        == decay["student.head.weight"]
+        == decay["adapters.kd.weight"]
+        == 0.3
+    )
+    assert (
+        decay["student.blocks.0.attn.qkv.bias"]
+        == decay["student.norm.weight"]
+        == decay["adapters.kd.bias"]
+        == 0.0
+    )
     assert decay["student.pos_embed"] == decay["student.cls_token"] == 0.0
 
 
@@ -62,7 +82,9 @@ def test_the_schedule_warms_up_and_ends_where_it_should():
     for step in range(41):
         schedule(step)
         rates.append(learning_rate(optimizer))
-    assert rates[:3] == pytest.approx([0.2, 0.3, 0.4]) and max(rates) == pytest.approx(0.95, abs=0.06)
+    assert rates[:3] == pytest.approx([0.2, 0.3, 0.4]) and max(rates) == pytest.approx(
+        0.95, abs=0.06
+    )
     assert rates[8:] == sorted(rates[8:], reverse=True) and rates[40] == pytest.approx(0.1)
     schedule(5)
     assert learning_rate(optimizer) == rates[5]
@@ -78,13 +100,24 @@ def test_layer_decay_needs_no_schedule():
         make_schedule(optimizer, config, 10, 5)(3)
         rate = {name: group["lr"] for name, group in settings(optimizer, module).items()}
         assert rate["student.head.weight"] == 1.0
-        assert rate["student.blocks.0.mlp.fc1.weight"] == 0.25 and rate["student.pos_embed"] == 0.125
+        assert (
+            rate["student.blocks.0.mlp.fc1.weight"] == 0.25 and rate["student.pos_embed"] == 0.125
+        )
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_clip_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
 def test_all_of_the_embedding_has_its_rate_and_its_tokens_no_decay(name, old, monkeypatch):
-    """Register tokens and a norm before the blocks too, with the groups of timm 1.0.20 (old) as with those of later versions."""
+    """Register tokens and a norm before the blocks too, with the groups of timm 1.0.20 (old) as
+    with those of later versions.
+    """
     if old:
         exempt, stem = {"pos_embed", "cls_token", "dist_token"}, r"^cls_token|pos_embed|patch_embed"
         layers = {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
@@ -95,12 +128,27 @@ def test_all_of_the_embedding_has_its_rate_and_its_tokens_no_decay(name, old, mo
     student = build_student(recipe.student, 3)
     module = Distillation(student.model, plan_of(recipe, student.network, {}))
     config = OptimConfig(lr=1.0, layer_decay=0.5, sched="none", warmup_epochs=0.0, weight_decay=0.3)
-    found = {name.removeprefix("student."): group for name, group in settings(make_optimizer(module, config), module).items()}
-    embedding = [key for key in found if key.endswith(("_token", "pos_embed")) or key.startswith(("patch_embed", "norm_pre"))]
+    found = {
+        name.removeprefix("student."): group
+        for name, group in settings(make_optimizer(module, config), module).items()
+    }
+    embedding = [
+        key
+        for key in found
+        if key.endswith(("_token", "pos_embed")) or key.startswith(("patch_embed", "norm_pre"))
+    ]
     assert len(embedding) >= 4 and {found[key]["lr"] for key in embedding} == {0.125}
-    assert {found[key]["weight_decay"] for key in embedding if key != "patch_embed.proj.weight"} == {0.0}
-    assert found["norm.weight"]["lr"] == found["blocks.1.norm1.weight"]["lr"] == 0.5 and found["head.weight"]["lr"] == 1.0
-    assert student.model.group_matcher().keys() == {"stem", "blocks"} and "group_matcher" not in vars(student.model)
+    assert {
+        found[key]["weight_decay"] for key in embedding if key != "patch_embed.proj.weight"
+    } == {0.0}
+    assert (
+        found["norm.weight"]["lr"] == found["blocks.1.norm1.weight"]["lr"] == 0.5
+        and found["head.weight"]["lr"] == 1.0
+    )
+    assert student.model.group_matcher().keys() == {
+        "stem",
+        "blocks",
+    } and "group_matcher" not in vars(student.model)
 
 
 def test_no_schedule_leaves_the_rate_alone():
@@ -110,10 +158,25 @@ def test_no_schedule_leaves_the_rate_alone():
     assert learning_rate(optimizer) == 0.7
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "lamb", "lion", "adafactorbv", "muon", "nadamw", "lookahead_adamw"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw",
+        "sgd",
+        "momentum",
+        "lamb",
+        "lion",
+        "adafactorbv",
+        "muon",
+        "nadamw",
+        "lookahead_adamw",
+    ],
+)
 def test_an_optimizer_goes_on_exactly(name):
     """Four steps, through the JSON and tensors of a checkpoint, and four more, against eight."""
-    config = OptimConfig(opt=name, warmup_epochs=1.0, opt_args={"betas": [0.8, 0.9]} if name == "adamw" else {})
+    config = OptimConfig(
+        opt=name, warmup_epochs=1.0, opt_args={"betas": [0.8, 0.9]} if name == "adamw" else {}
+    )
 
     def start():
         module = tiny()
@@ -134,20 +197,32 @@ def test_an_optimizer_goes_on_exactly(name):
     first = start()
     take(*first, range(4))
     tensors, structure = checkpoint.pack_optimizer(first[1].state_dict())
-    tensors, structure = {key: value.clone() for key, value in tensors.items()}, json.loads(json.dumps(structure))
+    tensors, structure = (
+        {key: value.clone() for key, value in tensors.items()},
+        json.loads(json.dumps(structure)),
+    )
     second = start()
     second[0].load_state_dict(first[0].state_dict())
     second[1].load_state_dict(checkpoint.unpack_optimizer(tensors, structure))
     take(*second, range(4, 8))
-    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         ({"opt": "adamv"}, r"there is no optimizer 'adamv': did you mean 'adam"),
-        ({"opt": "adamw", "opt_args": {"bettas": [0.9, 0.99]}}, r"the optimizer adamw cannot be made with optim\.opt_args .*bettas"),
-        ({"opt": "adamw", "opt_args": {"betas": [2.0, 0.99]}}, r"the optimizer adamw cannot be made with .*Invalid beta"),
+        (
+            {"opt": "adamw", "opt_args": {"bettas": [0.9, 0.99]}},
+            r"the optimizer adamw cannot be made with optim\.opt_args .*bettas",
+        ),
+        (
+            {"opt": "adamw", "opt_args": {"betas": [2.0, 0.99]}},
+            r"the optimizer adamw cannot be made with .*Invalid beta",
+        ),
         ({"opt": "adahessian"}, r"second derivatives"),
     ],
 )
@@ -160,7 +235,9 @@ def test_an_impossible_optimizer_is_one_sentence(config, sentence):
 def test_layer_decay_needs_layers():
     module = tiny()
     module.student = nn.Linear(3, 3)
-    with pytest.raises(ConfigError, match=r"layer_decay needs a timm model that names its layers: Linear does not"):
+    with pytest.raises(
+        ConfigError, match=r"layer_decay needs a timm model that names its layers: Linear does not"
+    ):
         make_optimizer(module, OptimConfig(layer_decay=0.5))
 
 
@@ -179,7 +256,9 @@ def test_clipping():
 def test_after_a_prefix_the_cosine_begins_at_its_peak_and_ends_at_its_minimum(epochs, warmup):
     """MAE's schedule: linear to the peak, then half a cosine over what is left."""
     steps = 8
-    config = OptimConfig(lr=2.4e-3, min_lr=1e-6, warmup_lr=0.0, warmup_epochs=warmup, warmup_prefix=True)
+    config = OptimConfig(
+        lr=2.4e-3, min_lr=1e-6, warmup_lr=0.0, warmup_epochs=warmup, warmup_prefix=True
+    )
     module = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(module.parameters(), lr=config.lr)
     schedule = make_schedule(optimizer, config, epochs, steps)
@@ -187,5 +266,9 @@ def test_after_a_prefix_the_cosine_begins_at_its_peak_and_ends_at_its_minimum(ep
         schedule(step)
         at = step / steps
         cosine = (1 + math.cos(math.pi * (at - warmup) / (epochs - warmup))) / 2
-        expected = config.lr * at / warmup if at < warmup else config.min_lr + (config.lr - config.min_lr) * cosine
+        expected = (
+            config.lr * at / warmup
+            if at < warmup
+            else config.min_lr + (config.lr - config.min_lr) * cosine
+        )
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6, abs=1e-12)

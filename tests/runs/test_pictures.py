@@ -23,11 +23,20 @@ SMALL = PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2
 def masked(taught, **changes):
     base = taught()
     student = replace(base.student, init="mae")
-    return replace(base, teachers={}, selector=None, student=student, masking=RandomMasking(mask_rate=0.5), **changes)
+    return replace(
+        base,
+        teachers={},
+        selector=None,
+        student=student,
+        masking=RandomMasking(mask_rate=0.5),
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_visible_patches_are_the_inputs_and_hidden_ones_predicted(tmp_path, taught, tools, norm_pix):
+def test_visible_patches_are_the_inputs_and_hidden_ones_predicted(
+    tmp_path, taught, tools, norm_pix
+):
     recipe = masked(taught, objectives={"mae": replace(SMALL, norm_pix=norm_pix)})
     seen = []
 
@@ -44,7 +53,9 @@ def test_visible_patches_are_the_inputs_and_hidden_ones_predicted(tmp_path, taug
     same = (patches["input"] == patches["mae: predicted"]).all(dim=(-1, -2)).all(1)
     assert torch.equal(same.flatten(1).sum(1), torch.full((len(same),), 8))
     visible = patches["mae: visible"].movedim(1, -1)
-    assert torch.equal(visible[same], patches["input"].movedim(1, -1)[same]) and bool((visible[~same] == 0).all())
+    assert torch.equal(visible[same], patches["input"].movedim(1, -1)[same]) and bool(
+        (visible[~same] == 0).all()
+    )
     with Image.open(tmp_path / "run" / "pictures.png") as sheet:
         assert sheet.mode == "RGB" and sheet.height == 3 * (96 + 6) + 6
 
@@ -63,7 +74,9 @@ def test_pixels_come_back_from_the_normalisation():
 
 
 def test_a_masked_autoencoder_learns_resumes_and_is_fine_tuned(tmp_path, taught, tools):
-    """Pre-training without labels, k-NN beside it, positions that stay, and a classifier on top afterwards."""
+    """Pre-training without labels, k-NN beside it, positions that stay, and a classifier on top
+    afterwards.
+    """
     recipe, folder = masked(taught, objectives={"mae": SMALL}), tmp_path / "run"
     tools.run(recipe, folder)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -74,10 +87,17 @@ def test_a_masked_autoencoder_learns_resumes_and_is_fine_tuned(tmp_path, taught,
     assert not (folder / "best").exists()
     first, last = (checkpoint.load(checkpoint.folder_of(folder, step))[0] for step in (1, 9))
     student = "distillation.student."
-    assert torch.equal(first[f"{student}pos_embed"], last[f"{student}pos_embed"]) and bool(first[f"{student}pos_embed"].any())
-    assert not torch.equal(first[f"{student}patch_embed.proj.weight"], last[f"{student}patch_embed.proj.weight"])
+    assert torch.equal(first[f"{student}pos_embed"], last[f"{student}pos_embed"]) and bool(
+        first[f"{student}pos_embed"].any()
+    )
+    assert not torch.equal(
+        first[f"{student}patch_embed.proj.weight"], last[f"{student}patch_embed.proj.weight"]
+    )
 
-    before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "pictures.png", "last/model.safetensors")}
+    before = {
+        name: (folder / name).read_bytes()
+        for name in ("metrics.jsonl", "pictures.png", "last/model.safetensors")
+    }
     (folder / "summary.json").unlink()
     for step in range(5, 10):
         shutil.rmtree(checkpoint.folder_of(folder, step))
@@ -91,11 +111,15 @@ def test_a_masked_autoencoder_learns_resumes_and_is_fine_tuned(tmp_path, taught,
     base = taught()
     begun = {}
     tuned = replace(base, teachers={}, selector=None, objectives={"ce": base.objectives["ce"]})
-    tuned = replace(tuned, student=replace(tuned.student, model=str(folder), model_args={"global_pool": "avg"}))
+    tuned = replace(
+        tuned, student=replace(tuned.student, model=str(folder), model_args={"global_pool": "avg"})
+    )
     summary = tools.run(
         tuned,
         tmp_path / "fine",
-        prepared=lambda job: begun.update({name: value.clone() for name, value in job.student.state_dict().items()}),
+        prepared=lambda job: begun.update(
+            {name: value.clone() for name, value in job.student.state_dict().items()}
+        ),
     )
     given = load_file(folder / "last" / "model.safetensors")
     assert torch.equal(begun["pos_embed"], given["pos_embed"])
@@ -119,7 +143,11 @@ def test_images_without_validation_or_of_one_class_are_enough(tmp_path, taught, 
         shutil.copy(path, single / f"{i}.png")
     for folder in (several, tmp_path / "single"):
         said = []
-        summary = tools.run(replace(recipe, data=replace(recipe.data, dir=str(folder))), tmp_path / f"run {folder.name}", said)
+        summary = tools.run(
+            replace(recipe, data=replace(recipe.data, dir=str(folder))),
+            tmp_path / f"run {folder.name}",
+            said,
+        )
         assert summary["scores"] == {} and any("nothing is evaluated" in line for line in said)
         assert (tmp_path / f"run {folder.name}" / "pictures.png").exists()
 
@@ -130,8 +158,14 @@ def test_a_tar_without_validation_is_enough(tmp_path, taught, tools):
     with tarfile.open(tmp_path / "photos.tar", "w") as archive:
         archive.add(several / "train", "train")
     said = []
-    summary = tools.run(replace(recipe, data=replace(recipe.data, dir=str(tmp_path / "photos.tar"))), tmp_path / "run", said)
-    assert summary["scores"] == {} and any(line.startswith("there are no validation images") for line in said)
+    summary = tools.run(
+        replace(recipe, data=replace(recipe.data, dir=str(tmp_path / "photos.tar"))),
+        tmp_path / "run",
+        said,
+    )
+    assert summary["scores"] == {} and any(
+        line.startswith("there are no validation images") for line in said
+    )
 
 
 def test_validation_images_that_are_there_and_damaged_are_not_passed_over(tmp_path, taught, tools):

@@ -21,7 +21,13 @@ from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.config import TeacherConfig
 from vitdistill.runs.networks import build_teacher, reads_logits, trains_classifier
-from vitdistill.runs.preflight import best_order, chance_accuracy, chance_level, prove_features, prove_teacher
+from vitdistill.runs.preflight import (
+    best_order,
+    chance_accuracy,
+    chance_level,
+    prove_features,
+    prove_teacher,
+)
 from vitdistill.vit.walk import Needs
 from vitdistill.weights import create as weights
 from vitdistill.weights.export import export_timm
@@ -36,7 +42,9 @@ def prove(folder, images, **settings):
     config = TeacherConfig(model=str(folder), **settings)
     spec = build_teacher(config, "teacher", CLASSES, _spec(folder), "cpu")[0].spec
     teacher, _ = build_teacher(config, "teacher", CLASSES, spec, "cpu")
-    return prove_teacher(teacher, EvalLoader(open_source(str(images), "val"), spec, batch_size=8), CLASSES, HERE)
+    return prove_teacher(
+        teacher, EvalLoader(open_source(str(images), "val"), spec, batch_size=8), CLASSES, HERE
+    )
 
 
 def _spec(folder):
@@ -54,7 +62,12 @@ def changed(teacher, folder, change=None, classes=None):
         with torch.no_grad():
             change(model)
     export_timm(
-        model, folder, architecture=args["architecture"], model_args=args["model_args"], classes=classes or CLASSES, input_spec=spec
+        model,
+        folder,
+        architecture=args["architecture"],
+        model_args=args["model_args"],
+        classes=classes or CLASSES,
+        input_spec=spec,
     )
     return folder
 
@@ -68,7 +81,10 @@ def test_random_weights_are_refused(tmp_path, teacher, images):
     folder = changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset"))
     with pytest.raises(
         ConfigError,
-        match=r"the teacher .* is right on [0-9.]+% of 21 validation images, which is not above chance [(]33[.]3% for 3 classes[)]: its ",
+        match=(
+            r"the teacher .* is right on [0-9.]+% of 21 validation images, which is not above"
+            r" chance [(]33[.]3% for 3 classes[)]: its "
+        ),
     ):
         prove(folder, images)
 
@@ -80,7 +96,11 @@ def test_permuted_classes_are_named(tmp_path, teacher, images):
 
     folder = changed(teacher, tmp_path / "rotated", rotate)
     with pytest.raises(
-        ConfigError, match=r"its classes look permuted: in another order it would be right on 100\.0% \(its class 0 is .*'cat'\)"
+        ConfigError,
+        match=(
+            r"its classes look permuted: in another order it would be right on 100\.0% \(its class"
+            r" 0 is .*'cat'\)"
+        ),
     ):
         prove(folder, images)
 
@@ -94,7 +114,12 @@ def test_an_answer_that_is_no_number_is_refused(tmp_path, teacher, images, value
     config = json.loads((folder / "config.json").read_text())
     del config["vitdistill"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(NonFiniteError, match=r"the teacher .* answers with NaN or infinity on validation images: check its weights"):
+    with pytest.raises(
+        NonFiniteError,
+        match=(
+            r"the teacher .* answers with NaN or infinity on validation images: check its weights"
+        ),
+    ):
         prove(folder, images)
 
 
@@ -108,7 +133,7 @@ def test_a_refusal_changes_no_file(tmp_path, taught, teacher, images, tools):
     assert tools.tree(tmp_path) == before and not (tmp_path / "run").exists()
 
 
-# -- features ---------------------------------------------------------------------------------------------------------
+# -- features -------------------------------------------------------------------------------------
 
 NEEDS = Needs(hidden=frozenset({0}), features=True)
 
@@ -116,15 +141,21 @@ NEEDS = Needs(hidden=frozenset({0}), features=True)
 def prove_its_features(folder, images, needs=NEEDS):
     """The proof of what is recorded of the teacher in ``folder``, whatever its classes."""
     spec = _spec(folder)
-    teacher, match = build_teacher(TeacherConfig(model=str(folder)), "teacher", CLASSES, spec, "cpu", {"vitkd": ViTKD()})
+    teacher, match = build_teacher(
+        TeacherConfig(model=str(folder)), "teacher", CLASSES, spec, "cpu", {"vitkd": ViTKD()}
+    )
     assert match.index is None and match.remark == "only its features are read"
-    prove_features(teacher, needs, EvalLoader(open_source(str(images), "val"), spec, batch_size=8), HERE)
+    prove_features(
+        teacher, needs, EvalLoader(open_source(str(images), "val"), spec, batch_size=8), HERE
+    )
 
 
 def test_features_need_no_classes(tmp_path, teacher, images):
     prove_its_features(teacher / "last", images)
     prove_its_features(changed(teacher, tmp_path / "other", classes=("dog", "eel", "fox")), images)
-    prove_its_features(changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset")), images)
+    prove_its_features(
+        changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset")), images
+    )
 
     def behead(model):
         model.head, model.num_classes = torch.nn.Identity(), 0
@@ -134,10 +165,19 @@ def test_features_need_no_classes(tmp_path, teacher, images):
     behead(model)
     args = json.loads((teacher / "last" / "config.json").read_text())
     spec = _spec(teacher / "last")
-    export_timm(model, folder, architecture=args["architecture"], model_args=args["model_args"], classes=None, input_spec=spec)
+    export_timm(
+        model,
+        folder,
+        architecture=args["architecture"],
+        model_args=args["model_args"],
+        classes=None,
+        input_spec=spec,
+    )
     prove_its_features(folder, images)
     with pytest.raises(ConfigError, match="answers with 0 classes and the data set has 3"):
-        build_teacher(TeacherConfig(model=str(folder)), "teacher", CLASSES, spec, "cpu", {"kd": SoftKD()})
+        build_teacher(
+            TeacherConfig(model=str(folder)), "teacher", CLASSES, spec, "cpu", {"kd": SoftKD()}
+        )
 
 
 def test_a_teacher_of_other_classes_is_refused_as_soon_as_its_logits_are_read(tmp_path, teacher):
@@ -147,7 +187,10 @@ def test_a_teacher_of_other_classes_is_refused_as_soon_as_its_logits_are_read(tm
         with pytest.raises(ConfigError, match="does not know 3 of the data set's 3 classes"):
             build_teacher(config, "teacher", CLASSES, spec, "cpu", objectives)
     for objectives in ({"vitkd": ViTKD()}, {"vitkd": ViTKD(), "kd": SoftKD(teacher="another")}):
-        assert build_teacher(config, "teacher", CLASSES, spec, "cpu", objectives)[0].class_index is None
+        assert (
+            build_teacher(config, "teacher", CLASSES, spec, "cpu", objectives)[0].class_index
+            is None
+        )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -160,30 +203,63 @@ def test_features_that_are_no_numbers_are_refused(tmp_path, teacher, images, val
     del config["vitdistill"]
     (folder / "config.json").write_text(json.dumps(config))
     sentence = r"the teacher .* gives NaN or infinity on validation images: check its weights"
-    for needs in (NEEDS, Needs(hidden=frozenset({0})), Needs(features=True), Needs(qkv=frozenset({1})), Needs(attention=frozenset({1}))):
+    for needs in (
+        NEEDS,
+        Needs(hidden=frozenset({0})),
+        Needs(features=True),
+        Needs(qkv=frozenset({1})),
+        Needs(attention=frozenset({1})),
+    ):
         with pytest.raises(NonFiniteError, match=sentence):
             prove_its_features(folder, images, needs)
     prove_its_features(folder, images, Needs(qkv=frozenset({0})))  # what is broken is not read
 
 
 def test_features_that_are_the_same_for_every_image_are_refused(tmp_path, teacher, images):
-    folder = changed(teacher, tmp_path / "blind", lambda model: model.patch_embed.proj.weight.zero_())
+    folder = changed(
+        teacher, tmp_path / "blind", lambda model: model.patch_embed.proj.weight.zero_()
+    )
     for needs in (NEEDS, Needs(qkv=frozenset({0}))):
-        with pytest.raises(ConfigError, match=r"the teacher .* gives the same features for every image: its weights are not loaded"):
+        with pytest.raises(
+            ConfigError,
+            match=(
+                r"the teacher .* gives the same features for every image: its weights are not"
+                r" loaded"
+            ),
+        ):
             prove_its_features(folder, images, needs)
 
 
 def test_who_reads_logits_and_who_trains_a_classifier():
-    student = Network("student", "tiny", (16, 16), 2, 24, 3, 5, grid=(4, 4), walks=True, attention_source="class", dims=(24, 24))
-    one, two = (Network(name, "big", (16, 16), 2, 24, 9, 5, walks=True, dims=(24, 24)) for name in ("one", "two"))
+    student = Network(
+        "student",
+        "tiny",
+        (16, 16),
+        2,
+        24,
+        3,
+        5,
+        grid=(4, 4),
+        walks=True,
+        attention_source="class",
+        dims=(24, 24),
+    )
+    one, two = (
+        Network(name, "big", (16, 16), 2, 24, 9, 5, walks=True, dims=(24, 24))
+        for name in ("one", "two")
+    )
     objectives = {"a": ViTKD(teacher="one"), "b": SoftKD(teacher="two"), "ce": CrossEntropy()}
     assert not reads_logits(objectives, one) and reads_logits(objectives, two)
     assert trains_classifier(objectives, student)
-    assert trains_classifier({"ce": CrossEntropy()}, student) and trains_classifier({"b": SoftKD()}, student)
-    assert not trains_classifier({"a": ViTKD()}, student) and not reads_logits({"ce": CrossEntropy()}, one)
+    assert trains_classifier({"ce": CrossEntropy()}, student) and trains_classifier(
+        {"b": SoftKD()}, student
+    )
+    assert not trains_classifier({"a": ViTKD()}, student) and not reads_logits(
+        {"ce": CrossEntropy()}, one
+    )
 
 
-# -- classes ----------------------------------------------------------------------------------------------------------
+# -- classes --------------------------------------------------------------------------------------
 
 
 def test_another_order_of_the_classes_needs_a_word(tmp_path, teacher, images):
@@ -194,7 +270,12 @@ def test_another_order_of_the_classes_needs_a_word(tmp_path, teacher, images):
         model.head.bias.copy_(model.head.bias.roll(1, 0))
 
     folder = changed(teacher, tmp_path / "ordered", rotate, classes=("cat", "ant", "bee"))
-    with pytest.raises(ConfigError, match=r"class 0 is 'ant' in the data set and 'cat' in the teacher\): pass --reorder-classes"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"class 0 is 'ant' in the data set and 'cat' in the teacher\): pass --reorder-classes"
+        ),
+    ):
         prove(folder, images)
     assert prove(folder, images, reorder_classes=True).accuracy == 1.0
 
@@ -218,7 +299,11 @@ def test_a_teacher_of_more_classes_answers_for_those_at_hand(tmp_path, teacher, 
         (("ant", "bee", "dog"), 3, r"does not know 1 of the data set's 3 classes \('cat'\)"),
         (("a", "b", "c", "d"), 4, r"does not know 3 of .* \('ant', 'bee', 'cat'\)"),
         (("ant", "bee", "cat", "bee"), 4, r"has two classes called 'bee'"),
-        (("bee", "ant", "cat"), 3, r"another order \(class 0 is 'ant' in the data set and 'bee' in the big one\)"),
+        (
+            ("bee", "ant", "cat"),
+            3,
+            r"another order \(class 0 is 'ant' in the data set and 'bee' in the big one\)",
+        ),
     ],
 )
 def test_classes_that_do_not_match_are_refused(names, count, sentence):
@@ -233,7 +318,7 @@ def test_matching_picks_every_class_by_its_name(order, size):
     assert tuple(picked) == match.classes == tuple(sorted(order)[:size])
 
 
-# -- chance -----------------------------------------------------------------------------------------------------------
+# -- chance ---------------------------------------------------------------------------------------
 
 
 def test_always_the_same_answer_is_chance_however_unequal_the_classes():
@@ -253,5 +338,7 @@ def test_guessing_stays_below_the_level(classes, seed):
 
 @given(st.permutations(range(8)), st.integers(0, 3))
 def test_the_best_order_undoes_a_permutation(order, mistakes):
-    pairs = [(label, order[label]) for label in range(8) for _ in range(5)] + [(0, order[1])] * mistakes
+    pairs = [(label, order[label]) for label in range(8) for _ in range(5)] + [
+        (0, order[1])
+    ] * mistakes
     assert best_order(pairs) == {answer: label for label, answer in enumerate(order)}

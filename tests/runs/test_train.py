@@ -1,4 +1,6 @@
-"""The loop end to end: whatever stops a run, the same command finishes it exactly as if nothing had happened."""
+"""The loop end to end: whatever stops a run, the same command finishes it exactly as if nothing had
+happened.
+"""
 
 import json
 import os
@@ -46,7 +48,9 @@ def whole(reference, taught, tools) -> Path:
 
 
 def unfinished(whole: Path, folder: Path, step: int) -> Path:
-    """A copy of the run as it would be had it been killed after the checkpoint of ``step``: logs and exports are ahead of that."""
+    """A copy of the run as it would be had it been killed after the checkpoint of ``step``: logs
+    and exports are ahead of that.
+    """
     shutil.copytree(whole, folder)
     (folder / "summary.json").unlink()
     for path in (folder / "checkpoints").iterdir():
@@ -55,7 +59,7 @@ def unfinished(whole: Path, folder: Path, step: int) -> Path:
     return folder
 
 
-# -- resuming ---------------------------------------------------------------------------------------------------------
+# -- resuming -------------------------------------------------------------------------------------
 
 
 def test_a_run_repeats_itself(tmp_path, whole, taught, tools):
@@ -80,7 +84,9 @@ def test_resumes_from_any_step(tmp_path, whole, taught, tools, step):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(tmp_path, taught, tools, workers):
-    """Images that are made one by one in worker processes, also when the number changes in the middle of the run."""
+    """Images that are made one by one in worker processes, also when the number changes in the
+    middle of the run.
+    """
     slow = {"data.in_memory": False, "data.augment.aa": "rand-m9-mstd0.5-inc1"}
     tools.run(taught(**slow), tmp_path / "whole")
     folder = unfinished(tmp_path / "whole", tmp_path / "run", 4)
@@ -102,7 +108,9 @@ def lose(key, value):
 
 def lose_moment(name):
     def change(tensors, state):
-        for key in [key for key in tensors if key.startswith("optimizer.state.") and key.endswith(name)]:
+        for key in [
+            key for key in tensors if key.startswith("optimizer.state.") and key.endswith(name)
+        ]:
             tensors[key] = torch.zeros_like(tensors[key])
 
     return change
@@ -122,7 +130,10 @@ PARTS = {
     "scores": (9, lose("scores", {})),
     "seconds": (4, lose("seconds", 1e6)),
     "sums": (5, lose("sums", [[0.0] * 5])),
-    "optimizer": (4, lose("optimizer", {"dict": [["state", {"dict": []}], ["param_groups", {"list": []}]]})),
+    "optimizer": (
+        4,
+        lose("optimizer", {"dict": [["state", {"dict": []}], ["param_groups", {"list": []}]]}),
+    ),
     "offsets": (4, lose("offsets", {})),
     "recipe": (4, lose("recipe", "")),
     "identity": (4, lose("identity", {})),
@@ -150,7 +161,9 @@ def test_every_part_of_the_state_matters(tmp_path, whole, taught, tools, part):
 
 def test_no_part_of_the_state_is_forgotten_here(whole):
     tensors, state = checkpoint.load(checkpoint.folder_of(whole, 4))
-    assert {key for key in state} | {key.split(".")[0] + "." for key in tensors} == {part for part in PARTS if not part[-1].isdigit()}
+    assert {key for key in state} | {key.split(".")[0] + "." for key in tensors} == {
+        part for part in PARTS if not part[-1].isdigit()
+    }
 
 
 def test_float16_resumes_exactly(tmp_path, plain, tools):
@@ -181,19 +194,28 @@ def test_float16_that_never_becomes_finite_stops(tmp_path, plain, tools):
         job.student.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
 
     said = []
-    with pytest.raises(NonFiniteError, match=r"the gradient of student\.norm\.weight is NaN or infinite"):
-        tools.run(plain(**{"train.epochs": 20, "train.eval_every": 20, "train.save_every": 60}), tmp_path / "run", said, prepared=broken)
+    with pytest.raises(
+        NonFiniteError, match=r"the gradient of student\.norm\.weight is NaN or infinite"
+    ):
+        tools.run(
+            plain(**{"train.epochs": 20, "train.eval_every": 20, "train.save_every": 60}),
+            tmp_path / "run",
+            said,
+            prepared=broken,
+        )
     assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-# -- stopping ---------------------------------------------------------------------------------------------------------
+# -- stopping -------------------------------------------------------------------------------------
 
 
 def signal_from(module, number, calls, training=True):
     """Send this process a signal in the middle of the ``calls``-th forward pass."""
     count = 0
 
-    def hook(layer, inputs, output):  # the average of the weights copies it: ask the layer that runs
+    def hook(
+        layer, inputs, output
+    ):  # the average of the weights copies it: ask the layer that runs
         nonlocal count
         count += layer.training == training
         if count == calls and layer.training == training:
@@ -203,13 +225,27 @@ def signal_from(module, number, calls, training=True):
 
 
 @pytest.mark.parametrize(
-    ("number", "calls", "saved"), [(signal.SIGTERM, 1, 1), (signal.SIGINT, 8, 4), (signal.SIGUSR1, 11, 6), (signal.SIGTERM, 18, 9)]
+    ("number", "calls", "saved"),
+    [
+        (signal.SIGTERM, 1, 1),
+        (signal.SIGINT, 8, 4),
+        (signal.SIGUSR1, 11, 6),
+        (signal.SIGTERM, 18, 9),
+    ],
 )
-def test_a_signal_in_a_step_finishes_it_and_saves(tmp_path, whole, taught, tools, number, calls, saved):
-    """Two forward passes a step: the 8th is in step 4. Nothing but the state of that step was saved before."""
+def test_a_signal_in_a_step_finishes_it_and_saves(
+    tmp_path, whole, taught, tools, number, calls, saved
+):
+    """Two forward passes a step: the 8th is in step 4. Nothing but the state of that step was saved
+    before.
+    """
     folder, sparse = tmp_path / "run", taught(**{"train.save_every": 100})
     with pytest.raises(
-        Preempted, match=rf"stopped by {signal.Signals(number).name} at step {saved} of 9.*: the same command resumes"
+        Preempted,
+        match=(
+            rf"stopped by {signal.Signals(number).name} at step {saved} of 9.*: the same command"
+            r" resumes"
+        ),
     ) as stopped:
         tools.run(sparse, folder, prepared=lambda job: signal_from(job.student.norm, number, calls))
     assert "\n" not in str(stopped.value) and stopped.value.exit_code == 75
@@ -225,7 +261,11 @@ def test_a_signal_in_an_evaluation_abandons_it(tmp_path, whole, plain, tools):
     folder = tmp_path / "run"
     with pytest.raises(Preempted, match=r"stopped by SIGTERM at step 3 of 9"):
         # 21 images make 6 batches an evaluation.
-        tools.run(plain(), folder, prepared=lambda job: signal_from(job.student.norm, signal.SIGTERM, 2, training=False))
+        tools.run(
+            plain(),
+            folder,
+            prepared=lambda job: signal_from(job.student.norm, signal.SIGTERM, 2, training=False),
+        )
     assert "eval" not in (folder / "metrics.jsonl").read_text()
     tools.run(plain(), folder)
     assert tools.result(folder) == tools.result(tmp_path / "whole")
@@ -272,19 +312,26 @@ def test_the_command_line_leaves_with_75_and_one_sentence(tmp_path, plain, tools
     folder = tmp_path / "run"
     words = ["train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
     command = [sys.executable, "-m", "vitdistill.cli", *words]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tools.environment())
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tools.environment()
+    )
     assert child.stdout is not None
     for line in child.stdout:
         if line.startswith("step 2/"):
             child.send_signal(signal.SIGTERM)
     _, sentence = child.communicate(timeout=60)
     assert child.returncode == 75
-    assert sentence.startswith("vitdistill train: stopped by SIGTERM at step ") and sentence.count("\n") == 1
+    assert (
+        sentence.startswith("vitdistill train: stopped by SIGTERM at step ")
+        and sentence.count("\n") == 1
+    )
     assert checkpoint.latest(folder) is not None
 
 
 def test_killed_between_and_while_saving(tmp_path, taught, tools):
-    """kill -9, by turns after a checkpoint and over one of its files; the run that is left ends as if it had not happened."""
+    """kill -9, by turns after a checkpoint and over one of its files; the run that is left ends as
+    if it had not happened.
+    """
     recipe = taught(**{"train.epochs": 5, "train.eval_every": 2})
     tools.run(recipe, tmp_path / "whole")
     folder = tmp_path / "run"
@@ -312,7 +359,9 @@ def test_killed_between_and_while_saving(tmp_path, taught, tools):
     for file in (None, "state.safetensors", None, "state.json", None, "manifest.json"):
         before = len(list(checkpoints.glob("step-*")))
         child = tools.Child(lambda file=file, before=before: work(file, before))
-        assert child.wait() is None and child.code == -signal.SIGKILL, "it ended before it was killed"
+        assert child.wait() is None and child.code == -signal.SIGKILL, (
+            "it ended before it was killed"
+        )
         assert len(list(checkpoints.glob("step-*"))) == before + (file is None)
         assert file is None or any(checkpoints.glob(f".tmp-*-{child.pid}-*/{file}"))
     said = []
@@ -322,21 +371,33 @@ def test_killed_between_and_while_saving(tmp_path, taught, tools):
     assert not list(folder.rglob(".tmp-*")) and not (folder / "in_use.json").exists()
 
 
-# -- what is there already --------------------------------------------------------------------------------------------
+# -- what is there already ------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_not_repeated(whole, taught, tools, images):
     before, said = tools.tree(whole), []
     summary = tools.run(taught(), whole, said)
     assert tools.tree(whole) == before
-    assert said == [f"{whole} is finished already: nothing to do"] and summary == json.loads((whole / "summary.json").read_text())
+    assert said == [f"{whole} is finished already: nothing to do"] and summary == json.loads(
+        (whole / "summary.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_recipe_is_refused(tmp_path, whole, taught, tools, finished):
-    folder = shutil.copytree(whole, tmp_path / "run") if finished else unfinished(whole, tmp_path / "run", 4)
+    folder = (
+        shutil.copytree(whole, tmp_path / "run")
+        if finished
+        else unfinished(whole, tmp_path / "run", 4)
+    )
     before = tools.tree(folder)
-    with pytest.raises(ConfigError, match=r"another recipe \(optim\.lr is 0\.5 here and 0\.002 there; train\.seed is 7 here and 0 there\)"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"another recipe \(optim\.lr is 0\.5 here and 0\.002 there; train\.seed is 7 here and 0"
+            r" there\)"
+        ),
+    ):
         tools.run(taught(**{"optim.lr": 0.5, "train.seed": 7}), folder)
     assert tools.tree(folder) == before
 
@@ -344,13 +405,18 @@ def test_another_recipe_is_refused(tmp_path, whole, taught, tools, finished):
 def test_other_images_or_another_teacher_are_refused(tmp_path, whole, taught, teacher, tools):
     images = tools.write_images(tmp_path / "images")
     shutil.copytree(teacher, tmp_path / "teacher")
-    recipe = replace_fields(taught(), {"data.dir": str(images), "teachers.teacher.model": str(tmp_path / "teacher" / "last")})
+    recipe = replace_fields(
+        taught(),
+        {"data.dir": str(images), "teachers.teacher.model": str(tmp_path / "teacher" / "last")},
+    )
     tools.run(recipe, tmp_path / "run")
     folder = unfinished(tmp_path / "run", tmp_path / "again", 4)
     before = tools.tree(folder)
     extra = images / "train" / "bee" / "extra.png"
     shutil.copy(images / "train" / "bee" / "00.png", extra)
-    with pytest.raises(DataError, match=r"the training images of this run have changed since .*step-00000004"):
+    with pytest.raises(
+        DataError, match=r"the training images of this run have changed since .*step-00000004"
+    ):
         tools.run(recipe, folder)
     extra.unlink()
     (images / "val" / "bee" / "00.png").rename(images / "val" / "cat" / "zz.png")
@@ -388,7 +454,7 @@ def test_a_log_that_was_cut_is_refused(tmp_path, whole, taught, tools):
     assert tools.tree(folder) == before
 
 
-# -- a full disk ------------------------------------------------------------------------------------------------------
+# -- a full disk ----------------------------------------------------------------------------------
 
 
 def test_a_disk_that_fills_up_costs_nothing_but_the_work_since(tmp_path, whole, taught, tools):
@@ -400,7 +466,12 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_work_since(tmp_path, whole, 
 
     child = tools.Child(lambda: tools.run(taught(), folder, prepared=fill))
     error = child.wait()
-    assert type(error) is DiskError and child.code == 74 and "/checkpoints/" in str(error) and "\n" not in str(error)
+    assert (
+        type(error) is DiskError
+        and child.code == 74
+        and "/checkpoints/" in str(error)
+        and "\n" not in str(error)
+    )
     assert tools.tree(folder / "checkpoints") == before
     tools.run(taught(), folder)
     assert tools.result(folder) == tools.result(whole)
@@ -409,17 +480,21 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_work_since(tmp_path, whole, 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path, plain, tools, monkeypatch):
     blocks = os.statvfs_result((4096, 4096, 1000, 20, 20, 1000, 1000, 1000, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: blocks)
-    with pytest.raises(DiskError, match=r"the disk is full \([0-9]+ bytes needed, 81920 bytes free\)"):
+    with pytest.raises(
+        DiskError, match=r"the disk is full \([0-9]+ bytes needed, 81920 bytes free\)"
+    ):
         tools.run(plain(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
     assert durable.free_bytes(tmp_path) == 81920
 
 
-# -- numbers that are none --------------------------------------------------------------------------------------------
+# -- numbers that are none ------------------------------------------------------------------------
 
 
 def stops_and_goes_on(tmp_path, recipe, tools, fault, match):
-    """The run stops with a sentence that matches, nothing is lost, and without the fault it ends as it should."""
+    """The run stops with a sentence that matches, nothing is lost, and without the fault it ends as
+    it should.
+    """
     tools.run(recipe, tmp_path / "whole")
     folder = tmp_path / "run"
     with pytest.raises(NonFiniteError, match=match) as stopped:
@@ -427,7 +502,9 @@ def stops_and_goes_on(tmp_path, recipe, tools, fault, match):
     assert "\n" not in str(stopped.value) and stopped.value.exit_code == 70
     newest = checkpoint.latest(folder)
     tensors, state = checkpoint.load(newest)
-    assert state["step"] == 4 and all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point())
+    assert state["step"] == 4 and all(
+        bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()
+    )
     assert "NaN" not in (folder / "metrics.jsonl").read_text()
     tools.run(recipe, folder)
     assert tools.result(folder) == tools.result(tmp_path / "whole")
@@ -445,26 +522,41 @@ def after(calls, change):
     return hook
 
 
-LAST = r"is NaN or infinite at step 4; the step was not applied, and the last good checkpoint is .*/checkpoints/step-00000004: "
+LAST = (
+    r"is NaN or infinite at step 4; the step was not applied, and the last good checkpoint is"
+    r" .*/checkpoints/step-00000004: "
+)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, plain, tools, clip):
     def fault(job):
-        job.student.blocks[0].norm2.weight.register_hook(after(5, lambda gradient: gradient * torch.nan))
+        job.student.blocks[0].norm2.weight.register_hook(
+            after(5, lambda gradient: gradient * torch.nan)
+        )
 
     match = r"the gradient of student\.blocks\.0\.norm2\.weight " + LAST + "lower --lr"
     stops_and_goes_on(tmp_path, plain(**{"optim.clip_grad": clip}), tools, fault, match)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, taught, tools):
-    """In the first of two micro-batches of step 4, in one of two terms; the whole loss is looked at in every one."""
+    """In the first of two micro-batches of step 4, in one of two terms; the whole loss is looked at
+    in every one.
+    """
 
     def fault(job):
         hook = after(9, lambda output: output * torch.inf)
-        job.student.norm.register_forward_hook(lambda module, inputs, output: hook(output) if module.training else output)
+        job.student.norm.register_forward_hook(
+            lambda module, inputs, output: hook(output) if module.training else output
+        )
 
-    stops_and_goes_on(tmp_path, taught(), tools, fault, r"the loss 'ce' \(samples [0-9, ]+, \.\.\.\) " + LAST + "lower --lr")
+    stops_and_goes_on(
+        tmp_path,
+        taught(),
+        tools,
+        fault,
+        r"the loss 'ce' \(samples [0-9, ]+, \.\.\.\) " + LAST + "lower --lr",
+    )
 
 
 @pytest.mark.parametrize("kind", [SoftKD, HardKD])
@@ -476,29 +568,46 @@ def test_a_teacher_that_answers_nonsense_stops_the_run(tmp_path, taught, tools, 
     def fault(job):
         hook = after(9, lambda output: output * torch.nan)
         # The preflight, which would refuse it, is over when this is set.
-        job.teachers["teacher"].model.head.register_forward_hook(lambda module, inputs, output: hook(output))
+        job.teachers["teacher"].model.head.register_forward_hook(
+            lambda module, inputs, output: hook(output)
+        )
 
-    stops_and_goes_on(tmp_path, recipe, tools, fault, r"the answer of the teacher \(samples .*" + LAST + "check its weights")
+    stops_and_goes_on(
+        tmp_path,
+        recipe,
+        tools,
+        fault,
+        r"the answer of the teacher \(samples .*" + LAST + "check its weights",
+    )
 
 
 def test_an_explosion_is_seen_before_it_is_saved(tmp_path, plain, tools):
     recipe = plain(**{"optim.lr": 1e30, "optim.opt": "sgd"})
-    with pytest.raises(NonFiniteError, match=r"the (loss 'ce'|gradient of) .*the last good checkpoint is"):
+    with pytest.raises(
+        NonFiniteError, match=r"the (loss 'ce'|gradient of) .*the last good checkpoint is"
+    ):
         tools.run(recipe, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         tensors, _ = checkpoint.load(path)
-        assert all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point())
+        assert all(
+            bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()
+        )
 
 
-# -- what is computed -------------------------------------------------------------------------------------------------
+# -- what is computed -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_change_no_loss(tmp_path, plain, tools, accumulate):
     for name, count in (("whole", 1), ("parts", accumulate)):
-        tools.run(plain(**{"train.accumulate": count, "data.augment.mixup": 0.5, "train.log_every": 1}), tmp_path / name)
+        tools.run(
+            plain(**{"train.accumulate": count, "data.augment.mixup": 0.5, "train.log_every": 1}),
+            tmp_path / name,
+        )
     whole, parts = tools.losses(tmp_path / "whole"), tools.losses(tmp_path / "parts")
-    assert [line["step"] for line in whole] == [line["step"] for line in parts] == list(range(1, 10))
+    assert (
+        [line["step"] for line in whole] == [line["step"] for line in parts] == list(range(1, 10))
+    )
     for a, b in zip(whole, parts, strict=True):
         assert a == pytest.approx(b, rel=2e-5)
 
@@ -506,14 +615,22 @@ def test_micro_batches_change_no_loss(tmp_path, plain, tools, accumulate):
 def test_the_average_of_the_weights_is_evaluated_and_exported(whole, images):
     tensors, state = checkpoint.load(checkpoint.folder_of(whole, 9))
     exported = load_file(whole / "last" / "model.safetensors")
-    student = {key.removeprefix("distillation.student."): value for key, value in tensors.items() if key.startswith("distillation.")}
-    average = {key.removeprefix("ema."): value for key, value in tensors.items() if key.startswith("ema.")}
+    student = {
+        key.removeprefix("distillation.student."): value
+        for key, value in tensors.items()
+        if key.startswith("distillation.")
+    }
+    average = {
+        key.removeprefix("ema."): value for key, value in tensors.items() if key.startswith("ema.")
+    }
     assert exported.keys() == average.keys() == student.keys()
     assert all(torch.equal(exported[key], average[key]) for key in exported)
     assert any(not torch.equal(exported[key], student[key]) for key in exported)
     model = create_model(f"local-dir:{whole / 'last'}", pretrained=True)
     loader = EvalLoader(open_source(str(images), "val"), InputSpec.of_model(model), batch_size=21)
-    assert evaluate(model, loader, World(0, 1, torch.device("cpu"))) == pytest.approx(state["scores"], rel=1e-6)
+    assert evaluate(model, loader, World(0, 1, torch.device("cpu"))) == pytest.approx(
+        state["scores"], rel=1e-6
+    )
 
 
 def test_the_average_follows_the_weights(tmp_path, plain, tools):
@@ -562,7 +679,11 @@ def test_unlabelled_images_are_learnt_from_the_teacher_alone(tmp_path, images, t
         shutil.copy(path, flat / f"{path.parent.name}{path.name}")
     recipe = taught(**{"data.dir": str(flat)})
     with pytest.raises(
-        ConfigError, match=r"have no labels \(no class folders\), and the objective 'ce' needs them: leave it out \(--without ce\)"
+        ConfigError,
+        match=(
+            r"have no labels \(no class folders\), and the objective 'ce' needs them: leave it out"
+            r" \(--without ce\)"
+        ),
     ):
         tools.run(recipe, tmp_path / "run")
     recipe = objectives(recipe, kd=SoftKD())
@@ -575,15 +696,29 @@ def test_unlabelled_images_are_learnt_from_the_teacher_alone(tmp_path, images, t
 
 
 def test_a_convolutional_teacher_gives_logits_and_no_patches(tmp_path, images, plain, tools):
-    cnn = {"student.model": "resnet10t", "student.model_args": {"channels": [8, 8, 16, 16]}, "student.image_size": 32}
-    summary = tools.run(plain(**cnn, **{"optim.lr": 2e-2, "train.epochs": 6, "train.save_every": 18}), tmp_path / "cnn")
+    cnn = {
+        "student.model": "resnet10t",
+        "student.model_args": {"channels": [8, 8, 16, 16]},
+        "student.image_size": 32,
+    }
+    summary = tools.run(
+        plain(**cnn, **{"optim.lr": 2e-2, "train.epochs": 6, "train.save_every": 18}),
+        tmp_path / "cnn",
+    )
     assert summary["best_top1"] > 0.9
     config = TeacherConfig(model=str(tmp_path / "cnn" / "best"))
     recipe = plain()
-    recipe = objectives(type(recipe)(**{**vars(recipe), "teachers": {"teacher": config}}), ce=recipe.objectives["ce"], kd=SoftKD())
+    recipe = objectives(
+        type(recipe)(**{**vars(recipe), "teachers": {"teacher": config}}),
+        ce=recipe.objectives["ce"],
+        kd=SoftKD(),
+    )
     said = []
     tools.run(recipe, tmp_path / "kd", said)
-    assert any(line.startswith("teacher: right on ") and "of 21 validation images (chance 3" in line for line in said)
+    assert any(
+        line.startswith("teacher: right on ") and "of 21 validation images (chance 3" in line
+        for line in said
+    )
     from vitdistill.methods.maskedkd import MaskedKD
 
     masked = type(recipe)(**{**vars(recipe), "selector": MaskedKD()})
@@ -593,16 +728,28 @@ def test_a_convolutional_teacher_gives_logits_and_no_patches(tmp_path, images, p
 
 
 def test_a_teacher_of_another_size_and_normalisation(tmp_path, images, plain, tools):
-    """Trained at 32 x 32 in patches of 8 with ImageNet's mean; the student sees 16 x 16 in patches of 4 with Inception's."""
+    """Trained at 32 x 32 in patches of 8 with ImageNet's mean; the student sees 16 x 16 in patches
+    of 4 with Inception's.
+    """
     args = {**tools.VIT, "img_size": 32, "patch_size": 8}
-    settings = {"student.model": "deit_tiny_patch16_224", "student.model_args": args, "optim.lr": 5e-3, "train.epochs": 8}
+    settings = {
+        "student.model": "deit_tiny_patch16_224",
+        "student.model_args": args,
+        "optim.lr": 5e-3,
+        "train.epochs": 8,
+    }
     tools.run(plain(**settings), tmp_path / "teacher")
     recipe = plain()
-    recipe = type(recipe)(**{**vars(recipe), "teachers": {"teacher": TeacherConfig(model=str(tmp_path / "teacher"))}})
+    recipe = type(recipe)(
+        **{**vars(recipe), "teachers": {"teacher": TeacherConfig(model=str(tmp_path / "teacher"))}}
+    )
     recipe = type(recipe)(**{**vars(recipe), "objectives": {"kd": SoftKD()}})
 
     def contracts(job):
-        assert job.teachers["teacher"].spec.image_size == (32, 32) and job.student_spec.image_size == (16, 16)
+        assert job.teachers["teacher"].spec.image_size == (
+            32,
+            32,
+        ) and job.student_spec.image_size == (16, 16)
         assert job.teachers["teacher"].spec.mean != job.student_spec.mean
 
     said = []
@@ -628,17 +775,27 @@ def test_what_no_gradient_reaches_is_named_and_kept(tmp_path, plain, tools):
     first, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 1))
     last, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 9))
     assert torch.equal(first["distillation.student.spare"], last["distillation.student.spare"])
-    assert not torch.equal(first["distillation.student.head.weight"], last["distillation.student.head.weight"])
+    assert not torch.equal(
+        first["distillation.student.head.weight"], last["distillation.student.head.weight"]
+    )
 
 
 def test_dropout_draws_other_numbers_every_time_and_does_not_ask_the_caller(tmp_path, plain, tools):
-    drop = plain(**{"student.model_args": {**tools.VIT, "drop_rate": 0.5}, "train.accumulate": 2, "train.epochs": 2})
+    drop = plain(
+        **{
+            "student.model_args": {**tools.VIT, "drop_rate": 0.5},
+            "train.accumulate": 2,
+            "train.epochs": 2,
+        }
+    )
 
     def masks(seed, name):
         seen = []
 
         def watch(job):
-            hook = lambda module, inputs, output: seen.append((output == 0).numpy().tobytes()) if module.training else None  # noqa: E731
+            hook = lambda module, inputs, output: (
+                seen.append((output == 0).numpy().tobytes()) if module.training else None
+            )
             job.student.head_drop.register_forward_hook(hook)
 
         torch.manual_seed(seed)
@@ -650,7 +807,7 @@ def test_dropout_draws_other_numbers_every_time_and_does_not_ask_the_caller(tmp_
     assert masks(2, "second") == first
 
 
-# -- features, weights that change ------------------------------------------------------------------------------------
+# -- features, weights that change ----------------------------------------------------------------
 
 
 def test_weights_follow_their_schedule_also_after_a_resume(tmp_path, taught, tools):
@@ -661,11 +818,15 @@ def test_weights_follow_their_schedule_also_after_a_resume(tmp_path, taught, too
         "objectives.kd.schedule": {"to": 2.0, "begin": 0.5, "end": 0.5},
     }
     vitkd = ViTKD(weight=0, schedule=WeightSchedule(to=1.0), reduction="mean")
-    recipe = replace_fields(type(base)(**{**vars(base), "objectives": {**base.objectives, "vitkd": vitkd}}), schedules)
+    recipe = replace_fields(
+        type(base)(**{**vars(base), "objectives": {**base.objectives, "vitkd": vitkd}}), schedules
+    )
     seen = []
 
     def watch(job):
-        job.distillation.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]) if module.training else None)
+        job.distillation.register_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[2]) if module.training else None
+        )
 
     tools.run(recipe, tmp_path / "whole", prepared=watch)
     assert seen == [step / 9 for step in range(9) for _ in range(2)]  # two micro-batches a step
@@ -673,11 +834,19 @@ def test_weights_follow_their_schedule_also_after_a_resume(tmp_path, taught, too
         folder = unfinished(tmp_path / "whole", tmp_path / f"from {step}", step)
         tools.run(recipe, folder)
         assert tools.result(folder) == tools.result(tmp_path / "whole")
-    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    ce, kd, vitkd = ({r["step"]: r[name] for r in records if r["kind"] == "train"} for name in ("ce", "kd", "vitkd"))
+    records = [
+        json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
+    ce, kd, vitkd = (
+        {r["step"]: r[name] for r in records if r["kind"] == "train"}
+        for name in ("ce", "kd", "vitkd")
+    )
     assert ce[9] < 0.1 * ce[2] and vitkd[9] > vitkd[2] > 0
     assert kd[6] > 1.5 * kd[4]  # four times the weight from step 5 on, after which 4 of 9 are done
-    with pytest.raises(ConfigError, match=r"another recipe \(objectives\.kd\.schedule\.to is 1\.0 here and 2\.0 there"):
+    with pytest.raises(
+        ConfigError,
+        match=r"another recipe \(objectives\.kd\.schedule\.to is 1\.0 here and 2\.0 there",
+    ):
         tools.run(replace_fields(recipe, {"objectives.kd.schedule.to": 1.0}), tmp_path / "whole")
 
 
@@ -687,16 +856,31 @@ def test_a_teacher_of_other_classes_teaches_features(tmp_path, taught, tools):
         for name in ("ant", "bee", "cat"):
             (other / split / name).rename(other / split / f"other {name}")
     base = taught()
-    alone = type(base)(**{**vars(base), "teachers": {}, "objectives": {"ce": base.objectives["ce"]}, "selector": None})
+    alone = type(base)(
+        **{
+            **vars(base),
+            "teachers": {},
+            "objectives": {"ce": base.objectives["ce"]},
+            "selector": None,
+        }
+    )
     tools.run(replace_fields(alone, {"data.dir": str(other)}), tmp_path / "teacher")
     recipe = taught(**{"teachers.teacher.model": str(tmp_path / "teacher" / "last")})
     with pytest.raises(ConfigError, match="does not know 3 of the data set's 3 classes"):
         tools.run(recipe, tmp_path / "run")
     said = []
-    recipe = type(recipe)(**{**vars(recipe), "objectives": {"ce": recipe.objectives["ce"], "vitkd": ViTKD(reduction="mean")}})
+    recipe = type(recipe)(
+        **{
+            **vars(recipe),
+            "objectives": {"ce": recipe.objectives["ce"], "vitkd": ViTKD(reduction="mean")},
+        }
+    )
     summary = tools.run(recipe, tmp_path / "run", said)
     assert summary["scores"]["top1"] > 0
-    assert any(line.startswith("teacher: ") and line.endswith("only its features are read") for line in said)
+    assert any(
+        line.startswith("teacher: ") and line.endswith("only its features are read")
+        for line in said
+    )
     assert "teacher: its features are finite and differ from image to image" in said
 
 
@@ -705,49 +889,94 @@ def features_alone(taught, **changes):
     return type(base)(**{**vars(base), "objectives": {"vitkd": ViTKD(reduction="mean")}})
 
 
-def test_a_student_of_features_alone_has_no_classifier_and_is_judged_by_knn(tmp_path, images, taught, tools):
+def test_a_student_of_features_alone_has_no_classifier_and_is_judged_by_knn(
+    tmp_path, images, taught, tools
+):
     recipe, said = features_alone(taught), []
     summary = tools.run(recipe, tmp_path / "run", said)
-    assert "no objective trains the student's classifier: it is built without one, and its features are judged by k-NN" in said
-    assert any(line.startswith("evaluations ask the 20 nearest of 48 training images for the class of 21 ") for line in said)
+    assert (
+        "no objective trains the student's classifier: it is built without one, and its features"
+        " are judged by k-NN" in said
+    )
+    assert any(
+        line.startswith("evaluations ask the 20 nearest of 48 training images for the class of 21 ")
+        for line in said
+    )
     assert not any("no gradient reaches" in line for line in said)
-    assert summary["best_top1"] is None and summary["best_epoch"] is None and not (tmp_path / "run" / "best").exists()
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        summary["best_top1"] is None
+        and summary["best_epoch"] is None
+        and not (tmp_path / "run" / "best").exists()
+    )
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     evaluations = [record for record in records if record["kind"] == "eval"]
     assert [record["step"] for record in evaluations] == [3, 6, 9]
-    assert all(record.keys() == {"kind", "step", "epoch", "num_samples", "knn_top1"} for record in evaluations)
+    assert all(
+        record.keys() == {"kind", "step", "epoch", "num_samples", "knn_top1"}
+        for record in evaluations
+    )
     assert summary["scores"] == {"num_samples": 21, "knn_top1": evaluations[-1]["knn_top1"]}
-    assert sum("  validation  knn_top1 " in line and "%" in line and "best" not in line for line in said) == 3
+    assert (
+        sum(
+            "  validation  knn_top1 " in line and "%" in line and "best" not in line
+            for line in said
+        )
+        == 3
+    )
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert losses[-1] < losses[0]
     exported = create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
-    spec, here = replace(InputSpec.of_model(exported), crop_pct=1.0), World(0, 1, torch.device("cpu"))
-    bank, queries = (EvalLoader(open_source(str(images), split), spec, batch_size=5) for split in ("train", "val"))
+    spec, here = (
+        replace(InputSpec.of_model(exported), crop_pct=1.0),
+        World(0, 1, torch.device("cpu")),
+    )
+    bank, queries = (
+        EvalLoader(open_source(str(images), split), spec, batch_size=5)
+        for split in ("train", "val")
+    )
     assert knn_evaluation(exported, bank, queries, here) == pytest.approx(summary["scores"])
     assert summary["scores"]["knn_top1"] > 0.6
     model = create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
     assert model.num_classes == 0 and model(torch.zeros(1, 3, 16, 16)).shape == (1, 24)
     tensors, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 4))
-    assert "distillation.adapters.vitkd.mask_token" in tensors and not any("student.head" in key for key in tensors)
+    assert "distillation.adapters.vitkd.mask_token" in tensors and not any(
+        "student.head" in key for key in tensors
+    )
     folder = unfinished(tmp_path / "run", tmp_path / "again", 4)
     tools.run(recipe, folder)
     again, _ = checkpoint.load(checkpoint.latest(folder))
     whole, _ = checkpoint.load(checkpoint.latest(tmp_path / "run"))
-    assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
-    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert again.keys() == whole.keys() and all(
+        torch.equal(again[key], whole[key]) for key in whole
+    )
+    assert (folder / "metrics.jsonl").read_bytes() == (
+        tmp_path / "run" / "metrics.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("calls", [3, 15])
 def test_a_signal_in_a_knn_evaluation_abandons_it(tmp_path, taught, tools, calls):
-    """48 training images make 12 batches, 21 validation images 6: the signal comes in the one or in the other."""
+    """48 training images make 12 batches, 21 validation images 6: the signal comes in the one or in
+    the other.
+    """
     recipe = features_alone(taught, **{"train.ema_decay": None})
     tools.run(recipe, tmp_path / "whole")
     folder = tmp_path / "run"
     with pytest.raises(Preempted, match=r"stopped by SIGTERM at step 3 of 9"):
-        tools.run(recipe, folder, prepared=lambda job: signal_from(job.student.norm, signal.SIGTERM, calls, training=False))
+        tools.run(
+            recipe,
+            folder,
+            prepared=lambda job: signal_from(
+                job.student.norm, signal.SIGTERM, calls, training=False
+            ),
+        )
     assert "eval" not in (folder / "metrics.jsonl").read_text()
     tools.run(recipe, folder)
-    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (folder / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_knn_over_processes_is_that_of_one(tmp_path, taught, tools):
@@ -755,7 +984,9 @@ def test_knn_over_processes_is_that_of_one(tmp_path, taught, tools):
     alone = tools.run(recipe, tmp_path / "one")
     for answer in tools.ranks(2, lambda rank: tools.run(recipe, tmp_path / "two")):
         assert answer["scores"]["num_samples"] == 21
-        assert answer["scores"]["knn_top1"] == pytest.approx(alone["scores"]["knn_top1"], abs=1.5 / 21)  # rounding may turn one image
+        assert answer["scores"]["knn_top1"] == pytest.approx(
+            alone["scores"]["knn_top1"], abs=1.5 / 21
+        )  # rounding may turn one image
 
 
 def test_features_without_labels_are_not_judged(tmp_path, images, taught, tools):
@@ -764,5 +995,12 @@ def test_features_without_labels_are_not_judged(tmp_path, images, taught, tools)
     for path in (images / "train").rglob("*.png"):
         shutil.copy(path, flat / f"{path.parent.name}{path.name}")
     summary = tools.run(features_alone(taught, **{"data.dir": str(flat)}), tmp_path / "run", said)
-    assert any(line.endswith("it is built without one, and the images have no labels to judge its features by") for line in said)
-    assert summary["scores"] == {} and "eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert any(
+        line.endswith(
+            "it is built without one, and the images have no labels to judge its features by"
+        )
+        for line in said
+    )
+    assert (
+        summary["scores"] == {} and "eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    )

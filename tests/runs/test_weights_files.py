@@ -11,10 +11,18 @@ STUDENT, TEACHER = "student.checkpoint", "teachers.teacher.checkpoint"
 
 
 @pytest.mark.parametrize("field", [STUDENT, TEACHER])
-def test_a_run_goes_on_with_its_weights_file_in_another_place(field, tmp_path, taught, teacher, tools, interrupt):
-    first, second, third = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
+def test_a_run_goes_on_with_its_weights_file_in_another_place(
+    field, tmp_path, taught, teacher, tools, interrupt
+):
+    first, second, third = (
+        tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")
+    )
     shutil.copy(teacher / "last" / "model.safetensors", first)
-    other = {"teachers.teacher.model": "vit_tiny_patch16_224", "teachers.teacher.model_args": tools.VIT} if field == TEACHER else {}
+    other = (
+        {"teachers.teacher.model": "vit_tiny_patch16_224", "teachers.teacher.model_args": tools.VIT}
+        if field == TEACHER
+        else {}
+    )
     recipe, run = taught(**other, **{field: str(first)}), tmp_path / "run"
     with pytest.raises(Preempted):
         tools.run(recipe, run, prepared=interrupt(recipe.name, 9))
@@ -32,26 +40,41 @@ def test_a_run_goes_on_with_its_weights_file_in_another_place(field, tmp_path, t
     assert said == [f"{run} is finished already: nothing to do"]
     shutil.copy(tmp_path / "whole" / "last" / "model.safetensors", first)
     with pytest.raises(
-        ConfigError, match=rf"holds a run of another recipe \({field} is '.*a\.safetensors' here and '.*a\.safetensors' there"
+        ConfigError,
+        match=(
+            rf"holds a run of another recipe \({field} is '.*a\.safetensors' here and"
+            r" '.*a\.safetensors' there"
+        ),
     ):
         tools.run(replace_fields(recipe, {field: f"{tmp_path}/./a.safetensors"}), run)
     assert tools.tree(run) == before
 
 
-def test_a_stopped_run_is_not_continued_with_other_weights_under_the_old_name(tmp_path, taught, teacher, tools, interrupt):
+def test_a_stopped_run_is_not_continued_with_other_weights_under_the_old_name(
+    tmp_path, taught, teacher, tools, interrupt
+):
     file = tmp_path / "a.safetensors"
     shutil.copy(teacher / "last" / "model.safetensors", file)
-    changes = {"teachers.teacher.model": "vit_tiny_patch16_224", "teachers.teacher.model_args": tools.VIT, TEACHER: str(file)}
+    changes = {
+        "teachers.teacher.model": "vit_tiny_patch16_224",
+        "teachers.teacher.model_args": tools.VIT,
+        TEACHER: str(file),
+    }
     recipe = taught(**changes)
     with pytest.raises(Preempted):
         tools.run(recipe, tmp_path / "run", prepared=interrupt(recipe.name, 9))
     tools.run(taught(), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "last" / "model.safetensors", file)
-    with pytest.raises((ConfigError, DataError), match=r"weights of the teacher of this run have changed|not above chance"):
+    with pytest.raises(
+        (ConfigError, DataError),
+        match=r"weights of the teacher of this run have changed|not above chance",
+    ):
         tools.run(recipe, tmp_path / "run")
 
 
-def test_weights_files_of_a_run_that_noted_none_are_known_by_their_names(tmp_path, taught, teacher, tools, interrupt):
+def test_weights_files_of_a_run_that_noted_none_are_known_by_their_names(
+    tmp_path, taught, teacher, tools, interrupt
+):
     shutil.copy(teacher / "last" / "model.safetensors", tmp_path / "a.safetensors")
     recipe = taught(**{STUDENT: str(tmp_path / "a.safetensors")})
     with pytest.raises(Preempted):

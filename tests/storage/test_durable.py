@@ -1,4 +1,6 @@
-"""Files are old or new, never half: crashes simulated at every step, real kills, full disks, failing system calls."""
+"""Files are old or new, never half: crashes simulated at every step, real kills, full disks,
+failing system calls.
+"""
 
 import ast
 import errno
@@ -28,10 +30,12 @@ OLD, NEW = b"old " * 700, b"new!" * 900
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-# -- a disk that loses power ------------------------------------------------------------------------------------------
+# -- a disk that loses power ----------------------------------------------------------------------
 
 
 class Recorder:
@@ -39,7 +43,18 @@ class Recorder:
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.root, self.ops, self.fds = root, [], {}
-        for name in ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "link", "unlink", "rmdir"):
+        for name in (
+            "open",
+            "write",
+            "fsync",
+            "close",
+            "mkdir",
+            "rename",
+            "replace",
+            "link",
+            "unlink",
+            "rmdir",
+        ):
             patch.setattr(os, name, getattr(self, name)(getattr(os, name)))
 
     def open(self, real: Callable) -> Callable:
@@ -88,7 +103,12 @@ class Recorder:
 
         return wrap
 
-    mkdir, rename, replace, link = _named("mkdir"), _named("rename"), _named("rename"), _named("link")
+    mkdir, rename, replace, link = (
+        _named("mkdir"),
+        _named("rename"),
+        _named("rename"),
+        _named("link"),
+    )
     unlink, rmdir = _named("unlink"), _named("unlink")
 
 
@@ -177,7 +197,9 @@ class Disk:
                 self.change(folder, ("drop", name))
 
     def after_power_cut(self, rng: random.Random, into: Path) -> None:
-        """One state the disk may be in: unsynced names in any subset, unsynced bytes lost, torn, zero or garbage."""
+        """One state the disk may be in: unsynced names in any subset, unsynced bytes lost, torn,
+        zero or garbage.
+        """
         names = {folder: dict(entries) for folder, entries in self.durable.items()}
         cut = rng.randint(0, len(self.pending))
         share = rng.choice([0.0, 0.5, 1.0])
@@ -186,7 +208,9 @@ class Disk:
                 self.apply(names[folder], change)
         self._lay(0, names, rng, into)
 
-    def _lay(self, folder: int, names: dict[int, dict[str, int]], rng: random.Random, into: Path) -> None:
+    def _lay(
+        self, folder: int, names: dict[int, dict[str, int]], rng: random.Random, into: Path
+    ) -> None:
         into.mkdir()
         for name, inode in names[folder].items():
             if inode in names:
@@ -245,7 +269,9 @@ def test_the_simulator_catches_protocols_that_do_not_sync(tmp_path, without):
     root = tmp_path / "root"
     root.mkdir()
     durable.write_atomic(root / "file", OLD)
-    states = crash_states(root, lambda: durable.write_atomic(root / "file", NEW), samples=40, without=without)
+    states = crash_states(
+        root, lambda: durable.write_atomic(root / "file", NEW), samples=40, without=without
+    )
     assert [state for finished, state in states if old_new_or_broken(state, finished)]
 
 
@@ -265,7 +291,7 @@ def test_power_cut_while_publishing_a_folder(tmp_path):
             durable.verify_dir(final)
 
 
-# -- real kills and full disks ----------------------------------------------------------------------------------------
+# -- real kills and full disks --------------------------------------------------------------------
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -330,7 +356,9 @@ def test_file_size_limit_is_one_sentence_and_changes_nothing(tmp_path):
 
     def write():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-        with pytest.raises(DiskError, match=r"8000 bytes is larger than the limit.*raise the limit"):
+        with pytest.raises(
+            DiskError, match=r"8000 bytes is larger than the limit.*raise the limit"
+        ):
             durable.write_atomic(tmp_path / "file", bytes(8000))
 
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1]) == 0
@@ -347,10 +375,15 @@ def test_no_room_is_told_before_any_work(tmp_path):
 def test_a_volume_that_does_not_say_its_size_is_not_full(tmp_path, monkeypatch):
     """tmpfs without a limit, ramfs and some network disks have no blocks, and none of them free."""
     blocks = 0
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255)))
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255))
+    )
     assert durable.free_bytes(tmp_path) is None
     durable.require_free(tmp_path / "file", 10**18)
-    with pytest.raises(DiskError, match=r"is full \(10 bytes needed, free space unknown\)"), durable.disk_errors(tmp_path / "file", 10):
+    with (
+        pytest.raises(DiskError, match=r"is full \(10 bytes needed, free space unknown\)"),
+        durable.disk_errors(tmp_path / "file", 10),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     blocks = 1000
     assert durable.free_bytes(tmp_path) == 0
@@ -362,11 +395,15 @@ PLACE = re.compile(r"[A-Za-z0-9._]+\.[0-9a-f]{8}")
 
 
 def test_two_writers_under_one_name_do_not_take_each_others_temporaries(tmp_path):
-    """Containers are cut off after 32 characters alike, and each has a process 1: what tells them apart is the hash."""
+    """Containers are cut off after 32 characters alike, and each has a process 1: what tells them
+    apart is the hash.
+    """
     long = "train.job.of.a.long.name.in.the.cluster."
     spaces = ("boot pid:[4026532001]", "boot pid:[4026532002]", "other pid:[4026532001]")
     places = {durable._place(host, space) for host in (f"{long}1", f"{long}2") for space in spaces}
-    assert len(places) == 6 and all(PLACE.fullmatch(place) and place.startswith(long[:32]) for place in places)
+    assert len(places) == 6 and all(
+        PLACE.fullmatch(place) and place.startswith(long[:32]) for place in places
+    )
     assert durable._place(socket.gethostname(), processes.space()) == durable._HOST
     theirs = [tmp_path / f".tmp-{place}-{2**22 + 1}-0123456789ab" for place in sorted(places)]
     mine = tmp_path / f".tmp-{durable._HOST}-{2**22 + 1}-0123456789ab"
@@ -386,7 +423,9 @@ def test_alone_is_no_licence_to_take_what_a_living_process_writes(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
 def test_what_a_network_disk_keeps_for_a_reader_is_taken_later(tmp_path, monkeypatch, code):
-    """NFS keeps a removed file that somebody has open under another name, and with it the folder."""
+    """NFS keeps a removed file that somebody has open under another name, and with it the
+    folder.
+    """
     with durable.staged_dir(tmp_path / "old") as temp:
         durable.write_new(temp / "mine", b"1")
 
@@ -398,7 +437,10 @@ def test_what_a_network_disk_keeps_for_a_reader_is_taken_later(tmp_path, monkeyp
         assert durable.remove_dir(tmp_path / "old", {"mine"})
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".tmp-") and list(left.iterdir()) == []
-    assert durable.remove_stale_temporaries(tmp_path, {"mine"}) == [left] and list(tmp_path.iterdir()) == []
+    assert (
+        durable.remove_stale_temporaries(tmp_path, {"mine"}) == [left]
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 CALLS = ("open", "write", "fsync", "replace", "close")
@@ -446,14 +488,19 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# -- names and modes --------------------------------------------------------------------------------------------------
+# -- names and modes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("umask", "file_mode", "dir_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+@pytest.mark.parametrize(
+    ("umask", "file_mode", "dir_mode"),
+    [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)],
+)
 def test_umask_is_honoured(tmp_path, umask, file_mode, dir_mode):
     before = os.umask(umask)
     try:
-        durable.write_atomic(tmp_path / "sub" / "w.safetensors", durable.tensors_content({"a": torch.ones(3)}))
+        durable.write_atomic(
+            tmp_path / "sub" / "w.safetensors", durable.tensors_content({"a": torch.ones(3)})
+        )
     finally:
         os.umask(before)
     assert (tmp_path / "sub" / "w.safetensors").stat().st_mode & 0o777 == file_mode
@@ -507,20 +554,29 @@ def test_a_published_folder_is_not_overwritten(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# -- manifests --------------------------------------------------------------------------------------------------------
+# -- manifests ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
     final = tmp_path_factory.mktemp("published") / "final"
     with durable.staged_dir(final) as temp:
-        digests = {name: durable.write_new(temp / name, data) for name, data in {"a": OLD, "b": NEW[:100]}.items()}
+        digests = {
+            name: durable.write_new(temp / name, data)
+            for name, data in {"a": OLD, "b": NEW[:100]}.items()
+        }
         durable.write_manifest(temp, digests, {"kind": "test"})
     return final
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(["a", "b", durable.MANIFEST]), position=st.integers(0, 10**6), bit=st.integers(0, 7))
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from(["a", "b", durable.MANIFEST]),
+    position=st.integers(0, 10**6),
+    bit=st.integers(0, 7),
+)
 def test_every_flipped_bit_is_found(published, name, position, bit):
     path = published / name
     good = path.read_bytes()
@@ -545,7 +601,7 @@ def test_manifest_names_are_plain(tmp_path):
         durable.verify_dir(tmp_path)
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
+# -- tensors --------------------------------------------------------------------------------------
 
 
 def test_tensors_are_what_safetensors_reads(tmp_path):
@@ -568,10 +624,18 @@ def test_tensors_are_what_safetensors_reads(tmp_path):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        assert torch.equal(found[name].view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8))
+        assert torch.equal(
+            found[name].view(-1).view(torch.uint8),
+            tensor.detach().contiguous().view(-1).view(torch.uint8),
+        )
     with safetensors.safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
-    assert durable.write_atomic(path, durable.tensors_content(dict(reversed(tensors.items())), {"format": "pt"})) == digest
+    assert (
+        durable.write_atomic(
+            path, durable.tensors_content(dict(reversed(tensors.items())), {"format": "pt"})
+        )
+        == digest
+    )
 
 
 def test_types_without_a_name_are_refused():
@@ -580,7 +644,7 @@ def test_types_without_a_name_are_refused():
             durable.tensors_content({"x": tensor})
 
 
-# -- logs -------------------------------------------------------------------------------------------------------------
+# -- logs -----------------------------------------------------------------------------------------
 
 
 def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
@@ -621,7 +685,7 @@ def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path):
     assert path.read_bytes() == (b"x" * 29 + b"\n") * 33
 
 
-# -- the rule itself --------------------------------------------------------------------------------------------------
+# -- the rule itself ------------------------------------------------------------------------------
 
 
 def writes_files(call: ast.Call) -> bool:
@@ -633,10 +697,19 @@ def writes_files(call: ast.Call) -> bool:
         "save_model",
     ):
         return True
-    if name.split(".")[-1] != "open" or name in ("Image.open", "archive.open"):  # a member of an archive, which is a stream of durable's
+    if name.split(".")[-1] != "open" or name in (
+        "Image.open",
+        "archive.open",
+    ):  # a member of an archive, which is a stream of durable's
         return False
-    modes = [a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-    modes += [k.value.value for k in call.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
+    modes = [
+        a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)
+    ]
+    modes += [
+        k.value.value
+        for k in call.keywords
+        if k.arg == "mode" and isinstance(k.value, ast.Constant)
+    ]
     return any(set(mode) & set("wax+") and set(mode) <= set("rwaxbt+") for mode in modes)
 
 

@@ -26,7 +26,14 @@ def gone() -> int:
 
 def test_a_process_is_alive_until_it_is_gone():
     child = subprocess.Popen(
-        [sys.executable, "-c", "import json; from vitdistill import processes as p; print(json.dumps(p.this_process())); input()"],
+        [
+            sys.executable,
+            "-c",
+            (
+                "import json; from vitdistill import processes as p;"
+                " print(json.dumps(p.this_process())); input()"
+            ),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -69,7 +76,11 @@ def test_after_a_restart_what_was_in_no_container_is_gone():
 
 def test_claims_of_earlier_versions_are_understood():
     """They have the boot in the start time, and no container."""
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": f"{boot()} {processes.started(os.getpid())}"}
+    mine = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": f"{boot()} {processes.started(os.getpid())}",
+    }
     assert not processes.is_dead(mine)
     assert not processes.is_dead({**mine, "started": None})  # where the system says no time
     assert processes.is_dead({**mine, "started": "another-boot 123"})

@@ -25,14 +25,18 @@ def permutation(seed: int, batch: int, count: int, kept: int) -> Tensor:
 def centres(grid: tuple[int, int]) -> Tensor:
     """Row and column of every patch's centre, as fractions of the image, ``(1, N, 2)``."""
     rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
-    return torch.stack([rows[:, None].expand(grid), columns[None].expand(grid)], dim=-1).flatten(0, 1)[None]
+    return torch.stack([rows[:, None].expand(grid), columns[None].expand(grid)], dim=-1).flatten(
+        0, 1
+    )[None]
 
 
-# --- another grid --------------------------------------------------------------------------------------------------------------
+# --- another grid --------------------------------------------------------------------------------
 
 
 @given(grid=grids, to=grids, seed=seeds)
-def test_a_constant_map_stays_constant(grid: tuple[int, int], to: tuple[int, int], seed: int) -> None:
+def test_a_constant_map_stays_constant(
+    grid: tuple[int, int], to: tuple[int, int], seed: int
+) -> None:
     values = random(seed, 2, 1, 3)
     moved = resample_patches(values.expand(2, grid[0] * grid[1], 3), grid, to)
     assert moved.shape == (2, to[0] * to[1], 3)
@@ -40,7 +44,9 @@ def test_a_constant_map_stays_constant(grid: tuple[int, int], to: tuple[int, int
 
 
 def weights(count: int, to: int) -> Tensor:
-    """How much of each of ``count`` patches in a line there is in each of ``to``: a triangle as wide as the coarser of the two."""
+    """How much of each of ``count`` patches in a line there is in each of ``to``: a triangle as
+    wide as the coarser of the two.
+    """
     rows = torch.zeros(to, count, dtype=torch.float64)
     for i in range(to):
         for k in range(count):
@@ -50,25 +56,51 @@ def weights(count: int, to: int) -> Tensor:
 
 
 @given(grid=grids, to=grids, seed=seeds)
-def test_every_patch_is_a_mean_of_those_near_it(grid: tuple[int, int], to: tuple[int, int], seed: int) -> None:
-    if to[1] == 1 < to[0]:  # torch (2.15) reads wrong rows where an antialiased result has one column
+def test_every_patch_is_a_mean_of_those_near_it(
+    grid: tuple[int, int], to: tuple[int, int], seed: int
+) -> None:
+    if (
+        to[1] == 1 < to[0]
+    ):  # torch (2.15) reads wrong rows where an antialiased result has one column
         return
-    vectors = random(seed, 2, grid[0] * grid[1] + 1, 3)[:, 1:]  # the patches behind a class token, as they come
-    by_hand = torch.einsum("ar,bc,nrcd->nabd", weights(grid[0], to[0]), weights(grid[1], to[1]), vectors.double().unflatten(1, grid))
-    assert torch.allclose(resample_patches(vectors, grid, to).double(), by_hand.flatten(1, 2), atol=1e-5)
+    vectors = random(seed, 2, grid[0] * grid[1] + 1, 3)[
+        :, 1:
+    ]  # the patches behind a class token, as they come
+    by_hand = torch.einsum(
+        "ar,bc,nrcd->nabd",
+        weights(grid[0], to[0]),
+        weights(grid[1], to[1]),
+        vectors.double().unflatten(1, grid),
+    )
+    assert torch.allclose(
+        resample_patches(vectors, grid, to).double(), by_hand.flatten(1, 2), atol=1e-5
+    )
 
 
-@given(grid=st.tuples(st.integers(2, 6), st.integers(2, 6)), factors=st.tuples(st.integers(1, 3), st.integers(1, 3)), seed=seeds)
-def test_a_linear_ramp_keeps_its_value_away_from_the_border(grid: tuple[int, int], factors: tuple[int, int], seed: int) -> None:
-    """A vector that is a linear function of the position is the same function on a finer grid, and on a coarser one."""
+@given(
+    grid=st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    factors=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    seed=seeds,
+)
+def test_a_linear_ramp_keeps_its_value_away_from_the_border(
+    grid: tuple[int, int], factors: tuple[int, int], seed: int
+) -> None:
+    """A vector that is a linear function of the position is the same function on a finer grid, and
+    on a coarser one.
+    """
     fine = grid[0] * factors[0], grid[1] * factors[1]
     slopes, offset = random(seed, 2, 4), random(seed + 1, 4)
     for source, to in ((grid, fine), (fine, grid)):
         moved, places = resample_patches(centres(source) @ slopes + offset, source, to), centres(to)
         inside = torch.ones(places.shape[1], dtype=torch.bool)
-        for axis in (0, 1):  # between the outermost centres of the coarser grid, one of its patches further in where it averages
+        for axis in (
+            0,
+            1,
+        ):  # between the outermost centres of the coarser grid, one of its patches further in where it averages
             margin = (0.5 if to[axis] >= source[axis] else 1.0) / grid[axis]
-            inside &= (places[0, :, axis] >= margin - 1e-6) & (places[0, :, axis] <= 1 - margin + 1e-6)
+            inside &= (places[0, :, axis] >= margin - 1e-6) & (
+                places[0, :, axis] <= 1 - margin + 1e-6
+            )
         expected = places @ slopes + offset
         assert torch.allclose(moved[:, inside], expected[:, inside], atol=1e-4)
         if min(grid) >= 3:
@@ -84,8 +116,12 @@ def test_a_grid_twice_as_coarse_averages_and_does_not_pick() -> None:
 
 def test_rows_and_columns_are_not_exchanged() -> None:
     stripes = torch.tensor([0.0, 1.0]).repeat_interleave(3).view(1, 6, 1)  # two rows of three
-    assert torch.equal(resample_patches(stripes, (2, 3), (2, 2)).flatten(), torch.tensor([0.0, 0.0, 1.0, 1.0]))
-    assert torch.allclose(resample_patches(stripes, (2, 3), (1, 3)).flatten(), torch.full((3,), 0.5))
+    assert torch.equal(
+        resample_patches(stripes, (2, 3), (2, 2)).flatten(), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    )
+    assert torch.allclose(
+        resample_patches(stripes, (2, 3), (1, 3)).flatten(), torch.full((3,), 0.5)
+    )
 
 
 @given(grid=grids, seed=seeds)
@@ -102,15 +138,23 @@ def test_half_precision_is_resampled_in_float32() -> None:
     assert torch.equal(moved, resample_patches(vectors.float(), (4, 4), (3, 3)))
 
 
-# --- kept patches --------------------------------------------------------------------------------------------------------------
+# --- kept patches --------------------------------------------------------------------------------
 
 
 @given(seed=seeds, batch=st.integers(1, 3), count=st.integers(1, 12), data=st.data())
-def test_rows_are_gathered_in_the_order_of_the_choice(seed: int, batch: int, count: int, data: st.DataObject) -> None:
+def test_rows_are_gathered_in_the_order_of_the_choice(
+    seed: int, batch: int, count: int, data: st.DataObject
+) -> None:
     keep = permutation(seed, batch, count, data.draw(st.integers(1, count)))
-    for values in (random(seed, batch, count, 3), random(seed, batch, count) > 0, random(seed, batch, count, 2, 2)):
+    for values in (
+        random(seed, batch, count, 3),
+        random(seed, batch, count) > 0,
+        random(seed, batch, count, 2, 2),
+    ):
         rows = gather_patches(values, keep)
-        assert rows.shape == (batch, keep.shape[1], *values.shape[2:]) and rows.dtype is values.dtype
+        assert (
+            rows.shape == (batch, keep.shape[1], *values.shape[2:]) and rows.dtype is values.dtype
+        )
         for image in range(batch):
             for place, patch in enumerate(keep[image].tolist()):
                 assert torch.equal(rows[image, place], values[image, patch])
@@ -127,11 +171,13 @@ def test_a_gradient_reaches_the_kept_rows_alone() -> None:
     assert values.grad is not None and values.grad[0, :, 0].tolist() == [0, 1, 0, 1]
 
 
-# --- maps ----------------------------------------------------------------------------------------------------------------------
+# --- maps ----------------------------------------------------------------------------------------
 
 
 @given(mine=grids, its=grids, seed=seeds, data=st.data())
-def test_a_whole_map_is_read_at_the_others_patches(mine: tuple[int, int], its: tuple[int, int], seed: int, data: st.DataObject) -> None:
+def test_a_whole_map_is_read_at_the_others_patches(
+    mine: tuple[int, int], its: tuple[int, int], seed: int, data: st.DataObject
+) -> None:
     count = its[0] * its[1]
     keep = permutation(seed, 2, count, data.draw(st.integers(1, count)))
     ours = PatchMap(random(seed, 2, mine[0] * mine[1], 3), mine)
@@ -153,6 +199,10 @@ def test_maps_of_the_very_same_patches_meet_as_they_are() -> None:
     keep = permutation(0, 2, 12, 5)
     ours, its = (PatchMap(random(seed, 2, 5, 3), (3, 4), keep) for seed in (1, 2))
     assert ours.at(its) is ours.vectors
-    for other in (PatchMap(its.vectors, (3, 4), keep.flip(1)), PatchMap(its.vectors, (4, 3), keep), PatchMap(random(0, 2, 12, 3), (3, 4))):
+    for other in (
+        PatchMap(its.vectors, (3, 4), keep.flip(1)),
+        PatchMap(its.vectors, (4, 3), keep),
+        PatchMap(random(0, 2, 12, 3), (3, 4)),
+    ):
         with pytest.raises(AssertionError):
             ours.at(other)

@@ -14,7 +14,13 @@ from vitdistill.explain.cost import forward_flops
 from vitdistill.vit.families import family_of
 from vitdistill.vit.walk import Needs, run_vit
 
-SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3, "img_size": 64, "num_classes": 7}
+SMALL: dict[str, Any] = {
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 3,
+    "img_size": 64,
+    "num_classes": 7,
+}
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "class token": ("vit_tiny_patch16_224", {}),
@@ -30,10 +36,19 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer scale, q/k norm": ("vit_tiny_patch16_224", {"qk_norm": True, "init_values": 1e-5}),
     "no qkv bias": ("vit_tiny_patch16_224", {"qkv_bias": False}),
     "no final norm": ("vit_tiny_patch16_224", {"final_norm": False}),
-    "no position embedding": ("vit_tiny_patch16_224", {"pos_embed": "none", "class_token": False, "global_pool": "avg"}),
-    "oblong image and patches": ("vit_tiny_patch16_224", {"img_size": (32, 96), "patch_size": (8, 16)}),
+    "no position embedding": (
+        "vit_tiny_patch16_224",
+        {"pos_embed": "none", "class_token": False, "global_pool": "avg"},
+    ),
+    "oblong image and patches": (
+        "vit_tiny_patch16_224",
+        {"img_size": (32, 96), "patch_size": (8, 16)},
+    ),
     "dynamic size": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "img_size": 48}),
-    "dynamic size with padding": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
+    "dynamic size with padding": (
+        "vit_tiny_patch16_224",
+        {"dynamic_img_size": True, "dynamic_img_pad": True},
+    ),
 }
 
 
@@ -42,9 +57,13 @@ def build(form: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(1)
     model = timm.create_model(name, **{**SMALL, **args}).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # weights timm initialises to zero or one would hide mistakes
+        for (
+            parameter
+        ) in model.parameters():  # weights timm initialises to zero or one would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    size = {"dynamic size": (64, 96), "dynamic size with padding": (50, 70)}.get(form, model.patch_embed.img_size)
+    size = {"dynamic size": (64, 96), "dynamic size with padding": (50, 70)}.get(
+        form, model.patch_embed.img_size
+    )
     return model, torch.randn(3, 3, *size)
 
 
@@ -83,7 +102,9 @@ def test_keeping_all_patches_in_any_order_changes_nothing(form: str) -> None:
     assert (output.logits - whole.logits).abs().max() < 1e-5
     prefix = whole.num_prefix_tokens
     index = keep[:, :, None].expand(-1, -1, whole.hidden[1].shape[-1])
-    assert torch.allclose(output.hidden[1][:, prefix:], whole.hidden[1][:, prefix:].gather(1, index), atol=1e-4)
+    assert torch.allclose(
+        output.hidden[1][:, prefix:], whole.hidden[1][:, prefix:].gather(1, index), atol=1e-4
+    )
     assert torch.equal(output.keep, keep)
 
 
@@ -113,13 +134,19 @@ def test_attention_is_that_of_the_block(form: str) -> None:
         block = model.blocks[i]
         block.attn.fused_attn = False
         seen: list[torch.Tensor] = []
-        handle = block.attn.attn_drop.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
+        handle = block.attn.attn_drop.register_forward_hook(
+            lambda _, inputs, __, seen=seen: seen.append(inputs[0])
+        )
         model(images)
         handle.remove()
         expected = seen[0][:, :, 0] if family.attention_source == "class" else seen[0].mean(2)
         if family.attention_source == "pool" and i == 2:
             pool = model.attn_pool
-            x = model.norm(model.forward_intermediates(images, indices=[2], norm=False, intermediates_only=True, output_fmt="NLC")[0])
+            x = model.norm(
+                model.forward_intermediates(
+                    images, indices=[2], norm=False, intermediates_only=True, output_fmt="NLC"
+                )[0]
+            )
             heads = (pool.num_heads, pool.head_dim)
             q = pool.q(pool.latent).unflatten(2, heads).transpose(1, 2)
             k = pool.kv(x).unflatten(2, (2, *heads))[:, :, 0].transpose(1, 2)
@@ -130,14 +157,22 @@ def test_attention_is_that_of_the_block(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_equal_timms(form: str) -> None:
-    """The shortened last block and the gathered embedding train the same weights in the same direction."""
+    """The shortened last block and the gathered embedding train the same weights in the same
+    direction.
+    """
     model, images = build(form)
     (model(images) ** 2).sum().backward()
-    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    expected = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     num_patches = family_of(model).grid(images)[0] * family_of(model).grid(images)[1]
     for keep in (None, torch.arange(num_patches).flip(0).expand(len(images), -1)):
         model.zero_grad()
-        (run_vit(model, images, Needs(logits=True, attention=frozenset({-1})), keep).logits ** 2).sum().backward()
+        (
+            run_vit(model, images, Needs(logits=True, attention=frozenset({-1})), keep).logits ** 2
+        ).sum().backward()
         for name, parameter in model.named_parameters():
             if name in expected:
                 scale = expected[name].abs().max().clamp_min(1e-2)
@@ -161,7 +196,12 @@ def test_images_do_not_see_each_others_choice(seed: int, num_keep: int) -> None:
     keep = torch.stack([torch.randperm(16, generator=generator)[:num_keep] for _ in images])
     with torch.no_grad():
         together = run_vit(model, images, Needs(logits=True), keep).logits
-        alone = torch.cat([run_vit(model, images[i : i + 1], Needs(logits=True), keep[i : i + 1]).logits for i in range(3)])
+        alone = torch.cat(
+            [
+                run_vit(model, images[i : i + 1], Needs(logits=True), keep[i : i + 1]).logits
+                for i in range(3)
+            ]
+        )
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -197,13 +237,32 @@ def test_whether_the_prediction_reads_the_class_token(form: str) -> None:
     other = features.clone()
     if family.has_class_token:
         other[:, 0] += 1
-    assert family.reads_class_token == (not torch.equal(family.head(features)[0], family.head(other)[0]))
+    assert family.reads_class_token == (
+        not torch.equal(family.head(features)[0], family.head(other)[0])
+    )
 
 
 WHOLE: dict[str, dict[str, Any]] = {
-    "eva02_tiny_patch14_224": {"img_size": 28, "embed_dim": 24, "depth": 3, "num_heads": 2, "global_pool": "token"},
-    "beit_base_patch16_224": {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2, "global_pool": "token"},
-    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)},
+    "eva02_tiny_patch14_224": {
+        "img_size": 28,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "global_pool": "token",
+    },
+    "beit_base_patch16_224": {
+        "img_size": 32,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "global_pool": "token",
+    },
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 56,
+        "embed_dim": 12,
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+    },
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
     "resnet10t": {},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1)},
@@ -215,33 +274,52 @@ CHANNELS_LAST = ("swin",)
 @pytest.mark.parametrize("name", WHOLE)
 @torch.no_grad()
 def test_features_of_other_networks_come_after_their_final_norm(name: str) -> None:
-    """What timm's ``forward_features`` gives, whatever else is recorded; hidden states are before that."""
+    """What timm's ``forward_features`` gives, whatever else is recorded; hidden states are before
+    that.
+    """
     torch.manual_seed(1)
     model: Any = timm.create_model(name, num_classes=5, **WHOLE[name]).eval()
     for parameter in model.parameters():  # a norm of ones and zeros would hide mistakes
         parameter.add_(torch.randn_like(parameter) * 0.05)
-    images, last = torch.randn(2, 3, *(WHOLE[name].get("img_size", 64),) * 2), family_of(model).depth - 1
+    images, last = (
+        torch.randn(2, 3, *(WHOLE[name].get("img_size", 64),) * 2),
+        family_of(model).depth - 1,
+    )
     raw = model.forward_intermediates(images, indices=[last], intermediates_only=True)[0]
     features = run_vit(model, images, Needs(features=True))
-    assert features.features is not None and features.feature_patches.grid == raw.shape[2:] == features.grids[last]
+    assert (
+        features.features is not None
+        and features.feature_patches.grid == raw.shape[2:] == features.grids[last]
+    )
     expected, raw = model.forward_features(images), raw.flatten(2).transpose(1, 2)
     if expected.ndim == 4:
-        expected = (expected if name.startswith(CHANNELS_LAST) else expected.permute(0, 2, 3, 1)).flatten(1, 2)
+        expected = (
+            expected if name.startswith(CHANNELS_LAST) else expected.permute(0, 2, 3, 1)
+        ).flatten(1, 2)
     if name == "mobilenetv2_035":  # a further convolution, to another width than the stages say
         expected = raw
     assert torch.allclose(features.features, expected[:, -raw.shape[1] :], atol=1e-5)
     normed = name.startswith(("eva", "beit", "swin"))
     assert torch.allclose(features.features, raw, atol=1e-3) != normed
-    for needs in (Needs(logits=True, features=True), Needs(logits=True, hidden=frozenset({0, last}), features=True)):
+    for needs in (
+        Needs(logits=True, features=True),
+        Needs(logits=True, hidden=frozenset({0, last}), features=True),
+    ):
         both = run_vit(model, images, needs)
-        assert torch.equal(both.features, features.features) and torch.allclose(both.logits, model(images), atol=1e-5)
+        assert torch.equal(both.features, features.features) and torch.allclose(
+            both.logits, model(images), atol=1e-5
+        )
         for i, hidden in both.hidden.items():
-            assert torch.equal(hidden, run_vit(model, images, Needs(hidden=frozenset({i}))).hidden[i])
+            assert torch.equal(
+                hidden, run_vit(model, images, Needs(hidden=frozenset({i}))).hidden[i]
+            )
         assert not needs.hidden or torch.equal(both.hidden[last], raw)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_map_as_high_and_wide_as_it_has_channels_is_read_as_the_network_says(channels_last: bool) -> None:
+def test_a_map_as_high_and_wide_as_it_has_channels_is_read_as_the_network_says(
+    channels_last: bool,
+) -> None:
     """Four channels on 4 x 4 places: the shape does not tell."""
 
     class Network(nn.Module):
@@ -273,7 +351,9 @@ def test_a_subclass_with_its_own_forward_is_not_walked_by_hand() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return 2 * super().forward(x)
 
-    model = Doubled(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3).eval()
+    model = Doubled(
+        img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3
+    ).eval()
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(run_vit(model, images, Needs(logits=True)).logits, model(images))
@@ -310,7 +390,7 @@ def test_traces_as_one_graph() -> None:
     assert explanation.graph_break_count == 0
 
 
-# --- features, queries, keys and values ----------------------------------------------------------------------------------------
+# --- features, queries, keys and values ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -318,7 +398,11 @@ def test_traces_as_one_graph() -> None:
 def test_features_are_timms_bit_for_bit(form: str) -> None:
     model, images = build(form)
     output = run_vit(model, images, Needs(features=True))
-    assert torch.equal(output.features, model.forward_features(images)) and output.logits is None and not output.hidden
+    assert (
+        torch.equal(output.features, model.forward_features(images))
+        and output.logits is None
+        and not output.hidden
+    )
     both = run_vit(model, images, Needs(logits=True, features=True))
     assert torch.equal(both.features, output.features) and torch.equal(both.logits, model(images))
     patches = output.feature_patches
@@ -330,21 +414,32 @@ def test_features_are_timms_bit_for_bit(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_queries_keys_and_values_are_the_blocks_own(form: str) -> None:
-    """Those the block projects, after its norms; and what the block's attention makes of them, with the scale it applies itself."""
+    """Those the block projects, after its norms; and what the block's attention makes of them, with
+    the scale it applies itself.
+    """
     model, images = build(form)
     output = run_vit(model, images, Needs(qkv=frozenset({0, -1})))
     assert set(output.qkv) == {0, 2}
     for i, (q, k, v) in output.qkv.items():
         attn, seen = model.blocks[i].attn, {}
         handles = [
-            module.register_forward_hook(lambda _, __, result, name=name, seen=seen: seen.update({name: result}))
-            for name, module in (("qkv", attn.qkv), ("q", attn.q_norm), ("k", attn.k_norm), ("out", attn))
+            module.register_forward_hook(
+                lambda _, __, result, name=name, seen=seen: seen.update({name: result})
+            )
+            for name, module in (
+                ("qkv", attn.qkv),
+                ("q", attn.q_norm),
+                ("k", attn.k_norm),
+                ("out", attn),
+            )
         ]
         model(images)
         for handle in handles:
             handle.remove()
         assert torch.equal(q, seen["q"]) and torch.equal(k, seen["k"])
-        assert torch.equal(v, seen["qkv"].unflatten(2, (3, attn.num_heads, -1))[:, :, 2].transpose(1, 2))
+        assert torch.equal(
+            v, seen["qkv"].unflatten(2, (3, attn.num_heads, -1))[:, :, 2].transpose(1, 2)
+        )
         out = ((q @ k.transpose(-2, -1) * attn.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
         assert torch.allclose(attn.proj(out), seen["out"], atol=1e-5)
 
@@ -354,18 +449,32 @@ def test_queries_alone_stop_before_the_blocks_mlp(form: str) -> None:
     model, images = build(form)
     ran: list[str] = []
     for name, module in model.named_modules():
-        if name in ("blocks.0.norm1", "blocks.0.attn.proj", "blocks.0.mlp", "blocks.1.norm1", "norm"):
+        if name in (
+            "blocks.0.norm1",
+            "blocks.0.attn.proj",
+            "blocks.0.mlp",
+            "blocks.1.norm1",
+            "norm",
+        ):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     run_vit(model, images, Needs(qkv=frozenset({0})))
     assert ran == ["blocks.0.norm1"]
     size = (images.shape[2], images.shape[3])
     costs = [
         forward_flops(model, size, needs)
-        for needs in (Needs(qkv=frozenset({0})), Needs(hidden=frozenset({0})), Needs(qkv=frozenset({1})), Needs(features=True))
+        for needs in (
+            Needs(qkv=frozenset({0})),
+            Needs(hidden=frozenset({0})),
+            Needs(qkv=frozenset({1})),
+            Needs(features=True),
+        )
     ]
     tokens = run_vit(model, images, Needs(qkv=frozenset({0}))).qkv[0].q.shape[2]
     projection_and_mlp = 2 * tokens * 9 * model.embed_dim**2
-    assert costs == sorted(set(costs)) and costs[1] - costs[0] == projection_and_mlp + 4 * tokens**2 * model.embed_dim
+    assert (
+        costs == sorted(set(costs))
+        and costs[1] - costs[0] == projection_and_mlp + 4 * tokens**2 * model.embed_dim
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -375,23 +484,46 @@ def test_on_kept_patches_they_are_those_of_a_run_on_those_tokens_alone(form: str
     whole = run_vit(model, images, Needs(qkv=frozenset({0})))
     num_patches, prefix = whole.grid[0] * whole.grid[1], whole.num_prefix_tokens
     keep = torch.stack([torch.randperm(num_patches)[: max(num_patches // 2, 1)] for _ in images])
-    output = run_vit(model, images, Needs(qkv=frozenset({0, 2}), hidden=frozenset({1}), features=True), keep)
+    output = run_vit(
+        model, images, Needs(qkv=frozenset({0, 2}), hidden=frozenset({1}), features=True), keep
+    )
     embedded = model._pos_embed(model.patch_embed(images))
     rows = torch.cat([torch.arange(prefix).expand(len(images), -1), prefix + keep], dim=1)
     tokens = model.norm_pre(embedded.gather(1, rows[:, :, None].expand(-1, -1, embedded.shape[2])))
     for i, block in enumerate(model.blocks):
         if i == 2:
-            projected = block.attn.qkv(block.norm1(tokens)).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            expected = block.attn.q_norm(projected[0]), block.attn.k_norm(projected[1]), projected[2]
-            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(output.qkv[2], expected, strict=True))
+            projected = (
+                block.attn.qkv(block.norm1(tokens))
+                .unflatten(2, (3, block.attn.num_heads, -1))
+                .permute(2, 0, 3, 1, 4)
+            )
+            expected = (
+                block.attn.q_norm(projected[0]),
+                block.attn.k_norm(projected[1]),
+                projected[2],
+            )
+            assert all(
+                torch.allclose(a, b, atol=1e-4)
+                for a, b in zip(output.qkv[2], expected, strict=True)
+            )
         tokens = block(tokens)
         if i == 1:
             assert torch.allclose(output.patches(-2).vectors, tokens[:, prefix:], atol=1e-4)
     assert torch.allclose(output.features, model.norm(tokens), atol=1e-4)
-    assert output.feature_patches.keep is keep and output.patches(1).keep is keep and output.patches(1).grid == output.grid
+    assert (
+        output.feature_patches.keep is keep
+        and output.patches(1).keep is keep
+        and output.patches(1).grid == output.grid
+    )
     index = rows[:, None, :, None]
-    for ours, all_of_them in zip(output.qkv[0], whole.qkv[0], strict=True):  # nothing is mixed before the first block's attention
-        assert torch.allclose(ours, all_of_them.gather(2, index.expand(-1, ours.shape[1], -1, ours.shape[3])), atol=1e-4)
+    for ours, all_of_them in zip(
+        output.qkv[0], whole.qkv[0], strict=True
+    ):  # nothing is mixed before the first block's attention
+        assert torch.allclose(
+            ours,
+            all_of_them.gather(2, index.expand(-1, ours.shape[1], -1, ours.shape[3])),
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -399,8 +531,13 @@ def test_on_kept_patches_they_are_those_of_a_run_on_those_tokens_alone(form: str
 def test_recording_more_changes_no_number(form: str) -> None:
     model, images = build(form)
     blocks = frozenset({0, 1, 2})
-    everything = run_vit(model, images, Needs(logits=True, hidden=blocks, attention=blocks, qkv=blocks, features=True))
-    # Attention of networks without a class token is computed explicitly, which agrees with the fused kernel to rounding.
+    everything = run_vit(
+        model,
+        images,
+        Needs(logits=True, hidden=blocks, attention=blocks, qkv=blocks, features=True),
+    )
+    # Attention of networks without a class token is computed explicitly, which agrees with the
+    # fused kernel to rounding.
     exact = everything.num_prefix_tokens > 0 and family_of(model).attention_source == "class"
     for needs in (
         Needs(logits=True),
@@ -415,12 +552,21 @@ def test_recording_more_changes_no_number(form: str) -> None:
         pairs = [(alone.logits, everything.logits), (alone.features, everything.features)]
         pairs += [(value, everything.hidden[i]) for i, value in alone.hidden.items()]
         pairs += [(value, everything.attention[i]) for i, value in alone.attention.items()]
-        pairs += [(a, b) for i, qkv in alone.qkv.items() for a, b in zip(qkv, everything.qkv[i], strict=True)]
+        pairs += [
+            (a, b)
+            for i, qkv in alone.qkv.items()
+            for a, b in zip(qkv, everything.qkv[i], strict=True)
+        ]
         for value, other in pairs:
             if value is not None:
                 assert torch.allclose(value, other, atol=2e-5)
                 assert torch.equal(value, other) or not exact or needs.logits or needs.attention
-    numbers = [everything.logits, everything.features, *everything.hidden.values(), *everything.attention.values()]
+    numbers = [
+        everything.logits,
+        everything.features,
+        *everything.hidden.values(),
+        *everything.attention.values(),
+    ]
     numbers += [part for qkv in everything.qkv.values() for part in qkv]
     if everything.head_logits is not None:
         numbers.append(everything.head_logits)
@@ -432,7 +578,11 @@ def test_gradients_of_features_equal_timms(form: str) -> None:
     model, images = build(form)
     num_patches = family_of(model).grid(images)[0] * family_of(model).grid(images)[1]
     (model.forward_features(images) ** 2).mean().backward()
-    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    expected = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     for keep in (None, torch.arange(num_patches).flip(0).expand(len(images), -1)):
         model.zero_grad()
         (run_vit(model, images, Needs(features=True), keep).features ** 2).mean().backward()
@@ -451,7 +601,10 @@ def test_gradients_of_queries_keys_and_values_reach_what_made_them() -> None:
         attn = model.blocks[1].attn
         reached = attn.qkv.weight.grad.unflatten(0, (3, -1)).abs().amax((1, 2)) > 0
         assert reached.tolist() == [i == part for i in range(3)]
-        assert model.patch_embed.proj.weight.grad.abs().max() > 0 and model.blocks[0].mlp.fc1.weight.grad.abs().max() > 0
+        assert (
+            model.patch_embed.proj.weight.grad.abs().max() > 0
+            and model.blocks[0].mlp.fc1.weight.grad.abs().max() > 0
+        )
         assert model.blocks[1].mlp.fc1.weight.grad is None and attn.proj.weight.grad is None
         for name in ("q_norm", "k_norm"):
             assert (getattr(attn, name).weight.grad is not None) == (name == norm)
@@ -462,10 +615,21 @@ def test_feature_maps_of_other_networks_know_where_their_patches_are() -> None:
     model = timm.create_model("resnet10t", num_classes=5).eval()
     images = torch.randn(2, 3, 64, 96)
     output = run_vit(model, images, Needs(features=True))
-    assert torch.equal(output.features, model.forward_features(images).flatten(2).transpose(1, 2)) and output.logits is None
-    assert output.feature_patches.grid == (2, 3) and output.feature_patches.vectors.shape == (2, 6, 512)
+    assert (
+        torch.equal(output.features, model.forward_features(images).flatten(2).transpose(1, 2))
+        and output.logits is None
+    )
+    assert output.feature_patches.grid == (2, 3) and output.feature_patches.vectors.shape == (
+        2,
+        6,
+        512,
+    )
     stages = run_vit(model, images, Needs(hidden=frozenset({1, -1})))
-    assert stages.patches(1).grid == (16, 24) and stages.patches(1).vectors.shape == (2, 384, 64) and stages.patches(-1).grid == (2, 3)
+    assert (
+        stages.patches(1).grid == (16, 24)
+        and stages.patches(1).vectors.shape == (2, 384, 64)
+        and stages.patches(-1).grid == (2, 3)
+    )
     assert torch.equal(stages.hidden[4], output.features)
     with pytest.raises(ConfigError, match="attention"):
         run_vit(model, images, Needs(qkv=frozenset({0})))
@@ -489,8 +653,15 @@ def test_queries_of_unusual_blocks_are_refused() -> None:
 class TestNeeds:
     """Needs are sets: united, resolved, counted."""
 
-    @given(st.frozensets(st.integers(-4, 3)), st.frozensets(st.integers(-4, 3)), st.booleans(), st.booleans())
-    def test_union_asks_for_what_either_asks(self, a: frozenset[int], b: frozenset[int], x: bool, y: bool) -> None:
+    @given(
+        st.frozensets(st.integers(-4, 3)),
+        st.frozensets(st.integers(-4, 3)),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_union_asks_for_what_either_asks(
+        self, a: frozenset[int], b: frozenset[int], x: bool, y: bool
+    ) -> None:
         union = Needs(x, a, b) | Needs(y, b, a)
         assert union == Needs(x or y, a | b, a | b)
         assert bool(union) == (x or y or bool(a | b))
@@ -505,8 +676,15 @@ class TestNeeds:
         with pytest.raises(IndexError, match=r"the model has 1 block \(0\)$"):
             Needs(hidden=frozenset({block})).resolve(1)
 
-    @given(st.frozensets(st.integers(-4, 3)), st.frozensets(st.integers(-4, 3)), st.booleans(), st.booleans())
-    def test_queries_and_features_are_united_too(self, a: frozenset[int], b: frozenset[int], x: bool, y: bool) -> None:
+    @given(
+        st.frozensets(st.integers(-4, 3)),
+        st.frozensets(st.integers(-4, 3)),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_queries_and_features_are_united_too(
+        self, a: frozenset[int], b: frozenset[int], x: bool, y: bool
+    ) -> None:
         union = Needs(qkv=a, features=x) | Needs(qkv=b, features=y)
         assert union == Needs(qkv=a | b, features=x or y) and bool(union) == (x or y or bool(a | b))
         resolved = union.resolve(4)

@@ -56,7 +56,7 @@ def refused(path: Path, kind: type[UserError] = DataError) -> str:
     return sentence
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
+# -- names ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_without_network_pretrained_is_one_sentence(monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
+# -- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_ema", "state_dict_ema"])
@@ -124,7 +124,9 @@ def test_the_average_is_preferred_and_compiled_blocks_are_unwrapped(tmp_path):
     inner = {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state.items()}
     (tmp_path / "w.pth").write_bytes(torch_bytes({"state_dict": other, "state_dict_ema": inner}))
     assert equal(load_state_dict(tmp_path / "w.pth"), state)
-    (tmp_path / "twice.pth").write_bytes(torch_bytes({"a": torch.ones(1), "module.a": torch.ones(1)}))
+    (tmp_path / "twice.pth").write_bytes(
+        torch_bytes({"a": torch.ones(1), "module.a": torch.ones(1)})
+    )
     assert "twice" in refused(tmp_path / "twice.pth")
 
 
@@ -144,8 +146,13 @@ def test_keys_that_differ_are_counted_and_named(tmp_path):
             "head.bias": state["head.bias"],
         },
         r"1 key unexpected \(extra\)": {**state, "extra": torch.ones(1)},
-        r"2 keys of another shape \(head.weight is 7x24 in the file and 5x24 in the network, head.bias": tiny(num_classes=7).state_dict(),
-        r"1 key of another shape \(norm.weight is a number": {**state, "norm.weight": torch.tensor(1.0)},
+        r"2 keys of another shape \(head.weight is 7x24 in the file and 5x24 in the network, head.bias": (
+            tiny(num_classes=7).state_dict()
+        ),
+        r"1 key of another shape \(norm.weight is a number": {
+            **state,
+            "norm.weight": torch.tensor(1.0),
+        },
     }
     before = tiny(3)
     for sentence, content in cases.items():
@@ -165,28 +172,39 @@ def test_positions_of_another_image_size_are_resampled_as_timm_does(tmp_path, ca
     said = "it is for another image size: its positions were resampled from 4 x 4 patches to 8 x 8"
     assert caplog.messages == [f"{tmp_path / 'w.safetensors'}: {said}."]
     assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
-    assert torch.equal(large.pos_embed, checkpoint_filter_fn(dict(small.state_dict()), large)["pos_embed"])
+    assert torch.equal(
+        large.pos_embed, checkpoint_filter_fn(dict(small.state_dict()), large)["pos_embed"]
+    )
 
 
 def test_patches_of_another_size_go_through_timms_converter(tmp_path, caplog):
     source, model = tiny(1), tiny(2, patch_size=4)
     load_weights(model, write(tmp_path / "w.safetensors", source.state_dict()))
-    assert f"timm's converter for {NAME} was applied" in caplog.text and "resampled from 4 x 4 patches to 8 x 8" in caplog.text
+    assert (
+        f"timm's converter for {NAME} was applied" in caplog.text
+        and "resampled from 4 x 4 patches to 8 x 8" in caplog.text
+    )
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-    assert torch.equal(model.pos_embed, checkpoint_filter_fn(dict(source.state_dict()), model)["pos_embed"])
+    assert torch.equal(
+        model.pos_embed, checkpoint_filter_fn(dict(source.state_dict()), model)["pos_embed"]
+    )
 
 
-# -- masked autoencoders, and other files without a classifier ----------------------------------------------------------
+# -- masked autoencoders, and other files without a classifier ------------------------------------
 
 ENCODER = 4 + 2 * 12 + 2  # class token, positions, patch projection; 12 a block; the final norm
 DECODER = 2 + 2 + 12 + 2 + 2
 
 
 def mae(seed: int = 0, **changes) -> MaskedAutoencoder:
-    """An autoencoder whose encoder is `tiny`'s, with nothing at its initial value, so that no tensor can stand in for another."""
+    """An autoencoder whose encoder is `tiny`'s, with nothing at its initial value, so that no
+    tensor can stand in for another.
+    """
     torch.manual_seed(seed)
     sizes = {"image_size": 32, "patch_size": 8, "dim": 24, "depth": 2, "num_heads": 2}
-    model = MaskedAutoencoder(**{**sizes, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, **changes})
+    model = MaskedAutoencoder(
+        **{**sizes, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, **changes}
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -194,12 +212,20 @@ def mae(seed: int = 0, **changes) -> MaskedAutoencoder:
 
 
 def encoder_of(model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(("decoder_", "mask_token"))}
+    return {
+        key: value
+        for key, value in model.state_dict().items()
+        if not key.startswith(("decoder_", "mask_token"))
+    }
 
 
 def hugging_face(state: dict[str, torch.Tensor], base: str) -> dict[str, torch.Tensor]:
     """The same tensors under the names of transformers' ViTMAE."""
-    names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
+    names = {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.proj": "attention.output.dense",
+    }
     names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
     whole = {
         "cls_token": f"{base}embeddings.cls_token",
@@ -215,7 +241,9 @@ def hugging_face(state: dict[str, torch.Tensor], base: str) -> dict[str, torch.T
         if block is None:
             renamed[whole.get(key, f"decoder.{key}")] = value
             continue
-        layers = f"decoder.decoder_layers.{block[2]}" if block[1] else f"{base}encoder.layer.{block[2]}"
+        layers = (
+            f"decoder.decoder_layers.{block[2]}" if block[1] else f"{base}encoder.layer.{block[2]}"
+        )
         if block[3] == "attn.qkv":
             for part, tensor in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 renamed[f"{layers}.attention.attention.{part}.{block[4]}"] = tensor.clone()
@@ -225,7 +253,11 @@ def hugging_face(state: dict[str, torch.Tensor], base: str) -> dict[str, torch.T
 
 
 def write(path: Path, state: dict[str, torch.Tensor]) -> Path:
-    path.write_bytes(safetensors.torch.save(state) if path.suffix == ".safetensors" else torch_bytes({"model": state}))
+    path.write_bytes(
+        safetensors.torch.save(state)
+        if path.suffix == ".safetensors"
+        else torch_bytes({"model": state})
+    )
     return path
 
 
@@ -238,21 +270,24 @@ def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 KINDS = ("encoder", "full", "hf-full", "hf-encoder", "hf-model")
 
-_AS_IMAGENET = f"images are normalised by ImageNet's mean and std, as for masked autoencoders, and not as for {NAME} (mean 0.5, std 0.5)"
+_AS_IMAGENET = (
+    "images are normalised by ImageNet's mean and std, as for masked autoencoders, and not as for"
+    f" {NAME} (mean 0.5, std 0.5)"
+)
 _AS_NAMED = (
-    f"images are normalised as for {NAME} (mean 0.5, std 0.5); if it was trained with ImageNet's mean and std, name a network of its size "
-    "that has it, as deit's have"
+    f"images are normalised as for {NAME} (mean 0.5, std 0.5); if it was trained with ImageNet's"
+    " mean and std, name a network of its size that has it, as deit's have"
 )
 _JOINED = "with query, key and value in one"
 MADE_OF = {
     "encoder": f"ViT encoder; {ENCODER} tensors are used; {_AS_NAMED}",
     "full": (
-        f"MAE checkpoint with decoder (visualisation or full); {ENCODER} encoder tensors are used, {DECODER} of the decoder are not; "
-        f"{_AS_IMAGENET}"
+        f"MAE checkpoint with decoder (visualisation or full); {ENCODER} encoder tensors are used,"
+        f" {DECODER} of the decoder are not; {_AS_IMAGENET}"
     ),
     "hf-full": (
-        f"Hugging Face's MAE checkpoint with decoder; {ENCODER} encoder tensors are used, {_JOINED}, {DECODER} of the decoder are not; "
-        f"{_AS_IMAGENET}"
+        f"Hugging Face's MAE checkpoint with decoder; {ENCODER} encoder tensors are used,"
+        f" {_JOINED}, {DECODER} of the decoder are not; {_AS_IMAGENET}"
     ),
     "hf-encoder": f"Hugging Face's ViT encoder; {ENCODER} tensors are used, {_JOINED}; {_AS_NAMED}",
     "hf-model": f"Hugging Face's ViT encoder; {ENCODER} tensors are used, {_JOINED}; {_AS_NAMED}",
@@ -289,7 +324,10 @@ def test_the_projections_of_dmae_are_left_with_the_decoder(tmp_path, caplog):
     source = mae(1)
     state = {**source.state_dict(), "aligned_feature_projection_heads.0.weight": torch.ones(2, 2)}
     teacher = create_model(NAME, checkpoint=write(tmp_path / "dmae.pth", state), **TINY)
-    assert equal(teacher.state_dict(), encoder_of(source)) and f"{DECODER + 1} of the decoder" in caplog.text
+    assert (
+        equal(teacher.state_dict(), encoder_of(source))
+        and f"{DECODER + 1} of the decoder" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("kind", ["full", "hf-full"])
@@ -298,7 +336,10 @@ def test_an_autoencoder_takes_its_decoder_too(tmp_path, caplog, kind):
     source, model = mae(1), mae(2)
     load_weights(model, write(tmp_path / "mae.pth", file_of(kind, source)))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    everything = f"Hugging Face's MAE checkpoint with decoder; {ENCODER + DECODER} tensors are used, {_JOINED}."
+    everything = (
+        f"Hugging Face's MAE checkpoint with decoder; {ENCODER + DECODER} tensors are used,"
+        f" {_JOINED}."
+    )
     assert caplog.messages == [f"{tmp_path / 'mae.pth'}: {everything}"] * kind.startswith("hf")
     assert equal(model.state_dict(), source.state_dict())
     assert torch.equal(model(images, noise)[0], source(images, noise)[0])
@@ -325,62 +366,108 @@ def test_a_student_from_a_headless_file_has_a_fresh_head(tmp_path, caplog, kind)
 def test_averaging_the_patches_leaves_the_final_norm_out(tmp_path, caplog, num_classes):
     source = mae(1)
     path = write(tmp_path / "mae.pth", source.state_dict())
-    student = create_model(NAME, num_classes=num_classes, checkpoint=path, global_pool="avg", **TINY)
+    student = create_model(
+        NAME, num_classes=num_classes, checkpoint=path, global_pool="avg", **TINY
+    )
     state, encoder = student.state_dict(), encoder_of(source)
     kept = {key: value for key, value in encoder.items() if not key.startswith("norm.")}
     assert equal({key: state[key] for key in kept}, kept)
-    fresh = ["fc_norm.weight", "fc_norm.bias", *(["head.weight", "head.bias"] if num_classes else [])]
+    fresh = [
+        "fc_norm.weight",
+        "fc_norm.bias",
+        *(["head.weight", "head.bias"] if num_classes else []),
+    ]
     assert state.keys() - kept.keys() == set(fresh)
     assert (state["fc_norm.weight"] == 1).all() and (state["fc_norm.bias"] == 0).all()
-    assert f"has no classifier: {', '.join(fresh)} start fresh; its final norm is not used" in caplog.text
+    assert (
+        f"has no classifier: {', '.join(fresh)} start fresh; its final norm is not used"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("num_classes", [0, 7])
 def test_a_network_with_another_pool_leaves_the_attention_pool_out(tmp_path, caplog, num_classes):
     source = create_model("vit_base_patch16_siglip_224", num_classes=0, **TINY)
     path = write(tmp_path / "pooled.pth", source.state_dict())
-    student = create_model("vit_base_patch16_siglip_224", num_classes=num_classes, checkpoint=path, global_pool="avg", **TINY)
-    kept = {key: value for key, value in source.state_dict().items() if not key.startswith(("attn_pool.", "norm."))}
-    assert len(kept) < len(source.state_dict()) - 8 and equal({key: student.state_dict()[key] for key in kept}, kept)
+    student = create_model(
+        "vit_base_patch16_siglip_224",
+        num_classes=num_classes,
+        checkpoint=path,
+        global_pool="avg",
+        **TINY,
+    )
+    kept = {
+        key: value
+        for key, value in source.state_dict().items()
+        if not key.startswith(("attn_pool.", "norm."))
+    }
+    assert len(kept) < len(source.state_dict()) - 8 and equal(
+        {key: student.state_dict()[key] for key in kept}, kept
+    )
     assert "its attention pool is not used, because the network pools otherwise" in caplog.text
     caplog.clear()
-    assert equal(create_model("vit_base_patch16_siglip_224", num_classes=0, checkpoint=path, **TINY).state_dict(), source.state_dict())
+    assert equal(
+        create_model(
+            "vit_base_patch16_siglip_224", num_classes=0, checkpoint=path, **TINY
+        ).state_dict(),
+        source.state_dict(),
+    )
     assert "attention pool" not in caplog.text
 
 
 def test_a_fresh_head_is_only_for_who_asked_and_only_for_headless_files(tmp_path):
-    headless, whole = write(tmp_path / "mae.pth", encoder_of(mae(1))), write(tmp_path / "whole.pth", tiny(1).state_dict())
+    headless, whole = (
+        write(tmp_path / "mae.pth", encoder_of(mae(1))),
+        write(tmp_path / "whole.pth", tiny(1).state_dict()),
+    )
     with pytest.raises(DataError, match=r"2 keys missing \(head.weight, head.bias\)"):
         load_weights(tiny(), headless)
     with pytest.raises(DataError, match=r"head.weight is 5x24 in the file and 7x24"):
         create_model(NAME, num_classes=7, checkpoint=whole, **TINY)
     with pytest.raises(DataError, match=r"2 keys unexpected \(head.weight, head.bias\)"):
         create_model(NAME, num_classes=0, checkpoint=whole, **TINY)
-    pooled = write(tmp_path / "tuned.pth", tiny(1, global_pool="avg").state_dict())  # Meta's fine-tuned files are such
+    pooled = write(
+        tmp_path / "tuned.pth", tiny(1, global_pool="avg").state_dict()
+    )  # Meta's fine-tuned files are such
     with pytest.raises(DataError, match=r"norms its features after pooling \(it has fc_norm\)"):
         create_model(NAME, checkpoint=pooled, **TINY)
-    with pytest.raises(DataError, match=r"2 keys missing \(fc_norm.weight, fc_norm.bias\); 2 keys unexpected \(norm.weight"):
+    with pytest.raises(
+        DataError,
+        match=r"2 keys missing \(fc_norm.weight, fc_norm.bias\); 2 keys unexpected \(norm.weight",
+    ):
         create_model(NAME, checkpoint=whole, global_pool="avg", **TINY)
     assert create_model(NAME, checkpoint=pooled, global_pool="avg", **TINY).num_classes == 5
-    without = {key: value for key, value in encoder_of(mae(1)).items() if key != "blocks.1.norm2.bias"}
+    without = {
+        key: value for key, value in encoder_of(mae(1)).items() if key != "blocks.1.norm2.bias"
+    }
     with pytest.raises(DataError, match=r": 1 key missing \(blocks.1.norm2.bias\);"):
         create_model(NAME, num_classes=7, checkpoint=write(tmp_path / "cut.pth", without), **TINY)
 
 
 def test_other_vits_are_refused_in_one_sentence(tmp_path):
-    decoder = {key: value for key, value in mae().state_dict().items() if key.startswith(("decoder_", "mask_token"))}
+    decoder = {
+        key: value
+        for key, value in mae().state_dict().items()
+        if key.startswith(("decoder_", "mask_token"))
+    }
     cases = {
         "holds the decoder of a masked autoencoder and no encoder": decoder,
         "holds the decoder of a masked autoencoder and no encoder;": hugging_face(decoder, "vit."),
-        "this checkpoint has 4 x 4 patches and the network 8 x 8": encoder_of(mae(image_size=16, patch_size=4)),
-        "this checkpoint has 8 x 4 patches and the network 8 x 8": hugging_face(mae(patch_size=(8, 4)).state_dict(), "vit."),
+        "this checkpoint has 4 x 4 patches and the network 8 x 8": encoder_of(
+            mae(image_size=16, patch_size=4)
+        ),
+        "this checkpoint has 8 x 4 patches and the network 8 x 8": hugging_face(
+            mae(patch_size=(8, 4)).state_dict(), "vit."
+        ),
         "this checkpoint is 32 wide and the network 24;": mae(dim=32).state_dict(),
         "this checkpoint has 3 blocks and the network 2;": encoder_of(mae(depth=3)),
-        "this checkpoint is 12 wide and the network 24, it has 1 block and the network 2, it has 16 x 16 patches and the network 8 x 8": (
-            encoder_of(mae(dim=12, depth=1, patch_size=16))
+        "this checkpoint is 12 wide and the network 24, it has 1 block and the network 2, it has 16 x 16 patches and the network 8 x 8": encoder_of(
+            mae(dim=12, depth=1, patch_size=16)
         ),
         "is 12 wide and the network 24": tiny(embed_dim=12).state_dict(),
-        "holds nothing of vit_tiny_patch16_224: its tensors are called a, b, c, ...; use a file": {key: torch.ones(1) for key in "abcd"},
+        "holds nothing of vit_tiny_patch16_224: its tensors are called a, b, c, ...; use a file": {
+            key: torch.ones(1) for key in "abcd"
+        },
     }
     for sentence, state in cases.items():
         for name in ("w.safetensors", "w.pth"):
@@ -395,8 +482,13 @@ def test_positions_of_an_autoencoder_of_another_image_size_are_resampled(tmp_pat
     source = mae(1)
     path = write(tmp_path / "mae.pth", source.state_dict())
     teacher = create_model(NAME, checkpoint=path, **{**TINY, "image_size": (48, 32)})
-    assert "; it is for another image size: its positions were resampled from 4 x 4 patches to 6 x 4; " in caplog.messages[0]
-    assert teacher.pos_embed.shape == (1, 25, 24) and torch.equal(teacher.pos_embed[:, 0], source.pos_embed[:, 0])
+    assert (
+        "; it is for another image size: its positions were resampled from 4 x 4 patches to 6 x 4; "
+        in caplog.messages[0]
+    )
+    assert teacher.pos_embed.shape == (1, 25, 24) and torch.equal(
+        teacher.pos_embed[:, 0], source.pos_embed[:, 0]
+    )
     assert torch.equal(teacher.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     assert features(teacher, torch.randn(1, 3, 48, 32)).shape == (1, 25, 24)
 
@@ -411,13 +503,29 @@ class Input:
     crop_mode: str = "center"
 
 
-def exported(folder: Path, architecture: str = NAME, classes: int = 0, **changes) -> torch.nn.Module:
+def exported(
+    folder: Path, architecture: str = NAME, classes: int = 0, **changes
+) -> torch.nn.Module:
     """What a run writes; without classes: what a pre-training does."""
     torch.manual_seed(1)
-    sizes = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, **changes}
+    sizes = {
+        "img_size": (32, 32),
+        "patch_size": 8,
+        "embed_dim": 24,
+        "num_heads": 2,
+        "depth": 2,
+        **changes,
+    }
     model = create_model(architecture, num_classes=classes, **sizes).eval()
     names = [f"c{i}" for i in range(classes)] or None
-    export_timm(model, folder, architecture=architecture, model_args=sizes, classes=names, input_spec=Input(sizes["img_size"]))
+    export_timm(
+        model,
+        folder,
+        architecture=architecture,
+        model_args=sizes,
+        classes=names,
+        input_spec=Input(sizes["img_size"]),
+    )
     return model
 
 
@@ -425,23 +533,35 @@ def exported(folder: Path, architecture: str = NAME, classes: int = 0, **changes
 @pytest.mark.parametrize("pool", [None, "avg"])
 def test_a_folder_without_classes_starts_a_student(tmp_path, caplog, num_classes, pool):
     source = exported(tmp_path / "pretrained").state_dict()
-    student = create_model(str(tmp_path / "pretrained"), num_classes=num_classes, global_pool=pool, drop_path=0.1)
+    student = create_model(
+        str(tmp_path / "pretrained"), num_classes=num_classes, global_pool=pool, drop_path=0.1
+    )
     kept = {key: value for key, value in source.items() if not (pool and key.startswith("norm."))}
     state = student.state_dict()
-    fresh = (["fc_norm.weight", "fc_norm.bias"] if pool else []) + (["head.weight", "head.bias"] if num_classes else [])
-    assert state.keys() - kept.keys() == set(fresh) and equal({key: state[key] for key in kept}, kept)
+    fresh = (["fc_norm.weight", "fc_norm.bias"] if pool else []) + (
+        ["head.weight", "head.bias"] if num_classes else []
+    )
+    assert state.keys() - kept.keys() == set(fresh) and equal(
+        {key: state[key] for key in kept}, kept
+    )
     assert student.num_classes == (num_classes or 0) and student.global_pool == (pool or "token")
     assert (f"has no classifier: {', '.join(fresh)} start fresh" in caplog.text) == bool(fresh)
     assert class_names(student) is None
     torch.manual_seed(2)
-    again = create_model(str(tmp_path / "pretrained"), num_classes=num_classes, global_pool=pool, image_size=64)
-    assert again.pos_embed.shape == (1, 65, 24) and torch.equal(again.patch_embed.proj.weight, student.patch_embed.proj.weight)
+    again = create_model(
+        str(tmp_path / "pretrained"), num_classes=num_classes, global_pool=pool, image_size=64
+    )
+    assert again.pos_embed.shape == (1, 65, 24) and torch.equal(
+        again.patch_embed.proj.weight, student.patch_embed.proj.weight
+    )
 
 
 def test_a_distilled_folder_without_classes_has_both_heads_fresh(tmp_path, caplog):
     source = exported(tmp_path / "pretrained", "deit_tiny_distilled_patch16_224").state_dict()
     student = create_model(str(tmp_path / "pretrained"), num_classes=7)
-    assert student.head_dist.weight.shape == (7, 24) and equal({key: student.state_dict()[key] for key in source}, source)
+    assert student.head_dist.weight.shape == (7, 24) and equal(
+        {key: student.state_dict()[key] for key in source}, source
+    )
     assert "head.weight, head.bias, head_dist.weight, head_dist.bias start fresh" in caplog.text
 
 
@@ -453,7 +573,13 @@ def test_a_folder_without_classes_but_with_its_own_mean_norm_keeps_it(tmp_path):
         source,
         tmp_path / "again",
         architecture=NAME,
-        model_args={"patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2, "global_pool": "avg"},
+        model_args={
+            "patch_size": 8,
+            "embed_dim": 24,
+            "num_heads": 2,
+            "depth": 2,
+            "global_pool": "avg",
+        },
         classes=None,
         input_spec=Input(),
     )
@@ -466,32 +592,57 @@ def test_a_folder_without_classes_but_with_its_own_mean_norm_keeps_it(tmp_path):
 def test_convolutional_folders_without_classes_get_a_head_from_timm(tmp_path):
     torch.manual_seed(0)
     model = create_model("resnet18", num_classes=0).eval()
-    export_timm(model, tmp_path / "cnn", architecture="resnet18", model_args={}, classes=None, input_spec=Input())
+    export_timm(
+        model,
+        tmp_path / "cnn",
+        architecture="resnet18",
+        model_args={},
+        classes=None,
+        input_spec=Input(),
+    )
     student = create_model(str(tmp_path / "cnn"), num_classes=3)
-    assert student.fc.weight.shape == (3, 512) and torch.equal(student.conv1.weight, model.conv1.weight)
+    assert student.fc.weight.shape == (3, 512) and torch.equal(
+        student.conv1.weight, model.conv1.weight
+    )
 
 
-# -- positions on another grid ------------------------------------------------------------------------------------------
+# -- positions on another grid --------------------------------------------------------------------
 
 
 def cubic_weights(many: int, few: int) -> np.ndarray:
-    """``(few, many)``: how places weigh on others along one axis, bicubic (Keys, a = -0.5) and antialiased, by its definition."""
+    """``(few, many)``: how places weigh on others along one axis, bicubic (Keys, a = -0.5) and
+    antialiased, by its definition.
+    """
     scale = many / few
     stretch = max(scale, 1.0)
     rows = np.zeros((few, many))
     for i in range(few):
         centre = (i + 0.5) * scale
-        for j in range(max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), many)):
+        for j in range(
+            max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), many)
+        ):
             x = abs(j + 0.5 - centre) / stretch
-            rows[i, j] = 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else max(2 - x, 0) * (x - 1) * (x - 2) * 0.5 if x < 2 else 0
+            rows[i, j] = (
+                1.5 * x**3 - 2.5 * x**2 + 1
+                if x < 1
+                else max(2 - x, 0) * (x - 1) * (x - 2) * 0.5
+                if x < 2
+                else 0
+            )
     return rows / rows.sum(1, keepdims=True)
 
 
 def resampled(table: torch.Tensor, its: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
-    """A table of positions with a class token's, moved from one grid to another by hand, in float64."""
+    """A table of positions with a class token's, moved from one grid to another by hand, in
+    float64.
+    """
     patches = table[0, 1:].double().numpy().reshape(*its, -1)
-    moved = np.einsum("ai,bj,ijd->abd", cubic_weights(its[0], grid[0]), cubic_weights(its[1], grid[1]), patches)
-    return torch.cat([table[:, :1].double(), torch.from_numpy(moved.reshape(1, grid[0] * grid[1], -1))], dim=1)
+    moved = np.einsum(
+        "ai,bj,ijd->abd", cubic_weights(its[0], grid[0]), cubic_weights(its[1], grid[1]), patches
+    )
+    return torch.cat(
+        [table[:, :1].double(), torch.from_numpy(moved.reshape(1, grid[0] * grid[1], -1))], dim=1
+    )
 
 
 MOVES = {
@@ -509,36 +660,63 @@ MOVES = {
 @pytest.mark.parametrize("num_classes", [None, 7])
 @pytest.mark.parametrize("saved_classes", [0, 5])
 @pytest.mark.parametrize("move", MOVES)
-def test_positions_of_a_folder_lie_where_its_images_were(tmp_path, caplog, move, saved_classes, num_classes):
-    """Fails without the grid of config.json (`_grid_of`), and on timm 1.0.20 also where timm's own resampling is trusted."""
+def test_positions_of_a_folder_lie_where_its_images_were(
+    tmp_path, caplog, move, saved_classes, num_classes
+):
+    """Fails without the grid of config.json (`_grid_of`), and on timm 1.0.20 also where timm's own
+    resampling is trusted.
+    """
     trained, built = MOVES[move]
     source = exported(tmp_path / "run", classes=saved_classes, img_size=trained)
     model = create_model(str(tmp_path / "run"), num_classes=num_classes, image_size=built)
     its, grid = ((height // 8, width // 8) for height, width in (trained, built))
-    assert torch.allclose(model.pos_embed.double(), resampled(source.pos_embed.detach(), its, grid), atol=1e-5)
-    assert f"its positions were resampled from {its[0]} x {its[1]} patches to {grid[0]} x {grid[1]}" in caplog.text
-    assert len(caplog.messages) == 1 and torch.equal(model.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
-    assert model.num_classes == (saved_classes if num_classes is None else 7) and model.pretrained_cfg["input_size"] == (3, *built)
+    assert torch.allclose(
+        model.pos_embed.double(), resampled(source.pos_embed.detach(), its, grid), atol=1e-5
+    )
+    assert (
+        f"its positions were resampled from {its[0]} x {its[1]} patches to {grid[0]} x {grid[1]}"
+        in caplog.text
+    )
+    assert len(caplog.messages) == 1 and torch.equal(
+        model.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight
+    )
+    assert model.num_classes == (
+        saved_classes if num_classes is None else 7
+    ) and model.pretrained_cfg["input_size"] == (3, *built)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 64), (16, 32)])
 def test_a_folder_keeps_its_positions_at_its_own_size(tmp_path, caplog, size):
     source = exported(tmp_path / "run", img_size=size)
     for options in ({}, {"image_size": size}):
-        assert torch.equal(create_model(str(tmp_path / "run"), **options).pos_embed, source.pos_embed)
+        assert torch.equal(
+            create_model(str(tmp_path / "run"), **options).pos_embed, source.pos_embed
+        )
     assert not caplog.messages
 
 
 def test_a_file_alone_is_of_square_images_or_of_the_networks(tmp_path):
     square = write(tmp_path / "square.safetensors", tiny(1, num_classes=0).state_dict())
-    wide = write(tmp_path / "wide.safetensors", tiny(1, num_classes=0, image_size=(16, 64)).state_dict())
+    wide = write(
+        tmp_path / "wide.safetensors", tiny(1, num_classes=0, image_size=(16, 64)).state_dict()
+    )
     twice = tiny(1, num_classes=0, image_size=(16, 32))
     oblong = write(tmp_path / "oblong.safetensors", twice.state_dict())
     moved = create_model(NAME, checkpoint=square, **{**TINY, "image_size": (48, 32)})
-    assert torch.allclose(moved.pos_embed.double(), resampled(tiny(1, num_classes=0).pos_embed.detach(), (4, 4), (6, 4)), atol=1e-5)
-    assert torch.equal(create_model(NAME, checkpoint=oblong, **{**TINY, "image_size": (16, 32)}).pos_embed, twice.pos_embed)
+    assert torch.allclose(
+        moved.pos_embed.double(),
+        resampled(tiny(1, num_classes=0).pos_embed.detach(), (4, 4), (6, 4)),
+        atol=1e-5,
+    )
+    assert torch.equal(
+        create_model(NAME, checkpoint=oblong, **{**TINY, "image_size": (16, 32)}).pos_embed,
+        twice.pos_embed,
+    )
     refusals = {
-        (square, (16, 64)): r"its 16 patches are \(4 x 4 or 2 x 8\), which the network has in 2 x 8; give it as",
+        (
+            square,
+            (16, 64),
+        ): r"its 16 patches are \(4 x 4 or 2 x 8\), which the network has in 2 x 8; give it as",
         (wide, (16, 64)): r"its 16 patches are \(4 x 4 or 2 x 8\)",
         (oblong, (32, 32)): r"its 8 patches are \(no square\), which the network has in 4 x 4",
         (oblong, (32, 64)): r"its 8 patches are \(no square\)",
@@ -550,13 +728,18 @@ def test_a_file_alone_is_of_square_images_or_of_the_networks(tmp_path):
             assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
-# -- normalisation ------------------------------------------------------------------------------------------------------
+# -- normalisation --------------------------------------------------------------------------------
 
 
-def test_a_masked_autoencoders_file_brings_imagenets_normalisation_under_a_plain_name(tmp_path, caplog):
-    """Fails without the call of `_normalisation`; a name or a folder that says a normalisation keeps it."""
+def test_a_masked_autoencoders_file_brings_imagenets_normalisation_under_a_plain_name(
+    tmp_path, caplog
+):
+    """Fails without the call of `_normalisation`; a name or a folder that says a normalisation
+    keeps it.
+    """
     full, alone = (
-        write(tmp_path / f"{name}.safetensors", state) for name, state in (("full", mae(1).state_dict()), ("alone", encoder_of(mae(1))))
+        write(tmp_path / f"{name}.safetensors", state)
+        for name, state in (("full", mae(1).state_dict()), ("alone", encoder_of(mae(1))))
     )
     imagenet = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -570,16 +753,25 @@ def test_a_masked_autoencoders_file_brings_imagenets_normalisation_under_a_plain
             assert fed(name, path, **TINY) == imagenet and "normalised" not in caplog.text
     assert fed("vit_base_patch16_224", full, num_classes=3, **TINY) == imagenet
     assert fed("vit_base_patch16_224", alone, num_classes=3, **TINY) == ((0.5,) * 3, (0.5,) * 3)
-    assert caplog.text.count("as for vit_base_patch16_224 (mean 0.5, std 0.5); if it was trained with ImageNet's mean and std") == 1
+    assert (
+        caplog.text.count(
+            "as for vit_base_patch16_224 (mean 0.5, std 0.5); if it was trained with ImageNet's"
+            " mean and std"
+        )
+        == 1
+    )
     assert "name vit_base_patch16_224.mae." in caplog.text
     exported(tmp_path / "run")
     for path in (full, alone):
-        assert fed(str(tmp_path / "run"), path) == (Input().mean, Input().std) and "normalised" not in caplog.text
+        assert (
+            fed(str(tmp_path / "run"), path) == (Input().mean, Input().std)
+            and "normalised" not in caplog.text
+        )
     whole = write(tmp_path / "whole.safetensors", tiny(1).state_dict())
     assert fed(NAME, whole, **TINY) == ((0.5,) * 3, (0.5,) * 3) and not caplog.messages
 
 
-# -- files that are not weights ---------------------------------------------------------------------------------------
+# -- files that are not weights -------------------------------------------------------------------
 
 
 def test_files_that_are_no_weights_are_one_sentence(tmp_path):
@@ -595,7 +787,10 @@ def test_files_that_are_no_weights_are_one_sentence(tmp_path):
         "list.pth": (torch_bytes([torch.ones(1)]), "holds no weights"),
         "numbers.pth": (torch_bytes({"a": 1}), "'a' is int, not a tensor"),
         "nothing.pth": (torch_bytes({}), "holds no weights"),
-        "huge-header.safetensors": ((2**62).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+        "huge-header.safetensors": (
+            (2**62).to_bytes(8, "little") + b"{}",
+            "not a safetensors file",
+        ),
         "overlap.safetensors": (
             header(
                 {
@@ -630,7 +825,10 @@ def test_every_cut_is_refused_in_one_sentence(tmp_path, kind):
     if kind == "safetensors":
         data, path = safetensors.torch.save(state), tmp_path / "w.safetensors"
     else:
-        data, path = torch_bytes(state, _use_new_zipfile_serialization=kind == "zip"), tmp_path / "w.pth"
+        data, path = (
+            torch_bytes(state, _use_new_zipfile_serialization=kind == "zip"),
+            tmp_path / "w.pth",
+        )
     rng = random.Random(kind)
     for cut in [1, 7, 8, 9, 20, len(data) - 1, *(rng.randrange(1, len(data)) for _ in range(80))]:
         path.write_bytes(data[:cut])
@@ -677,8 +875,12 @@ def test_a_pickle_is_never_executed(tmp_path):
             create_model(NAME, checkpoint=path)
         folder = tmp_path / f"folder-{path.name}"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"architecture": NAME, "pretrained_cfg": {}}))
-        (folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin")).write_bytes(path.read_bytes())
+        (folder / "config.json").write_text(
+            json.dumps({"architecture": NAME, "pretrained_cfg": {}})
+        )
+        (
+            folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin")
+        ).write_bytes(path.read_bytes())
         for name in (str(folder), f"local-dir:{folder}"):
             for num_classes in (None, 3):
                 with pytest.raises(UserError):
@@ -690,7 +892,11 @@ def test_a_pickle_is_named_and_the_conversion_told(tmp_path):
     path = tmp_path / "deit.pth"
     path.write_bytes(torch_bytes({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1)}))
     sentence = refused(path)
-    assert "argparse.Namespace" in sentence and "not executed" in sentence and "convert it: python -c" in sentence
+    assert (
+        "argparse.Namespace" in sentence
+        and "not executed" in sentence
+        and "convert it: python -c" in sentence
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = io.BytesIO()
@@ -708,7 +914,7 @@ def test_old_torch_opens_no_foreign_pickle(tmp_path, monkeypatch):
     assert weights.load_state_dict(path)
 
 
-# -- classes ----------------------------------------------------------------------------------------------------------
+# -- classes --------------------------------------------------------------------------------------
 
 
 def test_class_names():

@@ -31,18 +31,34 @@ SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 2}
 CASES = {
     "plain": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, **SMALL}, Spec()),
     "tagged": ("vit_tiny_patch16_224.augreg_in21k", {"img_size": 32, **SMALL}, Spec()),
-    "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 4, **SMALL}, Spec()),
+    "distilled": (
+        "deit_tiny_distilled_patch16_224",
+        {"img_size": 32, "patch_size": 4, **SMALL},
+        Spec(),
+    ),
     "no-position-on-class": ("deit3_small_patch16_224", {"img_size": 32, **SMALL}, Spec()),
     "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28, **SMALL}, Spec((28, 28))),
-    "average": ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "avg", "class_token": False, **SMALL}, Spec(crop_mode="squash")),
-    "attention-pool": ("vit_tiny_patch16_224", {"img_size": 32, "global_pool": "map", **SMALL}, Spec()),
+    "average": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "global_pool": "avg", "class_token": False, **SMALL},
+        Spec(crop_mode="squash"),
+    ),
+    "attention-pool": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "global_pool": "map", **SMALL},
+        Spec(),
+    ),
     "dynamic": (
         "vit_tiny_patch16_224",
         {"img_size": 32, "patch_size": 8, "dynamic_img_size": True, **SMALL},
         Spec((40, 24)),
     ),
     "not-square": ("vit_tiny_patch16_224", {"img_size": (32, 48), **SMALL}, Spec((32, 48))),
-    "grey": ("vit_tiny_patch16_224", {"img_size": 32, "in_chans": 1, **SMALL}, Spec(mean=(0.5,), std=(0.5,))),
+    "grey": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "in_chans": 1, **SMALL},
+        Spec(mean=(0.5,), std=(0.5,)),
+    ),
     "convolutional": ("resnet18", {}, Spec((48, 48))),
 }
 NAMES = tuple(["seven", "different", "class", "names", "for", "it", "ä"])
@@ -57,11 +73,15 @@ def make(case: str, seed: int = 0, **extra) -> tuple[torch.nn.Module, dict]:
 
 def images(case: str) -> torch.Tensor:
     _, args, spec = CASES[case]
-    return torch.randn(3, args.get("in_chans", 3), *spec.image_size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        3, args.get("in_chans", 3), *spec.image_size, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,7 +91,9 @@ def test_timm_gives_the_same_answers_bit_for_bit(tmp_path, case):
     batch = images(case)
     expected = model(batch)
     folder = export_timm(model, tmp_path / "out", **options)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"] and os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"] and os.listdir(
+        tmp_path
+    ) == ["out"]
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(theirs(batch), expected)
     for name in (str(folder), f"local-dir:{folder}"):
@@ -81,7 +103,11 @@ def test_timm_gives_the_same_answers_bit_for_bit(tmp_path, case):
     data = timm.data.resolve_model_data_config(theirs)
     assert tuple(data["input_size"]) == (batch.shape[1], *spec.image_size)
     assert (tuple(data["mean"]), tuple(data["std"])) == (spec.mean, spec.std)
-    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == (spec.interpolation, spec.crop_pct, spec.crop_mode)
+    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == (
+        spec.interpolation,
+        spec.crop_pct,
+        spec.crop_mode,
+    )
     assert theirs.pretrained_cfg["label_names"] == list(NAMES)
 
 
@@ -94,7 +120,9 @@ def test_the_network_is_left_as_it_was_and_wrappers_leave_no_trace(tmp_path):
     model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
     export_timm(model.eval(), tmp_path / "out", **options)
     stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    assert stored.keys() == before.keys() and all(torch.equal(stored[key], before[key]) for key in before)
+    assert stored.keys() == before.keys() and all(
+        torch.equal(stored[key], before[key]) for key in before
+    )
 
 
 def test_another_head_and_random_weights_are_possible(tmp_path):
@@ -104,7 +132,9 @@ def test_another_head_and_random_weights_are_possible(tmp_path):
     assert other.num_classes == 3 and class_names(other) is None
     assert torch.equal(other.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
     fresh = create_model(str(tmp_path / "out"), pretrained=False)
-    assert fresh.patch_embed.patch_size == (8, 8) and not torch.equal(fresh.cls_token, model.cls_token)
+    assert fresh.patch_embed.patch_size == (8, 8) and not torch.equal(
+        fresh.cls_token, model.cls_token
+    )
 
 
 def test_exporting_again_replaces_and_anything_else_is_refused(tmp_path):
@@ -119,14 +149,20 @@ def test_exporting_again_replaces_and_anything_else_is_refused(tmp_path):
     (foreign / "config.json").write_text('{"architecture": "resnet18"}')
     (tmp_path / "file").write_text("mine")
     before = tree(tmp_path)
-    for name, sentence in (("out", "holds notes.txt"), ("foreign", "did not export"), ("file", "is a file")):
+    for name, sentence in (
+        ("out", "holds notes.txt"),
+        ("foreign", "did not export"),
+        ("file", "is a file"),
+    ):
         with pytest.raises(ConfigError, match=sentence):
             export_timm(model, tmp_path / name, **options)
     assert tree(tmp_path) == before
 
 
 def test_hidden_files_of_the_system_are_no_obstacle_and_stay(tmp_path):
-    """Finder's .DS_Store, an editor's folder, and what NFS keeps while somebody reads a file that was replaced."""
+    """Finder's .DS_Store, an editor's folder, and what NFS keeps while somebody reads a file that
+    was replaced.
+    """
     model, options = make("plain")
     export_timm(model, tmp_path / "out", **options)
     (tmp_path / "out" / ".DS_Store").write_text("finder")
@@ -141,7 +177,11 @@ def test_hidden_files_of_the_system_are_no_obstacle_and_stay(tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / ".DS_Store").write_text("finder")
-    assert sorted(os.listdir(export_timm(model, alone, **options))) == [".DS_Store", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(export_timm(model, alone, **options))) == [
+        ".DS_Store",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_an_old_export_that_cannot_go_yet_does_not_undo_the_new_one(tmp_path, monkeypatch):
@@ -164,8 +204,16 @@ def test_what_would_not_load_the_same_is_refused_before_anything_is_written(tmp_
         ({"architecture": "nosuch"}, ConfigError, "no network called nosuch"),
         ({"classes": NAMES[:3]}, ConfigError, "3 class names were given for a network of 7"),
         ({"model_args": {}}, UserError, "."),
-        ({"model_args": {**options["model_args"], "num_heads": 3}}, ConfigError, "answers differently"),
-        ({"model_args": {**options["model_args"], "norm_layer": torch.nn.LayerNorm}}, ConfigError, "plain numbers"),
+        (
+            {"model_args": {**options["model_args"], "num_heads": 3}},
+            ConfigError,
+            "answers differently",
+        ),
+        (
+            {"model_args": {**options["model_args"], "norm_layer": torch.nn.LayerNorm}},
+            ConfigError,
+            "plain numbers",
+        ),
     ]
     for change, kind, sentence in wrong:
         with pytest.raises(kind, match=sentence) as caught:
@@ -235,7 +283,7 @@ def test_the_config_names_its_writer_and_no_path(tmp_path):
     assert "drop_path_rate" not in config["model_args"]
 
 
-# -- onnx -------------------------------------------------------------------------------------------------------------
+# -- onnx -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -246,7 +294,9 @@ def test_onnx_answers_the_same_for_any_batch(tmp_path, case):
     model, options = make(case)
     off = export_onnx(model, tmp_path / "net.onnx", options["input_spec"])
     assert 0 <= off < 1e-5 and os.listdir(tmp_path) == ["net.onnx"]
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "net.onnx", providers=["CPUExecutionProvider"]
+    )
     for size in (1, 2, 5):
         batch = torch.randn(size, 3, 32, 32)
         found = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])

@@ -1,4 +1,6 @@
-"""Hugging Face's ViT and ViTMAE: built from their own config.json, with the answers their definition gives."""
+"""Hugging Face's ViT and ViTMAE: built from their own config.json, with the answers their
+definition gives.
+"""
 
 import json
 import shutil
@@ -37,7 +39,9 @@ LABELS = ("ant", "bee", "cat", "dog", "elk")
 HALF = (0.5, 0.5, 0.5)
 
 
-def encoder(prefix: str, grid: tuple[int, int] = (4, 4), qkv_bias: bool = True) -> dict[str, Tensor]:
+def encoder(
+    prefix: str, grid: tuple[int, int] = (4, 4), qkv_bias: bool = True
+) -> dict[str, Tensor]:
     """Random tensors under the names of transformers' ViT, nothing at its initial value."""
     torch.manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
@@ -50,14 +54,21 @@ def encoder(prefix: str, grid: tuple[int, int] = (4, 4), qkv_bias: bool = True) 
     }
     for i in range(2):
         layer = f"encoder.layer.{i}"
-        linears = {f"attention.attention.{part}": (24, 24) for part in ("query", "key", "value")} | {"attention.output.dense": (24, 24)}
-        for name, size in (linears | {"intermediate.dense": (60, 24), "output.dense": (24, 60)}).items():
+        linears = {
+            f"attention.attention.{part}": (24, 24) for part in ("query", "key", "value")
+        } | {"attention.output.dense": (24, 24)}
+        for name, size in (
+            linears | {"intermediate.dense": (60, 24), "output.dense": (24, 60)}
+        ).items():
             shapes[f"{layer}.{name}.weight"] = size
             if qkv_bias or "attention.attention" not in name:
                 shapes[f"{layer}.{name}.bias"] = size[:1]
         for norm in ("layernorm_before", "layernorm_after"):
             shapes |= {f"{layer}.{norm}.weight": (24,), f"{layer}.{norm}.bias": (24,)}
-    return {prefix + name: 0.3 * torch.randn(shape) + ("norm" in name and name.endswith("weight")) for name, shape in shapes.items()}
+    return {
+        prefix + name: 0.3 * torch.randn(shape) + ("norm" in name and name.endswith("weight"))
+        for name, shape in shapes.items()
+    }
 
 
 def classifier(**changes: Any) -> dict[str, Tensor]:
@@ -67,11 +78,21 @@ def classifier(**changes: Any) -> dict[str, Tensor]:
 
 def autoencoder() -> dict[str, Tensor]:
     """ViTMAEForPreTraining's, of whose decoder the names alone matter."""
-    decoder = {"mask_token": (1, 1, 16), "decoder_pos_embed": (1, 17, 16), "decoder_embed.weight": (16, 24), "decoder_pred.bias": (192,)}
-    return {**encoder("vit."), **{f"decoder.{name}": torch.randn(shape) for name, shape in decoder.items()}}
+    decoder = {
+        "mask_token": (1, 1, 16),
+        "decoder_pos_embed": (1, 17, 16),
+        "decoder_embed.weight": (16, 24),
+        "decoder_pred.bias": (192,),
+    }
+    return {
+        **encoder("vit."),
+        **{f"decoder.{name}": torch.randn(shape) for name, shape in decoder.items()},
+    }
 
 
-def features_of(state: dict[str, Tensor], images: Tensor, prefix: str = "vit.", epsilon: float = 1e-12) -> Tensor:
+def features_of(
+    state: dict[str, Tensor], images: Tensor, prefix: str = "vit.", epsilon: float = 1e-12
+) -> Tensor:
     """What transformers' ViT computes, written out: pre-norm blocks, exact GELU, the norm last."""
     state = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items()}
 
@@ -80,15 +101,32 @@ def features_of(state: dict[str, Tensor], images: Tensor, prefix: str = "vit.", 
 
     def norm(name: str, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return (
+            centred
+            / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+            * state[f"{name}.weight"]
+            + state[f"{name}.bias"]
+        )
 
     projection = "embeddings.patch_embeddings.projection"
-    x = F.conv2d(images.double(), state[f"{projection}.weight"], state[f"{projection}.bias"], stride=8).flatten(2).transpose(1, 2)
-    x = torch.cat([state["embeddings.cls_token"].expand(len(x), -1, -1), x], dim=1) + state["embeddings.position_embeddings"]
+    x = (
+        F.conv2d(
+            images.double(), state[f"{projection}.weight"], state[f"{projection}.bias"], stride=8
+        )
+        .flatten(2)
+        .transpose(1, 2)
+    )
+    x = (
+        torch.cat([state["embeddings.cls_token"].expand(len(x), -1, -1), x], dim=1)
+        + state["embeddings.position_embeddings"]
+    )
     for i in range(2):
         layer = f"encoder.layer.{i}"
         y = norm(f"{layer}.layernorm_before", x)
-        parts = [linear(f"{layer}.attention.attention.{part}", y).unflatten(2, (3, 8)) for part in ("query", "key", "value")]
+        parts = [
+            linear(f"{layer}.attention.attention.{part}", y).unflatten(2, (3, 8))
+            for part in ("query", "key", "value")
+        ]
         scores = torch.einsum("bihd,bjhd->bhij", parts[0], parts[1]) / 8**0.5
         context = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), parts[2]).flatten(2)
         x = x + linear(f"{layer}.attention.output.dense", context)
@@ -97,11 +135,19 @@ def features_of(state: dict[str, Tensor], images: Tensor, prefix: str = "vit.", 
     return norm("layernorm", x)
 
 
-def written(folder: Path, state: dict[str, Tensor], model_type: str, preprocessor: dict[str, Any] | None = None, **changes: Any) -> Path:
+def written(
+    folder: Path,
+    state: dict[str, Tensor],
+    model_type: str,
+    preprocessor: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
     """A folder as ``save_pretrained`` leaves it."""
     folder.mkdir()
     config = {**CONFIG, "model_type": model_type, **changes}
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(state))
     if preprocessor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
@@ -110,7 +156,10 @@ def written(folder: Path, state: dict[str, Tensor], model_type: str, preprocesso
 
 def labelled(labels: tuple[str, ...]) -> dict[str, Any]:
     """What ViTForImageClassification's config.json has besides; JSON sorts its keys as text."""
-    return {"architectures": ["ViTForImageClassification"], "id2label": dict(sorted((str(i), label) for i, label in enumerate(labels)))}
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "id2label": dict(sorted((str(i), label) for i, label in enumerate(labels))),
+    }
 
 
 @torch.no_grad()
@@ -142,65 +191,119 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     return serve
 
 
-# -- masked autoencoders ------------------------------------------------------------------------------------------------
+# -- masked autoencoders --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("from_hub", [False, True])
 @pytest.mark.parametrize("decoder", [False, True])
-def test_a_vitmae_is_built_from_its_own_config(tmp_path: Path, hub: Hub, caplog: Any, decoder: bool, from_hub: bool) -> None:
+def test_a_vitmae_is_built_from_its_own_config(
+    tmp_path: Path, hub: Hub, caplog: Any, decoder: bool, from_hub: bool
+) -> None:
     state = autoencoder() if decoder else encoder("")
     folder = written(tmp_path / "vit-mae", state, "vit_mae", architectures=["ViTMAEForPreTraining"])
     name = hub(folder) if from_hub else str(folder)
     model = create_model(name)
     images = torch.randn(2, 3, 32, 32)
     expected = features_of(state, images, "vit." if decoder else "")
-    assert torch.allclose(recorded(model, images).double(), expected, atol=1e-4) and expected.std() > 0.3
+    assert (
+        torch.allclose(recorded(model, images).double(), expected, atol=1e-4)
+        and expected.std() > 0.3
+    )
     spec = InputSpec.of_model(model)
-    assert (spec.mean, spec.std, spec.image_size) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (32, 32)) and model.num_classes == 0
+    assert (spec.mean, spec.std, spec.image_size) == (
+        IMAGENET_DEFAULT_MEAN,
+        IMAGENET_DEFAULT_STD,
+        (32, 32),
+    ) and model.num_classes == 0
     (note,) = caplog.messages
-    kind = "MAE checkpoint with decoder; 30 encoder tensors are used" if decoder else "ViT encoder; 30 tensors are used"
-    said = f"Hugging Face's {kind}, with query, key and value in one" + ", 4 of the decoder are not" * decoder
-    assert said in note and note.endswith("its norms add 1e-06 to the variance, as timm's do, where its config.json says 1e-12.")
+    kind = (
+        "MAE checkpoint with decoder; 30 encoder tensors are used"
+        if decoder
+        else "ViT encoder; 30 tensors are used"
+    )
+    said = (
+        f"Hugging Face's {kind}, with query, key and value in one"
+        + ", 4 of the decoder are not" * decoder
+    )
+    assert said in note and note.endswith(
+        "its norms add 1e-06 to the variance, as timm's do, where its config.json says 1e-12."
+    )
 
 
 def test_a_vitmae_starts_a_student_that_exports(tmp_path: Path, caplog: Any) -> None:
-    folder = written(tmp_path / "vit-mae", autoencoder(), "vit_mae", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+    folder = written(
+        tmp_path / "vit-mae",
+        autoencoder(),
+        "vit_mae",
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+    )
     student = create_model(f"local-dir:{folder}", num_classes=7, global_pool="avg", image_size=64)
-    assert "head.weight, head.bias start fresh; its final norm is not used" in caplog.text and "from 4 x 4 patches to 8 x 8" in caplog.text
+    assert (
+        "head.weight, head.bias start fresh; its final norm is not used" in caplog.text
+        and "from 4 x 4 patches to 8 x 8" in caplog.text
+    )
     spec = InputSpec.of_model(student)
     assert (spec.mean, spec.std, spec.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (64, 64))
     architecture, args = describe(str(folder), {"global_pool": "avg", "img_size": 64})
-    export_timm(student, tmp_path / "out", architecture=architecture, model_args=args, classes=None, input_spec=spec)
+    export_timm(
+        student,
+        tmp_path / "out",
+        architecture=architecture,
+        model_args=args,
+        classes=None,
+        input_spec=spec,
+    )
     again = create_model(str(tmp_path / "out"))
     assert torch.equal(again(torch.ones(1, 3, 64, 64)), student.eval()(torch.ones(1, 3, 64, 64)))
 
 
-# -- classifiers --------------------------------------------------------------------------------------------------------
+# -- classifiers ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_a_classifier_answers_as_by_its_definition(tmp_path: Path, hub: Hub, caplog: Any, qkv_bias: bool) -> None:
+def test_a_classifier_answers_as_by_its_definition(
+    tmp_path: Path, hub: Hub, caplog: Any, qkv_bias: bool
+) -> None:
     state, images = classifier(qkv_bias=qkv_bias), torch.randn(2, 3, 32, 32)
     folder = written(tmp_path / "vit", state, "vit", qkv_bias=qkv_bias, **labelled(LABELS))
-    expected = F.linear(features_of(state, images)[:, 0], state["classifier.weight"].double(), state["classifier.bias"].double())
+    expected = F.linear(
+        features_of(state, images)[:, 0],
+        state["classifier.weight"].double(),
+        state["classifier.bias"].double(),
+    )
     for name in (str(folder), hub(folder)):
         model = create_model(name).eval()
         assert torch.allclose(model(images).double(), expected, atol=1e-3) and expected.std() > 1
         assert class_names(model) == LABELS
         assert (InputSpec.of_model(model).mean, InputSpec.of_model(model).std) == (HALF, HALF)
     tensors = 32 if qkv_bias else 30
-    assert f"Hugging Face's ViT; {tensors} tensors are used, with query, key and value in one; its norms add" in caplog.messages[0]
+    assert (
+        f"Hugging Face's ViT; {tensors} tensors are used, with query, key and value in one; its"
+        " norms add" in caplog.messages[0]
+    )
 
 
 @torch.no_grad()
 def test_a_classifiers_file_alone_is_taken_under_a_timm_name(tmp_path: Path, caplog: Any) -> None:
     state = classifier()
     folder = written(tmp_path / "vit", state, "vit", **labelled(LABELS))
-    shape = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2, "mlp_ratio": 2.5}
-    model = create_model("vit_base_patch16_224", checkpoint=folder / "model.safetensors", **shape).eval()
+    shape = {
+        "image_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "num_heads": 3,
+        "depth": 2,
+        "mlp_ratio": 2.5,
+    }
+    model = create_model(
+        "vit_base_patch16_224", checkpoint=folder / "model.safetensors", **shape
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(images), create_model(str(folder)).eval()(images)) and model.num_classes == 5
+    assert (
+        torch.equal(model(images), create_model(str(folder)).eval()(images))
+        and model.num_classes == 5
+    )
     said = "Hugging Face's ViT; 32 tensors are used, with query, key and value in one"
     assert caplog.messages[0] == f"{folder / 'model.safetensors'}: {said}."
 
@@ -216,7 +319,10 @@ def test_a_classifier_becomes_a_student_of_other_classes(tmp_path: Path, caplog:
 def test_the_pooler_of_a_vitmodel_is_left_out(tmp_path: Path, caplog: Any) -> None:
     pooler = {"pooler.dense.weight": torch.randn(24, 24), "pooler.dense.bias": torch.randn(24)}
     folder = written(tmp_path / "vit", {**encoder(""), **pooler}, "vit", architectures=["ViTModel"])
-    assert create_model(str(folder)).num_classes == 0 and ", 2 of the pooler are not; its norms" in caplog.text
+    assert (
+        create_model(str(folder)).num_classes == 0
+        and ", 2 of the pooler are not; its norms" in caplog.text
+    )
 
 
 def test_imagenets_classes_are_known_under_their_descriptions(tmp_path: Path) -> None:
@@ -231,14 +337,20 @@ def test_imagenets_classes_are_known_under_their_descriptions(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "num_classes", "names"),
     [
-        ({"architectures": ["ViTForImageClassification"]}, 2, None),  # two classes are their default, and not written
+        (
+            {"architectures": ["ViTForImageClassification"]},
+            2,
+            None,
+        ),  # two classes are their default, and not written
         (labelled(("LABEL_0", "LABEL_1", "LABEL_2")), 3, None),
         ({"id2label": {"1": "b", "0": "a"}}, 2, ("a", "b")),
         ({"architectures": ["ViTModel"], "id2label": {"0": "a"}}, 0, None),
         ({}, 0, None),
     ],
 )
-def test_how_many_classes_a_config_speaks_of(tmp_path: Path, changes: dict[str, Any], num_classes: int, names: Any) -> None:
+def test_how_many_classes_a_config_speaks_of(
+    tmp_path: Path, changes: dict[str, Any], num_classes: int, names: Any
+) -> None:
     model = create_model(str(written(tmp_path / "vit", {}, "vit", **changes)), pretrained=False)
     assert model.num_classes == num_classes and class_names(model) == names
 
@@ -246,12 +358,18 @@ def test_how_many_classes_a_config_speaks_of(tmp_path: Path, changes: dict[str, 
 @pytest.mark.parametrize(
     ("preprocessor", "mean", "std"),
     [
-        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        (
+            {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+            (0.1, 0.2, 0.3),
+            (0.4, 0.5, 0.6),
+        ),
         ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         ({"do_resize": True}, HALF, HALF),
     ],
 )
-def test_the_preprocessor_says_the_normalisation(tmp_path: Path, hub: Hub, preprocessor: Any, mean: Any, std: Any) -> None:
+def test_the_preprocessor_says_the_normalisation(
+    tmp_path: Path, hub: Hub, preprocessor: Any, mean: Any, std: Any
+) -> None:
     folder = written(tmp_path / "vit", {}, "vit", preprocessor)
     for name in (str(folder), hub(folder)):
         spec = InputSpec.of_model(create_model(name, pretrained=False))
@@ -261,18 +379,23 @@ def test_the_preprocessor_says_the_normalisation(tmp_path: Path, hub: Hub, prepr
 def test_images_that_are_not_square(tmp_path: Path) -> None:
     state, images = encoder("", grid=(2, 3)), torch.randn(1, 3, 16, 24)
     model = create_model(str(written(tmp_path / "vit", state, "vit", image_size=[16, 24])))
-    assert torch.allclose(recorded(model, images).double(), features_of(state, images, ""), atol=1e-4)
+    assert torch.allclose(
+        recorded(model, images).double(), features_of(state, images, ""), atol=1e-4
+    )
     wide = create_model(str(tmp_path / "vit"), image_size=(24, 24))
     assert wide.pos_embed.shape == (1, 10, 24)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------
+# -- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "dinov2"}, "of a Hugging Face network of the type dinov2, and only vit and vit_mae can be built"),
+        (
+            {"model_type": "dinov2"},
+            "of a Hugging Face network of the type dinov2, and only vit and vit_mae can be built",
+        ),
         ({"hidden_act": "quick_gelu"}, "has hidden_act quick_gelu, and only gelu can be built"),
         ({"hidden_size": "wide"}, "is not a configuration of a ViT"),
         ({"hidden_size": 0}, "is not a configuration of a ViT"),
@@ -280,7 +403,9 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
         ({"id2label": ["a"]}, "is not a configuration of a ViT"),
     ],
 )
-def test_other_configurations_are_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_other_configurations_are_one_sentence(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
     folder = written(tmp_path / "vit", encoder(""), **{"model_type": "vit", **changes})
     with pytest.raises(DataError, match=sentence) as caught:
         create_model(str(folder))
@@ -291,34 +416,62 @@ def test_other_configurations_are_one_sentence(tmp_path: Path, changes: dict[str
 def test_a_damaged_preprocessor_is_one_sentence(tmp_path: Path, text: str) -> None:
     folder = written(tmp_path / "vit", encoder(""), "vit")
     (folder / "preprocessor_config.json").write_text(text)
-    with pytest.raises(DataError, match=r"does not say a mean and std of images \(image_mean, image_std\)"):
+    with pytest.raises(
+        DataError, match=r"does not say a mean and std of images \(image_mean, image_std\)"
+    ):
         create_model(str(folder))
 
 
-# -- the hub ------------------------------------------------------------------------------------------------------------
+# -- the hub --------------------------------------------------------------------------------------
 
 
 def test_a_network_of_the_hub_is_described_with_its_own_arguments(tmp_path: Path, hub: Hub) -> None:
-    """The first evaluation of a student from there exports it by what `describe` says: fails where the saved arguments are left out."""
+    """The first evaluation of a student from there exports it by what `describe` says: fails where
+    the saved arguments are left out.
+    """
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
     torch.manual_seed(0)
     model = create_model("vit_tiny_patch16_224", num_classes=5, **shape).eval()
     spec = InputSpec.of_model(model)
-    export_timm(model, tmp_path / "first", architecture="vit_tiny_patch16_224", model_args=shape, classes=None, input_spec=spec)
+    export_timm(
+        model,
+        tmp_path / "first",
+        architecture="vit_tiny_patch16_224",
+        model_args=shape,
+        classes=None,
+        input_spec=spec,
+    )
     name = hub(tmp_path / "first")
     student = create_model(name, num_classes=3, global_pool="avg")
     architecture, args = describe(name, {"global_pool": "avg"})
-    assert architecture == "vit_tiny_patch16_224" and {**shape, "img_size": [32, 32]}.items() <= args.items()
+    assert (
+        architecture == "vit_tiny_patch16_224"
+        and {**shape, "img_size": [32, 32]}.items() <= args.items()
+    )
     assert describe(name, {"depth": 1})[1]["depth"] == 1
-    export_timm(student, tmp_path / "second", architecture=architecture, model_args=args, classes=None, input_spec=spec)
-    assert torch.equal(create_model(str(tmp_path / "second")).blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    export_timm(
+        student,
+        tmp_path / "second",
+        architecture=architecture,
+        model_args=args,
+        classes=None,
+        input_spec=spec,
+    )
+    assert torch.equal(
+        create_model(str(tmp_path / "second")).blocks[0].attn.qkv.weight,
+        model.blocks[0].attn.qkv.weight,
+    )
 
 
-def test_what_the_hub_does_not_have_is_one_sentence(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_does_not_have_is_one_sentence(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
     name = hub(tmp_path / "empty")
     for ask in (lambda: create_model(name), lambda: describe(name, {})):
-        with pytest.raises(DataError, match=r"some/vit has no config.json, so it is no network that can be built"):
+        with pytest.raises(
+            DataError, match=r"some/vit has no config.json, so it is no network that can be built"
+        ):
             ask()
     folder = written(tmp_path / "vit", {}, "vit")
     (folder / "model.safetensors").unlink()
@@ -329,5 +482,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(tmp_path: Path, hub: Hub, mo
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(DataError, match=r"cannot be reached \(not in the cache\); without network, download"):
+    with pytest.raises(
+        DataError, match=r"cannot be reached \(not in the cache\); without network, download"
+    ):
         describe(name, {})

@@ -1,4 +1,6 @@
-"""The command line: ``vitdistill demo | train | label | eval | explain | export``; imports are per command, so that help is instant."""
+"""The command line: ``vitdistill demo | train | label | eval | explain | export``; imports are per
+command, so that help is instant.
+"""
 
 import os
 import sys
@@ -8,11 +10,23 @@ from difflib import get_close_matches
 from ..errors import PermissionDenied, UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("vitdistill.cli.demo:main", "the whole job in two minutes on a laptop: teacher, student, table, picture"),
-    "train": ("vitdistill.cli.train:main", "train a student, alone or from a teacher; the same command resumes a run"),
-    "label": ("vitdistill.cli.label:main", "store a teacher's answers once, so that training needs no teacher"),
+    "demo": (
+        "vitdistill.cli.demo:main",
+        "the whole job in two minutes on a laptop: teacher, student, table, picture",
+    ),
+    "train": (
+        "vitdistill.cli.train:main",
+        "train a student, alone or from a teacher; the same command resumes a run",
+    ),
+    "label": (
+        "vitdistill.cli.label:main",
+        "store a teacher's answers once, so that training needs no teacher",
+    ),
     "explain": ("vitdistill.cli.explain:main", "what a run will compute and cost, before it runs"),
-    "eval": ("vitdistill.cli.evaluate:main", "accuracy, calibration, agreement with a teacher, FLOPs and speed of a model"),
+    "eval": (
+        "vitdistill.cli.evaluate:main",
+        "accuracy, calibration, agreement with a teacher, FLOPs and speed of a model",
+    ),
     "export": ("vitdistill.cli.export:main", "a run's student as a folder timm loads, or as ONNX"),
 }
 
@@ -28,16 +42,24 @@ def usage() -> str:
     lines += [f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
     lines += [
         "",
-        "From a folder photos/{train,val}/CLASS/*.jpg and a teacher to a student that sees it half-priced:",
-        "  vitdistill train maskedkd --data-dir photos --model deit_tiny_patch16_224 --teacher-model runs/teacher/best",
+        (
+            "From a folder photos/{train,val}/CLASS/*.jpg and a teacher to a student that sees it"
+            " half-priced:"
+        ),
+        (
+            "  vitdistill train maskedkd --data-dir photos --model deit_tiny_patch16_224"
+            " --teacher-model runs/teacher/best"
+        ),
     ]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or that of the error, whose sentence goes to stderr.
+    """Run one command and return its exit code: 0, or that of the error, whose sentence goes to
+    stderr.
 
-    Under torchrun, an error that all processes agreed on is said by the first of them, any other by the process that met it.
+    Under torchrun, an error that all processes agreed on is said by the first of them, any other by
+    the process that met it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):

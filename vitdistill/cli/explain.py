@@ -18,8 +18,12 @@ from .recipe_flags import RecipeFlags, parse
 class ExplainFlags(RecipeFlags):
     """Flags of ``explain``."""
 
-    time: Annotated[bool, about("run a few steps here (random images and weights), print the hours implied")] = False
-    device: Annotated[str | None, TEXT, about("for --time: cpu, cuda or cuda:N; none: the best there is")] = None
+    time: Annotated[
+        bool, about("run a few steps here (random images and weights), print the hours implied")
+    ] = False
+    device: Annotated[
+        str | None, TEXT, about("for --time: cpu, cuda or cuda:N; none: the best there is")
+    ] = None
     recipe_yaml: Annotated[bool, about("print the resolved recipe as YAML instead")] = False
 
 
@@ -33,7 +37,9 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run as it will be: its recipe with networks to build, what is to say of it, and the FLOPs of the whole of it."""
+    """One run as it will be: its recipe with networks to build, what is to say of it, and the FLOPs
+    of the whole of it.
+    """
 
     recipe: Recipe
     images: _Images
@@ -43,10 +49,15 @@ class _Run:
 
 def main(words: Sequence[str]) -> int:
     """Print the plan and its cost; nothing is trained and nothing is written."""
-    about_it = "What a run will compute and cost, before it runs. No weights are read and nothing is written."
+    about_it = (
+        "What a run will compute and cost, before it runs. No weights are read and nothing is"
+        " written."
+    )
     flags, recipe = parse("explain", ExplainFlags, words, wrap(about_it))
     if flags.recipe_yaml and flags.time:
-        raise UserError("--recipe-yaml prints the recipe and --time measures a step: give one of them")
+        raise UserError(
+            "--recipe-yaml prints the recipe and --time measures a step: give one of them"
+        )
     if flags.device is not None and not flags.time:
         raise UserError("--device cannot take effect: only --time runs anything on a device")
     if flags.recipe_yaml:
@@ -59,28 +70,53 @@ def main(words: Sequence[str]) -> int:
         images = _images(recipe)
         runs = [_explain(recipe, *networks(recipe, images.num_classes), images)]
     if not all(stage.data.dir for stage in stages.values()):
-        print("no --data-dir is given: counting ImageNet-1k's 1,281,167 training images and 1,000 classes\n")
+        print(
+            "no --data-dir is given: counting ImageNet-1k's 1,281,167 training images and 1,000"
+            " classes\n"
+        )
     for number, ((key, stage), run) in enumerate(zip(stages.items(), runs, strict=True), 1):
         if key:
-            heading = f"Stage {number} of {len(stages)}: {key}" + "".join(f", {of}" for of in _origins(stage))
+            heading = f"Stage {number} of {len(stages)}: {key}" + "".join(
+                f", {of}" for of in _origins(stage)
+            )
             print(f"{heading}\n{'=' * len(heading)}\n")
         print(run.text)
         if flags.time:
             from ..explain.measure import measure_step
 
             print()
-            print(measure_step(run.recipe, run.images.num_classes, run.images.count, flags.device or "auto"))
+            print(
+                measure_step(
+                    run.recipe, run.images.num_classes, run.images.count, flags.device or "auto"
+                )
+            )
         if key:
             print()
     if len(runs) > 1:
-        rows = [(key, str(run.recipe.train.epochs), flops(run.flops)) for key, run in zip(stages, runs, strict=True)]
-        print("\n".join(table([("all stages", "epochs", "FLOPs"), *rows, ("together", "", flops(sum(run.flops for run in runs)))])))
+        rows = [
+            (key, str(run.recipe.train.epochs), flops(run.flops))
+            for key, run in zip(stages, runs, strict=True)
+        ]
+        print(
+            "\n".join(
+                table(
+                    [
+                        ("all stages", "epochs", "FLOPs"),
+                        *rows,
+                        ("together", "", flops(sum(run.flops for run in runs))),
+                    ]
+                )
+            )
+        )
     return 0
 
 
 def _origins(stage: Recipe) -> list[str]:
     """Which networks of a stage come from which earlier one, in words."""
-    return [f"{'student' if path == 'student.model' else path.split('.')[1]} from {source}" for path, source in sources(stage).items()]
+    return [
+        f"{'student' if path == 'student.model' else path.split('.')[1]} from {source}"
+        for path, source in sources(stage).items()
+    ]
 
 
 def _images(recipe: Recipe) -> _Images:
@@ -94,9 +130,13 @@ def _images(recipe: Recipe) -> _Images:
 
 
 def _explain(recipe: Recipe, student: Built, teachers: dict[str, Built], images: _Images) -> _Run:
-    plan = plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
+    plan = plan_of(
+        recipe, student.network, {name: built.network for name, built in teachers.items()}
+    )
     micro_batch = recipe.train.batch_size // recipe.train.accumulate
-    cost = cost_of(plan, student.model, {name: built.model for name, built in teachers.items()}, micro_batch)
+    cost = cost_of(
+        plan, student.model, {name: built.model for name, built in teachers.items()}, micro_batch
+    )
     text = explain(plan, cost, images.count, recipe.train.epochs)
     return _Run(recipe, images, text, cost.step * images.count * recipe.train.epochs)
 

@@ -1,4 +1,6 @@
-"""Flags as dataclasses: tyro prints the help and fills them; a mistake is answered here, in one sentence with a suggestion."""
+"""Flags as dataclasses: tyro prints the help and fills them; a mistake is answered here, in one
+sentence with a suggestion.
+"""
 
 import dataclasses
 import re
@@ -88,7 +90,9 @@ def one_of(*choices: str) -> Value:
 
 
 def read_value(word: str, kind: Any, name: str, optional: bool = True) -> Any:
-    """The value of type ``kind`` (a type, or a Literal) that ``word`` spells; raises `UserError` naming ``name``."""
+    """The value of type ``kind`` (a type, or a Literal) that ``word`` spells; raises `UserError`
+    naming ``name``.
+    """
     if optional and word.lower() in ("none", "null") and "none" not in get_args(kind):
         return None
     value = {"true": True, "false": False}.get(word.lower(), word) if kind is bool else word
@@ -109,7 +113,9 @@ def _default_hint(default: str) -> str:
 
 @dataclass(frozen=True)
 class _Flag:
-    """One flag as the command line spells it, or a word of its own (``metadata={"positional": METAVAR}``)."""
+    """One flag as the command line spells it, or a word of its own (``metadata={"positional":
+    METAVAR}``).
+    """
 
     name: str
     field: "dataclasses.Field[Any]"
@@ -120,8 +126,16 @@ class _Flag:
     @classmethod
     def of(cls, item: "dataclasses.Field[Any]", hint: Any) -> "_Flag":
         name = item.metadata.get("positional") or "--" + item.name.rstrip("_").replace("_", "-")
-        value = next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Value)), None)
-        return cls(name, item, value, type(None) in get_args(get_args(hint)[0]), item.metadata.get("aliases", ()))
+        value = next(
+            (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Value)), None
+        )
+        return cls(
+            name,
+            item,
+            value,
+            type(None) in get_args(get_args(hint)[0]),
+            item.metadata.get("aliases", ()),
+        )
 
     @property
     def positional(self) -> bool:
@@ -148,10 +162,12 @@ def flags_of(flags: type) -> Iterator[_Flag]:
 
 
 def normalise(flags: type, words: Sequence[str], prog: str) -> dict[str, list[str]]:
-    """The words after each flag by its field's name: aliases resolved, ``--a=b`` split, a list given twice joined.
+    """The words after each flag by its field's name: aliases resolved, ``--a=b`` split, a list
+    given twice joined.
 
     Raises:
-        UserError: a flag that does not exist, is given twice, lacks its value or has one of the wrong type.
+        UserError: a flag that does not exist, is given twice, lacks its value or has one of the
+            wrong type.
     """
     known = {spelling: flag for flag in flags_of(flags) for spelling in (flag.name, *flag.aliases)}
     given: dict[str, list[str]] = {}
@@ -159,9 +175,19 @@ def normalise(flags: type, words: Sequence[str], prog: str) -> dict[str, list[st
     while rest:
         word = rest.pop(0)
         if not _is_flag(word):
-            flag = next((flag for flag in known.values() if flag.positional and flag.field.name not in given), None)
+            flag = next(
+                (
+                    flag
+                    for flag in known.values()
+                    if flag.positional and flag.field.name not in given
+                ),
+                None,
+            )
             if flag is None:
-                raise UserError(f"{word!r} is not expected here: flags begin with --, and '{prog} --help' lists them")
+                raise UserError(
+                    f"{word!r} is not expected here: flags begin with --, and '{prog} --help' lists"
+                    " them"
+                )
             given[flag.field.name] = [word]
             continue
         spelling, equals, value = word.partition("=")
@@ -176,7 +202,9 @@ def normalise(flags: type, words: Sequence[str], prog: str) -> dict[str, list[st
         else:
             items = [rest.pop(0)] if _takes(flag, rest) else []
         given[flag.field.name] = given.get(flag.field.name, []) + _checked(flag, items)
-    missing = next((flag for flag in known.values() if flag.required and flag.field.name not in given), None)
+    missing = next(
+        (flag for flag in known.values() if flag.required and flag.field.name not in given), None
+    )
     if missing is not None:
         raise UserError(f"{missing.name} is missing: '{prog} --help' says what it is")
     return given
@@ -198,11 +226,16 @@ def _find(spelling: str, known: dict[str, _Flag], prog: str) -> _Flag:
     if advice is not None and all(flag in known for flag in re.findall(r"--[\w-]+", advice)):
         raise UserError(f"there is no flag {spelling}: {advice}")
     close = get_close_matches(plain, [name for name in known if name.startswith("--")], n=1)
-    raise UserError(f"there is no flag {spelling}: " + (f"did you mean {close[0]}?" if close else f"'{prog} --help' lists them"))
+    raise UserError(
+        f"there is no flag {spelling}: "
+        + (f"did you mean {close[0]}?" if close else f"'{prog} --help' lists them")
+    )
 
 
 def _takes(flag: _Flag, rest: list[str]) -> bool:
-    """Whether the next word is the value of ``flag``; a switch that can also be taken back has one only if that is true or false."""
+    """Whether the next word is the value of ``flag``; a switch that can also be taken back has one
+    only if that is true or false.
+    """
     if flag.value is None or not rest or _is_flag(rest[0]):
         return False
     return flag.value.kind is not bool or rest[0].lower() in ("true", "false", "none")
@@ -216,7 +249,11 @@ def _checked(flag: _Flag, items: list[str]) -> list[str]:
     if not items and flag.value is not None and flag.value.kind is bool:
         return ["true"]
     if not items:
-        kind = f" ({flag.value.metavar})" if flag.value is not None and get_origin(flag.value.kind) is Literal else ""
+        kind = (
+            f" ({flag.value.metavar})"
+            if flag.value is not None and get_origin(flag.value.kind) is Literal
+            else ""
+        )
         raise UserError(f"{flag.name} needs a value{kind}")
     if flag.value is not None:
         read_value(items[0], flag.value.kind, flag.name, flag.optional)
@@ -230,7 +267,9 @@ def parse_flags(flags: type[Flags], words: Sequence[str], prog: str, description
         UserError: one sentence for any mistake.
         SystemExit: after the help.
     """
-    return fill(flags, None if asks_help(words) else normalise(flags, words, prog), prog, description)
+    return fill(
+        flags, None if asks_help(words) else normalise(flags, words, prog), prog, description
+    )
 
 
 def asks_help(words: Sequence[str]) -> bool:
@@ -238,12 +277,22 @@ def asks_help(words: Sequence[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
-def fill(flags: type[Flags], given: dict[str, list[str]] | None, prog: str, description: str, default: Flags | None = None) -> Flags:
+def fill(
+    flags: type[Flags],
+    given: dict[str, list[str]] | None,
+    prog: str,
+    description: str,
+    default: Flags | None = None,
+) -> Flags:
     """The dataclass with what `normalise` read in it; None prints the help and exits."""
     words = ["--help"]
     if given is not None:
         names = {flag.field.name: flag for flag in flags_of(flags)}
-        words = [word for key, items in given.items() for word in ([] if names[key].positional else [names[key].name]) + items]
+        words = [
+            word
+            for key, items in given.items()
+            for word in ([] if names[key].positional else [names[key].name]) + items
+        ]
     options: dict[str, Any] = {} if default is None else {"default": default}
     filled: Flags = tyro.cli(
         flags,
@@ -262,6 +311,10 @@ def _aliases(flags: type) -> str:
 
 
 def wrap(text: str, indent: str = "  ") -> str:
-    """Lines no wider than the terminal, the second and later ones indented (tyro joins lines that begin with a letter)."""
+    """Lines no wider than the terminal, the second and later ones indented (tyro joins lines that
+    begin with a letter).
+    """
     width = max(shutil.get_terminal_size().columns - 2, 40)  # some versions of tyro keep a margin
-    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

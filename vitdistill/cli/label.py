@@ -30,17 +30,32 @@ ENCODINGS = ("auto", "float32", "float16", "uint8", "topk", "sampled")
 class WritingFlags(RecipeFlags):
     """Flags of everything that writes labels for a recipe."""
 
-    output: Annotated[str | None, TEXT, about("the folder; a teacher's labels go into one of its name there; none: labels/RECIPE")] = None
+    output: Annotated[
+        str | None,
+        TEXT,
+        about("the folder; a teacher's labels go into one of its name there; none: labels/RECIPE"),
+    ] = None
     encoding: Annotated[
         str,
         one_of(*ENCODINGS),
-        about("of the logits; auto: float16 up to 256 classes, else the k largest and the mass of the others (topk)"),
+        about(
+            "of the logits; auto: float16 up to 256 classes, else the k largest and the mass of the"
+            " others (topk)"
+        ),
     ] = "auto"
-    k: Annotated[int | None, COUNT, about("classes an image of topk, draws of sampled; none: 10")] = None
+    k: Annotated[
+        int | None, COUNT, about("classes an image of topk, draws of sampled; none: 10")
+    ] = None
     temperatures: Annotated[
-        tuple[str, ...], about("at which topk and sampled are right; none: those of the recipe's objectives", metavar="T ...")
+        tuple[str, ...],
+        about(
+            "at which topk and sampled are right; none: those of the recipe's objectives",
+            metavar="T ...",
+        ),
     ] = ()
-    part_size: Annotated[int, COUNT, about("images a part: what one process writes at a time, and a crash can cost")] = 16384
+    part_size: Annotated[
+        int, COUNT, about("images a part: what one process writes at a time, and a crash can cost")
+    ] = 16384
     device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
 
     def options(self, hidden_dtype: str | None = None) -> "LabelOptions":
@@ -60,39 +75,67 @@ class WritingFlags(RecipeFlags):
 class LabelFlags(WritingFlags):
     """Flags of ``label RECIPE``."""
 
-    hidden_dtype: Annotated[str | None, one_of("float16", "float32"), about("of hidden states the recipe reads; none: float16")] = None
+    hidden_dtype: Annotated[
+        str | None,
+        one_of("float16", "float32"),
+        about("of hidden states the recipe reads; none: float16"),
+    ] = None
 
 
 @dataclass
 class _StoreFlags:
-    store: Positional[Annotated[str, TEXT, about("a teacher's labels, or a folder of several teachers'", metavar="FOLDER")]] = field(
-        metadata={"positional": "FOLDER"}
-    )
+    store: Positional[
+        Annotated[
+            str,
+            TEXT,
+            about("a teacher's labels, or a folder of several teachers'", metavar="FOLDER"),
+        ]
+    ] = field(metadata={"positional": "FOLDER"})
 
 
 @dataclass
 class _CheckFlags(_StoreFlags):
     samples: Annotated[int, COUNT, about("how many (view, image) to answer anew")] = 256
-    data_dir: Annotated[str | None, TEXT, about("where the images are now; none: where they were")] = None
+    data_dir: Annotated[
+        str | None, TEXT, about("where the images are now; none: where they were")
+    ] = None
     teacher_model: Annotated[str | None, TEXT, about("the teacher; none: where it was")] = None
     device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
 
 
 @dataclass
 class _MergeFlags:
-    target: Positional[Annotated[str, TEXT, about("the folder to write; it may have parts already", metavar="TARGET")]] = field(
-        metadata={"positional": "TARGET"}
-    )
-    from_: Annotated[tuple[str, ...], about("labels of one teacher, as they were written apart", name="from", metavar="FOLDER ...")] = ()
+    target: Positional[
+        Annotated[
+            str, TEXT, about("the folder to write; it may have parts already", metavar="TARGET")
+        ]
+    ] = field(metadata={"positional": "TARGET"})
+    from_: Annotated[
+        tuple[str, ...],
+        about(
+            "labels of one teacher, as they were written apart", name="from", metavar="FOLDER ..."
+        ),
+    ] = ()
 
 
 @dataclass
 class _PruneFlags(_StoreFlags):
     to: Annotated[str | None, TEXT, about("the folder to write")] = None
     views: Annotated[int | None, COUNT, about("keep the first so many views; none: all")] = None
-    k: Annotated[int | None, COUNT, about("largest classes of an image to keep; none: all that are stored, or 10")] = None
-    encoding: Annotated[str | None, one_of("float16", "uint8", "topk"), about("store logits so instead; none: as they are")] = None
-    temperatures: Annotated[tuple[str, ...], about("of --encoding topk; none: those that are stored, or 1", metavar="T ...")] = ()
+    k: Annotated[
+        int | None,
+        COUNT,
+        about("largest classes of an image to keep; none: all that are stored, or 10"),
+    ] = None
+    encoding: Annotated[
+        str | None,
+        one_of("float16", "uint8", "topk"),
+        about("store logits so instead; none: as they are"),
+    ] = None
+    temperatures: Annotated[
+        tuple[str, ...],
+        about("of --encoding topk; none: those that are stored, or 1", metavar="T ..."),
+    ] = ()
 
 
 def main(words: Sequence[str]) -> int:
@@ -111,7 +154,11 @@ def main(words: Sequence[str]) -> int:
         return verbs[words[0]](words[1:])
     if len(words) > 1 and not words[1].startswith("-"):  # two words: no recipe and its flags
         close = get_close_matches(words[0], verbs, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(verbs)}, or give a recipe and flags"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"choose from {', '.join(verbs)}, or give a recipe and flags"
+        )
         raise UserError(f"there is no 'vitdistill label {words[0]}': {hint}")
     return _write(words)
 
@@ -125,7 +172,9 @@ EVERY_S = 10.0
 
 
 def now_and_then() -> Callable[[str], None]:
-    """`say` for every part of a long work: what it is told is printed when nothing was for `EVERY_S` seconds."""
+    """`say` for every part of a long work: what it is told is printed when nothing was for
+    `EVERY_S` seconds.
+    """
     told = time.monotonic()
 
     def tell(text: str) -> None:
@@ -137,14 +186,15 @@ def now_and_then() -> Callable[[str], None]:
     return tell
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def _write(words: Sequence[str]) -> int:
     about_it = (
-        "Run a recipe's teachers once, over the very views its student will see, and store what they say. Training with --labels then "
-        "needs no teacher. The same command goes on where it was stopped, in any number of processes at once.\n"
-        "Of labels that are there: vitdistill label status | info | verify | check | merge | prune | import | export"
+        "Run a recipe's teachers once, over the very views its student will see, and store what"
+        " they say. Training with --labels then needs no teacher. The same command goes on where it"
+        " was stopped, in any number of processes at once.\nOf labels that are there: vitdistill"
+        " label status | info | verify | check | merge | prune | import | export"
     )
     flags, recipe, output = parse_writing("label", LabelFlags, words, wrap(about_it))
     from ..runs.label import label
@@ -160,15 +210,29 @@ def _write(words: Sequence[str]) -> int:
 Flags = TypeVar("Flags", bound=WritingFlags)
 
 
-def parse_writing(command: str, flags: type[Flags], words: Sequence[str], about_it: str) -> tuple[Flags, Recipe, Path]:
-    """Flags and the recipe to label for, and the folder to write into; `UserError` for a recipe of stages, or one that reads labels."""
+def parse_writing(
+    command: str, flags: type[Flags], words: Sequence[str], about_it: str
+) -> tuple[Flags, Recipe, Path]:
+    """Flags and the recipe to label for, and the folder to write into; `UserError` for a recipe of
+    stages, or one that reads labels.
+    """
     found, recipe = parse(command, flags, words, about_it)
     if isinstance(recipe, Stages):
-        raise UserError(f"the recipe {recipe.name!r} has stages: label the recipe of one of them (its recipe.yaml in the run's folder)")
+        raise UserError(
+            f"the recipe {recipe.name!r} has stages: label the recipe of one of them (its"
+            " recipe.yaml in the run's folder)"
+        )
     for name, teacher in recipe.teachers.items():
         if teacher.labels is not None:
-            raise UserError(f"--labels cannot take effect (teachers.{name}.labels): labels are written here, into --output")
-    return found, recipe, Path(found.output) if found.output is not None else Path("labels") / recipe.name
+            raise UserError(
+                f"--labels cannot take effect (teachers.{name}.labels): labels are written here,"
+                " into --output"
+            )
+    return (
+        found,
+        recipe,
+        Path(found.output) if found.output is not None else Path("labels") / recipe.name,
+    )
 
 
 def _temperatures(words: Sequence[str]) -> tuple[float, ...]:
@@ -177,7 +241,7 @@ def _temperatures(words: Sequence[str]) -> tuple[float, ...]:
     return tuple(read_value(word, float, "--temperatures", optional=False) for word in words)
 
 
-# --- looking after ------------------------------------------------------------------------------------------------------------------
+# --- looking after -------------------------------------------------------------------------------
 
 
 def open_all(folder: str) -> dict[str, LabelStore]:
@@ -186,17 +250,34 @@ def open_all(folder: str) -> dict[str, LabelStore]:
     if (path / "manifest.json").exists() or not path.is_dir():
         return {path.name: LabelStore.open(path)}
     inside = sorted(child for child in path.iterdir() if (child / "manifest.json").exists())
-    return {child.name: LabelStore.open(child) for child in inside} or {path.name: LabelStore.open(path)}
+    return {child.name: LabelStore.open(child) for child in inside} or {
+        path.name: LabelStore.open(path)
+    }
 
 
 def _status(words: Sequence[str]) -> int:
-    flags = parse_flags(_StoreFlags, words, "vitdistill label status", wrap("How far labels are written, and by whom."))
+    flags = parse_flags(
+        _StoreFlags,
+        words,
+        "vitdistill label status",
+        wrap("How far labels are written, and by whom."),
+    )
     for name, store in open_all(flags.store).items():
         status = store.status()
-        state = "complete" if status.sealed == status.parts else f"{100 * status.sealed // status.parts} %"
-        say(f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
+        state = (
+            "complete"
+            if status.sealed == status.parts
+            else f"{100 * status.sealed // status.parts} %"
+        )
+        say(
+            f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records,"
+            f" {bytes_shown(status.bytes)}"
+        )
         for lease in status.writing:
-            say(f"  view {lease.view} part {lease.part} is claimed by process {lease.pid} of {lease.host or 'an unreadable lease'}")
+            say(
+                f"  view {lease.view} part {lease.part} is claimed by process {lease.pid} of"
+                f" {lease.host or 'an unreadable lease'}"
+            )
     return 0
 
 
@@ -206,8 +287,14 @@ def _info(words: Sequence[str]) -> int:
 
     for name, store in open_all(flags.store).items():
         manifest = store.manifest
-        say(f"{name}: {manifest.about['network']['architecture']}, {describe(store.layout)}, {store.layout.record_bytes} bytes a record")
-        say(f"  {manifest.num_samples:,} images x {manifest.num_views} views, parts of {manifest.part_size:,}")
+        say(
+            f"{name}: {manifest.about['network']['architecture']}, {describe(store.layout)},"
+            f" {store.layout.record_bytes} bytes a record"
+        )
+        say(
+            f"  {manifest.num_samples:,} images x {manifest.num_views} views, parts of"
+            f" {manifest.part_size:,}"
+        )
         for key, value in manifest.identity.items():
             say(f"  {key:<32}{_plain(value)}")
         for library, version in manifest.about.get("versions", {}).items():
@@ -222,52 +309,94 @@ def _plain(value: object) -> str:
 
 
 def _verify(words: Sequence[str]) -> int:
-    flags = parse_flags(_StoreFlags, words, "vitdistill label verify", wrap("Read every record and compare it with its checksum."))
+    flags = parse_flags(
+        _StoreFlags,
+        words,
+        "vitdistill label verify",
+        wrap("Read every record and compare it with its checksum."),
+    )
     bad = []
     for name, store in open_all(flags.store).items():
         found = store.verify()
         status = store.status()
         are = "is" if len(found) == 1 else "are"
-        say(f"{name}: {status.sealed} of {status.parts} parts are there, {counted(len(found), 'file')} {are} damaged or foreign")
+        say(
+            f"{name}: {status.sealed} of {status.parts} parts are there,"
+            f" {counted(len(found), 'file')} {are} damaged or foreign"
+        )
         for sentence in found:
             say(f"  {sentence}")
         bad += found
     if bad:
-        was, them = ("is not as it was", "it") if len(bad) == 1 else ("are not as they were", "them")
-        raise DataError(f"{counted(len(bad), 'file')} of {flags.store} {was} written: delete {them} and run vitdistill label again")
+        was, them = (
+            ("is not as it was", "it") if len(bad) == 1 else ("are not as they were", "them")
+        )
+        raise DataError(
+            f"{counted(len(bad), 'file')} of {flags.store} {was} written: delete {them} and run"
+            " vitdistill label again"
+        )
     return 0
 
 
 def _check(words: Sequence[str]) -> int:
-    flags = parse_flags(_CheckFlags, words, "vitdistill label check", wrap("Run the teachers again on some images and compare."))
+    flags = parse_flags(
+        _CheckFlags,
+        words,
+        "vitdistill label check",
+        wrap("Run the teachers again on some images and compare."),
+    )
     if flags.samples < 1:
         raise UserError(f"--samples is {flags.samples}: give at least 1")
     from ..runs.label import check
 
     wrong = 0
     for name, store in open_all(flags.store).items():
-        found = check(store, name, flags.samples, data_dir=flags.data_dir, model=flags.teacher_model, device=flags.device, say=say)
+        found = check(
+            store,
+            name,
+            flags.samples,
+            data_dir=flags.data_dir,
+            model=flags.teacher_model,
+            device=flags.device,
+            say=say,
+        )
         say(f"{name}: {found}")
         wrong += not found.as_stored
     if wrong:
-        raise DataError(f"the teacher does not answer as {flags.store} says: it, the images or a library has changed; label again")
+        raise DataError(
+            f"the teacher does not answer as {flags.store} says: it, the images or a library has"
+            " changed; label again"
+        )
     return 0
 
 
 def _merge(words: Sequence[str]) -> int:
-    flags = parse_flags(_MergeFlags, words, "vitdistill label merge", wrap("Unite labels of one teacher that were written apart."))
+    flags = parse_flags(
+        _MergeFlags,
+        words,
+        "vitdistill label merge",
+        wrap("Unite labels of one teacher that were written apart."),
+    )
     if not flags.from_:
         raise UserError("--from is missing: name the labels to unite")
     from ..labels.tools import merge
 
     store = merge(flags.from_, flags.target, say=now_and_then())
     status = store.status()
-    say(f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records, {bytes_shown(status.bytes)}")
+    say(
+        f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records,"
+        f" {bytes_shown(status.bytes)}"
+    )
     return 0
 
 
 def _prune(words: Sequence[str]) -> int:
-    flags = parse_flags(_PruneFlags, words, "vitdistill label prune", wrap("Write a smaller copy: fewer views, fewer classes an image."))
+    flags = parse_flags(
+        _PruneFlags,
+        words,
+        "vitdistill label prune",
+        wrap("Write a smaller copy: fewer views, fewer classes an image."),
+    )
     if flags.to is None:
         raise UserError("--to is missing: name the folder to write")
     from ..labels.tools import prune
@@ -279,13 +408,20 @@ def _prune(words: Sequence[str]) -> int:
     elif flags.temperatures:
         raise UserError("--temperatures cannot take effect: they are of --encoding topk")
     k = None if layout is not None else flags.k
-    store = prune(flags.store, flags.to, num_views=flags.views, k=k, layout=layout, say=now_and_then())
+    store = prune(
+        flags.store, flags.to, num_views=flags.views, k=k, layout=layout, say=now_and_then()
+    )
     before, after = source.status(), store.status()
-    say(f"{flags.to}: {after.records:,} records, {bytes_shown(after.bytes)} (from {bytes_shown(before.bytes)})")
+    say(
+        f"{flags.to}: {after.records:,} records, {bytes_shown(after.bytes)} (from"
+        f" {bytes_shown(before.bytes)})"
+    )
     return 0
 
 
-def _smaller(layout: Layout, encoding: str, k: int | None, temperatures: tuple[float, ...]) -> Layout:
+def _smaller(
+    layout: Layout, encoding: str, k: int | None, temperatures: tuple[float, ...]
+) -> Layout:
     from dataclasses import replace
 
     from ..labels.encoding import LogitEncoding
@@ -296,9 +432,15 @@ def _smaller(layout: Layout, encoding: str, k: int | None, temperatures: tuple[f
         raise UserError(f"--k and --temperatures cannot take effect with --encoding {encoding}")
     own = layout.logits.k if layout.logits.temperatures else 10
     sparse = (
-        {"k": own if k is None else k, "temperatures": temperatures or layout.logits.temperatures or (1.0,)} if encoding == "topk" else {}
+        {
+            "k": own if k is None else k,
+            "temperatures": temperatures or layout.logits.temperatures or (1.0,),
+        }
+        if encoding == "topk"
+        else {}
     )
-    return replace(layout, logits=LogitEncoding(kind=encoding, num_classes=layout.logits.num_classes, **sparse))  # type: ignore[arg-type]
+    logits = LogitEncoding(kind=encoding, num_classes=layout.logits.num_classes, **sparse)  # type: ignore[arg-type]
+    return replace(layout, logits=logits)
 
 
 def _import(words: Sequence[str]) -> int:

@@ -1,4 +1,6 @@
-"""``vitdistill label import`` and ``vitdistill label export``: labels of other tools, and for them."""
+"""``vitdistill label import`` and ``vitdistill label export``: labels of other tools, and for
+them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,10 +20,21 @@ class ImportFlags(WritingFlags):
     """Flags of ``label import FILE RECIPE``."""
 
     teacher_: Annotated[
-        str | None, TEXT, about("which of the recipe's teachers answered; none: its only one", name="teacher", metavar="NAME")
+        str | None,
+        TEXT,
+        about(
+            "which of the recipe's teachers answered; none: its only one",
+            name="teacher",
+            metavar="NAME",
+        ),
     ] = None
     classes: Annotated[
-        str | None, TEXT, about("names of the classes in the order of the logits, one a line; none: as FILE says", metavar="FILE")
+        str | None,
+        TEXT,
+        about(
+            "names of the classes in the order of the logits, one a line; none: as FILE says",
+            metavar="FILE",
+        ),
     ] = None
 
 
@@ -29,31 +42,49 @@ class ImportFlags(WritingFlags):
 class ExportFlags:
     """Flags of ``label export``."""
 
-    store: Positional[Annotated[str, TEXT, about("a teacher's labels", metavar="FOLDER")]] = field(metadata={"positional": "FOLDER"})
-    to: Annotated[str | None, TEXT, about("the file to write, .npz or .parquet", metavar="FILE")] = None
+    store: Positional[Annotated[str, TEXT, about("a teacher's labels", metavar="FOLDER")]] = field(
+        metadata={"positional": "FOLDER"}
+    )
+    to: Annotated[
+        str | None, TEXT, about("the file to write, .npz or .parquet", metavar="FILE")
+    ] = None
     views: Annotated[tuple[str, ...], about("which views; none: all", metavar="N ...")] = ()
 
 
 def import_main(words: Sequence[str]) -> int:
     """Make labels of answers in a file."""
     about_it = (
-        "Make labels of answers that were made elsewhere. FILE is .npz or .parquet with the columns sample_id (the number of the training "
-        "image from 0, or its key, such as cat/001.png), view (from 0; none: 0) and logits, for every training image in every view. The "
-        "recipe makes the views: it has to be the one that the student is trained with."
+        "Make labels of answers that were made elsewhere. FILE is .npz or .parquet with the columns"
+        " sample_id (the number of the training image from 0, or its key, such as cat/001.png),"
+        " view (from 0; none: 0) and logits, for every training image in every view. The recipe"
+        " makes the views: it has to be the one that the student is trained with."
     )
     file = ""
     if not asks_help(words):
         if not words or words[0].startswith("-"):
-            raise UserError("FILE is missing, or not the first word: vitdistill label import FILE RECIPE [flags]")
+            raise UserError(
+                "FILE is missing, or not the first word: vitdistill label import FILE RECIPE"
+                " [flags]"
+            )
         file, words = words[0], words[1:]
     flags, recipe, output = parse_writing("label import FILE", ImportFlags, words, wrap(about_it))
     from ..runs.label_import import import_labels
 
     store = import_labels(
-        file, recipe, output, flags.options(), teacher=flags.teacher_, classes=flags.classes, device=flags.device, say=say
+        file,
+        recipe,
+        output,
+        flags.options(),
+        teacher=flags.teacher_,
+        classes=flags.classes,
+        device=flags.device,
+        say=say,
     )
     status = store.status()
-    say(f"{store.path.name}: {status.records:,} records, {bytes_shown(status.bytes)} in {store.path}")
+    say(
+        f"{store.path.name}: {status.records:,} records, {bytes_shown(status.bytes)} in"
+        f" {store.path}"
+    )
     without = ", without a teacher's model" if recipe.teachers[store.path.name].model else ""
     say(f"done: train with the same recipe{without} and --labels {output}")
     return 0
@@ -62,8 +93,9 @@ def import_main(words: Sequence[str]) -> int:
 def export_main(words: Sequence[str]) -> int:
     """Write the logits of labels into one file."""
     about_it = (
-        "Write labels as one file: sample_id, view, pixels and logits; of labels that are not complete class_ids in place of logits, and "
-        "of topk also values (z - max z) and tail_T (the log of the weight of all other classes at temperature T)."
+        "Write labels as one file: sample_id, view, pixels and logits; of labels that are not"
+        " complete class_ids in place of logits, and of topk also values (z - max z) and tail_T"
+        " (the log of the weight of all other classes at temperature T)."
     )
     flags = parse_flags(ExportFlags, words, "vitdistill label export", wrap(about_it))
     if flags.to is None:

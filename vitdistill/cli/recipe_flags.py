@@ -1,4 +1,6 @@
-"""Flags that change a recipe: timm's spellings, DeiT's as aliases, and every other field by ``--set``."""
+"""Flags that change a recipe: timm's spellings, DeiT's as aliases, and every other field by
+``--set``.
+"""
 
 import dataclasses
 import os
@@ -16,10 +18,29 @@ from ..errors import UserError
 from ..methods import method_class, method_names
 from ..methods.base import Masking, TeacherObjective, TokenSelector
 from ..recipes import RECIPES, find_recipe, named_recipe
-from ..recipes.config import Recipe, StudentConfig, TeacherConfig, flatten, parse_value, replace_fields
+from ..recipes.config import (
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    flatten,
+    parse_value,
+    replace_fields,
+)
 from ..runs.stages import Stages, in_stage, refuse_sources
 from ..storage.durable import MANIFEST
-from .flags import COUNT, NUMBER, SWITCH, TEXT, about, asks_help, fill, flags_of, normalise, one_of, wrap
+from .flags import (
+    COUNT,
+    NUMBER,
+    SWITCH,
+    TEXT,
+    about,
+    asks_help,
+    fill,
+    flags_of,
+    normalise,
+    one_of,
+    wrap,
+)
 
 DEFAULT_RECIPE = "maskedkd"
 
@@ -34,78 +55,122 @@ class Data:
     """Where the images are, and how they are read."""
 
     data_dir: Annotated[
-        str | None, TEXT, about("a folder or tar with train/ and val/, parquet files, hfds/NAME, torchvision/NAME?root=DIR")
+        str | None,
+        TEXT,
+        about(
+            "a folder or tar with train/ and val/, parquet files, hfds/NAME,"
+            " torchvision/NAME?root=DIR"
+        ),
     ] = _at("data.dir")
-    workers: Annotated[int | None, COUNT, about("loader processes; no influence on the result")] = _at("data.workers", "-j")
-    in_memory: Annotated[bool | None, SWITCH, about("keep decoded images in memory; none: if they fit 2 GiB")] = _at("data.in_memory")
+    workers: Annotated[int | None, COUNT, about("loader processes; no influence on the result")] = (
+        _at("data.workers", "-j")
+    )
+    in_memory: Annotated[
+        bool | None, SWITCH, about("keep decoded images in memory; none: if they fit 2 GiB")
+    ] = _at("data.in_memory")
 
 
 @dataclass
 class Student:
     """The network to train."""
 
-    model: Annotated[str | None, TEXT, about("timm name, hf-hub:ORG/NAME, or a folder with config.json")] = _at("student.model")
-    model_path: Annotated[str | None, TEXT, about("weights it starts from (.safetensors, .pth)")] = _at("student.checkpoint")
-    pretrained: Annotated[bool | None, SWITCH, about("start from timm's pretrained weights")] = _at("student.pretrained")
+    model: Annotated[
+        str | None, TEXT, about("timm name, hf-hub:ORG/NAME, or a folder with config.json")
+    ] = _at("student.model")
+    model_path: Annotated[
+        str | None, TEXT, about("weights it starts from (.safetensors, .pth)")
+    ] = _at("student.checkpoint")
+    pretrained: Annotated[bool | None, SWITCH, about("start from timm's pretrained weights")] = _at(
+        "student.pretrained"
+    )
     img_size: Annotated[
-        int | None, COUNT, about("side of its square input, pixels; none: its own; not square: --set student.model_args.img_size=[H,W]")
+        int | None,
+        COUNT,
+        about(
+            "side of its square input, pixels; none: its own; not square: --set"
+            " student.model_args.img_size=[H,W]"
+        ),
     ] = _at("student.image_size")
-    drop_path: Annotated[float | None, NUMBER, about("stochastic depth rate of its last block")] = _at("student.drop_path")
+    drop_path: Annotated[float | None, NUMBER, about("stochastic depth rate of its last block")] = (
+        _at("student.drop_path")
+    )
 
 
 @dataclass
 class Teacher:
     """The network to learn from, and how much of each image it sees."""
 
-    teacher_model: Annotated[str | None, TEXT, about("timm name, hf-hub:ORG/NAME, or a run's or export's folder")] = _at(
-        "teachers.teacher.model", "--kd-model-name"
+    teacher_model: Annotated[
+        str | None, TEXT, about("timm name, hf-hub:ORG/NAME, or a run's or export's folder")
+    ] = _at("teachers.teacher.model", "--kd-model-name")
+    teacher_path: Annotated[str | None, TEXT, about("its weights (.safetensors, .pth)")] = _at(
+        "teachers.teacher.checkpoint"
     )
-    teacher_path: Annotated[str | None, TEXT, about("its weights (.safetensors, .pth)")] = _at("teachers.teacher.checkpoint")
-    teacher_pretrained: Annotated[bool | None, SWITCH, about("take timm's pretrained weights")] = _at("teachers.teacher.pretrained")
-    teacher_img_size: Annotated[int | None, COUNT, about("side of its square input, pixels; none: its own")] = _at(
-        "teachers.teacher.image_size"
+    teacher_pretrained: Annotated[bool | None, SWITCH, about("take timm's pretrained weights")] = (
+        _at("teachers.teacher.pretrained")
     )
+    teacher_img_size: Annotated[
+        int | None, COUNT, about("side of its square input, pixels; none: its own")
+    ] = _at("teachers.teacher.image_size")
     teacher_precision: Annotated[
-        str | None, one_of("same", "float32", "bfloat16"), about("its arithmetic; bfloat16 is faster, not exact")
+        str | None,
+        one_of("same", "float32", "bfloat16"),
+        about("its arithmetic; bfloat16 is faster, not exact"),
     ] = _at("teachers.teacher.precision")
-    reorder_classes: Annotated[bool | None, SWITCH, about("accept its classes in another order, matched by name")] = _at(
-        "teachers.teacher.reorder_classes"
-    )
+    reorder_classes: Annotated[
+        bool | None, SWITCH, about("accept its classes in another order, matched by name")
+    ] = _at("teachers.teacher.reorder_classes")
     labels: Annotated[
-        str | None, TEXT, about("stored labels to read in place of running it, as 'vitdistill label' wrote them; for all teachers at once")
+        str | None,
+        TEXT,
+        about(
+            "stored labels to read in place of running it, as 'vitdistill label' wrote them; for"
+            " all teachers at once"
+        ),
     ] = None
-    keep_rate: Annotated[float | None, NUMBER, about("fraction of its patches it sees, above 0 to 1")] = _at("selector.keep_rate")
-    num_keep: Annotated[int | None, COUNT, about("number of patches it sees, instead of --keep-rate")] = _at(
-        "selector.num_keep", "--len-num-keep"
-    )
+    keep_rate: Annotated[
+        float | None, NUMBER, about("fraction of its patches it sees, above 0 to 1")
+    ] = _at("selector.keep_rate")
+    num_keep: Annotated[
+        int | None, COUNT, about("number of patches it sees, instead of --keep-rate")
+    ] = _at("selector.num_keep", "--len-num-keep")
 
 
 @dataclass
 class Loss:
     """What is minimised."""
 
-    ce_weight: Annotated[float | None, NUMBER, about("weight of the cross-entropy with the labels")] = _at(
-        "objectives.ce.weight", "--task-loss-weight"
+    ce_weight: Annotated[
+        float | None, NUMBER, about("weight of the cross-entropy with the labels")
+    ] = _at("objectives.ce.weight", "--task-loss-weight")
+    smoothing: Annotated[float | None, NUMBER, about("label smoothing, 0 to below 1")] = _at(
+        "objectives.ce.smoothing"
     )
-    smoothing: Annotated[float | None, NUMBER, about("label smoothing, 0 to below 1")] = _at("objectives.ce.smoothing")
     kd_weight: Annotated[float | None, NUMBER, about("weight of the distillation loss")] = _at(
         "objectives.kd.weight", "--distill-loss-weight"
     )
-    temperature: Annotated[float | None, NUMBER, about("T of soft distillation, whose loss carries T^2")] = _at(
-        "objectives.kd.temperature", "--distillation-tau", "--kd-temperature"
-    )
-    distillation_alpha: Annotated[float | None, NUMBER, about("DeiT's alpha: --kd-weight alpha and --ce-weight 1 - alpha")] = None
+    temperature: Annotated[
+        float | None, NUMBER, about("T of soft distillation, whose loss carries T^2")
+    ] = _at("objectives.kd.temperature", "--distillation-tau", "--kd-temperature")
+    distillation_alpha: Annotated[
+        float | None, NUMBER, about("DeiT's alpha: --kd-weight alpha and --ce-weight 1 - alpha")
+    ] = None
     with_: Annotated[
         tuple[str, ...],
         about(
-            f"methods to add: {', '.join(method_names())}; a selector or a masking replaces the recipe's; METHOD:NAME reads, or "
-            "chooses for, the teacher of that name; in stages: STAGE.METHOD",
+            f"methods to add: {', '.join(method_names())}; a selector or a masking replaces the"
+            " recipe's; METHOD:NAME reads, or chooses for, the teacher of that name; in stages:"
+            " STAGE.METHOD",
             name="with",
             metavar="METHOD[:TEACHER] ...",
         ),
     ] = ()
     without: Annotated[
-        tuple[str, ...], about("objectives or teachers to drop, or 'selector', or 'masking'; in stages: STAGE.NAME", metavar="NAME ...")
+        tuple[str, ...],
+        about(
+            "objectives or teachers to drop, or 'selector', or 'masking'; in stages: STAGE.NAME",
+            metavar="NAME ...",
+        ),
     ] = ()
 
 
@@ -114,17 +179,35 @@ class Optimizer:
     """The update rule, and its learning rate over time."""
 
     opt: Annotated[str | None, TEXT, about("a timm optimizer")] = _at("optim.opt")
-    lr: Annotated[float | None, NUMBER, about("peak learning rate, not scaled by the batch size")] = _at("optim.lr")
-    weight_decay: Annotated[float | None, NUMBER, about("not applied to biases and norms")] = _at("optim.weight_decay")
-    momentum: Annotated[float | None, NUMBER, about("for optimizers that have it")] = _at("optim.momentum")
-    layer_decay: Annotated[float | None, NUMBER, about("learning-rate factor from one block to the one below")] = _at("optim.layer_decay")
-    clip_grad: Annotated[float | None, NUMBER, about("largest gradient norm; none: no clipping")] = _at("optim.clip_grad")
-    sched: Annotated[str | None, one_of("cosine", "tanh", "poly", "none"), about("learning-rate schedule, moved every step")] = _at(
-        "optim.sched"
+    lr: Annotated[
+        float | None, NUMBER, about("peak learning rate, not scaled by the batch size")
+    ] = _at("optim.lr")
+    weight_decay: Annotated[float | None, NUMBER, about("not applied to biases and norms")] = _at(
+        "optim.weight_decay"
     )
-    warmup_epochs: Annotated[float | None, NUMBER, about("epochs of linear warm-up")] = _at("optim.warmup_epochs")
-    warmup_lr: Annotated[float | None, NUMBER, about("learning rate the warm-up starts from")] = _at("optim.warmup_lr")
-    min_lr: Annotated[float | None, NUMBER, about("learning rate the schedule ends at")] = _at("optim.min_lr")
+    momentum: Annotated[float | None, NUMBER, about("for optimizers that have it")] = _at(
+        "optim.momentum"
+    )
+    layer_decay: Annotated[
+        float | None, NUMBER, about("learning-rate factor from one block to the one below")
+    ] = _at("optim.layer_decay")
+    clip_grad: Annotated[
+        float | None, NUMBER, about("largest gradient norm; none: no clipping")
+    ] = _at("optim.clip_grad")
+    sched: Annotated[
+        str | None,
+        one_of("cosine", "tanh", "poly", "none"),
+        about("learning-rate schedule, moved every step"),
+    ] = _at("optim.sched")
+    warmup_epochs: Annotated[float | None, NUMBER, about("epochs of linear warm-up")] = _at(
+        "optim.warmup_epochs"
+    )
+    warmup_lr: Annotated[float | None, NUMBER, about("learning rate the warm-up starts from")] = (
+        _at("optim.warmup_lr")
+    )
+    min_lr: Annotated[float | None, NUMBER, about("learning rate the schedule ends at")] = _at(
+        "optim.min_lr"
+    )
 
 
 @dataclass
@@ -136,51 +219,81 @@ class Augmentation:
         one_of("rrc", "pad", "center"),
         about("rrc: RandomResizedCrop; pad: padded crop for small images; center: none"),
     ] = _at("data.augment.crop")
-    hflip: Annotated[float | None, NUMBER, about("probability of a mirrored image")] = _at("data.augment.hflip")
-    aa: Annotated[str | None, TEXT, about("timm's auto-augment string; none: none")] = _at("data.augment.aa")
-    color_jitter: Annotated[float | None, NUMBER, about("strength of colour jitter; not together with --aa")] = _at(
-        "data.augment.color_jitter"
+    hflip: Annotated[float | None, NUMBER, about("probability of a mirrored image")] = _at(
+        "data.augment.hflip"
     )
-    reprob: Annotated[float | None, NUMBER, about("probability of random erasing")] = _at("data.augment.reprob")
-    mixup: Annotated[float | None, NUMBER, about("alpha of Mixup; 0: none")] = _at("data.augment.mixup")
-    cutmix: Annotated[float | None, NUMBER, about("alpha of CutMix; 0: none")] = _at("data.augment.cutmix")
-    repeated_aug: Annotated[int | None, COUNT, about("views an epoch has of an image; DeiT: 3")] = _at("data.augment.repeated_aug")
-    views: Annotated[int | None, COUNT, about("different views there are of an image, in turn; none: one an epoch, or as labelled")] = _at(
-        "data.views"
+    aa: Annotated[str | None, TEXT, about("timm's auto-augment string; none: none")] = _at(
+        "data.augment.aa"
     )
+    color_jitter: Annotated[
+        float | None, NUMBER, about("strength of colour jitter; not together with --aa")
+    ] = _at("data.augment.color_jitter")
+    reprob: Annotated[float | None, NUMBER, about("probability of random erasing")] = _at(
+        "data.augment.reprob"
+    )
+    mixup: Annotated[float | None, NUMBER, about("alpha of Mixup; 0: none")] = _at(
+        "data.augment.mixup"
+    )
+    cutmix: Annotated[float | None, NUMBER, about("alpha of CutMix; 0: none")] = _at(
+        "data.augment.cutmix"
+    )
+    repeated_aug: Annotated[int | None, COUNT, about("views an epoch has of an image; DeiT: 3")] = (
+        _at("data.augment.repeated_aug")
+    )
+    views: Annotated[
+        int | None,
+        COUNT,
+        about("different views there are of an image, in turn; none: one an epoch, or as labelled"),
+    ] = _at("data.views")
 
 
 @dataclass
 class Loop:
     """How long, how much at once, how precise, and what is due when."""
 
-    epochs: Annotated[int | None, COUNT, about("passes over the training images")] = _at("train.epochs")
-    batch_size: Annotated[int | None, COUNT, about("images a step, over ALL processes")] = _at("train.batch_size", "-b")
-    accumulate: Annotated[int | None, COUNT, about("micro-batches a step is split into, to save memory")] = _at(
-        "train.accumulate", "--grad-accum-steps"
+    epochs: Annotated[int | None, COUNT, about("passes over the training images")] = _at(
+        "train.epochs"
     )
+    batch_size: Annotated[int | None, COUNT, about("images a step, over ALL processes")] = _at(
+        "train.batch_size", "-b"
+    )
+    accumulate: Annotated[
+        int | None, COUNT, about("micro-batches a step is split into, to save memory")
+    ] = _at("train.accumulate", "--grad-accum-steps")
     amp_dtype: Annotated[
         str | None,
         one_of("auto", "float32", "bfloat16", "float16"),
         about("precision; auto: bfloat16 on a GPU, float32 on a CPU"),
     ] = _at("train.amp_dtype")
-    torchcompile: Annotated[bool | None, SWITCH, about("torch.compile the networks")] = _at("train.compile")
-    model_ema_decay: Annotated[float | None, NUMBER, about("of a moving average of the weights, evaluated and exported instead")] = _at(
-        "train.ema_decay"
+    torchcompile: Annotated[bool | None, SWITCH, about("torch.compile the networks")] = _at(
+        "train.compile"
     )
+    model_ema_decay: Annotated[
+        float | None,
+        NUMBER,
+        about("of a moving average of the weights, evaluated and exported instead"),
+    ] = _at("train.ema_decay")
     seed: Annotated[int | None, COUNT, about("of everything random")] = _at("train.seed")
-    eval_every: Annotated[int | None, COUNT, about("epochs between evaluations")] = _at("train.eval_every")
-    save_every: Annotated[int | None, COUNT, about("steps between checkpoints; none: once an epoch")] = _at("train.save_every")
-    log_every: Annotated[int | None, COUNT, about("steps between log lines")] = _at("train.log_every")
+    eval_every: Annotated[int | None, COUNT, about("epochs between evaluations")] = _at(
+        "train.eval_every"
+    )
+    save_every: Annotated[
+        int | None, COUNT, about("steps between checkpoints; none: once an epoch")
+    ] = _at("train.save_every")
+    log_every: Annotated[int | None, COUNT, about("steps between log lines")] = _at(
+        "train.log_every"
+    )
 
 
 @dataclass
 class RecipeFlags:
     """Flags shared by ``train`` and ``explain``, in the groups the help shows."""
 
-    recipe: Positional[Annotated[str, TEXT, about("a recipe above, a YAML file, or a run's folder", metavar="RECIPE")]] = field(
-        default=DEFAULT_RECIPE, metadata={"positional": "RECIPE"}
-    )
+    recipe: Positional[
+        Annotated[
+            str, TEXT, about("a recipe above, a YAML file, or a run's folder", metavar="RECIPE")
+        ]
+    ] = field(default=DEFAULT_RECIPE, metadata={"positional": "RECIPE"})
     data: Data = field(default_factory=Data)
     student: Student = field(default_factory=Student)
     teacher: Teacher = field(default_factory=Teacher)
@@ -191,7 +304,8 @@ class RecipeFlags:
     set: Annotated[
         tuple[str, ...],
         about(
-            "any field of the recipe ('explain --recipe-yaml' shows all), e.g. student.model_args.depth=6; in stages: STAGE.FIELD=VALUE",
+            "any field of the recipe ('explain --recipe-yaml' shows all), e.g."
+            " student.model_args.depth=6; in stages: STAGE.FIELD=VALUE",
             metavar="FIELD=VALUE ...",
         ),
     ] = ()
@@ -213,23 +327,30 @@ STAGED: dict[str, str] = {
     "img_size": FIRST,
     **{item.name: TAUGHT for item in fields(Teacher)},
 }
-"""Which stages of a staged recipe a flag is for. Any other is a setting of one stage, and given by ``--set STAGE.FIELD=VALUE``.
+"""Which stages of a staged recipe a flag is for. Any other is a setting of one stage, and given by
+``--set STAGE.FIELD=VALUE``.
 
-A later stage that starts from the first has its architecture and its image size, unless it says otherwise.
+A later stage that starts from the first has its architecture and its image size, unless it says
+otherwise.
 """
 
 
 Flags = TypeVar("Flags", bound=RecipeFlags)
 
 
-def parse(command: str, flags: type[Flags], words: Sequence[str], description: str) -> tuple[Flags, Recipe | Stages]:
-    """Read ``[RECIPE] [flags]``: the flags' defaults are the recipe's own values, and what is given replaces them.
+def parse(
+    command: str, flags: type[Flags], words: Sequence[str], description: str
+) -> tuple[Flags, Recipe | Stages]:
+    """Read ``[RECIPE] [flags]``: the flags' defaults are the recipe's own values, and what is given
+    replaces them.
 
-    Of a staged recipe, `STAGED` says which stages a flag is for. What is left out of the recipe because the command line names
-    another network is printed, except before a recipe that is itself printed.
+    Of a staged recipe, `STAGED` says which stages a flag is for. What is left out of the recipe
+    because the command line names another network is printed, except before a recipe that is itself
+    printed.
 
     Raises:
-        UserError: an unknown recipe, method, flag or field, a wrong value, or a flag that cannot take effect in this recipe.
+        UserError: an unknown recipe, method, flag or field, a wrong value, or a flag that cannot
+            take effect in this recipe.
     """
     prog = f"vitdistill {command}"
     given = _known_words(flags, words, prog) if asks_help(words) else normalise(flags, words, prog)
@@ -247,7 +368,9 @@ def parse(command: str, flags: type[Flags], words: Sequence[str], description: s
     filled = fill(flags, None if asked else given, prog, text, _defaults(flags, values))
     notes: list[str] = []
     if isinstance(found, Stages):
-        recipe: Recipe | Stages = replace(found, stages=_changed_stages(recipes, filled, given, notes))
+        recipe: Recipe | Stages = replace(
+            found, stages=_changed_stages(recipes, filled, given, notes)
+        )
     else:
         recipe = _changed(recipes[""], filled, given, notes)
         refuse_sources(recipe)
@@ -257,16 +380,32 @@ def parse(command: str, flags: type[Flags], words: Sequence[str], description: s
     return filled, recipe
 
 
-def _changed(recipe: Recipe, filled: RecipeFlags, given: Mapping[str, list[str]], notes: list[str], stage: str = "") -> Recipe:
-    """The recipe with what the flags replace; ``notes`` is given a sentence on each thing that is left out for it."""
+def _changed(
+    recipe: Recipe,
+    filled: RecipeFlags,
+    given: Mapping[str, list[str]],
+    notes: list[str],
+    stage: str = "",
+) -> Recipe:
+    """The recipe with what the flags replace; ``notes`` is given a sentence on each thing that is
+    left out for it.
+    """
     recipe = _without_args_of_others(recipe, filled, given, notes, stage)
     recipe = replace_fields(recipe, _changes(recipe, flatten(recipe), filled, given))
     _refuse_idle(recipe, given)
     return recipe
 
 
-def _without_args_of_others(recipe: Recipe, filled: RecipeFlags, given: Mapping[str, list[str]], notes: list[str], stage: str) -> Recipe:
-    """The recipe without the ``model_args`` that shape a timm network in whose place the command line names another."""
+def _without_args_of_others(
+    recipe: Recipe,
+    filled: RecipeFlags,
+    given: Mapping[str, list[str]],
+    notes: list[str],
+    stage: str,
+) -> Recipe:
+    """The recipe without the ``model_args`` that shape a timm network in whose place the command
+    line names another.
+    """
     named = {path: text for path, _, text in (item.partition("=") for item in filled.set)}
     for flag, network in (("model", "student"), ("teacher_model", "teachers.teacher")):
         if flag in given:
@@ -275,21 +414,31 @@ def _without_args_of_others(recipe: Recipe, filled: RecipeFlags, given: Mapping[
     networks |= {f"teachers.{name}": config for name, config in recipe.teachers.items()}
     dropped: dict[str, Any] = {}
     for path, config in networks.items():
-        new, now = (name.partition(".")[0] for name in (named.get(f"{path}.model", config.model), config.model))
-        if new == now or not config.model_args or not is_model(now) or f"{path}.model_args" in named:
+        new, now = (
+            name.partition(".")[0]
+            for name in (named.get(f"{path}.model", config.model), config.model)
+        )
+        if (
+            new == now
+            or not config.model_args
+            or not is_model(now)
+            or f"{path}.model_args" in named
+        ):
             continue
         dropped[f"{path}.model_args"] = {}
         args = ", ".join(f"{key}={value}" for key, value in config.model_args.items())
         place = f"{stage}.{path}.model_args" if stage else f"{path}.model_args"
         notes.append(
-            f"{place} of the recipe ({args}) belong to {config.model} and are left out for {named[f'{path}.model']}: give it its own "
-            f"with --set {place}.NAME=VALUE"
+            f"{place} of the recipe ({args}) belong to {config.model} and are left out for"
+            f" {named[f'{path}.model']}: give it its own with --set {place}.NAME=VALUE"
         )
     return replace_fields(recipe, dropped) if dropped else recipe
 
 
 def _known_words(flags: type, words: Sequence[str], prog: str) -> dict[str, list[str]]:
-    """What the words beside ``--help`` say, as far as it can be understood: the help is about that recipe."""
+    """What the words beside ``--help`` say, as far as it can be understood: the help is about that
+    recipe.
+    """
     try:
         return normalise(flags, [word for word in words if word not in ("--help", "-h")], prog)
     except UserError:
@@ -310,7 +459,9 @@ def _defaults(flags: type[Flags], values: Mapping[str, Any]) -> Flags:
     return filled
 
 
-def _changes(recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, given: Mapping[str, list[str]]) -> dict[str, Any]:
+def _changes(
+    recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, given: Mapping[str, list[str]]
+) -> dict[str, Any]:
     """The recipe's fields that the given flags replace, by dotted path."""
     changes: dict[str, Any] = {}
     for flag in flags_of(type(filled)):
@@ -324,10 +475,16 @@ def _changes(recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, giv
         changes[path] = _value(filled, flag.field.name)
     if "keep_rate" in given:
         if "num_keep" in given:
-            raise UserError("--keep-rate and --num-keep both say how many patches the teacher sees: give one of them")
+            raise UserError(
+                "--keep-rate and --num-keep both say how many patches the teacher sees: give one of"
+                " them"
+            )
         changes["selector.num_keep"] = None
     # A file given by hand takes the place of the weights the recipe would have fetched.
-    for file, fetched, network in (("model_path", "pretrained", "student"), ("teacher_path", "teacher_pretrained", "teachers.teacher")):
+    for file, fetched, network in (
+        ("model_path", "pretrained", "student"),
+        ("teacher_path", "teacher_pretrained", "teachers.teacher"),
+    ):
         if file in given and fetched not in given:
             changes.setdefault(f"{network}.pretrained", False)
     changes |= _alpha(recipe, filled.loss.distillation_alpha, given)
@@ -336,7 +493,10 @@ def _changes(recipe: Recipe, values: Mapping[str, Any], filled: RecipeFlags, giv
         path, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--set {item!r} has no '=': write FIELD=VALUE, e.g. optim.lr=0.001")
-        lost = next((earlier for earlier in changes if earlier == path or earlier.startswith(f"{path}.")), None)
+        lost = next(
+            (earlier for earlier in changes if earlier == path or earlier.startswith(f"{path}.")),
+            None,
+        )
         if lost is not None:
             raise UserError(f"{lost} is set twice on the command line: give it once")
         changes[path] = parse_value(text, f"--set {path}")
@@ -360,16 +520,27 @@ def _why_absent(recipe: Recipe, path: str) -> str:
     if part == "teachers" and recipe.teachers:
         own = " and ".join(recipe.teachers)
         are = "are" if len(recipe.teachers) > 1 else "is"
-        return f"it is for a teacher called 'teacher', and this recipe's {are} {own}: write --set teachers.NAME.{rest[0]}=VALUE"
+        return (
+            f"it is for a teacher called 'teacher', and this recipe's {are} {own}: write --set"
+            f" teachers.NAME.{rest[0]}=VALUE"
+        )
     if part == "teachers":
         return "this recipe has no teacher (take a kd or maskedkd recipe, or --with kd)"
     if name in recipe.objectives:
-        return f"{type(recipe.objectives[name]).__name__}, this recipe's objective {name!r}, has no {rest[0]}"
+        return (
+            f"{type(recipe.objectives[name]).__name__}, this recipe's objective {name!r}, has no"
+            f" {rest[0]}"
+        )
     return f"this recipe has no objective {name!r}, only {', '.join(recipe.objectives)}"
 
 
 def _compose(recipe: Recipe, added: Sequence[str], dropped: Sequence[str]) -> Recipe:
-    objectives, teachers, selector, masking = dict(recipe.objectives), dict(recipe.teachers), recipe.selector, recipe.masking
+    objectives, teachers, selector, masking = (
+        dict(recipe.objectives),
+        dict(recipe.teachers),
+        recipe.selector,
+        recipe.masking,
+    )
     for name in dropped:
         if name == "selector" and selector is not None:
             selector = None
@@ -380,7 +551,11 @@ def _compose(recipe: Recipe, added: Sequence[str], dropped: Sequence[str]) -> Re
         elif name in teachers:
             del teachers[name]
         else:
-            parts = [word for word, part in (("selector", selector), ("masking", masking)) if part is not None]
+            parts = [
+                word
+                for word, part in (("selector", selector), ("masking", masking))
+                if part is not None
+            ]
             known = ", ".join([*objectives, *teachers, *parts])
             raise UserError(f"--without {name}: the recipe has no such part, only {known}")
     for word in added:
@@ -389,7 +564,8 @@ def _compose(recipe: Recipe, added: Sequence[str], dropped: Sequence[str]) -> Re
         if issubclass(method, Masking):
             if teacher:
                 raise UserError(
-                    f"--with {word}: {method_word} hides the same patches from the student and all teachers: leave :{teacher} out"
+                    f"--with {word}: {method_word} hides the same patches from the student and all"
+                    f" teachers: leave :{teacher} out"
                 )
             masking = method()
             continue
@@ -406,13 +582,17 @@ def _compose(recipe: Recipe, added: Sequence[str], dropped: Sequence[str]) -> Re
             objectives[name] = objective = replace(objective, teacher=teacher)  # type: ignore[call-arg]
         if isinstance(objective, TeacherObjective):
             teachers.setdefault(objective.teacher, TeacherConfig())
-    return replace(recipe, objectives=objectives, teachers=teachers, selector=selector, masking=masking)
+    return replace(
+        recipe, objectives=objectives, teachers=teachers, selector=selector, masking=masking
+    )
 
 
-# --- stages ----------------------------------------------------------------------------------------------------------------------
+# --- stages --------------------------------------------------------------------------------------
 
 
-def _compose_stages(stages: Mapping[str, Recipe], given: Mapping[str, list[str]]) -> dict[str, Recipe]:
+def _compose_stages(
+    stages: Mapping[str, Recipe], given: Mapping[str, list[str]]
+) -> dict[str, Recipe]:
     added = _by_stage(stages, given.get("with_", []), "--with")
     dropped = _by_stage(stages, given.get("without", []), "--without")
     composed = {}
@@ -423,20 +603,27 @@ def _compose_stages(stages: Mapping[str, Recipe], given: Mapping[str, list[str]]
 
 
 def _changed_stages(
-    stages: Mapping[str, Recipe], filled: RecipeFlags, given: Mapping[str, list[str]], notes: list[str]
+    stages: Mapping[str, Recipe],
+    filled: RecipeFlags,
+    given: Mapping[str, list[str]],
+    notes: list[str],
 ) -> dict[str, Recipe]:
     """The recipes of the stages with what the flags replace in those they are for."""
     own = _by_stage(stages, filled.set, "--set")
     mine: dict[str, dict[str, list[str]]] = {key: {} for key in stages}
     for flag in flags_of(type(filled)):
         name = flag.field.name
-        if name in given and ("path" in flag.field.metadata or name in ("distillation_alpha", "labels")):
+        if name in given and (
+            "path" in flag.field.metadata or name in ("distillation_alpha", "labels")
+        ):
             for key in _stages_of(stages, flag, given[name]):
                 mine[key][name] = given[name]
     changed = {}
     for key, recipe in stages.items():
         with in_stage(key, recipe):
-            changed[key] = _changed(recipe, replace(filled, set=tuple(own[key])), mine[key], notes, key)
+            changed[key] = _changed(
+                recipe, replace(filled, set=tuple(own[key])), mine[key], notes, key
+            )
     return changed
 
 
@@ -453,9 +640,15 @@ def _stages_of(stages: Mapping[str, Recipe], flag: Any, words: Sequence[str]) ->
         taught = [key for key in keys if stages[key].teachers]
         if len(taught) == 1:
             return taught
-        raise UserError("--labels is a setting of one stage with a teacher: --set STAGE.teachers.NAME.labels=FOLDER")
+        raise UserError(
+            "--labels is a setting of one stage with a teacher: --set"
+            " STAGE.teachers.NAME.labels=FOLDER"
+        )
     if path is None:
-        raise UserError(f"{flag.name} is a setting of one stage: give the weights themselves, --set STAGE.objectives.NAME.weight=VALUE")
+        raise UserError(
+            f"{flag.name} is a setting of one stage: give the weights themselves, --set"
+            " STAGE.objectives.NAME.weight=VALUE"
+        )
     value = words[0]
     if value.lower() == "none" and flag.optional and "none" not in get_args(flag.value.kind):
         value = "null"
@@ -463,16 +656,31 @@ def _stages_of(stages: Mapping[str, Recipe], flag: Any, words: Sequence[str]) ->
     if scope == TAUGHT and len(keys) == 1:
         return keys
     if not keys:
-        others = [f"{key}.teachers.{name}" for key, stage in stages.items() for name in stage.teachers]
+        others = [
+            f"{key}.teachers.{name}" for key, stage in stages.items() for name in stage.teachers
+        ]
         if others and path.startswith("teachers."):
             own = " or ".join(f"{teacher}.{path.rpartition('.')[2]}={value}" for teacher in others)
-            raise UserError(f"{flag.name} is for a teacher called 'teacher', and no stage has one: write --set {own}")
-        what = {"selector": "a patch selector (--with STAGE.maskedkd)", "teachers": "a teacher of that name (--with STAGE.kd)"}
-        raise UserError(f"{flag.name} cannot take effect: no stage has {what.get(path.partition('.')[0], path)}")
-    raise UserError(f"{flag.name} is a setting of one stage: --set " + " or ".join(f"{key}.{path}={value}" for key in keys))
+            raise UserError(
+                f"{flag.name} is for a teacher called 'teacher', and no stage has one: write --set"
+                f" {own}"
+            )
+        what = {
+            "selector": "a patch selector (--with STAGE.maskedkd)",
+            "teachers": "a teacher of that name (--with STAGE.kd)",
+        }
+        raise UserError(
+            f"{flag.name} cannot take effect: no stage has {what.get(path.partition('.')[0], path)}"
+        )
+    raise UserError(
+        f"{flag.name} is a setting of one stage: --set "
+        + " or ".join(f"{key}.{path}={value}" for key in keys)
+    )
 
 
-def _by_stage(stages: Mapping[str, Recipe], words: Iterable[str], flag: str) -> dict[str, list[str]]:
+def _by_stage(
+    stages: Mapping[str, Recipe], words: Iterable[str], flag: str
+) -> dict[str, list[str]]:
     """Words like ``finetune.kd`` under the stage they begin with, without it."""
     found: dict[str, list[str]] = {key: [] for key in stages}
     for word in words:
@@ -480,7 +688,11 @@ def _by_stage(stages: Mapping[str, Recipe], words: Iterable[str], flag: str) -> 
         if not dot or not rest or key not in found:
             close = get_close_matches(key, found, n=1) if dot else []
             known = " or ".join(f"{flag} {stage}.{word}" for stage in found)
-            hint = f"there is no stage {key!r}: did you mean {close[0]!r}?" if close else f"say which stage it is for ({known})"
+            hint = (
+                f"there is no stage {key!r}: did you mean {close[0]!r}?"
+                if close
+                else f"say which stage it is for ({known})"
+            )
             raise UserError(f"{flag} {word}: {hint}")
         found[key].append(rest)
     return found
@@ -503,9 +715,10 @@ def _about_stages(name: str, flags: type, stages: Mapping[str, Recipe]) -> str:
         return ", ".join(flag.name for flag in known if STAGED.get(flag.field.name) == scope)
 
     text = (
-        f"The recipe {name!r} has the stages {', '.join(stages)}. {EVERY.capitalize()} is meant by {of(EVERY)}; {FIRST} by "
-        f"{of(FIRST)}; {TAUGHT} by {of(TAUGHT)}. The others are settings of one stage: --set STAGE.FIELD=VALUE. Defaults below are those "
-        "in which the stages agree, none where they do not."
+        f"The recipe {name!r} has the stages {', '.join(stages)}. {EVERY.capitalize()} is meant by"
+        f" {of(EVERY)}; {FIRST} by {of(FIRST)}; {TAUGHT} by {of(TAUGHT)}. The others are settings"
+        " of one stage: --set STAGE.FIELD=VALUE. Defaults below are those in which the stages"
+        " agree, none where they do not."
     )
     return wrap(text)
 
@@ -515,33 +728,49 @@ def _labels(recipe: Recipe, folder: str | None) -> dict[str, Any]:
     if folder is None:
         return {}
     if not recipe.teachers:
-        raise UserError("--labels cannot take effect: this recipe has no teacher (take a kd recipe, or --with kd)")
+        raise UserError(
+            "--labels cannot take effect: this recipe has no teacher (take a kd recipe, or"
+            " --with kd)"
+        )
     if len(recipe.teachers) == 1:
         (name,) = recipe.teachers
         own = Path(folder) / name
         return {f"teachers.{name}.labels": str(own if (own / MANIFEST).is_file() else folder)}
-    found = {f"teachers.{name}.labels": str(Path(folder) / name) for name in recipe.teachers if (Path(folder) / name / MANIFEST).is_file()}
+    found = {
+        f"teachers.{name}.labels": str(Path(folder) / name)
+        for name in recipe.teachers
+        if (Path(folder) / name / MANIFEST).is_file()
+    }
     lacking = [name for name in recipe.teachers if f"teachers.{name}.labels" not in found]
     if lacking:
         raise UserError(
-            f"--labels {folder}: there are no labels of {' and '.join(lacking)} in it: label them too, or name those that are stored "
-            "(--set teachers.NAME.labels=FOLDER) and let the others run"
+            f"--labels {folder}: there are no labels of {' and '.join(lacking)} in it: label them"
+            " too, or name those that are stored (--set teachers.NAME.labels=FOLDER) and let the"
+            " others run"
         )
     return found
 
 
-# --- what is refused, and the help -------------------------------------------------------------------------------------------------
+# --- what is refused, and the help ---------------------------------------------------------------
 
 
 def _alpha(recipe: Recipe, alpha: float | None, given: Mapping[str, list[str]]) -> dict[str, Any]:
     if alpha is None:
         return {}
     if not {"ce", "kd"} <= recipe.objectives.keys():
-        raise UserError("--distillation-alpha weighs the objectives ce and kd, and this recipe does not have both")
+        raise UserError(
+            "--distillation-alpha weighs the objectives ce and kd, and this recipe does not have"
+            " both"
+        )
     if {"kd_weight", "ce_weight"} & given.keys():
-        raise UserError("--distillation-alpha sets both weights: leave --kd-weight and --ce-weight out")
+        raise UserError(
+            "--distillation-alpha sets both weights: leave --kd-weight and --ce-weight out"
+        )
     if not 0 < alpha < 1:
-        raise UserError(f"--distillation-alpha is {alpha:g}: give a number between 0 and 1, or drop ce or kd (--without)")
+        raise UserError(
+            f"--distillation-alpha is {alpha:g}: give a number between 0 and 1, or drop ce or kd"
+            " (--without)"
+        )
     return {"objectives.kd.weight": alpha, "objectives.ce.weight": 1 - alpha}
 
 
@@ -550,7 +779,11 @@ def _refuse_idle(recipe: Recipe, given: Mapping[str, list[str]]) -> None:
     from timm.optim import get_optimizer_info, list_optimizers
 
     optim = recipe.optim
-    if "momentum" in given and optim.opt.lower() in list_optimizers() and not get_optimizer_info(optim.opt.lower()).has_momentum:
+    if (
+        "momentum" in given
+        and optim.opt.lower() in list_optimizers()
+        and not get_optimizer_info(optim.opt.lower()).has_momentum
+    ):
         raise UserError(f"--momentum cannot take effect: the optimizer {optim.opt} has none")
     if "min_lr" in given and optim.sched == "none":
         raise UserError("--min-lr cannot take effect: --sched none keeps the learning rate")
@@ -559,11 +792,20 @@ def _refuse_idle(recipe: Recipe, given: Mapping[str, list[str]]) -> None:
 
 
 def _about_defaults(name: str, flags: type, values: Mapping[str, Any]) -> str:
-    idle = [flag.name for flag in flags_of(flags) if flag.field.metadata.get("path", "data.dir") not in values]
+    idle = [
+        flag.name
+        for flag in flags_of(flags)
+        if flag.field.metadata.get("path", "data.dir") not in values
+    ]
     text = f"Defaults below are those of the recipe {name!r}"
-    return wrap(f"{text}, in which these have no effect: {', '.join(idle)}." if idle else f"{text}.")
+    return wrap(
+        f"{text}, in which these have no effect: {', '.join(idle)}." if idle else f"{text}."
+    )
 
 
 def _recipe_list() -> str:
     width = max(map(len, RECIPES)) + 2
-    return "\n".join(wrap(f"  {name:<{width}}{named_recipe(name).description}", " " * (width + 2)) for name in RECIPES)
+    return "\n".join(
+        wrap(f"  {name:<{width}}{named_recipe(name).description}", " " * (width + 2))
+        for name in RECIPES
+    )

@@ -24,15 +24,22 @@ class TrainFlags(RecipeFlags):
     output: Annotated[
         str | None,
         TEXT,
-        about("the run folder; none: runs/RECIPE, or RECIPE itself if it is a run's folder. A run there is resumed, never overwritten"),
+        about(
+            "the run folder; none: runs/RECIPE, or RECIPE itself if it is a run's folder. A run"
+            " there is resumed, never overwritten"
+        ),
     ] = None
     device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
-    stage: Annotated[str | None, TEXT, about("of a recipe in stages, the one to stop after; none: the last")] = None
+    stage: Annotated[
+        str | None, TEXT, about("of a recipe in stages, the one to stop after; none: the last")
+    ] = None
 
 
 def main(words: Sequence[str]) -> int:
     """Train, or resume."""
-    about_it = "Train a student, alone or from a teacher. The same command resumes a run that was stopped."
+    about_it = (
+        "Train a student, alone or from a teacher. The same command resumes a run that was stopped."
+    )
     flags, recipe = parse("train", TrainFlags, words, wrap(about_it))
     output = _output(flags, recipe)
     console = Console()
@@ -65,11 +72,17 @@ def main(words: Sequence[str]) -> int:
 
 
 def _output(flags: TrainFlags, recipe: Recipe | Stages) -> Path:
-    """Where to train: in the folder of the run, or of the stages, that is named as the recipe, unless another is given."""
+    """Where to train: in the folder of the run, or of the stages, that is named as the recipe,
+    unless another is given.
+    """
     if flags.output is not None:
         return Path(flags.output)
     named, file = Path(flags.recipe), STAGES if isinstance(recipe, Stages) else RECIPE
-    return named if flags.recipe not in RECIPES and (named / file).is_file() else Path("runs") / recipe.name
+    return (
+        named
+        if flags.recipe not in RECIPES and (named / file).is_file()
+        else Path("runs") / recipe.name
+    )
 
 
 def _done_text(summary: dict[str, Any], output: Path) -> str:
@@ -78,7 +91,10 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
         text = f"top-1 {scores['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g})"
         return f"done: {text}; weights in {output / 'last'} and {output / 'best'}"
     if "knn_top1" in scores:
-        return f"done: top-1 of nearest neighbours {scores['knn_top1']:.2%}; weights in {output / 'last'}"
+        return (
+            f"done: top-1 of nearest neighbours {scores['knn_top1']:.2%}; weights in"
+            f" {output / 'last'}"
+        )
     return f"done: weights in {output / 'last'}"
 
 
@@ -88,7 +104,12 @@ def _plan_text(job: "object") -> str:
 
     assert isinstance(job, Job)
     micro_batch = job.recipe.train.batch_size // (job.recipe.train.accumulate * job.world.size)
-    cost = cost_of(job.plan, job.student, {name: teacher.model for name, teacher in job.teachers.items()}, micro_batch)
+    cost = cost_of(
+        job.plan,
+        job.student,
+        {name: teacher.model for name, teacher in job.teachers.items()},
+        micro_batch,
+    )
     loader: TrainLoader = job.train_loader
     images = loader.steps_per_epoch * job.recipe.train.batch_size
     return explain(job.plan, cost, images, job.recipe.train.epochs) + "\n"

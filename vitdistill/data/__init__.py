@@ -1,1 +1,3 @@
-"""Images in, batches out: sources, decoding, views, mixing and loaders, all deterministic for any number of workers."""
+"""Images in, batches out: sources, decoding, views, mixing and loaders, all deterministic for any
+number of workers.
+"""

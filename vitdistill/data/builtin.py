@@ -1,4 +1,6 @@
-"""torchvision's own data sets that keep their images as arrays, read from disk and never downloaded."""
+"""torchvision's own data sets that keep their images as arrays, read from disk and never
+downloaded.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,21 @@ class TorchvisionSource(ImageSource):
     """``NAME?root=FOLDER``: a data set of torchvision; ``val`` is its test split."""
 
     def __init__(self, location: str, split: Split) -> None:
-        """Raises `ConfigError` for a location without meaning, `DataError` for a data set that is not on disk."""
+        """Raises `ConfigError` for a location without meaning, `DataError` for a data set that is
+        not on disk.
+        """
         dataset_name, _, query = location.partition("?")
         options = dict(parse_qsl(query))
         if dataset_name not in BUILTINS:
-            raise ConfigError(f"torchvision/{printable(dataset_name)} is not supported; use {', '.join(BUILTINS)}, or a folder.")
+            raise ConfigError(
+                f"torchvision/{printable(dataset_name)} is not supported; use"
+                f" {', '.join(BUILTINS)}, or a folder."
+            )
         if set(options) != {"root"}:
-            raise ConfigError(f"torchvision/{dataset_name} needs its folder, and only that: torchvision/{dataset_name}?root=FOLDER.")
+            raise ConfigError(
+                f"torchvision/{dataset_name} needs its folder, and only that:"
+                f" torchvision/{dataset_name}?root=FOLDER."
+            )
         root = Path(options["root"]).expanduser()
         self.name = f"torchvision/{dataset_name}?root={printable(str(root))} ({split})"
         dataset = self._read(dataset_name, root, split)
@@ -55,18 +65,22 @@ class TorchvisionSource(ImageSource):
 
     def _read(self, dataset_name: str, root: Path, split: Split) -> Any:
         if not root.is_dir():
-            raise DataError(f"there is no folder {printable(str(root))!r} for torchvision/{dataset_name}; check root.")
+            raise DataError(
+                f"there is no folder {printable(str(root))!r} for torchvision/{dataset_name}; check"
+                " root."
+            )
         make = getattr(datasets, dataset_name)
         try:
             if dataset_name in _BY_FLAG:
                 return make(str(root), train=split == "train", download=False)
             return make(str(root), split="train" if split == "train" else "test", download=False)
         except Exception as error:
-            # RuntimeError for absent or altered files, and whatever unpickling or unpacking raises for damaged ones.
+            # RuntimeError for absent or altered files, and whatever unpickling or unpacking raises
+            # for damaged ones.
             reason = printable(str(error).split(". ")[0].split("\n")[0])
             raise DataError(
-                f"torchvision's {dataset_name} cannot be read from {printable(str(root))} ({reason}); "
-                "it is never downloaded here, so put its files there first."
+                f"torchvision's {dataset_name} cannot be read from {printable(str(root))}"
+                f" ({reason}); it is never downloaded here, so put its files there first."
             ) from error
 
 

@@ -1,10 +1,12 @@
-"""The one way an image file becomes RGB pixels: teacher and student, training and evaluation, all read images here.
+"""The one way an image file becomes RGB pixels: teacher and student, training and evaluation, all
+read images here.
 
-Rules, each tested: 16-bit grey is divided by 257 (a plain conversion would clip it to white); transparency is
-composited on white; CMYK is converted; an animation gives its first frame; the EXIF orientation is applied (an
-unreadable EXIF block counts as absent); colour profiles are ignored; floating point and 32-bit pixels are refused,
-because their white level is unknown. Images above `MAX_PIXELS` are refused from their header, before any pixel is
-decoded. A truncated file is an error, never half an image.
+Rules, each tested: 16-bit grey is divided by 257 (a plain conversion would clip it to white);
+transparency is composited on white; CMYK is converted; an animation gives its first frame; the EXIF
+orientation is applied (an unreadable EXIF block counts as absent); colour profiles are ignored;
+floating point and 32-bit pixels are refused, because their white level is unknown. Images above
+`MAX_PIXELS` are refused from their header, before any pixel is decoded. A truncated file is an
+error, never half an image.
 """
 
 import io
@@ -40,13 +42,17 @@ def printable(name: str) -> str:
     """``name`` with control characters and undecodable bytes escaped, fit for a terminal."""
     if name.isprintable():
         return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name
+    )
 
 
 def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) -> Image.Image:
-    """An image file's content (bytes, or the path of one) as an RGB image; ``name`` is what errors call it.
+    """An image file's content (bytes, or the path of one) as an RGB image; ``name`` is what errors
+    call it.
 
-    Raises `DataError` for anything that is not a whole, readable image, and `PermissionDenied` for an unreadable file.
+    Raises `DataError` for anything that is not a whole, readable image, and `PermissionDenied` for
+    an unreadable file.
     """
     content, name = _content(data, name)
     file = _open(content, name)
@@ -59,13 +65,18 @@ def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) 
     except DataError:
         raise
     except Exception as error:
-        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more on damaged files.
-        raise DataError(f"{name}: the image is damaged or cut short ({_reason(error)}); {_REPLACE}") from error
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
+        # on damaged files.
+        raise DataError(
+            f"{name}: the image is damaged or cut short ({_reason(error)}); {_REPLACE}"
+        ) from error
     return image
 
 
 def image_size(data: bytes | str | os.PathLike[str], name: str | None = None) -> tuple[int, int]:
-    """(width, height) that `decode_image` would give, read from the header alone. Raises as `decode_image`."""
+    """(width, height) that `decode_image` would give, read from the header alone. Raises as
+    `decode_image`.
+    """
     if isinstance(data, bytes):
         content, name = _content(data, name)
         image = _open(content, name)
@@ -92,7 +103,9 @@ def _file_size(path: str, name: str) -> int:
 
 def _unreadable(error: OSError, name: str) -> DataError | PermissionDenied:
     if isinstance(error, PermissionError):
-        return PermissionDenied(f"{name}: no permission to read this image; change its mode or run as its owner.")
+        return PermissionDenied(
+            f"{name}: no permission to read this image; change its mode or run as its owner."
+        )
     return DataError(f"{name}: the image cannot be read ({error.strerror or error}).")
 
 
@@ -119,14 +132,21 @@ def _open(content: bytes | io.BufferedReader, name: str, head: bytes = b"") -> I
     try:
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name}: the image has more than {MAX_PIXELS >> 20} megapixels; make it smaller first.") from error
+        raise DataError(
+            f"{name}: the image has more than {MAX_PIXELS >> 20} megapixels; make it smaller first."
+        ) from error
     except Exception as error:
         if head.lstrip()[:1] == b"<":
-            raise DataError(f"{name}: this is a web page or markup, not an image; {_REPLACE}") from error
+            raise DataError(
+                f"{name}: this is a web page or markup, not an image; {_REPLACE}"
+            ) from error
         raise DataError(f"{name}: not an image in a known format; {_REPLACE}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels; make it smaller first.")
+        raise DataError(
+            f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels; make it"
+            " smaller first."
+        )
     return image
 
 
@@ -149,7 +169,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _on_white(image)
     if image.mode in _PLAIN:
         return image.convert("RGB")
-    raise DataError(f"{name}: pixels of mode {image.mode!r} have no known white level; convert the image to 8 or 16 bits first.")
+    raise DataError(
+        f"{name}: pixels of mode {image.mode!r} have no known white level; convert the image to 8"
+        " or 16 bits first."
+    )
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:

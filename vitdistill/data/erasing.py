@@ -1,4 +1,5 @@
-"""Random erasing on a normalised batch: one rectangle of standard normal noise in some of the images.
+"""Random erasing on a normalised batch: one rectangle of standard normal noise in some of the
+images.
 
 Source: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, in the form of timm's
 ``RandomErasing(mode="pixel", max_count=1)``.
@@ -19,8 +20,12 @@ _AREA = (0.02, 1 / 3)
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 
 
-def erase(images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: I64, views: I64) -> Float[Tensor, "B 3 H W"]:
-    """Fill a keyed rectangle of each chosen image with keyed noise, in place; ids and views are (B,) on the host."""
+def erase(
+    images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: I64, views: I64
+) -> Float[Tensor, "B 3 H W"]:
+    """Fill a keyed rectangle of each chosen image with keyed noise, in place; ids and views are
+    (B,) on the host.
+    """
     if prob == 0.0:
         return images
     _, channels, height, width = images.shape
@@ -31,21 +36,31 @@ def erase(images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: 
     device = images.device
     area = h * w
     total = int(area.sum())
-    table = torch.from_numpy(np.stack([rows, top, left, w, np.cumsum(area) - area, area])).to(device, non_blocking=True)
+    table = torch.from_numpy(np.stack([rows, top, left, w, np.cumsum(area) - area, area])).to(
+        device, non_blocking=True
+    )
     # The host knows the total, so nothing here waits for the device.
-    box = torch.repeat_interleave(torch.arange(len(rows), device=device), table[5], output_size=total)
+    box = torch.repeat_interleave(
+        torch.arange(len(rows), device=device), table[5], output_size=total
+    )
     image, first_row, first_column, box_width, start, _ = table[:, box].unbind(0)
     offset = torch.arange(total, device=device) - start
     position = (first_row + offset // box_width) * width + first_column + offset % box_width
-    noise_keys = keyed.to_torch(keyed.keys(seed, views, sample_ids, Stream.ERASE_NOISE)[rows], device)[box]
+    noise_keys = keyed.to_torch(
+        keyed.keys(seed, views, sample_ids, Stream.ERASE_NOISE)[rows], device
+    )[box]
     address = position[:, None] + torch.arange(channels, device=device) * (height * width)
     noise = keyed.torch_normals(noise_keys[:, None].expand_as(address), address)
     images.view(len(images), channels * height * width)[image[:, None], address] = noise
     return images
 
 
-def erased_boxes(prob: float, seed: int, sample_ids: I64, views: I64, height: int, width: int) -> I64:
-    """What `erase` does to each image of this size: ``(top, left, height, width)``, all 0 where nothing is erased."""
+def erased_boxes(
+    prob: float, seed: int, sample_ids: I64, views: I64, height: int, width: int
+) -> I64:
+    """What `erase` does to each image of this size: ``(top, left, height, width)``, all 0 where
+    nothing is erased.
+    """
     boxes = np.zeros((len(sample_ids), 4), dtype=np.int64)
     draws = keyed.uniforms(keyed.keys(seed, views, sample_ids, Stream.ERASE), 3 + 2 * _ATTEMPTS)
     rows, *box = _boxes(draws, prob, height, width)
@@ -54,7 +69,9 @@ def erased_boxes(prob: float, seed: int, sample_ids: I64, views: I64, height: in
 
 
 def _boxes(draws: F64, prob: float, height: int, width: int) -> tuple[I64, I64, I64, I64, I64]:
-    """Which images are erased, and where: ``(rows, top, left, height, width)``; ten tries, as timm."""
+    """Which images are erased, and where: ``(rows, top, left, height, width)``; ten tries, as
+    timm.
+    """
     tries = draws[:, 3:].reshape(-1, _ATTEMPTS, 2)
     area = (_AREA[0] + (_AREA[1] - _AREA[0]) * tries[..., 0]) * (height * width)
     aspect = np.exp(_LOG_ASPECT[0] + (_LOG_ASPECT[1] - _LOG_ASPECT[0]) * tries[..., 1])

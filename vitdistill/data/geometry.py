@@ -1,10 +1,12 @@
-"""Crops, flips, resizing and affine maps of a whole batch of images, each sample with parameters of its own.
+"""Crops, flips, resizing and affine maps of a whole batch of images, each sample with parameters of
+its own.
 
-The arithmetic is Pillow's, down to its fixed-point coefficients and its rounding to 8 bits after each pass: a batch on
-any device gets the very pixels that Pillow would give one by one (the tests compare them). Resizing goes along the rows
-first; Pillow 13 goes along the columns first where that is cheaper, which moves some pixels by one level. The
-coefficients are integers below 2**23 and the sums stay below 2**53, so float64 products are exact in any order of
-summation: a sample does not depend on who shares its batch.
+The arithmetic is Pillow's, down to its fixed-point coefficients and its rounding to 8 bits after
+each pass: a batch on any device gets the very pixels that Pillow would give one by one (the tests
+compare them). Resizing goes along the rows first; Pillow 13 goes along the columns first where that
+is cheaper, which moves some pixels by one level. The coefficients are integers below 2**23 and the
+sums stay below 2**53, so float64 products are exact in any order of summation: a sample does not
+depend on who shares its batch.
 """
 
 import math
@@ -28,10 +30,11 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 def random_boxes(
     uniforms: F64, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[I64, I64, I64, I64]:
-    """RandomResizedCrop's boxes ``(top, left, height, width)``, int64 (B,) each, of a ``height`` x ``width`` image.
+    """RandomResizedCrop's boxes ``(top, left, height, width)``, int64 (B,) each, of a ``height`` x
+    ``width`` image.
 
-    ``uniforms`` is (B, `CROP_UNIFORMS`). Ten tries of a random area and a log-uniform aspect ratio, then the largest
-    central crop.
+    ``uniforms`` is (B, `CROP_UNIFORMS`). Ten tries of a random area and a log-uniform aspect ratio,
+    then the largest central crop.
     """
     draws = uniforms[:, :-2].reshape(-1, CROP_ATTEMPTS, 2)
     area = (scale[0] + (scale[1] - scale[0]) * draws[..., 0]) * (height * width)
@@ -45,8 +48,12 @@ def random_boxes(
     whole_h, whole_w = _largest_box(height, width, ratio)
     h = np.where(found, heights[row, first], whole_h)
     w = np.where(found, widths[row, first], whole_w)
-    top = np.where(found, np.floor(uniforms[:, -2] * (height - h + 1)).astype(np.int64), (height - h) // 2)
-    left = np.where(found, np.floor(uniforms[:, -1] * (width - w + 1)).astype(np.int64), (width - w) // 2)
+    top = np.where(
+        found, np.floor(uniforms[:, -2] * (height - h + 1)).astype(np.int64), (height - h) // 2
+    )
+    left = np.where(
+        found, np.floor(uniforms[:, -1] * (width - w + 1)).astype(np.int64), (width - w) // 2
+    )
     return top, left, h, w
 
 
@@ -65,7 +72,9 @@ def crop_and_flip(
     flip: Int[Tensor, " B"],
     padding: int,
 ) -> UInt8[Tensor, "B C H W"]:
-    """Pad each side with ``padding`` black pixels, cut out H x W at ``(top, left)``, mirror it where ``flip`` is 1."""
+    """Pad each side with ``padding`` black pixels, cut out H x W at ``(top, left)``, mirror it
+    where ``flip`` is 1.
+    """
     _, channels, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding)) if padding else images
     x = torch.arange(width, device=images.device)
@@ -77,9 +86,14 @@ def crop_and_flip(
 
 
 def resize_boxes(
-    images: UInt8[Tensor, "B C H W"], boxes: Int[Tensor, "B 4"], size: tuple[int, int], interpolation: str
+    images: UInt8[Tensor, "B C H W"],
+    boxes: Int[Tensor, "B 4"],
+    size: tuple[int, int],
+    interpolation: str,
 ) -> UInt8[Tensor, "B C h w"]:
-    """Each image's box ``(top, left, height, width)`` resized to ``size``, as by Pillow's ``resize``, antialiased."""
+    """Each image's box ``(top, left, height, width)`` resized to ``size``, as by Pillow's
+    ``resize``, antialiased.
+    """
     top, left, height, width = boxes.unbind(1)
     columns = _coefficients(left, width, images.shape[3], size[1], interpolation)
     rows = _coefficients(top, height, images.shape[2], size[0], interpolation)
@@ -93,18 +107,28 @@ def _from_fixed_point(sums: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def _coefficients(
-    start: Int[Tensor, " B"], length: Int[Tensor, " B"], in_size: int, out_size: int, interpolation: str
+    start: Int[Tensor, " B"],
+    length: Int[Tensor, " B"],
+    in_size: int,
+    out_size: int,
+    interpolation: str,
 ) -> Float[Tensor, "B out in"]:
-    """The weight of each input pixel of one axis in each output pixel, times 2**22, in integers; 0 outside the box."""
+    """The weight of each input pixel of one axis in each output pixel, times 2**22, in integers; 0
+    outside the box.
+    """
     device = start.device
     length = length.double()[:, None, None]
-    scale = length / torch.full_like(length, out_size)  # a tensor, as GPUs take division by a number as a product
+    scale = length / torch.full_like(
+        length, out_size
+    )  # a tensor, as GPUs take division by a number as a product
     stretch = scale.clamp(min=1.0)
     support = _SUPPORT[interpolation] * stretch
     centre = (torch.arange(out_size, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
     first = (centre - support + 0.5).floor().clamp(min=0.0)
     last = torch.minimum((centre + support + 0.5).floor(), length)
-    position = torch.arange(in_size, device=device, dtype=torch.float64) - start.double()[:, None, None]
+    position = (
+        torch.arange(in_size, device=device, dtype=torch.float64) - start.double()[:, None, None]
+    )
     weights = _kernel((position - centre + 0.5) * (1.0 / stretch), interpolation)
     weights = weights * ((position >= first) & (position < last))
     weights = weights / weights.sum(2, keepdim=True)
@@ -122,11 +146,16 @@ def _kernel(x: Float[Tensor, "..."], interpolation: str) -> Float[Tensor, "..."]
 
 
 def affine(
-    images: UInt8[Tensor, "B C H W"], matrix: Float[Tensor, "B 6"], fill: UInt8[Tensor, " C"], interpolation: str
+    images: UInt8[Tensor, "B C H W"],
+    matrix: Float[Tensor, "B 6"],
+    fill: UInt8[Tensor, " C"],
+    interpolation: str,
 ) -> UInt8[Tensor, "B C H W"]:
-    """Pillow's ``Image.transform(AFFINE)``: output (x, y) shows input (a x + b y + c, d x + e y + f), centres at 0.5.
+    """Pillow's ``Image.transform(AFFINE)``: output (x, y) shows input (a x + b y + c, d x + e y +
+    f), centres at 0.5.
 
-    ``matrix`` is float64; pixels from outside become ``fill``. The cubic kernel has a = -1 here, unlike in resizing.
+    ``matrix`` is float64; pixels from outside become ``fill``. The cubic kernel has a = -1 here,
+    unlike in resizing.
     """
     _, channels, height, width = images.shape
     x = torch.arange(width, device=images.device, dtype=torch.float64)[None, None, :] + 0.5

@@ -1,9 +1,11 @@
-"""Batches for training and evaluation: the same samples and views for any number of workers and processes.
+"""Batches for training and evaluation: the same samples and views for any number of workers and
+processes.
 
-The order of an epoch is a keyed permutation; step ``k`` of epoch ``e`` takes the ``k``-th slice of it, process ``r``
-the ``r``-th part of that slice, micro-batch ``m`` the ``m``-th part of that. Nothing is carried over from one step to
-the next, so a run resumes at any step. Small data sets are decoded once and augmented in batches on the device
-(`TrainLoader.pipeline` says ``batched``); otherwise worker processes make the views one by one (``per-sample``).
+The order of an epoch is a keyed permutation; step ``k`` of epoch ``e`` takes the ``k``-th slice of
+it, process ``r`` the ``r``-th part of that slice, micro-batch ``m`` the ``m``-th part of that.
+Nothing is carried over from one step to the next, so a run resumes at any step. Small data sets are
+decoded once and augmented in batches on the device (`TrainLoader.pipeline` says ``batched``);
+otherwise worker processes make the views one by one (``per-sample``).
 """
 
 import atexit
@@ -41,7 +43,16 @@ from .checksums import view_checksums
 from .erasing import erase
 from .mixing import Mixing, check_even
 from .source import ImageSource, counted, too_few
-from .views import Augment, BatchViews, InputSpec, can_batch, eval_view, normalize, prepare, train_views
+from .views import (
+    Augment,
+    BatchViews,
+    InputSpec,
+    can_batch,
+    eval_view,
+    normalize,
+    prepare,
+    train_views,
+)
 
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""
@@ -62,7 +73,8 @@ class Batch:
         mixed_labels: the labels of the images mixed in, or None.
         lam: the weight of ``labels`` against ``mixed_labels``, or None.
         ids: the samples' numbers in the source, int64, on the device.
-        views: which view of each sample this is, int64, on the device; the epoch, unless augmentation is repeated.
+        views: which view of each sample this is, int64, on the device; the epoch, unless
+            augmentation is repeated.
         view: the epoch.
         seed: of the run, which keys `uniforms`.
         targets: what is stored of each teacher that has labels, on the device.
@@ -80,9 +92,15 @@ class Batch:
     targets: dict[str, Targets] = field(default_factory=dict)
     missing: dict[str, I64] = field(default_factory=dict)
 
-    def uniforms(self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE) -> Float[Tensor, "B {count}"]:
-        """Uniform random numbers in [0, 1), a pure function of seed, view, sample and stream, made on the device."""
-        return keyed.torch_uniforms(keyed.torch_keys(self.seed, self.views, self.ids, stream), count)
+    def uniforms(
+        self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE
+    ) -> Float[Tensor, "B {count}"]:
+        """Uniform random numbers in [0, 1), a pure function of seed, view, sample and stream, made
+        on the device.
+        """
+        return keyed.torch_uniforms(
+            keyed.torch_keys(self.seed, self.views, self.ids, stream), count
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,8 @@ class TrainLoader:
 
     Attributes:
         steps_per_epoch: optimizer steps in an epoch; the last incomplete batch is left out.
-        pipeline: ``batched`` or ``per-sample``; decided by the data set and the options alone, and it changes pixels.
+        pipeline: ``batched`` or ``per-sample``; decided by the data set and the options alone, and
+            it changes pixels.
     """
 
     def __init__(
@@ -133,32 +152,48 @@ class TrainLoader:
         views: int | None = None,
         labels: Mapping[str, LabelReader] | None = None,
     ) -> None:
-        """Prepare to load; ``batch_size`` counts the images of an optimizer step over all processes and micro-batches.
+        """Prepare to load; ``batch_size`` counts the images of an optimizer step over all processes
+        and micro-batches.
 
-        ``workers`` are processes that make views, or threads that decode a data set into memory. ``in_memory`` None
-        keeps images decoded when they take less than 2 GiB. ``views``: how many different views of each image there
-        are, None for a new one every epoch. ``labels``: stored answers to put beside the images, by teacher. Raises
-        `ConfigError` when the sizes do not divide, `DataError` when the data set is smaller than one batch or an image
-        is damaged.
+        ``workers`` are processes that make views, or threads that decode a data set into memory.
+        ``in_memory`` None keeps images decoded when they take less than 2 GiB. ``views``: how many
+        different views of each image there are, None for a new one every epoch. ``labels``: stored
+        answers to put beside the images, by teacher. Raises `ConfigError` when the sizes do not
+        divide, `DataError` when the data set is smaller than one batch or an image is damaged.
         """
         check_batches(source, augment, batch_size, world_size, accumulate)
         _check_sizes(batch_size, world_size, accumulate, rank, workers)
         self.source, self.augment, self.spec, self.seed = source, augment, spec, seed
         self.workers, self.device = workers, torch.device(device)
         self._views, self._labels_of = views, dict(labels or {})
-        self._batch_size, self._rank, self._world_size, self._accumulate = batch_size, rank, world_size, accumulate
+        self._batch_size, self._rank, self._world_size, self._accumulate = (
+            batch_size,
+            rank,
+            world_size,
+            accumulate,
+        )
         self._labels = torch.from_numpy(source.labels)
-        self._mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob) if augment.mixes else None
+        self._mixing = (
+            Mixing(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
+            if augment.mixes
+            else None
+        )
         self._order: tuple[int, I64, I64] | None = None
         self._pairs: tuple[int, I64] | None = None
         self.steps_per_epoch = len(self._epoch_order(0)[0]) // batch_size
         self.pipeline: Literal["batched", "per-sample"] = "per-sample"
         self._memory: ImageSource | BatchViews = source
-        with memory_errors(f"while {counted(len(source), 'image')} were decoded into it", "read them one by one, --in-memory false"):
+        with memory_errors(
+            f"while {counted(len(source), 'image')} were decoded into it",
+            "read them one by one, --in-memory false",
+        ):
             self._choose_pipeline(in_memory)
 
-    def batches(self, start_step: int = 0, num_steps: int | None = None) -> Iterator[tuple[Batch, ...]]:
-        """The steps from ``start_step`` on, each a tuple of micro-batches; without end when ``num_steps`` is None.
+    def batches(
+        self, start_step: int = 0, num_steps: int | None = None
+    ) -> Iterator[tuple[Batch, ...]]:
+        """The steps from ``start_step`` on, each a tuple of micro-batches; without end when
+        ``num_steps`` is None.
 
         Step ``s`` is step ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``.
         """
@@ -166,7 +201,10 @@ class TrainLoader:
         pixels = self._pixels(self._pieces(start_step, end))
         try:
             while True:
-                micro_batches = [self._finish(piece, images, sums) for piece, images, sums in islice(pixels, self._accumulate)]
+                micro_batches = [
+                    self._finish(piece, images, sums)
+                    for piece, images, sums in islice(pixels, self._accumulate)
+                ]
                 if not micro_batches:
                     return
                 yield tuple(micro_batches)
@@ -174,10 +212,11 @@ class TrainLoader:
             pixels.close()
 
     def labelling(self, view: int, first: int, last: int, batch_size: int) -> Iterator[Labelling]:
-        """View ``view`` of the samples ``first`` to ``last - 1``, in order, for a teacher that is to label them.
+        """View ``view`` of the samples ``first`` to ``last - 1``, in order, for a teacher that is
+        to label them.
 
-        Where images are mixed, every sample comes mixed with its partner in that view; the one without a partner (of
-        an odd number) comes as it is.
+        Where images are mixed, every sample comes mixed with its partner in that view; the one
+        without a partner (of an odd number) comes as it is.
         """
         partners = self._partners(view) if self._mixing is not None else None
         starts = range(first, last, batch_size)
@@ -200,7 +239,9 @@ class TrainLoader:
             pixels.close()
 
     def most_of(self, view: int, ids: I64) -> I64:
-        """The sample that makes up the most of each of these views: itself, or the one that is mixed in."""
+        """The sample that makes up the most of each of these views: itself, or the one that is
+        mixed in.
+        """
         if self._mixing is None:
             return ids
         partners = self._partners(view)[ids]
@@ -229,17 +270,25 @@ class TrainLoader:
             self._memory = _DecodedSource(self.source, sizes, self.workers)
 
     def _common_size(self, limit: int | None) -> tuple[int, int] | None:
-        """The one (width, height) of all prepared images, or None when they differ or take ``limit`` bytes or more."""
+        """The one (width, height) of all prepared images, or None when they differ or take
+        ``limit`` bytes or more.
+        """
         if self.augment.crop != "rrc":
             height, width = self.spec.image_size
-            return (width, height) if limit is None or len(self.source) * height * width * 3 < limit else None
+            return (
+                (width, height)
+                if limit is None or len(self.source) * height * width * 3 < limit
+                else None
+            )
         sizes = _sizes_below(self.source, limit)
         return sizes[0] if sizes is not None and len(set(sizes)) == 1 else None
 
     def _epoch_order(self, epoch: int) -> tuple[I64, I64]:
         """Sample ids and view ids of an epoch, in order."""
         if self._order is None or self._order[0] != epoch:
-            ids, views = epoch_order(len(self.source), self.seed, epoch, self.augment.repeated_aug, self._views)
+            ids, views = epoch_order(
+                len(self.source), self.seed, epoch, self.augment.repeated_aug, self._views
+            )
             self._order = (epoch, ids, views)
         return self._order[1], self._order[2]
 
@@ -255,20 +304,29 @@ class TrainLoader:
                 yield _Piece(epoch, ids[start : start + micro], views[start : start + micro])
             step += 1
 
-    def _pixels(self, pieces: Iterator[_Piece], checked: bool = False) -> "Generator[_Pixels, None, None]":
-        """uint8 views on the device; with their checksums where ``checked``, or where labels have to fit them.
+    def _pixels(
+        self, pieces: Iterator[_Piece], checked: bool = False
+    ) -> "Generator[_Pixels, None, None]":
+        """uint8 views on the device; with their checksums where ``checked``, or where labels have
+        to fit them.
 
-        Views made on a GPU are copied to the host for it, so they are looked at from time to time only: the first four
-        micro-batches, and one in 64 afterwards.
+        Views made on a GPU are copied to the host for it, so they are looked at from time to time
+        only: the first four micro-batches, and one in 64 afterwards.
         """
         wanted = checked or bool(self._labels_of)
         if isinstance(self._memory, BatchViews):
             for number, piece in enumerate(pieces):
                 images = self._memory(piece.ids, piece.views, self.device)
                 due = checked or self.device.type == "cpu" or number < 4 or number % 64 == 0
-                yield piece, images, self._checksums(piece, images.cpu()) if wanted and due else None
+                yield (
+                    piece,
+                    images,
+                    self._checksums(piece, images.cpu()) if wanted and due else None,
+                )
             return
-        views = _TrainViews(self._memory, self.augment, self.spec, self.seed, self._checksums if wanted else None)
+        views = _TrainViews(
+            self._memory, self.augment, self.spec, self.seed, self._checksums if wanted else None
+        )
         with _loaded(views, pieces, self.workers, self.device) as loaded:
             for piece, images, sums in loaded:
                 yield piece, images.to(self.device, non_blocking=True), sums
@@ -277,28 +335,46 @@ class TrainLoader:
     def _checksums(self) -> "_Checksums":
         return _Checksums(self.augment.reprob, self._mixing, self.seed)
 
-    def _finish(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"], checksums: npt.NDArray[np.uint32] | None) -> Batch:
+    def _finish(
+        self,
+        piece: _Piece,
+        pixels: UInt8[Tensor, "B 3 H W"],
+        checksums: npt.NDArray[np.uint32] | None,
+    ) -> Batch:
         batch = self._mixed(piece, pixels)
         for name, reader in self._labels_of.items():
-            batch.targets[name], batch.missing[name] = reader(piece.views, piece.ids, checksums, self.device)
+            batch.targets[name], batch.missing[name] = reader(
+                piece.views, piece.ids, checksums, self.device
+            )
         return batch
 
     def _mixed(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
-        images = erase(normalize(pixels, self.spec), self.augment.reprob, self.seed, piece.ids, piece.views)
+        images = erase(
+            normalize(pixels, self.spec), self.augment.reprob, self.seed, piece.ids, piece.views
+        )
         ids = torch.from_numpy(piece.ids)
         labels = self._labels[ids].to(self.device, non_blocking=True)
         views = torch.from_numpy(piece.views).to(self.device, non_blocking=True)
-        batch = Batch(images, labels, ids.to(self.device, non_blocking=True), views, piece.epoch, seed=self.seed)
+        batch = Batch(
+            images,
+            labels,
+            ids.to(self.device, non_blocking=True),
+            views,
+            piece.epoch,
+            seed=self.seed,
+        )
         if self._mixing is not None:
-            batch.images, batch.mixed_labels, batch.lam = self._mixing(images, labels, self.seed, piece.ids, piece.views)
+            batch.images, batch.mixed_labels, batch.lam = self._mixing(
+                images, labels, self.seed, piece.ids, piece.views
+            )
         return batch
 
 
 class EvalLoader:
     """The evaluation batches of one process; iterate it as often as you like.
 
-    Over all processes every sample comes exactly once, without padding: process ``r`` has samples ``r``, ``r +
-    world_size``, ... A small data set is decoded in the first pass and kept.
+    Over all processes every sample comes exactly once, without padding: process ``r`` has samples
+    ``r``, ``r + world_size``, ... A small data set is decoded in the first pass and kept.
     """
 
     def __init__(
@@ -313,16 +389,26 @@ class EvalLoader:
         world_size: int = 1,
         limit: int | None = None,
     ) -> None:
-        """``batch_size`` images a process; ``limit`` takes that many samples of a fixed shuffle in place of all."""
+        """``batch_size`` images a process; ``limit`` takes that many samples of a fixed shuffle in
+        place of all.
+        """
         _check_sizes(batch_size * world_size, world_size, 1, rank, workers)
         if limit is not None and limit < 1:
             raise ConfigError(f"limit is {limit}; it must be 1 or more images, or left out.")
-        self.source, self.spec, self.workers, self.device = source, spec, workers, torch.device(device)
+        self.source, self.spec, self.workers, self.device = (
+            source,
+            spec,
+            workers,
+            torch.device(device),
+        )
         ids = np.arange(len(source), dtype=np.int64)
         if limit is not None:
             ids = keyed.permutation(0, 0, len(source), Stream.SUBSET)[:limit]
         mine = ids[rank::world_size]
-        self._pieces = [_Piece(0, p, np.zeros_like(p)) for p in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size))]
+        self._pieces = [
+            _Piece(0, p, np.zeros_like(p))
+            for p in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size))
+        ]
         self._labels = torch.from_numpy(source.labels)
         height, width = spec.image_size
         self._cacheable = len(mine) * height * width * 3 < _EVAL_CACHE_BYTES
@@ -350,27 +436,34 @@ class EvalLoader:
         if self._cache is not None:
             yield from zip(self._pieces, self._cache, strict=True)
             return
-        with _loaded(_EvalViews(self.source, self.spec), self._pieces, self.workers, self.device) as loaded:
+        with _loaded(
+            _EvalViews(self.source, self.spec), self._pieces, self.workers, self.device
+        ) as loaded:
             for piece, images, _ in loaded:
                 yield piece, images
 
 
-def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1, num_views: int | None = None) -> tuple[I64, I64]:
+def epoch_order(
+    size: int, seed: int, epoch: int, repeats: int = 1, num_views: int | None = None
+) -> tuple[I64, I64]:
     """``(sample ids, view ids)`` of an epoch, int64 each.
 
-    With ``num_views`` V, epoch ``e`` shows view ``e mod V``: up to epoch V - 1 in the order it has anyway, later with
-    the same pairs of neighbours, which may be mixed, in an order of that epoch's own.
+    With ``num_views`` V, epoch ``e`` shows view ``e mod V``: up to epoch V - 1 in the order it has
+    anyway, later with the same pairs of neighbours, which may be mixed, in an order of that epoch's
+    own.
 
-    With ``repeats`` R > 1, ceil(size / R) images (made even) come R times each, in the order p0 p1 p0' p1' p0'' p1''
-    p2 p3 ..., so that neighbours, which may be mixed, are different images. Repeat ``r`` of epoch ``e`` is view ``e R
-    + r``.
+    With ``repeats`` R > 1, ceil(size / R) images (made even) come R times each, in the order p0 p1
+    p0' p1' p0'' p1'' p2 p3 ..., so that neighbours, which may be mixed, are different images.
+    Repeat ``r`` of epoch ``e`` is view ``e R + r``.
     """
     if num_views is not None and epoch >= num_views:
         assert repeats == 1
         order = keyed.permutation(seed, epoch % num_views, size)
         couples = order[: size // 2 * 2].reshape(-1, 2)
         shuffled = couples[keyed.permutation(seed, epoch, len(couples), Stream.PAIRS)].flatten()
-        return np.concatenate([shuffled, order[len(shuffled) :]]), np.full(size, epoch % num_views, dtype=np.int64)
+        return np.concatenate([shuffled, order[len(shuffled) :]]), np.full(
+            size, epoch % num_views, dtype=np.int64
+        )
     order = keyed.permutation(seed, epoch, size)
     if repeats == 1:
         return order, np.full(size, epoch, dtype=np.int64)
@@ -383,7 +476,9 @@ def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1, num_views: i
 
 
 def pair_partners(size: int, seed: int, view: int) -> I64:
-    """Of each sample, the one it is mixed with in ``view``; itself for the one that is left over of an odd number."""
+    """Of each sample, the one it is mixed with in ``view``; itself for the one that is left over of
+    an odd number.
+    """
     order = keyed.permutation(seed, view, size)
     partners = np.arange(size, dtype=np.int64)
     pairs = order[: size // 2 * 2].reshape(-1, 2)
@@ -391,8 +486,12 @@ def pair_partners(size: int, seed: int, view: int) -> I64:
     return partners
 
 
-def check_batches(source: ImageSource, augment: Augment, batch_size: int, world_size: int, accumulate: int) -> None:
-    """Raise `ConfigError` for batches that cannot be divided, and `DataError` for fewer images than one has."""
+def check_batches(
+    source: ImageSource, augment: Augment, batch_size: int, world_size: int, accumulate: int
+) -> None:
+    """Raise `ConfigError` for batches that cannot be divided, and `DataError` for fewer images than
+    one has.
+    """
     _check_sizes(batch_size, world_size, accumulate, 0, 0)
     if len(source) < batch_size:
         raise DataError(too_few(source, batch_size))
@@ -400,15 +499,23 @@ def check_batches(source: ImageSource, augment: Augment, batch_size: int, world_
         check_even(batch_size // (world_size * accumulate))
 
 
-def _check_sizes(batch_size: int, world_size: int, accumulate: int, rank: int, workers: int) -> None:
+def _check_sizes(
+    batch_size: int, world_size: int, accumulate: int, rank: int, workers: int
+) -> None:
     if batch_size < 1 or accumulate < 1 or world_size < 1:
-        raise ConfigError(f"batch_size {batch_size}, world_size {world_size} and accumulate {accumulate} must all be 1 or more.")
+        raise ConfigError(
+            f"batch_size {batch_size}, world_size {world_size} and accumulate {accumulate} must all"
+            " be 1 or more."
+        )
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not one of {world_size} processes.")
     if workers < 0:
         raise ConfigError(f"workers is {workers}; it must be 0 or more.")
     if batch_size % (world_size * accumulate):
-        raise ConfigError(f"batch_size {batch_size} does not divide by {world_size} processes x {accumulate} micro-batches.")
+        raise ConfigError(
+            f"batch_size {batch_size} does not divide by {world_size} processes x {accumulate}"
+            " micro-batches."
+        )
 
 
 def _sizes_below(source: ImageSource, limit: int | None) -> list[tuple[int, int]] | None:
@@ -425,7 +532,9 @@ def _sizes_below(source: ImageSource, limit: int | None) -> list[tuple[int, int]
     return sizes
 
 
-def _decode_alike(source: ImageSource, augment: Augment, spec: InputSpec, size: tuple[int, int], threads: int) -> UInt8[Tensor, "N 3 H W"]:
+def _decode_alike(
+    source: ImageSource, augment: Augment, spec: InputSpec, size: tuple[int, int], threads: int
+) -> UInt8[Tensor, "N 3 H W"]:
     images = torch.empty((len(source), 3, size[1], size[0]), dtype=torch.uint8)
 
     def decode(i: int) -> None:
@@ -450,11 +559,18 @@ def _for_each(function: Any, count: int, threads: int) -> None:
 
 
 class _DecodedSource(ImageSource):
-    """A source whose images, of various sizes, are kept decoded: one flat array, which forked workers share."""
+    """A source whose images, of various sizes, are kept decoded: one flat array, which forked
+    workers share.
+    """
 
     def __init__(self, source: ImageSource, sizes: list[tuple[int, int]], threads: int) -> None:
         self._source = source
-        self.name, self.classes, self.labels, self.sizes = source.name, source.classes, source.labels, source.sizes
+        self.name, self.classes, self.labels, self.sizes = (
+            source.name,
+            source.classes,
+            source.labels,
+            source.sizes,
+        )
         self._shapes = np.array(sizes, dtype=np.int64)
         self._ends = np.cumsum(self._shapes[:, 0] * self._shapes[:, 1] * 3)
         self._pixels = np.empty(int(self._ends[-1]), dtype=np.uint8)
@@ -482,7 +598,9 @@ class _DecodedSource(ImageSource):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user error on its way from a worker to the parent (raised there, so that its sentence arrives alone)."""
+    """A user error on its way from a worker to the parent (raised there, so that its sentence
+    arrives alone).
+    """
 
     error: UserError
 
@@ -518,7 +636,14 @@ class _TrainViews(Dataset[Any]):
 
     def __getitem__(self, piece: _Piece) -> _Pixels | _Failure:
         try:
-            images = train_views(partial(_load, self.source), self.augment, self.spec, self.seed, piece.views, piece.ids)
+            images = train_views(
+                partial(_load, self.source),
+                self.augment,
+                self.spec,
+                self.seed,
+                piece.views,
+                piece.ids,
+            )
             return piece, images, None if self.checksums is None else self.checksums(piece, images)
         except UserError as error:
             return _Failure(error)
@@ -531,7 +656,13 @@ class _EvalViews(Dataset[Any]):
 
     def __getitem__(self, piece: _Piece) -> _Pixels | _Failure:
         try:
-            return piece, torch.stack([eval_view(_load(self.source, i), self.spec) for i in piece.ids.tolist()]), None
+            return (
+                piece,
+                torch.stack(
+                    [eval_view(_load(self.source, i), self.spec) for i in piece.ids.tolist()]
+                ),
+                None,
+            )
         except UserError as error:
             return _Failure(error)
 
@@ -541,7 +672,9 @@ def _same(item: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """The parent alone decides when to stop: a signal to the process group must not take its workers away."""
+    """The parent alone decides when to stop: a signal to the process group must not take its
+    workers away.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -554,11 +687,15 @@ class _Workers:
     owner: int = field(default_factory=os.getpid)
 
     def lost(self) -> bool:
-        """Whether a worker is dead, or dies within a moment: its connections break before it is gone."""
+        """Whether a worker is dead, or dies within a moment: its connections break before it is
+        gone.
+        """
         return bool(wait([process.sentinel for process in _processes(self.iterator)], timeout=2.0))
 
     def stop(self) -> None:
-        """End the workers; they ignore SIGTERM, so one that does not leave is killed (it has no state to lose)."""
+        """End the workers; they ignore SIGTERM, so one that does not leave is killed (it has no
+        state to lose).
+        """
         iterator, self.iterator = self.iterator, None
         if iterator is None or os.getpid() != self.owner:
             return
@@ -579,7 +716,8 @@ _RUNNING: "weakref.WeakSet[_Workers]" = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    # Before multiprocessing joins its children at exit, which would wait for ever for workers that ignore SIGTERM.
+    # Before multiprocessing joins its children at exit, which would wait for ever for workers that
+    # ignore SIGTERM.
     for workers in list(_RUNNING):
         workers.stop()
 
@@ -588,8 +726,9 @@ def _stop_all() -> None:
 def _without_child_handler() -> Iterator[None]:
     """Undo the SIGCHLD handler that torch sets with the first workers.
 
-    It raises for a dead worker at any point of the program, be it in the middle of a backward pass or of a checkpoint.
-    Without it the death is noticed, within seconds, where the next batch is asked for.
+    It raises for a dead worker at any point of the program, be it in the middle of a backward pass
+    or of a checkpoint. Without it the death is noticed, within seconds, where the next batch is
+    asked for.
     """
     main = threading.current_thread() is threading.main_thread()
     previous = signal.getsignal(signal.SIGCHLD) if main else None
@@ -601,11 +740,16 @@ def _without_child_handler() -> Iterator[None]:
 
 
 @contextmanager
-def _loaded(views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device) -> Iterator[Iterator[_Pixels]]:
-    """The pieces with their pixels, in order, made by ``workers`` processes; user errors are raised here."""
+def _loaded(
+    views: Dataset[Any], pieces: Iterable[_Piece], workers: int, device: torch.device
+) -> Iterator[Iterator[_Pixels]]:
+    """The pieces with their pixels, in order, made by ``workers`` processes; user errors are raised
+    here.
+    """
     loader: DataLoader[Any]
     with warnings.catch_warnings():
-        # More processes than cores is the user's choice (a recipe's default may be made for a larger machine), and costs little.
+        # More processes than cores is the user's choice (a recipe's default may be made for a
+        # larger machine), and costs little.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
             views,
@@ -632,11 +776,13 @@ def _received(running: _Workers, device: torch.device) -> Iterator[_Pixels]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # A dead worker shows as torch's RuntimeError, or as a broken connection in the middle of a transfer.
+            # A dead worker shows as torch's RuntimeError, or as a broken connection in the middle
+            # of a transfer.
             if "DataLoader worker" not in str(error) and not running.lost():
                 raise
             raise DataError(
-                "a data loading worker was killed, often for lack of memory; use fewer workers or a smaller batch_size."
+                "a data loading worker was killed, often for lack of memory; use fewer workers or a"
+                " smaller batch_size."
             ) from error
         if isinstance(item, _Failure):
             raise item.error

@@ -1,11 +1,12 @@
-"""Mixup and CutMix of neighbours: in an epoch's order positions 2j and 2j + 1 are partners, mixed with each other.
+"""Mixup and CutMix of neighbours: in an epoch's order positions 2j and 2j + 1 are partners, mixed
+with each other.
 
-How a pair is mixed is a pure function of (seed, view, the smaller of the two sample ids), so it does not depend on
-the batch, the process or the step at which the pair is seen. (DeiT draws one weight for a whole batch; here every
-pair has its own.)
+How a pair is mixed is a pure function of (seed, view, the smaller of the two sample ids), so it
+does not depend on the batch, the process or the step at which the pair is seen. (DeiT draws one
+weight for a whole batch; here every pair has its own.)
 
-Source: Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; boxes and the corrected weight as in timm's
-``Mixup``.
+Source: Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; boxes and the corrected
+weight as in timm's ``Mixup``.
 """
 
 from dataclasses import dataclass
@@ -41,33 +42,49 @@ class Mixing:
         sample_ids: I64,
         views: I64,
     ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, " B"], Float[Tensor, " B"]]:
-        """``(images, mixed_labels, lam)``: the mixed images, each one's partner's label, and the weight of its own.
+        """``(images, mixed_labels, lam)``: the mixed images, each one's partner's label, and the
+        weight of its own.
 
-        ``sample_ids`` and ``views`` are int64 (B,) on the host. Raises `ConfigError` for an odd batch.
+        ``sample_ids`` and ``views`` are int64 (B,) on the host. Raises `ConfigError` for an odd
+        batch.
         """
         check_even(len(sample_ids))
         pairs = sample_ids.reshape(-1, 2).min(axis=1)
-        lam, cut, boxes = self.draw(keyed.keys(seed, views[::2], pairs, Stream.MIX), images.shape[2], images.shape[3])
+        lam, cut, boxes = self.draw(
+            keyed.keys(seed, views[::2], pairs, Stream.MIX), images.shape[2], images.shape[3]
+        )
         device = images.device
         partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         mixed = images
-        weight = torch.from_numpy(np.repeat(lam, 2).astype(np.float32)).to(device, non_blocking=True)
+        weight = torch.from_numpy(np.repeat(lam, 2).astype(np.float32)).to(
+            device, non_blocking=True
+        )
         blended = np.flatnonzero(np.repeat(~cut, 2))
         if len(blended):
             index = torch.from_numpy(blended).to(device, non_blocking=True)
             share = weight[index, None, None, None]
-            mixed = mixed.index_copy(0, index, mixed[index] * share + partner[index] * (1.0 - share))
+            mixed = mixed.index_copy(
+                0, index, mixed[index] * share + partner[index] * (1.0 - share)
+            )
         pasted = np.flatnonzero(np.repeat(cut, 2))
         if len(pasted):
             index = torch.from_numpy(pasted).to(device, non_blocking=True)
-            inside = _inside(torch.from_numpy(boxes[pasted // 2]).to(device, non_blocking=True), images.shape[2], images.shape[3])
-            mixed = mixed.index_copy(0, index, torch.where(inside[:, None], partner[index], images[index]))
+            inside = _inside(
+                torch.from_numpy(boxes[pasted // 2]).to(device, non_blocking=True),
+                images.shape[2],
+                images.shape[3],
+            )
+            mixed = mixed.index_copy(
+                0, index, torch.where(inside[:, None], partner[index], images[index])
+            )
         return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight
 
     def draw(self, keys: U64, height: int, width: int) -> tuple[F64, npt.NDArray[np.bool_], I64]:
-        """Of each pair: the weight of its own image, whether it is cut, and the box ``(top, bottom, left, right)``.
+        """Of each pair: the weight of its own image, whether it is cut, and the box ``(top, bottom,
+        left, right)``.
 
-        The weight of a cut pair is corrected to the area that was really pasted; an unmixed pair has weight 1.
+        The weight of a cut pair is corrected to the area that was really pasted; an unmixed pair
+        has weight 1.
         """
         draws = keyed.uniforms(keys, 4)
         switched = draws[:, 1] < self.switch_prob
@@ -75,7 +92,9 @@ class Mixing:
         alpha = np.where(cut, self.cutmix, self.mixup)
         lam = np.where(draws[:, 0] < self.prob, symmetric_beta(keys, alpha, start=4), 1.0)
         side = np.sqrt(1.0 - lam)
-        boxes = np.stack([*_span(draws[:, 2], side, height), *_span(draws[:, 3], side, width)], axis=1)
+        boxes = np.stack(
+            [*_span(draws[:, 2], side, height), *_span(draws[:, 3], side, width)], axis=1
+        )
         area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
         return np.where(cut, 1.0 - area / float(height * width), lam), cut, boxes
 
@@ -83,7 +102,10 @@ class Mixing:
 def check_even(batch: int) -> None:
     """Raise `ConfigError` unless a micro-batch of this size is made of pairs."""
     if batch % 2:
-        raise ConfigError(f"mixup and cutmix need an even number of images a process and micro-batch, not {batch}; change batch_size.")
+        raise ConfigError(
+            "mixup and cutmix need an even number of images a process and micro-batch, not"
+            f" {batch}; change batch_size."
+        )
 
 
 def _span(draw: F64, side: F64, length: int) -> tuple[I64, I64]:
@@ -100,7 +122,9 @@ def _inside(boxes: Int[Tensor, "B 4"], height: int, width: int) -> Tensor:
 
 
 def symmetric_beta(keys: U64, alpha: F64, start: int = 0) -> F64:
-    """Beta(alpha, alpha) numbers, one a key, from keyed uniforms: X / (X + Y) of two gamma numbers, in logarithms."""
+    """Beta(alpha, alpha) numbers, one a key, from keyed uniforms: X / (X + Y) of two gamma numbers,
+    in logarithms.
+    """
     x = _log_gamma_variate(keys, alpha, start)
     y = _log_gamma_variate(keys, alpha, start + _GAMMA_DRAWS)
     return 1.0 / (1.0 + np.exp(np.clip(y - x, -700.0, 700.0)))
@@ -109,8 +133,9 @@ def symmetric_beta(keys: U64, alpha: F64, start: int = 0) -> F64:
 def _log_gamma_variate(keys: U64, alpha: F64, start: int) -> F64:
     """Logarithms of Gamma(alpha) numbers.
 
-    Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000; alpha is raised by one and
-    the result multiplied by U^(1/alpha), which also serves alpha < 1. An attempt fails with probability below 0.05.
+    Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000; alpha is
+    raised by one and the result multiplied by U^(1/alpha), which also serves alpha < 1. An attempt
+    fails with probability below 0.05.
     """
     d = alpha + 1.0 - 1.0 / 3.0
     c = 1.0 / np.sqrt(9.0 * d)

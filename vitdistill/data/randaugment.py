@@ -1,11 +1,14 @@
-"""RandAugment and colour jitter on a batch of uint8 images, each sample with its own operation and strength.
+"""RandAugment and colour jitter on a batch of uint8 images, each sample with its own operation and
+strength.
 
-A layer gives every image one `Operation`. Eight of them are a look-up table of each image's own (from its histogram
-where need be) and run as one gather; the five affine ones share one resampling; colour and sharpness are blends. All
-equal Pillow's functions pixel for pixel, and which operations and strengths exist is read from timm's own transform,
-so its configuration strings mean the same here.
+A layer gives every image one `Operation`. Eight of them are a look-up table of each image's own
+(from its histogram where need be) and run as one gather; the five affine ones share one resampling;
+colour and sharpness are blends. All equal Pillow's functions pixel for pixel, and which operations
+and strengths exist is read from timm's own transform, so its configuration strings mean the same
+here.
 
-Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, increasing and original sets).
+Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, increasing
+and original sets).
 """
 
 import math
@@ -56,7 +59,9 @@ _LAYER_DRAWS = 6
 
 @dataclass(frozen=True)
 class Operation:
-    """One layer of operations: ``kind`` int64 (B,) of `Kind`, ``value`` float64 (B,); both on the host."""
+    """One layer of operations: ``kind`` int64 (B,) of `Kind`, ``value`` float64 (B,); both on the
+    host.
+    """
 
     kind: I64
     value: F64
@@ -119,7 +124,9 @@ OPERATIONS: dict[str, tuple[Kind, Level]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A RandAugment: ``layers`` times one of ``names``, each applied with ``prob`` at a noisy ``magnitude``."""
+    """A RandAugment: ``layers`` times one of ``names``, each applied with ``prob`` at a noisy
+    ``magnitude``.
+    """
 
     names: tuple[str, ...]
     layers: int
@@ -131,7 +138,9 @@ class Policy:
     @staticmethod
     @lru_cache(maxsize=16)
     def of(config: str, mean: tuple[float, ...], interpolation: str) -> "Policy | None":
-        """The policy of timm's ``config`` string, or None where it has operations that exist for single images only."""
+        """The policy of timm's ``config`` string, or None where it has operations that exist for
+        single images only.
+        """
         if not config.startswith("rand"):
             return None
         timm_policy: Any = auto_augment.rand_augment_transform(config, {"img_mean": mean})
@@ -151,13 +160,20 @@ class Policy:
     def draw(self, keys: U64) -> list[Operation]:
         """The operations of the samples with these keys, one `Operation` a layer."""
         starts = range(0, _LAYER_DRAWS * self.layers, _LAYER_DRAWS)
-        return [self._layer(keyed.uniforms(keys, 4, start), keyed.normals(keys, 1, start + 4)) for start in starts]
+        return [
+            self._layer(keyed.uniforms(keys, 4, start), keyed.normals(keys, 1, start + 4))
+            for start in starts
+        ]
 
     def _layer(self, draws: F64, noise: F64) -> Operation:
         choice = np.floor(draws[:, 0] * len(self.names)).astype(np.int64)
         # An infinite deviation is timm's word for a magnitude that is uniform in [0, magnitude).
         uniform = math.isinf(self.magnitude_std)
-        magnitude = self.magnitude * draws[:, 3] if uniform else self.magnitude + self.magnitude_std * noise[:, 0]
+        magnitude = (
+            self.magnitude * draws[:, 3]
+            if uniform
+            else self.magnitude + self.magnitude_std * noise[:, 0]
+        )
         level = np.clip(magnitude, 0.0, self.magnitude_max) / _LEVELS
         sign = np.where(draws[:, 2] > 0.5, -1.0, 1.0)
         table = [OPERATIONS[name] for name in self.names]
@@ -168,16 +184,22 @@ class Policy:
 
 
 def draw_jitter(keys: U64, strength: float) -> list[Operation]:
-    """Brightness, contrast and saturation in a random order, factors uniform within 1 +- ``strength``."""
+    """Brightness, contrast and saturation in a random order, factors uniform within 1 +-
+    ``strength``.
+    """
     draws = keyed.uniforms(keys, 6)
-    kinds = np.array([Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR], dtype=np.int64)[np.argsort(draws[:, :3], axis=1)]
+    kinds = np.array([Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR], dtype=np.int64)[
+        np.argsort(draws[:, :3], axis=1)
+    ]
     low = max(0.0, 1.0 - strength)
     factors = low + (1.0 + strength - low) * draws[:, 3:]
     return [Operation(kinds[:, i], factors[:, i]) for i in range(3)]
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Keep the highest bits of each channel; 0 bits make a black image, where Pillow's own function raises."""
+    """Keep the highest bits of each channel; 0 bits make a black image, where Pillow's own function
+    raises.
+    """
     if bits_to_keep >= 8:
         return image
     mask = 0xFF & ~((1 << (8 - bits_to_keep)) - 1)
@@ -185,7 +207,10 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image
 
 
 def apply_operations(
-    images: UInt8[Tensor, "B 3 H W"], operation: Operation, fill: UInt8[Tensor, "3"], interpolation: str
+    images: UInt8[Tensor, "B 3 H W"],
+    operation: Operation,
+    fill: UInt8[Tensor, "3"],
+    interpolation: str,
 ) -> UInt8[Tensor, "B 3 H W"]:
     """Apply one layer; ``fill`` is the colour that affine operations show outside the image."""
     kind = operation.kind
@@ -196,7 +221,12 @@ def apply_operations(
         (kind == Kind.SHARPNESS, lambda x, k, v: _blend(_smooth(x), x, v)),
         (
             kind >= _FIRST_AFFINE,
-            lambda x, k, v: affine(x, _matrices(k, v, x.shape[2], x.shape[3]).to(x.device), fill.to(x.device), interpolation),
+            lambda x, k, v: affine(
+                x,
+                _matrices(k, v, x.shape[2], x.shape[3]).to(x.device),
+                fill.to(x.device),
+                interpolation,
+            ),
         ),
     )
     for members, function in groups:
@@ -222,13 +252,21 @@ def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "
     angle = -np.radians(value[rows] % 360.0)
     cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
     x, y = width / 2.0, height / 2.0
-    matrix[rows] = np.stack([cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y], axis=1)
+    matrix[rows] = np.stack(
+        [cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y], axis=1
+    )
     return torch.from_numpy(matrix)
 
 
-def _blend(base: Tensor, images: Integer[Tensor, "B *shape"], factor: F64) -> UInt8[Tensor, "B *shape"]:
-    """Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut to an integer."""
-    weight = torch.from_numpy(factor).to(images.device, torch.float32).view(-1, *[1] * (images.ndim - 1))
+def _blend(
+    base: Tensor, images: Integer[Tensor, "B *shape"], factor: F64
+) -> UInt8[Tensor, "B *shape"]:
+    """Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut to an
+    integer.
+    """
+    weight = (
+        torch.from_numpy(factor).to(images.device, torch.float32).view(-1, *[1] * (images.ndim - 1))
+    )
     base = base.float()
     return (base + weight * (images.float() - base)).clamp_(0, 255).to(torch.uint8)
 
@@ -239,7 +277,9 @@ def _grey(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B H W"]:
 
 
 def _smooth(images: UInt8[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
-    """Pillow's SMOOTH filter, (1 1 1; 1 5 1; 1 1 1) / 13, border unchanged; 13 is odd, so no half is ever rounded."""
+    """Pillow's SMOOTH filter, (1 1 1; 1 5 1; 1 1 1) / 13, border unchanged; 13 is odd, so no half
+    is ever rounded.
+    """
     x = images.int()
     rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
     sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]
@@ -248,7 +288,9 @@ def _smooth(images: UInt8[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
     return smooth
 
 
-def _through_tables(images: UInt8[Tensor, "B 3 H W"], kind: I64, value: F64) -> UInt8[Tensor, "B 3 H W"]:
+def _through_tables(
+    images: UInt8[Tensor, "B 3 H W"], kind: I64, value: F64
+) -> UInt8[Tensor, "B 3 H W"]:
     tables = torch.arange(256, device=images.device, dtype=torch.uint8).repeat(len(kind), 3, 1)
     for one, make in _TABLES.items():
         rows = np.flatnonzero(kind == one)
@@ -263,7 +305,9 @@ def _ramp(images: Tensor) -> Int[Tensor, "1 1 256"]:
 
 
 def _column(images: Tensor, value: F64) -> Int[Tensor, "B 1 1"]:
-    return torch.from_numpy(value.astype(np.int64)).to(images.device, non_blocking=True)[:, None, None]
+    return torch.from_numpy(value.astype(np.int64)).to(images.device, non_blocking=True)[
+        :, None, None
+    ]
 
 
 def _histograms(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B 3 256"]:
@@ -279,7 +323,8 @@ def _autocontrast_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
     ramp = _ramp(images)
     low = present.int().argmax(2, keepdim=True)
     high = 255 - present.flip(2).int().argmax(2, keepdim=True)
-    # Tensor by tensor: torch takes a number over a tensor by way of the reciprocal, which is not correctly rounded.
+    # Tensor by tensor: torch takes a number over a tensor by way of the reciprocal, which is not
+    # correctly rounded.
     scale = torch.full_like(low, 255, dtype=torch.float64) / (high - low).clamp(min=1)
     stretched = (ramp * scale + -low * scale).clamp(0, 255).trunc().long()
     return torch.where(high > low, stretched, ramp).to(torch.uint8)
@@ -312,7 +357,9 @@ def _solarize_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
 
 def _solarize_add_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
     ramp = _ramp(images)
-    return torch.where(ramp < 128, (ramp + _column(images, value)).clamp(max=255), ramp).to(torch.uint8)
+    return torch.where(ramp < 128, (ramp + _column(images, value)).clamp(max=255), ramp).to(
+        torch.uint8
+    )
 
 
 def _brightness_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:

@@ -1,4 +1,6 @@
-"""`Distillation`: the one module with everything trainable (student and adapters), and one step's straight line through it."""
+"""`Distillation`: the one module with everything trainable (student and adapters), and one step's
+straight line through it.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -29,35 +31,52 @@ class Distillation(nn.Module):
         self.plan = plan
         self.adapters = nn.ModuleDict()
         for name, objective in plan.objectives.items():
-            teacher = plan.teachers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+            teacher = (
+                plan.teachers[objective.teacher]
+                if isinstance(objective, TeacherObjective)
+                else None
+            )
             adapter = objective.adapter(plan.student, teacher)
             if adapter is not None:
                 self.adapters[name] = adapter
         self.run = run_vit
 
-    def forward(self, batch: Batch, teachers: Mapping[str, Teacher], progress: float = 0.0) -> dict[str, Float[Tensor, ""]]:
-        """The weighted loss of every objective by name, and their sum under ``loss``; float32 scalars, means over the batch.
+    def forward(
+        self, batch: Batch, teachers: Mapping[str, Teacher], progress: float = 0.0
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The weighted loss of every objective by name, and their sum under ``loss``; float32
+        scalars, means over the batch.
 
         ``progress`` is the fraction of the run that is done, for weights that follow a schedule.
-        The sum is NaN when a teacher's logits are not finite, whatever the objectives make of them (an argmax hides it).
+        The sum is NaN when a teacher's logits are not finite, whatever the objectives make of them
+        (an argmax hides it).
         """
         student, answers = self.answer(batch, teachers)
         losses = {}
         for name, objective in self.plan.objectives.items():
-            teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+            teacher = (
+                answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+            )
             if isinstance(teacher, StoredAnswer):
                 teacher = teacher.at(self.plan.temperatures.get(name))
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
-            losses[name] = objective.weight_at(progress) * objective.loss(student, teacher, batch, adapter)
+            losses[name] = objective.weight_at(progress) * objective.loss(
+                student, teacher, batch, adapter
+            )
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for answer in answers.values():
             live = answer.live if isinstance(answer, StoredAnswer) else answer
             if live is not None and live.logits is not None:
-                losses["loss"] = losses["loss"].masked_fill(~live.logits.isfinite().all(), torch.nan)
+                losses["loss"] = losses["loss"].masked_fill(
+                    ~live.logits.isfinite().all(), torch.nan
+                )
         return losses
 
-    def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, dict[str, ViTOutput | StoredAnswer]]:
-        """What the student and each teacher record of a batch; of a teacher that sees more patches, what it says of the student's.
+    def answer(
+        self, batch: Batch, teachers: Mapping[str, Teacher]
+    ) -> tuple[ViTOutput, dict[str, ViTOutput | StoredAnswer]]:
+        """What the student and each teacher record of a batch; of a teacher that sees more patches,
+        what it says of the student's.
 
         A teacher with labels runs on the images without a record alone, if it is there.
         """
@@ -68,28 +87,43 @@ class Distillation(nn.Module):
         for name, needs in plan.stored.items():
             answers[name] = stored = StoredAnswer(batch.targets[name], plan.teachers[name])
             if len(batch.missing[name]):
-                stored.missing, stored.live = live_rows(teachers[name], batch.images, needs, batch.missing[name])
+                stored.missing, stored.live = live_rows(
+                    teachers[name], batch.images, needs, batch.missing[name]
+                )
         for name, teacher in teachers.items():
             if name in plan.stored:
                 continue
-            seen = self.choose(name, teacher, batch, student) if order is None else order[:, : plan.num_keep[name]]
+            seen = (
+                self.choose(name, teacher, batch, student)
+                if order is None
+                else order[:, : plan.num_keep[name]]
+            )
             answer = teacher(batch.images, plan.live[name], seen)
             answers[name] = answer if student.keep is None else answer.first_patches(student.keep)
         return student, answers
 
-    def _student(self, batch: Batch, order: Int[Tensor, "B N"] | None, run: Callable[..., ViTOutput]) -> ViTOutput:
-        """What the student records of the patches that ``order`` leaves it; ``run`` is `run_vit`, compiled or not."""
+    def _student(
+        self, batch: Batch, order: Int[Tensor, "B N"] | None, run: Callable[..., ViTOutput]
+    ) -> ViTOutput:
+        """What the student records of the patches that ``order`` leaves it; ``run`` is `run_vit`,
+        compiled or not.
+        """
         keep = None if order is None else order[:, : self.plan.student_keep]
         return run(self.student, batch.images, self.plan.student_needs, keep)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """What the objectives have to show of a batch, the input first; empty if there is nothing."""
+        """What the objectives have to show of a batch, the input first; empty if there is
+        nothing.
+        """
         output = self._student(batch, self.mask(batch), run_vit)
         shown: dict[str, Tensor] = {}
         for name, objective in self.plan.objectives.items():
             adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
-            shown |= {f"{name}: {what}": images for what, images in objective.pictures(output, batch, adapter).items()}
+            shown |= {
+                f"{name}: {what}": images
+                for what, images in objective.pictures(output, batch, adapter).items()
+            }
         return {"input": batch.images, **shown} if shown else {}
 
     @torch.no_grad()
@@ -97,10 +131,14 @@ class Distillation(nn.Module):
         """The student's patches, those to be seen first; None: nothing is hidden."""
         if self.plan.masking is None:
             return None
-        return self.plan.masking.order(batch.uniforms(self.plan.student.num_patches, keyed.Stream.PATCHES))
+        return self.plan.masking.order(
+            batch.uniforms(self.plan.student.num_patches, keyed.Stream.PATCHES)
+        )
 
     @torch.no_grad()
-    def choose(self, name: str, teacher: Teacher, batch: Batch, student: ViTOutput) -> Int[Tensor, "B K"] | None:
+    def choose(
+        self, name: str, teacher: Teacher, batch: Batch, student: ViTOutput
+    ) -> Int[Tensor, "B K"] | None:
         """The patches teacher ``name`` sees of each image; None: all of them."""
         plan, selector = self.plan, self.plan.selector
         num_keep = plan.num_keep[name]

@@ -1,7 +1,9 @@
-"""What features are worth without training the network: k-nearest neighbours and a linear probe on one vector an image.
+"""What features are worth without training the network: k-nearest neighbours and a linear probe on
+one vector an image.
 
-Both read a network's features after the final norm. k-NN needs labels only to judge by, so it follows a pre-training whose loss has
-none; the linear probe is what a classifier on frozen features reaches.
+Both read a network's features after the final norm. k-NN needs labels only to judge by, so it
+follows a pre-training whose loss has none; the linear probe is what a classifier on frozen features
+reaches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,27 +33,36 @@ L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 _SIMILARITIES = 2**25  # of one chunk of queries: 128 MiB
 _LOGITS = 2**24  # of one chunk of the linear probe: 64 MiB
-_ROUNDING = 1e-6  # cosines of float32 vectors nearer to each other than this are equal: duplicates differ by rounding alone
+# Cosines of float32 vectors nearer to each other than this are equal: duplicates are rounded.
+_ROUNDING = 1e-6
 
 
 def image_features(output: ViTOutput, pool: Pool = "mean") -> Float[Tensor, "B D"]:
     """One vector an image, float32, from the features after the final norm.
 
-    ``mean`` averages the patches, prefix tokens left out: every network has it, and objectives on patches or pixels (MAE, feature
-    distillation) train no class token. ``class`` takes the class token. Raises `ConfigError` where there is none.
+    ``mean`` averages the patches, prefix tokens left out: every network has it, and objectives on
+    patches or pixels (MAE, feature distillation) train no class token. ``class`` takes the class
+    token. Raises `ConfigError` where there is none.
     """
     assert output.features is not None
     check_pool(pool, output.has_class_token)
-    return output.features[:, 0].float() if pool == "class" else output.features[:, output.num_prefix_tokens :].float().mean(1)
+    return (
+        output.features[:, 0].float()
+        if pool == "class"
+        else output.features[:, output.num_prefix_tokens :].float().mean(1)
+    )
 
 
 def check_pool(pool: Pool, has_class_token: bool) -> None:
     """Raises `ConfigError` for the class token of a network that has none."""
     if pool == "class" and not has_class_token:
-        raise ConfigError("the pool 'class' reads a class token, and this network has none: use the mean of its patches (--pool mean)")
+        raise ConfigError(
+            "the pool 'class' reads a class token, and this network has none: use the mean of its"
+            " patches (--pool mean)"
+        )
 
 
-# --- a whole data set ----------------------------------------------------------------------------------------------------------
+# --- a whole data set ----------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -90,9 +101,11 @@ def extract(
     pool: Pool = "mean",
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]] | None:
-    """Features (float32) and labels of every image of a loader, in sample order, on every process; None if ``stop`` said so.
+    """Features (float32) and labels of every image of a loader, in sample order, on every process;
+    None if ``stop`` said so.
 
-    Each image comes once, whatever the number of processes. A transformer that normalises after the pool does so here too.
+    Each image comes once, whatever the number of processes. A transformer that normalises after the
+    pool does so here too.
 
     Raises:
         ConfigError: ``pool`` is ``class`` and the network has no class token.
@@ -119,12 +132,19 @@ def extract(
     whole, known = _in_sample_order(features, labels, here)
     broken = int((~whole.isfinite().all(1)).sum())
     if broken:
-        raise NonFiniteError(f"The features of {broken} of {len(whole)} images are NaN or infinite; check the weights and the precision.")
+        raise NonFiniteError(
+            f"The features of {broken} of {len(whole)} images are NaN or infinite; check the"
+            " weights and the precision."
+        )
     return whole, known
 
 
-def _in_sample_order(features: Sequence[Tensor], labels: Sequence[Tensor], here: World) -> tuple[Tensor, Tensor]:
-    """All processes' rows: process ``r`` of ``W`` has samples ``r``, ``r + W``, ..., so the last rounds may lack some."""
+def _in_sample_order(
+    features: Sequence[Tensor], labels: Sequence[Tensor], here: World
+) -> tuple[Tensor, Tensor]:
+    """All processes' rows: process ``r`` of ``W`` has samples ``r``, ``r + W``, ..., so the last
+    rounds may lack some.
+    """
     width = here.most(features[0].shape[1] if features else 0)
     mine = torch.cat([*features, torch.empty(0, width, device=here.device)])
     known = torch.cat([*labels, torch.empty(0, dtype=torch.int64, device=here.device)])
@@ -134,10 +154,16 @@ def _in_sample_order(features: Sequence[Tensor], labels: Sequence[Tensor], here:
     missing = max(counts) - len(mine)
     mine = torch.cat([mine, mine.new_zeros(missing, width)])
     known = torch.cat([known, known.new_zeros(missing)])
-    rows, numbers = [torch.empty_like(mine) for _ in counts], [torch.empty_like(known) for _ in counts]
+    rows, numbers = (
+        [torch.empty_like(mine) for _ in counts],
+        [torch.empty_like(known) for _ in counts],
+    )
     dist.all_gather(rows, mine)
     dist.all_gather(numbers, known)
-    return torch.stack(rows, 1).flatten(0, 1)[: sum(counts)], torch.stack(numbers, 1).flatten(0, 1)[: sum(counts)]
+    return (
+        torch.stack(rows, 1).flatten(0, 1)[: sum(counts)],
+        torch.stack(numbers, 1).flatten(0, 1)[: sum(counts)],
+    )
 
 
 class _Part(ImageSource):
@@ -159,10 +185,11 @@ class _Part(ImageSource):
 
 
 def evenly(source: ImageSource, count: int) -> ImageSource:
-    """At most ``count`` images, each class with its share (rounded down or up), always the same ones.
+    """At most ``count`` images, each class with its share (rounded down or up), always the same
+    ones.
 
-    The images are laid out class by class, shuffled within each, and taken at equal steps: so a class is never missed that holds one
-    in ``count`` of the images, however the source is ordered.
+    The images are laid out class by class, shuffled within each, and taken at equal steps: so a
+    class is never missed that holds one in ``count`` of the images, however the source is ordered.
     """
     size = len(source)
     if size <= count:
@@ -172,7 +199,7 @@ def evenly(source: ImageSource, count: int) -> ImageSource:
     return _Part(source, np.sort(by_class[np.arange(count, dtype=np.int64) * size // count]))
 
 
-# --- k nearest neighbours ------------------------------------------------------------------------------------------------------
+# --- k nearest neighbours ------------------------------------------------------------------------
 
 
 def knn_votes(
@@ -183,19 +210,25 @@ def knn_votes(
     k: int = K,
     temperature: float = TEMPERATURE,
 ) -> Float[Tensor, "Q {num_classes}"]:
-    """The classes' votes among each query's ``k`` nearest images of the bank, float64; the nearest one weighs 1.
+    """The classes' votes among each query's ``k`` nearest images of the bank, float64; the nearest
+    one weighs 1.
 
-    votes_c = sum over the k nearest i of class c of exp((s_i - s_1) / T), s the cosine similarity. Images that are equally near at
-    the k-th place share the places that are left, so the order of the bank does not matter.
+    votes_c = sum over the k nearest i of class c of exp((s_i - s_1) / T), s the cosine similarity.
+    Images that are equally near at the k-th place share the places that are left, so the order of
+    the bank does not matter.
 
     Raises:
         ConfigError: ``k`` is not between 1 and the size of the bank.
-    Source: Wu et al. 2018 (instance discrimination), section 3.4, with T = 0.07; k = 20 as DINO (Caron et al. 2021) reports.
+    Source: Wu et al. 2018 (instance discrimination), section 3.4, with T = 0.07; k = 20 as DINO
+        (Caron et al. 2021) reports.
     """
     if k < 1:
         raise ConfigError(f"k-NN with k = {k} has no neighbours to ask: give 1 or more (--knn)")
     if k > len(bank):
-        raise ConfigError(f"k-NN with k = {k} needs as many training images, and there are {len(bank)}: give at most that (--knn)")
+        raise ConfigError(
+            f"k-NN with k = {k} needs as many training images, and there are {len(bank)}: give at"
+            " most that (--knn)"
+        )
     similar = _unit(queries) @ _unit(bank).T
     top, index = similar.topk(k)
     weights = ((top - top[:, :1]).double() / temperature).exp()
@@ -219,10 +252,11 @@ def knn_accuracy(
     k: int = K,
     temperature: float = TEMPERATURE,
 ) -> dict[str, float]:
-    """``knn_top1``, and with more than 5 classes ``knn_top5``, of `knn_votes`: fractions of the labelled validation images.
+    """``knn_top1``, and with more than 5 classes ``knn_top5``, of `knn_votes`: fractions of the
+    labelled validation images.
 
-    Equal votes go to the lower class; a class without a vote is never right. Images of label -1 are left out. Memory is bounded: a
-    chunk of queries at a time.
+    Equal votes go to the lower class; a class without a vote is never right. Images of label -1 are
+    left out. Memory is bounded: a chunk of queries at a time.
 
     Raises:
         ConfigError: ``k`` is not between 1 and the number of labelled training images.
@@ -254,7 +288,10 @@ def _unit(features: Tensor) -> Tensor:
 def _labelled(features: Tensor, labels: Tensor, split: str) -> tuple[Tensor, Tensor]:
     known = labels >= 0
     if not bool(known.any()):
-        raise DataError(f"No {split} image has a label, and features are judged by labels; put the images into one folder a class.")
+        raise DataError(
+            f"No {split} image has a label, and features are judged by labels; put the images into"
+            " one folder a class."
+        )
     return features[known], labels[known]
 
 
@@ -266,7 +303,8 @@ def knn_evaluation(
     amp_dtype: torch.dtype | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """``num_samples`` and `knn_accuracy` of a network's mean features, with `K` neighbours or the whole of a smaller bank.
+    """``num_samples`` and `knn_accuracy` of a network's mean features, with `K` neighbours or the
+    whole of a smaller bank.
 
     None if ``stop`` said so to one process on the way.
     """
@@ -278,7 +316,7 @@ def knn_evaluation(
     return {"num_samples": float(len(val[1])), **knn_accuracy(*train, *val, k=k)}
 
 
-# --- linear probe --------------------------------------------------------------------------------------------------------------
+# --- linear probe --------------------------------------------------------------------------------
 
 
 def linear_probe(
@@ -287,11 +325,14 @@ def linear_probe(
     val_features: Float[Tensor, "Q D"],
     val_labels: Int[Tensor, " Q"],
 ) -> dict[str, float]:
-    """``linear_top1``: the accuracy of multinomial logistic regression on frozen features; ``linear_l2``: its chosen penalty.
+    """``linear_top1``: the accuracy of multinomial logistic regression on frozen features;
+    ``linear_l2``: its chosen penalty.
 
-    Features are standardised with the training images' mean and deviation. The L2 penalty is the one of `L2_GRID` that is right most
-    often on a held-out tenth of the training images (every tenth, class by class; equals go to the stronger); the regression is then
-    fitted to all of them. Nothing is drawn at random, and the validation images choose nothing. Images of label -1 are left out.
+    Features are standardised with the training images' mean and deviation. The L2 penalty is the
+    one of `L2_GRID` that is right most often on a held-out tenth of the training images (every
+    tenth, class by class; equals go to the stronger); the regression is then fitted to all of them.
+    Nothing is drawn at random, and the validation images choose nothing. Images of label -1 are
+    left out.
 
     Raises:
         DataError: no validation image has a label, or fewer than ten training images.
@@ -300,8 +341,8 @@ def linear_probe(
     queries, truth = _labelled(val_features, val_labels, "validation")
     if len(features) < 10:
         raise DataError(
-            f"The linear probe needs 10 or more labelled training images, a tenth of them to choose its L2 penalty by, and there are "
-            f"{len(features)}."
+            "The linear probe needs 10 or more labelled training images, a tenth of them to choose"
+            f" its L2 penalty by, and there are {len(features)}."
         )
     num_classes = int(max(labels.max(), truth.max())) + 1
     features, queries = features.float(), queries.float()
@@ -330,15 +371,23 @@ def fit_logistic(
     l2: float,
     start: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "D C"], Float[Tensor, " C"]]:
-    """Weight and bias that minimise mean cross-entropy + l2 / 2 |weight|^2, by L-BFGS on all images at once.
+    """Weight and bias that minimise mean cross-entropy + l2 / 2 |weight|^2, by L-BFGS on all images
+    at once.
 
-    ``start`` is where to begin, None at zero. At most 200 iterations; the gradient is summed a chunk of images at a time.
+    ``start`` is where to begin, None at zero. At most 200 iterations; the gradient is summed a
+    chunk of images at a time.
     """
     count, dim = features.shape
     weight = features.new_zeros(dim, num_classes) if start is None else start[0].clone()
     bias = features.new_zeros(num_classes) if start is None else start[1].clone()
     rows = max(_LOGITS // num_classes, 1)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, history_size=20, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=200,
+        history_size=20,
+        tolerance_grad=1e-6,
+        line_search_fn="strong_wolfe",
+    )
 
     @torch.no_grad()
     def objective() -> float:

@@ -1,4 +1,6 @@
-"""Evaluation metrics as exact sums: top-1, top-5, log-likelihood, calibration error, agreement with a teacher."""
+"""Evaluation metrics as exact sums: top-1, top-5, log-likelihood, calibration error, agreement with
+a teacher.
+"""
 
 from typing import Any
 
@@ -13,11 +15,12 @@ NUM_BINS = 15
 
 
 class Metrics:
-    """Sums over an evaluation, kept on the device without a host sync; counts int64, the rest float64.
+    """Sums over an evaluation, kept on the device without a host sync; counts int64, the rest
+    float64.
 
-    Every sample must be given exactly once over all processes (no padding). ``labels`` of -1 mean unlabelled: such
-    rows count for the agreement with a teacher only. All values are fractions in [0, 1] except ``nll`` and ``kl``
-    (nats a sample).
+    Every sample must be given exactly once over all processes (no padding). ``labels`` of -1 mean
+    unlabelled: such rows count for the agreement with a teacher only. All values are fractions in
+    [0, 1] except ``nll`` and ``kl`` (nats a sample).
 
     >>> metrics = Metrics()
     >>> metrics.update(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
@@ -28,9 +31,11 @@ class Metrics:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._counts = torch.zeros(7 + 2 * NUM_BINS, dtype=torch.int64, device=device)
         self._sums = torch.zeros(2 + NUM_BINS, dtype=torch.float64, device=device)
-        # Views: samples, labelled, top-1, top-5, agreeing, with a teacher, unusable; then per bin how many and how
-        # many right.
-        self._num, self._labelled, self._top1, self._top5, self._agree, self._taught, self._bad = self._counts[:7].unbind()
+        # Views: samples, labelled, top-1, top-5, agreeing, with a teacher, unusable; then per bin
+        # how many and how many right.
+        self._num, self._labelled, self._top1, self._top5, self._agree, self._taught, self._bad = (
+            self._counts[:7].unbind()
+        )
         self._bin_num, self._bin_right = self._counts[7:].view(2, NUM_BINS).unbind()
         self._nll, self._kl = self._sums[:2].unbind()
         self._bin_confidence = self._sums[2:]
@@ -43,31 +48,47 @@ class Metrics:
         labels: Int[Tensor, "B"],
         teacher_logits: Float[Tensor, "B C"] | None = None,
     ) -> None:
-        """Add a batch; ``ValueError`` when the shapes do not belong together (nothing is broadcast)."""
+        """Add a batch; ``ValueError`` when the shapes do not belong together (nothing is
+        broadcast).
+        """
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-            raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not (B, C) and (B,)")
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not (B, C) and"
+                " (B,)"
+            )
         if teacher_logits is not None and teacher_logits.shape != logits.shape:
-            raise ValueError(f"student {tuple(logits.shape)} and teacher {tuple(teacher_logits.shape)} answers differ in shape")
+            raise ValueError(
+                f"student {tuple(logits.shape)} and teacher {tuple(teacher_logits.shape)} answers"
+                " differ in shape"
+            )
         if self._merged:
-            raise RuntimeError("these metrics are merged already; make new ones for the next evaluation")
+            raise RuntimeError(
+                "these metrics are merged already; make new ones for the next evaluation"
+            )
         num_classes = logits.shape[1]
         logits = logits.detach().double()
         log_probs = logits.log_softmax(dim=1)
         # A row with NaN compares false with everything: without this it would count as right.
-        finite = log_probs.isfinite().all(dim=1) | logits.isneginf().any(dim=1) & ~log_probs.isnan().any(dim=1)
+        finite = log_probs.isfinite().all(dim=1) | logits.isneginf().any(
+            dim=1
+        ) & ~log_probs.isnan().any(dim=1)
         known = labels >= 0
         usable = finite & (labels < num_classes)
         self._num += logits.shape[0]
         self._bad += (~usable).sum()
         self._add_labelled(logits, log_probs, labels.clamp(0, num_classes - 1), known & usable)
         if teacher_logits is not None:
-            self._add_teacher(log_probs, teacher_logits.detach().double().log_softmax(dim=1), finite)
+            self._add_teacher(
+                log_probs, teacher_logits.detach().double().log_softmax(dim=1), finite
+            )
 
-    def _add_labelled(self, logits: Tensor, log_probs: Tensor, labels: Tensor, counted: Tensor) -> None:
+    def _add_labelled(
+        self, logits: Tensor, log_probs: Tensor, labels: Tensor, counted: Tensor
+    ) -> None:
         own = logits.gather(1, labels[:, None])
         earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-        # Ties go to the lower class, as argmax does: a network that answers a constant is right as often as its first
-        # class.
+        # Ties go to the lower class, as argmax does: a network that answers a constant is right as
+        # often as its first class.
         rank = ((logits > own) | (logits == own) & earlier).sum(dim=1)
         right = counted & (rank == 0)
         self._labelled += counted.sum()
@@ -93,26 +114,29 @@ class Metrics:
     def merge_across_processes(self) -> None:
         """Add up the sums of all processes of the default group, once; does nothing without one."""
         if self._merged:
-            raise RuntimeError("these metrics are merged already; a second time would count every sample twice")
+            raise RuntimeError(
+                "these metrics are merged already; a second time would count every sample twice"
+            )
         self._merged = True
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._counts)
             dist.all_reduce(self._sums)
 
     def compute(self) -> dict[str, float]:
-        """The metrics: ``num_samples``; with labels ``top1 top5 nll ece``; with a teacher ``agreement kl``.
+        """The metrics: ``num_samples``; with labels ``top1 top5 nll ece``; with a teacher
+        ``agreement kl``.
 
-        ``top5`` counts a hit among the best min(5, C). ``ece`` is the expected calibration error over 15 equal-width
-        bins of the top probability; ``kl`` is KL(teacher || student) at temperature 1.
-        Raises ``NonFiniteError`` when an answer was NaN or infinite, ``DataError`` for labels beyond the classes or no
-        sample. Source: Guo et al. 2017, eq. 3 (ECE).
+        ``top5`` counts a hit among the best min(5, C). ``ece`` is the expected calibration error
+        over 15 equal-width bins of the top probability; ``kl`` is KL(teacher || student) at
+        temperature 1. Raises ``NonFiniteError`` when an answer was NaN or infinite, ``DataError``
+        for labels beyond the classes or no sample. Source: Guo et al. 2017, eq. 3 (ECE).
         """
         counts, sums = self._counts.cpu(), self._sums.cpu()
         num, labelled, top1, top5, agree, taught, bad = counts[:7].tolist()
         if bad:
             raise NonFiniteError(
-                f"{bad} of {num} answers are NaN or infinite, or belong to a label beyond the network's classes; "
-                "check the weights, the precision and the class list."
+                f"{bad} of {num} answers are NaN or infinite, or belong to a label beyond the"
+                " network's classes; check the weights, the precision and the class list."
             )
         if num == 0:
             raise DataError("The evaluation saw no image; check the validation folder.")
@@ -120,7 +144,12 @@ class Metrics:
         if labelled:
             bin_right, bin_confidence = counts[7 + NUM_BINS :].double(), sums[2:]
             ece = (bin_right - bin_confidence).abs().sum().item() / labelled
-            values |= {"top1": top1 / labelled, "top5": top5 / labelled, "nll": sums[0].item() / labelled, "ece": ece}
+            values |= {
+                "top1": top1 / labelled,
+                "top5": top5 / labelled,
+                "nll": sums[0].item() / labelled,
+                "ece": ece,
+            }
         if taught:
             values |= {"agreement": agree / taught, "kl": sums[1].item() / taught}
         return values

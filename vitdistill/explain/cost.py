@@ -1,4 +1,6 @@
-"""What a plan costs before it runs: FLOPs counted on the very code that will run, and the paper's own accounting beside it."""
+"""What a plan costs before it runs: FLOPs counted on the very code that will run, and the paper's
+own accounting beside it.
+"""
 
 import textwrap
 from collections.abc import Mapping
@@ -26,7 +28,8 @@ def vit_macs(network: Network, num_keep: int | None = None, mlp_ratio: float = 4
     Every patch is embedded, every block runs on K kept patches and one class token, whole:
     ``N (3 p^2) D + L ((4 + 2 r) n D^2 + 2 n^2 D) + D C`` with ``n = K + 1`` and r the MLP ratio.
 
-    Source: reproduces the teacher cost column of arXiv 2302.10494 (in units of 10^15 MACs, over images x epochs) within 0.3 %.
+    Source: reproduces the teacher cost column of arXiv 2302.10494 (in units of 10^15 MACs, over
+    images x epochs) within 0.3 %.
     """
     n = (network.num_patches if num_keep is None else num_keep) + 1
     d = network.dim
@@ -35,33 +38,56 @@ def vit_macs(network: Network, num_keep: int | None = None, mlp_ratio: float = 4
     return int(embed + network.depth * block + d * network.num_classes)
 
 
-def forward_flops(model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None, num_keep: int | None = None) -> int:
-    """FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2), counted with `FlopCounterMode` on the meta device.
+def forward_flops(
+    model: nn.Module,
+    image_size: tuple[int, int],
+    needs: Needs | None = None,
+    num_keep: int | None = None,
+) -> int:
+    """FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2), counted with
+    `FlopCounterMode` on the meta device.
 
     ``needs=None`` counts the model's own forward.
     """
     return _count(model, image_size, needs, num_keep, backward=False)
 
 
-def training_flops(model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None) -> int:
+def training_flops(
+    model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None
+) -> int:
     """FLOPs of one forward and backward pass on one image."""
     return _count(model, image_size, needs, None, backward=True)
 
 
-def _count(model: nn.Module, image_size: tuple[int, int], needs: Needs | None, num_keep: int | None, backward: bool) -> int:
+def _count(
+    model: nn.Module,
+    image_size: tuple[int, int],
+    needs: Needs | None,
+    num_keep: int | None,
+    backward: bool,
+) -> int:
     model = _on_meta(model)
-    images = torch.empty(2, 3, *image_size, device="meta")  # two: some batch norms refuse to train on one value a channel
+    images = torch.empty(
+        2, 3, *image_size, device="meta"
+    )  # two: some batch norms refuse to train on one value a channel
     keep = _blank_keep(num_keep, len(images))
-    # With gradients in either case: without, torch's module tracker fails on a network that hands a parameter to a block (CaiT).
+    # With gradients in either case: without, torch's module tracker fails on a network that hands a
+    # parameter to a block (CaiT).
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        outputs = [model(images)] if needs is None else run_vit(model, images, needs, keep).tensors()
+        outputs = (
+            [model(images)] if needs is None else run_vit(model, images, needs, keep).tensors()
+        )
         if backward:
             torch.autograd.backward([t.sum() for t in outputs])
     return counter.get_total_flops() // len(images)
 
 
 def _blank_keep(num_keep: int | None, batch_size: int) -> Tensor | None:
-    return None if num_keep is None else torch.zeros(batch_size, num_keep, dtype=torch.int64, device="meta")
+    return (
+        None
+        if num_keep is None
+        else torch.zeros(batch_size, num_keep, dtype=torch.int64, device="meta")
+    )
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -73,21 +99,29 @@ def _on_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        memo[id(tensor)] = (
+            nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        )
     return copy.deepcopy(model, memo)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs an image of one training step (a multiply-accumulate is 2), and what training keeps in memory.
+    """FLOPs an image of one training step (a multiply-accumulate is 2), and what training keeps in
+    memory.
 
     Attributes:
-        student: forward and backward of this plan; ``student_plain``: of the student trained alone by its own forward.
-        teachers: forward of this plan, guides included; ``teachers_plain``: of the whole teacher on the whole image.
-        objectives: forward and backward of what an objective computes itself (projections, generators, products of features).
+        student: forward and backward of this plan; ``student_plain``: of the student trained alone
+            by its own forward.
+        teachers: forward of this plan, guides included; ``teachers_plain``: of the whole teacher on
+            the whole image.
+        objectives: forward and backward of what an objective computes itself (projections,
+            generators, products of features).
         adapters: parameters of each objective's own trainable part, where it has one.
-        activations: bytes an image that are kept for the backward pass, in float32; ``activations_plain``: of the student alone.
-        stems: what of ``student`` its patch embedding is, where that is more than a tenth of its forward pass; else 0.
+        activations: bytes an image that are kept for the backward pass, in float32;
+            ``activations_plain``: of the student alone.
+        stems: what of ``student`` its patch embedding is, where that is more than a tenth of its
+            forward pass; else 0.
     """
 
     student: int
@@ -111,11 +145,14 @@ class Cost:
         return self.student_plain + sum(self.teachers_plain.values())
 
 
-def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module], batch_size: int = 64) -> Cost:
-    """Count what ``plan`` computes an image; models may live on the meta device. A teacher whose answers are stored costs nothing.
+def cost_of(
+    plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module], batch_size: int = 64
+) -> Cost:
+    """Count what ``plan`` computes an image; models may live on the meta device. A teacher whose
+    answers are stored costs nothing.
 
-    ``batch_size``: images of a micro-batch, at least 2. What an objective computes once for all of them is shared among them, and what it
-    computes between any two of them grows with it.
+    ``batch_size``: images of a micro-batch, at least 2. What an objective computes once for all of
+    them is shared among them, and what it computes between any two of them grows with it.
     """
     batch_size = max(batch_size, 2)  # some batch norms refuse to train on one value a channel
     live, plain = {}, {}
@@ -151,28 +188,52 @@ def cost_of(plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module], b
 
 
 def _count_stems(plan: Plan, student: nn.Module) -> int:
-    """FLOPs an image of the patch embedding, forward and backward, where they are worth a line of their own; else 0."""
+    """FLOPs an image of the patch embedding, forward and backward, where they are worth a line of
+    their own; else 0.
+    """
     embed, size = getattr(student, "patch_embed", None), plan.student.image_size
-    if not plan.student.walks or embed is None or (type(embed) is PatchEmbed and plan.student_keep is not None):
+    if (
+        not plan.student.walks
+        or embed is None
+        or (type(embed) is PatchEmbed and plan.student_keep is not None)
+    ):
         return 0
-    return training_flops(embed, size) if forward_flops(embed, size) > 0.1 * forward_flops(student, size) else 0
+    return (
+        training_flops(embed, size)
+        if forward_flops(embed, size) > 0.1 * forward_flops(student, size)
+        else 0
+    )
 
 
 def _count_objectives(
     plan: Plan, student: nn.Module, teachers: Mapping[str, nn.Module], batch_size: int
 ) -> tuple[dict[str, int], dict[str, int], int, int]:
-    """FLOPs an image of each objective, parameters of each adapter, and FLOPs and kept bytes of the student with all of them."""
+    """FLOPs an image of each objective, parameters of each adapter, and FLOPs and kept bytes of the
+    student with all of them.
+    """
     student = _on_meta(student)
     with torch.device("meta"):
-        images, ids = torch.empty(batch_size, 3, *plan.student.image_size), torch.zeros(batch_size, dtype=torch.int64)
+        images, ids = (
+            torch.empty(batch_size, 3, *plan.student.image_size),
+            torch.zeros(batch_size, dtype=torch.int64),
+        )
         batch = Batch(images, ids, ids, ids, 0)
         adapters = {
-            name: objective.adapter(plan.student, plan.teachers[objective.teacher] if isinstance(objective, TeacherObjective) else None)
+            name: objective.adapter(
+                plan.student,
+                (
+                    plan.teachers[objective.teacher]
+                    if isinstance(objective, TeacherObjective)
+                    else None
+                ),
+            )
             for name, objective in plan.objectives.items()
         }
         seen = _blank_keep(plan.student_keep, batch_size)
         answers: dict[str, ViTOutput | StoredAnswer] = {
-            name: _answer(plan, name, model, seen, batch_size) for name, model in teachers.items() if name in plan.live
+            name: _answer(plan, name, model, seen, batch_size)
+            for name, model in teachers.items()
+            if name in plan.live
         }
     for name, layout in plan.labels.items():
         answers[name] = StoredAnswer(blank_targets(layout, batch_size, "meta"), plan.teachers[name])
@@ -188,12 +249,20 @@ def _count_objectives(
                 (loss,) = _losses(alone, _cut(output), answers, batch, adapters)
                 loss.backward()
             counts[name] = counter.get_total_flops() // batch_size
-    parameters = {name: sum(p.numel() for p in adapter.parameters()) for name, adapter in adapters.items() if adapter is not None}
+    parameters = {
+        name: sum(p.numel() for p in adapter.parameters())
+        for name, adapter in adapters.items()
+        if adapter is not None
+    }
     return counts, parameters, total, kept.bytes // batch_size
 
 
-def _answer(plan: Plan, name: str, model: nn.Module, seen: Tensor | None, batch_size: int) -> ViTOutput:
-    """What a teacher would record, on the meta device, in the number of classes it answers for; ``seen`` are the student's patches."""
+def _answer(
+    plan: Plan, name: str, model: nn.Module, seen: Tensor | None, batch_size: int
+) -> ViTOutput:
+    """What a teacher would record, on the meta device, in the number of classes it answers for;
+    ``seen`` are the student's patches.
+    """
     network, keep = plan.teachers[name], _blank_keep(plan.num_keep[name], batch_size)
     images = torch.empty(batch_size, 3, *network.image_size, device="meta")
     with torch.no_grad():
@@ -221,7 +290,9 @@ def _losses(
 
 
 def _cut(value: Any) -> Any:
-    """A recorded output whose tensors are leaves that want gradients: what is computed behind them is not counted."""
+    """A recorded output whose tensors are leaves that want gradients: what is computed behind them
+    is not counted.
+    """
     if isinstance(value, Tensor):
         return value.detach().requires_grad_() if value.is_floating_point() else value
     if isinstance(value, ViTOutput):
@@ -234,7 +305,9 @@ def _cut(value: Any) -> Any:
 
 
 class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for the backward pass, weights left out, each storage once."""
+    """Counts the bytes that autograd keeps for the backward pass, weights left out, each storage
+    once.
+    """
 
     def __init__(self) -> None:
         self.storages: dict[int, Tensor] = {}
@@ -253,7 +326,8 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
 
 
 def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
-    """The plan and its cost as plain text: what each network computes, FLOPs an image, and the whole run's total.
+    """The plan and its cost as plain text: what each network computes, FLOPs an image, and the
+    whole run's total.
 
     Args:
         num_images: training images an epoch.
@@ -272,10 +346,20 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         ),
     ]
     if cost.stems:
-        rows.append(("of which the stems (patch embedding)", "", flops(cost.stems), f"({cost.stems / cost.student:.0%} of the student)"))
+        rows.append(
+            (
+                "of which the stems (patch embedding)",
+                "",
+                flops(cost.stems),
+                f"({cost.stems / cost.student:.0%} of the student)",
+            )
+        )
     for name, teacher in plan.teachers.items():
         if name in plan.stored:
-            computes[name] = f"does not run; its labels are read, {size(plan.labels[name].record_bytes)} an image"
+            computes[name] = (
+                f"does not run; its labels are read, {size(plan.labels[name].record_bytes)} an"
+                " image"
+            )
             of = f"0% of {flops(teacher.flops)}" if teacher.flops else "stored"
             rows.append((name, flops(teacher.num_parameters, ""), flops(0), of))
             continue
@@ -287,32 +371,58 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
                 name,
                 flops(teacher.num_parameters, ""),
                 flops(cost.teachers[name]),
-                f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of {flops(cost.teachers_plain[name])}",
+                (
+                    f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of"
+                    f" {flops(cost.teachers_plain[name])}"
+                ),
             )
         )
     for name, count in cost.objectives.items():
         if count or name in cost.adapters:
             added = cost.adapters.get(name, 0)
-            rows.append((f"{name}, its own part", flops(added, "") if added else "", flops(count), ""))
+            rows.append(
+                (f"{name}, its own part", flops(added, "") if added else "", flops(count), "")
+            )
     if plan.teachers:
-        rows.append(("together", "", flops(cost.step), f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}"))
+        rows.append(
+            (
+                "together",
+                "",
+                flops(cost.step),
+                f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}",
+            )
+        )
     lines = ["What each network computes", *table(rows), ""]
     networks = {"student": student, **plan.teachers}
     for name, text in computes.items():
         lines += _wrapped(f"{name}, {networks[name].architecture}: {text}")
     extra = sum(cost.adapters.values())
-    memory = f"  kept for the backward pass: {size(cost.activations)} an image in float32; the student alone keeps "
+    memory = (
+        f"  kept for the backward pass: {size(cost.activations)} an image in float32; the student"
+        " alone keeps "
+    )
     lines += ["", "Training memory", memory + size(cost.activations_plain)]
     trained = f"{flops(student.num_parameters + extra, '').strip()} trained parameters"
-    lines.append(f"  weights, gradients and AdamW's two moments: {size(16 * (student.num_parameters + extra))} ({trained})")
+    lines.append(
+        "  weights, gradients and AdamW's two moments:"
+        f" {size(16 * (student.num_parameters + extra))} ({trained})"
+    )
     images = num_images * epochs
-    lines += ["", f"The whole run, {counted(num_images, 'image')} x {counted(epochs, 'epoch')} (1 multiply-accumulate = 2 FLOPs)"]
+    lines += [
+        "",
+        (
+            f"The whole run, {counted(num_images, 'image')} x {counted(epochs, 'epoch')} (1"
+            " multiply-accumulate = 2 FLOPs)"
+        ),
+    ]
     total: list[tuple[str, ...]] = [
         ("", "this plan", against),
         ("student", flops(cost.student * images), flops(cost.student_plain * images)),
     ]
     for name in plan.teachers:
-        total.append((name, flops(cost.teachers[name] * images), flops(cost.teachers_plain[name] * images)))
+        total.append(
+            (name, flops(cost.teachers[name] * images), flops(cost.teachers_plain[name] * images))
+        )
     own = sum(cost.objectives.values())
     if own:
         total.append(("objectives", flops(own * images), ""))
@@ -321,9 +431,20 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     lines += table(total)
     for name, teacher in plan.teachers.items():
         if name in plan.live and teacher.walks and plan.live[name].logits:
-            masked, whole = vit_macs(teacher, plan.num_keep[name]) * images, vit_macs(teacher) * images
-            lines += ["", f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"]
-            saved = f" against {flops(whole, 'MACs')} for plain distillation ({masked / whole - 1:+.0%})" if masked < whole else ""
+            masked, whole = (
+                vit_macs(teacher, plan.num_keep[name]) * images,
+                vit_macs(teacher) * images,
+            )
+            lines += [
+                "",
+                f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)",
+            ]
+            saved = (
+                f" against {flops(whole, 'MACs')} for plain distillation"
+                f" ({masked / whole - 1:+.0%})"
+                if masked < whole
+                else ""
+            )
             lines.append(f"  {flops(masked, 'MACs')}{saved}")
     lines += ["", "What every loss weight multiplies"]
     for name, objective in plan.objectives.items():
@@ -333,7 +454,14 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 78, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        78,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def size(num_bytes: int) -> str:
@@ -354,5 +482,9 @@ def flops(count: int | float, unit: str = "FLOPs") -> str:
 def table(rows: list[tuple[str, ...]]) -> list[str]:
     """Aligned columns, two spaces apart, the first row underlined."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    text = [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return [text[0], "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)), *text[1:]]

@@ -13,7 +13,14 @@ from ..distill.teacher import Teacher
 from ..labels.reader import blank_targets
 from ..recipes.config import Recipe, replace_fields
 from ..runs.display import duration
-from ..runs.networks import blank_teacher, build_student, plan_of, prefer_explicit_attention, reads_logits, trains_classifier
+from ..runs.networks import (
+    blank_teacher,
+    build_student,
+    plan_of,
+    prefer_explicit_attention,
+    reads_logits,
+    trains_classifier,
+)
 from ..runs.optim import clip_gradients, make_optimizer
 from ..runs.prepare import amp_dtype_of
 from ..world import choose_device
@@ -21,16 +28,23 @@ from ..world import choose_device
 SECONDS = 10.0
 
 
-def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name: str = "auto") -> str:
+def measure_step(
+    recipe: Recipe, num_classes: int, num_images: int, device_name: str = "auto"
+) -> str:
     """Time optimizer steps of ``recipe`` on this machine; one sentence or two.
 
-    Weights are random, which costs the same. Images are random and on the device already: loading is not in the measure. A batch larger
-    than what a few seconds allow is timed in part, and said so.
+    Weights are random, which costs the same. Images are random and on the device already: loading
+    is not in the measure. A batch larger than what a few seconds allow is timed in part, and said
+    so.
     """
     device = choose_device(device_name)
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, device)
     plain = {"student.pretrained": False, "student.checkpoint": None}
-    plain |= {f"teachers.{name}.{key}": value for name in recipe.teachers for key, value in (("pretrained", False), ("checkpoint", None))}
+    plain |= {
+        f"teachers.{name}.{key}": value
+        for name in recipe.teachers
+        for key, value in (("pretrained", False), ("checkpoint", None))
+    }
     named, recipe = recipe.teachers, replace_fields(recipe, plain)
     student = build_student(recipe.student, num_classes)
     if not trains_classifier(recipe.objectives, student.network):
@@ -40,15 +54,27 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
         if config.labels is not None:
             continue
         built = blank_teacher(config, name, recipe.objectives)
-        dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
+        dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[
+            config.precision
+        ]
         index, network = None, built.network
         if reads_logits(recipe.objectives, network):
             index = torch.arange(num_classes) % max(network.num_classes, 1)
             network = replace(network, num_classes=num_classes)
-        teachers[name] = Teacher(built.model, network, built.spec, student.spec, class_index=index, dtype=dtype, device=device)
+        teachers[name] = Teacher(
+            built.model,
+            network,
+            built.spec,
+            student.spec,
+            class_index=index,
+            dtype=dtype,
+            device=device,
+        )
         if device.type == "cpu" and (dtype or amp_dtype) is torch.bfloat16:
             prefer_explicit_attention(built.model)
-    plan = plan_of(recipe, student.network, {name: teacher.network for name, teacher in teachers.items()})
+    plan = plan_of(
+        recipe, student.network, {name: teacher.network for name, teacher in teachers.items()}
+    )
     module = Distillation(student.model, plan).to(device).train()
     if device.type == "cpu" and amp_dtype is torch.bfloat16:
         prefer_explicit_attention(module)
@@ -61,9 +87,18 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
     def step(size: int) -> float:
         labels = torch.randint(num_classes, (size,), device=device)
         ids = torch.arange(size, device=device)
-        batch = Batch(torch.randn(size, 3, *student.spec.image_size, device=device), labels, ids, torch.zeros_like(ids), 0)
+        batch = Batch(
+            torch.randn(size, 3, *student.spec.image_size, device=device),
+            labels,
+            ids,
+            torch.zeros_like(ids),
+            0,
+        )
         for name, layout in plan.labels.items():
-            batch.targets[name], batch.missing[name] = blank_targets(layout, size, device), np.zeros(0, dtype=np.int64)
+            batch.targets[name], batch.missing[name] = (
+                blank_targets(layout, size, device),
+                np.zeros(0, dtype=np.int64),
+            )
         _wait(device)
         begun = time.perf_counter()
         optimizer.zero_grad()
@@ -87,13 +122,19 @@ def measure_step(recipe: Recipe, num_classes: int, num_images: int, device_name:
     while len(times) < 3 or (time.perf_counter() - begun < SECONDS and len(times) < 30):
         times.append(step(size))
     per_image = sorted(times)[len(times) // 2] / size
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU ({counted(torch.get_num_threads(), 'thread')})"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"this CPU ({counted(torch.get_num_threads(), 'thread')})"
+    )
     part = f" (timed in batches of {size})" if size < whole else ""
     total = per_image * num_images * recipe.train.epochs
     return (
-        f"Measured on {where}, {'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.')}: "
-        f"{per_image * recipe.train.batch_size:.3g} s a step of {recipe.train.batch_size} images{part}, {1 / per_image:,.0f} images/s, "
-        f"median of {len(times)};\nthe whole run would take {duration(total)} of one process, loading and evaluation not counted."
+        f"Measured on {where},"
+        f" {'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.')}:"
+        f" {per_image * recipe.train.batch_size:.3g} s a step of {recipe.train.batch_size}"
+        f" images{part}, {1 / per_image:,.0f} images/s, median of {len(times)};\nthe whole run"
+        f" would take {duration(total)} of one process, loading and evaluation not counted."
     )
 
 

@@ -1,10 +1,11 @@
 """Answers as files of other tools, NPZ and Parquet: one row for each (view, sample).
 
-Columns: ``sample_id`` (the number of the training image, or its key as a string), ``view`` (from 0; 0 where there is no such column),
-``logits`` (one number a class), ``pixels`` (checksum of the view, may be absent). Class names are the array ``classes`` of an NPZ, a JSON
-list under ``classes`` in the schema's metadata of a Parquet file. Labels that are not complete have other columns in place of ``logits``:
-``class_ids``, and of top-k also ``values`` (``z - max z``) and for each temperature T ``tail_T``, the log of what the other classes weigh
-together: ``log(sum exp((z - max z) / T))``.
+Columns: ``sample_id`` (the number of the training image, or its key as a string), ``view`` (from 0;
+0 where there is no such column), ``logits`` (one number a class), ``pixels`` (checksum of the view,
+may be absent). Class names are the array ``classes`` of an NPZ, a JSON list under ``classes`` in
+the schema's metadata of a Parquet file. Labels that are not complete have other columns in place of
+``logits``: ``class_ids``, and of top-k also ``values`` (``z - max z``) and for each temperature T
+``tail_T``, the log of what the other classes weigh together: ``log(sum exp((z - max z) / T))``.
 """
 
 import io
@@ -38,7 +39,7 @@ _READ = ("sample_id", "view", "logits", "pixels", "classes")
 _CHUNK_BYTES = 2**25
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,17 @@ class AnswerFile(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Rows]:
-        """All rows, some at a time. Raises `DataError` where they are damaged or of a wrong type."""
+        """All rows, some at a time. Raises `DataError` where they are damaged or of a wrong
+        type.
+        """
 
     def _error(self, what: str) -> DataError:
         return DataError(f"{shown(self.path)} {what}")
 
 
 def open_answers(path: str | os.PathLike[str], memory: int | None = None) -> AnswerFile:
-    """The answers in an ``.npz`` or ``.parquet`` file; ``memory``: bytes that are free, None: as the system says.
+    """The answers in an ``.npz`` or ``.parquet`` file; ``memory``: bytes that are free, None: as
+    the system says.
 
     Raises:
         ConfigError: the file is neither, or an NPZ that does not fit into memory.
@@ -101,11 +105,15 @@ def open_answers(path: str | os.PathLike[str], memory: int | None = None) -> Ans
 
 
 def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Class names from a text file, one a line; raises `DataError` when it is missing, or no text."""
+    """Class names from a text file, one a line; raises `DataError` when it is missing, or no
+    text.
+    """
     try:
         lines = durable.read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise DataError(f"{shown(path)} is no text: write one class name a line, in UTF-8") from None
+        raise DataError(
+            f"{shown(path)} is no text: write one class name a line, in UTF-8"
+        ) from None
     while lines and not lines[-1].strip():
         lines.pop()
     return tuple(line.strip() for line in lines)
@@ -114,7 +122,10 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise ConfigError(f"{shown(path)} is neither {' nor '.join(SUFFIXES)}: name a file with one of these endings")
+        raise ConfigError(
+            f"{shown(path)} is neither {' nor '.join(SUFFIXES)}: name a file with one of these"
+            " endings"
+        )
     return suffix
 
 
@@ -125,7 +136,11 @@ class _Npz(AnswerFile):
         self.path = path
         with _damage(path):
             with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist() if entry.filename.removesuffix(".npy") in _READ)
+                size = sum(
+                    entry.file_size
+                    for entry in archive.infolist()
+                    if entry.filename.removesuffix(".npy") in _READ
+                )
             _require_memory(path, size, memory)
             with np.load(path, allow_pickle=False) as loaded:
                 found = {name: np.asarray(loaded[name]) for name in _READ if name in loaded.files}
@@ -134,19 +149,27 @@ class _Npz(AnswerFile):
                 raise self._error(f"has no array {name!r}: {_WANTED}")
         logits = found["logits"]
         if logits.ndim != 2 or logits.dtype.kind != "f" or not logits.size:
-            raise self._error(f"has logits of type {logits.dtype} and shape {logits.shape}: {_WANTED}")
+            raise self._error(
+                f"has logits of type {logits.dtype} and shape {logits.shape}: {_WANTED}"
+            )
         self.num_rows, self.num_classes = logits.shape
         self.precision = str(logits.dtype.newbyteorder("="))
         for name in ("sample_id", "view", "pixels"):
             if name in found and found[name].shape != (self.num_rows,):
-                raise self._error(f"has {name} of shape {found[name].shape} for {self.num_rows} rows of logits: give one value a row")
+                raise self._error(
+                    f"has {name} of shape {found[name].shape} for {self.num_rows} rows of logits:"
+                    " give one value a row"
+                )
         self._samples = self._keys(found["sample_id"])
         self._views = self._whole(found, "view")
         self._pixels = self._whole(found, "pixels").astype(np.uint32) if "pixels" in found else None
         self._logits = logits
         names = found.get("classes")
         if names is not None and (names.ndim != 1 or names.dtype.kind not in "US"):
-            raise self._error(f"has classes of type {names.dtype} and shape {names.shape}: give one string a class")
+            raise self._error(
+                f"has classes of type {names.dtype} and shape {names.shape}: give one string a"
+                " class"
+            )
         self.classes = None if names is None else tuple(_texts(names))
 
     def _keys(self, values: npt.NDArray[Any]) -> I64 | list[str]:
@@ -168,7 +191,9 @@ class _Npz(AnswerFile):
         for first in range(0, self.num_rows, step):
             part = slice(first, first + step)
             pixels = None if self._pixels is None else self._pixels[part]
-            yield Rows(first, self._samples[part], self._views[part], _single(self._logits[part]), pixels)
+            yield Rows(
+                first, self._samples[part], self._views[part], _single(self._logits[part]), pixels
+            )
 
 
 class _Parquet(AnswerFile):
@@ -183,7 +208,9 @@ class _Parquet(AnswerFile):
             schema, self.num_rows = file.schema_arrow, file.metadata.num_rows
             for name in ("sample_id", "logits"):
                 if name not in schema.names:
-                    raise self._error(f"has no column {name!r}, only {', '.join(schema.names)}: {_WANTED}")
+                    raise self._error(
+                        f"has no column {name!r}, only {', '.join(schema.names)}: {_WANTED}"
+                    )
             if not self.num_rows:
                 raise self._error("has no rows: every training image needs one in every view")
             first = next(file.iter_batches(batch_size=1, columns=["logits"])).column(0)
@@ -191,8 +218,12 @@ class _Parquet(AnswerFile):
         self.num_classes = len(first[0].as_py() or ())
         if not self.num_classes:
             raise self._error(f"has no logits in row 0: {_WANTED}")
-        self.precision = {"halffloat": "float16", "float": "float32", "double": "float64"}[str(schema.field("logits").type.value_type)]
-        self._columns = [name for name in ("sample_id", "view", "pixels", "logits") if name in schema.names]
+        self.precision = {"halffloat": "float16", "float": "float32", "double": "float64"}[
+            str(schema.field("logits").type.value_type)
+        ]
+        self._columns = [
+            name for name in ("sample_id", "view", "pixels", "logits") if name in schema.names
+        ]
         self.classes = self._names((schema.metadata or {}).get(b"classes"))
 
     def _check_types(self, schema: Any) -> None:
@@ -216,7 +247,10 @@ class _Parquet(AnswerFile):
         except ValueError:
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise self._error("has no JSON list of strings under 'classes' in its schema's metadata: write one, or use --classes FILE")
+            raise self._error(
+                "has no JSON list of strings under 'classes' in its schema's metadata: write one,"
+                " or use --classes FILE"
+            )
         return tuple(names)
 
     def rows(self) -> Iterator[Rows]:
@@ -225,15 +259,29 @@ class _Parquet(AnswerFile):
 
         row = 0
         with _damage(self.path), pyarrow.parquet.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(batch_size=_chunk(self.num_classes), columns=self._columns):
-                columns = {name: batch.column(batch.schema.names.index(name)) for name in self._columns}
+            for batch in file.iter_batches(
+                batch_size=_chunk(self.num_classes), columns=self._columns
+            ):
+                columns = {
+                    name: batch.column(batch.schema.names.index(name)) for name in self._columns
+                }
                 for name, column in columns.items():
                     if column.null_count:
                         raise self._error(
-                            f"has no {name} in row {row + int(np.flatnonzero(column.is_null())[0])}: fill it, or leave it out"
+                            f"has no {name} in row"
+                            f" {row + int(np.flatnonzero(column.is_null())[0])}: fill it, or leave"
+                            " it out"
                         )
-                views = self._numbers(columns["view"]) if "view" in columns else np.zeros(len(batch), dtype=np.int64)
-                pixels = self._numbers(columns["pixels"]).astype(np.uint32) if "pixels" in columns else None
+                views = (
+                    self._numbers(columns["view"])
+                    if "view" in columns
+                    else np.zeros(len(batch), dtype=np.int64)
+                )
+                pixels = (
+                    self._numbers(columns["pixels"]).astype(np.uint32)
+                    if "pixels" in columns
+                    else None
+                )
                 samples = columns["sample_id"]
                 is_number = self._arrow.types.is_integer(samples.type)
                 keys = self._numbers(samples) if is_number else samples.to_pylist()
@@ -241,7 +289,9 @@ class _Parquet(AnswerFile):
                 row += len(batch)
 
     def _numbers(self, column: Any) -> I64:
-        plain = column.dictionary_decode() if self._arrow.types.is_dictionary(column.type) else column
+        plain = (
+            column.dictionary_decode() if self._arrow.types.is_dictionary(column.type) else column
+        )
         return plain.to_numpy(zero_copy_only=False).astype(np.int64)
 
     def _logits(self, column: Any, row: int) -> F32:
@@ -251,14 +301,17 @@ class _Parquet(AnswerFile):
         wrong = np.flatnonzero(lengths != self.num_classes)
         if len(wrong):
             raise self._error(
-                f"has {lengths[wrong[0]]} logits in row {row + wrong[0]} and {self.num_classes} in row 0: give one a class in every row"
+                f"has {lengths[wrong[0]]} logits in row {row + wrong[0]} and {self.num_classes} in"
+                " row 0: give one a class in every row"
             )
-        return _single(column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.num_classes))
+        return _single(
+            column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.num_classes)
+        )
 
 
 _WANTED = (
-    "it needs sample_id (whole numbers, the training images counted from 0, or their keys), logits (floating-point numbers, one a class) "
-    "and, unless all are of view 0, view (whole numbers)"
+    "it needs sample_id (whole numbers, the training images counted from 0, or their keys), logits"
+    " (floating-point numbers, one a class) and, unless all are of view 0, view (whole numbers)"
 )
 
 
@@ -268,7 +321,9 @@ def _single(logits: npt.NDArray[Any]) -> F32:
 
 
 def _texts(values: npt.NDArray[Any]) -> list[str]:
-    texts: list[str] = (np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values).tolist()
+    texts: list[str] = (
+        np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+    ).tolist()
     return texts
 
 
@@ -282,19 +337,35 @@ def _damage(path: Path) -> Iterator[None]:
     """Turn what the libraries say of a damaged file into `DataError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's have no number
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # the system's; pyarrow's have no number
             with durable.disk_errors(path):
                 raise
         reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{shown(path)} is damaged, or no {path.suffix.lower()} file of plain arrays ({reason}): write it again") from error
+        raise DataError(
+            f"{shown(path)} is damaged, or no {path.suffix.lower()} file of plain arrays"
+            f" ({reason}): write it again"
+        ) from error
 
 
 def _pyarrow() -> ModuleType:
     try:
         import pyarrow
     except ImportError as error:
-        raise UserError('.parquet files need pyarrow: install it with pip install "vitdistill[data]", or use .npz') from error
+        raise UserError(
+            '.parquet files need pyarrow: install it with pip install "vitdistill[data]", or use'
+            " .npz"
+        ) from error
     return pyarrow
 
 
@@ -311,18 +382,22 @@ def _require_memory(path: Path, size: int, memory: int | None) -> None:
     free = free_memory() if memory is None else memory
     if size > free // 2:
         raise ConfigError(
-            f"{shown(path)} has {bytes_shown(size)} of arrays, which are read and written as a whole, and {bytes_shown(free)} of memory "
-            "are free: use .parquet"
+            f"{shown(path)} has {bytes_shown(size)} of arrays, which are read and written as a"
+            f" whole, and {bytes_shown(free)} of memory are free: use .parquet"
         )
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- writing --------------------------------------------------------------------------------------
 
 
 def export_labels(
-    store: LabelStore, path: str | os.PathLike[str], views: Sequence[int] | None = None, memory: int | None = None
+    store: LabelStore,
+    path: str | os.PathLike[str],
+    views: Sequence[int] | None = None,
+    memory: int | None = None,
 ) -> tuple[int, int]:
-    """Write the logits of a store as a new ``.npz`` or ``.parquet`` file; returns its rows and its size.
+    """Write the logits of a store as a new ``.npz`` or ``.parquet`` file; returns its rows and its
+    size.
 
     Args:
         store: has to be complete in these views.
@@ -331,28 +406,37 @@ def export_labels(
         memory: bytes that are free; None: as the system says.
 
     Raises:
-        ConfigError: the file exists, is of another kind, or an NPZ that does not fit into memory; there is no such view, or no logits.
+        ConfigError: the file exists, is of another kind, or an NPZ that does not fit into memory;
+            there is no such view, or no logits.
         DataError: parts of the store are missing or damaged.
         DiskError: there is no room.
     """
     file, manifest = Path(path), store.manifest
     suffix = _suffix(file)
     if store.layout.logits is None:
-        raise ConfigError(f"{shown(store.path)} holds no logits, only hidden states, which cannot be exported")
+        raise ConfigError(
+            f"{shown(store.path)} holds no logits, only hidden states, which cannot be exported"
+        )
     chosen = list(range(manifest.num_views)) if views is None else sorted(set(views))
     wrong = [view for view in chosen if not 0 <= view < manifest.num_views]
     if wrong or not chosen:
-        raise ConfigError(f"{shown(store.path)} has no view {wrong[0] if wrong else ''}: its views are 0 to {manifest.num_views - 1}")
+        raise ConfigError(
+            f"{shown(store.path)} has no view {wrong[0] if wrong else ''}: its views are 0 to"
+            f" {manifest.num_views - 1}"
+        )
     _refuse_existing(file)
     missing = [place for place in store.missing_parts() if place[0] in chosen]
     if missing:
         view, part = missing[0]
         raise DataError(
-            f"{shown(store.path)} lacks {len(missing)} of {len(chosen) * store.num_parts} parts (the first: part {part} of view {view}): "
-            "run the command that writes it again, which writes what is missing ('vitdistill label status' says how much)"
+            f"{shown(store.path)} lacks {len(missing)} of {len(chosen) * store.num_parts} parts"
+            f" (the first: part {part} of view {view}): run the command that writes it again, which"
+            " writes what is missing ('vitdistill label status' says how much)"
         )
     count = manifest.num_samples * len(chosen)
-    row_bytes = sum(column.dtype.itemsize * int(np.prod(column.shape[1:])) for column in _blank(store).values())
+    row_bytes = sum(
+        column.dtype.itemsize * int(np.prod(column.shape[1:])) for column in _blank(store).values()
+    )
     if suffix == ".npz":
         _require_memory(file, count * row_bytes, memory)
     else:
@@ -413,7 +497,9 @@ def _number(value: float) -> str:
 
 def _blank(store: LabelStore) -> dict[str, npt.NDArray[Any]]:
     """No rows, of the right types."""
-    return _with_places(0, np.zeros(0, dtype=np.int64), store.layout.targets(np.zeros(0, dtype=store.layout.dtype)))
+    return _with_places(
+        0, np.zeros(0, dtype=np.int64), store.layout.targets(np.zeros(0, dtype=store.layout.dtype))
+    )
 
 
 def _with_places(view: int, ids: I64, targets: Targets) -> dict[str, npt.NDArray[Any]]:
@@ -440,7 +526,10 @@ def _class_names(store: LabelStore) -> list[str]:
 
 def _write_npz(stream: _Stream, store: LabelStore, views: Sequence[int]) -> None:
     count = store.manifest.num_samples * len(views)
-    arrays = {name: np.empty((count, *column.shape[1:]), dtype=column.dtype) for name, column in _blank(store).items()}
+    arrays = {
+        name: np.empty((count, *column.shape[1:]), dtype=column.dtype)
+        for name, column in _blank(store).items()
+    }
     at = 0
     for chunk in _chunks(store, views):
         rows = len(chunk["sample_id"])

@@ -1,4 +1,6 @@
-"""What labels belong to: the images, the views, and the teacher, as plain values with names that a message can show."""
+"""What labels belong to: the images, the views, and the teacher, as plain values with names that a
+message can show.
+"""
 
 import dataclasses
 import hashlib
@@ -41,15 +43,23 @@ def view_identity(spec: InputSpec, augment: Augment, seed: int, pipeline: str) -
         "view.std": list(spec.std),
     }
     if augment.crop == "center":
-        identity |= {"view.crop_pct": spec.crop_pct, "view.crop_mode": spec.crop_mode, "view.eval_interpolation": spec.interpolation}
+        identity |= {
+            "view.crop_pct": spec.crop_pct,
+            "view.crop_mode": spec.crop_mode,
+            "view.eval_interpolation": spec.interpolation,
+        }
     for field in dataclasses.fields(augment):
         value = getattr(augment, field.name)
         identity[f"view.augment.{field.name}"] = list(value) if isinstance(value, tuple) else value
     return identity
 
 
-def teacher_identity(weights: str, spec: InputSpec, precision: str, batch_size: int) -> dict[str, Any]:
-    """Of the teacher: its weights and how it was run; the batch size too, on which the last bits of an answer depend."""
+def teacher_identity(
+    weights: str, spec: InputSpec, precision: str, batch_size: int
+) -> dict[str, Any]:
+    """Of the teacher: its weights and how it was run; the batch size too, on which the last bits of
+    an answer depend.
+    """
     return {
         "teacher.weights": weights,
         "teacher.image_size": list(spec.image_size),
@@ -73,18 +83,27 @@ def network_to_json(network: Network) -> dict[str, Any]:
 
 
 def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
-    """The `Network` that `network_to_json` wrote, under the name that this run gives it; raises `DataError` for anything else."""
+    """The `Network` that `network_to_json` wrote, under the name that this run gives it; raises
+    `DataError` for anything else.
+    """
     try:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
+        }
         values["grids"] = {int(block): tuple(grid) for block, grid in plain["grids"].items()}
         values["name"] = name
         return Network(**values)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise DataError(f"the labels of the {name} describe no network ({error}): they were written by another version") from error
+        raise DataError(
+            f"the labels of the {name} describe no network ({error}): they were written by another"
+            " version"
+        ) from error
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that make views and run teachers; informative, as the checksums of views decide."""
+    """Of the libraries that make views and run teachers; informative, as the checksums of views
+    decide.
+    """
     found = {}
     for name in ("vitdistill", "torch", "torchvision", "timm", "Pillow", "numpy"):
         try:

@@ -1,12 +1,13 @@
 """A teacher's answers on disk: one fixed-size record for every (view, sample id), in sample order.
 
     labels/conv/manifest.json               whose answers these are, their layout and number
-    labels/conv/view-00000/part-00000.bin   the records of samples lo to hi - 1 of that view, then a footer
-    labels/conv/view-00000/part-00000.lease while somebody writes that part
+    labels/conv/view-00000/part-00000.bin   the records of samples lo to hi - 1 of that view, then a
+    footer labels/conv/view-00000/part-00000.lease while somebody writes that part
 
-A part is written whole and put under its name at once, and the first writer wins: a part that can be seen is complete. Its footer names the
-store, the view and the part, and holds a crc32 of every block of records, so that a damaged part, or one of another store or place under
-this one's name, is refused by name. Nothing is locked, so that any number of processes may write and read at once.
+A part is written whole and put under its name at once, and the first writer wins: a part that can
+be seen is complete. Its footer names the store, the view and the part, and holds a crc32 of every
+block of records, so that a damaged part, or one of another store or place under this one's name, is
+refused by name. Nothing is locked, so that any number of processes may write and read at once.
 """
 
 import hashlib
@@ -37,13 +38,18 @@ _KIND = "label store"
 _MAGIC = b"vitdpart"
 _TRAILER = struct.Struct("<QI8s")  # length and crc32 of the footer, magic
 _BLOCK_RECORDS, _BLOCK_BYTES = 4096, 2**20
-_VIEW_NAME, _PART_NAME = re.compile(r"view-([0-9]{5,})"), re.compile(r"part-([0-9]{5,})\.(bin|lease)")
-_REMEDY = "delete it and run 'vitdistill label' again ('vitdistill label verify' lists all such files)"
+_VIEW_NAME, _PART_NAME = (
+    re.compile(r"view-([0-9]{5,})"),
+    re.compile(r"part-([0-9]{5,})\.(bin|lease)"),
+)
+_REMEDY = (
+    "delete it and run 'vitdistill label' again ('vitdistill label verify' lists all such files)"
+)
 
 Ids = Sequence[int] | npt.NDArray[Any] | Tensor
 
 
-# -- manifest ---------------------------------------------------------------------------------------------------------
+# -- manifest -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +78,49 @@ class Manifest:
     def __post_init__(self) -> None:
         for name in ("num_samples", "num_views", "part_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"a label store needs {name} of at least 1, not {getattr(self, name)}")
+                raise ConfigError(
+                    f"a label store needs {name} of at least 1, not {getattr(self, name)}"
+                )
         # As it will be read again: tuples become lists, and what is not JSON fails here.
         for name in ("identity", "about"):
-            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name), allow_nan=False)))
+            object.__setattr__(
+                self, name, json.loads(json.dumps(getattr(self, name), allow_nan=False))
+            )
 
     @property
     def digest(self) -> str:
         """The sha256 (hex) of everything but ``num_views``, which may grow, and ``about``."""
-        text = json.dumps({**self._compared(), "format": FORMAT}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        text = json.dumps(
+            {**self._compared(), "format": FORMAT},
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=True,
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _compared(self) -> dict[str, Any]:
         sizes = {name: getattr(self, name) for name in ("num_samples", "part_size")}
-        return {"identity": self.identity, "layout": json.loads(json.dumps(self.layout.to_json())), **sizes}
+        return {
+            "identity": self.identity,
+            "layout": json.loads(json.dumps(self.layout.to_json())),
+            **sizes,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, `from_json` reads it."""
-        return {"kind": _KIND, "format": FORMAT, **self._compared(), "num_views": self.num_views, "about": self.about}
+        return {
+            "kind": _KIND,
+            "format": FORMAT,
+            **self._compared(),
+            "num_views": self.num_views,
+            "about": self.about,
+        }
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "Manifest":
-        """The manifest `to_json` made; ``DataError`` when a number is not possible, ``KeyError`` when one is not there."""
+        """The manifest `to_json` made; ``DataError`` when a number is not possible, ``KeyError``
+        when one is not there.
+        """
         try:
             return cls(
                 identity=dict(body["identity"]),
@@ -107,8 +134,12 @@ class Manifest:
             raise DataError(str(error)) from error
 
 
-def differences(ours: Manifest, theirs: Manifest, *, here: str = "here", there: str = "in the store") -> list[str]:
-    """One phrase for each field in which the store's manifest (``theirs``) is not as ``ours``; views and ``about`` are not compared."""
+def differences(
+    ours: Manifest, theirs: Manifest, *, here: str = "here", there: str = "in the store"
+) -> list[str]:
+    """One phrase for each field in which the store's manifest (``theirs``) is not as ``ours``;
+    views and ``about`` are not compared.
+    """
     mine, found = (_flat(manifest._compared()) for manifest in (ours, theirs))
     return [
         f"{name} is {_brief(found, name)} {there} and {_brief(mine, name)} {here}"
@@ -136,10 +167,14 @@ def _brief(fields: dict[str, Any], name: str) -> str:
     if name not in fields:
         return "absent"
     text = _text(fields[name])
-    return text if len(text) <= 80 else f"{text[:60]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    return (
+        text
+        if len(text) <= 80
+        else f"{text[:60]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    )
 
 
-# -- parts ------------------------------------------------------------------------------------------------------------
+# -- parts ----------------------------------------------------------------------------------------
 
 
 class _Part:
@@ -151,7 +186,9 @@ class _Part:
     """
 
     def __init__(self, path: Path, manifest: Manifest, digest: str, view: int, part: int) -> None:
-        """Map the file and check its footer; ``FileNotFoundError`` when there is none, ``DataError`` when it is not that part."""
+        """Map the file and check its footer; ``FileNotFoundError`` when there is none,
+        ``DataError`` when it is not that part.
+        """
         self.path = path
         item = manifest.layout.record_bytes
         lo = part * manifest.part_size
@@ -170,18 +207,29 @@ class _Part:
         footer = json.loads(text)
         if footer["format"] != FORMAT:
             raise DataError(
-                f"{shown(path)} has format {footer['format']} and this version reads format {FORMAT}; "
-                "use the version of vitdistill that wrote it."
+                f"{shown(path)} has format {footer['format']} and this version reads format"
+                f" {FORMAT}; use the version of vitdistill that wrote it."
             )
         if footer["store"] != digest:
-            raise DataError(f"{shown(path)} is a part of another store (with other labels, or of other sizes); {_REMEDY}.")
+            raise DataError(
+                f"{shown(path)} is a part of another store (with other labels, or of other sizes);"
+                f" {_REMEDY}."
+            )
         if (footer["view"], footer["part"]) != (view, part):
-            raise DataError(f"{shown(path)} is part {footer['part']} of view {footer['view']} under another name; {_REMEDY}.")
+            raise DataError(
+                f"{shown(path)} is part {footer['part']} of view {footer['view']} under another"
+                f" name; {_REMEDY}."
+            )
         self._block: int = footer["block"]
         self.crcs: list[int] = footer["crc32"]
         expected = (lo, hi, item, -(-(hi - lo) // self._block))
-        if (footer["lo"], footer["hi"], footer["item"], len(self.crcs)) != expected or start != (hi - lo) * item:
-            raise self._damaged(f"it has {start} bytes of records and {(hi - lo) * item} belong to samples {lo} to {hi - 1}")
+        if (footer["lo"], footer["hi"], footer["item"], len(self.crcs)) != expected or start != (
+            hi - lo
+        ) * item:
+            raise self._damaged(
+                f"it has {start} bytes of records and {(hi - lo) * item} belong to samples {lo} to"
+                f" {hi - 1}"
+            )
         self._shape = (hi - lo, item)
         self._map(data)
         self._checked = np.zeros(len(self.crcs), dtype=bool)
@@ -192,7 +240,9 @@ class _Part:
 
     def _map(self, data: mmap.mmap) -> None:
         count, item = self._shape
-        self.records: npt.NDArray[Any] | None = np.frombuffer(data, dtype=np.dtype((np.void, item)), count=count)
+        self.records: npt.NDArray[Any] | None = np.frombuffer(
+            data, dtype=np.dtype((np.void, item)), count=count
+        )
 
     def unmap(self) -> None:
         """Let the file go; what was checked stays known."""
@@ -208,7 +258,9 @@ class _Part:
         return True
 
     def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """The records at these places of the part; ``DataError`` when a block of theirs is damaged."""
+        """The records at these places of the part; ``DataError`` when a block of theirs is
+        damaged.
+        """
         records = self.records
         assert records is not None
         if self._unchecked:
@@ -217,9 +269,15 @@ class _Part:
 
     def _check(self, records: npt.NDArray[Any], blocks: npt.NDArray[np.int64]) -> None:
         for block in blocks[~self._checked[blocks]].tolist():
-            if zlib.crc32(records[block * self._block : (block + 1) * self._block].data) != self.crcs[block]:
+            if (
+                zlib.crc32(records[block * self._block : (block + 1) * self._block].data)
+                != self.crcs[block]
+            ):
                 first, last = block * self._block, min((block + 1) * self._block, len(records)) - 1
-                raise self._damaged(f"block {block} (records {first} to {last} of the part) does not match its checksum")
+                raise self._damaged(
+                    f"block {block} (records {first} to {last} of the part) does not match its"
+                    " checksum"
+                )
             self._checked[block] = True
         self._unchecked = int(len(self.crcs) - self._checked.sum())
 
@@ -233,14 +291,22 @@ class _Part:
 
 
 def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
-    """The file's memory map, and which file it is; its times too, as a new file may get the number of a deleted one."""
+    """The file's memory map, and which file it is; its times too, as a new file may get the number
+    of a deleted one.
+    """
     with durable.disk_errors(path):
         try:
             with open(path, "rb") as file:
                 found = os.fstat(file.fileno())
                 if not found.st_size:
                     raise DataError(f"{shown(path)} is damaged: it is empty; {_REMEDY}.")
-                which = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+                which = (
+                    found.st_dev,
+                    found.st_ino,
+                    found.st_size,
+                    found.st_mtime_ns,
+                    found.st_ctime_ns,
+                )
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), which
         except (FileNotFoundError, NotADirectoryError):
             pass
@@ -261,13 +327,16 @@ def _footer(digest: str, view: int, part: int, lo: int, records: npt.NDArray[Any
         "hi": lo + len(records),
         "item": item,
         "block": block,
-        "crc32": [zlib.crc32(records[start : start + block].data) for start in range(0, len(records), block)],
+        "crc32": [
+            zlib.crc32(records[start : start + block].data)
+            for start in range(0, len(records), block)
+        ],
     }
     text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     return text + _TRAILER.pack(len(text), zlib.crc32(text), _MAGIC)
 
 
-# -- store ------------------------------------------------------------------------------------------------------------
+# -- store ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -315,7 +384,12 @@ class LabelStore:
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest, self.layout, self.digest = path, manifest, manifest.layout, manifest.digest
+        self.path, self.manifest, self.layout, self.digest = (
+            path,
+            manifest,
+            manifest.layout,
+            manifest.digest,
+        )
         self.num_parts = -(-manifest.num_samples // manifest.part_size)
         self._forget()
 
@@ -337,10 +411,12 @@ class LabelStore:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest) -> "LabelStore":
-        """Make an empty store, or open the one that is there if its manifest is equal; one of fewer views is made to have as many.
+        """Make an empty store, or open the one that is there if its manifest is equal; one of fewer
+        views is made to have as many.
 
         Raises:
-            DataError: the store there has another manifest (the differing fields are named), or a damaged one.
+            DataError: the store there has another manifest (the differing fields are named), or a
+                damaged one.
             ConfigError: the folder holds something else.
             DiskError: it cannot be written.
         """
@@ -350,7 +426,8 @@ class LabelStore:
                 found = sorted(os.listdir(folder)) if folder.is_dir() else []
             if found and durable.MANIFEST not in found:  # another process may have made it since
                 raise ConfigError(
-                    f"the output {shown(folder)} is not empty ({shown(found[0])} is in it) and holds no labels: name another folder"
+                    f"the output {shown(folder)} is not empty ({shown(found[0])} is in it) and"
+                    " holds no labels: name another folder"
                 )
             if not found:
                 cls._make(folder, manifest)
@@ -360,9 +437,19 @@ class LabelStore:
             more = f", and {len(lines) - 5} more" if len(lines) > 5 else ""
             remedy = "name another folder, or delete this one"
             if any(line.startswith("images.fingerprint ") for line in lines):
-                remedy = f"give the very files that were labelled (one that was repaired or replaced is another), {remedy}"
-            raise DataError(f"{shown(folder)} holds labels of something else ({'; '.join(lines[:5])}{more}): {remedy}.")
-        return store if store.manifest.num_views >= manifest.num_views else cls(folder, _grown(folder, manifest.num_views))
+                remedy = (
+                    "give the very files that were labelled (one that was repaired or replaced is"
+                    f" another), {remedy}"
+                )
+            raise DataError(
+                f"{shown(folder)} holds labels of something else ({'; '.join(lines[:5])}{more}):"
+                f" {remedy}."
+            )
+        return (
+            store
+            if store.manifest.num_views >= manifest.num_views
+            else cls(folder, _grown(folder, manifest.num_views))
+        )
 
     @staticmethod
     def _make(folder: Path, manifest: Manifest) -> None:
@@ -376,7 +463,8 @@ class LabelStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "LabelStore":
-        """Open a teacher's folder, or a folder with exactly one teacher's folder in it; parts that appear later are found.
+        """Open a teacher's folder, or a folder with exactly one teacher's folder in it; parts that
+        appear later are found.
 
         Raises:
             DataError: there is no store, or its manifest is damaged or of another format.
@@ -385,12 +473,22 @@ class LabelStore:
         folder = Path(path)
         if not (folder / durable.MANIFEST).exists():
             with durable.disk_errors(folder):
-                inner = sorted(entry.parent for entry in folder.glob(f"[!.]*/{durable.MANIFEST}")) if folder.is_dir() else []
+                inner = (
+                    sorted(entry.parent for entry in folder.glob(f"[!.]*/{durable.MANIFEST}"))
+                    if folder.is_dir()
+                    else []
+                )
             if len(inner) > 1:
                 names = ", ".join(shown(entry.name) for entry in inner)
-                raise ConfigError(f"{shown(folder)} holds the labels of several teachers ({names}): name one of these folders")
+                raise ConfigError(
+                    f"{shown(folder)} holds the labels of several teachers ({names}): name one of"
+                    " these folders"
+                )
             if not inner:
-                raise DataError(f"{shown(folder)} holds no labels: write them with 'vitdistill label', or name the folder they are in.")
+                raise DataError(
+                    f"{shown(folder)} holds no labels: write them with 'vitdistill label', or name"
+                    " the folder they are in."
+                )
             folder = inner[0]
         return cls(folder, _read_manifest(folder))
 
@@ -424,18 +522,28 @@ class LabelStore:
             yield from ((view, part) for part in range(self.num_parts) if part not in sealed)
 
     def part_files(self, view: int, suffix: Literal["bin", "lease"]) -> dict[int, Path]:
-        """The parts of a view that are there (``bin``), or that somebody has claimed to write (``lease``), and their files."""
+        """The parts of a view that are there (``bin``), or that somebody has claimed to write
+        (``lease``), and their files.
+        """
         folder = self.view_path(view)
         with durable.disk_errors(folder):
             names = os.listdir(folder) if folder.is_dir() else []
-        matches = [match for name in names if (match := _PART_NAME.fullmatch(name)) and match[2] == suffix]
+        matches = [
+            match for name in names if (match := _PART_NAME.fullmatch(name)) and match[2] == suffix
+        ]
         found = {int(match[1]): folder / match[0] for match in matches}
-        return {part: found[part] for part in sorted(found) if part < self.num_parts and found[part].name == f"part-{part:05d}.{suffix}"}
+        return {
+            part: found[part]
+            for part in sorted(found)
+            if part < self.num_parts and found[part].name == f"part-{part:05d}.{suffix}"
+        }
 
     # -- reading --
 
     def records(self, view: int, sample_ids: Ids) -> Targets:
-        """The answers about these samples of one view; ``DataError`` for the first that is not there, or when a part is damaged."""
+        """The answers about these samples of one view; ``DataError`` for the first that is not
+        there, or when a part is damaged.
+        """
         ids = _whole(sample_ids)
         records, present = self.read(np.full(len(ids), view, dtype=np.int64), ids)
         if not present.all():
@@ -446,12 +554,13 @@ class LabelStore:
         """The error that says that this record is not there."""
         name = self.part_path(view, sample // self.manifest.part_size).relative_to(self.path)
         return DataError(
-            f"{shown(self.path)} has no record of sample {sample} in view {view}: {name} is not written yet; "
-            "run 'vitdistill label' again, which writes what is missing."
+            f"{shown(self.path)} has no record of sample {sample} in view {view}: {name} is not"
+            " written yet; run 'vitdistill label' again, which writes what is missing."
         )
 
     def read(self, views: Ids, sample_ids: Ids) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-        """The records of (view, sample) pairs, shape (B,), and which of them are there; the others are zeros.
+        """The records of (view, sample) pairs, shape (B,), and which of them are there; the others
+        are zeros.
 
         Raises:
             DataError: an id or a view is outside of the store; a part is damaged or foreign.
@@ -478,7 +587,9 @@ class LabelStore:
     def _check_range(self, what: str, values: npt.NDArray[np.int64], count: int) -> None:
         if len(values) and (values.min() < 0 or values.max() >= count):
             wrong = values[(values < 0) | (values >= count)][0]
-            raise DataError(f"{shown(self.path)} has no {what} {wrong}: its {what}s are 0 to {count - 1}.")
+            raise DataError(
+                f"{shown(self.path)} has no {what} {wrong}: its {what}s are 0 to {count - 1}."
+            )
 
     def _part(self, view: int, part: int) -> _Part | None:
         """The open part, or None when it is not there."""
@@ -503,7 +614,9 @@ class LabelStore:
         return found
 
     def load(self, view: int, part: int) -> _Part:
-        """A part opened anew, its footer checked; ``FileNotFoundError`` when it is not there, ``DataError`` when it is damaged."""
+        """A part opened anew, its footer checked; ``FileNotFoundError`` when it is not there,
+        ``DataError`` when it is damaged.
+        """
         return _Part(self.part_path(view, part), self.manifest, self.digest, view, part)
 
     # -- writing --
@@ -519,7 +632,10 @@ class LabelStore:
             raise ValueError(f"{self.path} has no part {part} of view {view}")
         lo, hi = self.part_range(part)
         if records.dtype != self.layout.dtype or records.shape != (hi - lo,):
-            raise ValueError(f"part {part} has {hi - lo} records of {self.layout.dtype}, not {records.shape} of {records.dtype}")
+            raise ValueError(
+                f"part {part} has {hi - lo} records of {self.layout.dtype}, not {records.shape} of"
+                f" {records.dtype}"
+            )
         path = self.part_path(view, part)
         if path.exists():
             return False
@@ -538,22 +654,40 @@ class LabelStore:
             for part, path in done.items():
                 lo, hi = self.part_range(part)
                 sealed, records, size = sealed + 1, records + hi - lo, size + path.stat().st_size
-            writing += [_read_lease(view, part, path) for part, path in self.part_files(view, "lease").items() if part not in done]
-        return Status(self.manifest.num_views, self.manifest.num_views * self.num_parts, sealed, records, size, writing)
+            writing += [
+                _read_lease(view, part, path)
+                for part, path in self.part_files(view, "lease").items()
+                if part not in done
+            ]
+        return Status(
+            self.manifest.num_views,
+            self.manifest.num_views * self.num_parts,
+            sealed,
+            records,
+            size,
+            writing,
+        )
 
     def verify(self, say: Callable[[str], None] | None = None) -> list[str]:
-        """Read every part anew and return one sentence for each damaged or foreign file; what is not written yet is no damage.
+        """Read every part anew and return one sentence for each damaged or foreign file; what is
+        not written yet is no damage.
 
         ``say`` is given a line for each view, and how much of the store is there at the end.
         """
         wrong: list[str] = []
         good = records = 0
         with durable.disk_errors(self.path):
-            entries = sorted(entry for entry in self.path.iterdir() if entry.name != durable.MANIFEST)
+            entries = sorted(
+                entry for entry in self.path.iterdir() if entry.name != durable.MANIFEST
+            )
         for entry in entries:
             match = _VIEW_NAME.fullmatch(entry.name)
             view = int(match[1]) if match else -1
-            if not 0 <= view < self.manifest.num_views or entry != self.view_path(view) or not entry.is_dir():
+            if (
+                not 0 <= view < self.manifest.num_views
+                or entry != self.view_path(view)
+                or not entry.is_dir()
+            ):
                 wrong += _foreign(entry)
                 continue
             before = good
@@ -574,7 +708,10 @@ class LabelStore:
                 say(f"view {view}: {good - before} of {self.num_parts} parts are intact")
         if say is not None:
             total = self.manifest.num_views * self.manifest.num_samples
-            say(f"{good} of {self.manifest.num_views * self.num_parts} parts are intact: {records} of {total} records")
+            say(
+                f"{good} of {self.manifest.num_views * self.num_parts} parts are intact: {records}"
+                f" of {total} records"
+            )
         return wrong
 
 
@@ -596,7 +733,11 @@ def put(path: Path, pieces: Sequence[Any]) -> bool:
 
 def _foreign(path: Path) -> list[str]:
     """Hidden files are unfinished ones, or the operating system's."""
-    return [] if path.name.startswith(".") else [f"{shown(path)} is not a file of this store; move it elsewhere."]
+    return (
+        []
+        if path.name.startswith(".")
+        else [f"{shown(path)} is not a file of this store; move it elsewhere."]
+    )
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -604,17 +745,25 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         body = durable.read_manifest(folder)["identity"]
     except DataError as error:
-        raise DataError(f"{str(error).rstrip('.')}; restore it, or delete {shown(folder)} and label again.") from None
+        raise DataError(
+            f"{str(error).rstrip('.')}; restore it, or delete {shown(folder)} and label again."
+        ) from None
     if body.get("kind") != _KIND:
-        raise DataError(f"{shown(folder)} holds no labels: {path} is the manifest of something else.")
+        raise DataError(
+            f"{shown(folder)} holds no labels: {path} is the manifest of something else."
+        )
     if body.get("format") != FORMAT:
         raise DataError(
-            f"{path} has format {body.get('format')} and this version reads format {FORMAT}; use the version of vitdistill that wrote it."
+            f"{path} has format {body.get('format')} and this version reads format {FORMAT}; use"
+            " the version of vitdistill that wrote it."
         )
     try:
         return Manifest.from_json(body)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is not what this version writes ({error!r}); use the version of vitdistill that wrote it.") from None
+        raise DataError(
+            f"{path} is not what this version writes ({error!r}); use the version of vitdistill"
+            " that wrote it."
+        ) from None
 
 
 def _grown(folder: Path, num_views: int) -> Manifest:
@@ -639,5 +788,7 @@ def _whole(values: Ids) -> npt.NDArray[np.int64]:
     """Whole numbers as an int64 array of shape (B,)."""
     found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-        raise TypeError(f"whole numbers are needed in one dimension, not {found.dtype} of shape {found.shape}")
+        raise TypeError(
+            f"whole numbers are needed in one dimension, not {found.dtype} of shape {found.shape}"
+        )
     return found.astype(np.int64)

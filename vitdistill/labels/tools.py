@@ -12,26 +12,36 @@ from .store import LabelStore, Manifest, differences
 
 
 def merge(
-    sources: Sequence[str | os.PathLike[str]], target: str | os.PathLike[str], say: Callable[[str], None] | None = None
+    sources: Sequence[str | os.PathLike[str]],
+    target: str | os.PathLike[str],
+    say: Callable[[str], None] | None = None,
 ) -> LabelStore:
-    """Unite the parts of stores of the same answers in ``target``, which is made, or has parts already.
+    """Unite the parts of stores of the same answers in ``target``, which is made, or has parts
+    already.
 
-    Every part is compared with its checksums on the way. What is copied stays when this is stopped; running again copies the rest.
+    Every part is compared with its checksums on the way. What is copied stays when this is stopped;
+    running again copies the rest.
 
     Raises:
         ConfigError: no source is named.
-        DataError: the stores are not of the same answers (the differing fields are named), a part is damaged, or two stores have different
-            records in a part. Then nothing of that part is written; parts that differ are found before anything is.
+        DataError: the stores are not of the same answers (the differing fields are named), a part
+            is damaged, or two stores have different records in a part. Then nothing of that part is
+            written; parts that differ are found before anything is.
         DiskError: there is no room.
     """
     if not sources:
         raise ConfigError("there is nothing to merge: name the stores to unite")
     stores = [LabelStore.open(path) for path in sources]
     for store in stores[1:]:
-        lines = differences(stores[0].manifest, store.manifest, here="in the latter", there="in the former")
+        lines = differences(
+            stores[0].manifest, store.manifest, here="in the latter", there="in the former"
+        )
         if lines:
             both = f"{shown(store.path)} and {shown(stores[0].path)}"
-            raise DataError(f"{both} hold labels of different things and cannot be merged ({'; '.join(lines[:5])}); leave one of them out.")
+            raise DataError(
+                f"{both} hold labels of different things and cannot be merged"
+                f" ({'; '.join(lines[:5])}); leave one of them out."
+            )
     num_views = max(store.manifest.num_views for store in stores)
     united = LabelStore.create(target, replace(stores[0].manifest, num_views=num_views))
     origin: dict[tuple[int, int], LabelStore] = {}
@@ -40,11 +50,20 @@ def merge(
             first = origin.setdefault(place, store)
             if first is not store and first.load(*place).crcs != store.load(*place).crcs:
                 raise _conflict(first, store, place)
-    todo = {place: store for place, store in sorted(origin.items()) if store is not united and not united.is_sealed(*place)}
-    durable.require_free(united.path, sum(store.part_path(*place).stat().st_size for place, store in todo.items()))
+    todo = {
+        place: store
+        for place, store in sorted(origin.items())
+        if store is not united and not united.is_sealed(*place)
+    }
+    durable.require_free(
+        united.path, sum(store.part_path(*place).stat().st_size for place, store in todo.items())
+    )
     for number, (place, store) in enumerate(todo.items(), 1):
         records = store.load(*place).checked()
-        if not united.seal(*place, records.view(store.layout.dtype)) and united.load(*place).crcs != store.load(*place).crcs:
+        if (
+            not united.seal(*place, records.view(store.layout.dtype))
+            and united.load(*place).crcs != store.load(*place).crcs
+        ):
             raise _conflict(united, store, place)
         if say is not None:
             say(f"{number} of {len(todo)} parts copied: {shown(store.part_path(*place))}")
@@ -53,13 +72,18 @@ def merge(
 
 def _conflict(first: LabelStore, second: LabelStore, place: tuple[int, int]) -> DataError:
     return DataError(
-        f"{shown(first.part_path(*place))} and {shown(second.part_path(*place))} hold different records of the same samples: "
-        "delete the wrong one ('vitdistill label check' compares records with the teacher's answers)."
+        f"{shown(first.part_path(*place))} and {shown(second.part_path(*place))} hold different"
+        " records of the same samples: delete the wrong one ('vitdistill label check' compares"
+        " records with the teacher's answers)."
     )
 
 
 def _sealed(store: LabelStore) -> list[tuple[int, int]]:
-    return [(view, part) for view in range(store.manifest.num_views) for part in store.part_files(view, "bin")]
+    return [
+        (view, part)
+        for view in range(store.manifest.num_views)
+        for part in store.part_files(view, "bin")
+    ]
 
 
 def prune(
@@ -71,9 +95,11 @@ def prune(
     layout: Layout | None = None,
     say: Callable[[str], None] | None = None,
 ) -> LabelStore:
-    """Write a smaller store of the same answers: the first ``num_views`` views, ``k`` classes a record, or another ``layout``.
+    """Write a smaller store of the same answers: the first ``num_views`` views, ``k`` classes a
+    record, or another ``layout``.
 
-    Parts that the source lacks are missing in the target too. What is written stays when this is stopped; running again writes the rest.
+    Parts that the source lacks are missing in the target too. What is written stays when this is
+    stopped; running again writes the rest.
 
     Raises:
         ConfigError: nothing would become smaller, or the source does not hold what is asked for.
@@ -88,10 +114,16 @@ def prune(
         raise ConfigError("nothing would become smaller: name a number of views, k or an encoding")
     views = ours.num_views if num_views is None else num_views
     if not 1 <= views <= ours.num_views:
-        raise ConfigError(f"{shown(store.path)} has {ours.num_views} views, of which {views} cannot be kept: choose 1 to {ours.num_views}")
+        raise ConfigError(
+            f"{shown(store.path)} has {ours.num_views} views, of which {views} cannot be kept:"
+            f" choose 1 to {ours.num_views}"
+        )
     smaller = layout if layout is not None else ours.layout if k is None else ours.layout.prune(k)
     ours.layout.check_convertible(smaller)
-    about = {**ours.about, "pruned_from": {"num_views": ours.num_views, "layout": ours.layout.to_json()}}
+    about = {
+        **ours.about,
+        "pruned_from": {"num_views": ours.num_views, "layout": ours.layout.to_json()},
+    }
     pruned = LabelStore.create(
         target,
         Manifest(
@@ -106,7 +138,9 @@ def prune(
     todo = [place for place in _sealed(store) if place[0] < views and not pruned.is_sealed(*place)]
     for number, (view, part) in enumerate(todo, 1):
         records = store.load(view, part).checked().view(ours.layout.dtype)
-        pruned.seal(view, part, records if smaller == ours.layout else ours.layout.convert(records, smaller))
+        pruned.seal(
+            view, part, records if smaller == ours.layout else ours.layout.convert(records, smaller)
+        )
         if say is not None:
             say(f"{number} of {len(todo)} parts written: {shown(pruned.part_path(view, part))}")
     return pruned

@@ -1,8 +1,9 @@
 """Any number of processes on any number of hosts write the missing parts of stores together.
 
-A writer claims a (view, part) by a lease file beside it, which it keeps changing while it works, makes the records, seals them and removes
-the lease. Leases only save work that would be done twice: sealing is first-wins, so every part is written once, whatever happens to them.
-No clock of another host and no time of a file is ever looked at.
+A writer claims a (view, part) by a lease file beside it, which it keeps changing while it works,
+makes the records, seals them and removes the lease. Leases only save work that would be done twice:
+sealing is first-wins, so every part is written once, whatever happens to them. No clock of another
+host and no time of a file is ever looked at.
 """
 
 import json
@@ -53,20 +54,30 @@ def write_missing(
     progress: Callable[[int, int], None] | None = None,
     patience_s: float = 60.0,
 ) -> int:
-    """Write what is missing in these stores, together with whoever else does, and return how many parts this process sealed.
+    """Write what is missing in these stores, together with whoever else does, and return how many
+    parts this process sealed.
 
-    ``make`` returns one array of records for each of the unit's stores, or None to give the unit up because it was asked to stop. ``stop``
-    is asked before every unit and while waiting; without it, the function ends when every part is there, whoever wrote it. ``progress`` is
-    told how many of the (view, part) are there, and of how many. A claim of a dead process of this host is taken over at once, any other
-    when it has not changed for ``patience_s`` seconds of this process's own watching.
+    ``make`` returns one array of records for each of the unit's stores, or None to give the unit up
+    because it was asked to stop. ``stop`` is asked before every unit and while waiting; without it,
+    the function ends when every part is there, whoever wrote it. ``progress`` is told how many of
+    the (view, part) are there, and of how many. A claim of a dead process of this host is taken
+    over at once, any other when it has not changed for ``patience_s`` seconds of this process's own
+    watching.
 
     Raises:
         ConfigError: the stores are not equal in samples, views and part size.
-        DiskError: a part cannot be written; what is sealed stays, and running again writes the rest.
+        DiskError: a part cannot be written; what is sealed stays, and running again writes the
+            rest.
     """
-    if len({(s.manifest.num_samples, s.manifest.num_views, s.manifest.part_size) for s in stores}) > 1:
+    if (
+        len({(s.manifest.num_samples, s.manifest.num_views, s.manifest.part_size) for s in stores})
+        > 1
+    ):
         names = ", ".join(durable.shown(store.path) for store in stores)
-        raise ConfigError(f"the stores {names} differ in samples, views or part size and cannot be written together: label one at a time")
+        raise ConfigError(
+            f"the stores {names} differ in samples, views or part size and cannot be written"
+            " together: label one at a time"
+        )
     claims = _Claims(patience_s)
     total = stores[0].manifest.num_views * stores[0].num_parts if stores else 0
     pending = sorted({place for store in stores for place in store.missing_parts()})
@@ -111,7 +122,9 @@ def write_missing(
 
 
 def _clean(stores: Iterable[LabelStore]) -> None:
-    """Remove what killed writers of this host left: unfinished files, and leases of parts that are there."""
+    """Remove what killed writers of this host left: unfinished files, and leases of parts that are
+    there.
+    """
     for store in stores:
         for view in range(store.manifest.num_views):
             # Nothing depends on it, and another writer may be doing the same.
@@ -146,7 +159,9 @@ class _Claims:
 
     def _mine(self) -> bytes:
         self._count += 1
-        return json.dumps({**processes.this_process(), "beat": self._count, "token": secrets.token_hex(6)}).encode()
+        return json.dumps(
+            {**processes.this_process(), "beat": self._count, "token": secrets.token_hex(6)}
+        ).encode()
 
     def _claim(self, path: Path, mine: bytes) -> bool:
         theirs = _content(path)

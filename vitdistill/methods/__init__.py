@@ -1,4 +1,6 @@
-"""One paper, one file; `METHODS` is the table of them all, one line a method, imported only when used."""
+"""One paper, one file; `METHODS` is the table of them all, one line a method, imported only when
+used.
+"""
 
 from functools import cache
 from importlib import import_module
@@ -30,7 +32,9 @@ METHODS: dict[str, str] = {
 
 
 def method_names() -> dict[str, str]:
-    """Every known method by name: the table above and the ``vitdistill.methods`` entry points of installed packages."""
+    """Every known method by name: the table above and the ``vitdistill.methods`` entry points of
+    installed packages.
+    """
     return {**_outside(), **METHODS}
 
 
@@ -40,7 +44,9 @@ def _outside() -> dict[str, str]:
 
 
 def method_class(name: str) -> type[Objective] | type[TokenSelector] | type[Masking]:
-    """The class behind a method's name; raises `ConfigError` with a suggestion for an unknown one."""
+    """The class behind a method's name; raises `ConfigError` with a suggestion for an unknown
+    one.
+    """
     from difflib import get_close_matches
 
     names = method_names()
@@ -50,16 +56,25 @@ def method_class(name: str) -> type[Objective] | type[TokenSelector] | type[Mask
         raise ConfigError(f"there is no method {name!r}: {hint}")
     module, _, attribute = names[name].partition(":")
     try:
-        found: type[Objective] | type[TokenSelector] | type[Masking] = getattr(import_module(module), attribute)
+        found: type[Objective] | type[TokenSelector] | type[Masking] = getattr(
+            import_module(module), attribute
+        )
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the method {name!r} is registered as {names[name]}, which cannot be imported: {error}") from error
+        raise ConfigError(
+            f"the method {name!r} is registered as {names[name]}, which cannot be imported: {error}"
+        ) from error
     return found
 
 
 def method_name(method: Objective | TokenSelector | Masking) -> str:
-    """The name under which a method's class stands in the table; raises `ConfigError` if it stands nowhere."""
+    """The name under which a method's class stands in the table; raises `ConfigError` if it stands
+    nowhere.
+    """
     path = f"{type(method).__module__}:{type(method).__qualname__}"
     for name, target in method_names().items():
         if target == path:
             return name
-    raise ConfigError(f"{type(method).__qualname__} is not in the table of methods: add it, or register an entry point for it")
+    raise ConfigError(
+        f"{type(method).__qualname__} is not in the table of methods: add it, or register an entry"
+        " point for it"
+    )

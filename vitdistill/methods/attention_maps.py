@@ -1,14 +1,18 @@
-"""Attention distillation: the student attends to patches as the teacher does; the class token's row (AttnDistill) or every row (MAE-Lite).
+"""Attention distillation: the student attends to patches as the teacher does; the class token's row
+(AttnDistill) or every row (MAE-Lite).
 
-Source: "Attention Distillation: self-supervised vision transformer students need more guidance", Wang et al., BMVC 2022, arXiv 2210.00944,
-checked against wangkai930418/attndistill@b6ca113; "A Closer Look at Self-Supervised Lightweight Vision Transformers", Wang et al., ICML
-2023, arXiv 2205.14443, checked against wangsr126/MAE-Lite@5bf439a.
+Source: "Attention Distillation: self-supervised vision transformer students need more guidance",
+Wang et al., BMVC 2022, arXiv 2210.00944, checked against wangkai930418/attndistill@b6ca113; "A
+Closer Look at Self-Supervised Lightweight Vision Transformers", Wang et al., ICML 2023, arXiv
+2205.14443, checked against wangsr126/MAE-Lite@5bf439a.
 
-What differs from AttnDistill's code: the loss is a mean over heads (theirs a sum, at weight 0.1: with H heads their weight is 0.1 H here);
-the student's row is resampled to the teacher's patches, bilinear (theirs: the teacher's to the student's, bicubic; in both the patches
-keep their total against the class token's share); unequal heads meet as means of the probabilities (theirs: as the normalised product
-of all heads, at temperature 10); probabilities are clamped at 1e-12 (theirs: at 1e-5); its loss on the class token is the objective
-`tokens`. From MAE-Lite's: unequal heads meet as means (theirs: through a trained 1x1 map between the heads).
+What differs from AttnDistill's code: the loss is a mean over heads (theirs a sum, at weight 0.1:
+with H heads their weight is 0.1 H here); the student's row is resampled to the teacher's patches,
+bilinear (theirs: the teacher's to the student's, bicubic; in both the patches keep their total
+against the class token's share); unequal heads meet as means of the probabilities (theirs: as the
+normalised product of all heads, at temperature 10); probabilities are clamped at 1e-12 (theirs: at
+1e-5); its loss on the class token is the objective `tokens`. From MAE-Lite's: unequal heads meet as
+means (theirs: through a trained 1x1 map between the heads).
 """
 
 from dataclasses import dataclass
@@ -29,35 +33,56 @@ SMALLEST = 1e-12
 
 
 def shared_vectors(
-    student: ViTOutput, teacher: ViTOutput, ours: Float[Tensor, "B Hs Ls ds"], its: Float[Tensor, "B Ht Lt dt"]
+    student: ViTOutput,
+    teacher: ViTOutput,
+    ours: Float[Tensor, "B Hs Ls ds"],
+    its: Float[Tensor, "B Ht Lt dt"],
 ) -> tuple[Float[Tensor, "B L Ws"], Float[Tensor, "B L Wt"]]:
-    """``ours`` of the student and ``its`` of the teacher at the compared tokens, heads side by side, in float32.
+    """``ours`` of the student and ``its`` of the teacher at the compared tokens, heads side by
+    side, in float32.
 
-    Compared are the class token, if both networks have one, and the patches both saw; the student's patches are resampled to the
-    teacher's grid by position. No gradient reaches the teacher.
+    Compared are the class token, if both networks have one, and the patches both saw; the student's
+    patches are resampled to the teacher's grid by position. No gradient reaches the teacher.
     """
-    mine, other = ours.float().transpose(1, 2).flatten(2), its.detach().float().transpose(1, 2).flatten(2)
+    mine, other = (
+        ours.float().transpose(1, 2).flatten(2),
+        its.detach().float().transpose(1, 2).flatten(2),
+    )
     places = PatchMap(other[:, teacher.num_prefix_tokens :], teacher.grid, teacher.keep)
     patches = PatchMap(mine[:, student.num_prefix_tokens :], student.grid, student.keep).at(places)
     if not (student.has_class_token and teacher.has_class_token):
         return patches, places.vectors
-    return torch.cat([mine[:, :1], patches], dim=1), torch.cat([other[:, :1], places.vectors], dim=1)
+    return torch.cat([mine[:, :1], patches], dim=1), torch.cat(
+        [other[:, :1], places.vectors], dim=1
+    )
 
 
 def shared_rows(
-    student: ViTOutput, teacher: ViTOutput, ours: Float[Tensor, "B Hs Ls"], its: Float[Tensor, "B Ht Lt"]
+    student: ViTOutput,
+    teacher: ViTOutput,
+    ours: Float[Tensor, "B Hs Ls"],
+    its: Float[Tensor, "B Ht Lt"],
 ) -> tuple[Float[Tensor, "B Hs L"], Float[Tensor, "B Ht L"]]:
-    """One row of attention each over the compared tokens, summing to 1; between unequal grids the patches keep their total."""
+    """One row of attention each over the compared tokens, summing to 1; between unequal grids the
+    patches keep their total.
+    """
     mine, other = ours.float(), its.detach().float()
     patches = mine[:, :, student.num_prefix_tokens :]
     if student.grid != teacher.grid:
-        moved = resample_patches(patches.transpose(1, 2), student.grid, teacher.grid).transpose(1, 2)
-        patches = moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(SMALLEST))
+        moved = resample_patches(patches.transpose(1, 2), student.grid, teacher.grid).transpose(
+            1, 2
+        )
+        patches = moved * (
+            patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(SMALLEST)
+        )
     if student.keep is None:
         patches = gather_patches(patches.transpose(1, 2), teacher.keep).transpose(1, 2)
     other_patches = other[:, :, teacher.num_prefix_tokens :]
     if student.has_class_token and teacher.has_class_token:
-        patches, other_patches = torch.cat([mine[:, :, :1], patches], -1), torch.cat([other[:, :, :1], other_patches], -1)
+        patches, other_patches = (
+            torch.cat([mine[:, :, :1], patches], -1),
+            torch.cat([other[:, :, :1], other_patches], -1),
+        )
     return _normalised(patches), _normalised(other_patches)
 
 
@@ -65,27 +90,39 @@ def _normalised(rows: Tensor) -> Tensor:
     return rows / rows.sum(-1, keepdim=True).clamp_min(SMALLEST)
 
 
-def token_scores(rows: Float[Tensor, "B L W"], columns: Float[Tensor, "B L W"], num_heads: int) -> Float[Tensor, "B H L L"]:
-    """``rows columns^T d^-0.5`` in each of ``num_heads`` slices of width d, in float32 whatever the autocast."""
-    ours, others = (vectors.float().unflatten(2, (num_heads, -1)).transpose(1, 2) for vectors in (rows, columns))
+def token_scores(
+    rows: Float[Tensor, "B L W"], columns: Float[Tensor, "B L W"], num_heads: int
+) -> Float[Tensor, "B H L L"]:
+    """``rows columns^T d^-0.5`` in each of ``num_heads`` slices of width d, in float32 whatever the
+    autocast.
+    """
+    ours, others = (
+        vectors.float().unflatten(2, (num_heads, -1)).transpose(1, 2) for vectors in (rows, columns)
+    )
     with full_precision(rows):
         return (ours * ours.shape[-1] ** -0.5) @ others.transpose(-2, -1)
 
 
-def rows_kl(student: Float[Tensor, "*rows L"], teacher: Float[Tensor, "*rows L"]) -> Float[Tensor, ""]:
+def rows_kl(
+    student: Float[Tensor, "*rows L"], teacher: Float[Tensor, "*rows L"]
+) -> Float[Tensor, ""]:
     """KL(teacher || student) of log-probabilities over the last dimension, mean over all rows."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
 
 
 def class_attention_loss(
-    student: Float[Tensor, "B Hs L"], teacher: Float[Tensor, "B Ht L"], divergence: Literal["kl", "mse"] = "kl"
+    student: Float[Tensor, "B Hs L"],
+    teacher: Float[Tensor, "B Ht L"],
+    divergence: Literal["kl", "mse"] = "kl",
 ) -> Float[Tensor, ""]:
-    """Between rows of attention over the same tokens, in float32, mean over the batch and the heads.
+    """Between rows of attention over the same tokens, in float32, mean over the batch and the
+    heads.
 
-    ``kl``: KL(teacher || student). ``mse``: the squared difference, summed over tokens. Unequal heads are replaced by their mean.
-    No gradient reaches the teacher.
+    ``kl``: KL(teacher || student). ``mse``: the squared difference, summed over tokens. Unequal
+    heads are replaced by their mean. No gradient reaches the teacher.
 
-    Source: arXiv 2210.00944 eq. of the attention loss; wangkai930418/attndistill@b6ca113, see the module for what differs.
+    Source: arXiv 2210.00944 eq. of the attention loss; wangkai930418/attndistill@b6ca113, see the
+    module for what differs.
 
     Example:
         >>> import torch
@@ -101,15 +138,20 @@ def class_attention_loss(
 
 
 def attention_loss(
-    student: Float[Tensor, "B Hs L L"], teacher: Float[Tensor, "B Ht L L"], divergence: Literal["kl", "mse"] = "mse"
+    student: Float[Tensor, "B Hs L L"],
+    teacher: Float[Tensor, "B Ht L L"],
+    divergence: Literal["kl", "mse"] = "mse",
 ) -> Float[Tensor, ""]:
-    """Between scores ``q k^T d^-0.5`` of the same tokens, before the softmax, in float32, mean over the batch, heads and rows.
+    """Between scores ``q k^T d^-0.5`` of the same tokens, before the softmax, in float32, mean over
+    the batch, heads and rows.
 
-    ``kl``: KL(teacher || student) of their softmax; unequal heads are replaced by the mean of their probabilities. ``mse``: the squared
-    difference of the scores themselves, as in MAE-Lite's code, mean over tokens too; unequal heads are replaced by the mean of their
-    scores. No gradient reaches the teacher.
+    ``kl``: KL(teacher || student) of their softmax; unequal heads are replaced by the mean of their
+    probabilities. ``mse``: the squared difference of the scores themselves, as in MAE-Lite's code,
+    mean over tokens too; unequal heads are replaced by the mean of their scores. No gradient
+    reaches the teacher.
 
-    Source: arXiv 2205.14443, the attention loss; wangsr126/MAE-Lite@5bf439a, see the module for what differs.
+    Source: arXiv 2205.14443, the attention loss; wangsr126/MAE-Lite@5bf439a, see the module for
+    what differs.
 
     Example:
         >>> import torch
@@ -133,17 +175,20 @@ def attention_loss(
 class AttentionMaps(TeacherObjective):
     """Attention distillation: how the tokens of one block attend to each other.
 
-    Compared are the class token, if both networks have one, and the patches both saw, whose attention is renormalised over them
-    in both networks. Heads are compared one by one where their number agrees, else their means. A network without a class token gives
-    a stand-in for its row: its attention pool's, or the mean of all rows.
+    Compared are the class token, if both networks have one, and the patches both saw, whose
+    attention is renormalised over them in both networks. Heads are compared one by one where their
+    number agrees, else their means. A network without a class token gives a stand-in for its row:
+    its attention pool's, or the mean of all rows.
 
     Args:
         block: the student's block that is compared; negative counts from the end.
         teacher_block: the teacher's; None: the same number.
-        rows: ``class``: the class token's attention alone, which costs next to nothing. ``all``: every token's, at the price of the
-            block's queries and keys and of matrices as large as heads x tokens x tokens.
-        divergence: ``kl``: KL(teacher || student) of each row. ``mse``: squared differences; of a class row's probabilities, summed over
-            tokens, or of all rows' scores before the softmax, mean over tokens.
+        rows: ``class``: the class token's attention alone, which costs next to nothing. ``all``:
+            every token's, at the price of the block's queries and keys and of matrices as large as
+            heads x tokens x tokens.
+        divergence: ``kl``: KL(teacher || student) of each row. ``mse``: squared differences; of a
+            class row's probabilities, summed over tokens, or of all rows' scores before the
+            softmax, mean over tokens.
     """
 
     block: int = -1
@@ -151,13 +196,18 @@ class AttentionMaps(TeacherObjective):
     rows: Literal["class", "all"] = "class"
     divergence: Literal["kl", "mse"] = "kl"
 
-    formula: ClassVar[str] = "KL(teacher || student) of attention over shared tokens, mean over rows, heads and batch; or squared error"
+    formula: ClassVar[str] = (
+        "KL(teacher || student) of attention over shared tokens, mean over rows, heads and batch;"
+        " or squared error"
+    )
     paper: ClassVar[str] = (
-        "AttnDistill (Wang et al., BMVC 2022, [2210.00944](https://arxiv.org/abs/2210.00944)); with all rows, MAE-Lite "
-        "(Wang et al., ICML 2023, [2205.14443](https://arxiv.org/abs/2205.14443))"
+        "AttnDistill (Wang et al., BMVC 2022, [2210.00944](https://arxiv.org/abs/2210.00944)); with"
+        " all rows, MAE-Lite (Wang et al., ICML 2023,"
+        " [2205.14443](https://arxiv.org/abs/2205.14443))"
     )
     use_when: ClassVar[str] = (
-        "The teacher is self-supervised, its heads are as many as the student's, and where it looks is to be learned beside what it says."
+        "The teacher is self-supervised, its heads are as many as the student's, and where it looks"
+        " is to be learned beside what it says."
     )
 
     def __post_init__(self) -> None:
@@ -188,18 +238,32 @@ class AttentionMaps(TeacherObjective):
             parts.append(f"means of {student.num_heads} and {teacher.num_heads} heads")
         for network in (student, teacher):
             if self.rows == "class" and not network.has_class_token:
-                parts.append(f"the {network.name} has no class token: {'mean' if network.attention_source == 'mean' else 'pool'} attention")
+                parts.append(
+                    f"the {network.name} has no class token:"
+                    f" {'mean' if network.attention_source == 'mean' else 'pool'} attention"
+                )
         parts.append(describe_alignment(student, teacher, num_keep))
         return ", ".join(part for part in parts if part)
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         assert teacher is not None
         mine, other = self.block % student.depth, self._teacher_block % teacher.depth
         if self.rows == "class":
-            ours, its = shared_rows(student, teacher, student.attention[mine], teacher.attention[other])
+            ours, its = shared_rows(
+                student, teacher, student.attention[mine], teacher.attention[other]
+            )
             return class_attention_loss(ours, its, self.divergence)
         (q, k, _), (teacher_q, teacher_k, _) = student.qkv[mine], teacher.qkv[other]
         our_q, its_q = shared_vectors(student, teacher, q, teacher_q)
         our_k, its_k = shared_vectors(student, teacher, k, teacher_k)
-        ours, its = token_scores(our_q, our_k, q.shape[1]), token_scores(its_q, its_k, teacher_q.shape[1])
+        ours, its = (
+            token_scores(our_q, our_k, q.shape[1]),
+            token_scores(its_q, its_k, teacher_q.shape[1]),
+        )
         return attention_loss(ours, its, self.divergence)

@@ -1,7 +1,9 @@
-"""What a distillation method is made of: an `Objective` (what supervision says), and what it costs: a `Masking` or a `TokenSelector`.
+"""What a distillation method is made of: an `Objective` (what supervision says), and what it costs:
+a `Masking` or a `TokenSelector`.
 
-All are frozen dataclasses whose fields are their configuration. They declare what they read, receive recorded outputs, and never call
-a model: that is why any objective runs with any selector, live or from stored answers.
+All are frozen dataclasses whose fields are their configuration. They declare what they read,
+receive recorded outputs, and never call a model: that is why any objective runs with any selector,
+live or from stored answers.
 """
 
 import math
@@ -33,12 +35,15 @@ class Network:
         num_prefix_tokens: class, distillation and register tokens.
         has_class_token: the first of them stands for the whole image.
         reads_class_token: its prediction is made of that, and not of a pool of its patches alone.
-        heads: classifier heads by name; answering: those that the prediction is made of, empty for all.
+        heads: classifier heads by name; answering: those that the prediction is made of, empty for
+            all.
         walks: can be run on a subset of patches.
         attention_source: see `vitdistill.vit.families.Family`; None: no attention to read.
         num_heads: attention heads a block; 0: no attention to read.
-        final_norm: the last block's output is normed token by token, as `Needs.features` has it, and not only after pooling.
-        grids: rows and columns of its feature maps by block, where its answers are stored and it does not walk.
+        final_norm: the last block's output is normed token by token, as `Needs.features` has it,
+            and not only after pooling.
+        grids: rows and columns of its feature maps by block, where its answers are stored and it
+            does not walk.
         flops: of one forward pass on one image, where its answers are stored; 0: not known.
     """
 
@@ -70,8 +75,17 @@ class Network:
         return self.grid[0] * self.grid[1]
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, architecture: str, image_size: tuple[int, int], num_classes: int | None = None) -> "Network":
-        """Describe ``model``; ``num_classes`` overrides the head's own when answers are matched to fewer classes."""
+    def of(
+        cls,
+        model: nn.Module,
+        name: str,
+        architecture: str,
+        image_size: tuple[int, int],
+        num_classes: int | None = None,
+    ) -> "Network":
+        """Describe ``model``; ``num_classes`` overrides the head's own when answers are matched to
+        fewer classes.
+        """
         import torch
 
         family = family_of(model)
@@ -105,7 +119,9 @@ class Network:
 
 
 class Labelled(Protocol):
-    """The images of a batch and their ground truth; a mixed image has two labels, of weight ``lam`` and ``1 - lam``."""
+    """The images of a batch and their ground truth; a mixed image has two labels, of weight ``lam``
+    and ``1 - lam``.
+    """
 
     @property
     def images(self) -> Float[Tensor, "B 3 h w"]: ...
@@ -117,13 +133,16 @@ class Labelled(Protocol):
     def lam(self) -> Float[Tensor, " B"] | None: ...
 
     def uniforms(self, count: int) -> Float[Tensor, "B {count}"]:
-        """Uniform random numbers in [0, 1): a pure function of the run's seed, the sample and its view, whatever shares the batch."""
+        """Uniform random numbers in [0, 1): a pure function of the run's seed, the sample and its
+        view, whatever shares the batch.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSchedule:
-    """A loss weight that changes over the run: the objective's ``weight`` until ``begin``, then towards ``to``, reached at ``end``.
+    """A loss weight that changes over the run: the objective's ``weight`` until ``begin``, then
+    towards ``to``, reached at ``end``.
 
     Args:
         to: the weight at the end, at least 0.
@@ -139,14 +158,20 @@ class WeightSchedule:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.to) and self.to >= 0):
-            raise ConfigError(f"the schedule of a weight ends at {self.to!r}: give a number that is not negative (schedule.to)")
+            raise ConfigError(
+                f"the schedule of a weight ends at {self.to!r}: give a number that is not negative"
+                " (schedule.to)"
+            )
         if not 0 <= self.begin <= self.end <= 1:
             raise ConfigError(
-                f"the schedule of a weight runs from {self.begin!r} to {self.end!r}: give fractions of the run, 0 to 1, begin before end"
+                f"the schedule of a weight runs from {self.begin!r} to {self.end!r}: give fractions"
+                " of the run, 0 to 1, begin before end"
             )
 
     def at(self, weight: float, progress: float) -> float:
-        """The weight after the fraction ``progress`` of the run, when it was ``weight`` at first."""
+        """The weight after the fraction ``progress`` of the run, when it was ``weight`` at
+        first.
+        """
         if progress >= self.end:
             return self.to
         if progress <= self.begin:
@@ -162,7 +187,8 @@ class Objective(ABC):
     """A loss: what it reads of student and teacher, and how it compares them.
 
     Args:
-        weight: what the loss is multiplied by before all losses are summed; 0 only where a schedule raises it.
+        weight: what the loss is multiplied by before all losses are summed; 0 only where a schedule
+            raises it.
         schedule: how the weight changes over the run; None: not at all.
     """
 
@@ -171,18 +197,31 @@ class Objective(ABC):
 
     reads_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
-    couples_images: ClassVar[bool] = False  # the loss of an image depends on the others in its micro-batch
-    needs_masking: ClassVar[bool] = False  # there is nothing to learn from patches that nobody hides
+    couples_images: ClassVar[bool] = (
+        False  # the loss of an image depends on the others in its micro-batch
+    )
+    needs_masking: ClassVar[bool] = (
+        False  # there is nothing to learn from patches that nobody hides
+    )
     needs_every_patch: ClassVar[bool] = False  # of the student: it cannot run on a part of them
-    goes_with: ClassVar[tuple[str, ...]] = ()  # names of the methods it is meant to stand beside; docs/methods.md counts it with them
+    goes_with: ClassVar[
+        tuple[str, ...]
+    ] = ()  # names of the methods it is meant to stand beside; docs/methods.md counts it with them
     formula: ClassVar[str] = ""  # what the weight multiplies, for the plan's print-out
     paper: ClassVar[str] = ""  # for docs/methods.md: whose method it is
     use_when: ClassVar[str] = ""  # for docs/methods.md: one sentence
 
     def __post_init__(self) -> None:
         rises = self.schedule is not None and self.schedule.to > 0
-        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and (self.weight > 0 or (rises and self.weight == 0))):
-            raise ConfigError(f"the weight of {type(self).__name__} is {self.weight!r}: give a number above 0, or leave the objective out")
+        if not (
+            isinstance(self.weight, int | float)
+            and math.isfinite(self.weight)
+            and (self.weight > 0 or (rises and self.weight == 0))
+        ):
+            raise ConfigError(
+                f"the weight of {type(self).__name__} is {self.weight!r}: give a number above 0, or"
+                " leave the objective out"
+            )
 
     def weight_at(self, progress: float) -> float:
         """The weight after the fraction ``progress`` of the run."""
@@ -200,26 +239,41 @@ class Objective(ABC):
         """Refuse a pair this objective cannot compare; raises `ConfigError` with one sentence."""
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
-        """What a reader of the plan should know of this objective between these two networks, in a few words; or nothing.
+        """What a reader of the plan should know of this objective between these two networks, in a
+        few words; or nothing.
 
         ``num_keep`` is how many of the teacher's patches both networks see; None: all.
         """
         return ""
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
-        """Which of the student's classifier heads the loss reaches; by default all of them where it reads the prediction."""
+        """Which of the student's classifier heads the loss reaches; by default all of them where it
+        reads the prediction.
+        """
         return student.heads if self.student_needs(student).logits else ()
 
     def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
-        """The objective's own trainable part (a projection, a generator), or None; it is trained and never exported."""
+        """The objective's own trainable part (a projection, a generator), or None; it is trained
+        and never exported.
+        """
         return None
 
-    def pictures(self, student: ViTOutput, batch: Labelled, adapter: nn.Module | None) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """What there is to look at beside the input, by what it shows, in the student's normalisation; most objectives have nothing."""
+    def pictures(
+        self, student: ViTOutput, batch: Labelled, adapter: nn.Module | None
+    ) -> dict[str, Float[Tensor, "B 3 h w"]]:
+        """What there is to look at beside the input, by what it shows, in the student's
+        normalisation; most objectives have nothing.
+        """
         return {}
 
     @abstractmethod
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         """The unweighted loss, a float32 scalar: a mean over the batch."""
 
 
@@ -233,11 +287,13 @@ class TeacherObjective(Objective):
 
     teacher: str = "teacher"
 
-    linear_in_teacher: ClassVar[bool] = False  # its gradient is linear in the teacher's probabilities: an unbiased sample of them will do
+    # Its gradient is linear in the teacher's probabilities: an unbiased sample of them will do.
+    linear_in_teacher: ClassVar[bool] = False
 
     @property
     def teacher_temperatures(self) -> tuple[float, ...] | None:
-        """The temperatures T at which it takes ``softmax(logits / T)`` of the teacher's logits, reading nothing else of them.
+        """The temperatures T at which it takes ``softmax(logits / T)`` of the teacher's logits,
+        reading nothing else of them.
 
         (): their order alone. None: the logits themselves; stored ones then have to be complete.
         """
@@ -246,14 +302,18 @@ class TeacherObjective(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Masking(ABC):
-    """A choice of patches made before the student runs: it sees no others, and its teachers see the same, or more."""
+    """A choice of patches made before the student runs: it sees no others, and its teachers see the
+    same, or more.
+    """
 
     paper: ClassVar[str] = ""  # as for an `Objective`
     use_when: ClassVar[str] = ""
 
     @abstractmethod
     def count(self, num_patches: int) -> int:
-        """How many of ``num_patches`` patches the student sees; raises `ConfigError` when none would be left."""
+        """How many of ``num_patches`` patches the student sees; raises `ConfigError` when none
+        would be left.
+        """
 
     @abstractmethod
     def teacher_count(self, num_patches: int) -> int:
@@ -261,7 +321,9 @@ class Masking(ABC):
 
     @abstractmethod
     def order(self, noise: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
-        """All patches of each image, those to be seen first; ``noise`` is uniform and keyed by sample and view."""
+        """All patches of each image, those to be seen first; ``noise`` is uniform and keyed by
+        sample and view.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +332,8 @@ class TokenSelector(ABC):
 
     Args:
         teachers: names of the teachers it chooses for; empty: all of them.
-        keep_rate: fraction of the teacher's own patches to keep, above 0 and at most 1; see `num_kept_patches` for the count.
+        keep_rate: fraction of the teacher's own patches to keep, above 0 and at most 1; see
+            `num_kept_patches` for the count.
         num_keep: the exact count instead; None: from ``keep_rate``.
     """
 
@@ -285,17 +348,29 @@ class TokenSelector(ABC):
     def __post_init__(self) -> None:
         rate = self.keep_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
-            raise ConfigError(f"keep_rate is {rate!r}: give the fraction of patches the teacher sees, above 0 and at most 1")
+            raise ConfigError(
+                f"keep_rate is {rate!r}: give the fraction of patches the teacher sees, above 0 and"
+                " at most 1"
+            )
         count = self.num_keep
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ConfigError(f"num_keep is {self.num_keep!r}: give the number of patches the teacher sees, at least 1")
+        if count is not None and (
+            isinstance(count, bool) or not isinstance(count, int) or count < 1
+        ):
+            raise ConfigError(
+                f"num_keep is {self.num_keep!r}: give the number of patches the teacher sees, at"
+                " least 1"
+            )
 
     def count(self, num_patches: int) -> int:
-        """How many of a teacher's ``num_patches`` patches are kept; raises `ConfigError` when there are not that many."""
+        """How many of a teacher's ``num_patches`` patches are kept; raises `ConfigError` when there
+        are not that many.
+        """
         if self.num_keep is None:
             return num_kept_patches(num_patches, self.keep_rate)
         if self.num_keep > num_patches:
-            raise ConfigError(f"num_keep is {self.num_keep}, but the teacher has only {num_patches} patches")
+            raise ConfigError(
+                f"num_keep is {self.num_keep}, but the teacher has only {num_patches} patches"
+            )
         return self.num_keep
 
     def student_needs(self, student: Network) -> Needs:
@@ -303,7 +378,9 @@ class TokenSelector(ABC):
         return Needs()
 
     def teacher_needs(self, teacher: Network) -> Needs:
-        """What the choice reads of the teacher on the whole image, at the price of that extra pass."""
+        """What the choice reads of the teacher on the whole image, at the price of that extra
+        pass.
+        """
         return Needs()
 
     def check(self, student: Network, teacher: Network) -> None:  # noqa: B027  (some choose for any pair)
@@ -320,13 +397,15 @@ class TokenSelector(ABC):
     ) -> Int[Tensor, "B K"]:
         """Row-major indices into the teacher's ``grid``.
 
-        ``teacher`` is its answer to `teacher_needs` on the whole image; ``noise`` uniform numbers keyed by sample and view if
-        ``reads_noise``.
+        ``teacher`` is its answer to `teacher_needs` on the whole image; ``noise`` uniform numbers
+        keyed by sample and view if ``reads_noise``.
         """
 
 
 def describe_alignment(student: Network, teacher: Network, num_keep: int | None) -> str:
-    """How patches of unequal networks meet, for the plan: ``compared at the 98 of 196 patches both see, ...``."""
+    """How patches of unequal networks meet, for the plan: ``compared at the 98 of 196 patches both
+    see, ...``.
+    """
     parts = []
     if num_keep is not None and num_keep < teacher.num_patches:
         parts.append(f"compared at the {num_keep} of {teacher.num_patches} patches both see")
@@ -341,12 +420,15 @@ def describe_alignment(student: Network, teacher: Network, num_keep: int | None)
 def num_kept_patches(num_patches: int, keep_rate: float) -> int:
     """How many of N patches a keep rate means: the paper's counts.
 
-    The rate times N, rounded to the nearest multiple of 8 on grids of 128 patches and more, where a fraction of a percent is not worth
-    an odd shape, and to the nearest whole number on smaller ones. A divisor of N (a half, a third, a quarter... of the patches) is never
-    rounded across: such a fraction is exact, and a higher rate never keeps fewer. A rate below 1 always drops at least one patch, and at
-    least one is always kept. So 196 patches at 75 / 50 / 40 / 25 % keep 144 / 98 / 80 / 49, and 256 at 75 / 50 % keep 192 / 128.
+    The rate times N, rounded to the nearest multiple of 8 on grids of 128 patches and more, where a
+    fraction of a percent is not worth an odd shape, and to the nearest whole number on smaller
+    ones. A divisor of N (a half, a third, a quarter... of the patches) is never rounded across:
+    such a fraction is exact, and a higher rate never keeps fewer. A rate below 1 always drops at
+    least one patch, and at least one is always kept. So 196 patches at 75 / 50 / 40 / 25 % keep 144
+    / 98 / 80 / 49, and 256 at 75 / 50 % keep 192 / 128.
 
-    Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there, not 147; "40 %" is 80, not 78).
+    Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there,
+    not 147; "40 %" is 80, not 78).
 
     Example:
         >>> [num_kept_patches(196, rate) for rate in (0.75, 0.5, 0.4, 0.25)]

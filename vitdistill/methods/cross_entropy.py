@@ -19,9 +19,11 @@ def cross_entropy_loss(
     lam: Float[Tensor, " B"] | None = None,
     smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in float32, with the smoothed label ``(1 - smoothing) * onehot + smoothing / C``.
+    """Mean cross-entropy, in float32, with the smoothed label ``(1 - smoothing) * onehot +
+    smoothing / C``.
 
-    A mixed image has the label ``lam * label + (1 - lam) * mixed_label``, each smoothed, as timm's `Mixup` makes it.
+    A mixed image has the label ``lam * label + (1 - lam) * mixed_label``, each smoothed, as timm's
+    `Mixup` makes it.
     """
     logits = logits.float()
     if mixed_labels is None or lam is None:
@@ -31,11 +33,14 @@ def cross_entropy_loss(
     return (lam * first + (1 - lam) * second).mean()
 
 
-def chosen_head(heads: tuple[str, ...], head: str, teacher: str | None = None, student: str = "the student") -> str:
-    """The head that ``head`` stands for among those a student has: one of their names, or ``all`` for its prediction.
+def chosen_head(
+    heads: tuple[str, ...], head: str, teacher: str | None = None, student: str = "the student"
+) -> str:
+    """The head that ``head`` stands for among those a student has: one of their names, or ``all``
+    for its prediction.
 
-    ``auto`` is the only head there is; else for the labels (no ``teacher``) ``class``; for a teacher the head called like it, or else
-    ``distillation``.
+    ``auto`` is the only head there is; else for the labels (no ``teacher``) ``class``; for a
+    teacher the head called like it, or else ``distillation``.
 
     Raises:
         ConfigError: the student has no such head, or none that ``auto`` could mean.
@@ -47,20 +52,26 @@ def chosen_head(heads: tuple[str, ...], head: str, teacher: str | None = None, s
     if head == "all" or head in heads:
         return head
     if head != "auto":
-        raise ConfigError(f"{student} has no head called {head!r}: set head to one it has ({', '.join(heads)}), to all, or to auto")
+        raise ConfigError(
+            f"{student} has no head called {head!r}: set head to one it has ({', '.join(heads)}),"
+            " to all, or to auto"
+        )
     if len(heads) == 1:
         return heads[0]
     for name in ("class",) if teacher is None else (teacher, "distillation"):
         if name in heads:
             return name
     raise ConfigError(
-        f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}: call the teacher like the head that learns "
-        f"from it, or set the objective's head (head={heads[-1]})"
+        f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}: call"
+        " the teacher like the head that learns from it, or set the objective's head"
+        f" (head={heads[-1]})"
     )
 
 
 def head_logits(output: ViTOutput, head: str, teacher: str | None = None) -> Float[Tensor, "B C"]:
-    """The logits of the head of `chosen_head`, or of the prediction (``all``, and students with a single head)."""
+    """The logits of the head of `chosen_head`, or of the prediction (``all``, and students with a
+    single head).
+    """
     chosen = chosen_head(output.heads, head, teacher)
     if output.head_logits is not None and chosen != "all":
         return output.head_logits[:, output.heads.index(chosen)]
@@ -69,7 +80,9 @@ def head_logits(output: ViTOutput, head: str, teacher: str | None = None) -> Flo
 
 
 def heads_read(student: Network, head: str, teacher: str | None = None) -> tuple[str, ...]:
-    """The student's heads that ``head`` stands for; raises `ConfigError` when it has none of them, see `chosen_head`."""
+    """The student's heads that ``head`` stands for; raises `ConfigError` when it has none of them,
+    see `chosen_head`.
+    """
     chosen = chosen_head(student.heads, head, teacher, student.architecture)
     return student.heads if chosen == "all" else (chosen,)
 
@@ -80,8 +93,8 @@ class CrossEntropy(Objective):
 
     Args:
         smoothing: label smoothing, 0 to below 1.
-        head: for students with several heads: the name of the one that learns from the labels, or ``all``: their prediction. ``auto``: the
-            class token's, as DeiT and Co-advise train it.
+        head: for students with several heads: the name of the one that learns from the labels, or
+            ``all``: their prediction. ``auto``: the class token's, as DeiT and Co-advise train it.
     """
 
     smoothing: float = 0.0
@@ -104,6 +117,14 @@ class CrossEntropy(Objective):
     def trains_heads(self, student: Network) -> tuple[str, ...]:
         return heads_read(student, self.head)
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         logits = head_logits(student, self.head)
-        return cross_entropy_loss(logits, batch.labels, batch.mixed_labels, batch.lam, self.smoothing)
+        return cross_entropy_loss(
+            logits, batch.labels, batch.mixed_labels, batch.lam, self.smoothing
+        )

@@ -1,7 +1,9 @@
-"""DIST: the student's probabilities need only correlate with the teacher's, over the classes of an image and over the images of a class.
+"""DIST: the student's probabilities need only correlate with the teacher's, over the classes of an
+image and over the images of a class.
 
-Source: "Knowledge Distillation from A Stronger Teacher", Huang et al., NeurIPS 2022, arXiv 2205.10536, checked against
-hunto/DIST_KD@6d93ca0 (segmentation, without a temperature) and its first author's hunto/LocalMamba@45dbff7 (classification, with T^2).
+Source: "Knowledge Distillation from A Stronger Teacher", Huang et al., NeurIPS 2022, arXiv
+2205.10536, checked against hunto/DIST_KD@6d93ca0 (segmentation, without a temperature) and its
+first author's hunto/LocalMamba@45dbff7 (classification, with T^2).
 """
 
 from dataclasses import dataclass
@@ -18,12 +20,15 @@ from .kd import LogitObjective, check_factors, check_logits, check_temperature
 def pearson(ours: Float[Tensor, "R M"], theirs: Float[Tensor, "R M"]) -> Float[Tensor, " R"]:
     """The correlation of each row of ``ours`` with the same row of ``theirs``.
 
-    Constant rows correlate with nothing: 0, and no gradient, which would be that of rounding errors. As in the authors' code, 1e-8 is
-    added to the product of the norms, so rows of very small variance count less.
+    Constant rows correlate with nothing: 0, and no gradient, which would be that of rounding
+    errors. As in the authors' code, 1e-8 is added to the product of the norms, so rows of very
+    small variance count less.
     """
     a, b = ours - ours.mean(-1, keepdim=True), theirs - theirs.mean(-1, keepdim=True)
     norm_a, norm_b = a.norm(dim=-1), b.norm(dim=-1)
-    constant = (norm_a <= 1e-6 * ours.norm(dim=-1)) | (norm_b <= 1e-6 * theirs.norm(dim=-1))  # False for NaN, which stays NaN
+    constant = (norm_a <= 1e-6 * ours.norm(dim=-1)) | (
+        norm_b <= 1e-6 * theirs.norm(dim=-1)
+    )  # False for NaN, which stays NaN
     return ((a * b).sum(-1) / (norm_a * norm_b + 1e-8)).masked_fill(constant, 0.0)
 
 
@@ -34,11 +39,13 @@ def dist_loss(
     gamma: float = 1.0,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """``T^2 (beta (1 - mean_b r_b) + gamma (1 - mean_c r_c))``, in float32; 0 to 2 T^2 (beta + gamma).
+    """``T^2 (beta (1 - mean_b r_b) + gamma (1 - mean_c r_c))``, in float32; 0 to 2 T^2 (beta +
+    gamma).
 
-    r_b is the Pearson correlation of the two networks' probabilities over the classes of image b, r_c over the images of class c; the
-    probabilities are a softmax at temperature T. The second term compares images of one batch with each other, so the loss is not a mean
-    over images: it depends on what shares a batch, and in a batch of 1 that term is the constant ``gamma T^2``.
+    r_b is the Pearson correlation of the two networks' probabilities over the classes of image b,
+    r_c over the images of class c; the probabilities are a softmax at temperature T. The second
+    term compares images of one batch with each other, so the loss is not a mean over images: it
+    depends on what shares a batch, and in a batch of 1 that term is the constant ``gamma T^2``.
 
     Args:
         student_logits, teacher_logits: no gradient reaches the teacher.
@@ -70,7 +77,8 @@ class DIST(LogitObjective):
 
     Args:
         beta: the weight of the correlation over the classes of an image, 0 or more.
-        gamma: the weight of the correlation over the images of a class, 0 or more; it sees one micro-batch of one process.
+        gamma: the weight of the correlation over the images of a class, 0 or more; it sees one
+            micro-batch of one process.
         temperature: T, above 0; the loss carries T^2.
     """
 
@@ -79,10 +87,15 @@ class DIST(LogitObjective):
     temperature: float = 1.0
 
     couples_images: ClassVar[bool] = True
-    formula: ClassVar[str] = "T^2 (beta (1 - correlation over classes) + gamma (1 - correlation over the batch's images))"
-    paper: ClassVar[str] = "DIST (Huang et al., NeurIPS 2022, [2205.10536](https://arxiv.org/abs/2205.10536))"
+    formula: ClassVar[str] = (
+        "T^2 (beta (1 - correlation over classes) + gamma (1 - correlation over the images))"
+    )
+    paper: ClassVar[str] = (
+        "DIST (Huang et al., NeurIPS 2022, [2205.10536](https://arxiv.org/abs/2205.10536))"
+    )
     use_when: ClassVar[str] = (
-        "In place of kd when the teacher is much stronger and micro-batches large: published 82.3 % against 81.5 % (Swin-T from Swin-L)."
+        "In place of kd when the teacher is much stronger and micro-batches large: published 82.3 %"
+        " against 81.5 % (Swin-T from Swin-L)."
     )
 
     def __post_init__(self) -> None:
@@ -94,6 +107,14 @@ class DIST(LogitObjective):
     def teacher_temperatures(self) -> tuple[float, ...]:
         return (self.temperature,)
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
-        return dist_loss(self.student_logits(student), teacher.logits, self.beta, self.gamma, self.temperature)
+        return dist_loss(
+            self.student_logits(student), teacher.logits, self.beta, self.gamma, self.temperature
+        )

@@ -1,9 +1,11 @@
-"""DKD: logit distillation taken apart, into the label's class against the rest, and the rest among themselves.
+"""DKD: logit distillation taken apart, into the label's class against the rest, and the rest among
+themselves.
 
-Source: "Decoupled Knowledge Distillation", Zhao et al., CVPR 2022, arXiv 2203.08679, checked against
-megvii-research/mdistiller@e8c5bb3. Their code takes the label's class out by subtracting 1000 from its logit and the logarithm of a
-probability that may be 0; here both are exact for logits of any size. They also raise the weight from 0 over the first epochs (20 of
-240 on CIFAR-100), which is an objective's ``schedule`` here.
+Source: "Decoupled Knowledge Distillation", Zhao et al., CVPR 2022, arXiv 2203.08679, checked
+against megvii-research/mdistiller@e8c5bb3. Their code takes the label's class out by subtracting
+1000 from its logit and the logarithm of a probability that may be 0; here both are exact for logits
+of any size. They also raise the weight from 0 over the first epochs (20 of 240 on CIFAR-100), which
+is an objective's ``schedule`` here.
 """
 
 from dataclasses import dataclass
@@ -18,9 +20,15 @@ from .kd import check_factors, check_logits, check_temperature
 from .nkd import TargetObjective, label_classes, of_label, of_rest
 
 
-def _against_the_rest(log_probs: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B 2"]:
-    """``log p_y`` and ``log(1 - p_y)``, the latter as the sum of the others: 1 - p_y is 0 in float32 long before they are."""
-    return torch.stack([of_label(log_probs, labels), of_rest(log_probs, labels).logsumexp(-1)], dim=-1)
+def _against_the_rest(
+    log_probs: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
+) -> Float[Tensor, "B 2"]:
+    """``log p_y`` and ``log(1 - p_y)``, the latter as the sum of the others: 1 - p_y is 0 in
+    float32 long before they are.
+    """
+    return torch.stack(
+        [of_label(log_probs, labels), of_rest(log_probs, labels).logsumexp(-1)], dim=-1
+    )
 
 
 def _kl(student: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
@@ -40,7 +48,10 @@ def _dkd(
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     target = _kl(_against_the_rest(student, label), _against_the_rest(teacher, label))
-    rest = _kl(F.log_softmax(of_rest(student, label), dim=-1), F.log_softmax(of_rest(teacher, label), dim=-1))
+    rest = _kl(
+        F.log_softmax(of_rest(student, label), dim=-1),
+        F.log_softmax(of_rest(teacher, label), dim=-1),
+    )
     return temperature**2 * (alpha * target + beta * rest)
 
 
@@ -54,16 +65,19 @@ def dkd_loss(
 ) -> Float[Tensor, ""]:
     """``T^2 (alpha TCKD + beta NCKD)``: mean over the batch, in float32.
 
-    TCKD is ``KL((p_T[y], 1 - p_T[y]) || (p_S[y], 1 - p_S[y]))``, NCKD is ``KL(q_T || q_S)``; p is the softmax over all classes and q over
-    the C - 1 that are not y, both at temperature T. The ordinary divergence of an image is ``TCKD + (1 - p_T[y]) NCKD``.
+    TCKD is ``KL((p_T[y], 1 - p_T[y]) || (p_S[y], 1 - p_S[y]))``, NCKD is ``KL(q_T || q_S)``; p is
+    the softmax over all classes and q over the C - 1 that are not y, both at temperature T. The
+    ordinary divergence of an image is ``TCKD + (1 - p_T[y]) NCKD``.
 
     Args:
         student_logits, teacher_logits: no gradient reaches the teacher.
-        labels: y, or soft labels, of which the class with the largest share is y (the first of equal ones).
+        labels: y, or soft labels, of which the class with the largest share is y (the first of
+            equal ones).
         alpha, beta: the weights of the two terms.
         temperature: T.
 
-    Raises `ValueError` when the shapes do not fit, when there is one class only, or when ``temperature`` is not above 0.
+    Raises `ValueError` when the shapes do not fit, when there is one class only, or when
+    ``temperature`` is not above 0.
 
     Source: arXiv 2203.08679 (DKD in terms of TCKD and NCKD); megvii-research/mdistiller@e8c5bb3.
 
@@ -81,8 +95,8 @@ class DKD(TargetObjective):
 
     Args:
         alpha: the weight of the label's class against the rest, 0 or more.
-        beta: the weight of the rest among themselves, 0 or more; the authors use 8 on CIFAR-100 (6 to 2 with some students) and 0.5 on
-            ImageNet, at T 1 there.
+        beta: the weight of the rest among themselves, 0 or more; the authors use 8 on CIFAR-100 (6
+            to 2 with some students) and 0.5 on ImageNet, at T 1 there.
         temperature: T, above 0; the loss carries T^2.
     """
 
@@ -90,10 +104,15 @@ class DKD(TargetObjective):
     beta: float = 8.0
     temperature: float = 4.0
 
-    formula: ClassVar[str] = "T^2 (alpha KL of the label's class against the rest + beta KL of the rest), batch mean"
-    paper: ClassVar[str] = "DKD (Zhao et al., CVPR 2022, [2203.08679](https://arxiv.org/abs/2203.08679))"
+    formula: ClassVar[str] = (
+        "T^2 (alpha KL of the label's class against the rest + beta KL of the rest), batch mean"
+    )
+    paper: ClassVar[str] = (
+        "DKD (Zhao et al., CVPR 2022, [2203.08679](https://arxiv.org/abs/2203.08679))"
+    )
     use_when: ClassVar[str] = (
-        "In place of kd when the images have labels and the teacher is so sure of them that little of the other classes gets through."
+        "In place of kd when the images have labels and the teacher is so sure of them that little"
+        " of the other classes gets through."
     )
 
     def __post_init__(self) -> None:
@@ -106,6 +125,9 @@ class DKD(TargetObjective):
         return (self.temperature,)
 
     def per_image(
-        self, student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
+        self,
+        student_logits: Float[Tensor, "B C"],
+        teacher_logits: Float[Tensor, "B C"],
+        labels: Int[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
         return _dkd(student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature)

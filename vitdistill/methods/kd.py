@@ -1,4 +1,6 @@
-"""Logit distillation: soft (Hinton et al., arXiv 1503.02531) and hard (DeiT, arXiv 2012.12877), with DeiT's distillation token."""
+"""Logit distillation: soft (Hinton et al., arXiv 1503.02531) and hard (DeiT, arXiv 2012.12877),
+with DeiT's distillation token.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,13 +16,19 @@ from .base import Labelled, Network, TeacherObjective
 from .cross_entropy import head_logits, heads_read
 
 
-def kd_loss(student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], temperature: float = 1.0) -> Float[Tensor, ""]:
-    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``: summed over classes, mean over the batch, in float32.
+def kd_loss(
+    student_logits: Float[Tensor, "B C"],
+    teacher_logits: Float[Tensor, "B C"],
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``: summed over classes, mean over the
+    batch, in float32.
 
-    No gradient reaches the teacher. Raises `ValueError` when the shapes differ (they would broadcast silently) or ``temperature``
-    is not above 0.
+    No gradient reaches the teacher. Raises `ValueError` when the shapes differ (they would
+    broadcast silently) or ``temperature`` is not above 0.
 
-    Source: arXiv 1503.02531; arXiv 2302.10494 eq. of the KD term, checked against effl-lab/MaskedKD@96d052d (``batchmean``).
+    Source: arXiv 1503.02531; arXiv 2302.10494 eq. of the KD term, checked against
+    effl-lab/MaskedKD@96d052d (``batchmean``).
 
     Example:
         >>> import torch
@@ -34,9 +42,14 @@ def kd_loss(student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, 
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-    """Raises `ValueError` for logits of different shapes (they would broadcast silently) or a temperature that is not above 0."""
+    """Raises `ValueError` for logits of different shapes (they would broadcast silently) or a
+    temperature that is not above 0.
+    """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ")
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits"
+            f" {tuple(teacher_logits.shape)} differ"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature!r}: it has to be above 0")
 
@@ -48,21 +61,28 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_factors(**factors: float) -> None:
-    """Raises `ConfigError` when a factor of one of the loss's terms is negative or not finite, or when no term is left."""
+    """Raises `ConfigError` when a factor of one of the loss's terms is negative or not finite, or
+    when no term is left.
+    """
     for name, factor in factors.items():
         if not 0 <= factor < math.inf:
             raise ConfigError(f"{name} is {factor!r}: give a number that is not negative")
     if not any(factors.values()):
-        raise ConfigError(f"{' and '.join(factors)} are 0, so that nothing is left of the loss: leave the objective out")
+        raise ConfigError(
+            f"{' and '.join(factors)} are 0, so that nothing is left of the loss: leave the"
+            " objective out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitObjective(TeacherObjective):
-    """An objective that compares the logits of one of the student's heads with the teacher's, class by class.
+    """An objective that compares the logits of one of the student's heads with the teacher's, class
+    by class.
 
     Args:
-        head: for students with several heads: the name of the one that learns from the teacher, or ``all``: their prediction. ``auto``:
-            the head called like the teacher, or else the distillation token's.
+        head: for students with several heads: the name of the one that learns from the teacher, or
+            ``all``: their prediction. ``auto``: the head called like the teacher, or else the
+                distillation token's.
     """
 
     head: str = "auto"
@@ -71,8 +91,8 @@ class LogitObjective(TeacherObjective):
         heads_read(student, self.head, self.teacher)
         if teacher is not None and teacher.num_classes != student.num_classes:
             raise ConfigError(
-                f"the {teacher.name} answers with {teacher.num_classes} classes and the student with {student.num_classes}: "
-                "logits can only be compared class by class"
+                f"the {teacher.name} answers with {teacher.num_classes} classes and the student"
+                f" with {student.num_classes}: logits can only be compared class by class"
             )
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
@@ -88,17 +108,25 @@ class SoftKD(LogitObjective):
     """Soft logit distillation.
 
     Args:
-        temperature: T, above 0; the loss carries T^2, so that its gradient does not shrink with T. DeiT uses 1, timm's default is 4.
-        head: for students with several heads: the name of the one that learns from the teacher, or ``all``: their prediction. ``auto``:
-            the head called like the teacher, or else the distillation token's.
+        temperature: T, above 0; the loss carries T^2, so that its gradient does not shrink with T.
+            DeiT uses 1, timm's default is 4.
+        head: for students with several heads: the name of the one that learns from the teacher, or
+            ``all``: their prediction. ``auto``: the head called like the teacher, or else the
+                distillation token's.
     """
 
     temperature: float = 1.0
 
     linear_in_teacher: ClassVar[bool] = True
-    formula: ClassVar[str] = "T^2 KL(teacher || student) of the logits, summed over classes, batch mean"
-    paper: ClassVar[str] = "KD (Hinton et al., 2015, [1503.02531](https://arxiv.org/abs/1503.02531))"
-    use_when: ClassVar[str] = "The baseline to beat: no labels needed, nothing to tune but the temperature."
+    formula: ClassVar[str] = (
+        "T^2 KL(teacher || student) of the logits, summed over classes, batch mean"
+    )
+    paper: ClassVar[str] = (
+        "KD (Hinton et al., 2015, [1503.02531](https://arxiv.org/abs/1503.02531))"
+    )
+    use_when: ClassVar[str] = (
+        "The baseline to beat: no labels needed, nothing to tune but the temperature."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +136,13 @@ class SoftKD(LogitObjective):
     def teacher_temperatures(self) -> tuple[float, ...]:
         return (self.temperature,)
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
         return kd_loss(self.student_logits(student), teacher.logits, self.temperature)
 
@@ -118,18 +152,31 @@ class HardKD(LogitObjective):
     """Hard distillation: cross-entropy with the teacher's top class.
 
     Args:
-        head: for students with several heads: the name of the one that learns from the teacher, or ``all``: their prediction. ``auto``:
-            the head called like the teacher, or else the distillation token's.
+        head: for students with several heads: the name of the one that learns from the teacher, or
+            ``all``: their prediction. ``auto``: the head called like the teacher, or else the
+                distillation token's.
     """
 
     formula: ClassVar[str] = "cross-entropy with the teacher's top class, batch mean"
-    paper: ClassVar[str] = "hard distillation (DeiT, Touvron et al., ICML 2021, [2012.12877](https://arxiv.org/abs/2012.12877))"
-    use_when: ClassVar[str] = "With a distillation token, or a convolutional teacher whose probabilities are not to be trusted."
+    paper: ClassVar[str] = (
+        "hard distillation (DeiT, Touvron et al., ICML 2021,"
+        " [2012.12877](https://arxiv.org/abs/2012.12877))"
+    )
+    use_when: ClassVar[str] = (
+        "With a distillation token, or a convolutional teacher whose probabilities are not to be"
+        " trusted."
+    )
 
     @property
     def teacher_temperatures(self) -> tuple[float, ...]:
         return ()
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
         return F.cross_entropy(self.student_logits(student).float(), teacher.logits.argmax(-1))

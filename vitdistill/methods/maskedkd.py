@@ -1,9 +1,12 @@
-"""MaskedKD: the teacher sees only the patches the student attends to; and the paper's two controls, random and teacher-guided.
+"""MaskedKD: the teacher sees only the patches the student attends to; and the paper's two controls,
+random and teacher-guided.
 
-Source: "The Role of Masking for Efficient Supervised Knowledge Distillation of Vision Transformers", Son et al., ECCV 2024,
-arXiv 2302.10494, checked against effl-lab/MaskedKD@96d052d. Where they differ the code is followed by default: its softmax runs over
-all tokens, the class token included; the paper's formula over patches alone is ``softmax_over="patches"``. What the authors' code
-cannot do: unequal patch grids are mapped by position, and the distillation token and register tokens are left out of the choice.
+Source: "The Role of Masking for Efficient Supervised Knowledge Distillation of Vision
+Transformers", Son et al., ECCV 2024, arXiv 2302.10494, checked against effl-lab/MaskedKD@96d052d.
+Where they differ the code is followed by default: its softmax runs over all tokens, the class token
+included; the paper's formula over patches alone is ``softmax_over="patches"``. What the authors'
+code cannot do: unequal patch grids are mapped by position, and the distillation token and register
+tokens are left out of the choice.
 """
 
 from dataclasses import dataclass
@@ -19,12 +22,15 @@ from .base import Network, TokenSelector
 
 
 def patch_saliency(
-    attention: Float[Tensor, "B H L"], num_prefix_tokens: int = 1, softmax_over: Literal["tokens", "patches"] = "tokens"
+    attention: Float[Tensor, "B H L"],
+    num_prefix_tokens: int = 1,
+    softmax_over: Literal["tokens", "patches"] = "tokens",
 ) -> Float[Tensor, "B N"]:
     """How much the class token attends to each patch, mean over heads.
 
-    ``attention`` is the class token's row after the softmax over all L = P + N tokens. ``softmax_over="patches"`` renormalises each
-    head over the patches alone, which equals a softmax over patches.
+    ``attention`` is the class token's row after the softmax over all L = P + N tokens.
+    ``softmax_over="patches"`` renormalises each head over the patches alone, which equals a softmax
+    over patches.
     """
     patches = attention[:, :, num_prefix_tokens:]
     if softmax_over == "patches":
@@ -32,8 +38,11 @@ def patch_saliency(
     return patches.mean(1)
 
 
-def select_patches(attention: Float[Tensor, "B H L"], num_keep: int, num_prefix_tokens: int = 1) -> Int[Tensor, "B {num_keep}"]:
-    """The ``num_keep`` patches with the highest class-token attention (mean over heads), most attended first.
+def select_patches(
+    attention: Float[Tensor, "B H L"], num_keep: int, num_prefix_tokens: int = 1
+) -> Int[Tensor, "B {num_keep}"]:
+    """The ``num_keep`` patches with the highest class-token attention (mean over heads), most
+    attended first.
 
     Args:
         attention: of the class token, post-softmax, prefix tokens first.
@@ -45,17 +54,21 @@ def select_patches(attention: Float[Tensor, "B H L"], num_keep: int, num_prefix_
     return patch_saliency(attention, num_prefix_tokens).topk(num_keep, dim=-1).indices
 
 
-def resample_saliency(saliency: Float[Tensor, "B N"], grid: tuple[int, int], to_grid: tuple[int, int]) -> Float[Tensor, "B M"]:
-    """Saliency on another patch grid of the same image, by position: bilinear, averaging when the new grid is coarser."""
+def resample_saliency(
+    saliency: Float[Tensor, "B N"], grid: tuple[int, int], to_grid: tuple[int, int]
+) -> Float[Tensor, "B M"]:
+    """Saliency on another patch grid of the same image, by position: bilinear, averaging when the
+    new grid is coarser.
+    """
     return resample_patches(saliency[:, :, None], grid, to_grid)[:, :, 0]
 
 
 def _check_teacher(selector: TokenSelector, teacher: Network) -> None:
     if not teacher.walks:
         raise ConfigError(
-            f"the {teacher.name} ({teacher.architecture}) cannot be shown a subset of its patches: "
-            f"{type(selector).__name__} needs a plain ViT as teacher; use the kd recipe instead, or name the teachers it is to choose for "
-            "(--set selector.teachers='[NAME]')"
+            f"the {teacher.name} ({teacher.architecture}) cannot be shown a subset of its patches:"
+            f" {type(selector).__name__} needs a plain ViT as teacher; use the kd recipe instead,"
+            " or name the teachers it is to choose for (--set selector.teachers='[NAME]')"
         )
     selector.count(teacher.num_patches)
 
@@ -65,16 +78,20 @@ class MaskedKD(TokenSelector):
     """The teacher sees the patches the student attends to most.
 
     Args:
-        softmax_over: ``tokens`` as the authors' code (a head that attends to the class token weighs less), ``patches`` as the paper.
+        softmax_over: ``tokens`` as the authors' code (a head that attends to the class token weighs
+            less), ``patches`` as the paper.
         block: the student's block whose class-token attention chooses; the paper uses the last.
     """
 
     softmax_over: Literal["tokens", "patches"] = "tokens"
     block: int = -1
 
-    paper: ClassVar[str] = "MaskedKD (Son et al., ECCV 2024, [2302.10494](https://arxiv.org/abs/2302.10494))"
+    paper: ClassVar[str] = (
+        "MaskedKD (Son et al., ECCV 2024, [2302.10494](https://arxiv.org/abs/2302.10494))"
+    )
     use_when: ClassVar[str] = (
-        "Whenever the teacher is a plain ViT and its forward pass is a large part of a step; half of the patches costs half of the teacher."
+        "Whenever the teacher is a plain ViT and its forward pass is a large part of a step; half"
+        " of the patches costs half of the teacher."
     )
 
     def student_needs(self, student: Network) -> Needs:
@@ -83,8 +100,9 @@ class MaskedKD(TokenSelector):
     def check(self, student: Network, teacher: Network) -> None:
         if student.attention_source is None:
             raise ConfigError(
-                f"MaskedKD reads the student's attention over its patches, and {student.architecture} has none: "
-                "take a plain ViT as student, or the random_patches selector"
+                "MaskedKD reads the student's attention over its patches, and"
+                f" {student.architecture} has none: take a plain ViT as student, or the"
+                " random_patches selector"
             )
         _check_teacher(self, teacher)
 
@@ -103,10 +121,17 @@ class MaskedKD(TokenSelector):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPatches(TokenSelector):
-    """The teacher sees random patches, other ones for every sample and view: the paper's control."""
+    """The teacher sees random patches, other ones for every sample and view: the paper's
+    control.
+    """
 
-    paper: ClassVar[str] = "the control of MaskedKD (Son et al., ECCV 2024, [2302.10494](https://arxiv.org/abs/2302.10494))"
-    use_when: ClassVar[str] = "To see what choosing is worth, or with a student that has no attention."
+    paper: ClassVar[str] = (
+        "the control of MaskedKD (Son et al., ECCV 2024,"
+        " [2302.10494](https://arxiv.org/abs/2302.10494))"
+    )
+    use_when: ClassVar[str] = (
+        "To see what choosing is worth, or with a student that has no attention."
+    )
     reads_noise: ClassVar[bool] = True
 
     def check(self, student: Network, teacher: Network) -> None:
@@ -126,7 +151,8 @@ class RandomPatches(TokenSelector):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherGuided(TokenSelector):
-    """The teacher sees the patches it attends to itself: the paper's control; it costs a second, whole pass of the teacher.
+    """The teacher sees the patches it attends to itself: the paper's control; it costs a second,
+    whole pass of the teacher.
 
     Args:
         softmax_over: as in `MaskedKD`.
@@ -136,8 +162,13 @@ class TeacherGuided(TokenSelector):
     softmax_over: Literal["tokens", "patches"] = "tokens"
     block: int = -1
 
-    paper: ClassVar[str] = "the control of MaskedKD (Son et al., ECCV 2024, [2302.10494](https://arxiv.org/abs/2302.10494))"
-    use_when: ClassVar[str] = "To see what the student's own choice loses; it costs a second, whole pass of the teacher."
+    paper: ClassVar[str] = (
+        "the control of MaskedKD (Son et al., ECCV 2024,"
+        " [2302.10494](https://arxiv.org/abs/2302.10494))"
+    )
+    use_when: ClassVar[str] = (
+        "To see what the student's own choice loses; it costs a second, whole pass of the teacher."
+    )
 
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(attention=frozenset({self.block}))
@@ -145,7 +176,10 @@ class TeacherGuided(TokenSelector):
     def check(self, student: Network, teacher: Network) -> None:
         _check_teacher(self, teacher)
         if teacher.attention_source is None:
-            raise ConfigError(f"the {teacher.name} ({teacher.architecture}) has no attention to guide the choice by")
+            raise ConfigError(
+                f"the {teacher.name} ({teacher.architecture}) has no attention to guide the"
+                " choice by"
+            )
 
     def select(
         self,
@@ -157,4 +191,8 @@ class TeacherGuided(TokenSelector):
     ) -> Int[Tensor, "B K"]:
         assert teacher is not None
         attention = teacher.attention[self.block % teacher.depth]
-        return patch_saliency(attention, teacher.num_prefix_tokens, self.softmax_over).topk(num_keep, dim=-1).indices
+        return (
+            patch_saliency(attention, teacher.num_prefix_tokens, self.softmax_over)
+            .topk(num_keep, dim=-1)
+            .indices
+        )

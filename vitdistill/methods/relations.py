@@ -1,10 +1,13 @@
-"""Token relations: how similar the tokens' queries, keys and values are to each other, in one block (TinyMIM, MiniLMv2).
+"""Token relations: how similar the tokens' queries, keys and values are to each other, in one block
+(TinyMIM, MiniLMv2).
 
-Source: "TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models", Ren et al., CVPR 2023, arXiv 2301.01296, checked against
-OliverRensu/TinyMIM@e41cc2a; relation heads after "MiniLMv2", Wang et al., ACL Findings 2021, arXiv 2012.15828. What differs: the
-relations' losses are averaged (TinyMIM adds them: its weight is 2 here for its two relations); any number of relation heads is read
-off any networks (TinyMIM builds the student's last block with as many heads as the teacher has); unequal grids, registers and teachers
-that see some of their patches; logarithms of the softmax are exact.
+Source: "TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models", Ren et al., CVPR 2023,
+arXiv 2301.01296, checked against OliverRensu/TinyMIM@e41cc2a; relation heads after "MiniLMv2", Wang
+et al., ACL Findings 2021, arXiv 2012.15828. What differs: the relations' losses are averaged
+(TinyMIM adds them: its weight is 2 here for its two relations); any number of relation heads is
+read off any networks (TinyMIM builds the student's last block with as many heads as the teacher
+has); unequal grids, registers and teachers that see some of their patches; logarithms of the
+softmax are exact.
 """
 
 from dataclasses import dataclass
@@ -27,16 +30,20 @@ def relation_loss(
     teacher_columns: Float[Tensor, "B L Wt"],
     num_heads: int,
 ) -> Float[Tensor, ""]:
-    """KL(R_teacher || R_student), ``R = softmax(rows columns^T (W / num_heads)^-0.5)`` in each of ``num_heads`` slices of the width W.
+    """KL(R_teacher || R_student), ``R = softmax(rows columns^T (W / num_heads)^-0.5)`` in each of
+    ``num_heads`` slices of the width W.
 
-    Summed over columns, mean over the batch, relation heads and rows, in float32. No gradient reaches the teacher.
+    Summed over columns, mean over the batch, relation heads and rows, in float32. No gradient
+    reaches the teacher.
 
     Args:
-        student_rows, student_columns: two of the student's queries, keys and values, all heads side by side.
+        student_rows, student_columns: two of the student's queries, keys and values, all heads side
+            by side.
         teacher_rows, teacher_columns: the same two of the teacher, at the same tokens.
         num_heads: divides both widths.
 
-    Source: arXiv 2012.15828 eq. 5 to 7; arXiv 2301.01296 eq. of the token relation; OliverRensu/TinyMIM@e41cc2a.
+    Source: arXiv 2012.15828 eq. 5 to 7; arXiv 2301.01296 eq. of the token relation;
+        OliverRensu/TinyMIM@e41cc2a.
 
     Example:
         >>> import torch
@@ -50,28 +57,36 @@ def relation_loss(
 
 
 def relation_heads(student_dim: int, teacher_dim: int, teacher_heads: int) -> int:
-    """The teacher's own number of heads where it divides the student's width, else the largest smaller number that divides both widths.
+    """The teacher's own number of heads where it divides the student's width, else the largest
+    smaller number that divides both widths.
 
     Example:
         >>> relation_heads(192, 768, 12), relation_heads(192, 1280, 20)
         (12, 16)
     """
-    return max(heads for heads in range(1, teacher_heads + 1) if student_dim % heads == 0 and teacher_dim % heads == 0)
+    return max(
+        heads
+        for heads in range(1, teacher_heads + 1)
+        if student_dim % heads == 0 and teacher_dim % heads == 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Relations(TeacherObjective):
-    """Token relations of one block: rows of softmax(q k^T), softmax(v v^T) and the like, in relation heads of the two networks' own widths.
+    """Token relations of one block: rows of softmax(q k^T), softmax(v v^T) and the like, in
+    relation heads of the two networks' own widths.
 
-    Compared are the class token, if both networks have one, and the patches both saw; each row of relations is a softmax over them.
+    Compared are the class token, if both networks have one, and the patches both saw; each row of
+    relations is a softmax over them.
 
     Args:
         block: the student's block; negative counts from the end.
         teacher_block: the teacher's; None: the same number. TinyMIM takes block 17 of a ViT-L's 24.
-        relations: what is related with what, two letters of q, k and v each: ``qk`` is attention, ``vv`` values with values. MiniLMv2
-            takes ``qq``, ``kk`` and ``vv``.
-        num_heads: relation heads, into which the queries, keys and values of all heads are split anew; divides both widths. None: as
-            many as the teacher has, or the largest smaller number that divides both widths.
+        relations: what is related with what, two letters of q, k and v each: ``qk`` is attention,
+            ``vv`` values with values. MiniLMv2 takes ``qq``, ``kk`` and ``vv``.
+        num_heads: relation heads, into which the queries, keys and values of all heads are split
+            anew; divides both widths. None: as many as the teacher has, or the largest smaller
+            number that divides both widths.
     """
 
     block: int = -1
@@ -79,25 +94,39 @@ class Relations(TeacherObjective):
     relations: tuple[str, ...] = ("qk", "vv")
     num_heads: int | None = None
 
-    formula: ClassVar[str] = "KL(teacher || student) of the relations' softmax, mean over relations, relation heads, rows and batch"
+    formula: ClassVar[str] = (
+        "KL(teacher || student) of the relations' softmax, mean over relations, relation heads,"
+        " rows and batch"
+    )
     paper: ClassVar[str] = (
-        "TinyMIM (Ren et al., CVPR 2023, [2301.01296](https://arxiv.org/abs/2301.01296)), relation heads of MiniLMv2 "
-        "(Wang et al., ACL Findings 2021, [2012.15828](https://arxiv.org/abs/2012.15828))"
+        "TinyMIM (Ren et al., CVPR 2023, [2301.01296](https://arxiv.org/abs/2301.01296)), relation"
+        " heads of MiniLMv2 (Wang et al., ACL Findings 2021,"
+        " [2012.15828](https://arxiv.org/abs/2012.15828))"
     )
     use_when: ClassVar[str] = (
-        "The student is pre-trained without labels from a masked-image-modelling teacher of any width; fine-tune it afterwards."
+        "The student is pre-trained without labels from a masked-image-modelling teacher of any"
+        " width; fine-tune it afterwards."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for relation in self.relations:
             if len(relation) != 2 or not set(relation) <= set("qkv"):
-                raise ConfigError(f"relations names {relation!r}: give two letters of q, k and v each, such as qk or vv")
+                raise ConfigError(
+                    f"relations names {relation!r}: give two letters of q, k and v each, such as qk"
+                    " or vv"
+                )
         if not self.relations or len(set(self.relations)) != len(self.relations):
-            raise ConfigError(f"relations is {list(self.relations)}: give at least one, and each once")
+            raise ConfigError(
+                f"relations is {list(self.relations)}: give at least one, and each once"
+            )
         count = self.num_heads
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ConfigError(f"num_heads is {count!r}: give the number of relation heads, at least 1, or null")
+        if count is not None and (
+            isinstance(count, bool) or not isinstance(count, int) or count < 1
+        ):
+            raise ConfigError(
+                f"num_heads is {count!r}: give the number of relation heads, at least 1, or null"
+            )
 
     @property
     def _teacher_block(self) -> int:
@@ -113,25 +142,46 @@ class Relations(TeacherObjective):
         for network in (student, teacher):
             if self.num_heads is not None and network is not None and network.dim % self.num_heads:
                 raise ConfigError(
-                    f"the {network.name} is {network.dim} wide, which does not split into {self.num_heads} relation heads: give a "
-                    "num_heads that divides both widths, or null"
+                    f"the {network.name} is {network.dim} wide, which does not split into"
+                    f" {self.num_heads} relation heads: give a num_heads that divides both widths,"
+                    " or null"
                 )
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         assert teacher is not None
-        count = self.num_heads or relation_heads(student.dim, teacher.dim, max(teacher.num_heads, 1))
-        parts = [f"{' and '.join(self.relations)} in {count} relation heads", describe_alignment(student, teacher, num_keep)]
+        count = self.num_heads or relation_heads(
+            student.dim, teacher.dim, max(teacher.num_heads, 1)
+        )
+        parts = [
+            f"{' and '.join(self.relations)} in {count} relation heads",
+            describe_alignment(student, teacher, num_keep),
+        ]
         return ", ".join(part for part in parts if part)
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         assert teacher is not None
-        mine, other = student.qkv[self.block % student.depth], teacher.qkv[self._teacher_block % teacher.depth]
+        mine, other = (
+            student.qkv[self.block % student.depth],
+            teacher.qkv[self._teacher_block % teacher.depth],
+        )
         used = sorted(set("".join(self.relations)))
-        pairs = {letter: shared_vectors(student, teacher, getattr(mine, letter), getattr(other, letter)) for letter in used}
+        pairs = {
+            letter: shared_vectors(student, teacher, getattr(mine, letter), getattr(other, letter))
+            for letter in used
+        }
         our_width, its_width = (vectors.shape[2] for vectors in pairs[used[0]])
         count = self.num_heads or relation_heads(our_width, its_width, other.q.shape[1])
         losses = []
         for relation in self.relations:
-            (our_rows, its_rows), (our_columns, its_columns) = pairs[relation[0]], pairs[relation[1]]
+            (our_rows, its_rows), (our_columns, its_columns) = (
+                pairs[relation[0]],
+                pairs[relation[1]],
+            )
             losses.append(relation_loss(our_rows, our_columns, its_rows, its_columns, count))
         return torch.stack(losses).mean()

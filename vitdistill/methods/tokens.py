@@ -1,9 +1,12 @@
-"""Feature distillation without labels: class token and patches after the final norm, each through a projection of its own (Proteus).
+"""Feature distillation without labels: class token and patches after the final norm, each through a
+projection of its own (Proteus).
 
-Source: "Accessing Vision Foundation Models via ImageNet-1K", Zhang et al., ICLR 2025, arXiv 2407.10366 (Proteus), checked against
-BeSpontaneous/Proteus-pytorch@d2f87ec (pretrain/models_proteus_dinov2.py). What differs: its third term, on the masked patches of a second
-pass of the student on a masked image, is left out (an objective receives one pass); its feature term counts the class token as one more
-patch, which here is in the class term alone; networks without a class token, unequal grids, and teachers that see some of their patches.
+Source: "Accessing Vision Foundation Models via ImageNet-1K", Zhang et al., ICLR 2025, arXiv
+2407.10366 (Proteus), checked against BeSpontaneous/Proteus-pytorch@d2f87ec
+(pretrain/models_proteus_dinov2.py). What differs: its third term, on the masked patches of a second
+pass of the student on a masked image, is left out (an objective receives one pass); its feature
+term counts the class token as one more patch, which here is in the class term alone; networks
+without a class token, unequal grids, and teachers that see some of their patches.
 """
 
 from dataclasses import dataclass
@@ -34,7 +37,9 @@ class TokenAdapter(nn.Module):
         patches: with a ``patch_head``.
     """
 
-    def __init__(self, student: Network, teacher: Network, *, classes: bool = True, patches: bool = True) -> None:
+    def __init__(
+        self, student: Network, teacher: Network, *, classes: bool = True, patches: bool = True
+    ) -> None:
         super().__init__()
         if classes:
             self.class_head = _projection(student.dims[-1], teacher.dims[-1])
@@ -47,16 +52,23 @@ def _projection(student_dim: int, teacher_dim: int) -> nn.Module:
 
 
 def class_vector(output: ViTOutput) -> Float[Tensor, "B D"]:
-    """The class token after the final norm; of a network without one, the mean of the patches in its record."""
+    """The class token after the final norm; of a network without one, the mean of the patches in
+    its record.
+    """
     assert output.features is not None
-    return output.features[:, 0] if output.has_class_token else output.feature_patches.vectors.mean(1)
+    return (
+        output.features[:, 0] if output.has_class_token else output.feature_patches.vectors.mean(1)
+    )
 
 
-def feature_loss(student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*tokens D"], kind: Kind = "mse") -> Float[Tensor, ""]:
-    """Between vectors of the same tokens, in float32, mean over tokens and batch. No gradient reaches the teacher.
+def feature_loss(
+    student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*tokens D"], kind: Kind = "mse"
+) -> Float[Tensor, ""]:
+    """Between vectors of the same tokens, in float32, mean over tokens and batch. No gradient
+    reaches the teacher.
 
-    ``mse``: squared difference, mean over channels. ``smooth_l1``: half of it where the difference is below 1, else its size less a half.
-    ``cosine``: one minus the cosine.
+    ``mse``: squared difference, mean over channels. ``smooth_l1``: half of it where the difference
+    is below 1, else its size less a half. ``cosine``: one minus the cosine.
 
     Source: arXiv 2407.10366; BeSpontaneous/Proteus-pytorch@d2f87ec (``mse``).
 
@@ -73,11 +85,13 @@ def feature_loss(student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*t
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFeatures(TeacherObjective):
-    """Feature distillation after the final norm; neither network needs a head, nor the images labels.
+    """Feature distillation after the final norm; neither network needs a head, nor the images
+    labels.
 
-    Of a network without a class token, the mean of its patches stands in (of a teacher that sees more than the student: of those both
-    saw); networks that are run whole (CNNs) give the last feature map, after the final norm where they have one. Between unequal grids the
-    student's features are resampled to the teacher's by position.
+    Of a network without a class token, the mean of its patches stands in (of a teacher that sees
+    more than the student: of those both saw); networks that are run whole (CNNs) give the last
+    feature map, after the final norm where they have one. Between unequal grids the student's
+    features are resampled to the teacher's by position.
 
     Args:
         class_weight: of the term on the class token; 0: left out.
@@ -90,11 +104,16 @@ class TokenFeatures(TeacherObjective):
     kind: Kind = "mse"
 
     formula: ClassVar[str] = (
-        "class_weight |P(class) - class|^2 + patch_weight |P'(patches) - patches|^2 after the final norm, mean over channels, tokens, batch"
+        "class_weight |P(class) - class|^2 + patch_weight |P'(patches) - patches|^2 after the final"
+        " norm, mean over channels, tokens, batch"
     )
-    paper: ClassVar[str] = "Proteus (Zhang et al., ICLR 2025, [2407.10366](https://arxiv.org/abs/2407.10366)) without its masked term"
+    paper: ClassVar[str] = (
+        "Proteus (Zhang et al., ICLR 2025, [2407.10366](https://arxiv.org/abs/2407.10366)) without"
+        " its masked term"
+    )
     use_when: ClassVar[str] = (
-        "The student is pre-trained without labels from a self-supervised teacher such as DINOv2, as a backbone to fine-tune or probe."
+        "The student is pre-trained without labels from a self-supervised teacher such as DINOv2,"
+        " as a backbone to fine-tune or probe."
     )
 
     def __post_init__(self) -> None:
@@ -111,7 +130,9 @@ class TokenFeatures(TeacherObjective):
 
     def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
         assert teacher is not None
-        return TokenAdapter(student, teacher, classes=self.class_weight > 0, patches=self.patch_weight > 0)
+        return TokenAdapter(
+            student, teacher, classes=self.class_weight > 0, patches=self.patch_weight > 0
+        )
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         assert teacher is not None
@@ -120,15 +141,31 @@ class TokenFeatures(TeacherObjective):
             for network in (student, teacher)
             if self.class_weight > 0 and not network.has_class_token
         ]
-        return ", ".join(part for part in (*parts, describe_alignment(student, teacher, num_keep)) if part)
+        return ", ".join(
+            part for part in (*parts, describe_alignment(student, teacher, num_keep)) if part
+        )
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         assert teacher is not None and isinstance(adapter, TokenAdapter)
         terms = []
         if self.class_weight > 0:
-            terms.append(self.class_weight * feature_loss(adapter.class_head(class_vector(student)), class_vector(teacher), self.kind))
+            terms.append(
+                self.class_weight
+                * feature_loss(
+                    adapter.class_head(class_vector(student)), class_vector(teacher), self.kind
+                )
+            )
         if self.patch_weight > 0:
             places = teacher.feature_patches
             patches = student.feature_patches.at(places)
-            terms.append(self.patch_weight * feature_loss(adapter.patch_head(patches), places.vectors, self.kind))
+            terms.append(
+                self.patch_weight
+                * feature_loss(adapter.patch_head(patches), places.vectors, self.kind)
+            )
         return torch.stack(terms).sum()

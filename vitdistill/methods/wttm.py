@@ -1,7 +1,7 @@
 """WTTM: the temperature is the teacher's alone, and images on which it is unsure count more.
 
-Source: "Knowledge Distillation Based on Transformed Teacher Matching", Zheng and Yang, ICLR 2024, arXiv 2402.11148, checked against
-zkxufo/TTM@2de9060. The paper's exponent gamma is 1 / T.
+Source: "Knowledge Distillation Based on Transformed Teacher Matching", Zheng and Yang, ICLR 2024,
+arXiv 2402.11148, checked against zkxufo/TTM@2de9060. The paper's exponent gamma is 1 / T.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,23 @@ from .base import Labelled
 from .kd import LogitObjective, check_logits, check_temperature
 
 
-def wttm_loss(student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], temperature: float = 1.25) -> Float[Tensor, ""]:
-    """``U KL(softmax(teacher / T) || softmax(student))``: summed over classes, mean over the batch, in float32.
+def wttm_loss(
+    student_logits: Float[Tensor, "B C"],
+    teacher_logits: Float[Tensor, "B C"],
+    temperature: float = 1.25,
+) -> Float[Tensor, ""]:
+    """``U KL(softmax(teacher / T) || softmax(student))``: summed over classes, mean over the batch,
+    in float32.
 
-    U is ``sum_j p_j^(1/T)`` of the teacher's p at temperature 1: for T above 1 it is 1 where the teacher is sure and ``C^(1 - 1/T)``
-    where it knows nothing. There is no T^2, as the student has no temperature. At T = 1 the loss is `kd_loss`.
+    U is ``sum_j p_j^(1/T)`` of the teacher's p at temperature 1: for T above 1 it is 1 where the
+    teacher is sure and ``C^(1 - 1/T)`` where it knows nothing. There is no T^2, as the student has
+    no temperature. At T = 1 the loss is `kd_loss`.
 
-    No gradient reaches the teacher. Raises `ValueError` when the shapes differ or ``temperature`` is not above 0.
+    No gradient reaches the teacher. Raises `ValueError` when the shapes differ or ``temperature``
+    is not above 0.
 
-    Source: arXiv 2402.11148 section 4 and algorithm 1; zkxufo/TTM@2de9060 ``distiller_zoo/wttm.py``.
+    Source: arXiv 2402.11148 section 4 and algorithm 1; zkxufo/TTM@2de9060
+    ``distiller_zoo/wttm.py``.
 
     Example:
         >>> import torch
@@ -43,8 +51,9 @@ def wttm_loss(student_logits: Float[Tensor, "B C"], teacher_logits: Float[Tensor
 class WTTM(LogitObjective):
     """Weighted transformed teacher matching.
 
-    The authors' temperatures, each with the weight of the loss beside a cross-entropy of weight 1: 1.25 with 1.6 (ResNet-34 to ResNet-18
-    on ImageNet, the default here), 1.43 with 3.5 (ResNet-50 to MobileNet), 2.5 to 10 with 1.4 to 16 (CIFAR-100).
+    The authors' temperatures, each with the weight of the loss beside a cross-entropy of weight 1:
+    1.25 with 1.6 (ResNet-34 to ResNet-18 on ImageNet, the default here), 1.43 with 3.5 (ResNet-50
+    to MobileNet), 2.5 to 10 with 1.4 to 16 (CIFAR-100).
 
     Args:
         temperature: T of the teacher, above 0; the paper's are above 1.
@@ -52,10 +61,15 @@ class WTTM(LogitObjective):
 
     temperature: float = 1.25
 
-    formula: ClassVar[str] = "sum p_T^(1/T) * KL(teacher at T || student) of the logits, summed over classes, batch mean"
-    paper: ClassVar[str] = "WTTM (Zheng and Yang, ICLR 2024, [2402.11148](https://arxiv.org/abs/2402.11148))"
+    formula: ClassVar[str] = (
+        "sum p_T^(1/T) * KL(teacher at T || student) of the logits, summed over classes, batch mean"
+    )
+    paper: ClassVar[str] = (
+        "WTTM (Zheng and Yang, ICLR 2024, [2402.11148](https://arxiv.org/abs/2402.11148))"
+    )
     use_when: ClassVar[str] = (
-        "In place of kd, without need of labels: published 77.03 % against 76.01 % with kd (DeiT-Ti from DeiT III-S, ImageNet)."
+        "In place of kd, without need of labels: published 77.03 % against 76.01 % with kd (DeiT-Ti"
+        " from DeiT III-S, ImageNet)."
     )
 
     def __post_init__(self) -> None:
@@ -66,6 +80,12 @@ class WTTM(LogitObjective):
     def teacher_temperatures(self) -> tuple[float, ...]:
         return tuple({1.0, self.temperature})
 
-    def loss(self, student: ViTOutput, teacher: ViTOutput | None, batch: Labelled, adapter: nn.Module | None) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        student: ViTOutput,
+        teacher: ViTOutput | None,
+        batch: Labelled,
+        adapter: nn.Module | None,
+    ) -> Float[Tensor, ""]:
         assert teacher is not None and teacher.logits is not None
         return wttm_loss(self.student_logits(student), teacher.logits, self.temperature)

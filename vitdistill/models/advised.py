@@ -1,13 +1,15 @@
-"""Students with a token and a head for each of several teachers (Co-advise), under names that timm's `create_model` finds.
+"""Students with a token and a head for each of several teachers (Co-advise), under names that
+timm's `create_model` finds.
 
-Importing this module registers ``advised_vit``, any plain ViT with learned teacher tokens, and ``cit_tiny_patch16_224``,
-``cit_small_patch16_224`` and ``cit_base_patch16_224``, whose teacher tokens are made by a convolutional and an involutional stem. An
-exported student therefore loads with plain timm once ``import vitdistill.models.advised`` has run in that process, and is an unknown
+Importing this module registers ``advised_vit``, any plain ViT with learned teacher tokens, and
+``cit_tiny_patch16_224``, ``cit_small_patch16_224`` and ``cit_base_patch16_224``, whose teacher
+tokens are made by a convolutional and an involutional stem. An exported student therefore loads
+with plain timm once ``import vitdistill.models.advised`` has run in that process, and is an unknown
 network before.
 
-Source: "Co-advise: Cross Inductive Bias Distillation", Ren et al., CVPR 2022, arXiv 2106.12378, checked against
-OliverRensu/co-advise@8049918. What the authors' code cannot do: images other than 224 x 224, stochastic depth, and teachers other than one
-convolutional and one involutional.
+Source: "Co-advise: Cross Inductive Bias Distillation", Ren et al., CVPR 2022, arXiv 2106.12378,
+checked against OliverRensu/co-advise@8049918. What the authors' code cannot do: images other than
+224 x 224, stochastic depth, and teachers other than one convolutional and one involutional.
 """
 
 import math
@@ -18,27 +20,36 @@ import torch
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model_in_modules, load_pretrained, model_entrypoint, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model_in_modules,
+    load_pretrained,
+    model_entrypoint,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .involution import Involution
 
-# -- heads ------------------------------------------------------------------------------------------------------------
+# -- heads ----------------------------------------------------------------------------------------
 
 
 class TokenHeads(nn.Module):
-    """The classifier of a student with several tokens: one linear map each, of the class token and of every teacher's.
+    """The classifier of a student with several tokens: one linear map each, of the class token and
+    of every teacher's.
 
-    It stands as ``model.head`` of a timm `VisionTransformer` that does not pool (``global_pool=""``), and reads the first 1 + T tokens.
+    It stands as ``model.head`` of a timm `VisionTransformer` that does not pool
+    (``global_pool=""``), and reads the first 1 + T tokens.
 
     Args:
         dim: width of the tokens.
         num_classes: at least 1.
         names: of the T teachers, in the order of their tokens.
-        prediction: ``mean``: the mean of all heads' logits; ``class``: the class token's; or one weight for each head, class token first,
-            not negative, which are divided by their sum.
+        prediction: ``mean``: the mean of all heads' logits; ``class``: the class token's; or one
+            weight for each head, class token first, not negative, which are divided by their sum.
 
     Attributes:
         names: of the heads, "class" first; answering: of those that the prediction is made of.
@@ -46,12 +57,19 @@ class TokenHeads(nn.Module):
     Raises:
         ConfigError: the names or the weights make no sense.
 
-    Source: ``models.py::DistilledVisionTransformer.forward`` of OliverRensu/co-advise@8049918: the mean of logits, not of probabilities.
+    Source: ``models.py::DistilledVisionTransformer.forward`` of OliverRensu/co-advise@8049918: the
+        mean of logits, not of probabilities.
     """
 
     weights: Tensor
 
-    def __init__(self, dim: int, num_classes: int, names: Sequence[str], prediction: str | Sequence[float] = "mean") -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        names: Sequence[str],
+        prediction: str | Sequence[float] = "mean",
+    ) -> None:
         super().__init__()
         self.names = ("class", *teacher_names(names))
         self.prediction = prediction
@@ -60,7 +78,9 @@ class TokenHeads(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
             nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
         weights = _prediction_weights(prediction, len(self.names))
-        self.answering = tuple(name for name, weight in zip(self.names, weights, strict=True) if weight)
+        self.answering = tuple(
+            name for name, weight in zip(self.names, weights, strict=True) if weight
+        )
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
 
     def logits(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B heads C"]:
@@ -80,39 +100,50 @@ class TokenHeads(nn.Module):
 
 
 def teacher_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple; raises `ConfigError` unless they are distinct identifiers that no head has already."""
+    """The names as a tuple; raises `ConfigError` unless they are distinct identifiers that no head
+    has already.
+    """
     given = (names,) if isinstance(names, str) else tuple(names)
     taken = ("class", "all", "auto")
-    usable = all(isinstance(name, str) and name.isidentifier() and name not in taken for name in given)
+    usable = all(
+        isinstance(name, str) and name.isidentifier() and name not in taken for name in given
+    )
     if isinstance(names, str) or not given or not usable or len(set(given)) < len(given):
         raise ConfigError(
-            f"the teachers of an advised student are {list(given)!r}: give a list of distinct names of letters, digits and underscores, "
-            f"none of them {' or '.join(taken)}"
+            f"the teachers of an advised student are {list(given)!r}: give a list of distinct names"
+            f" of letters, digits and underscores, none of them {' or '.join(taken)}"
         )
     return given
 
 
 def _prediction_weights(prediction: str | Sequence[float], count: int) -> list[float]:
-    """What each head's logits are multiplied by; raises `ConfigError` for anything else than the three forms."""
+    """What each head's logits are multiplied by; raises `ConfigError` for anything else than the
+    three forms.
+    """
     if prediction == "mean":
         return [1 / count] * count
     if prediction == "class":
         return [1.0] + [0.0] * (count - 1)
     if not isinstance(prediction, str) and len(prediction) == count:
-        numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) and w >= 0 for w in prediction)
+        numbers = all(
+            isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) and w >= 0
+            for w in prediction
+        )
         if numbers and sum(prediction) > 0:
             return [weight / sum(prediction) for weight in prediction]
     raise ConfigError(
-        f"the prediction of an advised student is {prediction!r}: give mean, class, or {count} weights, one for each head with the class "
-        "token's first, none negative and not all 0"
+        f"the prediction of an advised student is {prediction!r}: give mean, class, or {count}"
+        " weights, one for each head with the class token's first, none negative and not all 0"
     )
 
 
-# -- learned tokens on any plain ViT ----------------------------------------------------------------------------------
+# -- learned tokens on any plain ViT --------------------------------------------------------------
 
 
 class AdvisedViT(VisionTransformer):
-    """timm's `VisionTransformer` with a token and a head for each teacher, behind the class token; its forward is timm's own."""
+    """timm's `VisionTransformer` with a token and a head for each teacher, behind the class token;
+    its forward is timm's own.
+    """
 
     teachers: tuple[str, ...]
     prediction: str | Sequence[float]
@@ -123,12 +154,19 @@ class AdvisedViT(VisionTransformer):
         self.reset_classifier(self.num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for ``num_classes``; 0: none, and the network gives its normed tokens, as timm's do that do not pool."""
+        """New heads for ``num_classes``; 0: none, and the network gives its normed tokens, as
+        timm's do that do not pool.
+        """
         if global_pool:
-            raise ConfigError(f"an advised student does not pool, and global_pool is {global_pool!r}: leave it out")
+            raise ConfigError(
+                f"an advised student does not pool, and global_pool is {global_pool!r}: leave"
+                " it out"
+            )
         self.num_classes = num_classes
         if num_classes > 0:
-            heads: Any = TokenHeads(self.embed_dim, num_classes, self.teachers, self.prediction).to(self.cls_token)
+            heads: Any = TokenHeads(self.embed_dim, num_classes, self.teachers, self.prediction).to(
+                self.cls_token
+            )
         else:
             heads = nn.Identity()
         self.head = heads.train(self.training)
@@ -150,16 +188,26 @@ def _refuse_base(base: str, options: dict[str, Any]) -> None:
     advice = "take one such as vit_tiny_patch16_224 (model_args.base)"
     if not is_model_in_modules(base, _BASES):
         raise ConfigError(f"the base {base!r} of advised_vit is no plain ViT of timm's: {advice}")
-    probe = model_entrypoint(base.partition(".")[0])(pretrained=False, **{**options, "depth": 1, "num_classes": 0})
+    probe = model_entrypoint(base.partition(".")[0])(
+        pretrained=False, **{**options, "depth": 1, "num_classes": 0}
+    )
     if type(probe) is not VisionTransformer:
-        raise ConfigError(f"the base {base!r} of advised_vit is a {type(probe).__name__} and no plain ViT: {advice}")
+        raise ConfigError(
+            f"the base {base!r} of advised_vit is a {type(probe).__name__} and no plain ViT:"
+            f" {advice}"
+        )
     if probe.cls_token is None:
-        raise ConfigError(f"the base {base!r} of advised_vit has no class token for the labels to train: {advice}")
+        raise ConfigError(
+            f"the base {base!r} of advised_vit has no class token for the labels to train: {advice}"
+        )
     if probe.num_reg_tokens:
-        raise ConfigError(f"the base {base!r} of advised_vit has register tokens, whose place the teachers' tokens take: {advice}")
+        raise ConfigError(
+            f"the base {base!r} of advised_vit has register tokens, whose place the teachers'"
+            f" tokens take: {advice}"
+        )
 
 
-# -- Co-advise's form -------------------------------------------------------------------------------------------------
+# -- Co-advise's form -----------------------------------------------------------------------------
 
 
 def _bn_relu(channels: int) -> list[nn.Module]:
@@ -167,10 +215,12 @@ def _bn_relu(channels: int) -> list[nn.Module]:
 
 
 class TwoStems(nn.Module):
-    """Two patch embeddings side by side, one of convolutions and one with an involution, and a token of each.
+    """Two patch embeddings side by side, one of convolutions and one with an involution, and a
+    token of each.
 
-    Each halves the image by its first convolution (stride 2), to 64 channels, and projects ``patch_size / 2`` squares of that. What comes
-    out is ``[mean of the conv stem's tokens, mean of the inv stem's tokens, sum of both stems' tokens]``.
+    Each halves the image by its first convolution (stride 2), to 64 channels, and projects
+    ``patch_size / 2`` squares of that. What comes out is ``[mean of the conv stem's tokens, mean of
+    the inv stem's tokens, sum of both stems' tokens]``.
 
     Args:
         img_size: height and width, or one number for both.
@@ -184,7 +234,8 @@ class TwoStems(nn.Module):
     Raises:
         ConfigError: the patch size is odd or does not divide the image's side.
 
-    Source: ``models.py::embed_conv``, ``embed_inv`` and ``forward_features`` of OliverRensu/co-advise@8049918.
+    Source: ``models.py::embed_conv``, ``embed_inv`` and ``forward_features`` of
+        OliverRensu/co-advise@8049918.
     """
 
     strict_img_size = True
@@ -222,21 +273,29 @@ class TwoStems(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def init_weights(self) -> None:
-        """Kaiming normal for every convolution, the projections and the involution's own included."""
+        """Kaiming normal for every convolution, the projections and the involution's own
+        included.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Another image size, as timm's `PatchEmbed` has it; the patch size stays."""
-        size = self.img_size if img_size is None else tuple(int(side) for side in to_2tuple(img_size))
+        size = (
+            self.img_size if img_size is None else tuple(int(side) for side in to_2tuple(img_size))
+        )
         if patch_size is not None and tuple(to_2tuple(patch_size)) != self.patch_size:
-            raise ConfigError(f"two stems of patch size {self.patch_size} cannot be given another ({patch_size}): build them anew")
+            raise ConfigError(
+                f"two stems of patch size {self.patch_size} cannot be given another ({patch_size}):"
+                " build them anew"
+            )
         for side, step in zip(size, self.patch_size, strict=True):
             if step < 2 or step % 2 or side % step:
                 raise ConfigError(
-                    f"two stems cannot cut {size[0]} x {size[1]} pixels into patches of {self.patch_size[0]} x {self.patch_size[1]}: "
-                    "choose an even patch size, and an image size that is a multiple of it"
+                    f"two stems cannot cut {size[0]} x {size[1]} pixels into patches of"
+                    f" {self.patch_size[0]} x {self.patch_size[1]}: choose an even patch size, and"
+                    " an image size that is a multiple of it"
                 )
         self.img_size: tuple[int, int] = (size[0], size[1])
         self.grid_size = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
@@ -253,7 +312,8 @@ class TwoStems(nn.Module):
     def forward(self, images: Float[Tensor, "B c h w"]) -> Float[Tensor, "B L D"]:
         if tuple(images.shape[-2:]) != self.img_size:
             raise ConfigError(
-                f"images are {images.shape[-2]} x {images.shape[-1]}, and the student takes {self.img_size[0]} x {self.img_size[1]}"
+                f"images are {images.shape[-2]} x {images.shape[-1]}, and the student takes"
+                f" {self.img_size[0]} x {self.img_size[1]}"
             )
         conv = self.conv(images).flatten(2).transpose(1, 2)
         inv = self.inv(images).flatten(2).transpose(1, 2)
@@ -261,9 +321,11 @@ class TwoStems(nn.Module):
 
 
 class CiT(AdvisedViT):
-    """Co-advise's student: the tokens ``[class, conv, inv, patches]``, of which its two stems make all but the class token.
+    """Co-advise's student: the tokens ``[class, conv, inv, patches]``, of which its two stems make
+    all but the class token.
 
-    Blocks, position table (one entry for every token) and forward are timm's. The image size is fixed when it is built.
+    Blocks, position table (one entry for every token) and forward are timm's. The image size is
+    fixed when it is built.
 
     Args:
         prediction: see `TokenHeads`.
@@ -272,19 +334,30 @@ class CiT(AdvisedViT):
     Raises:
         ConfigError: an argument is given that the form decides.
 
-    Source: ``models.py::DistilledVisionTransformer`` of OliverRensu/co-advise@8049918, whose stochastic depth never reaches its blocks.
+    Source: ``models.py::DistilledVisionTransformer`` of OliverRensu/co-advise@8049918, whose
+        stochastic depth never reaches its blocks.
     """
 
     def __init__(self, prediction: str | Sequence[float] = "mean", **options: Any) -> None:
-        fixed = ("embed_layer", "embed_norm_layer", "dynamic_img_size", "dynamic_img_pad", "no_embed_class", "pos_embed", "pre_norm")
+        fixed = (
+            "embed_layer",
+            "embed_norm_layer",
+            "dynamic_img_size",
+            "dynamic_img_pad",
+            "no_embed_class",
+            "pos_embed",
+            "pre_norm",
+        )
         _refuse_own("a cit student", options, _OURS + fixed)
         embed: Any = TwoStems
         super().__init__(**{**options, "embed_layer": embed, "reg_tokens": 2, "global_pool": ""})
-        self.reg_token = None  # its place in the position table is that of the tokens the stems make
+        self.reg_token = (
+            None  # its place in the position table is that of the tokens the stems make
+        )
         self.advise(("conv", "inv"), prediction)
 
 
-# -- names in timm's registry -----------------------------------------------------------------------------------------
+# -- names in timm's registry ---------------------------------------------------------------------
 
 
 def _classifiers(count: int) -> tuple[str, ...]:
@@ -311,7 +384,10 @@ _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 _STEMS = ("patch_embed.conv.0", "patch_embed.inv.0")
 
 default_cfgs = generate_default_cfgs(
-    {"advised_vit": _cfg("patch_embed.proj", 3), **{f"cit_{size}_patch16_224": _cfg(_STEMS, 3) for size in _SIZES}}
+    {
+        "advised_vit": _cfg("patch_embed.proj", 3),
+        **{f"cit_{size}_patch16_224": _cfg(_STEMS, 3) for size in _SIZES},
+    }
 )
 
 
@@ -323,11 +399,13 @@ def advised_vit(
     prediction: str | Sequence[float] = "mean",
     **options: Any,
 ) -> AdvisedViT:
-    """A plain ViT with a learned token and a head for each teacher, behind its class token: DeiT's distillation token, several times.
+    """A plain ViT with a learned token and a head for each teacher, behind its class token: DeiT's
+    distillation token, several times.
 
     Args:
         pretrained: there are no pretrained weights; timm sets it to load an export.
-        base: timm's name of a plain ViT with a class token and without registers; a tag gives its normalisation, not its weights.
+        base: timm's name of a plain ViT with a class token and without registers; a tag gives its
+            normalisation, not its weights.
         teachers: names of the tokens, in order.
         prediction: see `TokenHeads`.
         options: those of the base.
@@ -337,15 +415,23 @@ def advised_vit(
     """
     names = teacher_names(teachers)
     _refuse_own("advised_vit", options, _OURS)
-    given = {key: options.pop(key, None) for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    given = {
+        key: options.pop(key, None)
+        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    }
     _refuse_base(base, options)
     architecture, _, tag = base.partition(".")
     saved = given["pretrained_cfg"] is not None
     if pretrained and not saved:
-        raise ConfigError("there are no pretrained weights of advised_vit, only those of exports: leave pretrained out")
+        raise ConfigError(
+            "there are no pretrained weights of advised_vit, only those of exports: leave"
+            " pretrained out"
+        )
     given["pretrained_cfg"] = given["pretrained_cfg"] or tag or None
     build = model_entrypoint(architecture)
-    model: Any = build(pretrained=False, **{**options, **given, "reg_tokens": len(names), "global_pool": ""})
+    model: Any = build(
+        pretrained=False, **{**options, **given, "reg_tokens": len(names), "global_pool": ""}
+    )
     model.__class__ = AdvisedViT
     nn.init.trunc_normal_(model.reg_token, std=0.02)  # as DeiT's distillation token
     model.advise(names, prediction)
@@ -356,7 +442,12 @@ def advised_vit(
     if pretrained:
         cfg, chans = model.pretrained_cfg, options.get("in_chans", 3)
         load_pretrained(
-            model, cfg, num_classes=model.num_classes, in_chans=chans, filter_fn=checkpoint_filter_fn, cache_dir=given["cache_dir"]
+            model,
+            cfg,
+            num_classes=model.num_classes,
+            in_chans=chans,
+            filter_fn=checkpoint_filter_fn,
+            cache_dir=given["cache_dir"],
         )
     advised: AdvisedViT = model
     return advised

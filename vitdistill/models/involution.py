@@ -1,11 +1,14 @@
-"""Involution, and RedNet: a ResNet whose 3 x 3 convolutions are involutions, under names that timm's `create_model` finds.
+"""Involution, and RedNet: a ResNet whose 3 x 3 convolutions are involutions, under names that
+timm's `create_model` finds.
 
-Importing this module registers ``rednet26 .. rednet152``, and for images of about 32 x 32 ``rednet26_small``, ``rednet38_small`` and
-``rednet50_small``, with timm. An exported RedNet therefore loads with plain timm once ``import vitdistill.models.involution`` has run
-in that process, and is an unknown network before.
+Importing this module registers ``rednet26 .. rednet152``, and for images of about 32 x 32
+``rednet26_small``, ``rednet38_small`` and ``rednet50_small``, with timm. An exported RedNet
+therefore loads with plain timm once ``import vitdistill.models.involution`` has run in that
+process, and is an unknown network before.
 
-Source: "Involution: Inverting the Inherence of Convolution for Visual Recognition", Li et al., CVPR 2021, arXiv 2103.06255, checked
-against d-li14/involution@21c3158. What the authors' code cannot do: sizes that the strides do not divide, and half precision.
+Source: "Involution: Inverting the Inherence of Convolution for Visual Recognition", Li et al., CVPR
+2021, arXiv 2103.06255, checked against d-li14/involution@21c3158. What the authors' code cannot do:
+sizes that the strides do not divide, and half precision.
 """
 
 import re
@@ -25,14 +28,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import ConfigError
 
-# Numbers of the output that are summed up at once. On the CPU what one tap reads and writes should stay in the cache (measured between
-# 2^16 and all at once: 2^18 to 2^20 are fastest); elsewhere it bounds the float32 copies of half-precision inputs.
+# Numbers of the output that are summed up at once. On the CPU what one tap reads and writes should
+# stay in the cache (measured between 2^16 and all at once: 2^18 to 2^20 are fastest); elsewhere it
+# bounds the float32 copies of half-precision inputs.
 _AT_ONCE = {"cpu": 1 << 18}
 _AT_ONCE_ELSEWHERE = 1 << 24
 # torch 2.6 does not tell an export from a compilation.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
-# -- the operator -----------------------------------------------------------------------------------------------------
+# -- the operator ---------------------------------------------------------------------------------
 
 
 def involution(
@@ -41,18 +45,21 @@ def involution(
     kernel_size: int,
     stride: int = 1,
 ) -> Float[Tensor, "B channels rows columns"]:
-    """Every pixel's neighbourhood weighed by a kernel of its own, which the channels of a group share.
+    """Every pixel's neighbourhood weighed by a kernel of its own, which the channels of a group
+    share.
 
-    ``y[c, i, j] = sum_pq kernel[g(c), p, q, i, j] x[c, s i + p - (K - 1) / 2, s j + q - (K - 1) / 2]``, zeros outside the image; K is the
-    kernel size, s the stride, and g(c) the group of channel c. No unfolded copy of the image is made: the K x K taps are added up one
-    after another, in the forward and in the backward pass, from shifted views. Sums are float32 for half-precision inputs; float64
-    stays. A multiply-accumulate a tap, channel and output pixel is what `FlopCounterMode` counts, for each gradient once more. Second
-    derivatives are not implemented.
+    ``y[c, i, j] = sum_pq kernel[g(c), p, q, i, j] x[c, s i + p - (K - 1) / 2, s j + q - (K - 1) /
+    2]``, zeros outside the image; K is the kernel size, s the stride, and g(c) the group of channel
+    c. No unfolded copy of the image is made: the K x K taps are added up one after another, in the
+    forward and in the backward pass, from shifted views. Sums are float32 for half-precision
+    inputs; float64 stays. A multiply-accumulate a tap, channel and output pixel is what
+    `FlopCounterMode` counts, for each gradient once more. Second derivatives are not implemented.
 
     Args:
         x: images or feature maps.
-        kernel: ``groups * kernel_size ** 2`` channels: group-major, then the taps row by row; one place for every ``stride``-th pixel,
-            ``ceil(height / stride)`` rows and ``ceil(width / stride)`` columns.
+        kernel: ``groups * kernel_size ** 2`` channels: group-major, then the taps row by row; one
+            place for every ``stride``-th pixel, ``ceil(height / stride)`` rows and ``ceil(width /
+            stride)`` columns.
         kernel_size: odd.
         stride: of the output, in pixels.
 
@@ -65,13 +72,14 @@ def involution(
     groups, rest = divmod(kernel.shape[1], kernel_size**2)
     if rest or not groups or x.shape[1] % groups or kernel_size % 2 == 0:
         raise ConfigError(
-            f"involution: {kernel.shape[1]} kernel channels do not make groups of {kernel_size} x {kernel_size} taps (an odd size) that "
-            f"divide {x.shape[1]} channels: give groups * kernel_size ** 2 of them"
+            f"involution: {kernel.shape[1]} kernel channels do not make groups of {kernel_size} x"
+            f" {kernel_size} taps (an odd size) that divide {x.shape[1]} channels: give groups *"
+            " kernel_size ** 2 of them"
         )
     if (kernel.shape[2], kernel.shape[3]) != places:
         raise ConfigError(
-            f"involution: the kernel has {kernel.shape[2]} x {kernel.shape[3]} places, and an image of {x.shape[2]} x {x.shape[3]} at "
-            f"stride {stride} needs {places[0]} x {places[1]}"
+            f"involution: the kernel has {kernel.shape[2]} x {kernel.shape[3]} places, and an image"
+            f" of {x.shape[2]} x {x.shape[3]} at stride {stride} needs {places[0]} x {places[1]}"
         )
     dtype = torch.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.to(dtype), kernel.to(dtype)
@@ -81,7 +89,8 @@ def involution(
 
 
 def _by_rows(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """The same for exporters: operators they know, a row of taps at a time, K copies of the image and not K x K.
+    """The same for exporters: operators they know, a row of taps at a time, K copies of the image
+    and not K x K.
 
     One operator a tap makes graphs of thousands of nodes, which take minutes to export.
     """
@@ -90,7 +99,9 @@ def _by_rows(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor
     groups = kernel.shape[1] // kernel_size**2
     padded = F.pad(x.to(dtype), (kernel_size // 2,) * 4).unflatten(1, (groups, -1))
     weights = kernel.to(dtype).unflatten(1, (groups, 1, kernel_size, kernel_size)).transpose(4, 5)
-    along = torch.arange(kernel_size, device=x.device)[:, None] + stride * torch.arange(columns, device=x.device)
+    along = torch.arange(kernel_size, device=x.device)[:, None] + stride * torch.arange(
+        columns, device=x.device
+    )
     total = torch.zeros((), dtype=dtype, device=x.device)
     for p in range(kernel_size):
         row = padded[..., p : p + stride * (rows - 1) + 1 : stride, :]
@@ -100,7 +111,9 @@ def _by_rows(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor
 
 
 class _Tap(NamedTuple):
-    """Where one of the K x K taps reads: ``plane`` of the image, at ``there``, for the output pixels ``here``; the rest reads zeros."""
+    """Where one of the K x K taps reads: ``plane`` of the image, at ``there``, for the output
+    pixels ``here``; the rest reads zeros.
+    """
 
     number: int
     plane: tuple[int, int]
@@ -110,7 +123,9 @@ class _Tap(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _taps(kernel_size: int, stride: int, height: int, width: int) -> tuple[_Tap, ...]:
-    """All taps that read anything. Plane (a, b) holds the pixels ``(stride i + a, stride j + b)``, so that no view has gaps."""
+    """All taps that read anything. Plane (a, b) holds the pixels ``(stride i + a, stride j + b)``,
+    so that no view has gaps.
+    """
     rows, columns = _reads(kernel_size, stride, height), _reads(kernel_size, stride, width)
     return tuple(
         _Tap(p * kernel_size + q, (a, b), (here, across), (there, along))
@@ -121,7 +136,9 @@ def _taps(kernel_size: int, stride: int, height: int, width: int) -> tuple[_Tap,
 
 
 def _reads(kernel_size: int, stride: int, size: int) -> list[tuple[int, int, slice, slice]]:
-    """Along one axis: tap, plane, output places with a pixel behind them, and those pixels' places in the plane."""
+    """Along one axis: tap, plane, output places with a pixel behind them, and those pixels' places
+    in the plane.
+    """
     found = []
     for p in range(kernel_size):
         shift, plane = divmod(p - kernel_size // 2, stride)
@@ -131,12 +148,18 @@ def _reads(kernel_size: int, stride: int, size: int) -> list[tuple[int, int, sli
 
 
 def _batch_last(x: Tensor, groups: int) -> Tensor:
-    """``(B, groups * n, rows, columns)`` as a view ``(groups, n, rows, columns, B)``: with many images, rows of 4 pixels are long loops."""
+    """``(B, groups * n, rows, columns)`` as a view ``(groups, n, rows, columns, B)``: with many
+    images, rows of 4 pixels are long loops.
+    """
     return x.unflatten(1, (groups, -1)).permute(1, 2, 3, 4, 0)
 
 
 def _planes(x: Tensor, stride: int) -> dict[tuple[int, int], Tensor]:
-    return {(a, b): x[:, :, a::stride, b::stride].contiguous() for a in range(stride) for b in range(stride)}
+    return {
+        (a, b): x[:, :, a::stride, b::stride].contiguous()
+        for a in range(stride)
+        for b in range(stride)
+    }
 
 
 def _groups_at_once(out: Tensor, groups: int) -> int:
@@ -161,7 +184,9 @@ def _output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
     return y
 
 
-def _gradient_of_input(grad: Tensor, kernel: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
+def _gradient_of_input(
+    grad: Tensor, kernel: Tensor, height: int, width: int, kernel_size: int, stride: int
+) -> Tensor:
     groups = kernel.shape[1] // kernel_size**2
     taps = _taps(kernel_size, stride, height, width)
     dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -171,7 +196,9 @@ def _gradient_of_input(grad: Tensor, kernel: Tensor, height: int, width: int, ke
     for given, weights, out in zip(*parts, strict=True):
         given, weights = given.to(dtype).contiguous(), weights.to(dtype).contiguous()
         planes = {
-            (a, b): torch.zeros(out[:, :, a::stride, b::stride].shape, dtype=dtype, device=grad.device)
+            (a, b): torch.zeros(
+                out[:, :, a::stride, b::stride].shape, dtype=dtype, device=grad.device
+            )
             for a in range(stride)
             for b in range(stride)
         }
@@ -184,7 +211,9 @@ def _gradient_of_input(grad: Tensor, kernel: Tensor, height: int, width: int, ke
     return dx
 
 
-def _gradient_of_kernel(grad: Tensor, x: Tensor, groups: int, kernel_size: int, stride: int) -> Tensor:
+def _gradient_of_kernel(
+    grad: Tensor, x: Tensor, groups: int, kernel_size: int, stride: int
+) -> Tensor:
     taps = _taps(kernel_size, stride, x.shape[2], x.shape[3])
     dtype = torch.promote_types(x.dtype, torch.float32)
     dk = x.new_empty((len(x), groups * kernel_size**2, *grad.shape[2:]))
@@ -201,7 +230,8 @@ def _gradient_of_kernel(grad: Tensor, x: Tensor, groups: int, kernel_size: int, 
     return dk
 
 
-# Operators of their own, so that autograd keeps the two inputs and nothing else, and FLOPs can be counted.
+# Operators of their own, so that autograd keeps the two inputs and nothing else, and FLOPs can be
+# counted.
 _forward_op = torch.library.custom_op(
     "vitdistill::involution",
     _output,
@@ -212,7 +242,10 @@ _input_op = torch.library.custom_op(
     "vitdistill::involution_gradient_of_input",
     _gradient_of_input,
     mutates_args=(),
-    schema="(Tensor grad, Tensor kernel, SymInt height, SymInt width, SymInt kernel_size, SymInt stride) -> Tensor",
+    schema=(
+        "(Tensor grad, Tensor kernel, SymInt height, SymInt width, SymInt kernel_size, SymInt"
+        " stride) -> Tensor"
+    ),
 )
 _kernel_op = torch.library.custom_op(
     "vitdistill::involution_gradient_of_kernel",
@@ -228,12 +261,16 @@ def _fake_output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Te
 
 
 @_input_op.register_fake
-def _fake_gradient_of_input(grad: Tensor, kernel: Tensor, height: int, width: int, kernel_size: int, stride: int) -> Tensor:
+def _fake_gradient_of_input(
+    grad: Tensor, kernel: Tensor, height: int, width: int, kernel_size: int, stride: int
+) -> Tensor:
     return grad.new_empty((*grad.shape[:2], height, width))
 
 
 @_kernel_op.register_fake
-def _fake_gradient_of_kernel(grad: Tensor, x: Tensor, groups: int, kernel_size: int, stride: int) -> Tensor:
+def _fake_gradient_of_kernel(
+    grad: Tensor, x: Tensor, groups: int, kernel_size: int, stride: int
+) -> Tensor:
     return x.new_empty((len(x), groups * kernel_size**2, *grad.shape[2:]))
 
 
@@ -246,8 +283,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     x, kernel = ctx.saved_tensors
     size, stride, ops = ctx.kernel_size, ctx.stride, torch.ops.vitdistill
     wants_x, wants_kernel = ctx.needs_input_grad[:2]
-    dx = ops.involution_gradient_of_input(grad, kernel, x.shape[2], x.shape[3], size, stride) if wants_x else None
-    dk = ops.involution_gradient_of_kernel(grad, x, kernel.shape[1] // size**2, size, stride) if wants_kernel else None
+    dx = (
+        ops.involution_gradient_of_input(grad, kernel, x.shape[2], x.shape[3], size, stride)
+        if wants_x
+        else None
+    )
+    dk = (
+        ops.involution_gradient_of_kernel(grad, x, kernel.shape[1] // size**2, size, stride)
+        if wants_kernel
+        else None
+    )
     return dx, dk, None, None
 
 
@@ -255,31 +300,57 @@ _forward_op.register_autograd(_backward, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.vitdistill.involution)
-def _flops_of_output(x: Any, kernel: Any, kernel_size: int, stride: int, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops_of_output(
+    x: Any,
+    kernel: Any,
+    kernel_size: int,
+    stride: int,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
     return 2 * x[0] * x[1] * kernel[2] * kernel[3] * kernel_size**2
 
 
 @register_flop_formula(torch.ops.vitdistill.involution_gradient_of_input)
 def _flops_of_input(
-    grad: Any, kernel: Any, height: int, width: int, kernel_size: int, *args: Any, out_shape: Any = None, **kwargs: Any
+    grad: Any,
+    kernel: Any,
+    height: int,
+    width: int,
+    kernel_size: int,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
 ) -> int:
     return 2 * grad[0] * grad[1] * grad[2] * grad[3] * kernel_size**2
 
 
 @register_flop_formula(torch.ops.vitdistill.involution_gradient_of_kernel)
-def _flops_of_kernel(grad: Any, x: Any, groups: int, kernel_size: int, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops_of_kernel(
+    grad: Any,
+    x: Any,
+    groups: int,
+    kernel_size: int,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
     return 2 * grad[0] * grad[1] * grad[2] * grad[3] * kernel_size**2
 
 
-# -- the module -------------------------------------------------------------------------------------------------------
+# -- the module -----------------------------------------------------------------------------------
 
 
 class Involution(nn.Module):
-    """Involution with kernels made from the pixel they stand on: ``kernel = W2 relu(BN(W1 u)) + b``, then `involution`.
+    """Involution with kernels made from the pixel they stand on: ``kernel = W2 relu(BN(W1 u)) +
+    b``, then `involution`.
 
-    ``u`` is the input, under a stride s its means over s x s cells. Where s does not divide a side, the last cell is the mean of the
-    pixels there are, and the output has ``ceil(side / s)`` places, as a convolution's; the authors' module rounds the two down and up
-    and fails. At sizes s divides both are the same. Parameters are named and initialised as the authors' (Kaiming normal, bias 0).
+    ``u`` is the input, under a stride s its means over s x s cells. Where s does not divide a side,
+    the last cell is the mean of the pixels there are, and the output has ``ceil(side / s)`` places,
+    as a convolution's; the authors' module rounds the two down and up and fails. At sizes s divides
+    both are the same. Parameters are named and initialised as the authors' (Kaiming normal, bias
+    0).
 
     Args:
         channels: of input and output.
@@ -289,46 +360,81 @@ class Involution(nn.Module):
         reduction: the kernel is made from ``channels / reduction`` numbers; the authors' is 4.
 
     Raises:
-        ConfigError: channels are not a multiple of ``group_channels`` and of ``reduction``, K is even, or a number is not positive.
+        ConfigError: channels are not a multiple of ``group_channels`` and of ``reduction``, K is
+            even, or a number is not positive.
 
     Source: arXiv 2103.06255 section 3.2; ``involution_naive.py`` of d-li14/involution@21c3158.
     """
 
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1, group_channels: int = 16, reduction: int = 4) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        group_channels: int = 16,
+        reduction: int = 4,
+    ) -> None:
         super().__init__()
-        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("group_channels", group_channels), ("reduction", reduction)):
+        for name, value in (
+            ("kernel_size", kernel_size),
+            ("stride", stride),
+            ("group_channels", group_channels),
+            ("reduction", reduction),
+        ):
             if value < 1:
                 raise ConfigError(f"Involution: {name} is {value}, and has to be at least 1")
         if kernel_size % 2 == 0:
-            raise ConfigError(f"Involution: kernel_size is {kernel_size}; give an odd one, so that a pixel is the middle of its neighbours")
+            raise ConfigError(
+                f"Involution: kernel_size is {kernel_size}; give an odd one, so that a pixel is the"
+                " middle of its neighbours"
+            )
         for name, value in (("group_channels", group_channels), ("reduction", reduction)):
             if channels < 1 or channels % value:
-                raise ConfigError(f"Involution: {channels} channels are not a multiple of {name}, which is {value}: change one of them")
+                raise ConfigError(
+                    f"Involution: {channels} channels are not a multiple of {name}, which is"
+                    f" {value}: change one of them"
+                )
         self.kernel_size = kernel_size
         self.stride = stride
         narrow = channels // reduction
         kernel_channels = channels // group_channels * kernel_size**2
-        self.pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+        self.pool = (
+            nn.Identity()
+            if stride == 1
+            else nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+        )
         squeeze = nn.Conv2d(channels, narrow, 1, bias=False)
         spread = nn.Conv2d(narrow, kernel_channels, 1)
-        self.conv1 = nn.Sequential(OrderedDict(conv=squeeze, bn=nn.BatchNorm2d(narrow), act=nn.ReLU(inplace=True)))
+        self.conv1 = nn.Sequential(
+            OrderedDict(conv=squeeze, bn=nn.BatchNorm2d(narrow), act=nn.ReLU(inplace=True))
+        )
         self.conv2 = nn.Sequential(OrderedDict(conv=spread))
         for conv in (squeeze, spread):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(spread.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Float[Tensor, "B channels height width"]) -> Float[Tensor, "B channels rows columns"]:
+    def forward(
+        self, x: Float[Tensor, "B channels height width"]
+    ) -> Float[Tensor, "B channels rows columns"]:
         return involution(x, self.conv2(self.conv1(self.pool(x))), self.kernel_size, self.stride)
 
 
-# -- RedNet -----------------------------------------------------------------------------------------------------------
+# -- RedNet ---------------------------------------------------------------------------------------
 
 # Blocks of each stage.
-DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+DEPTHS = {
+    26: (1, 2, 4, 1),
+    38: (2, 3, 5, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 class _Block(Bottleneck):
-    """timm's bottleneck with an involution of 7 x 7 in the place of the 3 x 3 convolution, stride included."""
+    """timm's bottleneck with an involution of 7 x 7 in the place of the 3 x 3 convolution, stride
+    included.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -338,8 +444,9 @@ class _Block(Bottleneck):
 class RedNet(ResNet):
     """timm's ResNet with involutions: 7 x 7 in the bottlenecks, 3 x 3 in the stem.
 
-    Stages of 256, 512, 1024 and 2048 channels by default, 4, 8, 16 and 32 times smaller than the image. Everything else is timm's ResNet's:
-    ``forward_intermediates``, ``reset_classifier``, stochastic depth, gradient checkpointing.
+    Stages of 256, 512, 1024 and 2048 channels by default, 4, 8, 16 and 32 times smaller than the
+    image. Everything else is timm's ResNet's: ``forward_intermediates``, ``reset_classifier``,
+    stochastic depth, gradient checkpointing.
 
     Args:
         layers: blocks of each of the four stages, see `DEPTHS`.
@@ -348,10 +455,13 @@ class RedNet(ResNet):
         global_pool: timm's name of the pooling before the classifier.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; earlier ones have less, in proportion.
-        channels: of the 7 x 7 involutions of each stage, whose output is 4 times as wide; multiples of 16.
-        stem_width: channels of the stem's involution, whose output is twice as wide; a multiple of 16.
-        small_images: no stride in the stem and no pooling after it, so that the stages are 1, 2, 4 and 8 times smaller than the
-            image, for images of about 32 x 32, where the authors' network ends at one pixel. This form is ours.
+        channels: of the 7 x 7 involutions of each stage, whose output is 4 times as wide; multiples
+            of 16.
+        stem_width: channels of the stem's involution, whose output is twice as wide; a multiple of
+            16.
+        small_images: no stride in the stem and no pooling after it, so that the stages are 1, 2, 4
+            and 8 times smaller than the image, for images of about 32 x 32, where the authors'
+            network ends at one pixel. This form is ours.
 
     Source: arXiv 2103.06255 section 4.1; ``rednet.py`` of d-li14/involution@21c3158.
     """
@@ -381,7 +491,9 @@ class RedNet(ResNet):
             stem_width=stem_width,
             stem_type="deep",
         )
-        stem: Any = self.conv1  # timm's deep stem: convolution, norm, act, convolution, norm, act, convolution
+        stem: Any = (
+            self.conv1
+        )  # timm's deep stem: convolution, norm, act, convolution, norm, act, convolution
         stem[3] = Involution(stem_width, 3)
         if small_images:
             stem[0] = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False)
@@ -392,9 +504,13 @@ class RedNet(ResNet):
 
 
 def rednet(depth: int, num_classes: int = 1000, **options: Any) -> RedNet:
-    """A RedNet of 26, 38, 50, 101 or 152 layers with fresh weights; ``options`` are `RedNet`'s. Raises `ConfigError` for another depth."""
+    """A RedNet of 26, 38, 50, 101 or 152 layers with fresh weights; ``options`` are `RedNet`'s.
+    Raises `ConfigError` for another depth.
+    """
     if depth not in DEPTHS:
-        raise ConfigError(f"there is no RedNet of depth {depth}: choose one of {', '.join(map(str, DEPTHS))}")
+        raise ConfigError(
+            f"there is no RedNet of depth {depth}: choose one of {', '.join(map(str, DEPTHS))}"
+        )
     return RedNet(DEPTHS[depth], num_classes, **options)
 
 
@@ -410,7 +526,9 @@ _STEM = (
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the authors' checkpoints under timm's names; files of ours stay as they are."""
+    """The tensors of the authors' checkpoints under timm's names; files of ours stay as they
+    are.
+    """
     renamed = {}
     for key, value in state_dict.items():
         key = key.removeprefix("backbone.").removeprefix("head.")
@@ -436,17 +554,27 @@ def _cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
-_SMALL = {"input_size": (3, 32, 32), "pool_size": (4, 4), "crop_pct": 1.0, "interpolation": "bicubic"}
+_SMALL = {
+    "input_size": (3, 32, 32),
+    "pool_size": (4, 4),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+}
 
 default_cfgs = generate_default_cfgs(
-    {**{f"rednet{depth}": _cfg() for depth in DEPTHS}, **{f"rednet{depth}_small": _cfg(**_SMALL) for depth in (26, 38, 50)}}
+    {
+        **{f"rednet{depth}": _cfg() for depth in DEPTHS},
+        **{f"rednet{depth}_small": _cfg(**_SMALL) for depth in (26, 38, 50)},
+    }
 )
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> RedNet:
     depth, _, small = name.removeprefix("rednet").partition("_")
     shape = {"layers": DEPTHS[int(depth)], "small_images": bool(small)}
-    made: RedNet = build_model_with_cfg(RedNet, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**shape, **options})
+    made: RedNet = build_model_with_cfg(
+        RedNet, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**shape, **options}
+    )
     return made
 
 

@@ -1,8 +1,10 @@
-"""Masked autoencoders: the decoder, the whole network under the names of the public checkpoints, its initialisation and its loss.
+"""Masked autoencoders: the decoder, the whole network under the names of the public checkpoints,
+its initialisation and its loss.
 
-Source: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022, arXiv 2111.06377, checked against
-facebookresearch/mae@efb2a80 and UCSC-VLAA/DMAE@a0f4959. What the authors' code cannot do: images and patches that are not square, and
-encoders with no class token or with several prefix tokens.
+Source: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022, arXiv 2111.06377,
+checked against facebookresearch/mae@efb2a80 and UCSC-VLAA/DMAE@a0f4959. What the authors' code
+cannot do: images and patches that are not square, and encoders with no class token or with several
+prefix tokens.
 """
 
 import math
@@ -25,34 +27,56 @@ _NORMS = (nn.LayerNorm, RmsNorm)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 L {dim}"]:
-    """The fixed table of positions, ``(1, 1 + rows * columns, dim)`` float32: zeros for the class token, then the patches, row-major.
+    """The fixed table of positions, ``(1, 1 + rows * columns, dim)`` float32: zeros for the class
+    token, then the patches, row-major.
 
-    ``e(t) = [sin(t w) | cos(t w)]`` with ``w_i = 10000^(-i / (dim / 4))``; the patch in row y and column x has ``[e(x) | e(y)]``: its
-    first half says the column. Computed in float64. Raises `ConfigError` when ``dim`` is not a multiple of 4.
+    ``e(t) = [sin(t w) | cos(t w)]`` with ``w_i = 10000^(-i / (dim / 4))``; the patch in row y and
+    column x has ``[e(x) | e(y)]``: its first half says the column. Computed in float64. Raises
+    `ConfigError` when ``dim`` is not a multiple of 4.
 
     Source: ``get_2d_sincos_pos_embed`` of facebookresearch/mae@efb2a80.
     """
     if dim < 4 or dim % 4:
-        raise ConfigError(f"sine-cosine positions need a width that is a multiple of 4, and this one is {dim}")
+        raise ConfigError(
+            f"sine-cosine positions need a width that is a multiple of 4, and this one is {dim}"
+        )
     rows, columns = grid
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     halves = []
-    for places in (torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)):
+    for places in (
+        torch.arange(columns).repeat(rows),
+        torch.arange(rows).repeat_interleave(columns),
+    ):
         angles = places[:, None].double() * frequencies
         halves += [angles.sin(), angles.cos()]
     table = torch.cat(halves, dim=1)
     return torch.cat([table.new_zeros(1, dim), table])[None].float()
 
 
-def patchify(images: Float[Tensor, "B c h w"], patch_size: tuple[int, int]) -> Float[Tensor, "B N pixels"]:
-    """Images as patches: row-major, within each row, column, channel. Raises `ConfigError` when patches do not fill the images."""
+def patchify(
+    images: Float[Tensor, "B c h w"], patch_size: tuple[int, int]
+) -> Float[Tensor, "B N pixels"]:
+    """Images as patches: row-major, within each row, column, channel. Raises `ConfigError` when
+    patches do not fill the images.
+    """
     height, width = patch_size
     if images.shape[2] % height or images.shape[3] % width:
-        raise ConfigError(f"patches of {height} x {width} do not fill images of {images.shape[2]} x {images.shape[3]}")
-    return images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        raise ConfigError(
+            f"patches of {height} x {width} do not fill images of {images.shape[2]} x"
+            f" {images.shape[3]}"
+        )
+    return (
+        images.unflatten(3, (-1, width))
+        .unflatten(2, (-1, height))
+        .permute(0, 2, 4, 3, 5, 1)
+        .flatten(3)
+        .flatten(1, 2)
+    )
 
 
-def unpatchify(patches: Float[Tensor, "B N pixels"], grid: tuple[int, int], patch_size: tuple[int, int]) -> Float[Tensor, "B c h w"]:
+def unpatchify(
+    patches: Float[Tensor, "B N pixels"], grid: tuple[int, int], patch_size: tuple[int, int]
+) -> Float[Tensor, "B c h w"]:
     """Patches as images, the inverse of `patchify`; ``grid`` is rows and columns."""
     pixels = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
@@ -65,33 +89,45 @@ def reconstruction_loss(
     patch_size: tuple[int, int],
     norm_pix: bool = False,
 ) -> Float[Tensor, ""]:
-    """``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``, in float32 (float64 stays); 0 where nothing is hidden.
+    """``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``, in float32 (float64 stays);
+    0 where nothing is hidden.
 
     Args:
         prediction: pixels of every patch, as `patchify` orders them.
         images: as the network sees them.
         mask: 1 at hidden patches, 0 at visible ones.
         patch_size: height and width, pixels.
-        norm_pix: the target is each patch less its mean, over ``sqrt(var + 1e-6)``; the variance is the unbiased one.
+        norm_pix: the target is each patch less its mean, over ``sqrt(var + 1e-6)``; the variance is
+            the unbiased one.
 
     Source: arXiv 2111.06377 section 3; ``forward_loss`` of facebookresearch/mae@efb2a80.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    error = (prediction.to(dtype) - pixel_targets(images.to(dtype), patch_size, norm_pix)).square().mean(-1)
+    error = (
+        (prediction.to(dtype) - pixel_targets(images.to(dtype), patch_size, norm_pix))
+        .square()
+        .mean(-1)
+    )
     mask = mask.to(dtype)
     return (error * mask).sum() / mask.sum().clamp_min(1)
 
 
-def pixel_targets(images: Float[Tensor, "B c h w"], patch_size: tuple[int, int], norm_pix: bool) -> Float[Tensor, "B N pixels"]:
+def pixel_targets(
+    images: Float[Tensor, "B c h w"], patch_size: tuple[int, int], norm_pix: bool
+) -> Float[Tensor, "B N pixels"]:
     """What is to be predicted of every patch; see `reconstruction_loss`."""
     target = patchify(images, patch_size)
     if norm_pix:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        target = (target - target.mean(-1, keepdim=True)) / (
+            target.var(-1, keepdim=True) + 1e-6
+        ).sqrt()
     return target
 
 
 class _Decoder:
-    """MAE's decoder, for a module to inherit; the attributes carry the names of the public checkpoints."""
+    """MAE's decoder, for a module to inherit; the attributes carry the names of the public
+    checkpoints.
+    """
 
     decoder_embed: nn.Linear
     mask_token: nn.Parameter
@@ -101,35 +137,54 @@ class _Decoder:
     decoder_pred: nn.Linear
 
     def _build_decoder(
-        self, dim: int, grid: tuple[int, int], patch_size: tuple[int, int], decoder_dim: int, decoder_depth: int, decoder_num_heads: int
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        patch_size: tuple[int, int],
+        decoder_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
     ) -> None:
         _check_heads("decoder_dim", decoder_dim, decoder_num_heads)
         if decoder_depth < 0:
-            raise ConfigError(f"decoder_depth is {decoder_depth}: give the number of the decoder's blocks, 0 or more")
+            raise ConfigError(
+                f"decoder_depth is {decoder_depth}: give the number of the decoder's blocks, 0 or"
+                " more"
+            )
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim).normal_(std=0.02))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, grid), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_positions(decoder_dim, grid), requires_grad=False
+        )
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_num_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth)
+            Block(decoder_dim, decoder_num_heads, qkv_bias=True, norm_layer=norm)
+            for _ in range(decoder_depth)
         )
         self.decoder_norm = norm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, math.prod(patch_size) * 3)
 
-    def decode(self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1) -> Float[Tensor, "B N pixels"]:
+    def decode(
+        self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
+    ) -> Float[Tensor, "B N pixels"]:
         """The pixels of every patch, predicted from the visible ones.
 
         Args:
             features: after the encoder's final norm, prefix tokens first (L = P + K).
             keep: row-major places of the K visible patches, in the order of ``features``.
-            num_prefix_tokens: P; they are decoded at the class token's position and dropped at the end.
+            num_prefix_tokens: P; they are decoded at the class token's position and dropped at the
+                end.
         """
         tokens = self.decoder_embed(features)
         prefix, visible = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
         places = keep[:, :, None].expand_as(visible)
-        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), self.decoder_pos_embed.shape[1] - 1, -1)
+        hidden = self.mask_token.to(tokens.dtype).expand(
+            len(tokens), self.decoder_pos_embed.shape[1] - 1, -1
+        )
         patches = hidden.scatter(1, places, visible)
-        tokens = torch.cat([prefix + self.decoder_pos_embed[:, :1], patches + self.decoder_pos_embed[:, 1:]], dim=1)
+        tokens = torch.cat(
+            [prefix + self.decoder_pos_embed[:, :1], patches + self.decoder_pos_embed[:, 1:]], dim=1
+        )
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, num_prefix_tokens:]
@@ -137,10 +192,12 @@ class _Decoder:
     def decode_hidden(
         self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
     ) -> tuple[Float[Tensor, "B M pixels"], Int[Tensor, "B M"]]:
-        """The pixels of the M hidden patches alone, and their places: the same numbers as `decode` gives for them, to rounding.
+        """The pixels of the M hidden patches alone, and their places: the same numbers as `decode`
+        gives for them, to rounding.
 
-        Nobody reads what the last block makes of the other tokens, and it is not computed. What enters the first block at a hidden patch is
-        the same for every image, and is projected once for the batch.
+        Nobody reads what the last block makes of the other tokens, and it is not computed. What
+        enters the first block at a hidden patch is the same for every image, and is projected once
+        for the batch.
         """
         embedded = self.decoder_embed(features)
         positions = self.decoder_pos_embed
@@ -149,26 +206,38 @@ class _Decoder:
         unseen = torch.ones(len(features), num_patches, device=keep.device).scatter(1, keep, 0.0)
         hidden = unseen.argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
         blank = self.mask_token[0].to(embedded.dtype) + positions[0, 1:]
-        visible = embedded[:, num_prefix_tokens:] + gather_patches(positions[:, 1:].expand(len(features), -1, -1), keep)
+        visible = embedded[:, num_prefix_tokens:] + gather_patches(
+            positions[:, 1:].expand(len(features), -1, -1), keep
+        )
         seen = torch.cat([visible, embedded[:, :num_prefix_tokens] + positions[:, :1]], dim=1)
         tokens = torch.cat([F.embedding(hidden, blank), seen], dim=1)
         blocks: list[Any] = list(self.decoder_blocks)
         for block in blocks[:1]:
-            of_hidden = split_heads(block.attn, F.embedding(hidden, block.attn.qkv(block.norm1(blank))), 3)
+            of_hidden = split_heads(
+                block.attn, F.embedding(hidden, block.attn.qkv(block.norm1(blank))), 3
+            )
             of_seen = project_qkv(block.attn, block.norm1(seen), 0 if len(blocks) == 1 else None)
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_hidden, of_seen, strict=True))
             tokens = _rest_of_block(block, tokens, q, k, v)
         for block in blocks[1:-1]:
             tokens = block(tokens)
         for block in blocks[1:][-1:]:
-            tokens = _rest_of_block(block, tokens, *project_qkv(block.attn, block.norm1(tokens), num_hidden))
+            tokens = _rest_of_block(
+                block, tokens, *project_qkv(block.attn, block.norm1(tokens), num_hidden)
+            )
         return self.decoder_pred(self.decoder_norm(tokens[:, :num_hidden])), hidden
 
 
 def _rest_of_block(
-    block: Any, tokens: Float[Tensor, "B L D"], q: Float[Tensor, "B H rows d"], k: Float[Tensor, "B H L d"], v: Float[Tensor, "B H L d"]
+    block: Any,
+    tokens: Float[Tensor, "B L D"],
+    q: Float[Tensor, "B H rows d"],
+    k: Float[Tensor, "B H L d"],
+    v: Float[Tensor, "B H L d"],
 ) -> Float[Tensor, "B rows D"]:
-    """What a plain block makes of its first ``rows`` tokens once they are projected; the decoder's have no dropout, scale or q/k norm."""
+    """What a plain block makes of its first ``rows`` tokens once they are projected; the decoder's
+    have no dropout, scale or q/k norm.
+    """
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     tokens = tokens[:, : q.shape[2]] + block.attn.proj(attended)
     return tokens + block.mlp(block.norm2(tokens))
@@ -182,7 +251,8 @@ class MAEDecoder(_Decoder, nn.Module):
         grid: rows and columns of patches.
         patch_size: height and width of a patch, pixels.
         decoder_dim: width, a multiple of 4 and of ``decoder_num_heads``.
-        decoder_depth: blocks; 0: a linear prediction from each visible patch, and one constant for the hidden ones.
+        decoder_depth: blocks; 0: a linear prediction from each visible patch, and one constant for
+            the hidden ones.
         decoder_num_heads: attention heads.
 
     Raises:
@@ -211,11 +281,13 @@ class MAEDecoder(_Decoder, nn.Module):
 
 
 class MaskedAutoencoder(_Decoder, VisionTransformer):
-    """A plain ViT and MAE's decoder in one network; its parameters have the names of the public MAE checkpoints.
+    """A plain ViT and MAE's decoder in one network; its parameters have the names of the public MAE
+    checkpoints.
 
     Args:
         image_size: height and width, or one number for both; pixels.
-        patch_size: height and width, or one number for both; pixels. Patches have to fill the image.
+        patch_size: height and width, or one number for both; pixels. Patches have to fill the
+            image.
         dim, depth, num_heads: of the encoder.
         decoder_dim, decoder_depth, decoder_num_heads: as for `MAEDecoder`.
 
@@ -237,7 +309,9 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
         size = _pair(image_size)
         patch = _pair(patch_size)
         if size[0] % patch[0] or size[1] % patch[1]:
-            raise ConfigError(f"patches of {patch[0]} x {patch[1]} do not fill images of {size[0]} x {size[1]}")
+            raise ConfigError(
+                f"patches of {patch[0]} x {patch[1]} do not fill images of {size[0]} x {size[1]}"
+            )
         _check_heads("dim", dim, num_heads)
         super().__init__(
             img_size=size,
@@ -255,15 +329,23 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
     def forward(  # type: ignore[override]  # it learns from hidden patches, and answers with pixels
         self, images: Float[Tensor, "B c h w"], noise: Float[Tensor, "B N"], mask_rate: float = 0.75
     ) -> tuple[Float[Tensor, "B N pixels"], Float[Tensor, "B N"]]:
-        """The predicted pixels of every patch, as `patchify` orders them, and the mask: 1 at hidden patches.
+        """The predicted pixels of every patch, as `patchify` orders them, and the mask: 1 at hidden
+        patches.
 
-        Raises `ConfigError` for images of another size, for noise of another number of patches, and as `random_masking` does.
+        Raises `ConfigError` for images of another size, for noise of another number of patches, and
+        as `random_masking` does.
         """
         size, num_patches = self.patch_embed.img_size, self.patch_embed.num_patches
         if tuple(images.shape[2:]) != tuple(size):
-            raise ConfigError(f"the network is for images of {size[0]} x {size[1]}, and these are {images.shape[2]} x {images.shape[3]}")
+            raise ConfigError(
+                f"the network is for images of {size[0]} x {size[1]}, and these are"
+                f" {images.shape[2]} x {images.shape[3]}"
+            )
         if noise.shape[1] != num_patches:
-            raise ConfigError(f"noise has {noise.shape[1]} numbers an image, and the network has {num_patches} patches")
+            raise ConfigError(
+                f"noise has {noise.shape[1]} numbers an image, and the network has {num_patches}"
+                " patches"
+            )
         keep, _, mask = random_masking(noise, mask_rate)
         encoder = PlainViT(self)
         tokens = encoder.embed(images, keep)
@@ -273,11 +355,13 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
 
 
 def init_mae(model: VisionTransformer) -> None:
-    """Initialise a plain ViT as MAE does, in place, whatever it held; its positions become the sine-cosine table and are not trained.
+    """Initialise a plain ViT as MAE does, in place, whatever it held; its positions become the
+    sine-cosine table and are not trained.
 
-    Xavier-uniform on every linear layer and on the patch projection seen as a matrix ``[out, in * height * width]``; biases 0 except the
-    patch projection's, which has PyTorch's own; norms 1 and 0; class token and other prefix tokens N(0, 0.02). Raises `ConfigError` for a
-    network without a table of absolute positions.
+    Xavier-uniform on every linear layer and on the patch projection seen as a matrix ``[out, in *
+    height * width]``; biases 0 except the patch projection's, which has PyTorch's own; norms 1 and
+    0; class token and other prefix tokens N(0, 0.02). Raises `ConfigError` for a network without a
+    table of absolute positions.
 
     Source: ``initialize_weights`` of facebookresearch/mae@efb2a80.
     """
@@ -296,17 +380,22 @@ def init_mae(model: VisionTransformer) -> None:
         if token is not None:
             nn.init.normal_(token, std=0.02)
     table = sincos_positions(positions.shape[2], model.patch_embed.grid_size)
-    num_prefix_tokens = positions.shape[1] - table.shape[1] + 1  # 0 where prefix tokens have no position
+    num_prefix_tokens = (
+        positions.shape[1] - table.shape[1] + 1
+    )  # 0 where prefix tokens have no position
     with torch.no_grad():
         positions[:, :num_prefix_tokens] = 0
         positions[:, num_prefix_tokens:] = table[:, 1:]
 
 
 def hold_positions(model: VisionTransformer) -> None:
-    """Leave a network's table of positions out of training, as MAE's pre-training does; raises `ConfigError` where there is none."""
+    """Leave a network's table of positions out of training, as MAE's pre-training does; raises
+    `ConfigError` where there is none.
+    """
     if model.pos_embed is None:
         raise ConfigError(
-            f"{type(model).__name__} has no table of absolute positions, which masked autoencoding needs: take a plain ViT with one"
+            f"{type(model).__name__} has no table of absolute positions, which masked autoencoding"
+            " needs: take a plain ViT with one"
         )
     model.pos_embed.requires_grad_(False)
 
@@ -330,4 +419,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _check_heads(name: str, dim: int, num_heads: int) -> None:
     if num_heads < 1 or dim < 1 or dim % num_heads:
-        raise ConfigError(f"{name} is {dim}, which {num_heads} attention heads do not divide: give a multiple of them")
+        raise ConfigError(
+            f"{name} is {dim}, which {num_heads} attention heads do not divide: give a multiple of"
+            " them"
+        )

@@ -1,4 +1,6 @@
-"""Named recipes: Python functions that return a `Recipe` or `Stages`; `RECIPES` is the table of them, name to function."""
+"""Named recipes: Python functions that return a `Recipe` or `Stages`; `RECIPES` is the table of
+them, name to function.
+"""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -42,12 +44,24 @@ RECIPES: dict[str, str] = {
     "dmae_base_from_mae_large_98": "vitdistill.recipes.dmae:dmae_base_from_mae_large_98",
     "dmae_small_from_mae_base": "vitdistill.recipes.dmae:dmae_small_from_mae_base",
     "dmae_tiny_from_mae_base": "vitdistill.recipes.dmae:dmae_tiny_from_mae_base",
-    "dmae_base_from_mae_large_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_first_release",
-    "dmae_base_from_mae_large_90_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_90_first_release",
-    "dmae_base_from_mae_large_95_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_95_first_release",
-    "dmae_base_from_mae_large_98_first_release": "vitdistill.recipes.dmae:dmae_base_from_mae_large_98_first_release",
-    "dmae_small_from_mae_base_first_release": "vitdistill.recipes.dmae:dmae_small_from_mae_base_first_release",
-    "dmae_tiny_from_mae_base_first_release": "vitdistill.recipes.dmae:dmae_tiny_from_mae_base_first_release",
+    "dmae_base_from_mae_large_first_release": (
+        "vitdistill.recipes.dmae:dmae_base_from_mae_large_first_release"
+    ),
+    "dmae_base_from_mae_large_90_first_release": (
+        "vitdistill.recipes.dmae:dmae_base_from_mae_large_90_first_release"
+    ),
+    "dmae_base_from_mae_large_95_first_release": (
+        "vitdistill.recipes.dmae:dmae_base_from_mae_large_95_first_release"
+    ),
+    "dmae_base_from_mae_large_98_first_release": (
+        "vitdistill.recipes.dmae:dmae_base_from_mae_large_98_first_release"
+    ),
+    "dmae_small_from_mae_base_first_release": (
+        "vitdistill.recipes.dmae:dmae_small_from_mae_base_first_release"
+    ),
+    "dmae_tiny_from_mae_base_first_release": (
+        "vitdistill.recipes.dmae:dmae_tiny_from_mae_base_first_release"
+    ),
     "libkd": "vitdistill.recipes.libkd:libkd",
     "libkd_cit_tiny": "vitdistill.recipes.libkd:libkd_cit_tiny",
     "libkd_cit_small": "vitdistill.recipes.libkd:libkd_cit_small",
@@ -58,7 +72,9 @@ RECIPES: dict[str, str] = {
     "small_images_nkd": "vitdistill.recipes.small_images:small_images_nkd",
     "small_images_vitkd": "vitdistill.recipes.small_images:small_images_vitkd",
     "small_images_vitkd_nkd": "vitdistill.recipes.small_images:small_images_vitkd_nkd",
-    "small_images_masked_vitkd_nkd": "vitdistill.recipes.small_images:small_images_masked_vitkd_nkd",
+    "small_images_masked_vitkd_nkd": (
+        "vitdistill.recipes.small_images:small_images_masked_vitkd_nkd"
+    ),
     "small_images_mae": "vitdistill.recipes.small_images:small_images_mae",
     "small_images_mae_finetuned": "vitdistill.recipes.small_images:small_images_mae_finetuned",
     "small_images_dmae": "vitdistill.recipes.small_images:small_images_dmae",
@@ -81,7 +97,9 @@ def named_recipe(name: str) -> Recipe | Stages:
 
 
 def find_recipe(name: str) -> Recipe | Stages:
-    """A recipe by its name, by the path of a YAML file, or by the folder of a run or of stages, which holds its recipe."""
+    """A recipe by its name, by the path of a YAML file, or by the folder of a run or of stages,
+    which holds its recipe.
+    """
     if name in RECIPES:
         return named_recipe(name)
     path = Path(name)

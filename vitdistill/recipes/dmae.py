@@ -1,7 +1,9 @@
-"""The pairs of the DMAE paper (arXiv 2208.12256), ImageNet-1k at 224: 100 epochs of pre-training, then 100 of fine-tuning.
+"""The pairs of the DMAE paper (arXiv 2208.12256), ImageNet-1k at 224: 100 epochs of pre-training,
+then 100 of fine-tuning.
 
-Source: pretrain.sh and finetune.sh of UCSC-VLAA/DMAE. Five of their settings changed between the first release (31a002c) and the day after
-(f97af68, the last to touch them), silently, and nobody says which gave the published numbers. Both are here, the last release by default:
+Source: pretrain.sh and finetune.sh of UCSC-VLAA/DMAE. Five of their settings changed between the
+first release (31a002c) and the day after (f97af68, the last to touch them), silently, and nobody
+says which gave the published numbers. Both are here, the last release by default:
 
 ======================================  =============  ============
 setting                                 first release  last release
@@ -13,10 +15,12 @@ finetune.optim.layer_decay              0.70           0.75
 finetune.optim.warmup_epochs            5              20
 ======================================  =============  ============
 
-The authors' teacher file is mae_visualize_vit_large.pth (raw pixels); the repository has scripts for ViT-B from ViT-L alone, and for the
-smaller students the same settings are used here: a user who ran those got 75.3 % for ViT-S where the paper has 79.3 % (issue 6 of their
-repository). What differs: class token and mask token are decayed there, the class token is not here; their new head starts at a standard
-deviation of 2e-5, timm's at 0.02; they evaluate on 224 of 256 pixels, timm's DeiT on 0.9 of the image; float16 there, bfloat16 here.
+The authors' teacher file is mae_visualize_vit_large.pth (raw pixels); the repository has scripts
+for ViT-B from ViT-L alone, and for the smaller students the same settings are used here: a user who
+ran those got 75.3 % for ViT-S where the paper has 79.3 % (issue 6 of their repository). What
+differs: class token and mask token are decayed there, the class token is not here; their new head
+starts at a standard deviation of 2e-5, timm's at 0.02; they evaluate on 224 of 256 pixels, timm's
+DeiT on 0.9 of the image; float16 there, bfloat16 here.
 """
 
 from dataclasses import replace
@@ -59,7 +63,11 @@ def fine_tuning(first: bool) -> Recipe:
     """The second stage, of a student of any size; ``first``: as first released."""
     return Recipe(
         name="finetune",
-        student=StudentConfig(model="stage:pretrain", drop_path=0.1 if first else 0.15, model_args={"global_pool": "avg"}),
+        student=StudentConfig(
+            model="stage:pretrain",
+            drop_path=0.1 if first else 0.15,
+            model_args={"global_pool": "avg"},
+        ),
         objectives={"ce": CrossEntropy(smoothing=0.1)},
         data=DataConfig(workers=8, augment=replace(AUGMENTS["deit"], repeated_aug=1)),
         optim=OptimConfig(
@@ -77,14 +85,21 @@ def fine_tuning(first: bool) -> Recipe:
     )
 
 
-def _pair(size: str, teacher: str, top1: str, mask_rate: float = 0.75, first: bool = False) -> Stages:
-    name = f"dmae_{size}_from_mae_{teacher}" + ("" if mask_rate == 0.75 else f"_{mask_rate:.0%}".rstrip("%"))
+def _pair(
+    size: str, teacher: str, top1: str, mask_rate: float = 0.75, first: bool = False
+) -> Stages:
+    name = f"dmae_{size}_from_mae_{teacher}" + (
+        "" if mask_rate == 0.75 else f"_{mask_rate:.0%}".rstrip("%")
+    )
     release = "first release" if first else "last release"
     pair = f"ViT-{size[0].upper()} from MAE ViT-{teacher[0].upper()}"
     return Stages(
         name=name + ("_first_release" if first else ""),
         description=f"DMAE at {mask_rate:.0%} masked: {pair}, then fine-tuned; {top1}; {release}",
-        stages={"pretrain": pretraining(size, teacher, mask_rate, first), "finetune": fine_tuning(first)},
+        stages={
+            "pretrain": pretraining(size, teacher, mask_rate, first),
+            "finetune": fine_tuning(first),
+        },
     )
 
 
@@ -140,7 +155,9 @@ def dmae_base_from_mae_large_98_first_release() -> Stages:
 
 def dmae_small_from_mae_base_first_release() -> Stages:
     """ViT-S from MAE ViT-B at 75 %, as the authors first published it."""
-    return _pair("small", "base", "79.3 % top-1 in the paper, which others could not reproduce", first=True)
+    return _pair(
+        "small", "base", "79.3 % top-1 in the paper, which others could not reproduce", first=True
+    )
 
 
 def dmae_tiny_from_mae_base_first_release() -> Stages:

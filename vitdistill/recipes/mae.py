@@ -1,9 +1,11 @@
-"""Plain masked autoencoders (arXiv 2111.06377), ImageNet-1k at 224, without a teacher: 800 epochs of pre-training, then fine-tuning.
+"""Plain masked autoencoders (arXiv 2111.06377), ImageNet-1k at 224, without a teacher: 800 epochs
+of pre-training, then fine-tuning.
 
 The folder of their first stage, ``pretrain``, is a teacher for the DMAE recipes.
 
-Source: PRETRAIN.md and FINETUNE.md of facebookresearch/mae@efb2a80. The accuracies are those of 1,600 epochs (``--set
-pretrain.train.epochs=1600``). What differs is said in `vitdistill.recipes.dmae`, whose stages these are.
+Source: PRETRAIN.md and FINETUNE.md of facebookresearch/mae@efb2a80. The accuracies are those of
+1,600 epochs (``--set pretrain.train.epochs=1600``). What differs is said in
+`vitdistill.recipes.dmae`, whose stages these are.
 """
 
 from dataclasses import replace
@@ -38,7 +40,9 @@ def mae_base() -> Stages:
 
 
 def mae_large() -> Stages:
-    """ViT-L, which timm has under no name with ImageNet's normalisation alone: DeiT's ViT-B, deeper and wider."""
+    """ViT-L, which timm has under no name with ImageNet's normalisation alone: DeiT's ViT-B, deeper
+    and wider.
+    """
     fine = fine_tuning(first=True)
     fine = replace(
         fine,

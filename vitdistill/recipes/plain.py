@@ -13,7 +13,9 @@ from .deit import deit_tiny
 
 def alone() -> Recipe:
     """A ViT without a teacher."""
-    return replace(deit_tiny(), name="alone", description="a ViT without a teacher, DeiT's training recipe")
+    return replace(
+        deit_tiny(), name="alone", description="a ViT without a teacher, DeiT's training recipe"
+    )
 
 
 def kd() -> Recipe:
@@ -32,7 +34,10 @@ def hard_kd() -> Recipe:
     return replace(
         kd(),
         name="hard_kd",
-        description="distillation from the top class of --teacher-model (give a student with a distillation token for DeiT's form)",
+        description=(
+            "distillation from the top class of --teacher-model (give a student with a distillation"
+            " token for DeiT's form)"
+        ),
         objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": HardKD(weight=0.5)},
     )
 
@@ -58,7 +63,9 @@ def nkd() -> Recipe:
 
 
 def vitkd() -> Recipe:
-    """ViTKD: the teacher's first blocks mimicked, its last features generated; weights that fit any resolution and width."""
+    """ViTKD: the teacher's first blocks mimicked, its last features generated; weights that fit any
+    resolution and width.
+    """
     return replace(
         kd(),
         name="vitkd",
@@ -68,10 +75,16 @@ def vitkd() -> Recipe:
 
 
 def vitkd_nkd() -> Recipe:
-    """ViTKD and NKD together, the combination with the largest published gains; --with maskedkd shows the teacher fewer patches."""
+    """ViTKD and NKD together, the combination with the largest published gains; --with maskedkd
+    shows the teacher fewer patches.
+    """
     return replace(
         kd(),
         name="vitkd_nkd",
         description="ViTKD (features) and NKD (logits) from --teacher-model",
-        objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD(), "vitkd": ViTKD(reduction="mean")},
+        objectives={
+            "ce": CrossEntropy(smoothing=0.1),
+            "nkd": NKD(),
+            "vitkd": ViTKD(reduction="mean"),
+        },
     )

@@ -1,4 +1,6 @@
-"""32 x 32 images (CIFAR and the like), sized to finish on a laptop: a ViT teacher trained on the spot, and a student half as wide."""
+"""32 x 32 images (CIFAR and the like), sized to finish on a laptop: a ViT teacher trained on the
+spot, and a student half as wide.
+"""
 
 from dataclasses import replace
 
@@ -28,7 +30,9 @@ def small_images_alone() -> Recipe:
         student=StudentConfig(model="vit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
         objectives={"ce": CrossEntropy(smoothing=0.1)},
         data=DataConfig(workers=0, augment=AUGMENTS["small"]),
-        optim=OptimConfig(opt="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2.0, min_lr=1e-5, clip_grad=1.0),
+        optim=OptimConfig(
+            opt="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2.0, min_lr=1e-5, clip_grad=1.0
+        ),
         train=TrainConfig(epochs=30, batch_size=128, log_every=20),
     )
 
@@ -39,8 +43,12 @@ def small_images_teacher() -> Recipe:
     return replace(
         recipe,
         name="small_images_teacher",
-        description="ViT 192 wide, 6 deep, on 32 x 32 images: a teacher for the other small_images recipes",
-        student=StudentConfig(model="vit_tiny_patch16_224", drop_path=0.1, model_args=_vit(192, 6, 3)),
+        description=(
+            "ViT 192 wide, 6 deep, on 32 x 32 images: a teacher for the other small_images recipes"
+        ),
+        student=StudentConfig(
+            model="vit_tiny_patch16_224", drop_path=0.1, model_args=_vit(192, 6, 3)
+        ),
     )
 
 
@@ -49,9 +57,14 @@ def small_images_kd() -> Recipe:
     return replace(
         small_images_alone(),
         name="small_images_kd",
-        description="the small_images student by plain KD; --teacher-model takes the teacher run's folder",
+        description=(
+            "the small_images student by plain KD; --teacher-model takes the teacher run's folder"
+        ),
         teachers={"teacher": TeacherConfig()},
-        objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": SoftKD(weight=0.5, temperature=2.0)},
+        objectives={
+            "ce": CrossEntropy(weight=0.5, smoothing=0.1),
+            "kd": SoftKD(weight=0.5, temperature=2.0),
+        },
     )
 
 
@@ -60,7 +73,9 @@ def small_images_maskedkd() -> Recipe:
     return replace(
         small_images_kd(),
         name="small_images_maskedkd",
-        description="the small_images student by MaskedKD; --teacher-model takes the teacher run's folder",
+        description=(
+            "the small_images student by MaskedKD; --teacher-model takes the teacher run's folder"
+        ),
         selector=MaskedKD(keep_rate=0.5),
     )
 
@@ -70,17 +85,24 @@ def small_images_nkd() -> Recipe:
     return replace(
         small_images_kd(),
         name="small_images_nkd",
-        description="the small_images student by NKD; --teacher-model takes the teacher run's folder",
+        description=(
+            "the small_images student by NKD; --teacher-model takes the teacher run's folder"
+        ),
         objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD()},
     )
 
 
 def small_images_vitkd() -> Recipe:
-    """The same student by ViTKD, with weights on means: the published ones are meant for 196 patches."""
+    """The same student by ViTKD, with weights on means: the published ones are meant for 196
+    patches.
+    """
     return replace(
         small_images_kd(),
         name="small_images_vitkd",
-        description="the small_images student by ViTKD (features); --teacher-model takes the teacher run's folder",
+        description=(
+            "the small_images student by ViTKD (features); --teacher-model takes the teacher run's"
+            " folder"
+        ),
         objectives={"ce": CrossEntropy(smoothing=0.1), "vitkd": ViTKD(reduction="mean")},
     )
 
@@ -90,8 +112,15 @@ def small_images_vitkd_nkd() -> Recipe:
     return replace(
         small_images_kd(),
         name="small_images_vitkd_nkd",
-        description="the small_images student by ViTKD and NKD; --teacher-model takes the teacher run's folder",
-        objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD(), "vitkd": ViTKD(reduction="mean")},
+        description=(
+            "the small_images student by ViTKD and NKD; --teacher-model takes the teacher run's"
+            " folder"
+        ),
+        objectives={
+            "ce": CrossEntropy(smoothing=0.1),
+            "nkd": NKD(),
+            "vitkd": ViTKD(reduction="mean"),
+        },
     )
 
 
@@ -100,23 +129,38 @@ def small_images_masked_vitkd_nkd() -> Recipe:
     return replace(
         small_images_vitkd_nkd(),
         name="small_images_masked_vitkd_nkd",
-        description="the small_images student by ViTKD and NKD under MaskedKD; --teacher-model takes the teacher run's folder",
+        description=(
+            "the small_images student by ViTKD and NKD under MaskedKD; --teacher-model takes the"
+            " teacher run's folder"
+        ),
         selector=MaskedKD(keep_rate=0.5),
     )
 
 
 def small_images_mae() -> Recipe:
-    """The same student, pre-trained as a masked autoencoder; a teacher for small_images_dmae when it is made wider."""
+    """The same student, pre-trained as a masked autoencoder; a teacher for small_images_dmae when
+    it is made wider.
+    """
     recipe = small_images_alone()
     return replace(
         recipe,
         name="small_images_mae",
-        description="the small_images student pre-trained by MAE at 75 % masked: no labels, 30 epochs",
+        description=(
+            "the small_images student pre-trained by MAE at 75 % masked: no labels, 30 epochs"
+        ),
         student=replace(recipe.student, init="mae"),
-        objectives={"mae": PixelReconstruction(decoder_dim=64, decoder_depth=1, decoder_num_heads=4, norm_pix=True)},
+        objectives={
+            "mae": PixelReconstruction(
+                decoder_dim=64, decoder_depth=1, decoder_num_heads=4, norm_pix=True
+            )
+        },
         masking=RandomMasking(mask_rate=0.75),
-        data=DataConfig(workers=0, augment=replace(AUGMENTS["small"], crop="rrc", scale=(0.2, 1.0))),
-        optim=replace(recipe.optim, opt_args={"betas": [0.9, 0.95]}, min_lr=0.0, warmup_prefix=True),
+        data=DataConfig(
+            workers=0, augment=replace(AUGMENTS["small"], crop="rrc", scale=(0.2, 1.0))
+        ),
+        optim=replace(
+            recipe.optim, opt_args={"betas": [0.9, 0.95]}, min_lr=0.0, warmup_prefix=True
+        ),
         train=replace(recipe.train, eval_every=5),
     )
 
@@ -124,12 +168,17 @@ def small_images_mae() -> Recipe:
 def small_images_mae_finetuned() -> Stages:
     """MAE, then fine-tuning: what DMAE is compared with."""
     fine = replace(small_images_alone(), name="finetune", description="")
-    fine = replace(fine, student=StudentConfig(model="stage:pretrain", model_args={"global_pool": "avg"}))
+    fine = replace(
+        fine, student=StudentConfig(model="stage:pretrain", model_args={"global_pool": "avg"})
+    )
     fine = replace(fine, optim=replace(fine.optim, layer_decay=0.75))
     return Stages(
         name="small_images_mae_finetuned",
         description="the small_images student pre-trained by MAE, then fine-tuned, 30 epochs each",
-        stages={"pretrain": replace(small_images_mae(), name="pretrain", description=""), "finetune": fine},
+        stages={
+            "pretrain": replace(small_images_mae(), name="pretrain", description=""),
+            "finetune": fine,
+        },
     )
 
 
@@ -137,25 +186,40 @@ def small_images_dmae() -> Stages:
     """DMAE, then fine-tuning; give the run folder of an MAE teacher with ``--teacher-model``."""
     plain = small_images_mae_finetuned()
     pretrain = plain.stages["pretrain"]
-    taught = replace(pretrain, teachers={"teacher": TeacherConfig()}, objectives={**pretrain.objectives, "dmae": DMAE()})
+    taught = replace(
+        pretrain,
+        teachers={"teacher": TeacherConfig()},
+        objectives={**pretrain.objectives, "dmae": DMAE()},
+    )
     return replace(
         plain,
         name="small_images_dmae",
-        description="the same by DMAE; --teacher-model takes the run folder of a wider small_images_mae",
+        description=(
+            "the same by DMAE; --teacher-model takes the run folder of a wider small_images_mae"
+        ),
         stages={**plain.stages, "pretrain": taught},
     )
 
 
 def small_images_conv_teacher() -> Recipe:
-    """A convolutional teacher: a narrow ResNet of 1.2 M parameters that sees 64 x 64 pixels, half the compute of the student."""
+    """A convolutional teacher: a narrow ResNet of 1.2 M parameters that sees 64 x 64 pixels, half
+    the compute of the student.
+    """
     return replace(
         small_images_alone(),
         name="small_images_conv_teacher",
-        description="a narrow ResNet at 64 x 64, 30 epochs: the convolutional teacher of small_images_libkd",
+        description=(
+            "a narrow ResNet at 64 x 64, 30 epochs: the convolutional teacher of small_images_libkd"
+        ),
         student=StudentConfig(
             model="resnet18",
             image_size=64,
-            model_args={"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_type": "deep", "stem_width": 16},
+            model_args={
+                "layers": [1, 1, 1, 1],
+                "channels": [32, 64, 128, 256],
+                "stem_type": "deep",
+                "stem_width": 16,
+            },
         ),
     )
 
@@ -165,7 +229,9 @@ def small_images_inv_teacher() -> Recipe:
     return replace(
         small_images_alone(),
         name="small_images_inv_teacher",
-        description="a narrow RedNet at 64 x 64, 30 epochs: the involutional teacher of small_images_libkd",
+        description=(
+            "a narrow RedNet at 64 x 64, 30 epochs: the involutional teacher of small_images_libkd"
+        ),
         student=StudentConfig(
             model="rednet26",
             image_size=64,
@@ -180,11 +246,18 @@ def small_images_libkd() -> Recipe:
     return replace(
         recipe,
         name="small_images_libkd",
-        description="the small_images student with a token for each of two teachers: --set teachers.conv.model=RUN teachers.inv.model=RUN",
+        description=(
+            "the small_images student with a token for each of two teachers: --set"
+            " teachers.conv.model=RUN teachers.inv.model=RUN"
+        ),
         student=replace(
             recipe.student,
             model="advised_vit",
-            model_args={"base": "vit_tiny_patch16_224", "teachers": ["conv", "inv"], **_vit(96, 6, 3)},
+            model_args={
+                "base": "vit_tiny_patch16_224",
+                "teachers": ["conv", "inv"],
+                **_vit(96, 6, 3),
+            },
         ),
         teachers={"conv": TeacherConfig(), "inv": TeacherConfig()},
         objectives=losses(),
@@ -197,6 +270,9 @@ def small_images_cit() -> Recipe:
     return replace(
         recipe,
         name="small_images_cit",
-        description="small_images_libkd with Co-advise's convolutional and involutional stems in the place of the patch embedding",
+        description=(
+            "small_images_libkd with Co-advise's convolutional and involutional stems in the place"
+            " of the patch embedding"
+        ),
         student=StudentConfig(model="cit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
     )

@@ -1,10 +1,13 @@
-"""The teacher-student pairs of the ViTKD and NKD papers (arXiv 2209.02432, 2303.13005), ImageNet-1k at 224, 300 epochs.
+"""The teacher-student pairs of the ViTKD and NKD papers (arXiv 2209.02432, 2303.13005), ImageNet-1k
+at 224, 300 epochs.
 
-Source: the DeiT distiller configurations of yzd-v/cls_KD@ad4876f, branch master, which produced the papers' numbers (branch 1.0 loses
-Mixup and CutMix). Every objective has weight 1. Against DeiT's own recipe: no repeated augmentation, 20 epochs of warm-up, gradients
-clipped at 5, drop path only for the base student, whose weights are averaged (EMA of momentum 4e-5). The teachers are DeiT III
-pre-trained on ImageNet-21k, as in the papers; the accuracies named are theirs. Mixup and CutMix draw their ratio for every pair of
-images, as everywhere here, where theirs draws one for the whole batch.
+Source: the DeiT distiller configurations of yzd-v/cls_KD@ad4876f, branch master, which produced the
+papers' numbers (branch 1.0 loses Mixup and CutMix). Every objective has weight 1. Against DeiT's
+own recipe: no repeated augmentation, 20 epochs of warm-up, gradients clipped at 5, drop path only
+for the base student, whose weights are averaged (EMA of momentum 4e-5). The teachers are DeiT III
+pre-trained on ImageNet-21k, as in the papers; the accuracies named are theirs. Mixup and CutMix
+draw their ratio for every pair of images, as everywhere here, where theirs draws one for the whole
+batch.
 """
 
 from dataclasses import replace
@@ -28,9 +31,15 @@ def _pair(size: str, method: str, teacher: str, top1: str) -> Recipe:
     losses = method.replace("_", " + ").replace("vitkd", "ViTKD").replace("nkd", "NKD")
     return Recipe(
         name=f"deit_{size}_{method}",
-        description=f"{losses}: DeiT-{size[0].upper()} from DeiT III-{teacher[0].upper()} (21k); {top1}",
+        description=(
+            f"{losses}: DeiT-{size[0].upper()} from DeiT III-{teacher[0].upper()} (21k); {top1}"
+        ),
         student=StudentConfig(model=f"deit_{size}_patch16_224", drop_path=0.1 if base else 0.0),
-        teachers={"teacher": TeacherConfig(model=f"deit3_{teacher}_patch16_224.fb_in22k_ft_in1k", pretrained=True)},
+        teachers={
+            "teacher": TeacherConfig(
+                model=f"deit3_{teacher}_patch16_224.fb_in22k_ft_in1k", pretrained=True
+            )
+        },
         objectives={"ce": CrossEntropy(smoothing=0.1), **_OBJECTIVES[method]},
         data=DataConfig(workers=8, augment=replace(AUGMENTS["deit"], repeated_aug=1)),
         optim=OptimConfig(

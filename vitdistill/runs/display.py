@@ -36,12 +36,18 @@ class Display:
         enabled: False on processes that do not talk.
     """
 
-    def __init__(self, console: Console, total_steps: int, steps_per_epoch: int, enabled: bool = True) -> None:
+    def __init__(
+        self, console: Console, total_steps: int, steps_per_epoch: int, enabled: bool = True
+    ) -> None:
         self.console = console
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.enabled = enabled
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if enabled and console.is_terminal else None
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True)
+            if enabled and console.is_terminal
+            else None
+        )
         self._scores: dict[str, float] = {}
         self._panel: Group | None = None
 
@@ -51,7 +57,12 @@ class Display:
             self.working("training; the first losses come with the first log line")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -61,7 +72,9 @@ class Display:
             self.console.print(escape(text), highlight=False, soft_wrap=True)
 
     def step(self, step: int, losses: Mapping[str, float], lr: float, speed: "Speed") -> None:
-        """Show the training state after ``step`` steps; ``losses`` are means since the last call."""
+        """Show the training state after ``step`` steps; ``losses`` are means since the last
+        call.
+        """
         if not self.enabled:
             return
         epoch = step / self.steps_per_epoch
@@ -70,16 +83,30 @@ class Display:
         waiting = f"{speed.wait_share:.0%} waiting for data"
         if self._live is None:
             terms = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            self.say(f"step {step}/{self.total_steps}  epoch {epoch:.2f}  {terms}  lr {lr:.2e}  {rate}  {waiting}  {left}")
+            self.say(
+                f"step {step}/{self.total_steps}  epoch {epoch:.2f}  {terms}  lr {lr:.2e}  {rate} "
+                f" {waiting}  {left}"
+            )
             return
         grid = Table.grid(padding=(0, 2))
-        grid.add_row("step", f"{step} of {self.total_steps}, epoch {epoch:.2f} of {self.total_steps / self.steps_per_epoch:.0f}")
-        grid.add_row("losses", "   ".join(f"{name} [bold]{value:.4f}[/]" for name, value in losses.items()))
+        grid.add_row(
+            "step",
+            f"{step} of {self.total_steps}, epoch {epoch:.2f} of"
+            f" {self.total_steps / self.steps_per_epoch:.0f}",
+        )
+        grid.add_row(
+            "losses", "   ".join(f"{name} [bold]{value:.4f}[/]" for name, value in losses.items())
+        )
         grid.add_row("learning rate", f"{lr:.2e}")
         grid.add_row("speed", f"{rate}, {waiting}")
         grid.add_row("left", duration(speed.seconds_left(self.total_steps - step)))
         if self._scores:
-            grid.add_row("validation", "   ".join(f"{name} [bold]{_score(name, value)}[/]" for name, value in self._scores.items()))
+            grid.add_row(
+                "validation",
+                "   ".join(
+                    f"{name} [bold]{_score(name, value)}[/]" for name, value in self._scores.items()
+                ),
+            )
         bar = ProgressBar(total=self.total_steps, completed=step, width=60)
         self._panel = Group(bar, Text(), grid)
         self._live.update(self._panel)
@@ -88,10 +115,15 @@ class Display:
         """Show the result of an evaluation after ``step`` steps."""
         self._scores = {name: value for name, value in scores.items() if name in SHOWN}
         text = "  ".join(f"{name} {_score(name, value)}" for name, value in self._scores.items())
-        self.say(f"epoch {step / self.steps_per_epoch:g}  validation  {text}{'  (best so far)' if best else ''}")
+        self.say(
+            f"epoch {step / self.steps_per_epoch:g}  validation "
+            f" {text}{'  (best so far)' if best else ''}"
+        )
 
     def working(self, text: str) -> None:
-        """What is being done while no steps are taken (evaluation, saving), under the panel; nothing: steps are taken again."""
+        """What is being done while no steps are taken (evaluation, saving), under the panel;
+        nothing: steps are taken again.
+        """
         if self._live is not None:
             shown = [self._panel] if self._panel is not None else []
             self._live.update(Group(*shown, *([Text(text, style="dim")] if text else [])))
@@ -102,7 +134,9 @@ def _score(name: str, value: float) -> str:
 
 
 class Speed:
-    """Throughput since the last log line, and an estimate of the time left from the whole session's."""
+    """Throughput since the last log line, and an estimate of the time left from the whole
+    session's.
+    """
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size

@@ -1,9 +1,10 @@
 """A run's folder: who may write it, its recipe, logs, weights and environment.
 
-``recipe.yaml`` (runnable again), ``metrics.jsonl`` (what the run computed: equal after a resume), ``timing.jsonl`` (how fast it went),
-``environment.json`` (by the step from which it held), ``weights.json`` (sha256 of the weights files it began from), ``checkpoints/``
-(training state), ``last/`` and ``best/`` (the student, for timm), ``pictures.png``, ``tensorboard/``, ``summary.json`` (there when the run
-is finished).
+``recipe.yaml`` (runnable again), ``metrics.jsonl`` (what the run computed: equal after a resume),
+``timing.jsonl`` (how fast it went), ``environment.json`` (by the step from which it held),
+``weights.json`` (sha256 of the weights files it began from), ``checkpoints/`` (training state),
+``last/`` and ``best/`` (the student, for timm), ``pictures.png``, ``tensorboard/``,
+``summary.json`` (there when the run is finished).
 """
 
 import json
@@ -22,7 +23,14 @@ import torch
 
 from .. import __version__
 from ..errors import ConfigError, PermissionDenied, UserError
-from ..recipes.config import Recipe, differences, dump_recipe, load_recipe, replace_fields, weights_files
+from ..recipes.config import (
+    Recipe,
+    differences,
+    dump_recipe,
+    load_recipe,
+    replace_fields,
+    weights_files,
+)
 from ..storage import durable, processes
 from ..weights import export
 
@@ -42,7 +50,8 @@ def check_folder(path: Path, recipe: Recipe) -> bool:
     """Whether ``path`` holds this run already; writes nothing.
 
     Raises:
-        ConfigError: it holds something else, or a run of another recipe (the differing fields are named).
+        ConfigError: it holds something else, or a run of another recipe (the differing fields are
+            named).
         PermissionDenied: it cannot be written.
         DiskError: it cannot be the name of a folder.
     """
@@ -55,21 +64,33 @@ def _check_folder(path: Path, recipe: Recipe) -> bool:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise ConfigError(f"the output {path} needs a folder where the file {parent} is: name another with --output")
+        raise ConfigError(
+            f"the output {path} needs a folder where the file {parent} is: name another with"
+            " --output"
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionDenied(f"the output {path} cannot be written: no permission in {parent}")
-    # What a process killed while it began a run leaves behind is no run, and nobody's either; nor are a system's own files (.DS_Store).
-    found = sorted(name for name in os.listdir(path) if name != CLAIM and not name.startswith(".")) if path.exists() else []
+    # What a process killed while it began a run leaves behind is no run, and nobody's either; nor
+    # are a system's own files (.DS_Store).
+    found = (
+        sorted(name for name in os.listdir(path) if name != CLAIM and not name.startswith("."))
+        if path.exists()
+        else []
+    )
     if not found:
         return False
     if not (path / RECIPE).is_file():
-        raise ConfigError(f"the output {path} is not empty ({found[0]} is in it) and holds no run: name another folder with --output")
+        raise ConfigError(
+            f"the output {path} is not empty ({found[0]} is in it) and holds no run: name another"
+            " folder with --output"
+        )
     lines = changes(path, recipe, load_recipe(path / RECIPE))
     if lines:
         more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ConfigError(
-            f"the output {path} holds a run of another recipe ({'; '.join(lines[:3])}{more}): name another folder with --output, "
-            f"or resume that run with 'vitdistill train {path / RECIPE} --output {path}'"
+            f"the output {path} holds a run of another recipe ({'; '.join(lines[:3])}{more}): name"
+            " another folder with --output, or resume that run with 'vitdistill train"
+            f" {path / RECIPE} --output {path}'"
         )
     return True
 
@@ -84,14 +105,22 @@ def changes(path: Path, recipe: Recipe, saved: Recipe) -> list[str]:
     if not moved:
         return lines
     known = _read_weights(path)
-    same = {field: here[field] for field in moved if known.get(field) and _sha256(here[field]) == known[field]}
+    same = {
+        field: here[field]
+        for field in moved
+        if known.get(field) and _sha256(here[field]) == known[field]
+    }
     return differences(recipe, replace_fields(saved, same)) if same else lines
 
 
 def _read_weights(path: Path) -> dict[str, str]:
     try:
         return dict(json.loads((path / WEIGHTS).read_bytes()))
-    except (OSError, ValueError, TypeError):  # not there, or not whole: then another path is another file
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # not there, or not whole: then another path is another file
         return {}
 
 
@@ -100,7 +129,9 @@ def _sha256(file: str) -> str | None:
 
 
 def saved_recipe(path: Path) -> Recipe | None:
-    """The recipe of the run in this folder; None where there is none, or none that this version reads."""
+    """The recipe of the run in this folder; None where there is none, or none that this version
+    reads.
+    """
     try:
         return load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
     except UserError:
@@ -141,7 +172,13 @@ class RunFolder:
 
     def _claim(self) -> bytes:
         path = self.path / CLAIM
-        mine = json.dumps({**processes.this_process(), "device": self.path.stat().st_dev, "token": secrets.token_hex(8)}).encode()
+        mine = json.dumps(
+            {
+                **processes.this_process(),
+                "device": self.path.stat().st_dev,
+                "token": secrets.token_hex(8),
+            }
+        ).encode()
         with durable.alone_in(self.path):
             if path.exists():
                 self._refuse_if_alive(path)
@@ -149,7 +186,10 @@ class RunFolder:
             try:
                 durable.write_atomic(path, mine, replace=False)
             except FileExistsError:  # where locks do not work, the first still wins
-                raise ConfigError(f"{self.path} was claimed by another process just now: name another folder with --output") from None
+                raise ConfigError(
+                    f"{self.path} was claimed by another process just now: name another folder with"
+                    " --output"
+                ) from None
             self._lock = durable.try_lock(path)
         return mine
 
@@ -158,7 +198,10 @@ class RunFolder:
             owner = dict(json.loads(path.read_bytes()))
             host, pid, dead = str(owner["host"]), int(owner["pid"]), processes.is_dead(owner)
         except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is not a claim this program wrote: delete it if no other run writes {self.path}") from None
+            raise ConfigError(
+                f"{path} is not a claim this program wrote: delete it if no other run writes"
+                f" {self.path}"
+            ) from None
         if dead or self._is_let_go(path, owner):
             return
         where = ""
@@ -167,12 +210,14 @@ class RunFolder:
         elif owner.get("space", processes.space()) != processes.space():
             where = " of another container"
         raise ConfigError(
-            f"{self.path} is in use by process {pid}{where}: wait for it, name another folder with --output, or delete {path} if that run "
-            "is dead"
+            f"{self.path} is in use by process {pid}{where}: wait for it, name another folder with"
+            f" --output, or delete {path} if that run is dead"
         )
 
     def _is_let_go(self, path: Path, owner: Mapping[str, Any]) -> bool:
-        """Whether the owner was in another container of this machine and is gone: it locked the claim, on the same disk."""
+        """Whether the owner was in another container of this machine and is gone: it locked the
+        claim, on the same disk.
+        """
         space, here = str(owner.get("space", "")), processes.space()
         same_machine = space != here and space.partition(" ")[0] == here.partition(" ")[0] != ""
         if not same_machine or owner.get("device") != self.path.stat().st_dev:
@@ -184,7 +229,9 @@ class RunFolder:
         return True
 
     def _clear_leftovers(self) -> None:
-        """What an earlier process was killed over: unfinished files, and an old export whose replacement is in place."""
+        """What an earlier process was killed over: unfinished files, and an old export whose
+        replacement is in place.
+        """
         durable.remove_stale_temporaries(self.path, export.FILES, alone=True)
         for old in self.path.glob(".replaced-*-*"):
             new = self.path / old.name.split("-")[1]
@@ -214,19 +261,30 @@ class RunFolder:
         return {name: log.sync() for name, log in self._logs.items()}
 
     def record_environment(self, step: int, processes: int) -> list[str]:
-        """Note what the run runs on from ``step`` on; returns what is not as before and can change the last bits, for the user."""
+        """Note what the run runs on from ``step`` on; returns what is not as before and can change
+        the last bits, for the user.
+        """
         path, now = self.path / ENVIRONMENT, {**environment(), "processes": processes}
         known = dict(json.loads(path.read_bytes())) if path.is_file() else {}
         before = known[max(known, key=int)] if known else now
         if now != before or not known:
             kept = {begun: found for begun, found in known.items() if int(begun) < step}
             durable.write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
-        return [f"{key} {before.get(key)} before, {now[key]} now" for key in _DECISIVE if now[key] != before.get(key)]
+        return [
+            f"{key} {before.get(key)} before, {now[key]} now"
+            for key in _DECISIVE
+            if now[key] != before.get(key)
+        ]
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             for log in self._logs.values():
                 log.close()
@@ -234,8 +292,19 @@ class RunFolder:
             self._release()
 
 
-# Other values of these leave samples and views as they are, and may change numbers in their last bits (processes: dropout's draws too).
-_DECISIVE = ("vitdistill", "torch", "torchvision", "timm", "pillow", "processor", "gpus", "threads", "processes")
+# Other values of these leave samples and views as they are, and may change numbers in their last
+# bits (processes: dropout's draws too).
+_DECISIVE = (
+    "vitdistill",
+    "torch",
+    "torchvision",
+    "timm",
+    "pillow",
+    "processor",
+    "gpus",
+    "threads",
+    "processes",
+)
 
 
 def environment() -> dict[str, Any]:

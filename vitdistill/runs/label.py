@@ -38,7 +38,9 @@ from .prepare import Job, identity_of_views, prepare, weights_digest
 from .train import StopRequest
 
 DENSE_CLASSES = 256
-"""Up to so many classes ``auto`` stores all logits; above, the ten largest and the mass of the others."""
+"""Up to so many classes ``auto`` stores all logits; above, the ten largest and the mass of the
+others.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,10 @@ class LabelOptions:
     """How answers are stored.
 
     Args:
-        encoding: of the logits. ``float32``: exact; ``float16`` and ``uint8``: of all classes; ``topk``: the k largest and the mass of
-            the others; ``sampled``: k unbiased draws; ``auto``: float16 up to 256 classes and wherever an objective needs all of them, else
+        encoding: of the logits. ``float32``: exact; ``float16`` and ``uint8``: of all classes;
+            ``topk``: the k largest and the mass of the others; ``sampled``: k unbiased draws;
+                ``auto``: float16 up to 256 classes and wherever an objective needs all of them,
+                    else
             topk.
         k: classes, or draws, of topk and sampled; None: 10.
         temperatures: at which topk and sampled are right; empty: those of the recipe's objectives.
@@ -65,14 +69,21 @@ class LabelOptions:
         if self.part_size < 1:
             raise ConfigError(f"part_size is {self.part_size}: give at least 1 sample a part")
         if self.k is not None and self.encoding not in ("topk", "sampled"):
-            raise ConfigError(f"k cannot take effect with the encoding {self.encoding}: choose topk or sampled")
+            raise ConfigError(
+                f"k cannot take effect with the encoding {self.encoding}: choose topk or sampled"
+            )
         if self.temperatures and self.encoding not in ("topk", "sampled"):
-            raise ConfigError(f"temperatures cannot take effect with the encoding {self.encoding}: choose topk or sampled")
+            raise ConfigError(
+                f"temperatures cannot take effect with the encoding {self.encoding}: choose topk or"
+                " sampled"
+            )
 
 
 @dataclass
 class Labelled:
-    """What labelling a recipe came to: its teachers' stores by name, and the parts this process wrote."""
+    """What labelling a recipe came to: its teachers' stores by name, and the parts this process
+    wrote.
+    """
 
     stores: dict[str, LabelStore] = field(default_factory=dict)
     parts: int = 0
@@ -81,7 +92,11 @@ class Labelled:
 def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> LogitEncoding:
     """How this teacher's logits are stored."""
     name, num_classes = teacher.name, teacher.num_classes
-    readers = [o for o in recipe.objectives.values() if isinstance(o, TeacherObjective) and o.teacher == name]
+    readers = [
+        o
+        for o in recipe.objectives.values()
+        if isinstance(o, TeacherObjective) and o.teacher == name
+    ]
     wanted = [o.teacher_temperatures for o in readers if o.teacher_needs(teacher).logits]
     kind = options.encoding
     if kind == "auto":
@@ -89,8 +104,17 @@ def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> L
         kind = "topk" if num_classes > DENSE_CLASSES and all_at_one else "float16"
     if kind not in ("topk", "sampled"):
         return LogitEncoding(kind=kind, num_classes=num_classes)
-    temperatures = options.temperatures or tuple(sorted({t for found in wanted if found is not None for t in found})) or (1.0,)
-    return LogitEncoding(kind=kind, num_classes=num_classes, k=10 if options.k is None else options.k, temperatures=temperatures)
+    temperatures = (
+        options.temperatures
+        or tuple(sorted({t for found in wanted if found is not None for t in found}))
+        or (1.0,)
+    )
+    return LogitEncoding(
+        kind=kind,
+        num_classes=num_classes,
+        k=10 if options.k is None else options.k,
+        temperatures=temperatures,
+    )
 
 
 def label(
@@ -101,10 +125,11 @@ def label(
     device: str = "auto",
     say: Callable[[str], None] = lambda text: None,
 ) -> Labelled:
-    """Write the labels of every teacher of the recipe into ``output/NAME``, or go on with those that are there.
+    """Write the labels of every teacher of the recipe into ``output/NAME``, or go on with those
+    that are there.
 
-    Every view that the recipe's student will see is labelled: ``data.views`` of each image, or one an epoch. Any number of processes, under
-    torchrun or not, may run this at the same time.
+    Every view that the recipe's student will see is labelled: ``data.views`` of each image, or one
+    an epoch. Any number of processes, under torchrun or not, may run this at the same time.
 
     Raises:
         UserError: one sentence, before anything is written for everything that can be known before.
@@ -114,18 +139,32 @@ def label(
         with here.together():
             recipe = _without_labels(recipe)
             _refuse_foreign(Path(output))
-        job = prepare(for_teachers(recipe, here.size), here, say if here.is_main else lambda text: None)
+        job = prepare(
+            for_teachers(recipe, here.size), here, say if here.is_main else lambda text: None
+        )
         job.recipe = recipe
         with here.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
             work = _Work(job, options)
             stores = work.stores(Path(output), say if here.is_main else lambda text: None)
-        return Labelled(stores, _write(here, work, stores, Path(output), _Progress(work, say) if here.is_main else None))
+        return Labelled(
+            stores,
+            _write(
+                here, work, stores, Path(output), _Progress(work, say) if here.is_main else None
+            ),
+        )
 
 
-def _write(here: World, work: "_Work", stores: dict[str, LabelStore], output: Path, progress: "_Progress | None") -> int:
+def _write(
+    here: World,
+    work: "_Work",
+    stores: dict[str, LabelStore],
+    output: Path,
+    progress: "_Progress | None",
+) -> int:
     """Write what is missing, and return how many parts this process sealed.
 
-    When one process fails or is asked to stop, all of torchrun's stop: between meetings the others see the note that it leaves.
+    When one process fails or is asked to stop, all of torchrun's stop: between meetings the others
+    see the note that it leaves.
 
     Raises:
         UserError: of the first process that failed, on every one.
@@ -140,13 +179,19 @@ def _write(here: World, work: "_Work", stores: dict[str, LabelStore], output: Pa
 
             done = False
             try:
-                parts = write_missing([*stores.values()], lambda unit: work.make(unit, stopped), stop=stopped, progress=progress)
+                parts = write_missing(
+                    [*stores.values()],
+                    lambda unit: work.make(unit, stopped),
+                    stop=stopped,
+                    progress=progress,
+                )
                 done = not stop.name
             except DataError as error:
                 if error.image is None:
                     raise
                 raise DataError(
-                    f"{str(error).rstrip('.')}, with another --output: {output} has labels of the images as they were"
+                    f"{str(error).rstrip('.')}, with another --output: {output} has labels of the"
+                    " images as they were"
                 ) from error
             finally:
                 if here.size > 1 and not done:
@@ -158,38 +203,70 @@ def _write(here: World, work: "_Work", stores: dict[str, LabelStore], output: Pa
             with suppress(OSError):
                 note.unlink(missing_ok=True)
     if name:
-        raise agreed(Preempted(f"stopped by {name}; what is written in {output} stays, and the same command goes on from there"))
+        raise agreed(
+            Preempted(
+                f"stopped by {name}; what is written in {output} stays, and the same command goes"
+                " on from there"
+            )
+        )
     return parts
 
 
 def for_teachers(recipe: Recipe, processes: int = 1) -> Recipe:
-    """The recipe as labelling needs it: of the student only its input, and batches of training that divide among any processes."""
+    """The recipe as labelling needs it: of the student only its input, and batches of training that
+    divide among any processes.
+    """
     student = replace(recipe.student, checkpoint=None, pretrained=False)
-    return replace(recipe, student=student, train=replace(recipe.train, batch_size=2 * processes, accumulate=1))
+    return replace(
+        recipe, student=student, train=replace(recipe.train, batch_size=2 * processes, accumulate=1)
+    )
 
 
 def _refuse_foreign(output: Path) -> None:
     """Raise `ConfigError` for a folder that holds something, and no labels."""
     with durable.disk_errors(output):
-        found = sorted(path.name for path in output.iterdir() if path.name[0] != ".") if output.is_dir() else []
+        found = (
+            sorted(path.name for path in output.iterdir() if path.name[0] != ".")
+            if output.is_dir()
+            else []
+        )
     if found and not any((output / name / durable.MANIFEST).is_file() for name in found):
-        raise ConfigError(f"the output {output} is not empty ({found[0]} is in it) and holds no labels: name another folder")
+        raise ConfigError(
+            f"the output {output} is not empty ({found[0]} is in it) and holds no labels: name"
+            " another folder"
+        )
 
 
 def _without_labels(recipe: Recipe) -> Recipe:
-    """The recipe as its teachers are to run it; raises `ConfigError` for one without any, or whose answers depend on more than a view."""
+    """The recipe as its teachers are to run it; raises `ConfigError` for one without any, or whose
+    answers depend on more than a view.
+    """
     if not recipe.teachers:
-        raise ConfigError("the recipe has no teacher to label with: take one that has, or add one (--with kd --teacher-model ...)")
+        raise ConfigError(
+            "the recipe has no teacher to label with: take one that has, or add one (--with kd"
+            " --teacher-model ...)"
+        )
     if recipe.selector is not None:
         raise ConfigError(
-            f"{type(recipe.selector).__name__} chooses a teacher's patches anew in every step, so its answers cannot be stored: leave it "
-            "out (--without selector)"
+            f"{type(recipe.selector).__name__} chooses a teacher's patches anew in every step, so"
+            " its answers cannot be stored: leave it out (--without selector)"
         )
     if recipe.masking is not None:
-        raise ConfigError(f"labels are answers to whole images, and {type(recipe.masking).__name__} hides patches: take a recipe without")
+        raise ConfigError(
+            f"labels are answers to whole images, and {type(recipe.masking).__name__} hides"
+            " patches: take a recipe without"
+        )
     if recipe.data.augment.repeated_aug > 1:
-        raise ConfigError("labels are of one view an image and epoch, and repeated_aug shows several of some: set --repeated-aug 1")
-    return replace(recipe, teachers={name: replace(t, labels=None, missing="error") for name, t in recipe.teachers.items()})
+        raise ConfigError(
+            "labels are of one view an image and epoch, and repeated_aug shows several of some: set"
+            " --repeated-aug 1"
+        )
+    return replace(
+        recipe,
+        teachers={
+            name: replace(t, labels=None, missing="error") for name, t in recipe.teachers.items()
+        },
+    )
 
 
 class _Work:
@@ -204,7 +281,8 @@ class _Work:
         for name, needs in job.plan.live.items():
             if needs.attention or needs.qkv:
                 raise ConfigError(
-                    f"the recipe reads attention of the {name}, which is too large to be stored: leave out the objective that does"
+                    f"the recipe reads attention of the {name}, which is too large to be stored:"
+                    " leave out the objective that does"
                 )
         count = min(2 * self.batch_size, len(job.train_loader.source))
         timed = begun = time.perf_counter()
@@ -221,30 +299,57 @@ class _Work:
     def _layout(self, name: str, output: ViTOutput) -> Layout:
         needs = self.job.plan.live[name]
         if self.options.hidden_dtype is not None and not (needs.hidden or needs.features):
-            raise ConfigError(f"hidden_dtype cannot take effect: the recipe reads no hidden states of the {name}, only logits")
-        shapes = {block: (hidden.shape[1], hidden.shape[2]) for block, hidden in sorted(output.hidden.items())}
+            raise ConfigError(
+                f"hidden_dtype cannot take effect: the recipe reads no hidden states of the {name},"
+                " only logits"
+            )
+        shapes = {
+            block: (hidden.shape[1], hidden.shape[2])
+            for block, hidden in sorted(output.hidden.items())
+        }
         return Layout(
-            logits=None if output.logits is None else logit_encoding(self.job.recipe, self.job.plan.teachers[name], self.options),
+            logits=(
+                None
+                if output.logits is None
+                else logit_encoding(self.job.recipe, self.job.plan.teachers[name], self.options)
+            ),
             hidden=tuple((block, *shape) for block, shape in shapes.items()),
-            features=None if output.features is None else (output.features.shape[1], output.features.shape[2]),
+            features=(
+                None
+                if output.features is None
+                else (output.features.shape[1], output.features.shape[2])
+            ),
             hidden_dtype=self.options.hidden_dtype or "float16",
         )
 
     def stores(self, output: Path, say: Callable[[str], None]) -> dict[str, LabelStore]:
         """The teachers' stores, made if they are not there; says what is to be written."""
         manifests = {name: self._manifest(name) for name in self.layouts}
-        there = {name: LabelStore.open(output / name) for name in manifests if (output / name / durable.MANIFEST).is_file()}
+        there = {
+            name: LabelStore.open(output / name)
+            for name in manifests
+            if (output / name / durable.MANIFEST).is_file()
+        }
         images = len(self.job.train_loader.source)
-        left = {name: images * self.num_views - (there[name].status().records if name in there else 0) for name in manifests}
-        size = sum(max(left[name], 0) * manifest.layout.record_bytes for name, manifest in manifests.items())
+        left = {
+            name: images * self.num_views - (there[name].status().records if name in there else 0)
+            for name in manifests
+        }
+        size = sum(
+            max(left[name], 0) * manifest.layout.record_bytes
+            for name, manifest in manifests.items()
+        )
         if size:
             durable.require_free(output, size + 1_000_000)
-        stores = {name: LabelStore.create(output / name, manifest) for name, manifest in manifests.items()}
+        stores = {
+            name: LabelStore.create(output / name, manifest) for name, manifest in manifests.items()
+        }
         for name, store in stores.items():
             say(f"{name}: {describe(store.layout)}, {store.layout.record_bytes} bytes a record")
         say(
-            f"{images:,} images x {self.num_views} views: {durable.bytes_shown(size)} to write in {output}, about "
-            f"{duration(max(left.values()) / self.images_per_second)} of one process at {self.images_per_second:,.0f} images/s"
+            f"{images:,} images x {self.num_views} views: {durable.bytes_shown(size)} to write in"
+            f" {output}, about {duration(max(left.values()) / self.images_per_second)} of one"
+            f" process at {self.images_per_second:,.0f} images/s"
         )
         return stores
 
@@ -252,14 +357,30 @@ class _Work:
         """What the labels of this teacher belong to."""
         job, teacher = self.job, self.job.teachers[name]
         precision = str(teacher.dtype or job.amp_dtype or torch.float32).removeprefix("torch.")
-        if precision == "float32" and job.world.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        if (
+            precision == "float32"
+            and job.world.device.type == "cuda"
+            and torch.backends.cuda.matmul.allow_tf32
+        ):
             precision = "tf32"
-        views = identity_of_views(job.train_loader.source, job.classes, job.student_spec, job.recipe, job.train_loader)
+        views = identity_of_views(
+            job.train_loader.source, job.classes, job.student_spec, job.recipe, job.train_loader
+        )
         config = job.recipe.teachers[name]
         architecture, args = weights.describe(resolve_run(config.model), config.model_args)
         classes = None if teacher.class_index is None else teacher.class_index.tolist()
-        made = {"teacher.architecture": architecture.partition(".")[0], "teacher.model_args": args, "teacher.classes_taken": classes}
-        return views | made | teacher_identity(weights_digest(teacher.model), teacher.spec, precision, self.batch_size)
+        made = {
+            "teacher.architecture": architecture.partition(".")[0],
+            "teacher.model_args": args,
+            "teacher.classes_taken": classes,
+        }
+        return (
+            views
+            | made
+            | teacher_identity(
+                weights_digest(teacher.model), teacher.spec, precision, self.batch_size
+            )
+        )
 
     def _manifest(self, name: str) -> Manifest:
         job = self.job
@@ -273,23 +394,40 @@ class _Work:
             about={
                 "teacher": name,
                 "versions": versions(),
-                "network": network_to_json(replace(self.networks[name], flops=forward_flops(teacher.model, teacher.spec.image_size))),
+                "network": network_to_json(
+                    replace(
+                        self.networks[name],
+                        flops=forward_flops(teacher.model, teacher.spec.image_size),
+                    )
+                ),
                 "recipe": to_dict(recipe),
                 "classes": list(job.classes),
                 "command": shlex.join(["vitdistill", *sys.argv[1:]]),
             },
         )
 
-    def answers(self, view: int, first: int, last: int) -> Iterator[tuple[Labelling, dict[str, ViTOutput]]]:
+    def answers(
+        self, view: int, first: int, last: int
+    ) -> Iterator[tuple[Labelling, dict[str, ViTOutput]]]:
         """Batches of these samples in this view, and what every teacher says of them."""
         job = self.job
         for batch in job.train_loader.labelling(view, first, last, self.batch_size):
-            with torch.autocast(job.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None):
-                yield batch, {name: teacher(batch.images, job.plan.live[name]) for name, teacher in job.teachers.items()}
+            with torch.autocast(
+                job.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None
+            ):
+                yield (
+                    batch,
+                    {
+                        name: teacher(batch.images, job.plan.live[name])
+                        for name, teacher in job.teachers.items()
+                    },
+                )
 
     def make(self, unit: Unit, stop: Callable[[], bool]) -> list[npt.NDArray[Any]] | None:
         """The records of a part for each of its stores; None when asked to stop."""
-        names = [next(name for name in self.layouts if store.path.name == name) for store in unit.stores]
+        names = [
+            next(name for name in self.layouts if store.path.name == name) for store in unit.stores
+        ]
         made: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
         for batch, answers in self.answers(unit.view, unit.lo, unit.hi):
             if stop():
@@ -299,17 +437,22 @@ class _Work:
             unit.beat()
         return [np.concatenate(made[name]) for name in names]
 
-    def records(self, name: str, view: int, batch: Labelling, answer: ViTOutput) -> npt.NDArray[Any]:
+    def records(
+        self, name: str, view: int, batch: Labelling, answer: ViTOutput
+    ) -> npt.NDArray[Any]:
         """A teacher's answer to a batch as records."""
         keys = keyed.keys(self.job.recipe.data_seed, view, batch.ids, keyed.Stream.LABELS)
         try:
-            return self.layouts[name].encode(answer.logits, answer.hidden, answer.features, batch.checksums, keys)
+            return self.layouts[name].encode(
+                answer.logits, answer.hidden, answer.features, batch.checksums, keys
+            )
         except NonFinite as error:
             sample = int(batch.ids[error.index])
             key = self.job.train_loader.source.key(sample)
             raise NonFiniteError(
-                f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be stored ({error}): check its weights, or use "
-                f"{setting(name, 'precision', 'float32')}"
+                f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be"
+                f" stored ({error}): check its weights, or use"
+                f" {setting(name, 'precision', 'float32')}"
             ) from error
 
 
@@ -317,7 +460,13 @@ class _Progress:
     """A line every few seconds of writing."""
 
     def __init__(self, work: _Work, say: Callable[[str], None]) -> None:
-        self.say, self.begun, self.shown, self.start, self.last = say, time.perf_counter(), -10.0, -1, -1
+        self.say, self.begun, self.shown, self.start, self.last = (
+            say,
+            time.perf_counter(),
+            -10.0,
+            -1,
+            -1,
+        )
 
     def __call__(self, done: int, total: int) -> None:
         now = time.perf_counter() - self.begun
@@ -327,20 +476,26 @@ class _Progress:
                 self.say(f"{done} of {total} parts are there already")
         if self.last < done and done > self.start and (now - self.shown > 10.0 or done == total):
             self.shown, self.last = now, done
-            left = f", {duration(now / (done - self.start) * (total - done))} left" if done < total else ""
+            left = (
+                f", {duration(now / (done - self.start) * (total - done))} left"
+                if done < total
+                else ""
+            )
             self.say(f"{done} of {total} parts{left}")
 
 
 @dataclass(frozen=True)
 class Check:
-    """How a teacher's answers, made anew, compare with what is stored; both pass through the store's encoding first.
+    """How a teacher's answers, made anew, compare with what is stored; both pass through the
+    store's encoding first.
 
     Attributes:
         count: records compared; views: of them, how many views have the pixels that were labelled.
         agreement: how often the most probable class is the same; 1 where no logits are stored.
         divergence: KL(now || stored) of the probabilities, mean.
         variation: total variation of the probabilities, half the sum of their differences, mean.
-        hidden: largest difference of hidden states and features, over the largest of them; 0 where none are stored.
+        hidden: largest difference of hidden states and features, over the largest of them; 0 where
+            none are stored.
         tolerance: for ``variation`` and ``hidden``, by the arithmetic's precision.
     """
 
@@ -355,14 +510,25 @@ class Check:
     @property
     def as_stored(self) -> bool:
         """Whether the differences are those of rounding."""
-        return self.views == self.count and self.variation <= self.tolerance and self.hidden <= self.tolerance
+        return (
+            self.views == self.count
+            and self.variation <= self.tolerance
+            and self.hidden <= self.tolerance
+        )
 
     def __str__(self) -> str:
-        text = f"{self.count} records answered anew: {self.views} views as labelled, top class equal in {self.agreement:.1%}"
+        text = (
+            f"{self.count} records answered anew: {self.views} views as labelled, top class equal"
+            f" in {self.agreement:.1%}"
+        )
         text += f", divergence {self.divergence:.2g}, total variation {self.variation:.2g}"
         if self.hidden:
             text += f", hidden states within {self.hidden:.2g}"
-        return f"{text} (at most {self.tolerance:g})" if self.as_stored else f"{text}, which is more than rounding ({self.tolerance:g})"
+        return (
+            f"{text} (at most {self.tolerance:g})"
+            if self.as_stored
+            else f"{text}, which is more than rounding ({self.tolerance:g})"
+        )
 
 
 CHUNK = 32
@@ -379,21 +545,36 @@ def check(
     device: str = "auto",
     say: Callable[[str], None] = lambda text: None,
 ) -> Check:
-    """Run the teacher again on about ``samples`` stored (view, image), in random places, and compare.
+    """Run the teacher again on about ``samples`` stored (view, image), in random places, and
+    compare.
 
     Args:
         name: what the teacher is called here.
-        data_dir: where the images are; None: where they were when they were labelled; ``model`` likewise.
+        data_dir: where the images are; None: where they were when they were labelled; ``model``
+            likewise.
 
     Raises:
-        DataError: the images, the views or the teacher's weights are not those of the labels; or nothing is stored yet.
+        DataError: the images, the views or the teacher's weights are not those of the labels; or
+            nothing is stored yet.
         ConfigError: the labels were imported, so that there is no teacher to run.
     """
     about = store.manifest.about
     if "recipe" not in about:
-        raise ConfigError(f"the labels in {store.path} were imported: there is no teacher to run again")
-    recipe = _alone(from_dict(about["recipe"], f"the recipe of {store.path}"), str(about["teacher"]), data_dir, model)
-    sealed = [(view, part) for view in range(store.manifest.num_views) for part in range(store.num_parts) if store.is_sealed(view, part)]
+        raise ConfigError(
+            f"the labels in {store.path} were imported: there is no teacher to run again"
+        )
+    recipe = _alone(
+        from_dict(about["recipe"], f"the recipe of {store.path}"),
+        str(about["teacher"]),
+        data_dir,
+        model,
+    )
+    sealed = [
+        (view, part)
+        for view in range(store.manifest.num_views)
+        for part in range(store.num_parts)
+        if store.is_sealed(view, part)
+    ]
     if not sealed:
         raise DataError(f"{store.path} has no records yet: run 'vitdistill label' first")
     with world(device) as here:
@@ -404,7 +585,9 @@ def check(
         work.layouts[teacher] = store.layout
         changed = differing(store.manifest.identity, work.identity(teacher))
         if changed:
-            raise DataError(f"what made the labels in {store.path} has changed: {'; '.join(changed)}")
+            raise DataError(
+                f"what made the labels in {store.path} has changed: {'; '.join(changed)}"
+            )
         order = keyed.permutation(recipe.data_seed, 0, len(sealed), keyed.Stream.SUBSET)
         chunks = -(-store.manifest.part_size // CHUNK)
         compared: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
@@ -434,12 +617,18 @@ def _alone(recipe: Recipe, name: str, data_dir: str | None, model: str | None) -
         if not isinstance(objective, TeacherObjective) or objective.teacher == name
     }
     teacher = recipe.teachers[name]
-    teacher = teacher if model is None else replace(teacher, model=model, checkpoint=None, pretrained=False)
+    teacher = (
+        teacher
+        if model is None
+        else replace(teacher, model=model, checkpoint=None, pretrained=False)
+    )
     data = recipe.data if data_dir is None else replace(recipe.data, dir=data_dir)
     return replace(recipe, teachers={name: teacher}, objectives=objectives, data=data)
 
 
-def _compared(layout: Layout, stored: npt.NDArray[Any], now: npt.NDArray[Any], tolerance: float) -> Check:
+def _compared(
+    layout: Layout, stored: npt.NDArray[Any], now: npt.NDArray[Any], tolerance: float
+) -> Check:
     views = int((stored["pixels"] == now["pixels"]).sum())
     ours, theirs = layout.targets(now), layout.targets(stored)
     agreement, divergence, variation, hidden = 1.0, 0.0, 0.0, 0.0
@@ -467,13 +656,21 @@ def describe(layout: Layout) -> str:
             "float32": f"{logits.num_classes} logits, exact",
             "float16": f"{logits.num_classes} logits in float16",
             "uint8": f"{logits.num_classes} logits of one byte",
-            "topk": f"all {logits.num_classes} logits in float16, largest first"
-            if logits.is_complete
-            else f"the {logits.k} largest of {logits.num_classes} logits and the mass of the others at T = {at}",
+            "topk": (
+                f"all {logits.num_classes} logits in float16, largest first"
+                if logits.is_complete
+                else (
+                    f"the {logits.k} largest of {logits.num_classes} logits and the mass of the"
+                    f" others at T = {at}"
+                )
+            ),
             "sampled": f"{logits.k} draws of {logits.num_classes} classes at T = {at}",
         }
         parts.append(words[logits.kind])
-    parts += [f"hidden states after block {block} ({tokens} x {width})" for block, tokens, width in layout.hidden]
+    parts += [
+        f"hidden states after block {block} ({tokens} x {width})"
+        for block, tokens, width in layout.hidden
+    ]
     if layout.features is not None:
         parts.append(f"features after the final norm ({layout.features[0]} x {layout.features[1]})")
     if layout.hidden or layout.features:

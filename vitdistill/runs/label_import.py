@@ -1,4 +1,6 @@
-"""Labels made elsewhere become a label store, beside the checksums of the views they are said to be of."""
+"""Labels made elsewhere become a label store, beside the checksums of the views they are said to be
+of.
+"""
 
 import hashlib
 import shlex
@@ -51,15 +53,18 @@ def import_labels(
     memory: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> LabelStore:
-    """Write the answers in an NPZ or Parquet file into ``output/TEACHER``, as `label` would have, or go on with what is there.
+    """Write the answers in an NPZ or Parquet file into ``output/TEACHER``, as `label` would have,
+    or go on with what is there.
 
-    The recipe says which views they are of (seed, augmentation, the student's input). These are made for their checksums; no teacher is
-    needed. The whole file is read and checked before anything is written.
+    The recipe says which views they are of (seed, augmentation, the student's input). These are
+    made for their checksums; no teacher is needed. The whole file is read and checked before
+    anything is written.
 
     Args:
         file: see `vitdistill.labels.exchange` for its columns.
         teacher: whose answers they are; None: the recipe's only one.
-        classes: a file with the names of the classes in the order of the logits, one a line; None: as the answers say.
+        classes: a file with the names of the classes in the order of the logits, one a line; None:
+            as the answers say.
         device: where the views are made.
         memory: bytes that are free; None: as the system says.
 
@@ -71,21 +76,46 @@ def import_labels(
     if options.hidden_dtype is not None:
         raise ConfigError("hidden_dtype cannot take effect: only logits are imported")
     if recipe.data.augment.repeated_aug > 1:
-        raise ConfigError("labels are of one view an image and epoch, and repeated_aug shows several of some: set --repeated-aug 1")
+        raise ConfigError(
+            "labels are of one view an image and epoch, and repeated_aug shows several of some: set"
+            " --repeated-aug 1"
+        )
     train, val = open_data(recipe)
     answers = open_answers(file, memory)
-    labelled = val is not None or any(objective.reads_labels for objective in recipe.objectives.values())
+    labelled = val is not None or any(
+        objective.reads_labels for objective in recipe.objectives.values()
+    )
     folders = train.classes if labelled else ()
     names = _names(answers, classes)
     chosen = _choose(recipe, name, answers, names, folders, say)
     student = _student(recipe, len(chosen.classes) or answers.num_classes)
     count = answers.num_classes if chosen.index is None else len(chosen.index)
-    network = Network(name, "imported", student.spec.image_size, depth=0, dim=0, num_classes=count, num_parameters=0)
+    network = Network(
+        name,
+        "imported",
+        student.spec.image_size,
+        depth=0,
+        dim=0,
+        num_classes=count,
+        num_parameters=0,
+    )
     if not reads_logits(recipe.objectives, network):
-        raise ConfigError(f"no objective of the recipe reads logits of the {name}, and nothing else can be imported: add one (--with kd)")
+        raise ConfigError(
+            f"no objective of the recipe reads logits of the {name}, and nothing else can be"
+            " imported: add one (--with kd)"
+        )
     layout = Layout(logits=logit_encoding(recipe, network, options))
-    if len(recipe.teachers) == 1:  # what training would refuse; of other teachers only training knows
-        make_plan(student.network, {name: network}, recipe.objectives, recipe.selector, recipe.masking, {name: layout})
+    if (
+        len(recipe.teachers) == 1
+    ):  # what training would refuse; of other teachers only training knows
+        make_plan(
+            student.network,
+            {name: network},
+            recipe.objectives,
+            recipe.selector,
+            recipe.masking,
+            {name: layout},
+        )
     loader = TrainLoader(
         train,
         recipe.data.augment,
@@ -97,7 +127,15 @@ def import_labels(
         workers=recipe.data.workers,
         device=choose_device(device),
     )
-    work = _Import(recipe, answers, chosen.index, loader, layout, options.part_size, free_memory() if memory is None else memory)
+    work = _Import(
+        recipe,
+        answers,
+        chosen.index,
+        loader,
+        layout,
+        options.part_size,
+        free_memory() if memory is None else memory,
+    )
     work.scan()
     if chosen.classes and train.classes == chosen.classes:
         work.prove(name, say)
@@ -106,7 +144,11 @@ def import_labels(
     identity = identity_of_views(train, answered, student.spec, recipe, loader)
     digest = durable.sha256_file(answers.path)
     identity |= teacher_identity(digest, student.spec, answers.precision, 0)
-    identity["teacher.classes"] = "" if names is None else hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    identity["teacher.classes"] = (
+        ""
+        if names is None
+        else hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    )
     manifest = Manifest(
         identity=identity,
         layout=layout,
@@ -128,7 +170,10 @@ def import_labels(
     if left > 0:
         durable.require_free(place, layout.record_bytes * left + 1_000_000)
     store = LabelStore.create(place, manifest)
-    say(f"{name}: {describe(layout)}, {layout.record_bytes} bytes a record, {len(train):,} images x {work.num_views} views")
+    say(
+        f"{name}: {describe(layout)}, {layout.record_bytes} bytes a record, {len(train):,} images x"
+        f" {work.num_views} views"
+    )
     with StopRequest() as stop:
         work.write(store, lambda: stop.name, say)
     return store
@@ -137,21 +182,34 @@ def import_labels(
 def _teacher_of(recipe: Recipe, teacher: str | None) -> str:
     known = ", ".join(recipe.teachers)
     if not recipe.teachers:
-        raise ConfigError("the recipe has no teacher whose answers these could be: take one that has, or add one (--with kd)")
+        raise ConfigError(
+            "the recipe has no teacher whose answers these could be: take one that has, or add one"
+            " (--with kd)"
+        )
     if teacher is None and len(recipe.teachers) > 1:
-        raise ConfigError(f"the recipe has several teachers ({known}): say whose answers these are (--teacher NAME)")
+        raise ConfigError(
+            f"the recipe has several teachers ({known}): say whose answers these are (--teacher"
+            " NAME)"
+        )
     if teacher is not None and teacher not in recipe.teachers:
-        raise ConfigError(f"the recipe has no teacher {teacher!r}, only {known}: name one of them (--teacher NAME)")
+        raise ConfigError(
+            f"the recipe has no teacher {teacher!r}, only {known}: name one of them (--teacher"
+            " NAME)"
+        )
     return next(iter(recipe.teachers)) if teacher is None else teacher
 
 
 def _student(recipe: Recipe, num_classes: int) -> Built:
-    """The student for its input and its description, with weights only where a file of them may bring its normalisation."""
-    student = build_student(recipe.student, num_classes, with_weights=bool(recipe.student.checkpoint))
+    """The student for its input and its description, with weights only where a file of them may
+    bring its normalisation.
+    """
+    student = build_student(
+        recipe.student, num_classes, with_weights=bool(recipe.student.checkpoint)
+    )
     return replace(student, spec=evaluated_as_trained(student.spec, recipe.data.augment))
 
 
-# -- classes ----------------------------------------------------------------------------------------------------------
+# -- classes --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -168,20 +226,37 @@ def _names(answers: AnswerFile, file: str | Path | None) -> tuple[str, ...] | No
     if file is not None:
         given = read_class_names(file)
         if names is not None and names != given:
-            raise ConfigError(f"{shown(file)} names other classes than {where} itself: leave --classes out, or correct it")
+            raise ConfigError(
+                f"{shown(file)} names other classes than {where} itself: leave --classes out, or"
+                " correct it"
+            )
         where, names = shown(file), given
     if names is None:
         return None
     if len(names) != answers.num_classes:
-        raise DataError(f"{where} names {len(names)} classes, and {shown(answers.path)} has {answers.num_classes} logits a row: name each")
-    twice = next((label for label in names if names.count(label) > 1), None) if len(set(names)) < len(names) else None
+        raise DataError(
+            f"{where} names {len(names)} classes, and {shown(answers.path)} has"
+            f" {answers.num_classes} logits a row: name each"
+        )
+    twice = (
+        next((label for label in names if names.count(label) > 1), None)
+        if len(set(names)) < len(names)
+        else None
+    )
     if twice is not None:
-        raise DataError(f"{where} has two classes called {twice!r}, and one is meant: give them different names")
+        raise DataError(
+            f"{where} has two classes called {twice!r}, and one is meant: give them different names"
+        )
     return names
 
 
 def _choose(
-    recipe: Recipe, name: str, answers: AnswerFile, names: tuple[str, ...] | None, folders: tuple[str, ...], say: Callable[[str], None]
+    recipe: Recipe,
+    name: str,
+    answers: AnswerFile,
+    names: tuple[str, ...] | None,
+    folders: tuple[str, ...],
+    say: Callable[[str], None],
 ) -> _Chosen:
     file, count = shown(answers.path), answers.num_classes
     if not folders:
@@ -189,15 +264,18 @@ def _choose(
         return _Chosen(None, names or ())
     if names is None and count != len(folders):
         raise DataError(
-            f"{file} has {count} logits a row, and the data set has {len(folders)} classes: name those of the file, so that the data "
-            "set's can be picked (--classes FILE, one name a line)"
+            f"{file} has {count} logits a row, and the data set has {len(folders)} classes: name"
+            " those of the file, so that the data set's can be picked (--classes FILE, one name a"
+            " line)"
         )
-    match = match_classes(name, names, count, folders, recipe.teachers[name].reorder_classes, source=file)
+    match = match_classes(
+        name, names, count, folders, recipe.teachers[name].reorder_classes, source=file
+    )
     say(f"{file}: {match.remark}")
     return _Chosen(None if match.index is None else np.array(match.index, dtype=np.int64), folders)
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
+# -- rows -----------------------------------------------------------------------------------------
 
 
 class _Import:
@@ -217,7 +295,13 @@ class _Import:
         part_size: int,
         memory: int,
     ) -> None:
-        self.recipe, self.answers, self.index, self.loader, self.layout = recipe, answers, index, loader, layout
+        self.recipe, self.answers, self.index, self.loader, self.layout = (
+            recipe,
+            answers,
+            index,
+            loader,
+            layout,
+        )
         self.part_size, self.memory = part_size, memory
         self.source: ImageSource = loader.source
         self.file = shown(answers.path)
@@ -233,8 +317,9 @@ class _Import:
         """Read every row and find out what it is of.
 
         Raises:
-            DataError: a sample is unknown or a view negative; an answer is missing, or there are two different ones; the rows are in such a
-                disorder that they cannot be brought in order.
+            DataError: a sample is unknown or a view negative; an answer is missing, or there are
+                two different ones; the rows are in such a disorder that they cannot be brought in
+                order.
             NonFiniteError: an answer is not finite.
             ConfigError: the recipe has another number of views.
         """
@@ -250,7 +335,9 @@ class _Import:
             if rows.pixels is not None:
                 pixels.append(rows.pixels)
             due = np.flatnonzero((rows.views == 0) & probe[samples])
-            self._guesses |= dict(zip(samples[due].tolist(), logits[due].argmax(axis=1).tolist(), strict=True))
+            self._guesses |= dict(
+                zip(samples[due].tolist(), logits[due].argmax(axis=1).tolist(), strict=True)
+            )
         distinct, row_of = np.unique(places, return_index=True)
         self._places, self._row_of = places, row_of.astype(np.int64)
         self._check_complete(distinct)
@@ -260,8 +347,9 @@ class _Import:
         held = self._most_held()
         if held > self.memory // 2:
             raise DataError(
-                f"the rows of {self.file} are in no order, so that {bytes_shown(held)} of answers would have to wait in memory for the "
-                f"rest of their part ({bytes_shown(self.memory)} are free): sort the file by view and sample_id"
+                f"the rows of {self.file} are in no order, so that {bytes_shown(held)} of answers"
+                " would have to wait in memory for the rest of their part"
+                f" ({bytes_shown(self.memory)} are free): sort the file by view and sample_id"
             )
 
     def _rows(self) -> Iterator[tuple[Rows, F32]]:
@@ -273,32 +361,39 @@ class _Import:
         if isinstance(rows.samples, list):
             if not self._keys:
                 self._keys = {self.source.key(i): i for i in range(len(self.source))}
-            found = np.fromiter((self._keys.get(key, -1) for key in rows.samples), np.int64, len(rows.samples))
+            found = np.fromiter(
+                (self._keys.get(key, -1) for key in rows.samples), np.int64, len(rows.samples)
+            )
             unknown = np.flatnonzero(found < 0)
             if len(unknown):
                 raise DataError(
-                    f"{self.file} has the sample {shown(rows.samples[unknown[0]])!r} in row {rows.first + unknown[0]}, which is no "
-                    f"training image of {self.source.name}: give keys like {shown(self.source.key(0))!r}, or numbers"
+                    f"{self.file} has the sample {shown(rows.samples[unknown[0]])!r} in row"
+                    f" {rows.first + unknown[0]}, which is no training image of {self.source.name}:"
+                    f" give keys like {shown(self.source.key(0))!r}, or numbers"
                 )
             return found
         wrong = np.flatnonzero((rows.samples < 0) | (rows.samples >= len(self.source)))
         if len(wrong):
             raise DataError(
-                f"{self.file} has the sample {rows.samples[wrong[0]]} in row {rows.first + wrong[0]}, and the training images of "
-                f"{self.source.name} are 0 to {len(self.source) - 1}: are these answers of other images?"
+                f"{self.file} has the sample {rows.samples[wrong[0]]} in row"
+                f" {rows.first + wrong[0]}, and the training images of {self.source.name} are 0 to"
+                f" {len(self.source) - 1}: are these answers of other images?"
             )
         return rows.samples
 
     def _check(self, rows: Rows, samples: I64, logits: F32) -> None:
         wrong = np.flatnonzero((rows.views < 0) | (rows.views >= 2**31))
         if len(wrong):
-            raise DataError(f"{self.file} has the view {rows.views[wrong[0]]} in row {rows.first + wrong[0]}: views count from 0")
+            raise DataError(
+                f"{self.file} has the view {rows.views[wrong[0]]} in row {rows.first + wrong[0]}:"
+                " views count from 0"
+            )
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         if len(bad):
             named = self._named(int(rows.views[bad[0]]) * len(self.source) + int(samples[bad[0]]))
             raise NonFiniteError(
-                f"{self.file} has a logit that is NaN, infinite or beyond float32 in row {rows.first + bad[0]}, {named}: make that answer "
-                "again"
+                f"{self.file} has a logit that is NaN, infinite or beyond float32 in row"
+                f" {rows.first + bad[0]}, {named}: make that answer again"
             )
 
     def _check_complete(self, distinct: I64) -> None:
@@ -310,13 +405,15 @@ class _Import:
             gaps = np.flatnonzero(distinct != np.arange(len(distinct)))
             first = int(gaps[0]) if len(gaps) else len(distinct)
             raise DataError(
-                f"{self.file} has no answer to {self._named(first)}, and lacks {total - len(distinct):,} of {total:,} in all: every "
-                f"training image needs one in each view from 0 to {self.num_views - 1}"
+                f"{self.file} has no answer to {self._named(first)}, and lacks"
+                f" {total - len(distinct):,} of {total:,} in all: every training image needs one in"
+                f" each view from 0 to {self.num_views - 1}"
             )
         if wanted is not None and wanted != self.num_views:
             raise ConfigError(
-                f"{self.file} answers to {self.num_views} views of each image, and the recipe shows {wanted} (data.views): set --views "
-                f"{self.num_views}, or give the answers to {wanted}"
+                f"{self.file} answers to {self.num_views} views of each image, and the recipe shows"
+                f" {wanted} (data.views): set --views {self.num_views}, or give the answers to"
+                f" {wanted}"
             )
 
     def _check_twins(self) -> None:
@@ -334,14 +431,20 @@ class _Import:
                 first, other = seen.setdefault(place, (row, digest))
                 if other != digest:
                     raise DataError(
-                        f"{self.file} has two different answers to {self._named(place)}, in rows {first} and {row}: keep one of them"
+                        f"{self.file} has two different answers to {self._named(place)}, in rows"
+                        f" {first} and {row}: keep one of them"
                     )
 
     def _most_held(self) -> int:
-        """Bytes of the logits of parts that are begun and not complete, at most, when rows come in the file's order."""
+        """Bytes of the logits of parts that are begun and not complete, at most, when rows come in
+        the file's order.
+        """
         starts = np.arange(0, len(self.source), self.part_size)
         rows = self._row_of.reshape(self.num_views, -1)
-        begin, end = np.minimum.reduceat(rows, starts, axis=1), np.maximum.reduceat(rows, starts, axis=1)
+        begin, end = (
+            np.minimum.reduceat(rows, starts, axis=1),
+            np.maximum.reduceat(rows, starts, axis=1),
+        )
         logits = self.layout.logits
         assert logits is not None
         sizes = np.diff(starts, append=len(self.source)) * logits.num_classes * 4
@@ -350,18 +453,34 @@ class _Import:
         return int(change[order].cumsum().max())
 
     def prove(self, name: str, say: Callable[[str], None]) -> None:
-        """Compare the answers of this teacher with the labels; raises `ConfigError` when they are not better than chance."""
-        shown_most = self.loader.most_of(0, np.fromiter(self._guesses, np.int64, len(self._guesses)))
+        """Compare the answers of this teacher with the labels; raises `ConfigError` when they are
+        not better than chance.
+        """
+        shown_most = self.loader.most_of(
+            0, np.fromiter(self._guesses, np.int64, len(self._guesses))
+        )
         proof = judge(
             str(self.file),
-            [(int(self.source.labels[sample]), answer) for sample, answer in zip(shown_most, self._guesses.values(), strict=True)],
+            [
+                (int(self.source.labels[sample]), answer)
+                for sample, answer in zip(shown_most, self._guesses.values(), strict=True)
+            ],
             self.source.classes,
             images="training images",
-            reason="they are of other images (training images are counted from 0 in the order of their classes and keys), or its "
-            "classes are in another order (name them: --classes FILE)",
-            reorder=f"name them in its order (--classes FILE) and pass {setting(name, 'reorder_classes')}",
+            reason=(
+                "they are of other images (training images are counted from 0 in the order of their"
+                " classes and keys), or its classes are in another order (name them: --classes"
+                " FILE)"
+            ),
+            reorder=(
+                "name them in its order (--classes FILE) and pass"
+                f" {setting(name, 'reorder_classes')}"
+            ),
         )
-        say(f"{self.file}: right on {proof.accuracy:.1%} of {proof.num_images} training images (chance {proof.chance:.1%})")
+        say(
+            f"{self.file}: right on {proof.accuracy:.1%} of {proof.num_images} training images"
+            f" (chance {proof.chance:.1%})"
+        )
 
     def check_first_pixels(self) -> None:
         """Compare the first checksums the file has, before anything is written."""
@@ -377,8 +496,9 @@ class _Import:
         if len(wrong):
             named = self._named(view * len(self.source) + int(ids[wrong[0]]))
             raise DataError(
-                f"{self.file} answers to another {named} than this recipe makes (its pixels differ, as do those of {len(wrong)} of "
-                f"{len(ids)}): give the images, the seed, the augmentation and the student's input size that it was made with"
+                f"{self.file} answers to another {named} than this recipe makes (its pixels differ,"
+                f" as do those of {len(wrong)} of {len(ids)}): give the images, the seed, the"
+                " augmentation and the student's input size that it was made with"
             )
 
     def write(self, store: LabelStore, stop: Callable[[], str], say: Callable[[str], None]) -> None:
@@ -403,7 +523,9 @@ class _Import:
                 view, part = divmod(number, store.num_parts)
                 lo, hi = store.part_range(part)
                 mine = np.flatnonzero(due & (parts == number))
-                waiting.setdefault(number, np.empty((hi - lo, logits.num_classes), dtype=np.float32))[samples[mine] - lo] = values[mine]
+                waiting.setdefault(
+                    number, np.empty((hi - lo, logits.num_classes), dtype=np.float32)
+                )[samples[mine] - lo] = values[mine]
                 filled[number] = filled.get(number, 0) + len(mine)
                 if filled[number] == hi - lo:
                     store.seal(view, part, self._records(view, lo, hi, waiting.pop(number), stop))
@@ -412,12 +534,21 @@ class _Import:
                         shown_at = time.monotonic()
                         say(f"{done} of {total} parts")
 
-    def _records(self, view: int, lo: int, hi: int, answers: F32, stop: Callable[[], str]) -> npt.NDArray[Any]:
+    def _records(
+        self, view: int, lo: int, hi: int, answers: F32, stop: Callable[[], str]
+    ) -> npt.NDArray[Any]:
         made = []
         for batch in self.loader.labelling(view, lo, hi, self.recipe.train.eval_batch_size):
             if stop():
-                raise Preempted(f"stopped by {stop()}; what is written stays, and the same command goes on from there")
+                raise Preempted(
+                    f"stopped by {stop()}; what is written stays, and the same command goes on from"
+                    " there"
+                )
             self._check_pixels(view, batch.ids, batch.checksums)
             keys = keyed.keys(self.recipe.data_seed, view, batch.ids, keyed.Stream.LABELS)
-            made.append(self.layout.encode(torch.from_numpy(answers[batch.ids - lo]), {}, None, batch.checksums, keys))
+            made.append(
+                self.layout.encode(
+                    torch.from_numpy(answers[batch.ids - lo]), {}, None, batch.checksums, keys
+                )
+            )
         return np.concatenate(made)

@@ -1,4 +1,6 @@
-"""From a recipe to networks: the student, the teachers, their input contracts, and the plan that ties them."""
+"""From a recipe to networks: the student, the teachers, their input contracts, and the plan that
+ties them.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +37,9 @@ class Built:
 
 
 class _StepsOnCPU(TorchFunctionMode):
-    """timm 1.0.20 reads the numbers of a ``torch.linspace`` while it builds a network, and on the meta device there are none."""
+    """timm 1.0.20 reads the numbers of a ``torch.linspace`` while it builds a network, and on the
+    meta device there are none.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -56,7 +60,9 @@ _PLACES: ContextVar[Mapping[str, str]] = ContextVar("_PLACES")
 
 @contextmanager
 def runs_at(places: Mapping[str, str]) -> Iterator[None]:
-    """Inside, runs are looked for in these folders, by what recipes call them: of a recipe that is kept as it was, they may have moved."""
+    """Inside, runs are looked for in these folders, by what recipes call them: of a recipe that is
+    kept as it was, they may have moved.
+    """
     token = _PLACES.set(places)
     try:
         yield
@@ -65,7 +71,8 @@ def runs_at(places: Mapping[str, str]) -> Iterator[None]:
 
 
 def resolve_run(name: str) -> str:
-    """A run folder stands for its best weights, or its last where there was nothing to choose by; other names for themselves.
+    """A run folder stands for its best weights, or its last where there was nothing to choose by;
+    other names for themselves.
 
     A folder of stages stands for the run of its last one.
     """
@@ -81,13 +88,24 @@ def resolve_run(name: str) -> str:
     for kind in ("best", "last"):
         if (path / kind / "config.json").is_file():
             return str(path / kind)
-    raise ConfigError(f"the run {name} has no weights yet: it was stopped before its first evaluation")
+    raise ConfigError(
+        f"the run {name} has no weights yet: it was stopped before its first evaluation"
+    )
 
 
-def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int | None, load: bool, **extra: Any) -> Built:
+def _create(
+    config: StudentConfig | TeacherConfig,
+    name: str,
+    num_classes: int | None,
+    load: bool,
+    **extra: Any,
+) -> Built:
     if not config.model:
         flag = "--model" if isinstance(config, StudentConfig) else setting(name, "model", "MODEL")
-        raise ConfigError(f"the {name} has no model: name one with {flag} (a timm name, hf-hub:org/name, or the folder of a run)")
+        raise ConfigError(
+            f"the {name} has no model: name one with {flag} (a timm name, hf-hub:org/name, or the"
+            " folder of a run)"
+        )
     try:
         model = weights.create_model(
             resolve_run(config.model),
@@ -100,7 +118,10 @@ def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int |
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"the {name} {config.model} cannot be built with model_args {config.model_args}: {first}") from error
+        raise ConfigError(
+            f"the {name} {config.model} cannot be built with model_args {config.model_args}:"
+            f" {first}"
+        ) from error
     spec = InputSpec.of_model(model)
     if config.image_size is not None:
         spec = replace(spec, image_size=(config.image_size, config.image_size))
@@ -108,12 +129,23 @@ def _create(config: StudentConfig | TeacherConfig, name: str, num_classes: int |
 
 
 def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:
-    """The student with a head for ``num_classes``; raises `ConfigError` or `DataError` with one sentence."""
-    built = _create(config, "student", num_classes, with_weights, drop_path=config.drop_path or None)
+    """The student with a head for ``num_classes``; raises `ConfigError` or `DataError` with one
+    sentence.
+    """
+    built = _create(
+        config, "student", num_classes, with_weights, drop_path=config.drop_path or None
+    )
     if config.init == "mae":
         if not isinstance(built.model, VisionTransformer):
-            raise ConfigError(f"student.init is mae, which is for plain ViTs, and {config.model} is none: leave it out, or take another")
-        if config.checkpoint or config.pretrained or weights.carries_weights(resolve_run(config.model)):
+            raise ConfigError(
+                f"student.init is mae, which is for plain ViTs, and {config.model} is none: leave"
+                " it out, or take another"
+            )
+        if (
+            config.checkpoint
+            or config.pretrained
+            or weights.carries_weights(resolve_run(config.model))
+        ):
             hold_positions(built.model)
         else:
             init_mae(built.model)
@@ -121,42 +153,69 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
 
 
 def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
-    """A teacher's network with its own head; raises `ConfigError` when no weights are named for it, unless they are not wanted."""
+    """A teacher's network with its own head; raises `ConfigError` when no weights are named for it,
+    unless they are not wanted.
+    """
     if with_weights:
         check_has_weights(config, name)
     return _create(config, name, None, with_weights)
 
 
 def check_has_weights(config: TeacherConfig, name: str) -> None:
-    """Raise `ConfigError` for a teacher that no weights are named for, and `DataError` where the file that is named is not there."""
+    """Raise `ConfigError` for a teacher that no weights are named for, and `DataError` where the
+    file that is named is not there.
+    """
     if config.checkpoint:
         weights.check_is_file(config.checkpoint)
-    known = is_model(config.model.partition(".")[0])  # of a name that does not exist something else is said
-    if known and not config.checkpoint and not config.pretrained and not weights.carries_weights(resolve_run(config.model)):
+    known = is_model(
+        config.model.partition(".")[0]
+    )  # of a name that does not exist something else is said
+    if (
+        known
+        and not config.checkpoint
+        and not config.pretrained
+        and not weights.carries_weights(resolve_run(config.model))
+    ):
         flags = f"{setting(name, 'checkpoint', 'FILE')}, {setting(name, 'pretrained')}"
-        raise ConfigError(f"the {name} {config.model} would have random weights: give {flags}, or the folder of a run in its place")
+        raise ConfigError(
+            f"the {name} {config.model} would have random weights: give {flags}, or the folder of a"
+            " run in its place"
+        )
 
 
 def trains_classifier(objectives: Mapping[str, Objective], student: Network) -> bool:
-    """Whether any objective reaches a classifier of the student; if not, it is built without one."""
+    """Whether any objective reaches a classifier of the student; if not, it is built without
+    one.
+    """
     return any(objective.trains_heads(student) for objective in objectives.values())
 
 
 def reads_logits(objectives: Mapping[str, Objective], teacher: Network) -> bool:
     """Whether any objective compares with the prediction of this teacher."""
-    readers = (o for o in objectives.values() if isinstance(o, TeacherObjective) and o.teacher == teacher.name)
+    readers = (
+        o
+        for o in objectives.values()
+        if isinstance(o, TeacherObjective) and o.teacher == teacher.name
+    )
     return any(objective.teacher_needs(teacher).logits for objective in readers)
 
 
 def blank_teacher(config: TeacherConfig, name: str, objectives: Mapping[str, Objective]) -> Built:
     """A teacher's network without weights, as far as it can be known without them.
 
-    Whether it has a classifier is its file's to say: where no objective reads logits, one with a file is taken to have none.
+    Whether it has a classifier is its file's to say: where no objective reads logits, one with a
+    file is taken to have none.
     """
     built = build_teacher_model(config, name, with_weights=False)
-    if config.checkpoint and not reads_logits(objectives, built.network) and hasattr(built.model, "reset_classifier"):
+    if (
+        config.checkpoint
+        and not reads_logits(objectives, built.network)
+        and hasattr(built.model, "reset_classifier")
+    ):
         built.model.reset_classifier(0)  # type: ignore[operator]
-        built = replace(built, network=Network.of(built.model, name, config.model, built.spec.image_size))
+        built = replace(
+            built, network=Network.of(built.model, name, config.model, built.spec.image_size)
+        )
     return built
 
 
@@ -169,10 +228,11 @@ def build_teacher(
     objectives: Mapping[str, Objective] | None = None,
     built: Built | None = None,
 ) -> tuple[Teacher, ClassMatch]:
-    """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled images).
+    """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled
+    images).
 
-    A teacher of whom no objective reads the logits may have any classes, or none; ``objectives`` None: they are read.
-    ``built`` is its network if that is there already.
+    A teacher of whom no objective reads the logits may have any classes, or none; ``objectives``
+    None: they are read. ``built`` is its network if that is there already.
     """
     built = build_teacher_model(config, name) if built is None else built
     names = weights.class_names(built.model)
@@ -180,17 +240,31 @@ def build_teacher(
     if objectives is not None and not reads_logits(objectives, built.network):
         match = ClassMatch(None, "only its features are read")
     elif classes:
-        match = match_classes(name, names, built.network.num_classes, classes, config.reorder_classes)
-    network = built.network if match.index is None else replace(built.network, num_classes=len(match.index))
+        match = match_classes(
+            name, names, built.network.num_classes, classes, config.reorder_classes
+        )
+    network = (
+        built.network
+        if match.index is None
+        else replace(built.network, num_classes=len(match.index))
+    )
     index = None if match.index is None else torch.tensor(match.index)
     dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
-    teacher = Teacher(built.model, network, built.spec, images_spec, class_index=index, dtype=dtype, device=device)
+    teacher = Teacher(
+        built.model, network, built.spec, images_spec, class_index=index, dtype=dtype, device=device
+    )
     return teacher, match
 
 
 def open_labels(recipe: Recipe) -> dict[str, LabelStore]:
-    """The label stores of the teachers that have one, by the teacher's name; raises `DataError` for what is no store."""
-    return {name: LabelStore.open(config.labels) for name, config in recipe.teachers.items() if config.labels is not None}
+    """The label stores of the teachers that have one, by the teacher's name; raises `DataError` for
+    what is no store.
+    """
+    return {
+        name: LabelStore.open(config.labels)
+        for name, config in recipe.teachers.items()
+        if config.labels is not None
+    }
 
 
 def stored_network(store: LabelStore, name: str) -> Network:
@@ -199,10 +273,11 @@ def stored_network(store: LabelStore, name: str) -> Network:
 
 
 def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
-    """The recipe with the views of its labels, their number and their seed, where it does not say which.
+    """The recipe with the views of its labels, their number and their seed, where it does not say
+    which.
 
-    Of labels of several teachers it has as many views as all of those that may not lack any. A run that ``began`` goes on with the views
-    it had, whatever has been labelled since.
+    Of labels of several teachers it has as many views as all of those that may not lack any. A run
+    that ``began`` goes on with the views it had, whatever has been labelled since.
 
     Raises:
         ConfigError: it wants more views than are labelled.
@@ -210,34 +285,51 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     stores = open_labels(recipe)
     if not stores:
         return recipe
-    data, needed = recipe.data, {name: store for name, store in stores.items() if recipe.teachers[name].missing == "error"}
+    data, needed = (
+        recipe.data,
+        {name: store for name, store in stores.items() if recipe.teachers[name].missing == "error"},
+    )
     fewest = min(store.manifest.num_views for store in (needed or stores).values())
     if began is not None:
         views, seed = began.data.views, began.data.seed
     else:
         views = fewest if fewest < recipe.train.epochs else None
         seeds = (store.manifest.identity.get("view.seed") for store in stores.values())
-        seed = next((seed for seed in seeds if isinstance(seed, int) and seed != recipe.train.seed), None)
-    data = replace(data, views=views if data.views is None else data.views, seed=seed if data.seed is None else data.seed)
+        seed = next(
+            (seed for seed in seeds if isinstance(seed, int) and seed != recipe.train.seed), None
+        )
+    data = replace(
+        data,
+        views=views if data.views is None else data.views,
+        seed=seed if data.seed is None else data.seed,
+    )
     for name, store in needed.items():
         if data.views is not None and data.views > store.manifest.num_views:
             raise ConfigError(
-                f"the recipe shows {data.views} views of each image (data.views), and the labels of the {name} are of "
-                f"{store.manifest.num_views}: set --views {fewest}, or label more"
+                f"the recipe shows {data.views} views of each image (data.views), and the labels of"
+                f" the {name} are of {store.manifest.num_views}: set --views {fewest}, or label"
+                " more"
             )
     return replace(recipe, data=data)
 
 
 def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -> Plan:
-    """The plan of a recipe for these networks; teachers whose answers are stored are described by their labels."""
+    """The plan of a recipe for these networks; teachers whose answers are stored are described by
+    their labels.
+    """
     stores = open_labels(recipe)
-    known = {name: stored_network(stores[name], name) if name in stores else teachers[name] for name in recipe.teachers}
+    known = {
+        name: stored_network(stores[name], name) if name in stores else teachers[name]
+        for name in recipe.teachers
+    }
     layouts = {name: store.layout for name, store in stores.items()}
     return make_plan(student, known, recipe.objectives, recipe.selector, recipe.masking, layouts)
 
 
 def prefer_explicit_attention(model: nn.Module) -> None:
-    """Let timm's blocks compute attention explicitly: on CPUs in bfloat16 the fused kernel is slower (0.6-0.75 of its time)."""
+    """Let timm's blocks compute attention explicitly: on CPUs in bfloat16 the fused kernel is
+    slower (0.6-0.75 of its time).
+    """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", False)  # noqa: B010  (a plain attribute, which mypy takes for a submodule)

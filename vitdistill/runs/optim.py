@@ -1,4 +1,6 @@
-"""Optimizer and schedule, both timm's; the schedule is a pure function of the step, so that it has no state to save."""
+"""Optimizer and schedule, both timm's; the schedule is a pure function of the step, so that it has
+no state to save.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +9,12 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -20,20 +27,34 @@ _FUSED = ("adamw", "adam", "sgd", "nesterov", "momentum")
 
 
 def parameter_groups(distillation: Distillation, config: OptimConfig) -> list[dict[str, Any]]:
-    """The student's parameters with timm's weight-decay rule and layer decay, then the adapters' (no decay on vectors)."""
+    """The student's parameters with timm's weight-decay rule and layer decay, then the adapters'
+    (no decay on vectors).
+    """
     student = distillation.student
-    exempt: set[str] = set(student.no_weight_decay()) if hasattr(student, "no_weight_decay") else set()  # type: ignore[operator]
+    exempt: set[str] = (
+        set(student.no_weight_decay())  # type: ignore[operator]
+        if hasattr(student, "no_weight_decay")
+        else set()
+    )
     if isinstance(student, VisionTransformer):
         exempt |= _EMBEDDING  # timm 1.0.20 forgets register tokens
     if config.layer_decay is not None:
         if not hasattr(student, "group_matcher"):
-            raise ConfigError(f"layer_decay needs a timm model that names its layers: {type(student).__name__} does not")
+            raise ConfigError(
+                f"layer_decay needs a timm model that names its layers: {type(student).__name__}"
+                " does not"
+            )
         with _embedding_in_one_layer(student):
             groups = param_groups_layer_decay(
-                student, weight_decay=config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
+                student,
+                weight_decay=config.weight_decay,
+                no_weight_decay_list=exempt,
+                layer_decay=config.layer_decay,
             )
     else:
-        groups = param_groups_weight_decay(student, weight_decay=config.weight_decay, no_weight_decay_list=exempt)
+        groups = param_groups_weight_decay(
+            student, weight_decay=config.weight_decay, no_weight_decay_list=exempt
+        )
     if len(distillation.adapters):
         groups += param_groups_weight_decay(distillation.adapters, weight_decay=config.weight_decay)
     return [group for group in groups if group["params"]]
@@ -41,7 +62,9 @@ def parameter_groups(distillation: Distillation, config: OptimConfig) -> list[di
 
 @contextmanager
 def _embedding_in_one_layer(student: nn.Module) -> Iterator[None]:
-    """timm's layers of a plain ViT, those of 1.0.20 too, which give register tokens and a norm before the blocks the head's rate."""
+    """timm's layers of a plain ViT, those of 1.0.20 too, which give register tokens and a norm
+    before the blocks the head's rate.
+    """
     if not isinstance(student, VisionTransformer):
         yield
         return
@@ -55,7 +78,9 @@ def _embedding_in_one_layer(student: nn.Module) -> Iterator[None]:
 
 
 def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.optim.Optimizer:
-    """A timm optimizer over student and adapters; the fused kernel where torch has one (measured: 0.6 % of a step against 1.9 %)."""
+    """A timm optimizer over student and adapters; the fused kernel where torch has one (measured:
+    0.6 % of a step against 1.9 %).
+    """
     device = next(distillation.parameters()).device.type
     extra = dict(config.opt_args)
     if "betas" in extra:
@@ -65,7 +90,12 @@ def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.opt
     groups = parameter_groups(distillation, config)
     try:
         optimizer = create_optimizer_v2(
-            groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **extra
+            groups,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **extra,
         )
     except (AssertionError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         known = list_optimizers()
@@ -74,20 +104,32 @@ def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.opt
             hint = f": did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"there is no optimizer {config.opt!r}{hint}") from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"the optimizer {config.opt} cannot be made with optim.opt_args {config.opt_args}: {reason}") from error
+        raise ConfigError(
+            f"the optimizer {config.opt} cannot be made with optim.opt_args {config.opt_args}:"
+            f" {reason}"
+        ) from error
     if config.sched == "none":  # schedules multiply by it
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
     if getattr(optimizer, "is_second_order", False):
-        raise ConfigError(f"the optimizer {config.opt} needs second derivatives, which are not computed here: choose another")
+        raise ConfigError(
+            f"the optimizer {config.opt} needs second derivatives, which are not computed here:"
+            " choose another"
+        )
     return optimizer
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int) -> Callable[[int], None]:
-    """A function that sets the learning rate for step s (counted from 0), before that step is taken."""
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int
+) -> Callable[[int], None]:
+    """A function that sets the learning rate for step s (counted from 0), before that step is
+    taken.
+    """
     if config.sched == "none":
         return lambda step: None
-    length = epochs - config.warmup_epochs if config.warmup_prefix else epochs  # of the schedule itself, which timm begins after a prefix
+    length = (
+        epochs - config.warmup_epochs if config.warmup_prefix else epochs
+    )  # of the schedule itself, which timm begins after a prefix
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,
@@ -110,11 +152,17 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 def gradient_norm(module: nn.Module) -> torch.Tensor:
     """The norm of all gradients together, on the device; NaN or infinite when one of them is."""
-    return torch.nn.utils.get_total_norm([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+    return torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    )
 
 
-def clip_gradients(module: nn.Module, max_norm: float | None, norm: torch.Tensor | None = None) -> torch.Tensor:
-    """Clip in place to ``max_norm`` (None: leave them) and return the norm before clipping, ``norm`` if it is known already."""
+def clip_gradients(
+    module: nn.Module, max_norm: float | None, norm: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Clip in place to ``max_norm`` (None: leave them) and return the norm before clipping,
+    ``norm`` if it is known already.
+    """
     norm = gradient_norm(module) if norm is None else norm
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)

@@ -24,13 +24,18 @@ def draw_sheet(rows: Mapping[str, Float[Tensor, "B 3 h w"]], spec: InputSpec) ->
     scale = max(1, -(-SMALLEST // min(height, width)))
     size = (width * scale, height * scale)
     count = max(len(images) for images in pixels.values())
-    sheet = Image.new("RGB", (_MARGIN + count * (size[0] + _GAP), len(pixels) * (size[1] + _GAP) + _GAP), "white")
+    sheet = Image.new(
+        "RGB", (_MARGIN + count * (size[0] + _GAP), len(pixels) * (size[1] + _GAP) + _GAP), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for r, (name, images) in enumerate(pixels.items()):
         top = _GAP + r * (size[1] + _GAP)
         draw.text((8, top + size[1] / 2 - 9), name, fill="black", font_size=16)
         for i, image in enumerate(images.numpy()):
-            sheet.paste(Image.fromarray(image).resize(size, Image.Resampling.NEAREST), (_MARGIN + i * (size[0] + _GAP), top))
+            sheet.paste(
+                Image.fromarray(image).resize(size, Image.Resampling.NEAREST),
+                (_MARGIN + i * (size[0] + _GAP), top),
+            )
     return sheet
 
 
@@ -43,4 +48,6 @@ def png(image: Image.Image) -> bytes:
 
 def _to_pixels(images: Float[Tensor, "B 3 h w"], spec: InputSpec) -> UInt8[Tensor, "B h w 3"]:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
-    return ((images.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return (
+        ((images.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    )

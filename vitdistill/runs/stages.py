@@ -1,6 +1,8 @@
-"""Stages: recipes that run one after the other, where a later one starts from, or learns from, what an earlier one trained.
+"""Stages: recipes that run one after the other, where a later one starts from, or learns from, what
+an earlier one trained.
 
-Every stage is an ordinary run in a folder of its own: resumed, skipped when it is finished, evaluated and exported like any other.
+Every stage is an ordinary run in a folder of its own: resumed, skipped when it is finished,
+evaluated and exported like any other.
 """
 
 import json
@@ -55,7 +57,9 @@ from .networks import (
 STAGES, STARTS = "stages.yaml", "starts.json"
 PREFIX = "stage:"
 IMAGES = "images/train"
-"""The fingerprint of the images in ``starts.json``, beside the digests of weights by folder: no folder can be called so."""
+"""The fingerprint of the images in ``starts.json``, beside the digests of weights by folder: no
+folder can be called so.
+"""
 
 Config = TypeVar("Config", StudentConfig, TeacherConfig)
 
@@ -64,16 +68,18 @@ Config = TypeVar("Config", StudentConfig, TeacherConfig)
 class Stages:
     """A recipe of several runs, in order.
 
-    A stage names what an earlier one trained as ``stage:NAME`` in ``student.model`` (it starts from its weights) or in a teacher's model.
+    A stage names what an earlier one trained as ``stage:NAME`` in ``student.model`` (it starts from
+    its weights) or in a teacher's model.
 
     Args:
         name: of the folder that holds the stages' own.
         description: what it reproduces, one line.
-        stages: the recipe of each stage, at least two. A recipe's name is that of the stage's folder; one that has none is called as its
-            stage.
+        stages: the recipe of each stage, at least two. A recipe's name is that of the stage's
+            folder; one that has none is called as its stage.
 
     Raises:
-        ConfigError: a stage refers to one that is not there or comes later, or nothing follows from a stage's output.
+        ConfigError: a stage refers to one that is not there or comes later, or nothing follows from
+            a stage's output.
     """
 
     name: str = "run"
@@ -84,22 +90,34 @@ class Stages:
         if not is_folder_name(self.name):
             raise ConfigError(f"name is {self.name!r}: it has to be the plain name of a folder")
         if len(self.stages) < 2:
-            raise ConfigError(f"a staged recipe needs at least two stages, and {self.name!r} has {len(self.stages)}: write a plain recipe")
+            raise ConfigError(
+                f"a staged recipe needs at least two stages, and {self.name!r} has"
+                f" {len(self.stages)}: write a plain recipe"
+            )
         for key in self.stages:
             if not key.isidentifier():
-                raise ConfigError(f"the name of a stage is {key!r}: it has to be of letters, digits and underscores")
+                raise ConfigError(
+                    f"the name of a stage is {key!r}: it has to be of letters, digits and"
+                    " underscores"
+                )
         unnamed = Recipe.__dataclass_fields__["name"].default
-        named = {key: replace(recipe, name=key) if recipe.name == unnamed else recipe for key, recipe in self.stages.items()}
+        named = {
+            key: replace(recipe, name=key) if recipe.name == unnamed else recipe
+            for key, recipe in self.stages.items()
+        }
         object.__setattr__(self, "stages", named)
         folders: dict[str, str] = {}
         for key, recipe in named.items():
             if recipe.name in folders:
                 raise ConfigError(
-                    f"the stages {folders[recipe.name]!r} and {key!r} would share the folder {recipe.name!r}: give one another name "
-                    f"({key}.name)"
+                    f"the stages {folders[recipe.name]!r} and {key!r} would share the folder"
+                    f" {recipe.name!r}: give one another name ({key}.name)"
                 )
             if recipe.name in (STAGES, STARTS):
-                raise ConfigError(f"{key}.name is {recipe.name!r}, which is a file beside the stages: choose another")
+                raise ConfigError(
+                    f"{key}.name is {recipe.name!r}, which is a file beside the stages: choose"
+                    " another"
+                )
             folders[recipe.name] = key
         self._check_sources()
 
@@ -116,8 +134,8 @@ class Stages:
         for key in earlier[:-1]:
             if key not in used:
                 raise ConfigError(
-                    f"no later stage uses what the stage {key!r} trains: name it as '{PREFIX}{key}' in a later student.model or teacher, "
-                    "or leave the stage out"
+                    f"no later stage uses what the stage {key!r} trains: name it as '{PREFIX}{key}'"
+                    " in a later student.model or teacher, or leave the stage out"
                 )
 
     @property
@@ -132,7 +150,11 @@ def _why_not_earlier(source: str, key: str, stages: list[str], earlier: list[str
     if source in stages:
         return f"the stage {source!r} comes after {key!r}: put it before"
     close = get_close_matches(source, earlier, n=1)
-    known = f"did you mean {close[0]!r}?" if close else f"the ones before {key!r} are {', '.join(earlier) or 'none'}"
+    known = (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"the ones before {key!r} are {', '.join(earlier) or 'none'}"
+    )
     return f"there is no stage {source!r}: {known}"
 
 
@@ -148,13 +170,17 @@ def sources(recipe: Recipe) -> dict[str, str]:
     for path, config in configs.items():
         if (config.checkpoint or "").startswith(PREFIX):
             raise ConfigError(
-                f"{path}.checkpoint is {config.checkpoint!r}, but a stage is a network with its weights: name it in {path}.model"
+                f"{path}.checkpoint is {config.checkpoint!r}, but a stage is a network with its"
+                f" weights: name it in {path}.model"
             )
         if not config.model.startswith(PREFIX):
             continue
         for name in ("checkpoint", "pretrained"):
             if getattr(config, name):
-                raise ConfigError(f"{path}.{name} would take the place of the weights of {config.model!r}: give one of them")
+                raise ConfigError(
+                    f"{path}.{name} would take the place of the weights of {config.model!r}: give"
+                    " one of them"
+                )
         found[f"{path}.model"] = config.model.removeprefix(PREFIX)
     return found
 
@@ -162,14 +188,19 @@ def sources(recipe: Recipe) -> dict[str, str]:
 def refuse_sources(recipe: Recipe) -> None:
     """Raise `ConfigError` when a recipe of one run names a stage."""
     for path, source in sources(recipe).items():
-        raise ConfigError(f"{path} is '{PREFIX}{source}', but this recipe has no stages: name a model, or the folder of a run")
+        raise ConfigError(
+            f"{path} is '{PREFIX}{source}', but this recipe has no stages: name a model, or the"
+            " folder of a run"
+        )
 
 
 @contextmanager
 def in_stage(key: str, recipe: Recipe | None = None) -> Iterator[None]:
-    """User errors within say which stage they are about, and name settings as that stage takes them.
+    """User errors within say which stage they are about, and name settings as that stage takes
+    them.
 
-    ``recipe``: that of the stage, where it is at hand; the same setting may be at another place of it.
+    ``recipe``: that of the stage, where it is at hand; the same setting may be at another place of
+    it.
     """
     try:
         yield
@@ -188,10 +219,11 @@ _FLAG = re.compile(r"(set )?(--[a-z][a-z-]*)(?: (\d[\d.e-]*\d|\w+))?(?![\w-])")
 
 
 def _settings_of_stage(text: str, key: str, recipe: Recipe | None) -> str:
-    """A sentence with ``--set FIELD``, ``--with METHOD`` and ``--without NAME`` as ``--set STAGE.FIELD`` and so on.
+    """A sentence with ``--set FIELD``, ``--with METHOD`` and ``--without NAME`` as ``--set
+    STAGE.FIELD`` and so on.
 
-    In what it says to do, flags of a recipe are ``--set STAGE.FIELD`` too: as flags they would be of other stages, or refused. Those of
-    fields that change no result are of every stage, and stay.
+    In what it says to do, flags of a recipe are ``--set STAGE.FIELD`` too: as flags they would be
+    of other stages, or refused. Those of fields that change no result are of every stage, and stay.
     """
     from ..cli.flags import flags_of
     from ..cli.recipe_flags import RecipeFlags
@@ -208,13 +240,29 @@ def _settings_of_stage(text: str, key: str, recipe: Recipe | None) -> str:
         path = "" if flag is None else flag.field.metadata["path"]
         if flag is None or flag.value is None or path in VOLATILE:
             return found[0]
-        if path == "student.image_size" and recipe is not None and "img_size" in recipe.student.model_args:
+        if (
+            path == "student.image_size"
+            and recipe is not None
+            and "img_size" in recipe.student.model_args
+        ):
             path = "student.model_args.img_size"
         switch = flag.value.kind is bool
         choices = ("true", "false") if switch else get_args(flag.value.kind)
         given = word.isupper() or word[:1].isdigit() or word in (*choices, "none")
-        value = "null" if word == "none" and word not in choices else word if given else "true" if switch else "VALUE"
-        return ("give " if found[1] else "") + f"--set {key}.{path}={value}" + ("" if given or not word else f" {word}")
+        value = (
+            "null"
+            if word == "none" and word not in choices
+            else word
+            if given
+            else "true"
+            if switch
+            else "VALUE"
+        )
+        return (
+            ("give " if found[1] else "")
+            + f"--set {key}.{path}={value}"
+            + ("" if given or not word else f" {word}")
+        )
 
     text = _SET.sub(lambda found: " ".join(field_of(word) for word in found[0].split(" ")), text)
     text = _PART.sub(rf"\1 {key}.", text)
@@ -222,11 +270,13 @@ def _settings_of_stage(text: str, key: str, recipe: Recipe | None) -> str:
     return wrong + colon + _FLAG.sub(setting, remedy)
 
 
-# --- YAML ----------------------------------------------------------------------------------------------------------------------
+# --- YAML ----------------------------------------------------------------------------------------
 
 
 def load(path: str | Path) -> Recipe | Stages:
-    """Read a recipe file, of one run or of stages; raises `ConfigError` naming the line, or the field, that is wrong."""
+    """Read a recipe file, of one run or of stages; raises `ConfigError` naming the line, or the
+    field, that is wrong.
+    """
     data = read_mapping(path)
     if "stages" not in data:
         return load_recipe(path)
@@ -237,7 +287,9 @@ def load(path: str | Path) -> Recipe | Stages:
 
 
 def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:
-    """A staged recipe from plain data; raises `ConfigError` as `vitdistill.recipes.config.from_dict` does, naming the stage."""
+    """A staged recipe from plain data; raises `ConfigError` as
+    `vitdistill.recipes.config.from_dict` does, naming the stage.
+    """
     known = [*Stages.__dataclass_fields__]
     for key in data:
         if key not in known:
@@ -251,7 +303,9 @@ def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:
             raise ConfigError(f"{source} has an unknown field {str(key)!r}{hint}")
     stages = data.get("stages")
     if not isinstance(stages, Mapping):
-        raise ConfigError(f"stages in {source} is {stages!r}: a mapping of recipes by the stage's name is needed")
+        raise ConfigError(
+            f"stages in {source} is {stages!r}: a mapping of recipes by the stage's name is needed"
+        )
     for key in ("name", "description"):
         if not isinstance(data.get(key, ""), str):
             raise ConfigError(f"{key} in {source} is {data[key]!r}: text is needed")
@@ -261,8 +315,12 @@ def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:
         try:
             recipes[str(key)] = from_dict({} if item is None else item, where)
         except ConfigError as error:
-            raise ConfigError(str(error) if where in str(error) else f"in {where}, {error}") from None
-    return Stages(**{key: data[key] for key in ("name", "description") if key in data}, stages=recipes)
+            raise ConfigError(
+                str(error) if where in str(error) else f"in {where}, {error}"
+            ) from None
+    return Stages(
+        **{key: data[key] for key in ("name", "description") if key in data}, stages=recipes
+    )
 
 
 def dump(recipe: Recipe | Stages) -> str:
@@ -270,20 +328,25 @@ def dump(recipe: Recipe | Stages) -> str:
     return dump_yaml(to_dict(recipe))
 
 
-# --- what a stage builds on ------------------------------------------------------------------------------------------------------
+# --- what a stage builds on ----------------------------------------------------------------------
 
 
 def _with_models(recipe: Recipe, models: Mapping[str, str]) -> Recipe:
     """The recipe with other models at the fields that `sources` names."""
     student = replace(recipe.student, model=models.get("student.model", recipe.student.model))
-    teachers = {name: replace(config, model=models.get(f"teachers.{name}.model", config.model)) for name, config in recipe.teachers.items()}
+    teachers = {
+        name: replace(config, model=models.get(f"teachers.{name}.model", config.model))
+        for name, config in recipe.teachers.items()
+    }
     return replace(recipe, student=student, teachers=teachers)
 
 
 def resolved(stages: Stages, key: str, output: Path) -> Recipe:
-    """The recipe of a stage as it runs in ``output``: the folders of earlier stages in place of their names, and the views of its labels.
+    """The recipe of a stage as it runs in ``output``: the folders of earlier stages in place of
+    their names, and the views of its labels.
 
-    A folder is spelled as the stage's own run already spells it, which may have been begun elsewhere, or before ``output`` was moved.
+    A folder is spelled as the stage's own run already spells it, which may have been begun
+    elsewhere, or before ``output`` was moved.
     """
     return _resolved(stages, key, output, _saved(output / stages.stages[key].name))
 
@@ -299,11 +362,14 @@ def _resolved(stages: Stages, key: str, output: Path, saved: Recipe | None) -> R
     return with_views_of_labels(_with_models(stages.stages[key], models), saved)
 
 
-def _folders(stages: Stages, key: str, output: Path, saved: Recipe | None) -> dict[str, tuple[str, Path]]:
-    """The earlier stages that a stage builds on, by field: how its run spells each one's folder, and where that is.
+def _folders(
+    stages: Stages, key: str, output: Path, saved: Recipe | None
+) -> dict[str, tuple[str, Path]]:
+    """The earlier stages that a stage builds on, by field: how its run spells each one's folder,
+    and where that is.
 
-    The run's own spelling is of that stage when it ends in the folder's name and ``starts.json`` has it, whose digest `_other_weights`
-    compares; without that note, when it leads there.
+    The run's own spelling is of that stage when it ends in the folder's name and ``starts.json``
+    has it, whose digest `_other_weights` compares; without that note, when it leads there.
     """
     recipe = stages.stages[key]
     then = {} if saved is None else flatten(saved)
@@ -320,7 +386,9 @@ def _folders(stages: Stages, key: str, output: Path, saved: Recipe | None) -> di
 
 
 def foreseen(stages: Stages, key: str) -> Recipe:
-    """The recipe of a stage with the architectures of earlier ones in place of their names: all that is known before they run."""
+    """The recipe of a stage with the architectures of earlier ones in place of their names: all
+    that is known before they run.
+    """
     recipe = stages.stages[key]
     found = sources(recipe)
     student = recipe.student
@@ -335,18 +403,30 @@ def foreseen(stages: Stages, key: str) -> Recipe:
 def _teaching(recipe: Recipe) -> dict[str, str]:
     """The stages whose students are teachers here, by the teacher's name."""
     found = sources(recipe)
-    return {name: found[f"teachers.{name}.model"] for name in recipe.teachers if f"teachers.{name}.model" in found}
+    return {
+        name: found[f"teachers.{name}.model"]
+        for name in recipe.teachers
+        if f"teachers.{name}.model" in found
+    }
 
 
 def _architecture(stages: Stages, key: str) -> StudentConfig:
     recipe = stages.stages[key]
     source = sources(recipe).get("student.model")
-    return recipe.student if source is None else _merged(recipe.student, _architecture(stages, source))
+    return (
+        recipe.student if source is None else _merged(recipe.student, _architecture(stages, source))
+    )
 
 
 def _merged(config: Config, base: StudentConfig) -> Config:
-    """What a network is when it begins as ``base``: arguments of training alone are not handed on, as in an export."""
-    args = {key: value for key, value in base.model_args.items() if not key.endswith(("drop_rate", "drop_path_rate"))}
+    """What a network is when it begins as ``base``: arguments of training alone are not handed on,
+    as in an export.
+    """
+    args = {
+        key: value
+        for key, value in base.model_args.items()
+        if not key.endswith(("drop_rate", "drop_path_rate"))
+    }
     if base.image_size is not None:
         args["img_size"] = base.image_size
     if config.image_size is not None:
@@ -354,10 +434,13 @@ def _merged(config: Config, base: StudentConfig) -> Config:
     return replace(config, model=base.model, model_args={**args, **config.model_args})
 
 
-def networks(recipe: Recipe, num_classes: int, answers: Mapping[str, int] | None = None) -> tuple[Built, dict[str, Built]]:
+def networks(
+    recipe: Recipe, num_classes: int, answers: Mapping[str, int] | None = None
+) -> tuple[Built, dict[str, Built]]:
     """Student and teachers as architectures without weights, on the meta device.
 
-    ``answers``: how many classes a teacher answers in, where it is not built for them. Its answer is taken as matched to the data set's.
+    ``answers``: how many classes a teacher answers in, where it is not built for them. Its answer
+    is taken as matched to the data set's.
     """
     with without_memory():
         student = build_student(recipe.student, num_classes, with_weights=False)
@@ -370,17 +453,28 @@ def networks(recipe: Recipe, num_classes: int, answers: Mapping[str, int] | None
             built = blank_teacher(config, name, recipe.objectives)
             if answers is not None and name in answers:
                 built.model.reset_classifier(answers[name])  # type: ignore[operator]
-                built = replace(built, network=Network.of(built.model, name, config.model, built.spec.image_size))
+                built = replace(
+                    built,
+                    network=Network.of(built.model, name, config.model, built.spec.image_size),
+                )
             if reads_logits(recipe.objectives, built.network):
-                built = replace(built, network=replace(built.network, num_classes=num_classes if built.network.num_classes else 0))
+                built = replace(
+                    built,
+                    network=replace(
+                        built.network, num_classes=num_classes if built.network.num_classes else 0
+                    ),
+                )
             teachers[name] = built
     return student, teachers
 
 
-def networks_ahead(stages: Stages, key: str, num_classes: int, before: dict[str, int]) -> tuple[Recipe, Built, dict[str, Built]]:
+def networks_ahead(
+    stages: Stages, key: str, num_classes: int, before: dict[str, int]
+) -> tuple[Recipe, Built, dict[str, Built]]:
     """The recipe of a stage and its networks before any stage has run.
 
-    ``before`` is how many classes the students of the stages before this one answer in; this one's is added.
+    ``before`` is how many classes the students of the stages before this one answer in; this one's
+    is added.
     """
     recipe = foreseen(stages, key)
     answers = {name: before[source] for name, source in _teaching(stages.stages[key]).items()}
@@ -390,7 +484,7 @@ def networks_ahead(stages: Stages, key: str, num_classes: int, before: dict[str,
     return recipe, student, teachers
 
 
-# --- running ---------------------------------------------------------------------------------------------------------------------
+# --- running -------------------------------------------------------------------------------------
 
 
 def train_stages(
@@ -403,14 +497,17 @@ def train_stages(
     done: Callable[[str, Path, dict[str, Any]], None] | None = None,
     until: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train the stages one after the other into folders of ``output``; what is finished is not repeated, what was stopped is resumed.
+    """Train the stages one after the other into folders of ``output``; what is finished is not
+    repeated, what was stopped is resumed.
 
-    ``prepared`` is called with the job before the first step of each stage that runs, ``done`` with the stage's name, folder and summary
-    after it, both on the main process. ``until`` names the stage to stop after. Returns the summaries by stage.
+    ``prepared`` is called with the job before the first step of each stage that runs, ``done`` with
+    the stage's name, folder and summary after it, both on the main process. ``until`` names the
+    stage to stop after. Returns the summaries by stage.
 
     Raises:
-        UserError: as `vitdistill.runs.train.train` does; before anything runs also for what is wrong with a later stage, and for a folder
-            that holds a stage with other settings, or one that began from other weights or images.
+        UserError: as `vitdistill.runs.train.train` does; before anything runs also for what is
+            wrong with a later stage, and for a folder that holds a stage with other settings, or
+            one that began from other weights or images.
     """
     from ..world import world
     from .train import train
@@ -420,7 +517,12 @@ def train_stages(
     if until is not None and until not in stages.stages:
         close = get_close_matches(until, stages.stages, n=1)
         raise ConfigError(
-            f"there is no stage {until!r}: " + (f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(stages.stages)}")
+            f"there is no stage {until!r}: "
+            + (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"choose from {', '.join(stages.stages)}"
+            )
         )
     summaries = {}
     with world(device) as here:
@@ -428,13 +530,18 @@ def train_stages(
         for number, (key, stage) in enumerate(stages.stages.items(), 1):
             if here.is_main:
                 console.print(
-                    f"stage {key} ({number} of {len(stages.stages)}): {output / stage.name}", highlight=False, markup=False, soft_wrap=True
+                    f"stage {key} ({number} of {len(stages.stages)}): {output / stage.name}",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
                 )
             with in_stage(key, stage):
                 recipe, places = here.from_main(partial(_begin, stages, key, output))
                 note = partial(_note, stages=stages, key=key, output=output, prepared=prepared)
                 with runs_at(places):
-                    summaries[key] = train(recipe, output / stage.name, device=device, console=console, prepared=note)
+                    summaries[key] = train(
+                        recipe, output / stage.name, device=device, console=console, prepared=note
+                    )
             if here.is_main and done is not None:
                 done(key, output / stage.name, summaries[key])
             if key == until:
@@ -448,12 +555,23 @@ def _check(stages: Stages, output: Path, until: str | None, num_processes: int) 
     from .folder import RECIPE, SUMMARY, check_folder
 
     with durable.disk_errors(output):
-        found = sorted(name for name in os.listdir(output) if not name.startswith(".")) if output.is_dir() else []
-    foreign = [name for name in found if name not in {recipe.name for recipe in stages.stages.values()}]
+        found = (
+            sorted(name for name in os.listdir(output) if not name.startswith("."))
+            if output.is_dir()
+            else []
+        )
+    foreign = [
+        name for name in found if name not in {recipe.name for recipe in stages.stages.values()}
+    ]
     if RECIPE in found:
-        raise ConfigError(f"the output {output} holds a run without stages: name another folder with --output")
+        raise ConfigError(
+            f"the output {output} holds a run without stages: name another folder with --output"
+        )
     if foreign and STAGES not in found:
-        raise ConfigError(f"the output {output} is not empty ({foreign[0]} is in it) and holds no stages: name another with --output")
+        raise ConfigError(
+            f"the output {output} is not empty ({foreign[0]} is in it) and holds no stages: name"
+            " another with --output"
+        )
     _refuse_changed(stages, output)
     pending, keys = [], [*stages.stages]
     for key in keys[: None if until is None else keys.index(until) + 1]:
@@ -467,7 +585,9 @@ def _check(stages: Stages, output: Path, until: str | None, num_processes: int) 
 
 
 def _refuse_changed(stages: Stages, output: Path) -> None:
-    """Raise `ConfigError` when the folder of a stage holds a run of other settings, or one that began from other weights or images."""
+    """Raise `ConfigError` when the folder of a stage holds a run of other settings, or one that
+    began from other weights or images.
+    """
     changed: dict[str, str] = {}
     images: dict[str, str] = {}
     opened: dict[str, tuple[ImageSource, str]] = {}
@@ -487,14 +607,22 @@ def _refuse_changed(stages: Stages, output: Path) -> None:
             changed[key] = reason
     if changed:
         (key, reason), *_ = changed.items()
-        new = [f"{name}.name={_free_name(stages, stages.stages[name].name, output)}" for name in changed]
+        new = [
+            f"{name}.name={_free_name(stages, stages.stages[name].name, output)}"
+            for name in changed
+        ]
         verb = "a new folder" if len(new) == 1 else "new folders"
         given = {name: recipe.data.dir for name, recipe in stages.stages.items()}
         own = [f"{name}.data.dir={folder}" for name, folder in {**given, **images}.items()]
-        hint = f"name the images of each stage in place of --data-dir, --set {' '.join(own)}, or " if {**given, **images} != given else ""
+        hint = (
+            f"name the images of each stage in place of --data-dir, --set {' '.join(own)}, or "
+            if {**given, **images} != given
+            else ""
+        )
         raise ConfigError(
-            f"{output / stages.stages[key].name} holds the stage {key!r} as it was before ({reason}): {hint}keep both by giving {verb}, "
-            f"--set {' '.join(new)}" + (", or another --output" if images else "")
+            f"{output / stages.stages[key].name} holds the stage {key!r} as it was before"
+            f" ({reason}): {hint}keep both by giving {verb}, --set {' '.join(new)}"
+            + (", or another --output" if images else "")
         )
 
 
@@ -510,7 +638,9 @@ def _what_changed(stages: Stages, key: str, output: Path, saved: Recipe) -> str 
 
 
 def _other_weights(stages: Stages, key: str, output: Path) -> str | None:
-    """Which stage's weights are not those the run in a stage's folder began from, in a few words; None: all are."""
+    """Which stage's weights are not those the run in a stage's folder began from, in a few words;
+    None: all are.
+    """
     recipe = stages.stages[key]
     then = _read_starts(output).get(recipe.name, {})
     for source in sources(recipe).values():
@@ -521,11 +651,19 @@ def _other_weights(stages: Stages, key: str, output: Path) -> str | None:
     return None
 
 
-def _other_images(stages: Stages, key: str, output: Path, saved: Recipe, opened: dict[str, tuple[ImageSource, str]]) -> bool:
-    """Whether the images of a stage are not those the run in its folder began with; ``opened``: those already read, and their fingerprints.
+def _other_images(
+    stages: Stages,
+    key: str,
+    output: Path,
+    saved: Recipe,
+    opened: dict[str, tuple[ImageSource, str]],
+) -> bool:
+    """Whether the images of a stage are not those the run in its folder began with; ``opened``:
+    those already read, and their fingerprints.
 
-    A folder that was moved has the same fingerprint, and one in which the image that stopped a run was replaced has the same images. Where
-    no fingerprint was noted, the images that were named then are gone, or nothing was learnt from them, nothing is said.
+    A folder that was moved has the same fingerprint, and one in which the image that stopped a run
+    was replaced has the same images. Where no fingerprint was noted, the images that were named
+    then are gone, or nothing was learnt from them, nothing is said.
     """
     recipe = stages.stages[key]
     then, place = _read_starts(output).get(recipe.name, {}).get(IMAGES), recipe.data.dir
@@ -552,7 +690,9 @@ def _has_learnt(folder: Path) -> bool:
 
 
 def _before_repair(stages: Stages, output: Path, source: ImageSource) -> set[str]:
-    """The fingerprints of images that are these but for one that could not be read and stopped a run."""
+    """The fingerprints of images that are these but for one that could not be read and stopped a
+    run.
+    """
     from ..storage import checkpoint
     from .prepare import fingerprint_but
 
@@ -561,7 +701,10 @@ def _before_repair(stages: Stages, output: Path, source: ImageSource) -> set[str
         newest = checkpoint.latest(output / recipe.name, warn=lambda text: None)
         state = {} if newest is None else json.loads((newest / checkpoint.STATE).read_bytes())
         unreadable = state.get("unreadable") or {}
-        if unreadable.get("of") == "training images" and fingerprint_but(source, unreadable["image"]) == unreadable["others"]:
+        if (
+            unreadable.get("of") == "training images"
+            and fingerprint_but(source, unreadable["image"]) == unreadable["others"]
+        ):
             found.add(state["identity"]["training images"])
     return found
 
@@ -571,20 +714,31 @@ def _free_name(stages: Stages, name: str, output: Path) -> str:
     taken = {recipe.name for recipe in stages.stages.values()}
     base = re.sub(r"_[a-z]$", "", name)
     names = (f"{base}_{letter}" for letter in string.ascii_lowercase[1:])
-    return next((new for new in names if new not in taken and not (output / new).exists()), f"{base}_new")
+    return next(
+        (new for new in names if new not in taken and not (output / new).exists()), f"{base}_new"
+    )
 
 
 def _foresee(stages: Stages, pending: list[str], num_processes: int) -> None:
-    """Resolve the plans of the stages that are to run, and look at what the later ones name: what is wrong shows before the first runs."""
+    """Resolve the plans of the stages that are to run, and look at what the later ones name: what
+    is wrong shows before the first runs.
+    """
     before: dict[str, int] = {}
     opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]] = {}
     for key, stage in stages.stages.items():
         with in_stage(key, stage):
-            stored = [stored_network(store, name).num_classes for name, store in open_labels(stage).items()]
+            stored = [
+                stored_network(store, name).num_classes
+                for name, store in open_labels(stage).items()
+            ]
         recipe, student, teachers = networks_ahead(stages, key, max(stored, default=1000), before)
         with in_stage(key, stage):
             if key in pending:
-                plan = plan_of(recipe, student.network, {name: built.network for name, built in teachers.items()})
+                plan = plan_of(
+                    recipe,
+                    student.network,
+                    {name: built.network for name, built in teachers.items()},
+                )
             if key in pending[1:]:
                 _look_at_images(stage, opened, num_processes, pending[pending.index(key) - 1])
                 _look_at_weights(stage)
@@ -592,12 +746,15 @@ def _foresee(stages: Stages, pending: list[str], num_processes: int) -> None:
 
 
 def _look_at_images(
-    stage: Recipe, opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]], num_processes: int, before: str
+    stage: Recipe,
+    opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]],
+    num_processes: int,
+    before: str,
 ) -> None:
     """Raise what a stage's images and batches would end in once it begins.
 
-    ``opened``: images that are open already, by their folder and whether labels are read. ``before``: the stage to stop after where there
-    are no labels.
+    ``opened``: images that are open already, by their folder and whether labels are read.
+    ``before``: the stage to stop after where there are no labels.
     """
     from ..data.loader import check_batches
     from .prepare import classes_of, open_data
@@ -609,11 +766,14 @@ def _look_at_images(
     train, val = opened[place]
     if needing and not train.classes:
         raise ConfigError(
-            f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have none (no class folders): "
-            f"name images in class folders (--set data.dir=FOLDER), or stop before this stage (--stage {before})"
+            f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have"
+            " none (no class folders): name images in class folders (--set data.dir=FOLDER), or"
+            f" stop before this stage (--stage {before})"
         )
     classes_of(stage, train, val)
-    check_batches(train, stage.data.augment, stage.train.batch_size, num_processes, stage.train.accumulate)
+    check_batches(
+        train, stage.data.augment, stage.train.batch_size, num_processes, stage.train.accumulate
+    )
 
 
 def _look_at_weights(stage: Recipe) -> None:
@@ -626,17 +786,22 @@ def _look_at_weights(stage: Recipe) -> None:
 
 
 def _look_at_optimizer(stage: Recipe, student: Built, plan: Plan) -> None:
-    """Raise what a wrong name or argument of the optimizer would end in once a stage begins; ``student`` is on the meta device."""
+    """Raise what a wrong name or argument of the optimizer would end in once a stage begins;
+    ``student`` is on the meta device.
+    """
     from ..distill.step import Distillation
     from .optim import make_optimizer
 
-    args = {name: value for name, value in stage.optim.opt_args.items() if name != "fused"}  # which is for real devices
+    args = {
+        name: value for name, value in stage.optim.opt_args.items() if name != "fused"
+    }  # which is for real devices
     with without_memory():
         make_optimizer(Distillation(student.model, plan), replace(stage.optim, opt_args=args))
 
 
 def _begin(stages: Stages, key: str, output: Path) -> tuple[Recipe, dict[str, str]]:
-    """The recipe to run, once the stages before it are finished, and where the folders are that it names.
+    """The recipe to run, once the stages before it are finished, and where the folders are that it
+    names.
 
     Raises:
         ConfigError: the run that is there began from other weights than they gave.
@@ -644,15 +809,20 @@ def _begin(stages: Stages, key: str, output: Path) -> tuple[Recipe, dict[str, st
     saved = _saved(output / stages.stages[key].name)
     if saved is not None and _other_weights(stages, key, output) is not None:
         _refuse_changed(stages, output)
-    places = {spelled: str(folder) for spelled, folder in _folders(stages, key, output, saved).values()}
+    places = {
+        spelled: str(folder) for spelled, folder in _folders(stages, key, output, saved).values()
+    }
     return _resolved(stages, key, output, saved), places
 
 
-def _note(job: Any, *, stages: Stages, key: str, output: Path, prepared: Callable[[Any], None] | None) -> None:
-    """Write down the staged recipe, and the weights and images a new run begins from, before its first file is written.
+def _note(
+    job: Any, *, stages: Stages, key: str, output: Path, prepared: Callable[[Any], None] | None
+) -> None:
+    """Write down the staged recipe, and the weights and images a new run begins from, before its
+    first file is written.
 
-    A run that goes on with other images does so because nothing was learnt from those it began with, or because one was replaced: then
-    they are those of all stages that began with the same.
+    A run that goes on with other images does so because nothing was learnt from those it began
+    with, or because one was replaced: then they are those of all stages that began with the same.
     """
     _save(stages, output)
     recipe, images = stages.stages[key], job.identity["training images"]
@@ -661,19 +831,35 @@ def _note(job: Any, *, stages: Stages, key: str, output: Path, prepared: Callabl
         then = _read_starts(output)
         if (folder / "recipe.yaml").is_file():
             before, all_of_them = then.get(recipe.name, {}).get(IMAGES), _has_learnt(folder)
-            same = {name for name, began in then.items() if before is not None and began.get(IMAGES) == before}
-            now = {name: {**then[name], IMAGES: images} for name in (same if all_of_them else same & {recipe.name})}
+            same = {
+                name
+                for name, began in then.items()
+                if before is not None and began.get(IMAGES) == before
+            }
+            now = {
+                name: {**then[name], IMAGES: images}
+                for name in (same if all_of_them else same & {recipe.name})
+            }
         else:
             places = sorted({stages.stages[source].name for source in sources(recipe).values()})
-            now = {recipe.name: {**{place: _weights_of(output / place) for place in places}, IMAGES: images}}
+            now = {
+                recipe.name: {
+                    **{place: _weights_of(output / place) for place in places},
+                    IMAGES: images,
+                }
+            }
         if {**then, **now} != then:
-            durable.write_atomic(output / STARTS, json.dumps({**then, **now}, indent=2, sort_keys=True).encode())
+            durable.write_atomic(
+                output / STARTS, json.dumps({**then, **now}, indent=2, sort_keys=True).encode()
+            )
     if prepared is not None:
         prepared(job)
 
 
 def _save_unless_cut_short(stages: Stages, output: Path, until: str | None) -> None:
-    """Write down the staged recipe once its last stage is finished: until then the one there may be of a folder that has all."""
+    """Write down the staged recipe once its last stage is finished: until then the one there may be
+    of a folder that has all.
+    """
     if until is None or stages.stages[until] is stages.last or not (output / STAGES).is_file():
         _save(stages, output)
 
@@ -686,7 +872,9 @@ def _save(stages: Stages, output: Path) -> None:
 
 
 def _read_starts(output: Path) -> dict[str, dict[str, str]]:
-    """What the run in each folder began from: the digest of the weights by the folder they were in, and of the `IMAGES`."""
+    """What the run in each folder began from: the digest of the weights by the folder they were in,
+    and of the `IMAGES`.
+    """
     path = output / STARTS
     if not path.is_file():
         return {}
@@ -694,12 +882,15 @@ def _read_starts(output: Path) -> dict[str, dict[str, str]]:
         return {str(name): dict(began) for name, began in json.loads(path.read_bytes()).items()}
     except (ValueError, TypeError, AttributeError):
         raise DataError(
-            f"{path} is damaged: delete it to go on without the check that stages began from the weights and images that are there"
+            f"{path} is damaged: delete it to go on without the check that stages began from the"
+            " weights and images that are there"
         ) from None
 
 
 def last_run(output: Path) -> Path:
-    """The folder of the run that is the result of the stages in ``output``; raises `ConfigError` when it has not begun."""
+    """The folder of the run that is the result of the stages in ``output``; raises `ConfigError`
+    when it has not begun.
+    """
     from .folder import SUMMARY
 
     stages = load(output / STAGES)
@@ -709,8 +900,14 @@ def last_run(output: Path) -> Path:
     if not (folder / "recipe.yaml").is_file():
         finished = [str(path.parent) for path in sorted(output.glob(f"*/{SUMMARY}"))]
         first = output / next(iter(stages.stages.values())).name
-        what = f"name a finished run, {' or '.join(finished)}" if finished else f"name an earlier stage's folder, as {first}"
-        raise ConfigError(f"the last stage in {output} has not begun, so {folder} is not there: {what}")
+        what = (
+            f"name a finished run, {' or '.join(finished)}"
+            if finished
+            else f"name an earlier stage's folder, as {first}"
+        )
+        raise ConfigError(
+            f"the last stage in {output} has not begun, so {folder} is not there: {what}"
+        )
     return folder
 
 

@@ -1,9 +1,10 @@
 """The training loop: one for one process or many, and every way it can stop.
 
-A step is a straight line: forward and backward of its micro-batches, the next step's batches fetched while the device computes, one wait
-for the device to know that everything is finite, and the optimizer. Samples, views and the order of both depend on the recipe alone.
-Dropout and stochastic depth are drawn a micro-batch at a time, so their draws (and nothing else) also depend on the number of processes
-and micro-batches.
+A step is a straight line: forward and backward of its micro-batches, the next step's batches
+fetched while the device computes, one wait for the device to know that everything is finite, and
+the optimizer. Samples, views and the order of both depend on the recipe alone. Dropout and
+stochastic depth are drawn a micro-batch at a time, so their draws (and nothing else) also depend on
+the number of processes and micro-batches.
 """
 
 import contextlib
@@ -51,7 +52,8 @@ Resumed = tuple[dict[str, Tensor], dict[str, Any]]
 class StopRequest:
     """SIGTERM, Ctrl-C and SIGUSR1 ask the run to save and stop; one more of them stops it at once.
 
-    Signals within ``patience`` seconds are one request: a launcher passes on what the whole process group was sent already.
+    Signals within ``patience`` seconds are one request: a launcher passes on what the whole process
+    group was sent already.
     """
 
     def __init__(self, patience: float = 3.0) -> None:
@@ -88,17 +90,23 @@ def train(
 ) -> dict[str, Any]:
     """Train the recipe's student into the run folder ``output``, or resume the run that is there.
 
-    Returns the run's summary (also in ``summary.json``); ``prepared`` is called on the main process before the first step.
+    Returns the run's summary (also in ``summary.json``); ``prepared`` is called on the main process
+    before the first step.
 
     Raises:
-        UserError: one sentence, the same on every process; before the run folder is touched for everything that can be known before.
+        UserError: one sentence, the same on every process; before the run folder is touched for
+            everything that can be known before.
         Preempted: it was asked to stop, and has saved its state.
     """
     output = Path(output)
     console = console or Console()
     recipe = with_views_of_labels(recipe, saved_recipe(output))
     with world(device) as here:
-        say = (lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) if here.is_main else (lambda text: None)
+        say = (
+            (lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+            if here.is_main
+            else (lambda text: None)
+        )
 
         def done() -> dict[str, Any] | None:
             summary = finished(output, recipe)
@@ -122,12 +130,18 @@ def train(
                     folder = stack.enter_context(RunFolder(output, recipe))
             # Until the folder was this process's own, another one may have worked on the same run.
             summary = here.from_main(done)
-            return summary if summary is not None else _Run(job, output, folder, console, say).finish()
+            return (
+                summary if summary is not None else _Run(job, output, folder, console, say).finish()
+            )
 
 
 def _bytes_to_write(job: Job) -> int:
-    """What a run has to find room for: two training states (weights, the optimizer's two moments, the average) and two exports."""
-    size = sum(value.numel() * value.element_size() for value in job.distillation.state_dict().values())
+    """What a run has to find room for: two training states (weights, the optimizer's two moments,
+    the average) and two exports.
+    """
+    size = sum(
+        value.numel() * value.element_size() for value in job.distillation.state_dict().values()
+    )
     states = 3 if job.recipe.train.ema_decay is None else 4
     return 2 * (states + 1) * size
 
@@ -135,7 +149,14 @@ def _bytes_to_write(job: Job) -> int:
 class _Run:
     """The state of a running run, and its loop."""
 
-    def __init__(self, job: Job, output: Path, folder: RunFolder | None, console: Console, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        output: Path,
+        folder: RunFolder | None,
+        console: Console,
+        say: Callable[[str], None],
+    ) -> None:
         recipe = job.recipe
         self.job, self.output, self.folder, self.recipe, self.say = job, output, folder, recipe, say
         self.world: World = job.world
@@ -143,7 +164,9 @@ class _Run:
         self.steps_per_epoch = job.train_loader.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.train.epochs
         self.names = [*job.plan.objectives, "loss", "grad_norm"]
-        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.world.device)  # last: steps summed
+        self.sums = torch.zeros(
+            len(self.names) + 1, dtype=torch.float64, device=self.world.device
+        )  # last: steps summed
         self.step, self.evaluated_at, self.best, self.best_step = 0, -1, -math.inf, -1
         self.scores: dict[str, float] = {}
         self.seconds = 0.0
@@ -152,20 +175,31 @@ class _Run:
         found = self.world.from_main(lambda: checkpoint.latest(output, warn=say))
         with self.world.together():
             self.optimizer = make_optimizer(job.distillation, recipe.optim)
-            self.schedule = make_schedule(self.optimizer, recipe.optim, recipe.train.epochs, self.steps_per_epoch)
+            self.schedule = make_schedule(
+                self.optimizer, recipe.optim, recipe.train.epochs, self.steps_per_epoch
+            )
             decay = recipe.train.ema_decay
             self.ema = None if decay is None else ModelEmaV3(job.student, decay=decay)
-            self.scaler = torch.amp.GradScaler(self.world.device.type) if job.amp_dtype is torch.float16 else None
+            self.scaler = (
+                torch.amp.GradScaler(self.world.device.type)
+                if job.amp_dtype is torch.float16
+                else None
+            )
             offsets = {} if found is None else self._restore(found)
             if folder is not None:
                 folder.open_logs(offsets)
                 changed = folder.record_environment(self.step, self.world.size)
                 if changed:
-                    say(f"this run goes on with {'; '.join(changed)}: same samples and views, numbers may differ in their last bits")
+                    say(
+                        f"this run goes on with {'; '.join(changed)}: same samples and views,"
+                        " numbers may differ in their last bits"
+                    )
         self.module: nn.Module = job.distillation
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.module = DistributedDataParallel(job.distillation, device_ids=ids, find_unused_parameters=bool(job.unused))
+            self.module = DistributedDataParallel(
+                job.distillation, device_ids=ids, find_unused_parameters=bool(job.unused)
+            )
         self.display = Display(console, self.total_steps, self.steps_per_epoch, self.world.is_main)
         self.speed = Speed(recipe.train.batch_size)
         self.board = None if folder is None else _tensorboard(output / "tensorboard", self.step)
@@ -182,7 +216,7 @@ class _Run:
         """The fraction of the run that is done."""
         return self.step / self.total_steps
 
-    # --- the loop --------------------------------------------------------------------------------------------------------------
+    # --- the loop --------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
         """Train to the end, or until asked to stop."""
@@ -202,20 +236,26 @@ class _Run:
             failure, self.waited = self.world.settle(failure), 0.0
             while True:
                 end_of_epoch = self.step > 0 and self.step % self.steps_per_epoch == 0
-                due = end_of_epoch and (self.step // self.steps_per_epoch % train.eval_every == 0 or self.step == self.total_steps)
+                due = end_of_epoch and (
+                    self.step // self.steps_per_epoch % train.eval_every == 0
+                    or self.step == self.total_steps
+                )
                 if failure is None and due and self.evaluated_at != self.step:
                     stopped, failure = self._evaluate_or_fail(stop, stopped)
                     saved_at = -1
                 self.seconds = time.perf_counter() - begun
                 if failure is not None:
                     self._give_up(failure, saved_at)
-                if saved_at != self.step and (stopped or self.step % save_every == 0 or self.step == self.total_steps):
+                if saved_at != self.step and (
+                    stopped or self.step % save_every == 0 or self.step == self.total_steps
+                ):
                     self._save()
                     saved_at = self.step
                 if stopped:
                     error = Preempted(
-                        f"stopped by {stop.name or 'another process'} at step {self.step} of {self.total_steps}, state saved in "
-                        f"{self.output}: the same command resumes it"
+                        f"stopped by {stop.name or 'another process'} at step {self.step} of"
+                        f" {self.total_steps}, state saved in {self.output}: the same command"
+                        " resumes it"
                     )
                     raise agreed(error)
                 if self.step == self.total_steps:
@@ -228,9 +268,13 @@ class _Run:
                     self._log()
 
     def _step(
-        self, micro_batches: tuple[Batch, ...], batches: Iterator[tuple[Batch, ...]], stop: StopRequest
+        self,
+        micro_batches: tuple[Batch, ...],
+        batches: Iterator[tuple[Batch, ...]],
+        stop: StopRequest,
     ) -> tuple[tuple[Batch, ...] | None, bool, UserError | None]:
-        """One optimizer step; returns the next step's batches, whether any process was asked to stop, and what prevents those batches.
+        """One optimizer step; returns the next step's batches, whether any process was asked to
+        stop, and what prevents those batches.
 
         Raises:
             NonFiniteError: a loss or a gradient is NaN or infinite; the step was not applied.
@@ -241,7 +285,11 @@ class _Run:
         self.optimizer.zero_grad()
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         for i, batch in enumerate(micro_batches):
-            sync = contextlib.nullcontext() if i == count - 1 or self.world.size == 1 else self.module.no_sync()  # type: ignore[operator]
+            sync = (
+                contextlib.nullcontext()
+                if i == count - 1 or self.world.size == 1
+                else self.module.no_sync()  # type: ignore[operator]
+            )
             with sync:
                 with self._as_in_step(i):
                     losses = self.module(batch, job.teachers, self.progress)
@@ -254,10 +302,13 @@ class _Run:
             self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(job.distillation)
         upcoming, failure = self._fetch(batches)
-        # float16 gradients overflow now and then, and the scaler leaves such a step out; with its scale used up they are not finite.
+        # float16 gradients overflow now and then, and the scaler leaves such a step out; with its
+        # scale used up they are not finite.
         if self.scaler is None or self.scaler.get_scale() < 1:
             finite &= norm.isfinite()
-        not_finite, stopped, failed = self.world.any(not bool(finite), bool(stop.name), failure is not None)
+        not_finite, stopped, failed = self.world.any(
+            not bool(finite), bool(stop.name), failure is not None
+        )
         if not_finite:
             raise agreed(NonFiniteError(self._what_is_not_finite(micro_batches)))
         if failed:
@@ -277,24 +328,37 @@ class _Run:
 
     def _memory_of_a_step(self) -> contextlib.AbstractContextManager[None]:
         train = self.recipe.train
-        where = f"in a training step of {counted(train.batch_size // (train.accumulate * self.world.size), 'image')} at once"
-        less = f"--accumulate above {train.accumulate} or --batch-size below {train.batch_size} (and --lr in proportion)"
+        where = (
+            "in a training step of"
+            f" {counted(train.batch_size // (train.accumulate * self.world.size), 'image')} at once"
+        )
+        less = (
+            f"--accumulate above {train.accumulate} or --batch-size below {train.batch_size} (and"
+            " --lr in proportion)"
+        )
         return memory_errors(where, f"start again in another --output with {less}")
 
     @contextlib.contextmanager
     def _as_in_step(self, micro_batch: int) -> Iterator[None]:
         """The precision and the random draws of a micro-batch's forward pass.
 
-        Dropout and stochastic depth draw from a generator seeded by the step, so that a resumed run needs no generator state.
+        Dropout and stochastic depth draw from a generator seeded by the step, so that a resumed run
+        needs no generator state.
         """
         place = micro_batch * self.world.size + self.world.rank
-        torch.manual_seed(int(keyed.keys(self.recipe.train.seed, self.step, place, keyed.Stream.DROPOUT)[0]) >> 1)
+        torch.manual_seed(
+            int(keyed.keys(self.recipe.train.seed, self.step, place, keyed.Stream.DROPOUT)[0]) >> 1
+        )
         amp_dtype = self.job.amp_dtype
         with torch.autocast(self.world.device.type, amp_dtype, enabled=amp_dtype is not None):
             yield
 
-    def _fetch(self, batches: Iterator[tuple[Batch, ...]]) -> tuple[tuple[Batch, ...] | None, UserError | None]:
-        """The next step's batches (None: there is none) or the error of this process that prevents them."""
+    def _fetch(
+        self, batches: Iterator[tuple[Batch, ...]]
+    ) -> tuple[tuple[Batch, ...] | None, UserError | None]:
+        """The next step's batches (None: there is none) or the error of this process that prevents
+        them.
+        """
         working = None
         if self.world.device.type == "cuda":
             working = torch.cuda.Event()
@@ -310,26 +374,37 @@ class _Run:
                 self.waited += time.perf_counter() - begun
 
     def _what_is_not_finite(self, micro_batches: tuple[Batch, ...]) -> str:
-        """The sentence that names the term, the step and the last good checkpoint; for all processes to say."""
-        found = [culprit for culprit in self.world.gather(self._culprit(micro_batches)) if culprit] or ["the loss"]
+        """The sentence that names the term, the step and the last good checkpoint; for all
+        processes to say.
+        """
+        found = [
+            culprit for culprit in self.world.gather(self._culprit(micro_batches)) if culprit
+        ] or ["the loss"]
         # One process's loss is in everybody's gradients: the cause comes first.
         first = min(found, key=lambda culprit: culprit.startswith("the gradient"))
         remedy = "lower --lr, clip gradients with --clip-grad, or use --amp-dtype float32"
         if first.startswith("the answer"):
             name = first.removeprefix("the answer of the ").partition(" ")[0]
             remedy = f"check its weights, or use {setting(name, 'precision', 'float32')}"
-        return f"{first} is NaN or infinite at step {self.step}; the step was not applied, and {self._last_good()}: {remedy}"
+        return (
+            f"{first} is NaN or infinite at step {self.step}; the step was not applied, and"
+            f" {self._last_good()}: {remedy}"
+        )
 
     @torch.no_grad()
     def _culprit(self, micro_batches: tuple[Batch, ...]) -> str:
-        """What was the first not to be finite in this process's part of the step, found by repeating its forward passes."""
+        """What was the first not to be finite in this process's part of the step, found by
+        repeating its forward passes.
+        """
         job = self.job
         for i, batch in enumerate(micro_batches):
             samples = f"(samples {', '.join(map(str, batch.ids[:4].tolist()))}, ...)"
             with self._as_in_step(i):
                 _, answers = job.distillation.answer(batch, job.teachers)
             for name, answer in answers.items():
-                if isinstance(answer, ViTOutput) and not all(bool(recorded.isfinite().all()) for recorded in answer.tensors()):
+                if isinstance(answer, ViTOutput) and not all(
+                    bool(recorded.isfinite().all()) for recorded in answer.tensors()
+                ):
                     return f"the answer of the {name} {samples}"
             with self._as_in_step(i):
                 losses = job.distillation(batch, job.teachers, self.progress)
@@ -344,9 +419,13 @@ class _Run:
     def _last_good(self) -> str:
         folder = self.output / "checkpoints"
         good = sorted(path.name for path in folder.glob("step-*")) if folder.is_dir() else []
-        return f"the last good checkpoint is {folder / good[-1]}" if good else "no checkpoint had been saved yet"
+        return (
+            f"the last good checkpoint is {folder / good[-1]}"
+            if good
+            else "no checkpoint had been saved yet"
+        )
 
-    # --- what is due between steps ------------------------------------------------------------------------------------------------
+    # --- what is due between steps ---------------------------------------------------------------
 
     def _log(self) -> None:
         sums = self.world.mean(self.sums)
@@ -359,13 +438,22 @@ class _Run:
         with self.world.together():
             if self.folder is None:
                 return
-            record = {"kind": "train", "step": self.step, "epoch": self.step / self.steps_per_epoch, "lr": lr, **means}
+            record = {
+                "kind": "train",
+                "step": self.step,
+                "epoch": self.step / self.steps_per_epoch,
+                "lr": lr,
+                **means,
+            }
             if self.scaler is not None:
                 record["loss_scale"] = self.scaler.get_scale()
             self.folder.log(METRICS, record)
             self._scalars("train", {"lr": lr, **means})
             if math.isfinite(self.speed.images_per_second):
-                rate = {"images_per_second": round(self.speed.images_per_second, 1), "wait_share": round(self.speed.wait_share, 4)}
+                rate = {
+                    "images_per_second": round(self.speed.images_per_second, 1),
+                    "wait_share": round(self.speed.wait_share, 4),
+                }
                 self.folder.log(TIMING, {"step": self.step, **rate})
                 self._scalars("speed", rate)
 
@@ -375,7 +463,8 @@ class _Run:
                 self.board.add_scalar(f"{group}/{name}", value, self.step)
 
     def _evaluate_or_fail(self, stop: StopRequest, stopped: bool) -> tuple[bool, UserError | None]:
-        """Evaluate; returns whether the run shall stop, and the error that prevented the evaluation, with the run's state as before it.
+        """Evaluate; returns whether the run shall stop, and the error that prevented the
+        evaluation, with the run's state as before it.
 
         Raises:
             NonFiniteError: the state is not worth saving.
@@ -390,7 +479,9 @@ class _Run:
             return stopped, error
 
     def _evaluate(self, stop: StopRequest) -> bool:
-        """Evaluate, and write the student's weights; False if it was abandoned because the run shall stop."""
+        """Evaluate, and write the student's weights; False if it was abandoned because the run
+        shall stop.
+        """
         job, begun = self.job, time.perf_counter()
         best, scores = False, None
         if job.val_loader is not None:
@@ -398,7 +489,11 @@ class _Run:
             try:
                 scores = self._scores_now(job.val_loader, lambda: bool(stop.name))
             except NonFiniteError as error:
-                raise agreed(NonFiniteError(f"evaluation at step {self.step}: {error} {self._last_good().capitalize()}.")) from error
+                raise agreed(
+                    NonFiniteError(
+                        f"evaluation at step {self.step}: {error} {self._last_good().capitalize()}."
+                    )
+                ) from error
             if scores is None:
                 return False
             best = scores.get("top1", -math.inf) > self.best
@@ -410,7 +505,15 @@ class _Run:
                     self._export(name)
                 self._draw()
                 if scores is not None:
-                    self.folder.log(METRICS, {"kind": "eval", "step": self.step, "epoch": self.step / self.steps_per_epoch, **scores})
+                    self.folder.log(
+                        METRICS,
+                        {
+                            "kind": "eval",
+                            "step": self.step,
+                            "epoch": self.step / self.steps_per_epoch,
+                            **scores,
+                        },
+                    )
                     self._scalars("validation", scores)
         # From here on it counts: what fails before leaves the run as it was.
         if scores is not None:
@@ -422,7 +525,9 @@ class _Run:
         return True
 
     def _scores_now(self, images: EvalLoader, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """The accuracy of the classifier, or that of k-NN on the features of a student without one; None if it was abandoned."""
+        """The accuracy of the classifier, or that of k-NN on the features of a student without one;
+        None if it was abandoned.
+        """
         job = self.job
         if job.bank_loader is None:
             return evaluate(self.model, images, self.world, job.amp_dtype, stop)
@@ -432,13 +537,20 @@ class _Run:
     def _draw(self) -> None:
         """What the objectives have to show of a few images, as a file and in TensorBoard."""
         job = self.job
-        if all(type(objective).pictures is Objective.pictures for objective in job.plan.objectives.values()):
+        if all(
+            type(objective).pictures is Objective.pictures
+            for objective in job.plan.objectives.values()
+        ):
             return
         for batch in job.shown_loader:
             batch.seed = self.recipe.train.seed
             job.distillation.eval()
-            with torch.autocast(self.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None):
-                rows = job.distillation.pictures(batch)  # the student that the decoder is trained with, not its average
+            with torch.autocast(
+                self.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None
+            ):
+                rows = job.distillation.pictures(
+                    batch
+                )  # the student that the decoder is trained with, not its average
             if rows:
                 sheet = draw_sheet(rows, job.student_spec)
                 durable.write_atomic(self.output / PICTURES, png(sheet))
@@ -457,18 +569,26 @@ class _Run:
             input_spec=job.student_spec,
         )
 
-    # --- saving and restoring -----------------------------------------------------------------------------------------------------
+    # --- saving and restoring --------------------------------------------------------------------
 
     def _give_up(self, failure: UserError, saved_at: int) -> NoReturn:
-        """Save what was learnt, and raise the error that all processes met; it is the one to say, also where saving fails too."""
+        """Save what was learnt, and raise the error that all processes met; it is the one to say,
+        also where saving fails too.
+        """
         image = failure.image if isinstance(failure, DataError) else None
         for what, source in self.job.sources.items():
             if image is not None and image[0] == source.name:
-                self.unreadable = {"of": what, "image": image[1], "others": fingerprint_but(source, image[1])}
+                self.unreadable = {
+                    "of": what,
+                    "image": image[1],
+                    "others": fingerprint_but(source, image[1]),
+                }
         if self.step > 0 and (saved_at != self.step or self.unreadable is not None):
             with contextlib.suppress(UserError):
                 self._save()
-                self.say(f"the state of step {self.step} of {self.total_steps} is saved in {self.output}")
+                self.say(
+                    f"the state of step {self.step} of {self.total_steps} is saved in {self.output}"
+                )
         raise failure
 
     def _save(self) -> None:
@@ -478,9 +598,14 @@ class _Run:
             if self.folder is not None:
                 self.display.working("saving")
                 optimizer, structure = checkpoint.pack_optimizer(self.optimizer.state_dict())
-                tensors = {f"distillation.{key}": value for key, value in self.job.distillation.state_dict().items()}
+                tensors = {
+                    f"distillation.{key}": value
+                    for key, value in self.job.distillation.state_dict().items()
+                }
                 if self.ema is not None:
-                    tensors |= {f"ema.{key}": value for key, value in self.ema.module.state_dict().items()}
+                    tensors |= {
+                        f"ema.{key}": value for key, value in self.ema.module.state_dict().items()
+                    }
                 state = {name: getattr(self, name) for name in PROGRESS}
                 state |= {
                     "best": self.best if math.isfinite(self.best) else None,
@@ -498,40 +623,54 @@ class _Run:
         self.speed.pause(time.perf_counter() - begun)
 
     def _restore(self, found: Path) -> dict[str, int]:
-        """Take over a checkpoint and return where its logs ended; refuse one of another recipe, other images or another teacher."""
+        """Take over a checkpoint and return where its logs ended; refuse one of another recipe,
+        other images or another teacher.
+        """
         tensors, state = checkpoint.load(found)
         if state["recipe"] != self.fingerprint:
-            raise DataError(f"{found} was saved by another recipe than that of {self.output}: restore the recipe, or start a new run")
+            raise DataError(
+                f"{found} was saved by another recipe than that of {self.output}: restore the"
+                " recipe, or start a new run"
+            )
         for what, now in self.job.identity.items():
             then = str(state["identity"].get(what))
             if then != now and not self._is_repaired(what, state.get("unreadable")):
                 raise DataError(
-                    f"the {what} of this run have changed since {found} was saved ({then[:12]} then, {now[:12]} now): restore them, or "
-                    "start a new run in another folder"
+                    f"the {what} of this run have changed since {found} was saved ({then[:12]}"
+                    f" then, {now[:12]} now): restore them, or start a new run in another folder"
                 )
         try:
             self._take_over(tensors, state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(
-                f"{found} does not fit this version's student and optimizer ({reason}): resume with the version it began with"
+                f"{found} does not fit this version's student and optimizer ({reason}): resume with"
+                " the version it began with"
             ) from error
         return dict(state["offsets"])
 
     def _is_repaired(self, what: str, unreadable: dict[str, str] | None) -> bool:
-        """Whether no images but the one that could not be read are others than they were; the run has not learnt from that one."""
+        """Whether no images but the one that could not be read are others than they were; the run
+        has not learnt from that one.
+        """
         source = self.job.sources.get(what)
         if unreadable is None or source is None or unreadable["of"] != what:
             return False
         image = unreadable["image"]
         if fingerprint_but(source, image) != unreadable["others"]:
             return False
-        self.say(f"the {what} have another {image}, which could not be read: the run goes on with it")
+        self.say(
+            f"the {what} have another {image}, which could not be read: the run goes on with it"
+        )
         return True
 
     def _take_over(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            return {
+                key.removeprefix(prefix): value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
 
         self.job.distillation.load_state_dict(under("distillation."))
         if self.ema is not None:
@@ -573,7 +712,9 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     teacher: Teacher | None = None,
 ) -> dict[str, float] | None:
-    """Exact metrics over all processes, every image once; None if ``stop`` said so to one of them on the way."""
+    """Exact metrics over all processes, every image once; None if ``stop`` said so to one of them
+    on the way.
+    """
     training = model.training
     model.eval()
     metrics = Metrics(here.device)
@@ -581,7 +722,9 @@ def evaluate(
         for batch in batches_together(loader, here, stop):
             with torch.autocast(here.device.type, amp_dtype, enabled=amp_dtype is not None):
                 logits = run_vit(model, batch.images, Needs(logits=True)).logits
-                answer = None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
+                answer = (
+                    None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
+                )
             assert logits is not None
             metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
     except Stopped:
@@ -593,7 +736,9 @@ def evaluate(
 
 
 def _tensorboard(path: Path, step: int) -> Any:
-    """A TensorBoard writer if the extra is installed; else None (metrics.jsonl holds everything)."""
+    """A TensorBoard writer if the extra is installed; else None (metrics.jsonl holds
+    everything).
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

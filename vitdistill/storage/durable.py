@@ -1,9 +1,10 @@
-"""The only code that writes a final file name: atomic, synced, digested; nothing half-written is ever visible.
+"""The only code that writes a final file name: atomic, synced, digested; nothing half-written is
+ever visible.
 
-The order of every write is: a uniquely named temporary in the *same* folder, written while it is hashed, fsync of the
-file, rename onto the final name, fsync of the folder. A crash, kill or full disk at any point leaves the old content
-or the new. Files are created with mode 0666 and folders with 0777 less the umask, so that colleagues can read what a
-run wrote.
+The order of every write is: a uniquely named temporary in the *same* folder, written while it is
+hashed, fsync of the file, rename onto the final name, fsync of the folder. A crash, kill or full
+disk at any point leaves the old content or the new. Files are created with mode 0666 and folders
+with 0777 less the umask, so that colleagues can read what a run wrote.
 """
 
 import errno
@@ -31,7 +32,9 @@ MANIFEST_FORMAT = 1
 
 
 def _place(host: str, space: str) -> str:
-    """A host and container as a temporary's name has them: readable, with a hash of all of it that tells equal beginnings apart."""
+    """A host and container as a temporary's name has them: readable, with a hash of all of it that
+    tells equal beginnings apart.
+    """
     whole = "\0".join((host, space))
     readable = re.sub(r"[^A-Za-z0-9.]", "_", host)[:32] or "host"
     return f"{readable}.{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
@@ -39,10 +42,12 @@ def _place(host: str, space: str) -> str:
 
 _HOST = _place(socket.gethostname(), processes.space())
 _TEMP_NAME = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<token>[0-9a-f]{12})")
-# Tokens of the temporaries this process is writing now: a leftover of an earlier process may carry our own pid.
+# Tokens of the temporaries this process is writing now: a leftover of an earlier process may carry
+# our own pid.
 _active: set[str] = set()
 
-# The names of safetensors' header, and nothing torch has that safetensors lacks (quantised and complex types).
+# The names of safetensors' header, and nothing torch has that safetensors lacks (quantised and
+# complex types).
 _TENSOR_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -69,7 +74,9 @@ class Sink(Protocol):
 
 
 class Content(NamedTuple):
-    """A file's content: its size in bytes and a function that writes it, so that it is never in memory at once."""
+    """A file's content: its size in bytes and a function that writes it, so that it is never in
+    memory at once.
+    """
 
     size: int
     write: Callable[[Sink], None]
@@ -96,7 +103,7 @@ class _HashingSink:
         return self._digest.hexdigest()
 
 
-# -- sentences --------------------------------------------------------------------------------------------------------
+# -- sentences ------------------------------------------------------------------------------------
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -112,7 +119,8 @@ def bytes_shown(count: int) -> str:
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int | None:
-    """Bytes an unprivileged process may still write on the volume that holds ``path`` (or will hold it).
+    """Bytes an unprivileged process may still write on the volume that holds ``path`` (or will hold
+    it).
 
     None: it does not say, as those in memory without a limit.
     """
@@ -124,7 +132,9 @@ def free_bytes(path: str | os.PathLike[str]) -> int | None:
 
 
 def require_free(path: str | os.PathLike[str], needed: int) -> None:
-    """Raise ``DiskError`` when the volume of ``path`` has less than ``needed`` bytes left: call it before any work."""
+    """Raise ``DiskError`` when the volume of ``path`` has less than ``needed`` bytes left: call it
+    before any work.
+    """
     with disk_errors(path):
         free = free_bytes(path)
     if free is not None and free < needed:
@@ -135,14 +145,16 @@ def _full_sentence(path: str | os.PathLike[str], needed: int | None, free: int |
     need = f"{bytes_shown(needed)} needed, " if needed is not None else ""
     have = f"{bytes_shown(free)} free" if free is not None else "free space unknown"
     return (
-        f"{shown(path)} cannot be written because the disk is full ({need}{have}); nothing that was there has changed: "
-        "make room and run the same command again."
+        f"{shown(path)} cannot be written because the disk is full ({need}{have}); nothing that was"
+        " there has changed: make room and run the same command again."
     )
 
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
-    """Turn an ``OSError`` about ``path`` into one sentence: ``DiskError``, or ``PermissionDenied``."""
+    """Turn an ``OSError`` about ``path`` into one sentence: ``DiskError``, or
+    ``PermissionDenied``.
+    """
     try:
         yield
     except OSError as error:
@@ -161,20 +173,37 @@ def _explained(error: OSError, path: str | os.PathLike[str], needed: int | None)
         case errno.EFBIG:
             need = f" of {bytes_shown(needed)}" if needed is not None else ""
             return DiskError(
-                f"{name} cannot be written because a file{need} is larger than the limit here (ulimit -f, or the "
-                "file system's own); raise the limit or write elsewhere."
+                f"{name} cannot be written because a file{need} is larger than the limit here"
+                " (ulimit -f, or the file system's own); raise the limit or write elsewhere."
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return PermissionDenied(f"{name} may not be read or written ({reason}); choose another folder or change its permissions.")
+            return PermissionDenied(
+                f"{name} may not be read or written ({reason}); choose another folder or change its"
+                " permissions."
+            )
         case errno.EXDEV:
-            return DiskError(f"{name} cannot be put in place because its folder spans two file systems; choose a folder on one.")
-        case errno.ENOTDIR | errno.EISDIR | errno.ENAMETOOLONG | errno.ELOOP | errno.ENOENT | errno.EEXIST | errno.ENOTEMPTY:
+            return DiskError(
+                f"{name} cannot be put in place because its folder spans two file systems; choose a"
+                " folder on one."
+            )
+        case (
+            errno.ENOTDIR
+            | errno.EISDIR
+            | errno.ENAMETOOLONG
+            | errno.ELOOP
+            | errno.ENOENT
+            | errno.EEXIST
+            | errno.ENOTEMPTY
+        ):
             return DiskError(f"{name} cannot be written: {reason}; choose another path.")
         case _:
-            return DiskError(f"{name} could not be read or written ({reason}); check the disk and run the same command again.")
+            return DiskError(
+                f"{name} could not be read or written ({reason}); check the disk and run the same"
+                " command again."
+            )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------
 
 
 def write_atomic(
@@ -185,9 +214,10 @@ def write_atomic(
 ) -> str:
     """Write a whole file under its final name, durably, and return its sha256 (hex).
 
-    ``content`` is the bytes, or a function that writes them to the file object it is given. The parent folder is made
-    if missing. ``replace=False`` is first-wins: an existing file is left alone and ``FileExistsError`` raised.
-    Raises ``DiskError`` or ``PermissionDenied``; then the old file is untouched and no temporary is left.
+    ``content`` is the bytes, or a function that writes them to the file object it is given. The
+    parent folder is made if missing. ``replace=False`` is first-wins: an existing file is left
+    alone and ``FileExistsError`` raised. Raises ``DiskError`` or ``PermissionDenied``; then the old
+    file is untouched and no temporary is left.
     """
     final = Path(path)
     make_dirs(final.parent)
@@ -215,13 +245,23 @@ def write_atomic(
         _active.discard(token)
 
 
-def write_new(path: str | os.PathLike[str], content: bytes | Content | Callable[[Sink], None]) -> str:
-    """Create a file in a folder not published yet, fsync it, and return its sha256; an existing file is refused."""
+def write_new(
+    path: str | os.PathLike[str], content: bytes | Content | Callable[[Sink], None]
+) -> str:
+    """Create a file in a folder not published yet, fsync it, and return its sha256; an existing
+    file is refused.
+    """
     return _write_new(Path(path), content, named=Path(path))
 
 
 def _write_new(path: Path, content: bytes | Content | Callable[[Sink], None], named: Path) -> str:
-    size = content.size if isinstance(content, Content) else len(content) if isinstance(content, bytes) else None
+    size = (
+        content.size
+        if isinstance(content, Content)
+        else len(content)
+        if isinstance(content, bytes)
+        else None
+    )
     with disk_errors(named, size):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -253,7 +293,9 @@ def make_dirs(path: str | os.PathLike[str]) -> None:
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o777)
             if not folder.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, "a file of that name is in the way", str(folder))
+                raise NotADirectoryError(
+                    errno.ENOTDIR, "a file of that name is in the way", str(folder)
+                )
             fsync_dir(folder.parent)
 
 
@@ -268,7 +310,9 @@ def fsync_dir(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Only one process of this host at a time is inside for this folder; a courtesy, which some network file systems do not have."""
+    """Only one process of this host at a time is inside for this folder; a courtesy, which some
+    network file systems do not have.
+    """
     with disk_errors(folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -280,8 +324,9 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def try_lock(path: str | os.PathLike[str]) -> int | None:
-    """Lock a file until the number that is returned is closed, or this process and its forks end; None: another process of this machine
-    has it, whatever container it is in, or the disk has no locks.
+    """Lock a file until the number that is returned is closed, or this process and its forks end;
+    None: another process of this machine has it, whatever container it is in, or the disk has no
+    locks.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -301,16 +346,18 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
+# -- folders --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def staged_dir(final: str | os.PathLike[str], aside: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """A temporary folder beside ``final``: fill it with ``write_new``; it is published when the block ends without
-    error.
+def staged_dir(
+    final: str | os.PathLike[str], aside: str | os.PathLike[str] | None = None
+) -> Iterator[Path]:
+    """A temporary folder beside ``final``: fill it with ``write_new``; it is published when the
+    block ends without error.
 
-    A non-empty ``final`` is first renamed to ``aside`` (and back if publishing fails); without ``aside`` it is a
-    ``DiskError``. Any error removes the temporary.
+    A non-empty ``final`` is first renamed to ``aside`` (and back if publishing fails); without
+    ``aside`` it is a ``DiskError``. Any error removes the temporary.
     """
     final = Path(final)
     make_dirs(final.parent)
@@ -330,7 +377,9 @@ def staged_dir(final: str | os.PathLike[str], aside: str | os.PathLike[str] | No
 
 
 def publish_dir(temp: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
-    """Rename a folder of synced files onto its final name, durably; ``final`` must be absent or an empty folder."""
+    """Rename a folder of synced files onto its final name, durably; ``final`` must be absent or an
+    empty folder.
+    """
     with disk_errors(final):
         fsync_dir(temp)
         os.rename(temp, final)
@@ -349,10 +398,11 @@ def _exchange(temp: Path, final: Path, aside: Path) -> None:
 
 
 def remove_dir(path: str | os.PathLike[str], known: Iterable[str]) -> bool:
-    """Remove a published folder if all its entries are plain files named in ``known``; otherwise leave it and return
-    False.
+    """Remove a published folder if all its entries are plain files named in ``known``; otherwise
+    leave it and return False.
 
-    It is renamed to a temporary first, so that a crash half way leaves no damaged folder under the old name.
+    It is renamed to a temporary first, so that a crash half way leaves no damaged folder under the
+    old name.
     """
     folder = Path(path)
     names = frozenset(known)
@@ -369,8 +419,11 @@ def remove_dir(path: str | os.PathLike[str], known: Iterable[str]) -> bool:
     return True
 
 
-def clear_aside(aside: str | os.PathLike[str], final: str | os.PathLike[str], known: Iterable[str]) -> None:
-    """Remove a published folder that ``final`` has taken the place of; hidden files of the system's (``.DS_Store``) move to ``final``.
+def clear_aside(
+    aside: str | os.PathLike[str], final: str | os.PathLike[str], known: Iterable[str]
+) -> None:
+    """Remove a published folder that ``final`` has taken the place of; hidden files of the system's
+    (``.DS_Store``) move to ``final``.
 
     What cannot go now is left where it is: the folder that counts is in place.
     """
@@ -381,12 +434,15 @@ def clear_aside(aside: str | os.PathLike[str], final: str | os.PathLike[str], kn
         remove_dir(aside, known)
 
 
-def remove_stale_temporaries(folder: str | os.PathLike[str], known: Iterable[str], *, alone: bool = False) -> list[Path]:
-    """Remove what killed processes of this host and container left behind in ``folder``, and return it.
+def remove_stale_temporaries(
+    folder: str | os.PathLike[str], known: Iterable[str], *, alone: bool = False
+) -> list[Path]:
+    """Remove what killed processes of this host and container left behind in ``folder``, and return
+    it.
 
-    Only names this module makes, whose process is gone, and, for a folder, only with plain files named in ``known``
-    inside. ``alone``: nobody else may write here (a claimed run folder), so that those of other hosts, and of this one
-    before it was started again, are left over too.
+    Only names this module makes, whose process is gone, and, for a folder, only with plain files
+    named in ``known`` inside. ``alone``: nobody else may write here (a claimed run folder), so that
+    those of other hosts, and of this one before it was started again, are left over too.
     """
     removed = []
     names = frozenset(known)
@@ -412,19 +468,24 @@ def _temporary(folder: Path) -> tuple[Path, str]:
 
 
 def _is_alive_elsewhere(pid: int) -> bool:
-    """Whether a number of this host and container is another living process's: an earlier one may have had our own."""
+    """Whether a number of this host and container is another living process's: an earlier one may
+    have had our own.
+    """
     return pid != os.getpid() and processes.started(pid) is not None
 
 
 def _holds_only(folder: Path, names: frozenset[str]) -> bool:
     with os.scandir(folder) as entries:
-        return all(entry.name in names and entry.is_file(follow_symlinks=False) for entry in entries)
+        return all(
+            entry.name in names and entry.is_file(follow_symlinks=False) for entry in entries
+        )
 
 
 def _remove(path: Path, known: frozenset[str] | None) -> None:
     """Unlink a file, or a folder of plain files (never a tree).
 
-    Where a network disk keeps files that somebody still reads, the folder stays for `remove_stale_temporaries` to take later.
+    Where a network disk keeps files that somebody still reads, the folder stays for
+    `remove_stale_temporaries` to take later.
     """
     if not stat.S_ISDIR(path.lstat().st_mode):
         os.unlink(path)
@@ -439,20 +500,28 @@ def _remove(path: Path, known: frozenset[str] | None) -> None:
             raise
 
 
-# -- manifests --------------------------------------------------------------------------------------------------------
+# -- manifests ------------------------------------------------------------------------------------
 
 
-def write_manifest(folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]) -> None:
-    """Write ``manifest.json`` into an unpublished folder: each file's size and sha256, what it is, its own digest."""
+def write_manifest(
+    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
+) -> None:
+    """Write ``manifest.json`` into an unpublished folder: each file's size and sha256, what it is,
+    its own digest.
+    """
     write_new(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
 
 
-def replace_manifest(folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]) -> None:
+def replace_manifest(
+    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
+) -> None:
     """The same in a published folder, in place of the manifest that is there."""
     write_atomic(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
 
 
-def _manifest_body(folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest_body(
+    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
+) -> dict[str, Any]:
     sizes = {name: (Path(folder) / name).stat().st_size for name in files}
     return {
         "format": MANIFEST_FORMAT,
@@ -462,7 +531,9 @@ def _manifest_body(folder: str | os.PathLike[str], files: Mapping[str, str], ide
 
 
 def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
-    """The one spelling of a manifest; a reader compares whole files with it, so that every flipped bit shows."""
+    """The one spelling of a manifest; a reader compares whole files with it, so that every flipped
+    bit shows.
+    """
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return (
         json.dumps(
@@ -476,7 +547,9 @@ def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest's body, checked against its own digest; ``DataError`` when missing, damaged or of another format."""
+    """The manifest's body, checked against its own digest; ``DataError`` when missing, damaged or
+    of another format.
+    """
     path = Path(folder) / MANIFEST
     data = read_bytes(path)
     try:
@@ -488,8 +561,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise DataError(f"{shown(path)} is damaged: its content does not match its own digest.")
     if body.get("format") != MANIFEST_FORMAT:
         raise DataError(
-            f"{shown(path)} has format {body.get('format')}, this version reads format {MANIFEST_FORMAT}; "
-            "use the version of vitdistill that wrote it."
+            f"{shown(path)} has format {body.get('format')}, this version reads format"
+            f" {MANIFEST_FORMAT}; use the version of vitdistill that wrote it."
         )
     for name in body["files"]:
         if Path(name).name != name or name in ("", ".", ".."):
@@ -511,7 +584,9 @@ def verify_dir(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_verified(folder: str | os.PathLike[str], name: str, body: Mapping[str, Any]) -> bytes:
-    """A file's bytes, read once and checked against the body from ``read_manifest``; ``DataError`` if they differ."""
+    """A file's bytes, read once and checked against the body from ``read_manifest``; ``DataError``
+    if they differ.
+    """
     path = Path(folder) / name
     if name not in body["files"]:
         raise DataError(f"{shown(path)} is not named in the manifest beside it.")
@@ -538,29 +613,37 @@ def _check_size(path: Path, body: Mapping[str, Any]) -> None:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{shown(path)} is missing.") from error
     if found != expected:
-        raise DataError(f"{shown(path)} is damaged: it has {found} bytes and its manifest says {expected}.")
+        raise DataError(
+            f"{shown(path)} is damaged: it has {found} bytes and its manifest says {expected}."
+        )
 
 
 def _check_digest(path: Path, found: str, body: Mapping[str, Any]) -> None:
     expected = body["files"][path.name]["sha256"]
     if found != expected:
-        raise DataError(f"{shown(path)} is damaged: its sha256 is {found[:12]}... and its manifest says {expected[:12]}....")
+        raise DataError(
+            f"{shown(path)} is damaged: its sha256 is {found[:12]}... and its manifest says"
+            f" {expected[:12]}...."
+        )
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
+# -- tensors --------------------------------------------------------------------------------------
 
 
-def tensors_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Content:
-    """Tensors as the content of a safetensors file, streamed one tensor at a time; equal tensors give equal bytes.
+def tensors_content(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Content:
+    """Tensors as the content of a safetensors file, streamed one tensor at a time; equal tensors
+    give equal bytes.
 
-    The library's own writer is not used: it neither syncs nor honours the umask, and needs a second copy in memory.
-    Raises ``DataError`` for a type safetensors has no name for.
+    The library's own writer is not used: it neither syncs nor honours the umask, and needs a second
+    copy in memory. Raises ``DataError`` for a type safetensors has no name for.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _TENSOR_TYPES or tensor.layout is not torch.strided:
             raise DataError(
-                f"Tensor {name!r} is {tensor.dtype} ({tensor.layout}), which a safetensors file cannot hold; "
-                "convert it to a dense real type first."
+                f"Tensor {name!r} is {tensor.dtype} ({tensor.layout}), which a safetensors file"
+                " cannot hold; convert it to a dense real type first."
             )
     # Wide types first keeps every tensor aligned to its own width, as the format asks.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -588,35 +671,39 @@ def tensors_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] |
     return Content(8 + len(text) + offset, write)
 
 
-# -- logs -------------------------------------------------------------------------------------------------------------
+# -- logs -----------------------------------------------------------------------------------------
 
 
 class AppendLog:
-    """A text file that only grows by whole lines, for metrics: a resumed run cuts it back to where its checkpoint was.
+    """A text file that only grows by whole lines, for metrics: a resumed run cuts it back to where
+    its checkpoint was.
 
-    ``offset=None`` opens it at its end (a last line torn by a crash is cut off); an ``offset`` from an earlier
-    ``.offset`` cuts everything after it. Raises ``DataError`` when the file is shorter than ``offset`` or ``offset``
-    is inside a line.
+    ``offset=None`` opens it at its end (a last line torn by a crash is cut off); an ``offset`` from
+    an earlier ``.offset`` cuts everything after it. Raises ``DataError`` when the file is shorter
+    than ``offset`` or ``offset`` is inside a line.
     """
 
     def __init__(self, path: str | os.PathLike[str], offset: int | None = None) -> None:
         self.path = Path(path)
         make_dirs(self.path.parent)
         with disk_errors(self.path):
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
         try:
             with disk_errors(self.path):
                 size = os.fstat(self._fd).st_size
                 keep = self._end_of_last_line(size) if offset is None else offset
                 if keep > size:
                     raise DataError(
-                        f"{shown(self.path)} has {size} bytes and the run's state expects at least {keep}; it was cut "
-                        "or replaced: restore it, or start a new run in another folder."
+                        f"{shown(self.path)} has {size} bytes and the run's state expects at least"
+                        f" {keep}; it was cut or replaced: restore it, or start a new run in"
+                        " another folder."
                     )
                 if keep != self._end_of_last_line(keep):
                     raise DataError(
-                        f"{shown(self.path)} is not the log this run wrote: byte {keep} is inside a line; restore it, "
-                        "or start a new run in another folder."
+                        f"{shown(self.path)} is not the log this run wrote: byte {keep} is inside a"
+                        " line; restore it, or start a new run in another folder."
                     )
                 if keep != size:
                     os.ftruncate(self._fd, keep)
@@ -637,7 +724,9 @@ class AppendLog:
         return 0
 
     def append(self, line: str) -> None:
-        """Append one line (a newline is added); after ``DiskError`` the file is as it was before."""
+        """Append one line (a newline is added); after ``DiskError`` the file is as it was
+        before.
+        """
         if "\n" in line:
             raise ValueError("a log line holds no newline")
         view = memoryview(line.encode() + b"\n")

@@ -1,4 +1,6 @@
-"""How one family of networks embeds patches, walks its blocks and answers; `family_of` finds a model's family."""
+"""How one family of networks embeds patches, walks its blocks and answers; `family_of` finds a
+model's family.
+"""
 
 from torch import nn
 
@@ -9,7 +11,9 @@ from .whole import WholeImage
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family ``model`` belongs to; models outside all families run on whole images only (`WholeImage`)."""
+    """The family ``model`` belongs to; models outside all families run on whole images only
+    (`WholeImage`).
+    """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     families: tuple[type[Family], ...] = (PlainViT,)
     for family in families:

@@ -1,6 +1,8 @@
-"""A recorded forward pass over an unmodified Vision Transformer: any patch subset, any last block, nothing more computed.
+"""A recorded forward pass over an unmodified Vision Transformer: any patch subset, any last block,
+nothing more computed.
 
-Shape letters: B images, L tokens, P prefix tokens, N patches, K kept patches, H heads, D width, C classes.
+Shape letters: B images, L tokens, P prefix tokens, N patches, K kept patches, H heads, D width, C
+classes.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,14 +21,18 @@ class Needs:
 
     Args:
         logits: the model's prediction, and each head's own where it has several.
-        hidden: blocks whose output (the residual stream, before the final norm) is recorded. Negative indices count from the end.
-        attention: blocks whose class-token attention (post-softmax) is recorded. Negative indices count from the end.
-        qkv: blocks whose queries, keys and values are recorded. Negative indices count from the end.
-        features: the last block's output after the final norm, what timm's ``forward_features`` gives.
+        hidden: blocks whose output (the residual stream, before the final norm) is recorded.
+            Negative indices count from the end.
+        attention: blocks whose class-token attention (post-softmax) is recorded. Negative indices
+            count from the end.
+        qkv: blocks whose queries, keys and values are recorded. Negative indices count from the
+            end.
+        features: the last block's output after the final norm, what timm's ``forward_features``
+            gives.
 
     Example:
-        >>> Needs(logits=True) | Needs(hidden=frozenset({0}))
-        Needs(logits=True, hidden=frozenset({0}), attention=frozenset(), qkv=frozenset(), features=False)
+        >>> (Needs(logits=True) | Needs(hidden=frozenset({0}))) == Needs(True, frozenset({0}))
+        True
     """
 
     logits: bool = False
@@ -48,7 +54,9 @@ class Needs:
         return self.logits or self.features or bool(self.hidden | self.attention | self.qkv)
 
     def resolve(self, depth: int) -> "Needs":
-        """The same needs with indices in ``0 .. depth-1``; raises `IndexError` for a block the model does not have."""
+        """The same needs with indices in ``0 .. depth-1``; raises `IndexError` for a block the
+        model does not have.
+        """
 
         def absolute(blocks: frozenset[int]) -> frozenset[int]:
             for block in blocks:
@@ -57,12 +65,22 @@ class Needs:
                     raise IndexError(f"block {block} does not exist: the model has {there}")
             return frozenset(block % depth for block in blocks)
 
-        return Needs(self.logits, absolute(self.hidden), absolute(self.attention), absolute(self.qkv), self.features)
+        return Needs(
+            self.logits,
+            absolute(self.hidden),
+            absolute(self.attention),
+            absolute(self.qkv),
+            self.features,
+        )
 
     def num_blocks(self, depth: int) -> int:
         """How many of the model's ``depth`` blocks have to run, counted from the first."""
         needs = self.resolve(depth)
-        return depth if needs.logits or needs.features else max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
+        return (
+            depth
+            if needs.logits or needs.features
+            else max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
+        )
 
 
 @dataclass(frozen=True)
@@ -70,17 +88,24 @@ class ViTOutput:
     """What one forward pass recorded.
 
     Attributes:
-        logits: ``(B, C)``, the prediction the model's own ``forward`` gives in evaluation; None unless needed.
-        head_logits: ``(B, heads, C)`` for models with several heads (DeiT: class token, distillation token); else None.
+        logits: ``(B, C)``, the prediction the model's own ``forward`` gives in evaluation; None
+            unless needed.
+        head_logits: ``(B, heads, C)`` for models with several heads (DeiT: class token,
+            distillation token); else None.
         heads: their names, in order.
         hidden: block index to ``(B, P+K, D)``.
-        attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all tokens. A model without a class token
-            gives its stand-in, see `vitdistill.vit.families.Family.attention_source`.
-        qkv: block index to queries, keys and values, each ``(B, H, P+K, d)``, after the block's q/k norms and before the scale.
-        features: ``(B, P+K, D)`` after the final norm, where the network has one; the last feature map of networks that are run whole.
-        keep: ``(B, K)`` row-major indices of the patches that were seen; None: all of them, in order.
+        attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all
+            tokens. A model without a class token gives its stand-in, see
+            `vitdistill.vit.families.Family.attention_source`.
+        qkv: block index to queries, keys and values, each ``(B, H, P+K, d)``, after the block's q/k
+            norms and before the scale.
+        features: ``(B, P+K, D)`` after the final norm, where the network has one; the last feature
+            map of networks that are run whole.
+        keep: ``(B, K)`` row-major indices of the patches that were seen; None: all of them, in
+            order.
         grid: rows and columns of the patch grid.
-        grids: block index to the rows and columns of its hidden states, where they are not ``grid`` (networks that are run whole).
+        grids: block index to the rows and columns of its hidden states, where they are not ``grid``
+            (networks that are run whole).
         num_prefix_tokens: P, tokens that are not patches.
         has_class_token: the first of them stands for the whole image.
         depth: blocks the model has, to resolve indices that count from the end.
@@ -101,12 +126,20 @@ class ViTOutput:
     depth: int = 0
 
     def patches(self, block: int) -> PatchMap:
-        """The patches' hidden states after ``block`` (negative counts from the end), and where they are."""
+        """The patches' hidden states after ``block`` (negative counts from the end), and where they
+        are.
+        """
         block %= self.depth
-        return PatchMap(self.hidden[block][:, self.num_prefix_tokens :], self.grids.get(block, self.grid), self.keep)
+        return PatchMap(
+            self.hidden[block][:, self.num_prefix_tokens :],
+            self.grids.get(block, self.grid),
+            self.keep,
+        )
 
     def first_patches(self, keep: Int[Tensor, "B K"]) -> "ViTOutput":
-        """The same record of the first K of the patches that were seen, ``keep``; logits are of all of them, attention is not to be cut."""
+        """The same record of the first K of the patches that were seen, ``keep``; logits are of all
+        of them, attention is not to be cut.
+        """
         size = self.num_prefix_tokens + keep.shape[1]
         return replace(
             self,
@@ -119,13 +152,22 @@ class ViTOutput:
     def tensors(self) -> list[Tensor]:
         """Everything recorded, as a flat list of floating-point tensors."""
         single = [t for t in (self.logits, self.head_logits, self.features) if t is not None]
-        return [*single, *self.hidden.values(), *self.attention.values(), *(t for qkv in self.qkv.values() for t in qkv)]
+        return [
+            *single,
+            *self.hidden.values(),
+            *self.attention.values(),
+            *(t for qkv in self.qkv.values() for t in qkv),
+        ]
 
     @property
     def feature_patches(self) -> PatchMap:
         """The patches' features after the final norm, and where they are."""
         assert self.features is not None
-        return PatchMap(self.features[:, self.num_prefix_tokens :], self.grids.get(self.depth - 1, self.grid), self.keep)
+        return PatchMap(
+            self.features[:, self.num_prefix_tokens :],
+            self.grids.get(self.depth - 1, self.grid),
+            self.keep,
+        )
 
 
 def run_vit(
@@ -136,19 +178,23 @@ def run_vit(
 ) -> ViTOutput:
     """Run as much of ``model`` on as many patches as ``needs`` and ``keep`` ask for, and record it.
 
-    Only kept patches are embedded; blocks nobody reads from do not run; in the last block only the tokens the head reads are computed;
-    no head is computed unless logits are needed. When every token is read the result equals ``model(images)`` bit for bit; the
-    shortened last block and the gathered patch embedding agree with it to rounding.
+    Only kept patches are embedded; blocks nobody reads from do not run; in the last block only the
+    tokens the head reads are computed; no head is computed unless logits are needed. When every
+    token is read the result equals ``model(images)`` bit for bit; the shortened last block and the
+    gathered patch embedding agree with it to rounding.
 
     Args:
-        model: a timm model, left as it is. Models outside the families give logits and hidden states of whole images only.
+        model: a timm model, left as it is. Models outside the families give logits and hidden
+            states of whole images only.
         images: normalised as the model expects.
         needs: what to record.
-        keep: row-major indices into the patch grid, any order, one row an image; None for every patch.
+        keep: row-major indices into the patch grid, any order, one row an image; None for every
+            patch.
 
     Raises:
         IndexError: a needed block does not exist.
-        ConfigError: the model cannot give what is asked (patch subsets or attention outside the families).
+        ConfigError: the model cannot give what is asked (patch subsets or attention outside the
+            families).
     """
     family = family_of(model)
     needs = needs.resolve(family.depth)
@@ -162,7 +208,12 @@ def run_vit(
     tokens = family.embed(images, keep)
     for i in range(last + 1):
         at_end = i == family.depth - 1
-        reads_all = i < last or i in needs.hidden or (at_end and needs.features) or (needs.logits and family.num_head_tokens is None)
+        reads_all = (
+            i < last
+            or i in needs.hidden
+            or (at_end and needs.features)
+            or (needs.logits and family.num_head_tokens is None)
+        )
         rows = None if reads_all else (family.num_head_tokens if needs.logits else 0)
         ran = family.run_block(i, tokens, rows, i in needs.attention, i in needs.qkv)
         tokens = ran.tokens

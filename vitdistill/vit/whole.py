@@ -1,4 +1,6 @@
-"""Every other network (CNNs, hierarchical transformers, a user's own): logits and feature maps of whole images."""
+"""Every other network (CNNs, hierarchical transformers, a user's own): logits and feature maps of
+whole images.
+"""
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -7,17 +9,24 @@ from ..errors import ConfigError
 from .family import BlockRun, Family
 
 
-def _as_map(final: object, last: Float[Tensor, "B D rows columns"], channels_last: bool) -> Float[Tensor, "B D rows columns"]:
-    """What `forward_features` gives, as a map: the last stage's after the final norm. The last stage's itself where that is no such map.
+def _as_map(
+    final: object, last: Float[Tensor, "B D rows columns"], channels_last: bool
+) -> Float[Tensor, "B D rows columns"]:
+    """What `forward_features` gives, as a map: the last stage's after the final norm. The last
+    stage's itself where that is no such map.
 
-    timm's networks give it with channels first or last, or as tokens behind their prefix tokens; ``channels_last``: for shapes that do not
-    tell.
+    timm's networks give it with channels first or last, or as tokens behind their prefix tokens;
+    ``channels_last``: for shapes that do not tell.
     """
     if not isinstance(final, Tensor):
         return last
     rows, columns = last.shape[2:]
     if final.ndim == 3 and final.shape[2] == last.shape[1] and final.shape[1] >= rows * columns:
-        return final[:, final.shape[1] - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        return (
+            final[:, final.shape[1] - rows * columns :]
+            .transpose(1, 2)
+            .unflatten(2, (rows, columns))
+        )
     moved = final.movedim(-1, 1)
     if moved.shape == last.shape and (final.shape != last.shape or channels_last):
         return moved
@@ -25,9 +34,11 @@ def _as_map(final: object, last: Float[Tensor, "B D rows columns"], channels_las
 
 
 class WholeImage(Family):
-    """A network that is run by its own ``forward``: no patch subsets, no attention; its "blocks" are its feature stages.
+    """A network that is run by its own ``forward``: no patch subsets, no attention; its "blocks"
+    are its feature stages.
 
-    Feature maps come from timm's ``forward_intermediates``; their width and grid may differ from stage to stage.
+    Feature maps come from timm's ``forward_intermediates``; their width and grid may differ from
+    stage to stage.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,12 +60,17 @@ class WholeImage(Family):
     ) -> tuple[Tensor | None, dict[int, Tensor], Tensor | None]:
         if not hidden and not features:
             answer = self.model(images)
-            if isinstance(answer, tuple):  # distilled CNN-ViT hybrids in training: one answer a head
+            if isinstance(
+                answer, tuple
+            ):  # distilled CNN-ViT hybrids in training: one answer a head
                 answer = sum(answer) / len(answer)
             return answer, {}, None
         forward = getattr(self.model, "forward_intermediates", None)
         if forward is None:
-            raise ConfigError(f"{type(self.model).__name__} has no forward_intermediates: hidden states cannot be recorded")
+            raise ConfigError(
+                f"{type(self.model).__name__} has no forward_intermediates: hidden states cannot be"
+                " recorded"
+            )
         last = self.depth - 1
         stages = sorted(hidden | {last} if features else hidden)
         if logits or features:
@@ -64,12 +80,18 @@ class WholeImage(Family):
         maps = dict(zip(stages, found, strict=True))
         answer = self.model.forward_head(final) if logits else None  # type: ignore[operator]
         channels_last = getattr(self.model, "output_fmt", None) == "NHWC"
-        return answer, {i: maps[i] for i in hidden}, _as_map(final, maps[last], channels_last) if features else None
+        return (
+            answer,
+            {i: maps[i] for i in hidden},
+            _as_map(final, maps[last], channels_last) if features else None,
+        )
 
     def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
         raise AssertionError("a network that does not walk is run whole")
 
-    def run_block(self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False) -> BlockRun:
+    def run_block(
+        self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False
+    ) -> BlockRun:
         raise AssertionError("a network that does not walk is run whole")
 
     def norm(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""A trained network as something others load: a folder for timm, or an ONNX file, checked against the network."""
+"""A trained network as something others load: a folder for timm, or an ONNX file, checked against
+the network.
+"""
 
 import copy
 import importlib
@@ -23,7 +25,14 @@ WEIGHTS = "model.safetensors"
 FILES = frozenset({CONFIG, WEIGHTS})
 
 # Arguments of training that say nothing about the weights.
-_TRAINING_ARGS = ("drop_path_rate", "drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
+_TRAINING_ARGS = (
+    "drop_path_rate",
+    "drop_rate",
+    "attn_drop_rate",
+    "proj_drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+)
 ONNX_TOLERANCE = 1e-4
 
 
@@ -58,7 +67,9 @@ class InputLike(Protocol):
 
     @property
     def crop_mode(self) -> str:
-        """timm's name of how an image that is not square is cropped: ``center``, ``squash`` or ``border``."""
+        """timm's name of how an image that is not square is cropped: ``center``, ``squash`` or
+        ``border``.
+        """
         ...
 
 
@@ -71,23 +82,31 @@ def export_timm(
     classes: Sequence[str] | None,
     input_spec: InputLike,
 ) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` so that timm builds the same network, and return the folder.
+    """Write ``config.json`` and ``model.safetensors`` so that timm builds the same network, and
+    return the folder.
 
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the same answers bit for bit; before anything
-    is written the folder's content is loaded and compared. ``architecture`` is timm's name (a tag is dropped),
-    ``model_args`` what the network was built with besides; ``classes`` the names in the order of the logits, if known.
-    Raises ``ConfigError`` when the folder holds anything this function did not write, or when the arguments do not
-    rebuild the network; ``DataError`` when its weights do not load or answer differently; ``DiskError`` when there is
-    no room.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the same answers bit for
+    bit; before anything is written the folder's content is loaded and compared. ``architecture`` is
+    timm's name (a tag is dropped), ``model_args`` what the network was built with besides;
+    ``classes`` the names in the order of the logits, if known. Raises ``ConfigError`` when the
+    folder holds anything this function did not write, or when the arguments do not rebuild the
+    network; ``DataError`` when its weights do not load or answer differently; ``DiskError`` when
+    there is no room.
     """
     final = Path(folder)
     name, _, tag = architecture.partition(".")
     if not is_model(name):
-        raise ConfigError(f"timm has no network called {durable.shown(architecture)}, so this one cannot be exported for it.")
+        raise ConfigError(
+            f"timm has no network called {durable.shown(architecture)}, so this one cannot be"
+            " exported for it."
+        )
     network = _unwrapped(model)
     num_classes = int(getattr(network, "num_classes", 0))
     if classes is not None and len(classes) != num_classes:
-        raise ConfigError(f"{len(classes)} class names were given for a network of {num_classes} classes; give all, in order.")
+        raise ConfigError(
+            f"{len(classes)} class names were given for a network of {num_classes} classes; give"
+            " all, in order."
+        )
     _refuse_foreign(final)
     state = {_bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
     content = durable.tensors_content(state, {"format": "pt"})
@@ -95,7 +114,10 @@ def export_timm(
     durable.require_free(final, content.size + 1_000_000)
     old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
     with durable.staged_dir(final, aside=old) as temp:
-        config["vitdistill"] = {"version": _version(), "weights_sha256": durable.write_new(temp / WEIGHTS, content)}
+        config["vitdistill"] = {
+            "version": _version(),
+            "weights_sha256": durable.write_new(temp / WEIGHTS, content),
+        }
         durable.write_new(temp / CONFIG, _json(config))
         _check_reload(network, state, temp, input_spec, name)
     if old.exists():
@@ -107,7 +129,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The network inside torch.compile and DistributedDataParallel."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if inner is None and isinstance(
+            model, nn.parallel.DistributedDataParallel | nn.DataParallel
+        ):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
@@ -119,24 +143,34 @@ def _bare_key(key: str) -> str:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A folder that is absent, empty, or an earlier export may be written, whatever hidden files are in it; any other is the user's."""
+    """A folder that is absent, empty, or an earlier export may be written, whatever hidden files
+    are in it; any other is the user's.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(f"{durable.shown(folder)} is a file; give the export a folder of its own.")
+        raise ConfigError(
+            f"{durable.shown(folder)} is a file; give the export a folder of its own."
+        )
     with durable.disk_errors(folder):
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not names:
         return
     foreign = sorted(names - FILES)
     if foreign:
-        raise ConfigError(f"{durable.shown(folder)} holds {durable.shown(foreign[0])}, which no export wrote; give another folder.")
+        raise ConfigError(
+            f"{durable.shown(folder)} holds {durable.shown(foreign[0])}, which no export wrote;"
+            " give another folder."
+        )
     try:
         ours = "weights_sha256" in json.loads(durable.read_bytes(folder / CONFIG))["vitdistill"]
     except (DataError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise ConfigError(f"{durable.shown(folder)} holds a network that vitdistill did not export; give another folder.")
+        raise ConfigError(
+            f"{durable.shown(folder)} holds a network that vitdistill did not export; give another"
+            " folder."
+        )
 
 
 def _config(
@@ -150,10 +184,13 @@ def _config(
     cfg = copy.deepcopy(getattr(network, "pretrained_cfg", None) or {})
     num_classes = int(network.num_classes)  # type: ignore[arg-type]
     in_chans = int(cfg.get("input_size", (3,))[0])
-    args = {key: value for key, value in args.items() if value is not None and key not in _TRAINING_ARGS}
+    args = {
+        key: value for key, value in args.items() if value is not None and key not in _TRAINING_ARGS
+    }
     height, width = (int(side) for side in spec.image_size)
     dynamic = bool(args.get("dynamic_img_size")) or args.get("strict_img_size") is False
-    # Convolutional networks take any size and have no such argument, whatever size they were trained at.
+    # Convolutional networks take any size and have no such argument, whatever size they were
+    # trained at.
     args.pop("img_size", None)
     embed_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     if embed_size is not None and (cfg.get("fixed_input_size") or dynamic):
@@ -194,7 +231,8 @@ def _json(config: Mapping[str, Any]) -> bytes:
         return json.dumps(config, indent=2, ensure_ascii=True).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"A model argument cannot be written into {CONFIG} ({error}); export needs plain numbers, strings and lists."
+            f"A model argument cannot be written into {CONFIG} ({error}); export needs plain"
+            " numbers, strings and lists."
         ) from error
 
 
@@ -205,28 +243,42 @@ def _version() -> str:
         return "unknown"
 
 
-def _check_reload(network: nn.Module, ours: Mapping[str, Tensor], folder: Path, spec: InputLike, architecture: str) -> None:
+def _check_reload(
+    network: nn.Module, ours: Mapping[str, Tensor], folder: Path, spec: InputLike, architecture: str
+) -> None:
     """Build the network from the folder alone and compare weights and answers, bit for bit."""
     again = create_model(str(folder))
     theirs = again.state_dict()
-    changed = [key for key in theirs if theirs[key].dtype != ours[key].dtype or not torch.equal(theirs[key], ours[key])]
+    changed = [
+        key
+        for key in theirs
+        if theirs[key].dtype != ours[key].dtype or not torch.equal(theirs[key], ours[key])
+    ]
     if changed:
         raise DataError(
-            f"The export of {architecture} reads back changed at {changed[0]}; the disk is failing, or its type is not "
-            "the network's: export a float32 network."
+            f"The export of {architecture} reads back changed at {changed[0]}; the disk is failing,"
+            " or its type is not the network's: export a float32 network."
         )
     images = _probe(network, spec)
     reference = copy.deepcopy(network).to("cpu")
-    kernels = {name: module.fused_attn for name, module in again.named_modules() if hasattr(module, "fused_attn")}
+    kernels = {
+        name: module.fused_attn
+        for name, module in again.named_modules()
+        if hasattr(module, "fused_attn")
+    }
     for name, module in reference.named_modules():
-        if _bare_key(f"{name}.").rstrip(".") in kernels:  # a choice of kernel for this machine, not of the network
+        if (
+            _bare_key(f"{name}.").rstrip(".") in kernels
+        ):  # a choice of kernel for this machine, not of the network
             module.fused_attn = kernels[_bare_key(f"{name}.").rstrip(".")]
     expected, found = _answers(reference, images), _answers(again, images)
     if not torch.equal(expected, found):
-        off = (expected - found).abs().max().item() if expected.shape == found.shape else float("nan")
+        off = (
+            (expected - found).abs().max().item() if expected.shape == found.shape else float("nan")
+        )
         raise ConfigError(
-            f"timm's {architecture} with the given model_args holds the same weights and answers differently (by "
-            f"{off:.3g}); pass every argument that the network was built with."
+            f"timm's {architecture} with the given model_args holds the same weights and answers"
+            f" differently (by {off:.3g}); pass every argument that the network was built with."
         )
 
 
@@ -248,17 +300,22 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputLike) -> float:
-    """Write a single-file ONNX network with a free batch size, and return how far onnxruntime's logits are from
-    torch's.
+    """Write a single-file ONNX network with a free batch size, and return how far onnxruntime's
+    logits are from torch's.
 
-    The input is ``images`` float32 (B, 3, H, W), already normalised; the output ``logits`` (B, C). The difference is
-    the largest absolute one over batches of 1 and 3. Raises ``ConfigError`` when the extra is not installed or the
-    network cannot be exported, ``DataError`` when the difference is above 1e-4; nothing is written then.
+    The input is ``images`` float32 (B, 3, H, W), already normalised; the output ``logits`` (B, C).
+    The difference is the largest absolute one over batches of 1 and 3. Raises ``ConfigError`` when
+    the extra is not installed or the network cannot be exported, ``DataError`` when the difference
+    is above 1e-4; nothing is written then.
     """
     try:
-        onnxruntime = [importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+        onnxruntime = [
+            importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")
+        ][-1]
     except ImportError as error:
-        raise ConfigError(f'ONNX export needs {error.name}; pip install "vitdistill[onnx]"') from error
+        raise ConfigError(
+            f'ONNX export needs {error.name}; pip install "vitdistill[onnx]"'
+        ) from error
     network = copy.deepcopy(_unwrapped(model)).to("cpu", torch.float32).eval()
     images = _probe(network, spec)
     data = _onnx_bytes(network, images)
@@ -268,12 +325,16 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputLike)
         found = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
         expected = _answers(network, batch)
         if found.shape != expected.shape:
-            raise DataError(f"The ONNX network answers {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing was written.")
+            raise DataError(
+                f"The ONNX network answers {tuple(found.shape)} instead of {tuple(expected.shape)};"
+                " nothing was written."
+            )
         here = (found - expected).abs().max().item()
         if not here <= ONNX_TOLERANCE:  # NaN is not
             raise DataError(
-                f"The ONNX network's logits are {here:.3g} away from torch's, more than {ONNX_TOLERANCE:g}; nothing was "
-                "written: export for timm instead, and report the architecture."
+                f"The ONNX network's logits are {here:.3g} away from torch's, more than"
+                f" {ONNX_TOLERANCE:g}; nothing was written: export for timm instead, and report the"
+                " architecture."
             )
         off = max(off, here)
     durable.write_atomic(path, data)
@@ -281,7 +342,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputLike)
 
 
 def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
-    """The exported model, serialised in memory: torch's own save would write the final name, and not atomically."""
+    """The exported model, serialised in memory: torch's own save would write the final name, and
+    not atomically.
+    """
     try:
         program = torch.onnx.export(
             network,
@@ -295,10 +358,17 @@ def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
         )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(f"{type(network).__name__} cannot be exported to ONNX ({first}); export for timm instead.") from error
+        raise ConfigError(
+            f"{type(network).__name__} cannot be exported to ONNX ({first}); export for timm"
+            " instead."
+        ) from error
     if program is None:
-        raise ConfigError(f"{type(network).__name__} cannot be exported to ONNX; export for timm instead.")
+        raise ConfigError(
+            f"{type(network).__name__} cannot be exported to ONNX; export for timm instead."
+        )
     try:
         return program.model_proto.SerializeToString()
     except ValueError as error:
-        raise ConfigError("The network is above the 2 GB that one ONNX file can hold; export for timm instead.") from error
+        raise ConfigError(
+            "The network is above the 2 GB that one ONNX file can hold; export for timm instead."
+        ) from error

@@ -1,9 +1,12 @@
-"""Hugging Face's ViT and ViTMAE as timm's plain ViT: the names of their tensors, and their config.json.
+"""Hugging Face's ViT and ViTMAE as timm's plain ViT: the names of their tensors, and their
+config.json.
 
-What differs: timm's norms add 1e-6 to the variance, as the networks did that the published files were converted from; Hugging Face's
-config.json says 1e-12, which moves answers in their last digits. The pooler of a `ViTModel` has no place in timm's network.
+What differs: timm's norms add 1e-6 to the variance, as the networks did that the published files
+were converted from; Hugging Face's config.json says 1e-12, which moves answers in their last
+digits. The pooler of a `ViTModel` has no place in timm's network.
 
-Source: modeling_vit.py, modeling_vit_mae.py, configuration_vit.py and convert_vit_timm_to_pytorch.py of huggingface/transformers@00a5ab1.
+Source: modeling_vit.py, modeling_vit_mae.py, configuration_vit.py and
+convert_vit_timm_to_pytorch.py of huggingface/transformers@00a5ab1.
 """
 
 import json
@@ -13,14 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, ImageNetInfo
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    ImageNetInfo,
+)
 from torch import Tensor
 
 from ..errors import DataError
 from ..storage.durable import read_bytes, shown
 
 PREPROCESSOR = "preprocessor_config.json"
-PATCHES = ("vit.embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.projection.weight")
+PATCHES = (
+    "vit.embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.projection.weight",
+)
 # Their names as timm's, applied in this order.
 _NAMES = tuple(
     (re.compile(pattern), name)
@@ -69,7 +81,9 @@ def has_its_names(state: Mapping[str, Tensor]) -> bool:
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a ViT or a masked autoencoder under timm's names, with query, key and value in one."""
+    """The tensors of a ViT or a masked autoencoder under timm's names, with query, key and value in
+    one.
+    """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         for pattern, name in _NAMES:
@@ -78,32 +92,42 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key in [key for key in renamed if ".attn.query." in key]:
         parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in renamed for part in parts):
-            renamed[key.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+            renamed[key.replace(".query.", ".qkv.")] = torch.cat(
+                [renamed.pop(part) for part in parts]
+            )
     return renamed
 
 
 def timm_config(
     path: Path, config: Mapping[str, Any], preprocessor: Path | None
 ) -> tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """timm's architecture, its arguments, its ``pretrained_cfg`` and what to say, for a network whose config.json is Hugging Face's.
+    """timm's architecture, its arguments, its ``pretrained_cfg`` and what to say, for a network
+    whose config.json is Hugging Face's.
 
     Args:
         path: of the config.json, for messages.
         config: what it holds; one of ``model_type`` ``vit`` or ``vit_mae`` can be built.
-        preprocessor: the preprocessor_config.json, which says the normalisation; None: there is none, and it is the one such networks
-            have, ImageNet's mean and std for ``vit_mae`` and 0.5 for ``vit``.
+        preprocessor: the preprocessor_config.json, which says the normalisation; None: there is
+            none, and it is the one such networks have, ImageNet's mean and std for ``vit_mae`` and
+            0.5 for ``vit``.
 
     Raises:
         DataError: for other networks, and for files that are no configurations.
     """
-    kind, said = config["model_type"], _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
+    kind, said = (
+        config["model_type"],
+        _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None},
+    )
     if kind not in ("vit", "vit_mae"):
         raise DataError(
-            f"{shown(path)} is of a Hugging Face network of the type {shown(str(kind))}, and only vit and vit_mae can be built from one; "
-            "give the network in timm's form."
+            f"{shown(path)} is of a Hugging Face network of the type {shown(str(kind))}, and only"
+            " vit and vit_mae can be built from one; give the network in timm's form."
         )
     if said["hidden_act"] != "gelu":
-        raise DataError(f"{shown(path)} has hidden_act {shown(str(said['hidden_act']))}, and only gelu can be built; give another network.")
+        raise DataError(
+            f"{shown(path)} has hidden_act {shown(str(said['hidden_act']))}, and only gelu can be"
+            " built; give another network."
+        )
     try:
         dim, chans, size = int(said["hidden_size"]), int(said["num_channels"]), said["image_size"]
         size = [size, size] if isinstance(size, int) else [int(side) for side in size]
@@ -119,7 +143,10 @@ def timm_config(
         names = _class_names(config)
         epsilon = float(said["layer_norm_eps"])
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise DataError(f"{shown(path)} is not a configuration of a ViT ({type(error).__name__}: {error}); get it again.") from error
+        raise DataError(
+            f"{shown(path)} is not a configuration of a ViT ({type(error).__name__}: {error}); get"
+            " it again."
+        ) from error
     mean, std = _normalisation(kind, preprocessor)
     cfg: dict[str, Any] = {
         "input_size": (chans, *size),
@@ -135,7 +162,16 @@ def timm_config(
         args["in_chans"] = chans
     if names and not _of_imagenet(names) and names != [f"LABEL_{i}" for i in range(len(names))]:
         cfg["label_names"] = names
-    notes = () if epsilon == 1e-6 else (f"its norms add 1e-06 to the variance, as timm's do, where its config.json says {epsilon:g}",)
+    notes = (
+        ()
+        if epsilon == 1e-6
+        else (
+            (
+                "its norms add 1e-06 to the variance, as timm's do, where its config.json says"
+                f" {epsilon:g}"
+            ),
+        )
+    )
     return _ARCHITECTURES.get(dim, "vit_base_patch16_224"), args, cfg, notes
 
 
@@ -151,12 +187,18 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def _of_imagenet(names: list[str]) -> bool:
-    """Whether these are ImageNet-1k's classes in timm's order, under their descriptions; a few are worded otherwise."""
+    """Whether these are ImageNet-1k's classes in timm's order, under their descriptions; a few are
+    worded otherwise.
+    """
     described = ImageNetInfo().label_descriptions()
-    return len(names) == len(described) and sum(a == b for a, b in zip(names, described, strict=True)) > 0.9 * len(names)
+    return len(names) == len(described) and sum(
+        a == b for a, b in zip(names, described, strict=True)
+    ) > 0.9 * len(names)
 
 
-def _normalisation(kind: str, preprocessor: Path | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(
+    kind: str, preprocessor: Path | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mean, std = IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD  # 0.5
@@ -168,7 +210,13 @@ def _normalisation(kind: str, preprocessor: Path | None) -> tuple[tuple[float, .
         said = json.loads(read_bytes(preprocessor))
         if said.get("do_normalize") is False:
             return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        mean, std = (tuple(float(value) for value in said.get(key, default)) for key, default in (("image_mean", mean), ("image_std", std)))
+        mean, std = (
+            tuple(float(value) for value in said.get(key, default))
+            for key, default in (("image_mean", mean), ("image_std", std))
+        )
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{shown(preprocessor)} does not say a mean and std of images (image_mean, image_std); get it again.") from error
+        raise DataError(
+            f"{shown(preprocessor)} does not say a mean and std of images (image_mean, image_std);"
+            " get it again."
+        ) from error
     return mean, std
