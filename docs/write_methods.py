@@ -21,6 +21,7 @@ from torch import nn
 
 from vitdistill.distill.plan import Plan, describe_needs, make_plan
 from vitdistill.explain import cost
+from vitdistill.messages import format_bytes, format_count
 from vitdistill.methods import METHODS, method_class
 from vitdistill.methods.base import (
     Masking,
@@ -200,7 +201,7 @@ def percent(part: int, whole: int) -> str:
 
 def amount(number: int, unit: str, sign: str = "") -> str:
     """A count with its unit, or 0."""
-    return f"{sign}{cost.flops(number, unit)}" if number else "0"
+    return f"{sign}{format_count(number, unit)}" if number else "0"
 
 
 def name_cell(name: str, couples: bool = False) -> str:
@@ -397,9 +398,9 @@ def introduction() -> str:
         selector=selectors[0],
         size=pair.student.image_size[0],
         classes=pair.student.num_classes,
-        teacher_flops=cost.flops(ONCE[0](pair.models["teacher"], pair.teacher.image_size)),
-        kd_flops=cost.flops(plain_kd()),
-        ce_bytes=cost.size(labels_alone().activations),
+        teacher_flops=format_count(ONCE[0](pair.models["teacher"], pair.teacher.image_size)),
+        kd_flops=format_count(plain_kd()),
+        ce_bytes=format_bytes(labels_alone().activations),
     )
 
 

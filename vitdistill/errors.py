@@ -1,27 +1,99 @@
-"""The errors a user can meet: each is one sentence that says what was wrong, where, and what to do.
+"""The errors a user can meet: what was wrong and where, and what would set it right.
 
-The command line prints the sentence and leaves with the error's exit code (BSD ``sysexits``
-numbers); a library user catches [`UserError`][vitdistill.errors.UserError].
+An error names fields of the recipe (``masking.mask_rate``) and arguments (``output``), never flags
+of the command line: ``str(error)`` spells them for a Python user, `vitdistill.cli.render` as flags.
+The command line leaves with the error's exit code (BSD ``sysexits`` numbers).
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Set:
+    """Give a field of the recipe another value; None: the user knows which."""
+
+    field: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Give:
+    """Give an argument of the command or function, such as ``output``; None: the user knows."""
+
+    argument: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Add:
+    """Add a method to the recipe, by its name in the table of methods."""
+
+    method: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Leave a part of the recipe out: an objective, a teacher, ``selector`` or ``masking``."""
+
+    part: str
+
+
+Fix = Set | Give | Add | Drop | str
+"""A remedy; words where it is none of the four."""
+
+
+def spell_python(fix: Fix, stage: str = "") -> str:
+    """A remedy as a Python user would apply it, in the recipe of ``stage`` if there is one."""
+    if isinstance(fix, Set):
+        place = f"{stage}.{fix.field}" if stage else fix.field
+        return f"set {place}" if fix.value is None else f"set {place}={fix.value}"
+    if isinstance(fix, Give):
+        return f"give {fix.argument}" if fix.value is None else f"give {fix.argument}={fix.value}"
+    if isinstance(fix, Add):
+        return f"add {fix.method}"
+    return f"leave {fix.part} out" if isinstance(fix, Drop) else fix
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done; the message is the one sentence to show.
+    """Something the user asked for cannot be done; one sentence without a full stop.
+
+    Args:
+        what: what was wrong, and where: ``it hides none of the student's 49 patches``.
+        fix: what would set it right; of several, any one will do.
+        field: the field of the recipe, or the argument, that is wrong.
 
     Attributes:
-        agreed: whether every process of a run raises it, so that the first one says it for all.
+        stage: the stage of a staged recipe whose fields are meant; "" for a recipe of one run.
+        agreed: every process of a run raises it, so that the first one says it for all.
     """
 
     exit_code = 64
     agreed = False
+    stage = ""
+
+    def __init__(self, what: str, fix: Fix | tuple[Fix, ...] = (), *, field: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fixes: tuple[Fix, ...] = fix if isinstance(fix, tuple) else (fix,)
+        self.field = field
+
+    def sentence(self, spell: Callable[[Fix, str], str] = spell_python) -> str:
+        """The sentence to show, its remedies spelled by ``spell(fix, stage)``."""
+        where = f"in the stage {self.stage!r}, " if self.stage else ""
+        fixes = ", or ".join(spell(fix, self.stage) for fix in self.fixes)
+        return f"{where}{self.what}: {fixes}" if fixes else f"{where}{self.what}"
+
+    def __str__(self) -> str:
+        return self.sentence()
 
 
 class DataError(UserError):
     """Input data is damaged or does not fit: images, weights, checkpoints, class lists.
 
     Attributes:
-        image: where one image of a source cannot be read, the names of the source and of the image
-            in it.
+        image: where one image of a source cannot be read, the names of the source and the image.
     """
 
     exit_code = 65

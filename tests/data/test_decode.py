@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vitdistill.data.decode import MAX_PIXELS, decode_image, image_size, printable
+from vitdistill.data.decode import MAX_PIXELS, decode_image, image_size
 from vitdistill.errors import DataError, PermissionDenied
+from vitdistill.messages import printable
 
 GREY = np.linspace(0, 65535, 20 * 30).reshape(20, 30)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitdistill.data.source import counted, open_source
+from vitdistill.data.source import open_source
 from vitdistill.errors import DataError, MissingSplit, PermissionDenied, UserError
+from vitdistill.messages import plural
 
 
 def refused(
@@ -153,7 +154,7 @@ def test_a_place_without_splits_is_right_once_its_advice_is_followed(
     ("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1000, "1,000 images")]
 )
 def test_numbers_of_things(number: int, text: str) -> None:
-    assert counted(number, "image") == text
+    assert plural(number, "image") == text
 
 
 def test_what_is_wrong_with_the_images(make_folder) -> None:

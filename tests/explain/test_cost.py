@@ -19,13 +19,11 @@ from vitdistill.explain.cost import (
     _Kept,
     cost_of,
     explain,
-    flops,
     forward_flops,
-    size,
-    table,
     training_flops,
     vit_macs,
 )
+from vitdistill.messages import format_bytes, format_count, format_table
 from vitdistill.methods.base import Masking, Network, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
@@ -222,16 +220,16 @@ def test_the_explanation_names_everything() -> None:
         "student_model",
         "teacher_model",
         f" {plan.student.num_parameters / 1e3:.0f} k ",
-        flops(cost.student),
-        flops(cost.teachers["teacher"]),
-        flops(cost.teachers_plain["teacher"]),
+        format_count(cost.student),
+        format_count(cost.teachers["teacher"]),
+        format_count(cost.teachers_plain["teacher"]),
         (
             "student, student_model: 64 of 64 patches; 4 of 4 blocks; records logits and"
             " class-token attention of block 3"
         ),
         "teacher, teacher_model: 32 of 64 patches; 4 of 4 blocks; records logits",
         "50,000 images x 30 epochs",
-        flops(cost.step * 1_500_000),
+        format_count(cost.step * 1_500_000),
         "plain distillation",
         "0.5 x ce: cross-entropy with the labels, batch mean",
         "0.25 x kd: T^2 KL(teacher || student) of the logits, summed over classes, batch mean",
@@ -508,8 +506,8 @@ def test_the_explanation_has_a_row_for_what_an_objective_computes() -> None:
     cost = cost_of(plan, student, {"teacher": teacher})
     lines = [" ".join(line.split()) for line in explain(plan, cost, 10, 1).splitlines()]
     row = (
-        f"vitkd, its own part {flops(cost.adapters['vitkd'], '').strip()}"
-        f" {flops(cost.objectives['vitkd'])}"
+        f"vitkd, its own part {format_count(cost.adapters['vitkd'], '').strip()}"
+        f" {format_count(cost.objectives['vitkd'])}"
     )
     assert " ".join(row.split()) in lines and not any(
         line.startswith("ce, its own part") for line in lines
@@ -517,14 +515,14 @@ def test_the_explanation_has_a_row_for_what_an_objective_computes() -> None:
     trained = plan.student.num_parameters + cost.adapters["vitkd"]
     text = " ".join(lines)
     assert (
-        f"{size(cost.activations)} an image in float32; the student alone keeps"
-        f" {size(cost.activations_plain)}" in text
+        f"{format_bytes(cost.activations)} an image in float32; the student alone keeps"
+        f" {format_bytes(cost.activations_plain)}" in text
     )
     assert (
-        f"two moments: {size(16 * trained)} ({flops(trained, '').strip()} trained parameters)"
-        in text
+        f"two moments: {format_bytes(16 * trained)} ({format_count(trained, '').strip()} trained"
+        " parameters)" in text
     )
-    assert f"objectives {flops(10 * cost.objectives['vitkd'])}" in text
+    assert f"objectives {format_count(10 * cost.objectives['vitkd'])}" in text
     assert (
         "1 x vitkd: low_weight |S - T|^2" in text
         and "(low_weight 3e-05, high_weight 3e-06 on sums)" in text
@@ -549,10 +547,10 @@ def test_the_explanation_has_a_row_for_what_an_objective_computes() -> None:
     ],
 )
 def test_counts_have_three_digits_and_a_unit(count: float, unit: str, text: str) -> None:
-    assert flops(count, unit) == text
+    assert format_count(count, unit) == text
 
 
 def test_tables_are_aligned() -> None:
-    lines = table([("a", "long header"), ("a cell", "b")])
+    lines = format_table([("a", "long header"), ("a cell", "b")])
     assert lines == ["  a       long header", "  -------------------", "  a cell  b"]
     assert replace(of(small(), "x"), name="y").name == "y"

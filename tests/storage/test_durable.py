@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitdistill.errors import DataError, DiskError, PermissionDenied, UserError
+from vitdistill.messages import printable
 from vitdistill.storage import durable, processes
 
 OLD, NEW = b"old " * 700, b"new!" * 900
@@ -514,7 +515,7 @@ def test_unusable_paths_are_one_sentence_naming_the_path(tmp_path):
         with pytest.raises(DiskError) as caught:
             durable.write_atomic(path, b"x")
         assert path.name[:50] in str(caught.value) or "a-file" in str(caught.value)
-    assert durable.shown(os.fsdecode(b"a\xff\x1b[0m\n")) == "a\\udcff\\x1b[0m\\n"
+    assert printable(os.fsdecode(b"a\xff\x1b[0m\n")) == "a\\udcff\\x1b[0m\\n"
     assert sorted(os.listdir(tmp_path)) == ["a-file", "a-folder"]
 
 

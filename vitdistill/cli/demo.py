@@ -19,7 +19,8 @@ from ..data.loader import EvalLoader
 from ..data.source import open_source
 from ..data.views import Augment, InputSpec
 from ..errors import ConfigError
-from ..explain.cost import cost_of, flops
+from ..explain.cost import cost_of
+from ..messages import format_count
 from ..methods.base import num_kept_patches
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import SoftKD
@@ -217,12 +218,12 @@ def _table(rows: list[tuple[str, dict[str, Any], tuple[int, int]]]) -> Table:
     for column in ("top-1", "teacher", "whole step", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, summary, (teacher, step) in rows:
-        shown = flops(teacher) if teacher else "-"
+        shown = format_count(teacher) if teacher else "-"
         table.add_row(
             name,
             f"{summary['scores']['top1']:.1%}",
             shown,
-            flops(step),
+            format_count(step),
             f"{summary['seconds']:.0f} s",
         )
     return table

@@ -12,7 +12,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from ..data.loader import EvalLoader
-from ..data.source import ImageSource, counted, open_source
+from ..data.source import ImageSource, open_source
 from ..distill.teacher import Teacher
 from ..errors import ConfigError
 from ..evaluate.features import (
@@ -24,7 +24,8 @@ from ..evaluate.features import (
     knn_accuracy,
     linear_probe,
 )
-from ..explain.cost import flops, forward_flops
+from ..explain.cost import forward_flops
+from ..messages import format_count, plural
 from ..recipes.config import TeacherConfig
 from ..runs.networks import build_teacher, build_teacher_model
 from ..runs.prepare import amp_dtype_of
@@ -160,7 +161,7 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
     bank = open_source(flags.data_dir, "train", classes=source.classes) if flags.probes else None
     if bank is not None and flags.knn is not None and flags.knn > len(bank):
         there = (
-            f"there {'is' if len(bank) == 1 else 'are'} only {counted(len(bank), 'training image')}"
+            f"there {'is' if len(bank) == 1 else 'are'} only {plural(len(bank), 'training image')}"
         )
         raise ConfigError(f"--knn is {flags.knn}, and {there}: give at most that")
     amp_dtype = amp_dtype_of(flags.amp_dtype, here.device)
@@ -318,9 +319,7 @@ def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
         ]
     if "pool" in result:
         pooled = "class token" if result["pool"] == "class" else "mean of the patches"
-        rows += [
-            ("features", f"{pooled}, {counted(result['num_train_samples'], 'training image')}")
-        ]
+        rows += [("features", f"{pooled}, {plural(result['num_train_samples'], 'training image')}")]
     if "knn_top1" in result:
         rows += [
             (f"k-NN top-1 (k {result['knn_k']}, T {TEMPERATURE})", f"{result['knn_top1']:.2%}")
@@ -337,13 +336,13 @@ def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
             ("KL(teacher || model)", f"{result['kl']:.4f} nats"),
         ]
     where = (
-        f"{result['device']}, {counted(result['threads'], 'thread')}"
+        f"{result['device']}, {plural(result['threads'], 'thread')}"
         if result["device"] == "cpu"
         else result["device"]
     )
     rows += [
-        ("parameters", flops(result["num_parameters"], "").strip()),
-        ("forward pass", f"{flops(result['flops'])} an image"),
+        ("parameters", format_count(result["num_parameters"], "").strip()),
+        ("forward pass", f"{format_count(result['flops'])} an image"),
         ("speed, without loading", f"{result['images_per_second']:,.0f} images/s ({where})"),
     ]
     for row in rows:

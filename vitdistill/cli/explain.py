@@ -6,7 +6,8 @@ from typing import Annotated
 
 from ..data.source import open_source, too_few
 from ..errors import ConfigError, UserError
-from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of, explain, flops, table
+from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
+from ..messages import format_count, format_table
 from ..recipes.config import Recipe
 from ..runs.networks import Built, plan_of
 from ..runs.stages import Stages, dump, in_stage, networks, networks_ahead, sources
@@ -94,16 +95,16 @@ def main(words: Sequence[str]) -> int:
             print()
     if len(runs) > 1:
         rows = [
-            (key, str(run.recipe.train.epochs), flops(run.flops))
+            (key, str(run.recipe.train.epochs), format_count(run.flops))
             for key, run in zip(stages, runs, strict=True)
         ]
         print(
             "\n".join(
-                table(
+                format_table(
                     [
                         ("all stages", "epochs", "FLOPs"),
                         *rows,
-                        ("together", "", flops(sum(run.flops for run in runs))),
+                        ("together", "", format_count(sum(run.flops for run in runs))),
                     ]
                 )
             )

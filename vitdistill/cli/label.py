@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from rich.console import Console
 from tyro.conf import Positional
 
-from ..data.source import counted
 from ..errors import ConfigError, DataError, UserError
 from ..labels.encoding import Layout
 from ..labels.store import LabelStore
+from ..messages import format_bytes, plural
 from ..recipes.config import Recipe
 from ..runs.stages import Stages
-from ..storage.durable import bytes_shown
 from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
 from .recipe_flags import RecipeFlags, parse
 
@@ -202,7 +201,7 @@ def _write(words: Sequence[str]) -> int:
     done = label(recipe, output, flags.options(flags.hidden_dtype), device=flags.device, say=say)
     for name, store in done.stores.items():
         status = store.status()
-        say(f"{name}: {status.records:,} records, {bytes_shown(status.bytes)} in {store.path}")
+        say(f"{name}: {status.records:,} records, {format_bytes(status.bytes)} in {store.path}")
     say(f"done: train with the same recipe and --labels {output}")
     return 0
 
@@ -271,7 +270,7 @@ def _status(words: Sequence[str]) -> int:
         )
         say(
             f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records,"
-            f" {bytes_shown(status.bytes)}"
+            f" {format_bytes(status.bytes)}"
         )
         for lease in status.writing:
             say(
@@ -322,7 +321,7 @@ def _verify(words: Sequence[str]) -> int:
         are = "is" if len(found) == 1 else "are"
         say(
             f"{name}: {status.sealed} of {status.parts} parts are there,"
-            f" {counted(len(found), 'file')} {are} damaged or foreign"
+            f" {plural(len(found), 'file')} {are} damaged or foreign"
         )
         for sentence in found:
             say(f"  {sentence}")
@@ -332,7 +331,7 @@ def _verify(words: Sequence[str]) -> int:
             ("is not as it was", "it") if len(bad) == 1 else ("are not as they were", "them")
         )
         raise DataError(
-            f"{counted(len(bad), 'file')} of {flags.store} {was} written: delete {them} and run"
+            f"{plural(len(bad), 'file')} of {flags.store} {was} written: delete {them} and run"
             " vitdistill label again"
         )
     return 0
@@ -385,7 +384,7 @@ def _merge(words: Sequence[str]) -> int:
     status = store.status()
     say(
         f"{flags.target}: {status.sealed} of {status.parts} parts, {status.records:,} records,"
-        f" {bytes_shown(status.bytes)}"
+        f" {format_bytes(status.bytes)}"
     )
     return 0
 
@@ -413,8 +412,8 @@ def _prune(words: Sequence[str]) -> int:
     )
     before, after = source.status(), store.status()
     say(
-        f"{flags.to}: {after.records:,} records, {bytes_shown(after.bytes)} (from"
-        f" {bytes_shown(before.bytes)})"
+        f"{flags.to}: {after.records:,} records, {format_bytes(after.bytes)} (from"
+        f" {format_bytes(before.bytes)})"
     )
     return 0
 

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from ..errors import UserError
 from ..labels.store import LabelStore
-from ..storage.durable import bytes_shown
+from ..messages import format_bytes
 from .flags import TEXT, about, asks_help, parse_flags, read_value, wrap
 from .label import WritingFlags, parse_writing, say
 
@@ -82,7 +82,7 @@ def import_main(words: Sequence[str]) -> int:
     )
     status = store.status()
     say(
-        f"{store.path.name}: {status.records:,} records, {bytes_shown(status.bytes)} in"
+        f"{store.path.name}: {status.records:,} records, {format_bytes(status.bytes)} in"
         f" {store.path}"
     )
     without = ", without a teacher's model" if recipe.teachers[store.path.name].model else ""
@@ -107,5 +107,5 @@ def export_main(words: Sequence[str]) -> int:
     rows, size = export_labels(store, flags.to, views or None)
     if store.layout.hidden or store.layout.features is not None:
         say("hidden states and features are left out: only logits are exported")
-    say(f"{flags.to}: {rows:,} rows, {bytes_shown(size)}")
+    say(f"{flags.to}: {rows:,} rows, {format_bytes(size)}")
     return 0

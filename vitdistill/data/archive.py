@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, DiskError, PermissionDenied
-from .decode import decode_image, image_size, printable
+from ..messages import printable
+from .decode import decode_image, image_size
 from .source import SPLIT_NAMES, ImageSource, Split, arrange, is_image_name, no_split
 
 _BLOCK = 512

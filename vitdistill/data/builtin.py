@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import datasets
 
 from ..errors import ConfigError, DataError
-from .decode import printable
+from ..messages import printable
 from .source import ImageSource, Split
 
 _BY_FLAG = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS")

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from ..errors import DataError, PermissionDenied
+from ..messages import printable
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Largest image that is decoded, in pixels."""
@@ -36,15 +37,6 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _REPLACE = "replace the file by a whole one of the same name and run the same command again."
-
-
-def printable(name: str) -> str:
-    """``name`` with control characters and undecodable bytes escaped, fit for a terminal."""
-    if name.isprintable():
-        return name
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name
-    )
 
 
 def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) -> Image.Image:

@@ -39,10 +39,11 @@ from ..keyed import I64, Stream
 from ..labels.encoding import Targets
 from ..labels.reader import LabelReader
 from ..memory import memory_errors
+from ..messages import plural
 from .checksums import view_checksums
 from .erasing import erase
 from .mixing import Mixing, check_even
-from .source import ImageSource, counted, too_few
+from .source import ImageSource, too_few
 from .views import (
     Augment,
     BatchViews,
@@ -184,7 +185,7 @@ class TrainLoader:
         self.pipeline: Literal["batched", "per-sample"] = "per-sample"
         self._memory: ImageSource | BatchViews = source
         with memory_errors(
-            f"while {counted(len(source), 'image')} were decoded into it",
+            f"while {plural(len(source), 'image')} were decoded into it",
             "read them one by one, --in-memory false",
         ):
             self._choose_pipeline(in_memory)

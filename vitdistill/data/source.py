@@ -16,7 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import DataError, MissingSplit, PermissionDenied
-from .decode import decode_image, image_size, printable
+from ..messages import listed, plural, printable
+from .decode import decode_image, image_size
 
 Split = Literal["train", "val"]
 
@@ -153,7 +154,7 @@ def check_classes(source: ImageSource, classes: Sequence[str]) -> None:
     extra = sorted(set(source.classes) - set(classes))
     if missing or extra:
         parts = [
-            f"{word} {len(names)} ({some(names)})"
+            f"{word} {len(names)} ({listed(names)})"
             for word, names in (("lacks", missing), ("adds", extra))
             if names
         ]
@@ -169,22 +170,9 @@ def check_classes(source: ImageSource, classes: Sequence[str]) -> None:
     )
 
 
-def some(names: Iterable[str], count: int = 3) -> str:
-    """The first ``count`` of ``names``, quoted for a message."""
-    names = list(names)
-    return ", ".join(repr(printable(n)) for n in names[:count]) + (
-        ", ..." if len(names) > count else ""
-    )
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 image``, ``2 images``, ``1,000 images``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def too_few(source: ImageSource, batch_size: int) -> str:
     """What is said of training images that do not fill one batch."""
-    few = f"{source.name} has {counted(len(source), 'image')}, fewer than one batch of {batch_size}"
+    few = f"{source.name} has {plural(len(source), 'image')}, fewer than one batch of {batch_size}"
     return f"{few}: lower --batch-size, and --lr in proportion"
 
 
@@ -205,7 +193,7 @@ def no_split(name: str, split: Split, found: Iterable[str]) -> MissingSplit:
         if not set(found) & set(SPLIT_NAMES["val"]):
             remedy += f" and about a tenth of the images of each class into {name}/val/CLASS/"
     return MissingSplit(
-        f"{name} has no {wanted} folder; found {some(found, 5) or 'nothing'}: {remedy}."
+        f"{name} has no {wanted} folder; found {listed(found, 5) or 'nothing'}: {remedy}."
     )
 
 

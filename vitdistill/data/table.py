@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError, DataError, MissingSplit, UserError
-from .decode import decode_image, image_size, printable
-from .source import SPLIT_NAMES, ImageSource, Split, counted, some
+from ..messages import listed, plural, printable
+from .decode import decode_image, image_size
+from .source import SPLIT_NAMES, ImageSource, Split
 
 TABLE_SUFFIXES = frozenset((".parquet", ".arrow"))
 """File names that are read as tables."""
@@ -93,7 +94,9 @@ def open_hub(location: str, split: Split) -> "TableSource":
             " network."
         ) from error
     if table is None:
-        raise MissingSplit(f"hfds/{printable(name)} has no {split} split; found {some(found, 5)}.")
+        raise MissingSplit(
+            f"hfds/{printable(name)} has no {split} split; found {listed(found, 5)}."
+        )
     columns = _columns(name, table.schema, _parse_options(options))
     return TableSource(
         f"hfds/{printable(name)} ({chosen})", table.select([c for c in columns if c]), *columns
@@ -119,7 +122,7 @@ class TableSource(ImageSource):
         if len(empty):
             raise DataError(
                 f"{name}: the image of row {empty[0]} has no bytes"
-                f" ({counted(len(empty), 'such row')}); embed the images."
+                f" ({plural(len(empty), 'such row')}); embed the images."
             )
         self.classes, self.labels = _labels(name, table, label)
 
@@ -172,7 +175,7 @@ def _files_of_split(root: Path, split: Split) -> list[Path]:
         return files
     raise MissingSplit(
         f"{printable(str(root))} has no table whose name says {split!r}; found"
-        f" {some((f.name for f in files), 5)}."
+        f" {listed((f.name for f in files), 5)}."
     )
 
 
@@ -200,7 +203,7 @@ def _parse_options(options: str) -> dict[str, str]:
     unknown = set(parsed) - {"image", "label"}
     if unknown:
         raise ConfigError(
-            f"unknown table options {some(unknown)}; use ?image=COLUMN and &label=COLUMN."
+            f"unknown table options {listed(unknown)}; use ?image=COLUMN and &label=COLUMN."
         )
     return parsed
 
@@ -224,7 +227,7 @@ def _columns(name: str, schema: Any, options: dict[str, str]) -> tuple[str, str 
     for column in options.values():
         if column not in schema.names:
             raise ConfigError(
-                f"{name} has no column {printable(column)!r}; it has {some(schema.names, 8)}."
+                f"{name} has no column {printable(column)!r}; it has {listed(schema.names, 8)}."
             )
     features = _features(schema)
 
@@ -237,7 +240,7 @@ def _columns(name: str, schema: Any, options: dict[str, str]) -> tuple[str, str 
         name, "image", [c for c in schema.names if holds_images(c)], ("image", "img")
     )
     if image is None:
-        raise DataError(f"{name} has no image column; its columns are {some(schema.names, 8)}.")
+        raise DataError(f"{name} has no image column; its columns are {listed(schema.names, 8)}.")
     labels = [c for c in schema.names if _kind(features, c) == "ClassLabel"]
     labels = labels or [c for c in schema.names if c in ("label", "labels", "fine_label")]
     return image, options.get("label") or _only(name, "label", labels, ("label", "labels"))
@@ -250,7 +253,7 @@ def _only(name: str, role: str, found: Sequence[str], preferred: Sequence[str]) 
     if len(best) == 1:
         return best[0]
     raise ConfigError(
-        f"{name} has several {role} columns, {some(found, 8)}; choose with ?{role}=COLUMN."
+        f"{name} has several {role} columns, {listed(found, 8)}; choose with ?{role}=COLUMN."
     )
 
 
@@ -264,7 +267,7 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
     column = table.column(label)
     if column.null_count:
         raise DataError(
-            f"{name}: {label!r} is empty in {counted(column.null_count, 'row')}; fill or remove"
+            f"{name}: {label!r} is empty in {plural(column.null_count, 'row')}; fill or remove"
             " them."
         )
     feature = _features(table.schema).get(label)
@@ -276,7 +279,7 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
         stray = sorted(set(values) - set(classes))
         if stray:
             raise DataError(
-                f"{name}: the classes {some(stray)} are not among the names in the schema."
+                f"{name}: the classes {listed(stray)} are not among the names in the schema."
             )
         return classes, np.array([index[v] for v in values], dtype=np.int64)
     if not arrow.types.is_integer(column.type):
@@ -292,6 +295,6 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
     if len(outside):
         raise DataError(
             f"{name}: label {outside[0]} is outside the {len(classes)} classes"
-            f" ({counted(len(outside), 'such row')})."
+            f" ({plural(len(outside), 'such row')})."
         )
     return classes, labels

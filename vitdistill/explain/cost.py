@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.loader import Batch
-from ..data.source import counted
 from ..distill.plan import Plan, describe_needs
 from ..labels.reader import StoredAnswer, blank_targets
+from ..messages import format_bytes, format_count, format_table, plural
 from ..methods.base import Network, TeacherObjective
 from ..vit.walk import Needs, ViTOutput, run_vit
 
@@ -340,9 +340,9 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         ("an image", "parameters", "FLOPs", f"against {against}"),
         (
             "student, trained",
-            flops(student.num_parameters, ""),
-            flops(cost.student),
-            f"{cost.student / cost.student_plain:.0%} of {flops(cost.student_plain)}",
+            format_count(student.num_parameters, ""),
+            format_count(cost.student),
+            f"{cost.student / cost.student_plain:.0%} of {format_count(cost.student_plain)}",
         ),
     ]
     if cost.stems:
@@ -350,18 +350,18 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
             (
                 "of which the stems (patch embedding)",
                 "",
-                flops(cost.stems),
+                format_count(cost.stems),
                 f"({cost.stems / cost.student:.0%} of the student)",
             )
         )
     for name, teacher in plan.teachers.items():
         if name in plan.stored:
             computes[name] = (
-                f"does not run; its labels are read, {size(plan.labels[name].record_bytes)} an"
-                " image"
+                f"does not run; its labels are read, {format_bytes(plan.labels[name].record_bytes)}"
+                " an image"
             )
-            of = f"0% of {flops(teacher.flops)}" if teacher.flops else "stored"
-            rows.append((name, flops(teacher.num_parameters, ""), flops(0), of))
+            of = f"0% of {format_count(teacher.flops)}" if teacher.flops else "stored"
+            rows.append((name, format_count(teacher.num_parameters, ""), format_count(0), of))
             continue
         computes[name] = describe_needs(teacher, plan.live[name], plan.num_keep[name])
         if name in plan.guides:
@@ -369,11 +369,11 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         rows.append(
             (
                 name,
-                flops(teacher.num_parameters, ""),
-                flops(cost.teachers[name]),
+                format_count(teacher.num_parameters, ""),
+                format_count(cost.teachers[name]),
                 (
                     f"{cost.teachers[name] / cost.teachers_plain[name]:.0%} of"
-                    f" {flops(cost.teachers_plain[name])}"
+                    f" {format_count(cost.teachers_plain[name])}"
                 ),
             )
         )
@@ -381,54 +381,65 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         if count or name in cost.adapters:
             added = cost.adapters.get(name, 0)
             rows.append(
-                (f"{name}, its own part", flops(added, "") if added else "", flops(count), "")
+                (
+                    f"{name}, its own part",
+                    format_count(added, "") if added else "",
+                    format_count(count),
+                    "",
+                )
             )
     if plan.teachers:
         rows.append(
             (
                 "together",
                 "",
-                flops(cost.step),
-                f"{cost.step / cost.plain_kd:.0%} of {flops(cost.plain_kd)}",
+                format_count(cost.step),
+                f"{cost.step / cost.plain_kd:.0%} of {format_count(cost.plain_kd)}",
             )
         )
-    lines = ["What each network computes", *table(rows), ""]
+    lines = ["What each network computes", *format_table(rows), ""]
     networks = {"student": student, **plan.teachers}
     for name, text in computes.items():
         lines += _wrapped(f"{name}, {networks[name].architecture}: {text}")
     extra = sum(cost.adapters.values())
     memory = (
-        f"  kept for the backward pass: {size(cost.activations)} an image in float32; the student"
-        " alone keeps "
+        f"  kept for the backward pass: {format_bytes(cost.activations)} an image in float32; the"
+        " student alone keeps "
     )
-    lines += ["", "Training memory", memory + size(cost.activations_plain)]
-    trained = f"{flops(student.num_parameters + extra, '').strip()} trained parameters"
+    lines += ["", "Training memory", memory + format_bytes(cost.activations_plain)]
+    trained = f"{format_count(student.num_parameters + extra, '').strip()} trained parameters"
     lines.append(
         "  weights, gradients and AdamW's two moments:"
-        f" {size(16 * (student.num_parameters + extra))} ({trained})"
+        f" {format_bytes(16 * (student.num_parameters + extra))} ({trained})"
     )
     images = num_images * epochs
     lines += [
         "",
         (
-            f"The whole run, {counted(num_images, 'image')} x {counted(epochs, 'epoch')} (1"
+            f"The whole run, {plural(num_images, 'image')} x {plural(epochs, 'epoch')} (1"
             " multiply-accumulate = 2 FLOPs)"
         ),
     ]
     total: list[tuple[str, ...]] = [
         ("", "this plan", against),
-        ("student", flops(cost.student * images), flops(cost.student_plain * images)),
+        ("student", format_count(cost.student * images), format_count(cost.student_plain * images)),
     ]
     for name in plan.teachers:
         total.append(
-            (name, flops(cost.teachers[name] * images), flops(cost.teachers_plain[name] * images))
+            (
+                name,
+                format_count(cost.teachers[name] * images),
+                format_count(cost.teachers_plain[name] * images),
+            )
         )
     own = sum(cost.objectives.values())
     if own:
-        total.append(("objectives", flops(own * images), ""))
+        total.append(("objectives", format_count(own * images), ""))
     if plan.teachers:
-        total.append(("together", flops(cost.step * images), flops(cost.plain_kd * images)))
-    lines += table(total)
+        total.append(
+            ("together", format_count(cost.step * images), format_count(cost.plain_kd * images))
+        )
+    lines += format_table(total)
     for name, teacher in plan.teachers.items():
         if name in plan.live and teacher.walks and plan.live[name].logits:
             masked, whole = (
@@ -440,12 +451,12 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
                 f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)",
             ]
             saved = (
-                f" against {flops(whole, 'MACs')} for plain distillation"
+                f" against {format_count(whole, 'MACs')} for plain distillation"
                 f" ({masked / whole - 1:+.0%})"
                 if masked < whole
                 else ""
             )
-            lines.append(f"  {flops(masked, 'MACs')}{saved}")
+            lines.append(f"  {format_count(masked, 'MACs')}{saved}")
     lines += ["", "What every loss weight multiplies"]
     for name, objective in plan.objectives.items():
         note = f" ({plan.notes[name]})" if name in plan.notes else ""
@@ -462,29 +473,3 @@ def _wrapped(text: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def size(num_bytes: int) -> str:
-    """Bytes with their unit, at least three digits: ``24.6 MB``."""
-    return flops(num_bytes, "B")
-
-
-def flops(count: int | float, unit: str = "FLOPs") -> str:
-    """A count with its unit, at least three digits: ``2.51 GFLOPs``, ``1,282 PMACs``."""
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if count >= 10**power:
-            value = count / 10**power
-            digits = f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
-            return f"{digits} {prefix}{unit}"
-    return f"{count:.0f} {unit}"
-
-
-def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Aligned columns, two spaces apart, the first row underlined."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return [text[0], "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)), *text[1:]]

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 
 from ..data.loader import Batch
-from ..data.source import counted
 from ..distill.step import Distillation
 from ..distill.teacher import Teacher
 from ..labels.reader import blank_targets
+from ..messages import format_duration, plural
 from ..recipes.config import Recipe, replace_fields
-from ..runs.display import duration
 from ..runs.networks import (
     blank_teacher,
     build_student,
@@ -125,7 +124,7 @@ def measure_step(
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"this CPU ({counted(torch.get_num_threads(), 'thread')})"
+        else f"this CPU ({plural(torch.get_num_threads(), 'thread')})"
     )
     part = f" (timed in batches of {size})" if size < whole else ""
     total = per_image * num_images * recipe.train.epochs
@@ -134,7 +133,7 @@ def measure_step(
         f" {'float32' if amp_dtype is None else str(amp_dtype).removeprefix('torch.')}:"
         f" {per_image * recipe.train.batch_size:.3g} s a step of {recipe.train.batch_size}"
         f" images{part}, {1 / per_image:,.0f} images/s, median of {len(times)};\nthe whole run"
-        f" would take {duration(total)} of one process, loading and evaluation not counted."
+        f" would take {format_duration(total)} of one process, loading and evaluation not counted."
     )
 
 

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, DataError, UserError
+from ..messages import format_bytes, printable
 from ..storage import durable
-from ..storage.durable import bytes_shown, shown
 from .encoding import Targets
 from .store import LabelStore
 
@@ -85,7 +85,7 @@ class AnswerFile(ABC):
         """
 
     def _error(self, what: str) -> DataError:
-        return DataError(f"{shown(self.path)} {what}")
+        return DataError(f"{printable(self.path)} {what}")
 
 
 def open_answers(path: str | os.PathLike[str], memory: int | None = None) -> AnswerFile:
@@ -100,7 +100,7 @@ def open_answers(path: str | os.PathLike[str], memory: int | None = None) -> Ans
     file = Path(path)
     suffix = _suffix(file)
     if not file.is_file():
-        raise DataError(f"there is no file {shown(file)}: check the path")
+        raise DataError(f"there is no file {printable(file)}: check the path")
     return _Npz(file, memory) if suffix == ".npz" else _Parquet(file)
 
 
@@ -112,7 +112,7 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         lines = durable.read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise DataError(
-            f"{shown(path)} is no text: write one class name a line, in UTF-8"
+            f"{printable(path)} is no text: write one class name a line, in UTF-8"
         ) from None
     while lines and not lines[-1].strip():
         lines.pop()
@@ -123,7 +123,7 @@ def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ConfigError(
-            f"{shown(path)} is neither {' nor '.join(SUFFIXES)}: name a file with one of these"
+            f"{printable(path)} is neither {' nor '.join(SUFFIXES)}: name a file with one of these"
             " endings"
         )
     return suffix
@@ -353,7 +353,7 @@ def _damage(path: Path) -> Iterator[None]:
                 raise
         reason = " ".join(str(error).split())[:160]
         raise DataError(
-            f"{shown(path)} is damaged, or no {path.suffix.lower()} file of plain arrays"
+            f"{printable(path)} is damaged, or no {path.suffix.lower()} file of plain arrays"
             f" ({reason}): write it again"
         ) from error
 
@@ -382,8 +382,8 @@ def _require_memory(path: Path, size: int, memory: int | None) -> None:
     free = free_memory() if memory is None else memory
     if size > free // 2:
         raise ConfigError(
-            f"{shown(path)} has {bytes_shown(size)} of arrays, which are read and written as a"
-            f" whole, and {bytes_shown(free)} of memory are free: use .parquet"
+            f"{printable(path)} has {format_bytes(size)} of arrays, which are read and written as a"
+            f" whole, and {format_bytes(free)} of memory are free: use .parquet"
         )
 
 
@@ -415,13 +415,13 @@ def export_labels(
     suffix = _suffix(file)
     if store.layout.logits is None:
         raise ConfigError(
-            f"{shown(store.path)} holds no logits, only hidden states, which cannot be exported"
+            f"{printable(store.path)} holds no logits, only hidden states, which cannot be exported"
         )
     chosen = list(range(manifest.num_views)) if views is None else sorted(set(views))
     wrong = [view for view in chosen if not 0 <= view < manifest.num_views]
     if wrong or not chosen:
         raise ConfigError(
-            f"{shown(store.path)} has no view {wrong[0] if wrong else ''}: its views are 0 to"
+            f"{printable(store.path)} has no view {wrong[0] if wrong else ''}: its views are 0 to"
             f" {manifest.num_views - 1}"
         )
     _refuse_existing(file)
@@ -429,7 +429,7 @@ def export_labels(
     if missing:
         view, part = missing[0]
         raise DataError(
-            f"{shown(store.path)} lacks {len(missing)} of {len(chosen) * store.num_parts} parts"
+            f"{printable(store.path)} lacks {len(missing)} of {len(chosen) * store.num_parts} parts"
             f" (the first: part {part} of view {view}): run the command that writes it again, which"
             " writes what is missing ('vitdistill label status' says how much)"
         )
@@ -455,7 +455,7 @@ def export_labels(
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
-        raise ConfigError(f"{shown(path)} exists already: name another file, or delete it")
+        raise ConfigError(f"{printable(path)} exists already: name another file, or delete it")
 
 
 class _Stream(io.RawIOBase):

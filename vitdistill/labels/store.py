@@ -29,8 +29,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, DiskError
+from ..messages import printable
 from ..storage import durable
-from ..storage.durable import shown
 from .encoding import Layout, Targets
 
 FORMAT = 1
@@ -207,17 +207,17 @@ class _Part:
         footer = json.loads(text)
         if footer["format"] != FORMAT:
             raise DataError(
-                f"{shown(path)} has format {footer['format']} and this version reads format"
+                f"{printable(path)} has format {footer['format']} and this version reads format"
                 f" {FORMAT}; use the version of vitdistill that wrote it."
             )
         if footer["store"] != digest:
             raise DataError(
-                f"{shown(path)} is a part of another store (with other labels, or of other sizes);"
-                f" {_REMEDY}."
+                f"{printable(path)} is a part of another store (with other labels, or of other"
+                f" sizes); {_REMEDY}."
             )
         if (footer["view"], footer["part"]) != (view, part):
             raise DataError(
-                f"{shown(path)} is part {footer['part']} of view {footer['view']} under another"
+                f"{printable(path)} is part {footer['part']} of view {footer['view']} under another"
                 f" name; {_REMEDY}."
             )
         self._block: int = footer["block"]
@@ -236,7 +236,7 @@ class _Part:
         self._unchecked = len(self.crcs)
 
     def _damaged(self, how: str) -> DataError:
-        return DataError(f"{shown(self.path)} is damaged: {how}; {_REMEDY}.")
+        return DataError(f"{printable(self.path)} is damaged: {how}; {_REMEDY}.")
 
     def _map(self, data: mmap.mmap) -> None:
         count, item = self._shape
@@ -299,7 +299,7 @@ def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
             with open(path, "rb") as file:
                 found = os.fstat(file.fileno())
                 if not found.st_size:
-                    raise DataError(f"{shown(path)} is damaged: it is empty; {_REMEDY}.")
+                    raise DataError(f"{printable(path)} is damaged: it is empty; {_REMEDY}.")
                 which = (
                     found.st_dev,
                     found.st_ino,
@@ -311,7 +311,7 @@ def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except IsADirectoryError:
-            raise DataError(f"{shown(path)} is damaged: it is a folder; {_REMEDY}.") from None
+            raise DataError(f"{printable(path)} is damaged: it is a folder; {_REMEDY}.") from None
     raise FileNotFoundError(path)
 
 
@@ -426,8 +426,8 @@ class LabelStore:
                 found = sorted(os.listdir(folder)) if folder.is_dir() else []
             if found and durable.MANIFEST not in found:  # another process may have made it since
                 raise ConfigError(
-                    f"the output {shown(folder)} is not empty ({shown(found[0])} is in it) and"
-                    " holds no labels: name another folder"
+                    f"the output {printable(folder)} is not empty ({printable(found[0])} is in it)"
+                    " and holds no labels: name another folder"
                 )
             if not found:
                 cls._make(folder, manifest)
@@ -442,8 +442,8 @@ class LabelStore:
                     f" another), {remedy}"
                 )
             raise DataError(
-                f"{shown(folder)} holds labels of something else ({'; '.join(lines[:5])}{more}):"
-                f" {remedy}."
+                f"{printable(folder)} holds labels of something else"
+                f" ({'; '.join(lines[:5])}{more}): {remedy}."
             )
         return (
             store
@@ -479,15 +479,15 @@ class LabelStore:
                     else []
                 )
             if len(inner) > 1:
-                names = ", ".join(shown(entry.name) for entry in inner)
+                names = ", ".join(printable(entry.name) for entry in inner)
                 raise ConfigError(
-                    f"{shown(folder)} holds the labels of several teachers ({names}): name one of"
-                    " these folders"
+                    f"{printable(folder)} holds the labels of several teachers ({names}): name one"
+                    " of these folders"
                 )
             if not inner:
                 raise DataError(
-                    f"{shown(folder)} holds no labels: write them with 'vitdistill label', or name"
-                    " the folder they are in."
+                    f"{printable(folder)} holds no labels: write them with 'vitdistill label', or"
+                    " name the folder they are in."
                 )
             folder = inner[0]
         return cls(folder, _read_manifest(folder))
@@ -554,7 +554,7 @@ class LabelStore:
         """The error that says that this record is not there."""
         name = self.part_path(view, sample // self.manifest.part_size).relative_to(self.path)
         return DataError(
-            f"{shown(self.path)} has no record of sample {sample} in view {view}: {name} is not"
+            f"{printable(self.path)} has no record of sample {sample} in view {view}: {name} is not"
             " written yet; run 'vitdistill label' again, which writes what is missing."
         )
 
@@ -588,7 +588,7 @@ class LabelStore:
         if len(values) and (values.min() < 0 or values.max() >= count):
             wrong = values[(values < 0) | (values >= count)][0]
             raise DataError(
-                f"{shown(self.path)} has no {what} {wrong}: its {what}s are 0 to {count - 1}."
+                f"{printable(self.path)} has no {what} {wrong}: its {what}s are 0 to {count - 1}."
             )
 
     def _part(self, view: int, part: int) -> _Part | None:
@@ -736,21 +736,21 @@ def _foreign(path: Path) -> list[str]:
     return (
         []
         if path.name.startswith(".")
-        else [f"{shown(path)} is not a file of this store; move it elsewhere."]
+        else [f"{printable(path)} is not a file of this store; move it elsewhere."]
     )
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    path = shown(folder / durable.MANIFEST)
+    path = printable(folder / durable.MANIFEST)
     try:
         body = durable.read_manifest(folder)["identity"]
     except DataError as error:
         raise DataError(
-            f"{str(error).rstrip('.')}; restore it, or delete {shown(folder)} and label again."
+            f"{str(error).rstrip('.')}; restore it, or delete {printable(folder)} and label again."
         ) from None
     if body.get("kind") != _KIND:
         raise DataError(
-            f"{shown(folder)} holds no labels: {path} is the manifest of something else."
+            f"{printable(folder)} holds no labels: {path} is the manifest of something else."
         )
     if body.get("format") != FORMAT:
         raise DataError(

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import ConfigError, DataError
+from ..messages import printable
 from ..storage import durable
-from ..storage.durable import shown
 from .encoding import Layout
 from .store import LabelStore, Manifest, differences
 
@@ -37,7 +37,7 @@ def merge(
             stores[0].manifest, store.manifest, here="in the latter", there="in the former"
         )
         if lines:
-            both = f"{shown(store.path)} and {shown(stores[0].path)}"
+            both = f"{printable(store.path)} and {printable(stores[0].path)}"
             raise DataError(
                 f"{both} hold labels of different things and cannot be merged"
                 f" ({'; '.join(lines[:5])}); leave one of them out."
@@ -66,15 +66,15 @@ def merge(
         ):
             raise _conflict(united, store, place)
         if say is not None:
-            say(f"{number} of {len(todo)} parts copied: {shown(store.part_path(*place))}")
+            say(f"{number} of {len(todo)} parts copied: {printable(store.part_path(*place))}")
     return united
 
 
 def _conflict(first: LabelStore, second: LabelStore, place: tuple[int, int]) -> DataError:
     return DataError(
-        f"{shown(first.part_path(*place))} and {shown(second.part_path(*place))} hold different"
-        " records of the same samples: delete the wrong one ('vitdistill label check' compares"
-        " records with the teacher's answers)."
+        f"{printable(first.part_path(*place))} and {printable(second.part_path(*place))} hold"
+        " different records of the same samples: delete the wrong one ('vitdistill label check'"
+        " compares records with the teacher's answers)."
     )
 
 
@@ -115,7 +115,7 @@ def prune(
     views = ours.num_views if num_views is None else num_views
     if not 1 <= views <= ours.num_views:
         raise ConfigError(
-            f"{shown(store.path)} has {ours.num_views} views, of which {views} cannot be kept:"
+            f"{printable(store.path)} has {ours.num_views} views, of which {views} cannot be kept:"
             f" choose 1 to {ours.num_views}"
         )
     smaller = layout if layout is not None else ours.layout if k is None else ours.layout.prune(k)
@@ -142,5 +142,5 @@ def prune(
             view, part, records if smaller == ours.layout else ours.layout.convert(records, smaller)
         )
         if say is not None:
-            say(f"{number} of {len(todo)} parts written: {shown(pruned.part_path(view, part))}")
+            say(f"{number} of {len(todo)} parts written: {printable(pruned.part_path(view, part))}")
     return pruned

@@ -18,6 +18,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ..errors import ConfigError, UserError
+from ..messages import printable
 from ..storage import durable, processes
 from .store import LabelStore
 
@@ -73,7 +74,7 @@ def write_missing(
         len({(s.manifest.num_samples, s.manifest.num_views, s.manifest.part_size) for s in stores})
         > 1
     ):
-        names = ", ".join(durable.shown(store.path) for store in stores)
+        names = ", ".join(printable(store.path) for store in stores)
         raise ConfigError(
             f"the stores {names} differ in samples, views or part size and cannot be written"
             " together: label one at a time"

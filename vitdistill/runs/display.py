@@ -12,18 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..messages import format_duration
+
 SHOWN = ("top1", "top5", "nll", "agreement", "knn_top1", "knn_top5")
 """The scores of an evaluation that are shown; all of them are logged."""
-
-
-def duration(seconds: float) -> str:
-    """``1 h 05 min``, ``3 min 20 s``, ``12 s``."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
 class Display:
@@ -79,7 +71,7 @@ class Display:
             return
         epoch = step / self.steps_per_epoch
         rate = f"{speed.images_per_second:,.0f} images/s"
-        left = f"{duration(speed.seconds_left(self.total_steps - step))} left"
+        left = f"{format_duration(speed.seconds_left(self.total_steps - step))} left"
         waiting = f"{speed.wait_share:.0%} waiting for data"
         if self._live is None:
             terms = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
@@ -99,7 +91,7 @@ class Display:
         )
         grid.add_row("learning rate", f"{lr:.2e}")
         grid.add_row("speed", f"{rate}, {waiting}")
-        grid.add_row("left", duration(speed.seconds_left(self.total_steps - step)))
+        grid.add_row("left", format_duration(speed.seconds_left(self.total_steps - step)))
         if self._scores:
             grid.add_row(
                 "validation",

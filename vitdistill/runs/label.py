@@ -26,13 +26,13 @@ from ..labels.identity import differing, network_to_json, teacher_identity, vers
 from ..labels.store import LabelStore, Manifest
 from ..labels.writing import Unit, write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
+from ..messages import format_bytes, format_duration
 from ..methods.base import Network, TeacherObjective
 from ..recipes.config import Recipe, from_dict, to_dict
 from ..storage import durable
 from ..vit.walk import ViTOutput
 from ..weights import create as weights
 from ..world import World, agreed, world
-from .display import duration
 from .networks import resolve_run
 from .prepare import Job, identity_of_views, prepare, weights_digest
 from .train import StopRequest
@@ -347,9 +347,9 @@ class _Work:
         for name, store in stores.items():
             say(f"{name}: {describe(store.layout)}, {store.layout.record_bytes} bytes a record")
         say(
-            f"{images:,} images x {self.num_views} views: {durable.bytes_shown(size)} to write in"
-            f" {output}, about {duration(max(left.values()) / self.images_per_second)} of one"
-            f" process at {self.images_per_second:,.0f} images/s"
+            f"{images:,} images x {self.num_views} views: {format_bytes(size)} to write in"
+            f" {output}, about {format_duration(max(left.values()) / self.images_per_second)} of"
+            f" one process at {self.images_per_second:,.0f} images/s"
         )
         return stores
 
@@ -477,7 +477,7 @@ class _Progress:
         if self.last < done and done > self.start and (now - self.shown > 10.0 or done == total):
             self.shown, self.last = now, done
             left = (
-                f", {duration(now / (done - self.start) * (total - done))} left"
+                f", {format_duration(now / (done - self.start) * (total - done))} left"
                 if done < total
                 else ""
             )

@@ -26,10 +26,10 @@ from ..labels.encoding import Layout
 from ..labels.exchange import AnswerFile, Rows, free_memory, open_answers, read_class_names
 from ..labels.identity import network_to_json, teacher_identity, versions
 from ..labels.store import LabelStore, Manifest
+from ..messages import format_bytes, printable
 from ..methods.base import Network
 from ..recipes.config import Recipe
 from ..storage import durable
-from ..storage.durable import bytes_shown, shown
 from ..world import choose_device
 from .label import LabelOptions, describe, logit_encoding
 from .networks import Built, build_student, reads_logits, trains_classifier
@@ -222,20 +222,20 @@ class _Chosen:
 
 def _names(answers: AnswerFile, file: str | Path | None) -> tuple[str, ...] | None:
     """Names of the file's own classes."""
-    where, names = shown(answers.path), answers.classes
+    where, names = printable(answers.path), answers.classes
     if file is not None:
         given = read_class_names(file)
         if names is not None and names != given:
             raise ConfigError(
-                f"{shown(file)} names other classes than {where} itself: leave --classes out, or"
-                " correct it"
+                f"{printable(file)} names other classes than {where} itself: leave --classes out,"
+                " or correct it"
             )
-        where, names = shown(file), given
+        where, names = printable(file), given
     if names is None:
         return None
     if len(names) != answers.num_classes:
         raise DataError(
-            f"{where} names {len(names)} classes, and {shown(answers.path)} has"
+            f"{where} names {len(names)} classes, and {printable(answers.path)} has"
             f" {answers.num_classes} logits a row: name each"
         )
     twice = (
@@ -258,7 +258,7 @@ def _choose(
     folders: tuple[str, ...],
     say: Callable[[str], None],
 ) -> _Chosen:
-    file, count = shown(answers.path), answers.num_classes
+    file, count = printable(answers.path), answers.num_classes
     if not folders:
         say(f"{file}: the images are unlabelled, so its {count} classes are kept")
         return _Chosen(None, names or ())
@@ -304,14 +304,14 @@ class _Import:
         )
         self.part_size, self.memory = part_size, memory
         self.source: ImageSource = loader.source
-        self.file = shown(answers.path)
+        self.file = printable(answers.path)
         self.num_views = 0
         self._keys: dict[str, int] = {}
         self._guesses: dict[int, int] = {}
 
     def _named(self, place: int) -> str:
         view, sample = divmod(place, len(self.source))
-        return f"view {view} of sample {sample} ({shown(self.source.key(sample))})"
+        return f"view {view} of sample {sample} ({printable(self.source.key(sample))})"
 
     def scan(self) -> None:
         """Read every row and find out what it is of.
@@ -347,9 +347,9 @@ class _Import:
         held = self._most_held()
         if held > self.memory // 2:
             raise DataError(
-                f"the rows of {self.file} are in no order, so that {bytes_shown(held)} of answers"
+                f"the rows of {self.file} are in no order, so that {format_bytes(held)} of answers"
                 " would have to wait in memory for the rest of their part"
-                f" ({bytes_shown(self.memory)} are free): sort the file by view and sample_id"
+                f" ({format_bytes(self.memory)} are free): sort the file by view and sample_id"
             )
 
     def _rows(self) -> Iterator[tuple[Rows, F32]]:
@@ -367,9 +367,9 @@ class _Import:
             unknown = np.flatnonzero(found < 0)
             if len(unknown):
                 raise DataError(
-                    f"{self.file} has the sample {shown(rows.samples[unknown[0]])!r} in row"
+                    f"{self.file} has the sample {printable(rows.samples[unknown[0]])!r} in row"
                     f" {rows.first + unknown[0]}, which is no training image of {self.source.name}:"
-                    f" give keys like {shown(self.source.key(0))!r}, or numbers"
+                    f" give keys like {printable(self.source.key(0))!r}, or numbers"
                 )
             return found
         wrong = np.flatnonzero((rows.samples < 0) | (rows.samples >= len(self.source)))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data.loader import Batch, EvalLoader, TrainLoader
-from ..data.source import ImageSource, counted, open_source
+from ..data.source import ImageSource, open_source
 from ..data.views import InputSpec, evaluated_as_trained
 from ..distill.plan import Plan
 from ..distill.step import Distillation
@@ -22,6 +22,7 @@ from ..labels.identity import differing, images_identity, of_views, view_identit
 from ..labels.reader import LabelReader, blank_targets
 from ..labels.store import LabelStore
 from ..memory import memory_errors
+from ..messages import plural
 from ..methods.base import Network
 from ..recipes.config import Recipe, TeacherConfig, to_dict
 from ..weights import create as weights
@@ -269,7 +270,7 @@ def _build(
         shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
         them = "it" if len(unused) == 1 else "them"
         say(
-            f"no gradient reaches {counted(len(unused), 'parameter')} of the student ({shown}): no"
+            f"no gradient reaches {plural(len(unused), 'parameter')} of the student ({shown}): no"
             f" objective reads {them}"
         )
     sources = {"training images": train_source} | (

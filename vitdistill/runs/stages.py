@@ -207,8 +207,9 @@ def in_stage(key: str, recipe: Recipe | None = None) -> Iterator[None]:
     except UserError as error:
         if str(error).startswith("in the stage "):
             raise
-        staged = type(error)(f"in the stage {key!r}, {_settings_of_stage(str(error), key, recipe)}")
-        vars(staged).update(vars(error))
+        text = f"in the stage {key!r}, {_settings_of_stage(str(error), key, recipe)}"
+        staged = type(error)(text)
+        vars(staged).update({**vars(error), "what": text, "fixes": ()})
         raise staged from error
 
 

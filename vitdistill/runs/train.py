@@ -26,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import keyed
 from ..data.loader import Batch, EvalLoader
-from ..data.source import counted
 from ..distill.teacher import Teacher, setting
 from ..errors import DataError, NonFiniteError, Preempted, UserError
 from ..evaluate.features import Stopped, batches_together, knn_evaluation
 from ..evaluate.metrics import Metrics
 from ..memory import SMALLER_EVALUATION, memory_errors
+from ..messages import plural
 from ..methods.base import Objective
 from ..recipes.config import Recipe, fingerprint
 from ..storage import checkpoint, durable
@@ -330,7 +330,7 @@ class _Run:
         train = self.recipe.train
         where = (
             "in a training step of"
-            f" {counted(train.batch_size // (train.accumulate * self.world.size), 'image')} at once"
+            f" {plural(train.batch_size // (train.accumulate * self.world.size), 'image')} at once"
         )
         less = (
             f"--accumulate above {train.accumulate} or --batch-size below {train.batch_size} (and"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, DiskError
+from ..messages import printable
 from . import durable
 
 TENSORS = "state.safetensors"
@@ -81,7 +82,7 @@ def _read_back(temp: Path, final: Path) -> None:
         durable.verify_dir(temp)
     except DataError as error:
         raise DiskError(
-            f"{durable.shown(final)} was written but reads back changed; the disk is failing:"
+            f"{printable(final)} was written but reads back changed; the disk is failing:"
             " earlier checkpoints are untouched, move the run folder to another disk."
         ) from error
 
@@ -105,7 +106,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         tensors = safetensors.torch.load(durable.read_verified(folder, TENSORS, body))
     except safetensors.SafetensorError as error:
         raise DataError(
-            f"{durable.shown(folder / TENSORS)} is not a safetensors file ({error})."
+            f"{printable(folder / TENSORS)} is not a safetensors file ({error})."
         ) from error
     return tensors, state
 
@@ -113,11 +114,11 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 def _checked_identity(folder: Path, body: Mapping[str, Any]) -> int:
     identity = body["identity"]
     if identity.get("kind") != _KIND or set(body["files"]) != {TENSORS, STATE}:
-        raise DataError(f"{durable.shown(folder)} is not a checkpoint of vitdistill.")
+        raise DataError(f"{printable(folder)} is not a checkpoint of vitdistill.")
     match = _NAME.fullmatch(folder.name)
     if match is not None and int(match["step"]) != identity["step"]:
         raise DataError(
-            f"{durable.shown(folder)} holds step {identity['step']}: it was renamed; give it its"
+            f"{printable(folder)} holds step {identity['step']}: it was renamed; give it its"
             " own name back."
         )
     return int(identity["step"])
@@ -140,13 +141,13 @@ def latest(run_dir: str | os.PathLike[str], warn: Callable[[str], None] = _warn)
         except DataError as error:
             damaged.append(folder)
             warn(
-                f"Checkpoint {durable.shown(folder)} is damaged and the one before it is used"
+                f"Checkpoint {printable(folder)} is damaged and the one before it is used"
                 f" instead: {error}"
             )
         else:
             return folder
     if damaged:
-        where = durable.shown(damaged[0].parent)
+        where = printable(damaged[0].parent)
         which = (
             f"The only checkpoint in {where} is not"
             if len(damaged) == 1

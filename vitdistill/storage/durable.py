@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, DiskError, PermissionDenied, UserError
+from ..messages import format_bytes, printable
 from . import processes
 
 MANIFEST = "manifest.json"
@@ -106,18 +107,6 @@ class _HashingSink:
 # -- sentences ------------------------------------------------------------------------------------
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """The path as printable text, whatever bytes and control characters it holds."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(path))
-
-
-def bytes_shown(count: int) -> str:
-    """A byte count for a sentence: exact below 1 MB, two decimals above."""
-    if count < 1_000_000:
-        return f"{count} bytes"
-    return f"{count / 1e6:.2f} MB" if count < 1_000_000_000 else f"{count / 1e9:.2f} GB"
-
-
 def free_bytes(path: str | os.PathLike[str]) -> int | None:
     """Bytes an unprivileged process may still write on the volume that holds ``path`` (or will hold
     it).
@@ -142,11 +131,11 @@ def require_free(path: str | os.PathLike[str], needed: int) -> None:
 
 
 def _full_sentence(path: str | os.PathLike[str], needed: int | None, free: int | None) -> str:
-    need = f"{bytes_shown(needed)} needed, " if needed is not None else ""
-    have = f"{bytes_shown(free)} free" if free is not None else "free space unknown"
+    need = f"{format_bytes(needed)} needed, " if needed is not None else ""
+    have = f"{format_bytes(free)} free" if free is not None else "free space unknown"
     return (
-        f"{shown(path)} cannot be written because the disk is full ({need}{have}); nothing that was"
-        " there has changed: make room and run the same command again."
+        f"{printable(path)} cannot be written because the disk is full ({need}{have}); nothing that"
+        " was there has changed: make room and run the same command again."
     )
 
 
@@ -162,7 +151,7 @@ def disk_errors(path: str | os.PathLike[str], needed: int | None = None) -> Iter
 
 
 def _explained(error: OSError, path: str | os.PathLike[str], needed: int | None) -> UserError:
-    name = shown(path)
+    name = printable(path)
     reason = (error.strerror or str(error)).lower()
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
@@ -171,7 +160,7 @@ def _explained(error: OSError, path: str | os.PathLike[str], needed: int | None)
                 free = free_bytes(path)
             return DiskError(_full_sentence(path, needed, free))
         case errno.EFBIG:
-            need = f" of {bytes_shown(needed)}" if needed is not None else ""
+            need = f" of {format_bytes(needed)}" if needed is not None else ""
             return DiskError(
                 f"{name} cannot be written because a file{need} is larger than the limit here"
                 " (ulimit -f, or the file system's own); raise the limit or write elsewhere."
@@ -558,15 +547,17 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
-        raise DataError(f"{shown(path)} is damaged: its content does not match its own digest.")
+        raise DataError(f"{printable(path)} is damaged: its content does not match its own digest.")
     if body.get("format") != MANIFEST_FORMAT:
         raise DataError(
-            f"{shown(path)} has format {body.get('format')}, this version reads format"
+            f"{printable(path)} has format {body.get('format')}, this version reads format"
             f" {MANIFEST_FORMAT}; use the version of vitdistill that wrote it."
         )
     for name in body["files"]:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise DataError(f"{shown(path)} names {shown(name)!r}, which is not a plain file name.")
+            raise DataError(
+                f"{printable(path)} names {printable(name)!r}, which is not a plain file name."
+            )
     return dict(body)
 
 
@@ -589,7 +580,7 @@ def read_verified(folder: str | os.PathLike[str], name: str, body: Mapping[str, 
     """
     path = Path(folder) / name
     if name not in body["files"]:
-        raise DataError(f"{shown(path)} is not named in the manifest beside it.")
+        raise DataError(f"{printable(path)} is not named in the manifest beside it.")
     _check_size(path, body)
     data = read_bytes(path)
     _check_digest(path, hashlib.sha256(data).hexdigest(), body)
@@ -602,7 +593,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         try:
             return Path(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise DataError(f"{shown(path)} is missing.") from error
+            raise DataError(f"{printable(path)} is missing.") from error
 
 
 def _check_size(path: Path, body: Mapping[str, Any]) -> None:
@@ -611,10 +602,10 @@ def _check_size(path: Path, body: Mapping[str, Any]) -> None:
         try:
             found = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{shown(path)} is missing.") from error
+            raise DataError(f"{printable(path)} is missing.") from error
     if found != expected:
         raise DataError(
-            f"{shown(path)} is damaged: it has {found} bytes and its manifest says {expected}."
+            f"{printable(path)} is damaged: it has {found} bytes and its manifest says {expected}."
         )
 
 
@@ -622,7 +613,7 @@ def _check_digest(path: Path, found: str, body: Mapping[str, Any]) -> None:
     expected = body["files"][path.name]["sha256"]
     if found != expected:
         raise DataError(
-            f"{shown(path)} is damaged: its sha256 is {found[:12]}... and its manifest says"
+            f"{printable(path)} is damaged: its sha256 is {found[:12]}... and its manifest says"
             f" {expected[:12]}...."
         )
 
@@ -696,14 +687,14 @@ class AppendLog:
                 keep = self._end_of_last_line(size) if offset is None else offset
                 if keep > size:
                     raise DataError(
-                        f"{shown(self.path)} has {size} bytes and the run's state expects at least"
-                        f" {keep}; it was cut or replaced: restore it, or start a new run in"
+                        f"{printable(self.path)} has {size} bytes and the run's state expects at"
+                        f" least {keep}; it was cut or replaced: restore it, or start a new run in"
                         " another folder."
                     )
                 if keep != self._end_of_last_line(keep):
                     raise DataError(
-                        f"{shown(self.path)} is not the log this run wrote: byte {keep} is inside a"
-                        " line; restore it, or start a new run in another folder."
+                        f"{printable(self.path)} is not the log this run wrote: byte {keep} is"
+                        " inside a line; restore it, or start a new run in another folder."
                     )
                 if keep != size:
                     os.ftruncate(self._fd, keep)

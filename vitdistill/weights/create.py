@@ -35,7 +35,8 @@ import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 
 from ..errors import ConfigError, DataError, PermissionDenied
-from ..storage.durable import read_bytes, shown
+from ..messages import printable
+from ..storage.durable import read_bytes
 from . import hugging_face
 
 # Where public checkpoints keep their weights, best first; an average of the weights is preferred,
@@ -70,7 +71,7 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     check_is_file(path)
     file = Path(path)
-    name = shown(file)
+    name = printable(file)
     try:
         with open(file, "rb") as opened:
             head = opened.read(512)
@@ -102,11 +103,11 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
     file = Path(path)
     if file.is_dir():
         raise DataError(
-            f"{shown(file)} is a folder, not a weights file; give it as the model's name, or name"
-            " the file inside it."
+            f"{printable(file)} is a folder, not a weights file; give it as the model's name, or"
+            " name the file inside it."
         )
     if not file.exists():
-        raise DataError(f"There is no weights file {shown(file)}; check the path.")
+        raise DataError(f"There is no weights file {printable(file)}; check the path.")
 
 
 def _refuse_obvious(name: str, head: bytes) -> None:
@@ -131,13 +132,13 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         return dict(safetensors.torch.load_file(file))
     except safetensors.SafetensorError as error:
         raise DataError(
-            f"{shown(file)} is cut short or not a safetensors file ({_first_line(error)}); get it"
-            " again."
+            f"{printable(file)} is cut short or not a safetensors file ({_first_line(error)}); get"
+            " it again."
         ) from error
 
 
 def _read_torch(file: Path, head: bytes) -> Any:
-    name = shown(file)
+    name = printable(file)
     if _torch_version() < _SAFE_TORCH:
         raise DataError(
             f"{name} is not opened because torch {torch.__version__} cannot read such files safely;"
@@ -182,8 +183,8 @@ def _converter(file: Path) -> str:
     return (
         "python -c 'import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1],"
         ' weights_only=False); d = d.get("model", d.get("state_dict", d)); s.save_file({k:'
-        f" v.contiguous() for k, v in d.items()}}, sys.argv[2])' '{shown(file)}'"
-        f" '{shown(file.with_suffix('.safetensors'))}'"
+        f" v.contiguous() for k, v in d.items()}}, sys.argv[2])' '{printable(file)}'"
+        f" '{printable(file.with_suffix('.safetensors'))}'"
     )
 
 
@@ -236,7 +237,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     `MaskedAutoencoder` takes all of a checkpoint. What was made of such a file is logged in one
     note. Raises ``DataError`` naming the first keys that differ.
     """
-    _load_into(model, load_state_dict(path), shown(path))
+    _load_into(model, load_state_dict(path), printable(path))
 
 
 def _load_into(
@@ -643,15 +644,15 @@ def create_model(
     """
     if checkpoint is not None and pretrained:
         raise ConfigError(
-            f"{shown(name)} cannot have both pretrained weights and the checkpoint"
-            f" {shown(checkpoint)}: choose one."
+            f"{printable(name)} cannot have both pretrained weights and the checkpoint"
+            f" {printable(checkpoint)}: choose one."
         )
     build = {key: value for key, value in model_args.items() if value is not None}
     for ours, timms in _BUILD_ARGS.items():
         value = {"drop_path": drop_path, "image_size": image_size}[ours]
         if value is not None and timms in build:
             raise ConfigError(
-                f"{ours} and {timms} are the same setting of {shown(name)}: give one of them."
+                f"{ours} and {timms} are the same setting of {printable(name)}: give one of them."
             )
         if value is not None:
             build[timms] = value
@@ -679,7 +680,7 @@ def create_model(
             model = _from_registry(place, {**build, "num_classes": answers}, pretrained=False)
         fresh = "num_classes" in build or not getattr(model, "num_classes", 1)
         notes = _normalisation(model, state, place) if source == "timm" else []
-        _load_into(model, state, shown(checkpoint), fresh_head=fresh, notes=notes)
+        _load_into(model, state, printable(checkpoint), fresh_head=fresh, notes=notes)
     return model
 
 
@@ -710,8 +711,8 @@ def _split(name: str) -> tuple[str, str]:
         if folder.is_dir():
             return "folder", str(folder)
         raise ConfigError(
-            f"There is no folder {shown(name)}; for a network of the Hugging Face hub write"
-            f" hf-hub:{shown(name)}, for one of timm its bare name."
+            f"There is no folder {printable(name)}; for a network of the Hugging Face hub write"
+            f" hf-hub:{printable(name)}, for one of timm its bare name."
         )
     return "timm", name
 
@@ -723,10 +724,12 @@ def _from_registry(name: str, build: dict[str, Any], pretrained: bool) -> nn.Mod
         hint = (
             f"; did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists them."
         )
-        raise ConfigError(f"timm {timm.__version__} has no network called {shown(name)}{hint}")
+        raise ConfigError(f"timm {timm.__version__} has no network called {printable(name)}{hint}")
     if tag and tag not in _tags(architecture):
         known = ", ".join(_tags(architecture)) or "none"
-        raise ConfigError(f"{architecture} has no weights called {shown(tag)!r}; it has {known}.")
+        raise ConfigError(
+            f"{architecture} has no weights called {printable(tag)!r}; it has {known}."
+        )
     if pretrained and not _default_cfg(name).has_weights:
         raise ConfigError(
             f"timm has no pretrained weights for {name}; name one of its tags, or give a checkpoint"
@@ -770,23 +773,24 @@ def _build(name: str, build: dict[str, Any], extra: dict[str, Any], pretrained: 
         asked = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if asked is None:
             raise ConfigError(
-                f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}."
+                f"{printable(name)} cannot be built with {_spelled(build)}: {_first_line(error)}."
             ) from error
         raise ConfigError(
-            f"{shown(name)} takes no argument {asked[1]!r}; remove it from the model's arguments."
+            f"{printable(name)} takes no argument {asked[1]!r}; remove it from the model's"
+            " arguments."
         ) from error
     except (AssertionError, ValueError, ZeroDivisionError, KeyError) as error:
         raise ConfigError(
-            f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}."
+            f"{printable(name)} cannot be built with {_spelled(build)}: {_first_line(error)}."
         ) from error
     except (RuntimeError, OSError) as error:
         if not pretrained:
             raise ConfigError(
-                f"{shown(name)} cannot be built with {_spelled(build)}: {_first_line(error)}."
+                f"{printable(name)} cannot be built with {_spelled(build)}: {_first_line(error)}."
             ) from error
         raise DataError(
-            f"The pretrained weights of {shown(name)} cannot be had ({_first_line(error)}); without"
-            " network, download the file elsewhere and give it as the checkpoint."
+            f"The pretrained weights of {printable(name)} cannot be had ({_first_line(error)});"
+            " without network, download the file elsewhere and give it as the checkpoint."
         ) from error
     _record_input(model, size, build.get("in_chans"))
     _check_grid(name, model)
@@ -818,8 +822,9 @@ def _check_grid(name: str, model: nn.Module) -> None:
         return
     if any(side % step for side, step in zip(size, patch, strict=False)):
         raise ConfigError(
-            f"{shown(name)} cuts images into patches of {patch[0]} x {patch[1]}, which do not fill"
-            f" {size[0]} x {size[1]}; choose an image size that is a multiple of the patch size."
+            f"{printable(name)} cuts images into patches of {patch[0]} x {patch[1]}, which do not"
+            f" fill {size[0]} x {size[1]}; choose an image size that is a multiple of the patch"
+            " size."
         )
 
 
@@ -869,10 +874,10 @@ def _from_folder(folder: Path, build: dict[str, Any], load: bool) -> nn.Module:
     file = _weights_file(folder)
     if saved.digest is not None and hashlib.sha256(read_bytes(file)).hexdigest() != saved.digest:
         raise DataError(
-            f"{shown(file)} is damaged or was replaced: its sha256 is not the one in config.json"
-            " beside it; export again."
+            f"{printable(file)} is damaged or was replaced: its sha256 is not the one in"
+            " config.json beside it; export again."
         )
-    return _with_weights(saved, build, load_state_dict(file), shown(file))
+    return _with_weights(saved, build, load_state_dict(file), printable(file))
 
 
 def _from_hub(place: str, build: dict[str, Any], load: bool) -> nn.Module:
@@ -883,14 +888,14 @@ def _from_hub(place: str, build: dict[str, Any], load: bool) -> nn.Module:
         file = _download(place, filename) if filename else None
         if file is not None:
             return _with_weights(saved, build, load_state_dict(file), f"hf-hub:{place}/{filename}")
-    raise DataError(f"hf-hub:{shown(place)} has none of {', '.join(_FOLDER_FILES)}.")
+    raise DataError(f"hf-hub:{printable(place)} has none of {', '.join(_FOLDER_FILES)}.")
 
 
 def _hub_config(place: str) -> _Saved:
     config = _download(place, "config.json")
     if config is None:
         raise DataError(
-            f"hf-hub:{shown(place)} has no config.json, so it is no network that can be built."
+            f"hf-hub:{printable(place)} has no config.json, so it is no network that can be built."
         )
     return _read_config(config.parent, lambda filename: _download(place, filename))
 
@@ -921,8 +926,8 @@ def _download(place: str, filename: str) -> Path | None:
 
 def _unreachable(place: str, error: BaseException) -> DataError:
     return DataError(
-        f"hf-hub:{shown(place)} cannot be reached ({_first_line(error)}); without network, download"
-        " the repository elsewhere and give its folder as local-dir:FOLDER."
+        f"hf-hub:{printable(place)} cannot be reached ({_first_line(error)}); without network,"
+        " download the repository elsewhere and give its folder as local-dir:FOLDER."
     )
 
 
@@ -932,11 +937,11 @@ def _read_config(folder: Path, fetch: Callable[[str], Path | None] | None = None
     """
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ConfigError(f"There is no folder {shown(folder)}; check the path.")
+        raise ConfigError(f"There is no folder {printable(folder)}; check the path.")
     if not path.is_file():
         raise ConfigError(
-            f"{shown(folder)} has no config.json, so it is no exported network; give timm's name"
-            " and the weights file as the checkpoint."
+            f"{printable(folder)} has no config.json, so it is no exported network; give timm's"
+            " name and the weights file as the checkpoint."
         )
     try:
         config = json.loads(read_bytes(path))
@@ -956,7 +961,8 @@ def _read_config(folder: Path, fetch: Callable[[str], Path | None] | None = None
         digest = (config.get("vitdistill") or {}).get("weights_sha256")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{shown(path)} is not a timm configuration (no architecture and pretrained_cfg in it)."
+            f"{printable(path)} is not a timm configuration (no architecture and pretrained_cfg in"
+            " it)."
         ) from error
     for key in ("num_classes", "label_names", "label_descriptions"):
         if key in config:
@@ -973,7 +979,7 @@ def _read_config(folder: Path, fetch: Callable[[str], Path | None] | None = None
     }
     if not is_model(architecture):
         raise ConfigError(
-            f"{shown(path)} names the architecture {shown(architecture)!r}, which timm"
+            f"{printable(path)} names the architecture {printable(architecture)!r}, which timm"
             f" {timm.__version__} does not have; install the timm version that wrote it."
         )
     return _Saved(architecture, args, cfg, digest)
@@ -984,8 +990,8 @@ def _weights_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise DataError(
-        f"{shown(folder)} has a config.json and no weights ({', '.join(_FOLDER_FILES)}); copy them"
-        " beside it."
+        f"{printable(folder)} has a config.json and no weights ({', '.join(_FOLDER_FILES)}); copy"
+        " them beside it."
     )
 
 

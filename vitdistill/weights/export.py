@@ -17,6 +17,7 @@ from timm.models import is_model
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
+from ..messages import printable
 from ..storage import durable
 from .create import create_model
 
@@ -97,7 +98,7 @@ def export_timm(
     name, _, tag = architecture.partition(".")
     if not is_model(name):
         raise ConfigError(
-            f"timm has no network called {durable.shown(architecture)}, so this one cannot be"
+            f"timm has no network called {printable(architecture)}, so this one cannot be"
             " exported for it."
         )
     network = _unwrapped(model)
@@ -149,9 +150,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(
-            f"{durable.shown(folder)} is a file; give the export a folder of its own."
-        )
+        raise ConfigError(f"{printable(folder)} is a file; give the export a folder of its own.")
     with durable.disk_errors(folder):
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not names:
@@ -159,7 +158,7 @@ def _refuse_foreign(folder: Path) -> None:
     foreign = sorted(names - FILES)
     if foreign:
         raise ConfigError(
-            f"{durable.shown(folder)} holds {durable.shown(foreign[0])}, which no export wrote;"
+            f"{printable(folder)} holds {printable(foreign[0])}, which no export wrote;"
             " give another folder."
         )
     try:
@@ -168,7 +167,7 @@ def _refuse_foreign(folder: Path) -> None:
         ours = False
     if not ours:
         raise ConfigError(
-            f"{durable.shown(folder)} holds a network that vitdistill did not export; give another"
+            f"{printable(folder)} holds a network that vitdistill did not export; give another"
             " folder."
         )
 

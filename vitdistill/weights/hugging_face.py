@@ -26,7 +26,8 @@ from timm.data import (
 from torch import Tensor
 
 from ..errors import DataError
-from ..storage.durable import read_bytes, shown
+from ..messages import printable
+from ..storage.durable import read_bytes
 
 PREPROCESSOR = "preprocessor_config.json"
 PATCHES = (
@@ -120,13 +121,13 @@ def timm_config(
     )
     if kind not in ("vit", "vit_mae"):
         raise DataError(
-            f"{shown(path)} is of a Hugging Face network of the type {shown(str(kind))}, and only"
-            " vit and vit_mae can be built from one; give the network in timm's form."
+            f"{printable(path)} is of a Hugging Face network of the type {printable(str(kind))},"
+            " and only vit and vit_mae can be built from one; give the network in timm's form."
         )
     if said["hidden_act"] != "gelu":
         raise DataError(
-            f"{shown(path)} has hidden_act {shown(str(said['hidden_act']))}, and only gelu can be"
-            " built; give another network."
+            f"{printable(path)} has hidden_act {printable(str(said['hidden_act']))}, and only gelu"
+            " can be built; give another network."
         )
     try:
         dim, chans, size = int(said["hidden_size"]), int(said["num_channels"]), said["image_size"]
@@ -144,8 +145,8 @@ def timm_config(
         epsilon = float(said["layer_norm_eps"])
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise DataError(
-            f"{shown(path)} is not a configuration of a ViT ({type(error).__name__}: {error}); get"
-            " it again."
+            f"{printable(path)} is not a configuration of a ViT ({type(error).__name__}: {error});"
+            " get it again."
         ) from error
     mean, std = _normalisation(kind, preprocessor)
     cfg: dict[str, Any] = {
@@ -216,7 +217,7 @@ def _normalisation(
         )
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{shown(preprocessor)} does not say a mean and std of images (image_mean, image_std);"
-            " get it again."
+            f"{printable(preprocessor)} does not say a mean and std of images (image_mean,"
+            " image_std); get it again."
         ) from error
     return mean, std

@@ -1,0 +1,71 @@
+"""How numbers, names and suggestions are written in what a person reads."""
+
+import math
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """``name`` with control characters and undecodable bytes escaped, fit for a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))
+
+
+def listed(names: Iterable[str], count: int = 3) -> str:
+    """Quote the first ``count`` of ``names``: ``'ant', 'bee', 'cat', ...``."""
+    names = list(names)
+    quoted = [repr(printable(name)) for name in names[:count]]
+    return ", ".join([*quoted, "..."] if len(names) > count else quoted)
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 image``, ``2 images``, ``1,000 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What to write in place of an unknown ``word``: ``did you mean 'kd'?``, or the known words.
+
+    ``otherwise`` is said where nothing is close; empty: ``choose from ...``.
+    """
+    known = [str(name) for name in known]
+    close = get_close_matches(str(word), known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return otherwise or f"choose from {', '.join(known)}"
+
+
+def format_count(count: int | float, unit: str = "FLOPs") -> str:
+    """A count with its unit and at least three digits: ``2.51 GFLOPs``, ``1,282 PMACs``."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if count >= 10**power:
+            value = count / 10**power
+            digits = f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+            return f"{digits} {prefix}{unit}"
+    return f"{count:.0f} {unit}"
+
+
+def format_bytes(count: int) -> str:
+    """Bytes with their unit and at least three digits: ``24.6 MB``."""
+    return format_count(count, "B")
+
+
+def format_duration(seconds: float) -> str:
+    """``1 h 05 min``, ``3 min 20 s``, ``12 s``; ``?`` for what is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def format_table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of aligned columns, two spaces apart, the first row underlined."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "  " + "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]
