@@ -12,9 +12,9 @@ import time
 
 import torch
 
+from vitdistill.data.augment import AUGMENTS, InputSpec
 from vitdistill.data.loader import TrainLoader
 from vitdistill.data.source import ImageSource, open_source
-from vitdistill.data.views import AUGMENTS, InputSpec
 from vitdistill.errors import UserError
 
 WARM_UP = 3

@@ -25,10 +25,10 @@ import numpy.typing as npt
 import step_cost
 import torch
 
+from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.data.checksums import view_checksums
-from vitdistill.data.loader import Batch
 from vitdistill.data.mixing import Mixing
-from vitdistill.data.views import AUGMENTS, Augment, InputSpec
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
@@ -38,9 +38,10 @@ from vitdistill.keyed import I64
 from vitdistill.labels.encoding import Layout, LogitEncoding
 from vitdistill.labels.reader import LabelReader
 from vitdistill.labels.store import LabelStore, Manifest
-from vitdistill.methods.base import Network, Objective
+from vitdistill.methods.base import Objective
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
+from vitdistill.vit.network import Network
 
 IMAGENET, PART_SIZE = 1_281_167, 16_384
 BATCH_SIZE, BATCHES = 1024, 40  # of random reads, and how many of them are timed together

@@ -32,19 +32,19 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdistill.data.loader import Batch
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Network
 from vitdistill.methods.dmae import DMAE, DMAEAdapter, alignment_loss
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.models.mae import MAEDecoder, init_mae, reconstruction_loss
 from vitdistill.recipes.config import OptimConfig
 from vitdistill.runs.optim import clip_gradients, make_optimizer
+from vitdistill.vit.network import Network
 from vitdistill.vit.patches import gather_patches
 
 RATES = (0.75, 0.9, 0.95, 0.98)

@@ -30,14 +30,14 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from vitdistill.data.loader import Batch
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError, UserError
 from vitdistill.explain.cost import Cost, cost_of
-from vitdistill.methods.base import Network, Objective, TeacherObjective, TokenSelector
+from vitdistill.methods.base import Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD
@@ -45,7 +45,8 @@ from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.config import OptimConfig
 from vitdistill.runs.optim import clip_gradients, make_optimizer
-from vitdistill.storage import durable
+from vitdistill.storage.atomic import write_atomic
+from vitdistill.vit.network import Network
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LR, WEIGHT_DECAY = 1e-4, 0.05
@@ -345,7 +346,7 @@ def keep(name: str, parts: list[str]) -> None:
         r"[^a-z0-9]+", "-", f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}".lower()
     ).strip("-")
     path = RESULTS / f"{name}_{slug}_{datetime.date.today().isoformat()}.md"
-    durable.write_atomic(path, ("\n\n".join(parts) + "\n").encode())
+    write_atomic(path, ("\n\n".join(parts) + "\n").encode())
     print(f"\nwritten: {path}")
 
 

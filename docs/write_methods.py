@@ -25,7 +25,6 @@ from vitdistill.messages import format_bytes, format_count
 from vitdistill.methods import METHODS, method_class
 from vitdistill.methods.base import (
     Masking,
-    Network,
     Objective,
     TeacherObjective,
     TokenSelector,
@@ -33,7 +32,9 @@ from vitdistill.methods.base import (
 )
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.vit.walk import Needs
+from vitdistill.vit.flops import forward_flops, training_flops
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
 
 PAGE = Path(__file__).with_name("methods.md")
 STUDENT, TEACHER = "deit_tiny_patch16_224", "deit_small_patch16_224"
@@ -145,7 +146,7 @@ def labels_alone() -> cost.Cost:
     return the_pair().count({"ce": CrossEntropy()})
 
 
-ONCE = cache(cost.forward_flops), cache(cost.training_flops)
+ONCE = cache(forward_flops), cache(training_flops)
 
 
 @contextmanager

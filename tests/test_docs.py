@@ -14,9 +14,10 @@ from vitdistill.cli.export import ExportFlags
 from vitdistill.cli.flags import normalise
 from vitdistill.cli.label import LabelFlags
 from vitdistill.cli.train import TrainFlags
-from vitdistill.methods.base import Network, TeacherObjective
+from vitdistill.methods.base import TeacherObjective
 from vitdistill.recipes import RECIPES
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
 
 ROOT = Path(__file__).parents[1]
 

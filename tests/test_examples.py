@@ -21,9 +21,9 @@ from PIL import Image
 
 from vitdistill.cli import main
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Network
 from vitdistill.methods.kd import kd_loss
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "own_method"

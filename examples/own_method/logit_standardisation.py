@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Labelled, Network
+from vitdistill.methods.base import Labelled
 from vitdistill.methods.kd import LogitObjective, check_temperature, kd_loss
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
 
 
 @dataclass(frozen=True, kw_only=True)

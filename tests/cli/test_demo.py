@@ -94,7 +94,7 @@ def test_the_picture_hides_what_the_teacher_does_not_see(tmp_path: Path) -> None
     demo.write_digits(tmp_path / "images")
     args = demo.demo_recipes("", "")["alone"].student.model_args
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **args)
-    from vitdistill.data.views import InputSpec
+    from vitdistill.data.augment import InputSpec
     from vitdistill.weights.export import export_timm
 
     export_timm(

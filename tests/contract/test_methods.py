@@ -14,15 +14,15 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdistill.data.loader import Batch
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import Plan, make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import cost_of
 from vitdistill.methods import METHODS, method_class
-from vitdistill.methods.base import Masking, Network, Objective, TeacherObjective, TokenSelector
+from vitdistill.methods.base import Masking, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import RandomPatches
@@ -36,7 +36,10 @@ from vitdistill.recipes.config import (
     to_dict,
 )
 from vitdistill.vit.families import QKV
-from vitdistill.vit.walk import Needs, ViTOutput, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import run_vit
 
 SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NUM_CLASSES, NUM_IMAGES, GRID = 5, 6, (4, 4)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from vitdistill.data import archive as archive_module
+from vitdistill.data.augment import AUGMENTS, InputSpec
 from vitdistill.data.loader import TrainLoader
 from vitdistill.data.source import open_source
-from vitdistill.data.views import AUGMENTS, InputSpec
 from vitdistill.errors import DataError
 
 SPEC = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3)

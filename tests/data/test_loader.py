@@ -17,9 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitdistill.data import loader as loader_module
-from vitdistill.data.loader import Batch, EvalLoader, TrainLoader, epoch_order, pair_partners
+from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
+from vitdistill.data.batch import Batch
+from vitdistill.data.loader import EvalLoader, TrainLoader
+from vitdistill.data.order import epoch_order, pair_partners
 from vitdistill.data.source import open_source
-from vitdistill.data.views import AUGMENTS, Augment, InputSpec, eval_view, normalize
+from vitdistill.data.views import eval_view, normalize
 from vitdistill.errors import ConfigError, DataError, OutOfMemory
 
 SPEC = InputSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))

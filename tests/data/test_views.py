@@ -15,11 +15,9 @@ from timm.data import create_transform
 from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
+from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
 from vitdistill.data.views import (
-    AUGMENTS,
-    Augment,
     BatchViews,
-    InputSpec,
     can_batch,
     eval_view,
     keep_generators,

@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitdistill.data.loader import Batch
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.keyed import Stream
-from vitdistill.methods.base import Network, Objective, TokenSelector
+from vitdistill.methods.base import Objective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, resample_saliency
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.vit.walk import Needs, ViTOutput, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import run_vit
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 

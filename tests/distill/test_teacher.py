@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.data.views import InputSpec
-from vitdistill.distill.teacher import Teacher, match_classes
+from vitdistill.data.augment import InputSpec
+from vitdistill.distill.classes import match_classes
+from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Network
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
+from vitdistill.vit.walk import run_vit
 
 IMAGENET = InputSpec((16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

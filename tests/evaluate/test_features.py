@@ -18,9 +18,9 @@ from timm.models import create_model
 from torch import Tensor
 
 from vitdistill.cli import main
+from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import ImageSource, open_source
-from vitdistill.data.views import InputSpec
 from vitdistill.errors import ConfigError, DataError, NonFiniteError
 from vitdistill.evaluate import features
 from vitdistill.evaluate.features import (
@@ -33,7 +33,9 @@ from vitdistill.evaluate.features import (
     knn_votes,
     linear_probe,
 )
-from vitdistill.vit.walk import Needs, ViTOutput, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import run_vit
 from vitdistill.weights.export import export_timm
 from vitdistill.world import World, world
 

@@ -13,18 +13,9 @@ from torch import nn
 
 from vitdistill.cli import main
 from vitdistill.distill.plan import make_plan
-from vitdistill.explain.cost import (
-    IMAGENET_TRAIN_IMAGES,
-    Cost,
-    _Kept,
-    cost_of,
-    explain,
-    forward_flops,
-    training_flops,
-    vit_macs,
-)
+from vitdistill.explain.cost import IMAGENET_TRAIN_IMAGES, Cost, _Kept, cost_of, explain, vit_macs
 from vitdistill.messages import format_bytes, format_count, format_table
-from vitdistill.methods.base import Masking, Network, Objective, TeacherObjective, TokenSelector
+from vitdistill.methods.base import Masking, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.mae import PixelReconstruction
@@ -33,7 +24,9 @@ from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.vit.walk import Needs
+from vitdistill.vit.flops import forward_flops, training_flops
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
 
 LOGITS = Needs(logits=True)
 

@@ -9,7 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitdistill.methods.kd import kd_loss
 from vitdistill.methods.maskedkd import patch_saliency, select_patches
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.walk import run_vit
 
 HERE = Path(__file__).parent
 EXPECTED = json.loads((HERE / "expected.json").read_text())

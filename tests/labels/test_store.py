@@ -26,7 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from vitdistill.errors import ConfigError, DataError, DiskError
 from vitdistill.labels.encoding import Layout, LogitEncoding
 from vitdistill.labels.store import LabelStore, Manifest, Status, differences
-from vitdistill.storage import durable
+from vitdistill.storage import atomic
+from vitdistill.storage.atomic import staged_dir
+from vitdistill.storage.manifest import write_manifest
 
 # -- what was sealed comes back -------------------------------------------------------------------
 
@@ -542,8 +544,8 @@ def test_folders_of_something_else_are_told_apart(made, manifest, tmp_path, tree
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.doc").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"x")
-    with durable.staged_dir(tmp_path / "checkpoint") as temp:
-        durable.write_manifest(temp, {}, {"kind": "checkpoint"})
+    with staged_dir(tmp_path / "checkpoint") as temp:
+        write_manifest(temp, {}, {"kind": "checkpoint"})
     made(tmp_path / "labels" / "conv")
     made(tmp_path / "labels" / "inv")
     (tmp_path / "empty").mkdir()
@@ -595,7 +597,7 @@ def test_damaged_and_later_manifests_are_refused(made, manifest, tmp_path):
     )
     for changed, sentence in cases:
         path.unlink()
-        durable.write_manifest(store.path, {}, changed)
+        write_manifest(store.path, {}, changed)
         with pytest.raises(DataError, match=sentence):
             LabelStore.open(tmp_path / "s")
 
@@ -624,7 +626,7 @@ def test_a_full_disk_leaves_the_store_valid(large, manifest, tmp_path, fork, joi
 
 def test_no_room_is_found_before_writing(manifest, tmp_path, records, monkeypatch):
     store = LabelStore.create(tmp_path / "s", manifest())
-    monkeypatch.setattr(durable, "free_bytes", lambda path: 100)
+    monkeypatch.setattr(atomic, "free_bytes", lambda path: 100)
     with pytest.raises(DiskError, match=r"disk is full \(\d+ bytes needed, 100 bytes free\)"):
         store.seal(0, 0, records(store.layout, 0, range(8)))
     assert list(store.path.glob("**/part*")) == []
@@ -689,7 +691,7 @@ def test_a_spawned_process_reads_a_pickled_store(made, tmp_path):
         "import pickle, sys; print(pickle.load(sys.stdin.buffer).records(1, [36,"
         " 2]).pixels.tolist())"
     )
-    root = str(Path(durable.__file__).parent.parent)
+    root = str(Path(atomic.__file__).parent.parent)
     data = pickle.dumps(store)
     assert len(data) < 5000
     done = subprocess.run(

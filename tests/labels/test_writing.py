@@ -18,7 +18,8 @@ from vitdistill.errors import ConfigError, DiskError
 from vitdistill.labels import writing
 from vitdistill.labels.store import LabelStore, Lease
 from vitdistill.labels.writing import Unit, write_missing
-from vitdistill.storage import durable, processes
+from vitdistill.storage import processes
+from vitdistill.storage.atomic import _HOST, write_atomic
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_only_the_dead_of_this_host_lose_a_lease_at_once(
     manifest, tmp_path, make, is_right, content, dead
 ):
     store = LabelStore.create(tmp_path / "s", manifest(num_views=1))
-    durable.write_atomic(store.lease_path(0, 2), content())
+    write_atomic(store.lease_path(0, 2), content())
     rounds = iter(range(8))  # stop is asked before each of five parts, and once a round
     assert write_missing(
         [store], make, patience_s=1e6, stop=lambda: next(rounds, None) is None
@@ -261,7 +262,7 @@ def test_another_host_is_waited_for_while_its_lease_changes(
 ):
     store = LabelStore.create(tmp_path / "s", manifest())
     path = store.lease_path(1, 1)
-    durable.write_atomic(path, lease(host="elsewhere", pid=17))
+    write_atomic(path, lease(host="elsewhere", pid=17))
     # Clocks mean nothing: neither a time far in the past nor one to come.
     os.utime(path, (0, 0))
     assert store.status().writing == [Lease(1, 1, "elsewhere", 17)]
@@ -271,7 +272,7 @@ def test_another_host_is_waited_for_while_its_lease_changes(
         nonlocal now
         now += seconds
         if len(beats) < 8:
-            durable.write_atomic(path, lease(host="elsewhere", pid=17, beat=len(beats)))
+            write_atomic(path, lease(host="elsewhere", pid=17, beat=len(beats)))
             os.utime(path, (2**32, 2**32))
             beats.append(now)
 
@@ -295,7 +296,7 @@ def test_who_waits_looks_less_and_less_often_until_there_is_work(
     store = LabelStore.create(tmp_path / "s", manifest(num_views=1))
     held = [store.lease_path(0, part) for part in (1, 3)]
     for path in held:
-        durable.write_atomic(path, lease(host="elsewhere"))
+        write_atomic(path, lease(host="elsewhere"))
     waits = []
 
     def sleep(seconds):
@@ -320,13 +321,13 @@ def test_beats_change_the_lease_until_it_is_lost(manifest, tmp_path, make):
             assert json.loads(seen[-1])["pid"] == os.getpid()
             unit.beat()
         assert len(set(seen)) == 3
-        durable.write_atomic(path, b"another's")
+        write_atomic(path, b"another's")
         unit.beat()
         assert path.read_bytes() == b"another's"
         path.unlink()
         unit.beat()
         assert not path.exists()
-        durable.write_atomic(path, b"another's")
+        write_atomic(path, b"another's")
         return make(unit)
 
     # Nobody else's lease is removed, but for the one of a part that is there.
@@ -339,7 +340,7 @@ def test_a_writer_that_gives_up_leaves_the_lease_of_the_one_that_took_over(manif
     path = store.lease_path(0, 0)
 
     def taken_over(unit: Unit) -> None:
-        durable.write_atomic(path, b"another's")
+        write_atomic(path, b"another's")
 
     assert write_missing([store], taken_over) == 0
     assert path.read_bytes() == b"another's"
@@ -383,7 +384,7 @@ def test_stopping(manifest, tmp_path, make):
     assert write_missing([store], given_up.append) == 0
     assert len(given_up) == 1 and leftovers(store.path) == [] and store.status().sealed == 3
     # While there is nothing to do but to wait.
-    durable.write_atomic(store.lease_path(1, 4), lease(host="elsewhere"))
+    write_atomic(store.lease_path(1, 4), lease(host="elsewhere"))
     rounds = iter(range(2))
     assert (
         write_missing(
@@ -397,8 +398,8 @@ def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, t
     store = made(tmp_path / "s", without=[(1, 1)])
     folder = store.view_path(0)
     for name, dead in (
-        (f".tmp-{durable._HOST}-{2**22 + 1}-0123456789ab", True),
-        (f".tmp-{durable._HOST}-{os.getppid()}-0123456789ab", False),
+        (f".tmp-{_HOST}-{2**22 + 1}-0123456789ab", True),
+        (f".tmp-{_HOST}-{os.getppid()}-0123456789ab", False),
         (".tmp-otherhost-17-0123456789ab", False),
         ("part-00003.lease", True),
         ("notes.txt", False),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.attention_maps import (
     AttentionMaps,
@@ -20,8 +20,10 @@ from vitdistill.methods.attention_maps import (
     shared_vectors,
     token_scores,
 )
-from vitdistill.methods.base import Network
-from vitdistill.vit.walk import QKV, Needs, ViTOutput, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import QKV, run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"

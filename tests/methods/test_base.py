@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vitdistill.errors import ConfigError
 from vitdistill.methods import METHODS, method_class, method_name, method_names
-from vitdistill.methods.base import Network, WeightSchedule, describe_alignment, num_kept_patches
+from vitdistill.methods.base import WeightSchedule, describe_alignment
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
@@ -28,6 +28,8 @@ from vitdistill.recipes.config import (
     load_recipe,
     replace_fields,
 )
+from vitdistill.vit.network import Network
+from vitdistill.vit.patches import num_kept_patches
 
 # --- counts --------------------------------------------------------------------------------------
 

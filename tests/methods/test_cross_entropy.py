@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.cross_entropy import (
     CrossEntropy,
@@ -17,7 +17,7 @@ from vitdistill.methods.cross_entropy import (
     cross_entropy_loss,
     head_logits,
 )
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.output import ViTOutput
 
 LOGITS = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 4, 2, 1, 3, 2])

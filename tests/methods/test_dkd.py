@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.dkd import DKD, dkd_loss
 from vitdistill.methods.kd import kd_loss
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.output import ViTOutput
 
 Case = tuple[Tensor, Tensor, Tensor]
 

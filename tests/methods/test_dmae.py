@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdistill.data.loader import Batch
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import cost_of
-from vitdistill.methods.base import Network, Objective
+from vitdistill.methods.base import Objective
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.dmae import DMAE, alignment_loss, three_quarters
 from vitdistill.methods.kd import SoftKD
@@ -33,7 +33,9 @@ from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.masking import RandomMasking, random_masking
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.models.mae import init_mae
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
+from vitdistill.vit.walk import run_vit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

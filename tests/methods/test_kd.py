@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.methods.kd import HardKD, SoftKD, kd_loss
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.output import ViTOutput
 
 
 def logits(seed: int, batch: int = 3, classes: int = 5, scale: float = 3.0) -> Tensor:

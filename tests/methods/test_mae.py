@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import random_masking
 from vitdistill.models.mae import MAEDecoder, reconstruction_loss
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.output import ViTOutput
 
 
 @settings(max_examples=25)

@@ -16,7 +16,7 @@ from vitdistill.methods.maskedkd import (
     resample_saliency,
     select_patches,
 )
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.output import ViTOutput
 
 
 def attention_of(

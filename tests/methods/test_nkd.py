@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Network
 from vitdistill.methods.dkd import DKD, dkd_loss
 from vitdistill.methods.nkd import NKD, TargetObjective, nkd_loss, of_label, of_rest
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
 
 Case = tuple[Tensor, Tensor, Tensor]
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Network
 from vitdistill.methods.relations import Relations, relation_heads, relation_loss
-from vitdistill.vit.walk import ViTOutput, run_vit
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"

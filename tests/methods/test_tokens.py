@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Network
 from vitdistill.methods.tokens import TokenAdapter, TokenFeatures, feature_loss
-from vitdistill.vit.walk import Needs, ViTOutput, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.data.loader import Batch
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Network, TokenSelector, WeightSchedule
+from vitdistill.methods.base import TokenSelector, WeightSchedule
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
 from vitdistill.methods.vitkd import (
     ViTKD,
@@ -29,8 +29,10 @@ from vitdistill.methods.vitkd import (
     mimicking_loss,
     vitkd_loss,
 )
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
 from vitdistill.vit.patches import resample_patches
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.walk import run_vit
 
 Reduction = Literal["sum", "mean"]
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitdistill.data.loader import Batch
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.kd import kd_loss
 from vitdistill.methods.wttm import WTTM, wttm_loss
-from vitdistill.vit.walk import ViTOutput
+from vitdistill.vit.output import ViTOutput
 
 Case = tuple[Tensor, Tensor]
 

@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vitdistill.cli.export import main as export
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
 from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
-from vitdistill.explain.cost import cost_of, explain, forward_flops
-from vitdistill.methods.base import Network
+from vitdistill.explain.cost import cost_of, explain
 from vitdistill.methods.cross_entropy import CrossEntropy
-from vitdistill.models.advised import TokenHeads
 from vitdistill.runs.networks import without_memory
 from vitdistill.vit.families import family_of
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.flops import forward_flops
+from vitdistill.vit.heads import TokenHeads
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
+from vitdistill.vit.walk import run_vit
 from vitdistill.weights.create import create_model
 from vitdistill.weights.export import export_onnx, export_timm
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
 from vitdistill.errors import ConfigError
-from vitdistill.explain.cost import forward_flops, training_flops
 from vitdistill.models.involution import (
     DEPTHS,
     Involution,
@@ -28,7 +27,9 @@ from vitdistill.models.involution import (
     involution,
     rednet,
 )
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.flops import forward_flops, training_flops
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.walk import run_vit
 from vitdistill.weights.create import create_model
 from vitdistill.weights.export import export_timm
 

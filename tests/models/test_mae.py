@@ -28,8 +28,9 @@ from vitdistill.models.mae import (
     sincos_positions,
     unpatchify,
 )
+from vitdistill.vit.needs import Needs
 from vitdistill.vit.plain import PlainViT
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.walk import run_vit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

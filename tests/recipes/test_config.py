@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitdistill.data.views import Augment
+from vitdistill.data.augment import Augment
 from vitdistill.errors import ConfigError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from vitdistill.explain.cost import forward_flops
-from vitdistill.methods.base import Network
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes import named_recipe
 from vitdistill.recipes.config import Recipe, from_dict, replace_fields, to_dict
 from vitdistill.runs.networks import build_student, plan_of
+from vitdistill.vit.flops import forward_flops
+from vitdistill.vit.network import Network
 
 STUDENTS = ("libkd", "libkd_cit_tiny", "libkd_cit_small", "small_images_libkd", "small_images_cit")
 TEACHERS = ("small_images_conv_teacher", "small_images_inv_teacher")

@@ -33,7 +33,7 @@ from timm.models import (
 )
 
 import vitdistill
-from vitdistill.data.views import Augment
+from vitdistill.data.augment import Augment
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD

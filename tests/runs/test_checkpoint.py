@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitdistill.errors import DataError, DiskError
-from vitdistill.storage import checkpoint, durable
+from vitdistill.storage import checkpoint
+from vitdistill.storage.manifest import MANIFEST
 
 
 def state_of(step: int, size: int = 300) -> tuple[dict[str, torch.Tensor], dict]:
@@ -172,7 +173,7 @@ def test_missing_swapped_and_renamed_files_are_found(tmp_path):
         checkpoint.save(tmp_path, step, *state_of(step))
     one, newest = checkpoint.folder_of(tmp_path, 1), checkpoint.folder_of(tmp_path, 2)
     shutil.copytree(newest, tmp_path / "copy")
-    for name in checkpoint.FILES - {durable.MANIFEST}:
+    for name in checkpoint.FILES - {MANIFEST}:
         shutil.copy(one / name, newest / name)
         assert checkpoint.latest(tmp_path, lambda _: None) == one
         (newest / name).unlink()

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import open_source
-from vitdistill.data.views import InputSpec
 from vitdistill.errors import (
     ConfigError,
     DataError,

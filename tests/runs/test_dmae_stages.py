@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from vitdistill.data.views import Augment
+from vitdistill.data.augment import Augment
 from vitdistill.errors import Preempted
 from vitdistill.methods.dmae import DMAE
 from vitdistill.methods.mae import PixelReconstruction

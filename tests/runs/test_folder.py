@@ -17,7 +17,8 @@ import pytest
 from vitdistill.errors import ConfigError, DiskError, PermissionDenied
 from vitdistill.recipes.config import Recipe, dump_recipe, load_recipe
 from vitdistill.runs.folder import METRICS, RunFolder, check_folder, finished
-from vitdistill.storage import durable, processes
+from vitdistill.storage import processes
+from vitdistill.storage.atomic import _HOST
 
 RECIPE = Recipe()
 
@@ -100,7 +101,7 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools):
         folder.path = tmp_path / "run"
         folder._claim()
         for host in (
-            durable._HOST,
+            _HOST,
             "host.01234567",
         ):  # the other: this host before it was started again, or another
             (tmp_path / "run" / f".tmp-{host}-{os.getpid()}-0123456789ab").write_text("half")

@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vitdistill.data.views import Augment
+from vitdistill.data.augment import Augment
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.labels import identity
 from vitdistill.labels.store import LabelStore
-from vitdistill.methods.base import Network
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
@@ -27,6 +26,7 @@ from vitdistill.runs import label as labelling
 from vitdistill.runs.label import LabelOptions, check, label, logit_encoding
 from vitdistill.runs.networks import with_views_of_labels
 from vitdistill.runs.prepare import prepare
+from vitdistill.vit.network import Network
 from vitdistill.world import world
 
 HARD = Augment(crop="rrc", mixup=0.8, cutmix=1.0, reprob=0.5)

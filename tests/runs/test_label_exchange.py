@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitdistill.cli import main
+from vitdistill.data.augment import Augment, InputSpec
 from vitdistill.data.loader import TrainLoader
 from vitdistill.data.source import open_source
-from vitdistill.data.views import Augment, InputSpec
 from vitdistill.errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
 from vitdistill.labels.exchange import export_labels
 from vitdistill.labels.store import LabelStore

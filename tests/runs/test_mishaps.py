@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from vitdistill import cli
-from vitdistill.data.loader import epoch_order
+from vitdistill.data.order import epoch_order
 from vitdistill.data.source import open_source
 from vitdistill.errors import ConfigError, DataError, OutOfMemory, UserError
 from vitdistill.memory import memory_errors

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdistill.distill.teacher import match_classes
+from vitdistill.distill.classes import match_classes
 from vitdistill.errors import ConfigError
 from vitdistill.labels.encoding import Layout, LogitEncoding
 from vitdistill.labels.store import LabelStore, Manifest

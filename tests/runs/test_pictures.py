@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
 from vitdistill.errors import DataError
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking

@@ -13,9 +13,8 @@ from timm.models import create_model
 
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import open_source
-from vitdistill.distill.teacher import match_classes
+from vitdistill.distill.classes import match_classes
 from vitdistill.errors import ConfigError, NonFiniteError
-from vitdistill.methods.base import Network
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.vitkd import ViTKD
@@ -28,7 +27,8 @@ from vitdistill.runs.preflight import (
     prove_features,
     prove_teacher,
 )
-from vitdistill.vit.walk import Needs
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
 from vitdistill.weights import create as weights
 from vitdistill.weights.export import export_timm
 from vitdistill.world import World
@@ -48,7 +48,7 @@ def prove(folder, images, **settings):
 
 
 def _spec(folder):
-    from vitdistill.data.views import InputSpec
+    from vitdistill.data.augment import InputSpec
 
     return InputSpec.of_model(weights.create_model(str(folder)))
 

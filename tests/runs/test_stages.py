@@ -27,8 +27,8 @@ from vitdistill.cli import main
 from vitdistill.cli.explain import ExplainFlags
 from vitdistill.cli.flags import flags_of
 from vitdistill.cli.recipe_flags import EVERY, FIRST, STAGED, TAUGHT, parse
+from vitdistill.data.augment import Augment
 from vitdistill.data.source import open_source
-from vitdistill.data.views import Augment
 from vitdistill.errors import ConfigError, DataError, Preempted, UserError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD

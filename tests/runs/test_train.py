@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from timm.models import create_model
 
+from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.source import open_source
-from vitdistill.data.views import InputSpec
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.evaluate.features import knn_evaluation
 from vitdistill.methods.base import Objective, WeightSchedule
@@ -29,8 +29,10 @@ from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.config import TeacherConfig, dump_recipe, replace_fields
 from vitdistill.runs.train import StopRequest, evaluate
-from vitdistill.storage import checkpoint, durable
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.storage import checkpoint
+from vitdistill.storage.atomic import free_bytes
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.walk import run_vit
 from vitdistill.world import World
 
 
@@ -485,7 +487,7 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path, plain, too
     ):
         tools.run(plain(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
-    assert durable.free_bytes(tmp_path) == 81920
+    assert free_bytes(tmp_path) == 81920
 
 
 # -- numbers that are none ------------------------------------------------------------------------

@@ -25,7 +25,23 @@ from hypothesis import strategies as st
 
 from vitdistill.errors import DataError, DiskError, PermissionDenied, UserError
 from vitdistill.messages import printable
-from vitdistill.storage import durable, processes
+from vitdistill.storage import atomic, processes
+from vitdistill.storage.atomic import (
+    _HOST,
+    _place,
+    disk_errors,
+    free_bytes,
+    remove_dir,
+    remove_stale_temporaries,
+    require_free,
+    sha256_file,
+    staged_dir,
+    write_atomic,
+    write_new,
+)
+from vitdistill.storage.log import AppendLog
+from vitdistill.storage.manifest import MANIFEST, _manifest_bytes, verify_dir, write_manifest
+from vitdistill.storage.tensors import tensors_content
 
 OLD, NEW = b"old " * 700, b"new!" * 900
 
@@ -259,8 +275,8 @@ def old_new_or_broken(folder: Path, finished: bool) -> bool:
 def test_power_cut_leaves_old_or_new_and_never_loses_a_returned_write(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
-    durable.write_atomic(root / "file", OLD)
-    states = list(crash_states(root, lambda: durable.write_atomic(root / "file", NEW), samples=40))
+    write_atomic(root / "file", OLD)
+    states = list(crash_states(root, lambda: write_atomic(root / "file", NEW), samples=40))
     assert len(states) > 200
     assert not [state for finished, state in states if old_new_or_broken(state, finished)]
 
@@ -269,9 +285,9 @@ def test_power_cut_leaves_old_or_new_and_never_loses_a_returned_write(tmp_path):
 def test_the_simulator_catches_protocols_that_do_not_sync(tmp_path, without):
     root = tmp_path / "root"
     root.mkdir()
-    durable.write_atomic(root / "file", OLD)
+    write_atomic(root / "file", OLD)
     states = crash_states(
-        root, lambda: durable.write_atomic(root / "file", NEW), samples=40, without=without
+        root, lambda: write_atomic(root / "file", NEW), samples=40, without=without
     )
     assert [state for finished, state in states if old_new_or_broken(state, finished)]
 
@@ -281,15 +297,15 @@ def test_power_cut_while_publishing_a_folder(tmp_path):
     root.mkdir()
 
     def publish():
-        with durable.staged_dir(root / "deep" / "final") as temp:
-            digest = durable.write_new(temp / "file", NEW)
-            durable.write_manifest(temp, {"file": digest}, {"kind": "test"})
+        with staged_dir(root / "deep" / "final") as temp:
+            digest = write_new(temp / "file", NEW)
+            write_manifest(temp, {"file": digest}, {"kind": "test"})
 
     for finished, state in crash_states(root, publish, samples=25):
         final = state / "deep" / "final"
         assert final.exists() or not finished
         if final.exists():
-            durable.verify_dir(final)
+            verify_dir(final)
 
 
 # -- real kills and full disks --------------------------------------------------------------------
@@ -314,7 +330,7 @@ def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
 
     def write_for_ever(writer):
         for version in range(100_000):
-            durable.write_atomic(final, str(version).encode().rjust(6) * 5000)
+            write_atomic(final, str(version).encode().rjust(6) * 5000)
             os.write(writer, b".")
 
     seen = set()
@@ -334,25 +350,25 @@ def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
         seen.add(content[:6])
     assert len(seen) > 1
     left = [entry for entry in tmp_path.iterdir() if entry.name.startswith(".tmp-")]
-    assert sorted(durable.remove_stale_temporaries(tmp_path, ())) == sorted(left)
+    assert sorted(remove_stale_temporaries(tmp_path, ())) == sorted(left)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_stale_temporaries_of_others_stay(tmp_path):
-    living = tmp_path / f".tmp-{durable._HOST}-{os.getppid()}-0123456789ab"
+    living = tmp_path / f".tmp-{_HOST}-{os.getppid()}-0123456789ab"
     elsewhere = tmp_path / ".tmp-otherhost-1-0123456789ab"
-    filled = tmp_path / f".tmp-{durable._HOST}-{2**22 + 1}-0123456789ab"
+    filled = tmp_path / f".tmp-{_HOST}-{2**22 + 1}-0123456789ab"
     filled.mkdir()
     (filled / "thesis.doc").write_bytes(b"")
     for path in (living, elsewhere, tmp_path / ".tmp-mine", tmp_path / "data"):
         path.write_bytes(b"x")
     before = tree(tmp_path)
-    assert durable.remove_stale_temporaries(tmp_path, {"state.json"}) == []
+    assert remove_stale_temporaries(tmp_path, {"state.json"}) == []
     assert tree(tmp_path) == before
 
 
 def test_file_size_limit_is_one_sentence_and_changes_nothing(tmp_path):
-    durable.write_atomic(tmp_path / "file", OLD)
+    write_atomic(tmp_path / "file", OLD)
     before = tree(tmp_path)
 
     def write():
@@ -360,7 +376,7 @@ def test_file_size_limit_is_one_sentence_and_changes_nothing(tmp_path):
         with pytest.raises(
             DiskError, match=r"8000 bytes is larger than the limit.*raise the limit"
         ):
-            durable.write_atomic(tmp_path / "file", bytes(8000))
+            write_atomic(tmp_path / "file", bytes(8000))
 
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1]) == 0
     assert tree(tmp_path) == before
@@ -368,8 +384,8 @@ def test_file_size_limit_is_one_sentence_and_changes_nothing(tmp_path):
 
 def test_no_room_is_told_before_any_work(tmp_path):
     with pytest.raises(DiskError, match=r"is full \(900000000\.00 GB needed, .* free\)"):
-        durable.require_free(tmp_path / "not" / "yet" / "there", 9 * 10**17)
-    durable.require_free(tmp_path, 1000)
+        require_free(tmp_path / "not" / "yet" / "there", 9 * 10**17)
+    require_free(tmp_path, 1000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -379,17 +395,17 @@ def test_a_volume_that_does_not_say_its_size_is_not_full(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "statvfs", lambda path: os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255))
     )
-    assert durable.free_bytes(tmp_path) is None
-    durable.require_free(tmp_path / "file", 10**18)
+    assert free_bytes(tmp_path) is None
+    require_free(tmp_path / "file", 10**18)
     with (
         pytest.raises(DiskError, match=r"is full \(10 bytes needed, free space unknown\)"),
-        durable.disk_errors(tmp_path / "file", 10),
+        disk_errors(tmp_path / "file", 10),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     blocks = 1000
-    assert durable.free_bytes(tmp_path) == 0
+    assert free_bytes(tmp_path) == 0
     with pytest.raises(DiskError, match=r"is full \(10 bytes needed, 0 bytes free\)"):
-        durable.require_free(tmp_path / "file", 10)
+        require_free(tmp_path / "file", 10)
 
 
 PLACE = re.compile(r"[A-Za-z0-9._]+\.[0-9a-f]{8}")
@@ -401,25 +417,25 @@ def test_two_writers_under_one_name_do_not_take_each_others_temporaries(tmp_path
     """
     long = "train.job.of.a.long.name.in.the.cluster."
     spaces = ("boot pid:[4026532001]", "boot pid:[4026532002]", "other pid:[4026532001]")
-    places = {durable._place(host, space) for host in (f"{long}1", f"{long}2") for space in spaces}
+    places = {_place(host, space) for host in (f"{long}1", f"{long}2") for space in spaces}
     assert len(places) == 6 and all(
         PLACE.fullmatch(place) and place.startswith(long[:32]) for place in places
     )
-    assert durable._place(socket.gethostname(), processes.space()) == durable._HOST
+    assert _place(socket.gethostname(), processes.space()) == _HOST
     theirs = [tmp_path / f".tmp-{place}-{2**22 + 1}-0123456789ab" for place in sorted(places)]
-    mine = tmp_path / f".tmp-{durable._HOST}-{2**22 + 1}-0123456789ab"
+    mine = tmp_path / f".tmp-{_HOST}-{2**22 + 1}-0123456789ab"
     for path in (*theirs, mine):
         path.write_bytes(b"half")
-    assert durable.remove_stale_temporaries(tmp_path, ()) == [mine]
+    assert remove_stale_temporaries(tmp_path, ()) == [mine]
     assert sorted(tmp_path.iterdir()) == theirs
-    assert durable.remove_stale_temporaries(tmp_path, (), alone=True) == theirs
+    assert remove_stale_temporaries(tmp_path, (), alone=True) == theirs
     assert list(tmp_path.iterdir()) == []
 
 
 def test_alone_is_no_licence_to_take_what_a_living_process_writes(tmp_path):
-    living = tmp_path / f".tmp-{durable._HOST}-{os.getppid()}-0123456789ab"
+    living = tmp_path / f".tmp-{_HOST}-{os.getppid()}-0123456789ab"
     living.write_bytes(b"half")
-    assert durable.remove_stale_temporaries(tmp_path, (), alone=True) == [] and living.exists()
+    assert remove_stale_temporaries(tmp_path, (), alone=True) == [] and living.exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
@@ -427,21 +443,18 @@ def test_what_a_network_disk_keeps_for_a_reader_is_taken_later(tmp_path, monkeyp
     """NFS keeps a removed file that somebody has open under another name, and with it the
     folder.
     """
-    with durable.staged_dir(tmp_path / "old") as temp:
-        durable.write_new(temp / "mine", b"1")
+    with staged_dir(tmp_path / "old") as temp:
+        write_new(temp / "mine", b"1")
 
     def kept(path):
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "rmdir", kept)
-        assert durable.remove_dir(tmp_path / "old", {"mine"})
+        assert remove_dir(tmp_path / "old", {"mine"})
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".tmp-") and list(left.iterdir()) == []
-    assert (
-        durable.remove_stale_temporaries(tmp_path, {"mine"}) == [left]
-        and list(tmp_path.iterdir()) == []
-    )
+    assert remove_stale_temporaries(tmp_path, {"mine"}) == [left] and list(tmp_path.iterdir()) == []
 
 
 CALLS = ("open", "write", "fsync", "replace", "close")
@@ -450,7 +463,7 @@ CALLS = ("open", "write", "fsync", "replace", "close")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES])
 @pytest.mark.parametrize("name", CALLS)
 def test_failing_system_calls_surface_and_leave_old_or_new(tmp_path, monkeypatch, name, code):
-    durable.write_atomic(tmp_path / "file", OLD)
+    write_atomic(tmp_path / "file", OLD)
     real = getattr(os, name)
     for nth in range(1, 6):
         calls = 0
@@ -466,7 +479,7 @@ def test_failing_system_calls_surface_and_leave_old_or_new(tmp_path, monkeypatch
 
         monkeypatch.setattr(os, name, fail)
         try:
-            durable.write_atomic(tmp_path / "file", NEW)
+            write_atomic(tmp_path / "file", NEW)
         except UserError as error:
             assert calls >= nth
             assert isinstance(error, PermissionDenied if code == errno.EACCES else DiskError)
@@ -476,7 +489,7 @@ def test_failing_system_calls_surface_and_leave_old_or_new(tmp_path, monkeypatch
         monkeypatch.setattr(os, name, real)
         assert list(tree(tmp_path)) == ["file"]
         assert (tmp_path / "file").read_bytes() in (OLD, NEW)
-        durable.write_atomic(tmp_path / "file", OLD)
+        write_atomic(tmp_path / "file", OLD)
 
 
 def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
@@ -485,7 +498,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        durable.write_atomic(tmp_path / "file", content)
+        write_atomic(tmp_path / "file", content)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -499,9 +512,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
 def test_umask_is_honoured(tmp_path, umask, file_mode, dir_mode):
     before = os.umask(umask)
     try:
-        durable.write_atomic(
-            tmp_path / "sub" / "w.safetensors", durable.tensors_content({"a": torch.ones(3)})
-        )
+        write_atomic(tmp_path / "sub" / "w.safetensors", tensors_content({"a": torch.ones(3)}))
     finally:
         os.umask(before)
     assert (tmp_path / "sub" / "w.safetensors").stat().st_mode & 0o777 == file_mode
@@ -513,7 +524,7 @@ def test_unusable_paths_are_one_sentence_naming_the_path(tmp_path):
     (tmp_path / "a-folder" / "inside").mkdir(parents=True)
     for path in (tmp_path / "a-file" / "b", tmp_path / "a-folder", tmp_path / ("n" * 300)):
         with pytest.raises(DiskError) as caught:
-            durable.write_atomic(path, b"x")
+            write_atomic(path, b"x")
         assert path.name[:50] in str(caught.value) or "a-file" in str(caught.value)
     assert printable(os.fsdecode(b"a\xff\x1b[0m\n")) == "a\\udcff\\x1b[0m\\n"
     assert sorted(os.listdir(tmp_path)) == ["a-file", "a-folder"]
@@ -531,27 +542,27 @@ def test_a_read_only_folder_is_a_permission_error():
             if os.getuid() == 0:
                 os.setuid(65534)
             with pytest.raises(PermissionDenied, match="locked/file may not be"):
-                durable.write_atomic(locked / "file", b"x")
+                write_atomic(locked / "file", b"x")
 
         assert os.waitstatus_to_exitcode(os.waitpid(in_child(as_nobody), 0)[1]) == 0
         assert list(locked.iterdir()) == []
 
 
 def test_first_wins_without_replace(tmp_path):
-    durable.write_atomic(tmp_path / "claim", b"me", replace=False)
+    write_atomic(tmp_path / "claim", b"me", replace=False)
     with pytest.raises(FileExistsError):
-        durable.write_atomic(tmp_path / "claim", b"you", replace=False)
+        write_atomic(tmp_path / "claim", b"you", replace=False)
     assert tree(tmp_path) == {"claim": b"me"}
 
 
 def test_a_published_folder_is_not_overwritten(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "mine").write_bytes(b"x")
-    with pytest.raises(DiskError), durable.staged_dir(tmp_path / "final") as temp:
-        durable.write_new(temp / "file", b"y")
+    with pytest.raises(DiskError), staged_dir(tmp_path / "final") as temp:
+        write_new(temp / "file", b"y")
     assert tree(tmp_path) == {"final/mine": b"x"}
-    assert not durable.remove_dir(tmp_path / "final", {"other"})
-    assert durable.remove_dir(tmp_path / "final", {"mine"})
+    assert not remove_dir(tmp_path / "final", {"other"})
+    assert remove_dir(tmp_path / "final", {"mine"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -561,12 +572,11 @@ def test_a_published_folder_is_not_overwritten(tmp_path):
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
     final = tmp_path_factory.mktemp("published") / "final"
-    with durable.staged_dir(final) as temp:
+    with staged_dir(final) as temp:
         digests = {
-            name: durable.write_new(temp / name, data)
-            for name, data in {"a": OLD, "b": NEW[:100]}.items()
+            name: write_new(temp / name, data) for name, data in {"a": OLD, "b": NEW[:100]}.items()
         }
-        durable.write_manifest(temp, digests, {"kind": "test"})
+        write_manifest(temp, digests, {"kind": "test"})
     return final
 
 
@@ -574,7 +584,7 @@ def published(tmp_path_factory) -> Path:
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    name=st.sampled_from(["a", "b", durable.MANIFEST]),
+    name=st.sampled_from(["a", "b", MANIFEST]),
     position=st.integers(0, 10**6),
     bit=st.integers(0, 7),
 )
@@ -586,20 +596,20 @@ def test_every_flipped_bit_is_found(published, name, position, bit):
     path.write_bytes(bad)
     try:
         with pytest.raises(DataError, match=name):
-            durable.verify_dir(published)
+            verify_dir(published)
     finally:
         path.write_bytes(good)
-    assert durable.verify_dir(published)["identity"] == {"kind": "test"}
+    assert verify_dir(published)["identity"] == {"kind": "test"}
 
 
 def test_manifest_names_are_plain(tmp_path):
     body = {"format": 1, "files": {"../x": {"bytes": 1, "sha256": "0"}}, "identity": {}}
-    (tmp_path / durable.MANIFEST).write_bytes(durable._manifest_bytes(body))
+    (tmp_path / MANIFEST).write_bytes(_manifest_bytes(body))
     with pytest.raises(DataError, match="not a plain file name"):
-        durable.verify_dir(tmp_path)
-    (tmp_path / durable.MANIFEST).write_bytes(durable._manifest_bytes({**body, "format": 2}))
+        verify_dir(tmp_path)
+    (tmp_path / MANIFEST).write_bytes(_manifest_bytes({**body, "format": 2}))
     with pytest.raises(DataError, match="format 2"):
-        durable.verify_dir(tmp_path)
+        verify_dir(tmp_path)
 
 
 # -- tensors --------------------------------------------------------------------------------------
@@ -619,8 +629,8 @@ def test_tensors_are_what_safetensors_reads(tmp_path):
         "conj": torch.arange(3, dtype=torch.int8),
     }
     path = tmp_path / "w.safetensors"
-    digest = durable.write_atomic(path, durable.tensors_content(tensors, {"format": "pt"}))
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == durable.sha256_file(path)
+    digest = write_atomic(path, tensors_content(tensors, {"format": "pt"}))
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == sha256_file(path)
     found = safetensors.torch.load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -632,9 +642,7 @@ def test_tensors_are_what_safetensors_reads(tmp_path):
     with safetensors.safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert (
-        durable.write_atomic(
-            path, durable.tensors_content(dict(reversed(tensors.items())), {"format": "pt"})
-        )
+        write_atomic(path, tensors_content(dict(reversed(tensors.items())), {"format": "pt"}))
         == digest
     )
 
@@ -642,7 +650,7 @@ def test_tensors_are_what_safetensors_reads(tmp_path):
 def test_types_without_a_name_are_refused():
     for tensor in (torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()):
         with pytest.raises(DataError, match="'x' is torch"):
-            durable.tensors_content({"x": tensor})
+            tensors_content({"x": tensor})
 
 
 # -- logs -----------------------------------------------------------------------------------------
@@ -650,24 +658,24 @@ def test_types_without_a_name_are_refused():
 
 def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
     path = tmp_path / "logs" / "metrics.jsonl"
-    with durable.AppendLog(path) as log:
+    with AppendLog(path) as log:
         log.append('{"step": 1}')
         offset = log.sync()
         log.append('{"step": 2}')
-    with durable.AppendLog(path, offset) as log:
+    with AppendLog(path, offset) as log:
         log.append('{"step": 2, "again": true}')
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert "again" in path.read_text()
     for wrong, sentence in ((10**6, "has 39 bytes"), (offset - 3, "inside a line")):
         with pytest.raises(DataError, match=sentence):
-            durable.AppendLog(path, wrong)
+            AppendLog(path, wrong)
     assert path.stat().st_size == 39
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
     path = tmp_path / "log"
     path.write_bytes(b"x" * 70_000 + b"\nwhole\n" + b"torn" * 40_000)
-    with durable.AppendLog(path) as log:
+    with AppendLog(path) as log:
         log.append("next")
     assert path.read_bytes()[70_000:] == b"\nwhole\nnext\n"
 
@@ -677,7 +685,7 @@ def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path):
 
     def write():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        log = durable.AppendLog(path)
+        log = AppendLog(path)
         with pytest.raises(DiskError):
             for _ in range(100):
                 log.append("x" * 29)
@@ -715,11 +723,11 @@ def writes_files(call: ast.Call) -> bool:
 
 
 def test_nothing_else_in_the_package_writes_files():
-    package = Path(durable.__file__).parent
+    package = Path(atomic.__file__).parents[1]
     found = [
         f"{path.relative_to(package)}:{node.lineno}"
         for path in package.rglob("*.py")
-        if path.name != "durable.py"
+        if path.parent.name != "storage"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and writes_files(node)
     ]

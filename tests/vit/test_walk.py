@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vitdistill.errors import ConfigError
-from vitdistill.explain.cost import forward_flops
 from vitdistill.vit.families import family_of
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.flops import forward_flops
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.walk import run_vit
 
 SMALL: dict[str, Any] = {
     "embed_dim": 48,

@@ -21,10 +21,11 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
 from vitdistill.errors import ConfigError, DataError, UserError
 from vitdistill.models.mae import MaskedAutoencoder
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.walk import run_vit
 from vitdistill.weights import create as weights
 from vitdistill.weights.create import class_names, create_model, load_state_dict, load_weights
 from vitdistill.weights.export import export_timm

@@ -17,9 +17,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
 
-from vitdistill.data.views import InputSpec
+from vitdistill.data.augment import InputSpec
 from vitdistill.errors import DataError
-from vitdistill.vit.walk import Needs, run_vit
+from vitdistill.vit.needs import Needs
+from vitdistill.vit.walk import run_vit
 from vitdistill.weights.create import class_names, create_model, describe
 from vitdistill.weights.export import export_timm
 

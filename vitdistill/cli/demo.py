@@ -15,13 +15,12 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
+from ..data.augment import Augment, InputSpec
 from ..data.loader import EvalLoader
 from ..data.source import open_source
-from ..data.views import Augment, InputSpec
 from ..errors import ConfigError
 from ..explain.cost import cost_of
 from ..messages import format_count
-from ..methods.base import num_kept_patches
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import SoftKD
 from ..methods.maskedkd import MaskedKD, select_patches
@@ -34,8 +33,10 @@ from ..recipes.config import (
     TrainConfig,
 )
 from ..runs.networks import build_student, build_teacher_model, plan_of
-from ..storage import durable
-from ..vit.walk import Needs, run_vit
+from ..storage.atomic import staged_dir, write_atomic, write_new
+from ..vit.needs import Needs
+from ..vit.patches import num_kept_patches
+from ..vit.walk import run_vit
 from ..weights import create as weights
 from .flags import TEXT, about, parse_flags, wrap
 
@@ -84,7 +85,7 @@ def main(words: Sequence[str]) -> int:
     console.print()
     console.print(_table(rows))
     picture = output / "what_the_teacher_saw.png"
-    durable.write_atomic(picture, _png(draw_choices(output / "maskedkd_50" / "last", images)))
+    write_atomic(picture, _png(draw_choices(output / "maskedkd_50" / "last", images)))
     console.print(
         f"The patches the teacher saw: {picture}\nTop-1 is on {NUM_VALIDATION} images: differences"
         " under about 2 points are noise. Times include start-up and evaluation.\nA student for"
@@ -114,17 +115,17 @@ def write_digits(folder: Path) -> None:
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0)).tolist()
-    with durable.staged_dir(folder) as temp, _whole(temp):
+    with staged_dir(folder) as temp, _whole(temp):
         for position, i in enumerate(order):
             split = "val" if position < NUM_VALIDATION else "train"
             target = temp / split / str(digits.target[i])
             target.mkdir(parents=True, exist_ok=True)
-            durable.write_new(target / f"{i:04d}.png", _png(Image.fromarray(pixels[i])))
+            write_new(target / f"{i:04d}.png", _png(Image.fromarray(pixels[i])))
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[None]:
-    """Empty a folder again when what is to fill it is interrupted: `durable` removes no trees."""
+    """Empty a folder again when what is to fill it is interrupted: `storage` removes no trees."""
     try:
         yield
     except BaseException:

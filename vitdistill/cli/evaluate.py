@@ -24,13 +24,13 @@ from ..evaluate.features import (
     knn_accuracy,
     linear_probe,
 )
-from ..explain.cost import forward_flops
 from ..messages import format_count, plural
 from ..recipes.config import TeacherConfig
 from ..runs.networks import build_teacher, build_teacher_model
 from ..runs.prepare import amp_dtype_of
 from ..runs.train import evaluate
-from ..vit.walk import Needs
+from ..vit.flops import forward_flops
+from ..vit.needs import Needs
 from ..world import World, world
 from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from timm.models import model_entrypoint
 from tyro.conf import Positional
 
-from ..data.views import InputSpec
+from ..data.augment import InputSpec
 from ..errors import ConfigError
 from ..runs.networks import resolve_run
 from ..weights import create as weights

@@ -27,7 +27,7 @@ from ..recipes.config import (
     replace_fields,
 )
 from ..runs.stages import Stages, in_stage, refuse_sources
-from ..storage.durable import MANIFEST
+from ..storage.manifest import MANIFEST
 from .flags import (
     COUNT,
     NUMBER,

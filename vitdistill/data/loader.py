@@ -9,7 +9,6 @@ otherwise worker processes make the views one by one (``per-sample``).
 """
 
 import atexit
-import math
 import os
 import signal
 import threading
@@ -27,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -36,24 +35,17 @@ from torchvision.transforms.functional import pil_to_tensor
 from .. import keyed
 from ..errors import ConfigError, DataError, UserError
 from ..keyed import I64, Stream
-from ..labels.encoding import Targets
 from ..labels.reader import LabelReader
 from ..memory import memory_errors
 from ..messages import plural
+from .augment import Augment, InputSpec
+from .batch import Batch
 from .checksums import view_checksums
 from .erasing import erase
 from .mixing import Mixing, check_even
+from .order import epoch_order, pair_partners
 from .source import ImageSource, too_few
-from .views import (
-    Augment,
-    BatchViews,
-    InputSpec,
-    can_batch,
-    eval_view,
-    normalize,
-    prepare,
-    train_views,
-)
+from .views import BatchViews, can_batch, eval_view, normalize, prepare, train_views
 
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""
@@ -62,46 +54,6 @@ _EVAL_CACHE_BYTES = 2**30
 
 
 _Pixels = tuple["_Piece", UInt8[Tensor, "B 3 H W"], npt.NDArray[np.uint32] | None]
-
-
-@dataclass
-class Batch:
-    """A micro-batch on the training device.
-
-    Attributes:
-        images: float32, normalised for the network.
-        labels: int64, -1 where unlabelled.
-        mixed_labels: the labels of the images mixed in, or None.
-        lam: the weight of ``labels`` against ``mixed_labels``, or None.
-        ids: the samples' numbers in the source, int64, on the device.
-        views: which view of each sample this is, int64, on the device; the epoch, unless
-            augmentation is repeated.
-        view: the epoch.
-        seed: of the run, which keys `uniforms`.
-        targets: what is stored of each teacher that has labels, on the device.
-        missing: of those that lack records of this batch, the rows without, on the host.
-    """
-
-    images: Float[Tensor, "B 3 H W"]
-    labels: Int[Tensor, " B"]
-    ids: Int[Tensor, " B"]
-    views: Int[Tensor, " B"]
-    view: int
-    mixed_labels: Int[Tensor, " B"] | None = None
-    lam: Float[Tensor, " B"] | None = None
-    seed: int = 0
-    targets: dict[str, Targets] = field(default_factory=dict)
-    missing: dict[str, I64] = field(default_factory=dict)
-
-    def uniforms(
-        self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE
-    ) -> Float[Tensor, "B {count}"]:
-        """Uniform random numbers in [0, 1), a pure function of seed, view, sample and stream, made
-        on the device.
-        """
-        return keyed.torch_uniforms(
-            keyed.torch_keys(self.seed, self.views, self.ids, stream), count
-        )
 
 
 @dataclass(frozen=True)
@@ -442,49 +394,6 @@ class EvalLoader:
         ) as loaded:
             for piece, images, _ in loaded:
                 yield piece, images
-
-
-def epoch_order(
-    size: int, seed: int, epoch: int, repeats: int = 1, num_views: int | None = None
-) -> tuple[I64, I64]:
-    """``(sample ids, view ids)`` of an epoch, int64 each.
-
-    With ``num_views`` V, epoch ``e`` shows view ``e mod V``: up to epoch V - 1 in the order it has
-    anyway, later with the same pairs of neighbours, which may be mixed, in an order of that epoch's
-    own.
-
-    With ``repeats`` R > 1, ceil(size / R) images (made even) come R times each, in the order p0 p1
-    p0' p1' p0'' p1'' p2 p3 ..., so that neighbours, which may be mixed, are different images.
-    Repeat ``r`` of epoch ``e`` is view ``e R + r``.
-    """
-    if num_views is not None and epoch >= num_views:
-        assert repeats == 1
-        order = keyed.permutation(seed, epoch % num_views, size)
-        couples = order[: size // 2 * 2].reshape(-1, 2)
-        shuffled = couples[keyed.permutation(seed, epoch, len(couples), Stream.PAIRS)].flatten()
-        return np.concatenate([shuffled, order[len(shuffled) :]]), np.full(
-            size, epoch % num_views, dtype=np.int64
-        )
-    order = keyed.permutation(seed, epoch, size)
-    if repeats == 1:
-        return order, np.full(size, epoch, dtype=np.int64)
-    distinct = math.ceil(size / repeats)
-    distinct += distinct % 2 if distinct < size else -(distinct % 2)
-    pairs = order[:distinct].reshape(-1, 1, 2)
-    views = epoch * repeats + np.arange(repeats, dtype=np.int64)[None, :, None]
-    shape = (len(pairs), repeats, 2)
-    return np.broadcast_to(pairs, shape).flatten(), np.broadcast_to(views, shape).flatten()
-
-
-def pair_partners(size: int, seed: int, view: int) -> I64:
-    """Of each sample, the one it is mixed with in ``view``; itself for the one that is left over of
-    an odd number.
-    """
-    order = keyed.permutation(seed, view, size)
-    partners = np.arange(size, dtype=np.int64)
-    pairs = order[: size // 2 * 2].reshape(-1, 2)
-    partners[pairs[:, 0]], partners[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
-    return partners
 
 
 def check_batches(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from ..errors import ConfigError
 from ..labels.encoding import Layout
-from ..methods.base import Masking, Network, Objective, TeacherObjective, TokenSelector
-from ..vit.walk import Needs
+from ..methods.base import Masking, Objective, TeacherObjective, TokenSelector
+from ..vit.needs import Needs
+from ..vit.network import Network
 from .teacher import setting
 
 

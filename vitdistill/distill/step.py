@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import keyed
-from ..data.loader import Batch
+from ..data.batch import Batch
 from ..labels.reader import StoredAnswer, live_rows
 from ..methods.base import TeacherObjective
-from ..vit.walk import ViTOutput, run_vit
+from ..vit.output import ViTOutput
+from ..vit.walk import run_vit
 from .plan import Plan
 from .teacher import Teacher
 

@@ -17,11 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import keyed
-from ..data.loader import Batch, EvalLoader
+from ..data.batch import Batch
+from ..data.loader import EvalLoader
 from ..data.source import ImageSource
 from ..errors import ConfigError, DataError, NonFiniteError, UserError
 from ..vit.families import family_of
-from ..vit.walk import Needs, ViTOutput, run_vit
+from ..vit.needs import Needs
+from ..vit.output import ViTOutput
+from ..vit.walk import run_vit
 from ..world import World
 
 Pool = Literal["mean", "class"]

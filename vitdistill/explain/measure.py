@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..data.loader import Batch
+from ..data.batch import Batch
 from ..distill.step import Distillation
 from ..distill.teacher import Teacher
 from ..labels.reader import blank_targets

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, DataError, UserError
 from ..messages import format_bytes, printable
-from ..storage import durable
+from ..storage.atomic import Sink, disk_errors, read_bytes, require_free, write_atomic
 from .encoding import Targets
 from .store import LabelStore
 
@@ -109,7 +109,7 @@ def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     text.
     """
     try:
-        lines = durable.read_bytes(path).decode("utf-8-sig").splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise DataError(
             f"{printable(path)} is no text: write one class name a line, in UTF-8"
@@ -349,7 +349,7 @@ def _damage(path: Path) -> Iterator[None]:
         if (
             isinstance(error, OSError) and error.errno is not None
         ):  # the system's; pyarrow's have no number
-            with durable.disk_errors(path):
+            with disk_errors(path):
                 raise
         reason = " ".join(str(error).split())[:160]
         raise DataError(
@@ -441,13 +441,13 @@ def export_labels(
         _require_memory(file, count * row_bytes, memory)
     else:
         _pyarrow()
-    durable.require_free(file, count * row_bytes)
+    require_free(file, count * row_bytes)
 
-    def write(sink: durable.Sink) -> None:
+    def write(sink: Sink) -> None:
         (_write_npz if suffix == ".npz" else _write_parquet)(_Stream(sink), store, chosen)
 
     try:
-        durable.write_atomic(file, write, replace=False)
+        write_atomic(file, write, replace=False)
     except FileExistsError:
         _refuse_existing(file)
     return count, file.stat().st_size
@@ -461,7 +461,7 @@ def _refuse_existing(path: Path) -> None:
 class _Stream(io.RawIOBase):
     """A sink as the libraries want it: a file that cannot go back."""
 
-    def __init__(self, sink: durable.Sink) -> None:
+    def __init__(self, sink: Sink) -> None:
         self._sink, self._at = sink, 0
 
     def writable(self) -> bool:

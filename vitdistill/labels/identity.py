@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ..data.augment import Augment, InputSpec
 from ..data.source import ImageSource
-from ..data.views import Augment, InputSpec
 from ..errors import DataError
-from ..methods.base import Network
+from ..vit.network import Network
 
 RANDOM = "splitmix64/1"
 """Name and version of the arithmetic behind every view (`vitdistill.keyed`)."""

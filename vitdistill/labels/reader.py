@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import DataError
-from ..methods.base import Network
-from ..vit.walk import Needs, ViTOutput
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from .encoding import Layout, Targets
 from .store import LabelStore
 

@@ -30,7 +30,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, DiskError
 from ..messages import printable
-from ..storage import durable
+from ..storage.atomic import Content, Sink, disk_errors, require_free, staged_dir, write_atomic
+from ..storage.lock import alone_in
+from ..storage.manifest import MANIFEST, read_manifest, replace_manifest, write_manifest
 from .encoding import Layout, Targets
 
 FORMAT = 1
@@ -294,7 +296,7 @@ def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
     """The file's memory map, and which file it is; its times too, as a new file may get the number
     of a deleted one.
     """
-    with durable.disk_errors(path):
+    with disk_errors(path):
         try:
             with open(path, "rb") as file:
                 found = os.fstat(file.fileno())
@@ -421,10 +423,10 @@ class LabelStore:
             DiskError: it cannot be written.
         """
         folder = Path(path)
-        if not (folder / durable.MANIFEST).is_file():
-            with durable.disk_errors(folder):
+        if not (folder / MANIFEST).is_file():
+            with disk_errors(folder):
                 found = sorted(os.listdir(folder)) if folder.is_dir() else []
-            if found and durable.MANIFEST not in found:  # another process may have made it since
+            if found and MANIFEST not in found:  # another process may have made it since
                 raise ConfigError(
                     f"the output {printable(folder)} is not empty ({printable(found[0])} is in it)"
                     " and holds no labels: name another folder"
@@ -454,11 +456,11 @@ class LabelStore:
     @staticmethod
     def _make(folder: Path, manifest: Manifest) -> None:
         try:
-            with durable.staged_dir(folder) as temp:
-                durable.write_manifest(temp, {}, manifest.to_json())
+            with staged_dir(folder) as temp:
+                write_manifest(temp, {}, manifest.to_json())
         except DiskError:
             # Another process may have made it first.
-            if not (folder / durable.MANIFEST).is_file():
+            if not (folder / MANIFEST).is_file():
                 raise
 
     @classmethod
@@ -471,10 +473,10 @@ class LabelStore:
             ConfigError: there are several teachers' folders.
         """
         folder = Path(path)
-        if not (folder / durable.MANIFEST).exists():
-            with durable.disk_errors(folder):
+        if not (folder / MANIFEST).exists():
+            with disk_errors(folder):
                 inner = (
-                    sorted(entry.parent for entry in folder.glob(f"[!.]*/{durable.MANIFEST}"))
+                    sorted(entry.parent for entry in folder.glob(f"[!.]*/{MANIFEST}"))
                     if folder.is_dir()
                     else []
                 )
@@ -526,7 +528,7 @@ class LabelStore:
         (``lease``), and their files.
         """
         folder = self.view_path(view)
-        with durable.disk_errors(folder):
+        with disk_errors(folder):
             names = os.listdir(folder) if folder.is_dir() else []
         matches = [
             match for name in names if (match := _PART_NAME.fullmatch(name)) and match[2] == suffix
@@ -676,10 +678,8 @@ class LabelStore:
         """
         wrong: list[str] = []
         good = records = 0
-        with durable.disk_errors(self.path):
-            entries = sorted(
-                entry for entry in self.path.iterdir() if entry.name != durable.MANIFEST
-            )
+        with disk_errors(self.path):
+            entries = sorted(entry for entry in self.path.iterdir() if entry.name != MANIFEST)
         for entry in entries:
             match = _VIEW_NAME.fullmatch(entry.name)
             view = int(match[1]) if match else -1
@@ -718,14 +718,14 @@ class LabelStore:
 def put(path: Path, pieces: Sequence[Any]) -> bool:
     """Write a file of these bytes-like pieces under a new name; False when the name is taken."""
     size = sum(memoryview(piece).nbytes for piece in pieces)
-    durable.require_free(path, size)
+    require_free(path, size)
 
-    def write(sink: durable.Sink) -> None:
+    def write(sink: Sink) -> None:
         for piece in pieces:
             sink.write(piece)
 
     try:
-        durable.write_atomic(path, durable.Content(size, write), replace=False)
+        write_atomic(path, Content(size, write), replace=False)
     except FileExistsError:
         return False
     return True
@@ -741,9 +741,9 @@ def _foreign(path: Path) -> list[str]:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    path = printable(folder / durable.MANIFEST)
+    path = printable(folder / MANIFEST)
     try:
-        body = durable.read_manifest(folder)["identity"]
+        body = read_manifest(folder)["identity"]
     except DataError as error:
         raise DataError(
             f"{str(error).rstrip('.')}; restore it, or delete {printable(folder)} and label again."
@@ -768,11 +768,11 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _grown(folder: Path, num_views: int) -> Manifest:
     """The store's manifest with at least so many views, written."""
-    with durable.alone_in(folder):
+    with alone_in(folder):
         manifest = _read_manifest(folder)  # another process may have been faster
         if manifest.num_views < num_views:
             manifest = replace(manifest, num_views=num_views)
-            durable.replace_manifest(folder, {}, manifest.to_json())
+            replace_manifest(folder, {}, manifest.to_json())
     return manifest
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..errors import ConfigError, DataError
 from ..messages import printable
-from ..storage import durable
+from ..storage.atomic import require_free
 from .encoding import Layout
 from .store import LabelStore, Manifest, differences
 
@@ -55,7 +55,7 @@ def merge(
         for place, store in sorted(origin.items())
         if store is not united and not united.is_sealed(*place)
     }
-    durable.require_free(
+    require_free(
         united.path, sum(store.part_path(*place).stat().st_size for place, store in todo.items())
     )
     for number, (place, store) in enumerate(todo.items(), 1):

@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, UserError
 from ..messages import printable
-from ..storage import durable, processes
+from ..storage import processes
+from ..storage.atomic import disk_errors, remove_stale_temporaries, write_atomic
+from ..storage.lock import alone_in
 from .store import LabelStore
 
 _POLL_S, _BEAT_S = (0.2, 2.0), 5.0  # from the shortest to the longest
@@ -130,7 +132,7 @@ def _clean(stores: Iterable[LabelStore]) -> None:
         for view in range(store.manifest.num_views):
             # Nothing depends on it, and another writer may be doing the same.
             with suppress(UserError, OSError):
-                durable.remove_stale_temporaries(store.view_path(view), ())
+                remove_stale_temporaries(store.view_path(view), ())
                 for part, lease in store.part_files(view, "lease").items():
                     if store.is_sealed(view, part):
                         lease.unlink(missing_ok=True)
@@ -171,7 +173,7 @@ class _Claims:
         if not self._is_over(path, theirs):
             return False
         # One of those who see that it is over removes it: another may have taken it over already.
-        with durable.alone_in(path.parent), durable.disk_errors(path):
+        with alone_in(path.parent), disk_errors(path):
             if _content(path) == theirs:
                 path.unlink(missing_ok=True)
         return _created(path, mine)
@@ -189,7 +191,7 @@ class _Claims:
         for path, content in list(self._held.items()):
             if _content(path) == content:
                 self._held[path] = self._mine()
-                durable.write_atomic(path, self._held[path])
+                write_atomic(path, self._held[path])
         self._last = time.monotonic()
 
     def release(self) -> None:
@@ -203,14 +205,14 @@ class _Claims:
 
 def _created(path: Path, content: bytes) -> bool:
     try:
-        durable.write_atomic(path, content, replace=False)
+        write_atomic(path, content, replace=False)
     except FileExistsError:
         return False
     return True
 
 
 def _content(path: Path) -> bytes | None:
-    with durable.disk_errors(path):
+    with disk_errors(path):
         try:
             return path.read_bytes()
         except FileNotFoundError:

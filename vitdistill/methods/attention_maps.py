@@ -24,9 +24,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from ..vit.patches import PatchMap, full_precision, gather_patches, resample_patches
-from ..vit.walk import Needs, ViTOutput
-from .base import Labelled, Network, TeacherObjective, describe_alignment
+from .base import Labelled, TeacherObjective, describe_alignment
 
 SMALLEST = 1e-12
 """Probabilities below are taken for it, so that their logarithm is finite."""

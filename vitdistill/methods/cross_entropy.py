@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..vit.walk import ViTOutput
-from .base import Labelled, Network, Objective
+from ..vit.network import Network
+from ..vit.output import ViTOutput
+from .base import Labelled, Objective
 
 
 def cross_entropy_loss(

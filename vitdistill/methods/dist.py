@@ -12,7 +12,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..vit.walk import ViTOutput
+from ..vit.output import ViTOutput
 from .base import Labelled
 from .kd import LogitObjective, check_factors, check_logits, check_temperature
 

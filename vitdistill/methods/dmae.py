@@ -19,8 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..vit.walk import Needs, ViTOutput
-from .base import Labelled, Network, TeacherObjective, describe_alignment
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
+from .base import Labelled, TeacherObjective, describe_alignment
 from .masking import random_masking
 
 __all__ = ["DMAE", "DMAEAdapter", "alignment_loss", "random_masking", "three_quarters"]

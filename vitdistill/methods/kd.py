@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..vit.walk import ViTOutput
-from .base import Labelled, Network, TeacherObjective
+from ..vit.network import Network
+from ..vit.output import ViTOutput
+from .base import Labelled, TeacherObjective
 from .cross_entropy import head_logits, heads_read
 
 

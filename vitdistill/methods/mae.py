@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..models.mae import MAEDecoder, patchify, pixel_targets, unpatchify
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from ..vit.patches import gather_patches
-from ..vit.walk import Needs, ViTOutput
-from .base import Labelled, Network, Objective
+from .base import Labelled, Objective
 
 
 @dataclass(frozen=True, kw_only=True)

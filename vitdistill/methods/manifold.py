@@ -18,9 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from ..vit.patches import full_precision, gather_patches
-from ..vit.walk import Needs, ViTOutput
-from .base import Labelled, Network, TeacherObjective, describe_alignment
+from .base import Labelled, TeacherObjective, describe_alignment
 from .kd import check_factors
 
 

@@ -16,9 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from ..vit.patches import resample_patches
-from ..vit.walk import Needs, ViTOutput
-from .base import Network, TokenSelector
+from .base import TokenSelector
 
 
 def patch_saliency(

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..vit.walk import ViTOutput
-from .base import Labelled, Network
+from ..vit.network import Network
+from ..vit.output import ViTOutput
+from .base import Labelled
 from .kd import LogitObjective, check_factors, check_logits, check_temperature
 
 

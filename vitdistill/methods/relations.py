@@ -18,9 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..vit.walk import Needs, ViTOutput
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from .attention_maps import rows_kl, shared_vectors, token_scores
-from .base import Labelled, Network, TeacherObjective, describe_alignment
+from .base import Labelled, TeacherObjective, describe_alignment
 
 
 def relation_loss(

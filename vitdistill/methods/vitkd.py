@@ -18,9 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..vit.needs import Needs
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from ..vit.patches import gather_patches, resample_patches
-from ..vit.walk import Needs, ViTOutput
-from .base import Labelled, Network, TeacherObjective, describe_alignment
+from .base import Labelled, TeacherObjective, describe_alignment
 
 PUBLISHED_WEIGHTS = (3e-5, 3e-6)
 """Low and high, on sums over patches and channels; the same for every published pair."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..vit.walk import ViTOutput
+from ..vit.output import ViTOutput
 from .base import Labelled
 from .kd import LogitObjective, check_logits, check_temperature
 

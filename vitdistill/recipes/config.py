@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from ..data.views import Augment
+from ..data.augment import Augment
 from ..errors import ConfigError
 from ..methods import method_class, method_name
 from ..methods.base import Masking, Objective, TokenSelector

@@ -10,7 +10,7 @@ who shares its batch.
 
 from dataclasses import replace
 
-from ..data.views import AUGMENTS
+from ..data.augment import AUGMENTS
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import HardKD
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig

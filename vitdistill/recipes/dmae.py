@@ -25,7 +25,7 @@ DeiT on 0.9 of the image; float16 there, bfloat16 here.
 
 from dataclasses import replace
 
-from ..data.views import AUGMENTS, Augment
+from ..data.augment import AUGMENTS, Augment
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.dmae import DMAE
 from ..methods.mae import PixelReconstruction

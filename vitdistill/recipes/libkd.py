@@ -19,7 +19,7 @@ its abstract leaves open is Co-advise's or ours.
 
 from dataclasses import replace
 
-from ..data.views import AUGMENTS
+from ..data.augment import AUGMENTS
 from ..methods.base import Objective
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import SoftKD

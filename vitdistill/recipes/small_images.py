@@ -4,7 +4,7 @@ spot, and a student half as wide.
 
 from dataclasses import replace
 
-from ..data.views import AUGMENTS
+from ..data.augment import AUGMENTS
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.dmae import DMAE
 from ..methods.kd import SoftKD

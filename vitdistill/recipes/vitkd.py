@@ -12,7 +12,7 @@ batch.
 
 from dataclasses import replace
 
-from ..data.views import AUGMENTS
+from ..data.augment import AUGMENTS
 from ..methods.base import Objective
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.nkd import NKD

@@ -31,7 +31,17 @@ from ..recipes.config import (
     replace_fields,
     weights_files,
 )
-from ..storage import durable, processes
+from ..storage import processes
+from ..storage.atomic import (
+    clear_aside,
+    disk_errors,
+    make_dirs,
+    remove_stale_temporaries,
+    sha256_file,
+    write_atomic,
+)
+from ..storage.lock import alone_in, try_lock
+from ..storage.log import AppendLog
 from ..weights import export
 
 RECIPE, WEIGHTS, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM, PICTURES = (
@@ -55,7 +65,7 @@ def check_folder(path: Path, recipe: Recipe) -> bool:
         PermissionDenied: it cannot be written.
         DiskError: it cannot be the name of a folder.
     """
-    with durable.disk_errors(path):
+    with disk_errors(path):
         return _check_folder(path, recipe)
 
 
@@ -125,7 +135,7 @@ def _read_weights(path: Path) -> dict[str, str]:
 
 
 def _sha256(file: str) -> str | None:
-    return durable.sha256_file(file) if Path(file).is_file() else None
+    return sha256_file(file) if Path(file).is_file() else None
 
 
 def saved_recipe(path: Path) -> Recipe | None:
@@ -154,17 +164,17 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
-        self._logs: dict[str, durable.AppendLog] = {}
+        self._logs: dict[str, AppendLog] = {}
         self._lock: int | None = None
-        durable.make_dirs(path)
+        make_dirs(path)
         self._claimed = self._claim()
         try:
             # Another process may have begun a run here since the folder was first looked at.
             if not check_folder(path, recipe):
-                durable.write_atomic(path / RECIPE, dump_recipe(recipe).encode())
+                write_atomic(path / RECIPE, dump_recipe(recipe).encode())
                 digests = {field: _sha256(file) for field, file in weights_files(recipe).items()}
                 if digests:
-                    durable.write_atomic(path / WEIGHTS, json.dumps(digests, indent=2).encode())
+                    write_atomic(path / WEIGHTS, json.dumps(digests, indent=2).encode())
             self._clear_leftovers()
         except BaseException:
             self._release()
@@ -179,18 +189,18 @@ class RunFolder:
                 "token": secrets.token_hex(8),
             }
         ).encode()
-        with durable.alone_in(self.path):
+        with alone_in(self.path):
             if path.exists():
                 self._refuse_if_alive(path)
                 path.unlink(missing_ok=True)
             try:
-                durable.write_atomic(path, mine, replace=False)
+                write_atomic(path, mine, replace=False)
             except FileExistsError:  # where locks do not work, the first still wins
                 raise ConfigError(
                     f"{self.path} was claimed by another process just now: name another folder with"
                     " --output"
                 ) from None
-            self._lock = durable.try_lock(path)
+            self._lock = try_lock(path)
         return mine
 
     def _refuse_if_alive(self, path: Path) -> None:
@@ -222,7 +232,7 @@ class RunFolder:
         same_machine = space != here and space.partition(" ")[0] == here.partition(" ")[0] != ""
         if not same_machine or owner.get("device") != self.path.stat().st_dev:
             return False
-        lock = durable.try_lock(path)
+        lock = try_lock(path)
         if lock is None:
             return False
         os.close(lock)
@@ -232,11 +242,11 @@ class RunFolder:
         """What an earlier process was killed over: unfinished files, and an old export whose
         replacement is in place.
         """
-        durable.remove_stale_temporaries(self.path, export.FILES, alone=True)
+        remove_stale_temporaries(self.path, export.FILES, alone=True)
         for old in self.path.glob(".replaced-*-*"):
             new = self.path / old.name.split("-")[1]
             if (new / export.CONFIG).is_file():
-                durable.clear_aside(old, new, export.FILES)
+                clear_aside(old, new, export.FILES)
 
     def _release(self) -> None:
         path = self.path / CLAIM
@@ -250,7 +260,7 @@ class RunFolder:
     def open_logs(self, offsets: Mapping[str, int]) -> None:
         """Open the logs, cut back to where the resumed checkpoint was."""
         for name in (METRICS, TIMING):
-            self._logs[name] = durable.AppendLog(self.path / name, offsets.get(name, 0))
+            self._logs[name] = AppendLog(self.path / name, offsets.get(name, 0))
 
     def log(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one JSON line."""
@@ -269,7 +279,7 @@ class RunFolder:
         before = known[max(known, key=int)] if known else now
         if now != before or not known:
             kept = {begun: found for begun, found in known.items() if int(begun) < step}
-            durable.write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
+            write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
         return [
             f"{key} {before.get(key)} before, {now[key]} now"
             for key in _DECISIVE

@@ -20,17 +20,19 @@ from .. import keyed
 from ..data.loader import Labelling
 from ..distill.teacher import setting
 from ..errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
-from ..explain.cost import forward_flops
 from ..labels.encoding import Layout, LogitEncoding, NonFinite
 from ..labels.identity import differing, network_to_json, teacher_identity, versions
 from ..labels.store import LabelStore, Manifest
 from ..labels.writing import Unit, write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import format_bytes, format_duration
-from ..methods.base import Network, TeacherObjective
+from ..methods.base import TeacherObjective
 from ..recipes.config import Recipe, from_dict, to_dict
-from ..storage import durable
-from ..vit.walk import ViTOutput
+from ..storage.atomic import disk_errors, require_free, write_atomic
+from ..storage.manifest import MANIFEST
+from ..vit.flops import forward_flops
+from ..vit.network import Network
+from ..vit.output import ViTOutput
 from ..weights import create as weights
 from ..world import World, agreed, world
 from .networks import resolve_run
@@ -196,7 +198,7 @@ def _write(
             finally:
                 if here.size > 1 and not done:
                     with suppress(UserError):  # on a full disk the others meet it too
-                        durable.write_atomic(note, b"")
+                        write_atomic(note, b"")
         name = next((found for found in here.gather(stop.name) if found), "")
     finally:
         if here.is_main:
@@ -224,13 +226,13 @@ def for_teachers(recipe: Recipe, processes: int = 1) -> Recipe:
 
 def _refuse_foreign(output: Path) -> None:
     """Raise `ConfigError` for a folder that holds something, and no labels."""
-    with durable.disk_errors(output):
+    with disk_errors(output):
         found = (
             sorted(path.name for path in output.iterdir() if path.name[0] != ".")
             if output.is_dir()
             else []
         )
-    if found and not any((output / name / durable.MANIFEST).is_file() for name in found):
+    if found and not any((output / name / MANIFEST).is_file() for name in found):
         raise ConfigError(
             f"the output {output} is not empty ({found[0]} is in it) and holds no labels: name"
             " another folder"
@@ -328,7 +330,7 @@ class _Work:
         there = {
             name: LabelStore.open(output / name)
             for name in manifests
-            if (output / name / durable.MANIFEST).is_file()
+            if (output / name / MANIFEST).is_file()
         }
         images = len(self.job.train_loader.source)
         left = {
@@ -340,7 +342,7 @@ class _Work:
             for name, manifest in manifests.items()
         )
         if size:
-            durable.require_free(output, size + 1_000_000)
+            require_free(output, size + 1_000_000)
         stores = {
             name: LabelStore.create(output / name, manifest) for name, manifest in manifests.items()
         }

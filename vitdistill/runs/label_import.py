@@ -16,20 +16,22 @@ import numpy.typing as npt
 import torch
 
 from .. import keyed
+from ..data.augment import evaluated_as_trained
 from ..data.loader import TrainLoader
 from ..data.source import ImageSource
-from ..data.views import evaluated_as_trained
+from ..distill.classes import match_classes
 from ..distill.plan import make_plan
-from ..distill.teacher import match_classes, setting
+from ..distill.teacher import setting
 from ..errors import ConfigError, DataError, NonFiniteError, Preempted
 from ..labels.encoding import Layout
 from ..labels.exchange import AnswerFile, Rows, free_memory, open_answers, read_class_names
 from ..labels.identity import network_to_json, teacher_identity, versions
 from ..labels.store import LabelStore, Manifest
 from ..messages import format_bytes, printable
-from ..methods.base import Network
 from ..recipes.config import Recipe
-from ..storage import durable
+from ..storage.atomic import require_free, sha256_file
+from ..storage.manifest import MANIFEST
+from ..vit.network import Network
 from ..world import choose_device
 from .label import LabelOptions, describe, logit_encoding
 from .networks import Built, build_student, reads_logits, trains_classifier
@@ -142,7 +144,7 @@ def import_labels(
     work.check_first_pixels()
     answered = chosen.classes if trains_classifier(recipe.objectives, student.network) else ()
     identity = identity_of_views(train, answered, student.spec, recipe, loader)
-    digest = durable.sha256_file(answers.path)
+    digest = sha256_file(answers.path)
     identity |= teacher_identity(digest, student.spec, answers.precision, 0)
     identity["teacher.classes"] = (
         ""
@@ -165,10 +167,10 @@ def import_labels(
         },
     )
     place = Path(output) / name
-    there = LabelStore.open(place).status().records if (place / durable.MANIFEST).is_file() else 0
+    there = LabelStore.open(place).status().records if (place / MANIFEST).is_file() else 0
     left = len(train) * work.num_views - there
     if left > 0:
-        durable.require_free(place, layout.record_bytes * left + 1_000_000)
+        require_free(place, layout.record_bytes * left + 1_000_000)
     store = LabelStore.create(place, manifest)
     say(
         f"{name}: {describe(layout)}, {layout.record_bytes} bytes a record, {len(train):,} images x"

@@ -15,15 +15,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..data.views import InputSpec
+from ..data.augment import InputSpec
+from ..distill.classes import ClassMatch, match_classes
 from ..distill.plan import Plan, make_plan
-from ..distill.teacher import ClassMatch, Teacher, match_classes, setting
+from ..distill.teacher import Teacher, setting
 from ..errors import ConfigError
 from ..labels.identity import network_from_json
 from ..labels.store import LabelStore
-from ..methods.base import Network, Objective, TeacherObjective
+from ..methods.base import Objective, TeacherObjective
 from ..models.mae import hold_positions, init_mae
 from ..recipes.config import Recipe, StudentConfig, TeacherConfig
+from ..vit.network import Network
 from ..weights import create as weights
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..data.views import InputSpec
+from ..data.augment import InputSpec
 
 NUM_PICTURES = 8
 SMALLEST = 96

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.loader import Batch
+from ..data.batch import Batch
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, NonFiniteError
 from ..memory import SMALLER_EVALUATION, memory_errors
-from ..vit.walk import Needs
+from ..vit.needs import Needs
 from ..world import World, agreed
 
 NUM_IMAGES = 512

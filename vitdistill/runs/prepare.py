@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.loader import Batch, EvalLoader, TrainLoader
+from ..data.augment import InputSpec, evaluated_as_trained
+from ..data.batch import Batch
+from ..data.loader import EvalLoader, TrainLoader
 from ..data.source import ImageSource, open_source
-from ..data.views import InputSpec, evaluated_as_trained
 from ..distill.plan import Plan
 from ..distill.step import Distillation
 from ..distill.teacher import Teacher
@@ -23,8 +24,8 @@ from ..labels.reader import LabelReader, blank_targets
 from ..labels.store import LabelStore
 from ..memory import memory_errors
 from ..messages import plural
-from ..methods.base import Network
 from ..recipes.config import Recipe, TeacherConfig, to_dict
+from ..vit.network import Network
 from ..weights import create as weights
 from ..world import World
 from .networks import (

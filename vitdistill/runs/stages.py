@@ -22,7 +22,6 @@ from rich.console import Console
 from ..data.source import ImageSource, open_source
 from ..distill.plan import Plan
 from ..errors import ConfigError, DataError, UserError
-from ..methods.base import Network
 from ..recipes.config import (
     VOLATILE,
     Recipe,
@@ -36,7 +35,9 @@ from ..recipes.config import (
     read_mapping,
     to_dict,
 )
-from ..storage import durable
+from ..storage.atomic import disk_errors, sha256_file, write_atomic
+from ..storage.lock import alone_in
+from ..vit.network import Network
 from ..weights.create import check_is_file
 from .networks import (
     Built,
@@ -555,7 +556,7 @@ def _check(stages: Stages, output: Path, until: str | None, num_processes: int) 
     """Refuse before anything runs what can be known of every stage; nothing is written."""
     from .folder import RECIPE, SUMMARY, check_folder
 
-    with durable.disk_errors(output):
+    with disk_errors(output):
         found = (
             sorted(name for name in os.listdir(output) if not name.startswith("."))
             if output.is_dir()
@@ -828,7 +829,7 @@ def _note(
     _save(stages, output)
     recipe, images = stages.stages[key], job.identity["training images"]
     folder = output / recipe.name
-    with durable.alone_in(output):
+    with alone_in(output):
         then = _read_starts(output)
         if (folder / "recipe.yaml").is_file():
             before, all_of_them = then.get(recipe.name, {}).get(IMAGES), _has_learnt(folder)
@@ -850,7 +851,7 @@ def _note(
                 }
             }
         if {**then, **now} != then:
-            durable.write_atomic(
+            write_atomic(
                 output / STARTS, json.dumps({**then, **now}, indent=2, sort_keys=True).encode()
             )
     if prepared is not None:
@@ -869,7 +870,7 @@ def _save(stages: Stages, output: Path) -> None:
     text = dump(stages).encode()
     path = output / STAGES
     if not path.is_file() or path.read_bytes() != text:
-        durable.write_atomic(path, text)
+        write_atomic(path, text)
 
 
 def _read_starts(output: Path) -> dict[str, dict[str, str]]:
@@ -918,4 +919,4 @@ def _weights_of(folder: Path) -> str | None:
 
     if not (folder / SUMMARY).is_file():
         return None
-    return durable.sha256_file(Path(resolve_run(str(folder))) / "model.safetensors")
+    return sha256_file(Path(resolve_run(str(folder))) / "model.safetensors")

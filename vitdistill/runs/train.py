@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import keyed
-from ..data.loader import Batch, EvalLoader
+from ..data.batch import Batch
+from ..data.loader import EvalLoader
 from ..distill.teacher import Teacher, setting
 from ..errors import DataError, NonFiniteError, Preempted, UserError
 from ..evaluate.features import Stopped, batches_together, knn_evaluation
@@ -34,8 +35,11 @@ from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import plural
 from ..methods.base import Objective
 from ..recipes.config import Recipe, fingerprint
-from ..storage import checkpoint, durable
-from ..vit.walk import Needs, ViTOutput, run_vit
+from ..storage import checkpoint
+from ..storage.atomic import require_free, write_atomic
+from ..vit.needs import Needs
+from ..vit.output import ViTOutput
+from ..vit.walk import run_vit
 from ..weights.export import export_timm
 from ..world import World, agreed, world
 from .display import Display, Speed
@@ -120,7 +124,7 @@ def train(
         job = prepare(recipe, here, say)
         with here.together():
             if here.is_main:
-                durable.require_free(output, _bytes_to_write(job))
+                require_free(output, _bytes_to_write(job))
                 if prepared is not None:
                     prepared(job)
         folder = None
@@ -553,7 +557,7 @@ class _Run:
                 )  # the student that the decoder is trained with, not its average
             if rows:
                 sheet = draw_sheet(rows, job.student_spec)
-                durable.write_atomic(self.output / PICTURES, png(sheet))
+                write_atomic(self.output / PICTURES, png(sheet))
                 if self.board is not None:
                     self.board.add_image("pictures", np.array(sheet), self.step, dataformats="HWC")
 
@@ -697,7 +701,7 @@ class _Run:
         }
 
         def write() -> dict[str, Any]:
-            durable.write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
+            write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
             return summary
 
         return self.world.from_main(write)

@@ -25,11 +25,21 @@ from torch import Tensor
 
 from ..errors import DataError, DiskError
 from ..messages import printable
-from . import durable
+from .atomic import (
+    disk_errors,
+    make_dirs,
+    remove_dir,
+    remove_stale_temporaries,
+    require_free,
+    staged_dir,
+    write_new,
+)
+from .manifest import MANIFEST, read_manifest, read_verified, verify_dir, write_manifest
+from .tensors import tensors_content
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
-FILES = frozenset({TENSORS, STATE, durable.MANIFEST})
+FILES = frozenset({TENSORS, STATE, MANIFEST})
 
 _NAME = re.compile(r"step-(?P<step>[0-9]{8,})(?P<replaced>\.replaced-[0-9a-f]{8})?")
 _KIND = "vitdistill checkpoint"
@@ -59,19 +69,19 @@ def save(
         raise ValueError(f"keep must be at least 1 and step at least 0, not {keep} and {step}")
     final = folder_of(run_dir, step)
     text = _json_bytes(state)
-    content = durable.tensors_content(tensors)
-    durable.make_dirs(final.parent)
-    durable.remove_stale_temporaries(final.parent, FILES, alone=True)
-    durable.require_free(final, content.size + len(text) + 8192)
+    content = tensors_content(tensors)
+    make_dirs(final.parent)
+    remove_stale_temporaries(final.parent, FILES, alone=True)
+    require_free(final, content.size + len(text) + 8192)
     # A resumed run may reach a step that is on disk already, whole or damaged: that stays findable
     # until the new one is in.
     aside = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
-    with durable.staged_dir(final, aside=aside) as temp:
+    with staged_dir(final, aside=aside) as temp:
         digests = {
-            TENSORS: durable.write_new(temp / TENSORS, content),
-            STATE: durable.write_new(temp / STATE, text),
+            TENSORS: write_new(temp / TENSORS, content),
+            STATE: write_new(temp / STATE, text),
         }
-        durable.write_manifest(temp, digests, {"kind": _KIND, "step": step})
+        write_manifest(temp, digests, {"kind": _KIND, "step": step})
         _read_back(temp, final)
     _prune(final, keep)
     return final
@@ -79,7 +89,7 @@ def save(
 
 def _read_back(temp: Path, final: Path) -> None:
     try:
-        durable.verify_dir(temp)
+        verify_dir(temp)
     except DataError as error:
         raise DiskError(
             f"{printable(final)} was written but reads back changed; the disk is failing:"
@@ -91,7 +101,7 @@ def verify(path: str | os.PathLike[str]) -> int:
     """Re-read a whole checkpoint and return its step; ``DataError`` naming the file that is missing
     or damaged.
     """
-    return _checked_identity(Path(path), durable.verify_dir(path))
+    return _checked_identity(Path(path), verify_dir(path))
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -99,11 +109,11 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     that is damaged.
     """
     folder = Path(path)
-    body = durable.read_manifest(folder)
+    body = read_manifest(folder)
     _checked_identity(folder, body)
-    state = json.loads(durable.read_verified(folder, STATE, body))
+    state = json.loads(read_verified(folder, STATE, body))
     try:
-        tensors = safetensors.torch.load(durable.read_verified(folder, TENSORS, body))
+        tensors = safetensors.torch.load(read_verified(folder, TENSORS, body))
     except safetensors.SafetensorError as error:
         raise DataError(
             f"{printable(folder / TENSORS)} is not a safetensors file ({error})."
@@ -161,7 +171,7 @@ def latest(run_dir: str | os.PathLike[str], warn: Callable[[str], None] = _warn)
 
 def _candidates(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first; of two for one step the one that replaced the other."""
-    with durable.disk_errors(folder):
+    with disk_errors(folder):
         matches = [
             m
             for m in map(_NAME.fullmatch, os.listdir(folder) if folder.is_dir() else [])
@@ -190,7 +200,7 @@ def _prune(newest: Path, keep: int) -> None:
                 continue
             kept += 1
         else:
-            durable.remove_dir(folder, FILES)
+            remove_dir(folder, FILES)
 
 
 def _step(folder: Path) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from ..models.advised import TokenHeads
 from .family import QKV, BlockRun, Family
+from .heads import TokenHeads
 
 
 def patch_grid(patch_embed: nn.Module, images: Tensor) -> tuple[int, int]:

@@ -36,7 +36,7 @@ import vitdistill.models.involution  # noqa: F401 - their networks get their nam
 
 from ..errors import ConfigError, DataError, PermissionDenied
 from ..messages import printable
-from ..storage.durable import read_bytes
+from ..storage.atomic import read_bytes
 from . import hugging_face
 
 # Where public checkpoints keep their weights, best first; an average of the weights is preferred,

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
 from ..messages import printable
-from ..storage import durable
+from ..storage.atomic import (
+    clear_aside,
+    disk_errors,
+    read_bytes,
+    require_free,
+    staged_dir,
+    write_atomic,
+    write_new,
+)
+from ..storage.tensors import tensors_content
 from .create import create_model
 
 CONFIG = "config.json"
@@ -39,7 +48,7 @@ ONNX_TOLERANCE = 1e-4
 
 @runtime_checkable
 class InputLike(Protocol):
-    """What a network wants to be fed; ``vitdistill.data.views.InputSpec`` is one."""
+    """What a network wants to be fed; ``vitdistill.data.augment.InputSpec`` is one."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -110,19 +119,19 @@ def export_timm(
         )
     _refuse_foreign(final)
     state = {_bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
-    content = durable.tensors_content(state, {"format": "pt"})
+    content = tensors_content(state, {"format": "pt"})
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
-    durable.require_free(final, content.size + 1_000_000)
+    require_free(final, content.size + 1_000_000)
     old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
-    with durable.staged_dir(final, aside=old) as temp:
+    with staged_dir(final, aside=old) as temp:
         config["vitdistill"] = {
             "version": _version(),
-            "weights_sha256": durable.write_new(temp / WEIGHTS, content),
+            "weights_sha256": write_new(temp / WEIGHTS, content),
         }
-        durable.write_new(temp / CONFIG, _json(config))
+        write_new(temp / CONFIG, _json(config))
         _check_reload(network, state, temp, input_spec, name)
     if old.exists():
-        durable.clear_aside(old, final, FILES)
+        clear_aside(old, final, FILES)
     return final
 
 
@@ -151,7 +160,7 @@ def _refuse_foreign(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{printable(folder)} is a file; give the export a folder of its own.")
-    with durable.disk_errors(folder):
+    with disk_errors(folder):
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not names:
         return
@@ -162,7 +171,7 @@ def _refuse_foreign(folder: Path) -> None:
             " give another folder."
         )
     try:
-        ours = "weights_sha256" in json.loads(durable.read_bytes(folder / CONFIG))["vitdistill"]
+        ours = "weights_sha256" in json.loads(read_bytes(folder / CONFIG))["vitdistill"]
     except (DataError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -336,7 +345,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputLike)
                 " architecture."
             )
         off = max(off, here)
-    durable.write_atomic(path, data)
+    write_atomic(path, data)
     return off
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..messages import printable
-from ..storage.durable import read_bytes
+from ..storage.atomic import read_bytes
 
 PREPROCESSOR = "preprocessor_config.json"
 PATCHES = (

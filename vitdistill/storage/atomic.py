@@ -4,32 +4,23 @@ ever visible.
 The order of every write is: a uniquely named temporary in the *same* folder, written while it is
 hashed, fsync of the file, rename onto the final name, fsync of the folder. A crash, kill or full
 disk at any point leaves the old content or the new. Files are created with mode 0666 and folders
-with 0777 less the umask, so that colleagues can read what a run wrote.
-"""
+with 0777 less the umask, so that colleagues can read what a run wrote."""
 
 import errno
-import fcntl
 import hashlib
-import json
 import os
 import re
 import secrets
 import socket
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
 from ..errors import DataError, DiskError, PermissionDenied, UserError
 from ..messages import format_bytes, printable
 from . import processes
-
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
 
 
 def _place(host: str, space: str) -> str:
@@ -42,27 +33,14 @@ def _place(host: str, space: str) -> str:
 
 
 _HOST = _place(socket.gethostname(), processes.space())
+
+
 _TEMP_NAME = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<token>[0-9a-f]{12})")
+
+
 # Tokens of the temporaries this process is writing now: a leftover of an earlier process may carry
 # our own pid.
 _active: set[str] = set()
-
-# The names of safetensors' header, and nothing torch has that safetensors lacks (quantised and
-# complex types).
-_TENSOR_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 
 
 @runtime_checkable
@@ -102,9 +80,6 @@ class _HashingSink:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
-
-
-# -- sentences ------------------------------------------------------------------------------------
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int | None:
@@ -190,9 +165,6 @@ def _explained(error: OSError, path: str | os.PathLike[str], needed: int | None)
                 f"{name} could not be read or written ({reason}); check the disk and run the same"
                 " command again."
             )
-
-
-# -- files ----------------------------------------------------------------------------------------
 
 
 def write_atomic(
@@ -297,45 +269,10 @@ def fsync_dir(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-@contextmanager
-def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Only one process of this host at a time is inside for this folder; a courtesy, which some
-    network file systems do not have.
-    """
-    with disk_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def try_lock(path: str | os.PathLike[str]) -> int | None:
-    """Lock a file until the number that is returned is closed, or this process and its forks end;
-    None: another process of this machine has it, whatever container it is in, or the disk has no
-    locks.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
-
-
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The sha256 (hex) of a file's content, read from the start."""
     with disk_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# -- folders --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -489,104 +426,6 @@ def _remove(path: Path, known: frozenset[str] | None) -> None:
             raise
 
 
-# -- manifests ------------------------------------------------------------------------------------
-
-
-def write_manifest(
-    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
-) -> None:
-    """Write ``manifest.json`` into an unpublished folder: each file's size and sha256, what it is,
-    its own digest.
-    """
-    write_new(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
-
-
-def replace_manifest(
-    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
-) -> None:
-    """The same in a published folder, in place of the manifest that is there."""
-    write_atomic(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
-
-
-def _manifest_body(
-    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
-) -> dict[str, Any]:
-    sizes = {name: (Path(folder) / name).stat().st_size for name in files}
-    return {
-        "format": MANIFEST_FORMAT,
-        "files": {name: {"bytes": sizes[name], "sha256": digest} for name, digest in files.items()},
-        "identity": dict(identity),
-    }
-
-
-def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
-    """The one spelling of a manifest; a reader compares whole files with it, so that every flipped
-    bit shows.
-    """
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return (
-        json.dumps(
-            {"manifest": body, "sha256": hashlib.sha256(text.encode()).hexdigest()},
-            sort_keys=True,
-            indent=1,
-            ensure_ascii=True,
-        ).encode()
-        + b"\n"
-    )
-
-
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest's body, checked against its own digest; ``DataError`` when missing, damaged or
-    of another format.
-    """
-    path = Path(folder) / MANIFEST
-    data = read_bytes(path)
-    try:
-        body = json.loads(data)["manifest"]
-        intact = _manifest_bytes(body) == data
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise DataError(f"{printable(path)} is damaged: its content does not match its own digest.")
-    if body.get("format") != MANIFEST_FORMAT:
-        raise DataError(
-            f"{printable(path)} has format {body.get('format')}, this version reads format"
-            f" {MANIFEST_FORMAT}; use the version of vitdistill that wrote it."
-        )
-    for name in body["files"]:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise DataError(
-                f"{printable(path)} names {printable(name)!r}, which is not a plain file name."
-            )
-    return dict(body)
-
-
-def verify_dir(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Re-read every file of a published folder against its manifest and return the manifest's body.
-
-    Raises ``DataError`` naming the first missing, short or changed file.
-    """
-    body = read_manifest(folder)
-    for name in body["files"]:
-        path = Path(folder) / name
-        _check_size(path, body)
-        _check_digest(path, sha256_file(path), body)
-    return body
-
-
-def read_verified(folder: str | os.PathLike[str], name: str, body: Mapping[str, Any]) -> bytes:
-    """A file's bytes, read once and checked against the body from ``read_manifest``; ``DataError``
-    if they differ.
-    """
-    path = Path(folder) / name
-    if name not in body["files"]:
-        raise DataError(f"{printable(path)} is not named in the manifest beside it.")
-    _check_size(path, body)
-    data = read_bytes(path)
-    _check_digest(path, hashlib.sha256(data).hexdigest(), body)
-    return data
-
-
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A whole file; ``DataError`` when it is missing."""
     with disk_errors(path):
@@ -594,162 +433,3 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
             return Path(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise DataError(f"{printable(path)} is missing.") from error
-
-
-def _check_size(path: Path, body: Mapping[str, Any]) -> None:
-    expected = body["files"][path.name]["bytes"]
-    with disk_errors(path):
-        try:
-            found = path.stat().st_size
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{printable(path)} is missing.") from error
-    if found != expected:
-        raise DataError(
-            f"{printable(path)} is damaged: it has {found} bytes and its manifest says {expected}."
-        )
-
-
-def _check_digest(path: Path, found: str, body: Mapping[str, Any]) -> None:
-    expected = body["files"][path.name]["sha256"]
-    if found != expected:
-        raise DataError(
-            f"{printable(path)} is damaged: its sha256 is {found[:12]}... and its manifest says"
-            f" {expected[:12]}...."
-        )
-
-
-# -- tensors --------------------------------------------------------------------------------------
-
-
-def tensors_content(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> Content:
-    """Tensors as the content of a safetensors file, streamed one tensor at a time; equal tensors
-    give equal bytes.
-
-    The library's own writer is not used: it neither syncs nor honours the umask, and needs a second
-    copy in memory. Raises ``DataError`` for a type safetensors has no name for.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _TENSOR_TYPES or tensor.layout is not torch.strided:
-            raise DataError(
-                f"Tensor {name!r} is {tensor.dtype} ({tensor.layout}), which a safetensors file"
-                " cannot hold; convert it to a dense real type first."
-            )
-    # Wide types first keeps every tensor aligned to its own width, as the format asks.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _TENSOR_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(sink: Sink) -> None:
-        sink.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            if tensors[name].numel():
-                flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-                sink.write(flat.view(torch.uint8).numpy().data)
-
-    return Content(8 + len(text) + offset, write)
-
-
-# -- logs -----------------------------------------------------------------------------------------
-
-
-class AppendLog:
-    """A text file that only grows by whole lines, for metrics: a resumed run cuts it back to where
-    its checkpoint was.
-
-    ``offset=None`` opens it at its end (a last line torn by a crash is cut off); an ``offset`` from
-    an earlier ``.offset`` cuts everything after it. Raises ``DataError`` when the file is shorter
-    than ``offset`` or ``offset`` is inside a line.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], offset: int | None = None) -> None:
-        self.path = Path(path)
-        make_dirs(self.path.parent)
-        with disk_errors(self.path):
-            self._fd = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
-        try:
-            with disk_errors(self.path):
-                size = os.fstat(self._fd).st_size
-                keep = self._end_of_last_line(size) if offset is None else offset
-                if keep > size:
-                    raise DataError(
-                        f"{printable(self.path)} has {size} bytes and the run's state expects at"
-                        f" least {keep}; it was cut or replaced: restore it, or start a new run in"
-                        " another folder."
-                    )
-                if keep != self._end_of_last_line(keep):
-                    raise DataError(
-                        f"{printable(self.path)} is not the log this run wrote: byte {keep} is"
-                        " inside a line; restore it, or start a new run in another folder."
-                    )
-                if keep != size:
-                    os.ftruncate(self._fd, keep)
-                os.fsync(self._fd)
-                fsync_dir(self.path.parent)
-            self.offset = keep
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _end_of_last_line(self, size: int) -> int:
-        while size > 0:
-            start = max(0, size - 65536)
-            found = os.pread(self._fd, size - start, start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            size = start
-        return 0
-
-    def append(self, line: str) -> None:
-        """Append one line (a newline is added); after ``DiskError`` the file is as it was
-        before.
-        """
-        if "\n" in line:
-            raise ValueError("a log line holds no newline")
-        view = memoryview(line.encode() + b"\n")
-        with disk_errors(self.path, len(view)):
-            try:
-                done = 0
-                while done < len(view):
-                    done += os.write(self._fd, view[done:])
-            except OSError:
-                with suppress(OSError):
-                    os.ftruncate(self._fd, self.offset)
-                raise
-        self.offset += len(view)
-
-    def sync(self) -> int:
-        """Make all lines durable and return ``.offset``, the number to put in a checkpoint."""
-        with disk_errors(self.path):
-            os.fsync(self._fd)
-        return self.offset
-
-    def close(self) -> None:
-        """Sync and close; closing twice is fine."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            with disk_errors(self.path):
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-
-    def __enter__(self) -> "AppendLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

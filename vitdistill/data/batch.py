@@ -1,0 +1,50 @@
+"""A batch of training views."""
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import keyed
+from ..keyed import I64
+from ..labels.encoding import Targets
+
+
+@dataclass
+class Batch:
+    """A micro-batch on the training device.
+
+    Attributes:
+        images: float32, normalised for the network.
+        labels: int64, -1 where unlabelled.
+        mixed_labels: the labels of the images mixed in, or None.
+        lam: the weight of ``labels`` against ``mixed_labels``, or None.
+        ids: the samples' numbers in the source, int64, on the device.
+        views: which view of each sample this is, int64, on the device; the epoch, unless
+            augmentation is repeated.
+        view: the epoch.
+        seed: of the run, which keys `uniforms`.
+        targets: what is stored of each teacher that has labels, on the device.
+        missing: of those that lack records of this batch, the rows without, on the host.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    labels: Int[Tensor, " B"]
+    ids: Int[Tensor, " B"]
+    views: Int[Tensor, " B"]
+    view: int
+    mixed_labels: Int[Tensor, " B"] | None = None
+    lam: Float[Tensor, " B"] | None = None
+    seed: int = 0
+    targets: dict[str, Targets] = field(default_factory=dict)
+    missing: dict[str, I64] = field(default_factory=dict)
+
+    def uniforms(
+        self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE
+    ) -> Float[Tensor, "B {count}"]:
+        """Uniform random numbers in [0, 1), a pure function of seed, view, sample and stream, made
+        on the device.
+        """
+        return keyed.torch_uniforms(
+            keyed.torch_keys(self.seed, self.views, self.ids, stream), count
+        )

@@ -1,0 +1,110 @@
+"""Classifier heads that read several tokens."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+
+class TokenHeads(nn.Module):
+    """The classifier of a student with several tokens: one linear map each, of the class token and
+    of every teacher's.
+
+    It stands as ``model.head`` of a timm `VisionTransformer` that does not pool
+    (``global_pool=""``), and reads the first 1 + T tokens.
+
+    Args:
+        dim: width of the tokens.
+        num_classes: at least 1.
+        names: of the T teachers, in the order of their tokens.
+        prediction: ``mean``: the mean of all heads' logits; ``class``: the class token's; or one
+            weight for each head, class token first, not negative, which are divided by their sum.
+
+    Attributes:
+        names: of the heads, "class" first; answering: of those that the prediction is made of.
+
+    Raises:
+        ConfigError: the names or the weights make no sense.
+
+    Source: ``models.py::DistilledVisionTransformer.forward`` of OliverRensu/co-advise@8049918: the
+        mean of logits, not of probabilities.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        names: Sequence[str],
+        prediction: str | Sequence[float] = "mean",
+    ) -> None:
+        super().__init__()
+        self.names = ("class", *teacher_names(names))
+        self.prediction = prediction
+        self.linears = nn.ModuleList(nn.Linear(dim, num_classes) for _ in self.names)
+        for linear in self.linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+        weights = _prediction_weights(prediction, len(self.names))
+        self.answering = tuple(
+            name for name, weight in zip(self.names, weights, strict=True) if weight
+        )
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+
+    def logits(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B heads C"]:
+        """Every head's own answer, in the order of ``names``."""
+        return torch.stack([linear(tokens[:, i]) for i, linear in enumerate(self.linears)], dim=1)
+
+    def predict(self, logits: Float[Tensor, "B heads C"]) -> Float[Tensor, "B C"]:
+        """The student's prediction from its heads' logits."""
+        if self.prediction == "class":
+            return logits[:, 0]
+        if self.prediction == "mean":
+            return logits.mean(1)
+        return (logits * self.weights.to(logits.dtype)[:, None]).sum(1)
+
+    def forward(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B C"]:
+        return self.predict(self.logits(tokens))
+
+
+def teacher_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple; raises `ConfigError` unless they are distinct identifiers that no head
+    has already.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names)
+    taken = ("class", "all", "auto")
+    usable = all(
+        isinstance(name, str) and name.isidentifier() and name not in taken for name in given
+    )
+    if isinstance(names, str) or not given or not usable or len(set(given)) < len(given):
+        raise ConfigError(
+            f"the teachers of an advised student are {list(given)!r}: give a list of distinct names"
+            f" of letters, digits and underscores, none of them {' or '.join(taken)}"
+        )
+    return given
+
+
+def _prediction_weights(prediction: str | Sequence[float], count: int) -> list[float]:
+    """What each head's logits are multiplied by; raises `ConfigError` for anything else than the
+    three forms.
+    """
+    if prediction == "mean":
+        return [1 / count] * count
+    if prediction == "class":
+        return [1.0] + [0.0] * (count - 1)
+    if not isinstance(prediction, str) and len(prediction) == count:
+        numbers = all(
+            isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) and w >= 0
+            for w in prediction
+        )
+        if numbers and sum(prediction) > 0:
+            return [weight / sum(prediction) for weight in prediction]
+    raise ConfigError(
+        f"the prediction of an advised student is {prediction!r}: give mean, class, or {count}"
+        " weights, one for each head with the class token's first, none negative and not all 0"
+    )

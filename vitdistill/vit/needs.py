@@ -1,0 +1,71 @@
+"""What to record in one forward pass."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What to record in one forward pass; ``|`` unites the needs of several readers.
+
+    Args:
+        logits: the model's prediction, and each head's own where it has several.
+        hidden: blocks whose output (the residual stream, before the final norm) is recorded.
+            Negative indices count from the end.
+        attention: blocks whose class-token attention (post-softmax) is recorded. Negative indices
+            count from the end.
+        qkv: blocks whose queries, keys and values are recorded. Negative indices count from the
+            end.
+        features: the last block's output after the final norm, what timm's ``forward_features``
+            gives.
+
+    Example:
+        >>> (Needs(logits=True) | Needs(hidden=frozenset({0}))) == Needs(True, frozenset({0}))
+        True
+    """
+
+    logits: bool = False
+    hidden: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    qkv: frozenset[int] = frozenset()
+    features: bool = False
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            self.logits or other.logits,
+            self.hidden | other.hidden,
+            self.attention | other.attention,
+            self.qkv | other.qkv,
+            self.features or other.features,
+        )
+
+    def __bool__(self) -> bool:
+        return self.logits or self.features or bool(self.hidden | self.attention | self.qkv)
+
+    def resolve(self, depth: int) -> "Needs":
+        """The same needs with indices in ``0 .. depth-1``; raises `IndexError` for a block the
+        model does not have.
+        """
+
+        def absolute(blocks: frozenset[int]) -> frozenset[int]:
+            for block in blocks:
+                if not -depth <= block < depth:
+                    there = "1 block (0)" if depth == 1 else f"{depth} blocks (0 to {depth - 1})"
+                    raise IndexError(f"block {block} does not exist: the model has {there}")
+            return frozenset(block % depth for block in blocks)
+
+        return Needs(
+            self.logits,
+            absolute(self.hidden),
+            absolute(self.attention),
+            absolute(self.qkv),
+            self.features,
+        )
+
+    def num_blocks(self, depth: int) -> int:
+        """How many of the model's ``depth`` blocks have to run, counted from the first."""
+        needs = self.resolve(depth)
+        return (
+            depth
+            if needs.logits or needs.features
+            else max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
+        )
