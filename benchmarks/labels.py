@@ -25,10 +25,11 @@ import numpy.typing as npt
 import step_cost
 import torch
 
-from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
+from vitdistill.data.augment import AUGMENTS, Augment
 from vitdistill.data.batch import Batch
 from vitdistill.data.checksums import view_checksums
 from vitdistill.data.mixing import Mixing
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
@@ -283,7 +284,7 @@ def build_steps(
     """
     pair, size = setting.pair, (setting.pair.image_size, setting.pair.image_size)
     model = step_cost.build_model(pair, "teacher").eval().requires_grad_(False)
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     network = Network.of(model, "teacher", pair.teacher[0], size)
     teacher = Teacher(model, network, spec, spec)
 

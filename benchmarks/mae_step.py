@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
@@ -124,7 +124,7 @@ def make_steps(pair: str, rate: float, batch_size: int) -> list[Made]:
     names = PAIRS[pair]
     teacher_model = build(names[1], 2).eval().requires_grad_(False)
     network = Network.of(teacher_model, "teacher", names[1], SIZE)
-    spec = InputSpec.of_model(teacher_model)
+    spec = input_spec_of(teacher_model)
     teacher = Teacher(teacher_model, network, spec, spec)
     torch.manual_seed(0)
     ids = torch.arange(batch_size)

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
@@ -175,7 +175,7 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
     )
     teacher_model = build_model(pair, "teacher").eval().requires_grad_(False)
     network = Network.of(teacher_model, "teacher", pair.teacher[0], size)
-    spec = InputSpec.of_model(teacher_model)
+    spec = input_spec_of(teacher_model)
     teacher = Teacher(teacher_model, network, spec, spec)
 
     def ours(

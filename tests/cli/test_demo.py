@@ -94,7 +94,7 @@ def test_the_picture_hides_what_the_teacher_does_not_see(tmp_path: Path) -> None
     demo.write_digits(tmp_path / "images")
     args = demo.demo_recipes("", "")["alone"].student.model_args
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **args)
-    from vitdistill.data.augment import InputSpec
+    from vitdistill.data.model_input import input_spec_of
     from vitdistill.weights.export import export_timm
 
     export_timm(
@@ -103,7 +103,7 @@ def test_the_picture_hides_what_the_teacher_does_not_see(tmp_path: Path) -> None
         architecture="vit_tiny_patch16_224",
         model_args=args,
         classes=tuple("0123456789"),
-        input_spec=InputSpec.of_model(model),
+        input_spec=input_spec_of(model),
     )
     sheet = demo.draw_choices(tmp_path / "student", tmp_path / "images", scale=12)
     cover = torch.tensor([0xD8, 0xDD, 0xE6])

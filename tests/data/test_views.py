@@ -16,6 +16,7 @@ from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
 from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.views import (
     BatchViews,
     can_batch,
@@ -251,12 +252,12 @@ def test_no_augmentation_is_the_evaluation_crop(picture) -> None:
 
 def test_the_input_contract_of_a_model() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=1)
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     assert spec == InputSpec((64, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9, "center")
-    resnet = InputSpec.of_model(timm.create_model("resnet18"))
+    resnet = input_spec_of(timm.create_model("resnet18"))
     assert resnet.image_size == (224, 224) and resnet.mean == pytest.approx((0.485, 0.456, 0.406))
     with pytest.raises(ConfigError, match="channels"):
-        InputSpec.of_model(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
+        input_spec_of(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor
 from vitdistill.cli import main
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.source import ImageSource, open_source
 from vitdistill.errors import ConfigError, DataError, NonFiniteError
 from vitdistill.evaluate import features
@@ -667,7 +668,7 @@ def test_an_encoder_without_a_classifier_is_judged_by_its_features(
     (train, labels), (val, truth) = (
         (torch.cat([b.images for b in loader]), torch.cat([b.labels for b in loader]))
         for loader in (
-            EvalLoader(open_source(str(photos), split), InputSpec.of_model(model), batch_size=50)
+            EvalLoader(open_source(str(photos), split), input_spec_of(model), batch_size=50)
             for split in ("train", "val")
         )
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitdistill.cli.export import main as export
 from vitdistill.data.augment import InputSpec
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import cost_of, explain
@@ -398,7 +399,7 @@ def test_exports_load_with_the_same_answers(
 def test_onnx(form: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, _ = build(form)
-    assert export_onnx(model, tmp_path / "model.onnx", InputSpec.of_model(model)) < 1e-4
+    assert export_onnx(model, tmp_path / "model.onnx", input_spec_of(model)) < 1e-4
 
 
 def test_networks_of_timm_need_no_import(

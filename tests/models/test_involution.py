@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vitdistill.data.augment import InputSpec
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError
 from vitdistill.models.involution import (
     DEPTHS,
@@ -552,7 +552,7 @@ def test_export_and_back(tmp_path: Path) -> None:
     stem.
     """
     model = create_model("rednet26_small", num_classes=3, layers=[1, 1, 1, 1])
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     assert spec.image_size == (32, 32)
     given = {"layers": [1, 1, 1, 1]}
     export_timm(

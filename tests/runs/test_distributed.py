@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.source import open_source
 from vitdistill.errors import (
     ConfigError,
@@ -105,7 +105,7 @@ def test_evaluation_is_exact_on_odd_sizes(images, teacher, tools, count):
         model.head.weight += 0.3 * torch.randn(
             model.head.weight.shape, generator=torch.Generator().manual_seed(0)
         )
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
 
     def scores(rank):
         with world("cpu") as here:

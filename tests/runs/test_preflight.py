@@ -48,9 +48,9 @@ def prove(folder, images, **settings):
 
 
 def _spec(folder):
-    from vitdistill.data.augment import InputSpec
+    from vitdistill.data.model_input import input_spec_of
 
-    return InputSpec.of_model(weights.create_model(str(folder)))
+    return input_spec_of(weights.create_model(str(folder)))
 
 
 def changed(teacher, folder, change=None, classes=None):

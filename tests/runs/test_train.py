@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models import create_model
 
-from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.source import open_source
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.evaluate.features import knn_evaluation
@@ -629,7 +629,7 @@ def test_the_average_of_the_weights_is_evaluated_and_exported(whole, images):
     assert all(torch.equal(exported[key], average[key]) for key in exported)
     assert any(not torch.equal(exported[key], student[key]) for key in exported)
     model = create_model(f"local-dir:{whole / 'last'}", pretrained=True)
-    loader = EvalLoader(open_source(str(images), "val"), InputSpec.of_model(model), batch_size=21)
+    loader = EvalLoader(open_source(str(images), "val"), input_spec_of(model), batch_size=21)
     assert evaluate(model, loader, World(0, 1, torch.device("cpu"))) == pytest.approx(
         state["scores"], rel=1e-6
     )
@@ -931,7 +931,7 @@ def test_a_student_of_features_alone_has_no_classifier_and_is_judged_by_knn(
     assert losses[-1] < losses[0]
     exported = create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
     spec, here = (
-        replace(InputSpec.of_model(exported), crop_pct=1.0),
+        replace(input_spec_of(exported), crop_pct=1.0),
         World(0, 1, torch.device("cpu")),
     )
     bank, queries = (

@@ -21,7 +21,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from vitdistill.data.augment import InputSpec
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError, DataError, UserError
 from vitdistill.models.mae import MaskedAutoencoder
 from vitdistill.vit.needs import Needs
@@ -312,8 +312,8 @@ def test_a_teacher_from_any_mae_checkpoint_has_its_features(tmp_path, caplog, ki
     assert teacher.num_classes == 0 and equal(teacher.state_dict(), encoder_of(source))
     assert torch.equal(features(teacher, images), source.forward_features(images))
     assert caplog.messages == [f"{path}: {MADE_OF[kind]}."]
-    assert (InputSpec.of_model(teacher).mean == IMAGENET_DEFAULT_MEAN) == kind.endswith("full")
-    assert (InputSpec.of_model(teacher).std == IMAGENET_DEFAULT_STD) == kind.endswith("full")
+    assert (input_spec_of(teacher).mean == IMAGENET_DEFAULT_MEAN) == kind.endswith("full")
+    assert (input_spec_of(teacher).std == IMAGENET_DEFAULT_STD) == kind.endswith("full")
     asked = create_model(NAME, num_classes=0, checkpoint=path, **TINY)
     assert equal(asked.state_dict(), teacher.state_dict())
     plain = tiny(2, num_classes=0)
@@ -746,7 +746,7 @@ def test_a_masked_autoencoders_file_brings_imagenets_normalisation_under_a_plain
 
     def fed(name: str, path: Path, **options) -> tuple[tuple[float, ...], tuple[float, ...]]:
         caplog.clear()
-        spec = InputSpec.of_model(create_model(name, checkpoint=path, **options))
+        spec = input_spec_of(create_model(name, checkpoint=path, **options))
         return spec.mean, spec.std
 
     for name in ("vit_base_patch16_224.mae", "deit_tiny_patch16_224"):

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
 
-from vitdistill.data.augment import InputSpec
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import DataError
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.walk import run_vit
@@ -210,7 +210,7 @@ def test_a_vitmae_is_built_from_its_own_config(
         torch.allclose(recorded(model, images).double(), expected, atol=1e-4)
         and expected.std() > 0.3
     )
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     assert (spec.mean, spec.std, spec.image_size) == (
         IMAGENET_DEFAULT_MEAN,
         IMAGENET_DEFAULT_STD,
@@ -243,7 +243,7 @@ def test_a_vitmae_starts_a_student_that_exports(tmp_path: Path, caplog: Any) -> 
         "head.weight, head.bias start fresh; its final norm is not used" in caplog.text
         and "from 4 x 4 patches to 8 x 8" in caplog.text
     )
-    spec = InputSpec.of_model(student)
+    spec = input_spec_of(student)
     assert (spec.mean, spec.std, spec.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (64, 64))
     architecture, args = describe(str(folder), {"global_pool": "avg", "img_size": 64})
     export_timm(
@@ -277,7 +277,7 @@ def test_a_classifier_answers_as_by_its_definition(
         model = create_model(name).eval()
         assert torch.allclose(model(images).double(), expected, atol=1e-3) and expected.std() > 1
         assert class_names(model) == LABELS
-        assert (InputSpec.of_model(model).mean, InputSpec.of_model(model).std) == (HALF, HALF)
+        assert (input_spec_of(model).mean, input_spec_of(model).std) == (HALF, HALF)
     tensors = 32 if qkv_bias else 30
     assert (
         f"Hugging Face's ViT; {tensors} tensors are used, with query, key and value in one; its"
@@ -373,7 +373,7 @@ def test_the_preprocessor_says_the_normalisation(
 ) -> None:
     folder = written(tmp_path / "vit", {}, "vit", preprocessor)
     for name in (str(folder), hub(folder)):
-        spec = InputSpec.of_model(create_model(name, pretrained=False))
+        spec = input_spec_of(create_model(name, pretrained=False))
         assert (spec.mean, spec.std) == (mean, std)
 
 
@@ -433,7 +433,7 @@ def test_a_network_of_the_hub_is_described_with_its_own_arguments(tmp_path: Path
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
     torch.manual_seed(0)
     model = create_model("vit_tiny_patch16_224", num_classes=5, **shape).eval()
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     export_timm(
         model,
         tmp_path / "first",

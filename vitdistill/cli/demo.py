@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from ..data.augment import Augment, InputSpec
+from ..data.augment import Augment
 from ..data.loader import EvalLoader
+from ..data.model_input import input_spec_of
 from ..data.source import open_source
 from ..errors import ConfigError
 from ..explain.cost import cost_of
@@ -244,7 +245,7 @@ def draw_choices(
     gives the teacher.
     """
     model = weights.create_model(str(student_folder)).eval()
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     source = open_source(str(images), "val")
     by_class = {int(label): i for i, label in reversed(list(enumerate(source.labels)))}
     batch = torch.cat([b.images for b in EvalLoader(source, spec, batch_size=256)])[

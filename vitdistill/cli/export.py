@@ -8,7 +8,7 @@ from typing import Annotated
 from timm.models import model_entrypoint
 from tyro.conf import Positional
 
-from ..data.augment import InputSpec
+from ..data.model_input import input_spec_of
 from ..errors import ConfigError
 from ..runs.networks import resolve_run
 from ..weights import create as weights
@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     ):
         raise ConfigError(f"{flags.output} is not empty: name another folder with --output")
     model = weights.create_model(folder).eval()
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     classes = weights.class_names(model)
     if flags.output is not None:
         architecture, args = weights.describe(folder, {})

@@ -2,12 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-
-from timm.data import resolve_model_data_config
-from torch import nn
 
 from ..errors import ConfigError
 
@@ -186,37 +182,9 @@ class InputSpec:
             "'center', 'squash' or 'border'",
         )
 
-    @classmethod
-    def of_model(cls, model: nn.Module) -> "InputSpec":
-        """A timm model's own contract: its ``pretrained_cfg``, with the image size the model was
-        really built for.
-        """
-        config = resolve_model_data_config(model)
-        channels, *size = config["input_size"]
-        built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        size = list(built_for) if built_for is not None else size
-        channels = next(
-            (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels
-        )
-        if channels != 3:
-            raise ConfigError(f"the model takes {channels} channels; only RGB input is supported.")
-        return cls(
-            (int(size[0]), int(size[1])),
-            _triple(config["mean"]),
-            _triple(config["std"]),
-            str(config["interpolation"]),
-            float(config["crop_pct"]),
-            str(config["crop_mode"]),
-        )
-
 
 def evaluated_as_trained(spec: InputSpec, augment: Augment) -> InputSpec:
     """The contract of a network trained with ``augment``: one that was trained on whole images
     (``pad``) is evaluated on whole images.
     """
     return replace(spec, crop_pct=1.0) if augment.crop == "pad" else spec
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return float(red), float(green), float(blue)

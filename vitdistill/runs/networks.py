@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..data.augment import InputSpec
+from ..data.model_input import input_spec_of
 from ..distill.classes import ClassMatch, match_classes
 from ..distill.plan import Plan, make_plan
 from ..distill.teacher import Teacher, setting
@@ -124,7 +125,7 @@ def _create(
             f"the {name} {config.model} cannot be built with model_args {config.model_args}:"
             f" {first}"
         ) from error
-    spec = InputSpec.of_model(model)
+    spec = input_spec_of(model)
     if config.image_size is not None:
         spec = replace(spec, image_size=(config.image_size, config.image_size))
     return Built(model, spec, Network.of(model, name, config.model, spec.image_size))
