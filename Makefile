@@ -1,5 +1,6 @@
 # make demo   the first run: sets up, then `vitdistill demo`
-# make test   sets up, then everything a change has to pass
+# make check  sets up, then what a change has to pass while you work on it: under two minutes
+# make test   sets up, then everything a change has to pass, with shapes checked at every call
 # make docs   writes docs/methods.md from the table of methods
 # Set-up builds .venv with the exact versions and hashes of requirements/constraints.txt; it needs the network once.
 # Variables: PYTHON=python3.12 (which interpreter), WORKERS=2 (test processes).
@@ -9,15 +10,18 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test docs lint lock clean
+.PHONY: setup demo check test docs lint lock clean
 
 setup: $(READY)
 
 demo: setup
 	$(BIN)/vitdistill demo
 
+check: lint
+	$(BIN)/python -m pytest tests vitdistill --doctest-modules -n $(WORKERS) -m "not whole" --timeout 60
+
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest tests vitdistill --doctest-modules -n $(WORKERS) --jaxtyping-packages=vitdistill,beartype.beartype
 
 docs: setup
 	$(BIN)/python docs/write_methods.py

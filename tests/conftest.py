@@ -1,8 +1,7 @@
-"""What every test stands on: one thread, fixed seeds, no network, and shapes checked at every call
-of vitdistill.
+"""What every test stands on: one thread, fixed seeds, no network, no waiting for the disk.
 
-pytest is started with ``--jaxtyping-packages=vitdistill,beartype.beartype`` (pyproject.toml):
-annotated functions of the package compare what they get and give with their jaxtyping annotations.
+`make test` starts pytest with ``--jaxtyping-packages=vitdistill,beartype.beartype``: annotated
+functions of the package then compare what they get and give with their jaxtyping annotations.
 `_jaxtyped` adjusts that where a test would see something else than a user does.
 """
 
@@ -41,6 +40,10 @@ for _name in _TERMINAL + _LAUNCHER:
     os.environ.pop(_name, None)
 
 torch.set_num_threads(1)
+
+# A killed process loses nothing that it wrote, only a power cut does, and no test can have one.
+# The tests of what is written through to the disk replace os.fsync by a counter of their own.
+os.fsync = lambda descriptor: None
 
 # Autograd counts the devices at the first backward of a process, and forks nothing with gradients
 # afterwards if there are any. FakeTensorMode (torch.compile) pretends that there is one: tests

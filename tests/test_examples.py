@@ -123,6 +123,7 @@ def test_the_whole_method_takes_less_than_sixty_lines() -> None:
     assert hasattr(EXAMPLE_MODULE, cls) and f"--with {NAME} " in (EXAMPLE / "README.md").read_text()
 
 
+@pytest.mark.whole
 def test_it_is_explained_like_any_other(site: Path) -> None:
     done = vitdistill(
         site,
@@ -139,6 +140,7 @@ def test_it_is_explained_like_any_other(site: Path) -> None:
     assert f"1 x {NAME}: T^2 KL(teacher || student) of standardised logits" in done.stdout
 
 
+@pytest.mark.whole
 def test_it_trains_and_its_recipe_names_it(site: Path) -> None:
     words = [
         "train",

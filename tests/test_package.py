@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 # Imports every module where what only the extras bring is nowhere to be found.
@@ -31,6 +33,7 @@ ONLY_IN_EXTRAS = (
 )
 
 
+@pytest.mark.whole
 def test_every_module_imports_with_the_eight_dependencies() -> None:
     command = [sys.executable, "-W", "error", "-c", IMPORT_ALL, *ONLY_IN_EXTRAS]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

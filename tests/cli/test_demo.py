@@ -14,6 +14,8 @@ from vitdistill.cli import demo
 from vitdistill.data.source import open_source
 from vitdistill.recipes.config import Recipe
 
+pytestmark = pytest.mark.whole
+
 
 def _short(images: str, teacher: str) -> dict[str, Recipe]:
     recipes = _RECIPES(images, teacher)

@@ -13,6 +13,8 @@ from PIL import Image
 from vitdistill.cli import main
 from vitdistill.labels import LabelStore
 
+pytestmark = pytest.mark.whole
+
 USAGE, DATA, CONFIG = 64, 65, 78
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 VIT = [

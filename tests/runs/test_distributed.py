@@ -31,6 +31,8 @@ from vitdistill.storage import checkpoint
 from vitdistill.weights.create import create_model
 from vitdistill.world import ProcessLost, World, choose_device, world
 
+pytestmark = pytest.mark.whole
+
 # Nothing random in the student, whose draws depend on the number of processes.
 CALM = {"student.drop_path": 0.0, "train.log_every": 1, "train.ema_decay": None}
 

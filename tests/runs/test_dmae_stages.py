@@ -32,6 +32,8 @@ from vitdistill.recipes.config import (
 from vitdistill.runs.stages import Stages, train_stages
 from vitdistill.runs.train import train
 
+pytestmark = pytest.mark.whole
+
 
 def vit(dim: int) -> StudentConfig:
     """Two blocks on 4 x 4 patches, initialised as a masked autoencoder."""

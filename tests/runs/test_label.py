@@ -29,6 +29,8 @@ from vitdistill.runs.prepare import prepare
 from vitdistill.vit.network import Network
 from vitdistill.world import world
 
+pytestmark = pytest.mark.whole
+
 HARD = Augment(crop="rrc", mixup=0.8, cutmix=1.0, reprob=0.5)
 EXACT = LabelOptions(encoding="float32", part_size=8)
 

@@ -40,6 +40,8 @@ from vitdistill.recipes.config import (
 from vitdistill.runs.label import LabelOptions
 from vitdistill.runs.label_import import import_labels
 
+pytestmark = pytest.mark.whole
+
 CLASSES = ("ant", "bee", "cat")
 COUNT, SIZE = 8, 24  # images a class, and of all three
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -24,6 +24,8 @@ from vitdistill.memory import memory_errors
 from vitdistill.storage import checkpoint
 from vitdistill.world import world
 
+pytestmark = pytest.mark.whole
+
 ONE_BY_ONE = {"data.in_memory": False, "train.save_every": 100}
 
 

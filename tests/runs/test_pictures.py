@@ -17,6 +17,8 @@ from vitdistill.methods.masking import RandomMasking
 from vitdistill.runs.pictures import draw_sheet
 from vitdistill.storage import checkpoint
 
+pytestmark = pytest.mark.whole
+
 SMALL = PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
 
 

@@ -65,6 +65,8 @@ from vitdistill.runs.stages import (
 )
 from vitdistill.weights import create as weights
 
+pytestmark = pytest.mark.whole
+
 USAGE, DATA, PREEMPTED, CONFIG = 64, 65, 75, 78
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 

@@ -35,6 +35,8 @@ from vitdistill.vit.needs import Needs
 from vitdistill.vit.walk import run_vit
 from vitdistill.world import World
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):

@@ -7,6 +7,8 @@ import pytest
 from vitdistill.errors import ConfigError, DataError, Preempted
 from vitdistill.recipes.config import replace_fields
 
+pytestmark = pytest.mark.whole
+
 STUDENT, TEACHER = "student.checkpoint", "teachers.teacher.checkpoint"
 
 
