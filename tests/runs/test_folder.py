@@ -4,21 +4,15 @@ touched.
 
 import json
 import os
-import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 
 from vitdistill.errors import ConfigError, DiskError, PermissionDenied
-from vitdistill.recipes.config import Recipe, dump_recipe, load_recipe
+from vitdistill.recipes.config import Recipe, load_recipe
 from vitdistill.runs.folder import METRICS, RunFolder, check_folder, finished
-from vitdistill.storage import processes
-from vitdistill.storage.atomic import _HOST
 
 RECIPE = Recipe()
 
@@ -92,27 +86,21 @@ def test_no_permission_is_said(tmp_path, tools):
     assert type(error) is PermissionDenied and "no permission" in str(error)
 
 
-def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools):
-    """Killed after the claim and before the recipe; and in the middle of writing either."""
+def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools, monkeypatch):
+    """Killed after the folder is locked, in the middle of writing the recipe."""
+    run = tmp_path / "run"
 
     def begin():
-        os.mkdir(tmp_path / "run")
-        folder = object.__new__(RunFolder)
-        folder.path = tmp_path / "run"
-        folder._claim()
-        for host in (
-            _HOST,
-            "host.01234567",
-        ):  # the other: this host before it was started again, or another
-            (tmp_path / "run" / f".tmp-{host}-{os.getpid()}-0123456789ab").write_text("half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        RunFolder(run, RECIPE)
 
     tools.Child(begin).wait()
-    assert (tmp_path / "run" / "in_use.json").exists()
-    assert not check_folder(tmp_path / "run", RECIPE)
-    with RunFolder(tmp_path / "run", RECIPE):
+    (run / ".tmp-host.01234567-17-0123456789ab").write_text("an earlier version's")
+    assert len(list(run.iterdir())) == 3
+    assert not check_folder(run, RECIPE)
+    with RunFolder(run, RECIPE):
         pass
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+    assert [path.name for path in run.iterdir()] == ["recipe.yaml"]
 
 
 def test_hidden_files_of_the_system_make_no_folder_somebodys(tmp_path):
@@ -139,208 +127,44 @@ def test_an_export_that_was_replaced_is_cleared_away_once_the_new_one_is_there(t
     }
 
 
-# -- claims ---------------------------------------------------------------------------------------
+# -- locks ----------------------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, plain, tools):
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, tools):
     ready, go = os.pipe()
-    folder = tmp_path / "run"
 
     def hold():
-        with RunFolder(folder, plain()):
+        with RunFolder(tmp_path, RECIPE):
             os.write(go, b"x")
             time.sleep(60)
 
     holder = tools.Child(hold)
     os.read(ready, 1)
-    before = tools.tree(folder)
+    before = tools.tree(tmp_path)
     for _ in range(2):
-        with pytest.raises(
-            ConfigError,
-            match=(
-                rf"is in use by process {holder.pid}: wait for it, .*or delete .*in_use\.json if"
-                r" that run is dead"
-            ),
-        ):
-            tools.run(plain(), folder)
-    assert tools.tree(folder) == before
+        with pytest.raises(ConfigError, match=f"is in use by process {holder.pid} "):
+            RunFolder(tmp_path, RECIPE)
+    assert tools.tree(tmp_path) == before
     holder.kill()
     holder.wait()
-    assert (folder / "in_use.json").exists()
-    assert tools.run(plain(), folder)["steps"] == 9
-    assert not (folder / "in_use.json").exists()
+    for _ in range(2):
+        with RunFolder(tmp_path, RECIPE):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_twice_in_one_process_is_refused(tmp_path):
-    with (
-        RunFolder(tmp_path, RECIPE),
-        pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"),
-    ):
+    with RunFolder(tmp_path, RECIPE), pytest.raises(ConfigError, match="in use"):
         RunFolder(tmp_path, RECIPE)
 
 
-def claim(folder, **owner):
-    with RunFolder(folder, RECIPE):
-        written = json.loads((folder / "in_use.json").read_text())
-    (folder / "in_use.json").write_text(json.dumps({**written, **owner}))
-    return written
-
-
-def test_another_host_is_believed(tmp_path):
-    claim(tmp_path, host="elsewhere", pid=1)
-    with pytest.raises(ConfigError, match=r"in use by process 1 on elsewhere: .*delete"):
-        RunFolder(tmp_path, RECIPE)
-
-
-def test_a_number_that_was_used_again_is_not_the_owner(tmp_path):
-    """A container's processes have the same few numbers after every restart."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        claim(tmp_path, pid=other.pid, started="another boot 123")
-        with RunFolder(tmp_path, RECIPE):
-            pass
-        claim(tmp_path, started="another boot 123")  # our own number
-        with RunFolder(tmp_path, RECIPE):
-            pass
-    finally:
-        other.kill()
-        other.wait()
-
-
-def test_another_container_of_this_host_is_believed(tmp_path):
-    """Its number, 1 for instance, means nothing here: two containers under one name would write one
-    run.
-    """
-    claim(tmp_path, space="another boot pid:[17]", pid=2**22 + 1)
-    before = (tmp_path / "in_use.json").read_bytes()
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"in use by process 4194305 of another container: .*or delete .*in_use\.json if that"
-            r" run is dead"
-        ),
-    ):
-        RunFolder(tmp_path, RECIPE)
-    assert (tmp_path / "in_use.json").read_bytes() == before
-
-
-OTHER_CONTAINER = """
-import pathlib, socket, sys, time
-from vitdistill import processes
-from vitdistill.recipes.config import Recipe
-boot = processes.space().partition(" ")[0]
-processes.space = lambda: f"{boot} pid:[17]"
-socket.gethostname = lambda: sys.argv[2]
-from vitdistill.runs.folder import RunFolder
-with RunFolder(pathlib.Path(sys.argv[1]), Recipe()):
-    print("in", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.skipif(
-    processes.space() == "",
-    reason="this system does not say which boot and container a process is in",
-)
-@pytest.mark.parametrize("host", [socket.gethostname(), "pod-1"])
-def test_a_container_of_this_machine_that_is_gone(tmp_path, host):
-    """It was killed and started anew, as another one or under its name; its number says nothing,
-    its lock does.
-    """
-    other = subprocess.Popen(
-        [sys.executable, "-c", OTHER_CONTAINER, str(tmp_path), host],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(ConfigError, match="in use by process"):
-            RunFolder(tmp_path, RECIPE)
-    finally:
-        other.kill()
-        other.communicate()
-    left = (tmp_path / "in_use.json").read_text()
-    (tmp_path / "in_use.json").write_text(json.dumps({**json.loads(left), "device": -1}))
-    with pytest.raises(
-        ConfigError, match="in use by process"
-    ):  # of a mount of its own, whose locks are not seen here
-        RunFolder(tmp_path, RECIPE)
-    (tmp_path / "in_use.json").write_text(left)
-    with RunFolder(tmp_path, RECIPE):
-        assert json.loads((tmp_path / "in_use.json").read_text())["pid"] == os.getpid()
-
-
-def test_a_claim_of_an_earlier_version(tmp_path):
-    written = claim(tmp_path)
-    old = {key: written[key] for key in ("host", "pid", "token")} | {
-        "started": f"{written['space'].partition(' ')[0]} {written['started']}"
-    }
-    (tmp_path / "in_use.json").write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}: "):
-        RunFolder(tmp_path, RECIPE)
-    (tmp_path / "in_use.json").write_text(json.dumps({**old, "pid": 2**22 + 1}))
-    with RunFolder(tmp_path, RECIPE):
-        pass
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "x"}'])
-def test_a_claim_that_cannot_be_read_is_left_alone(tmp_path, content):
-    with RunFolder(tmp_path, RECIPE):
-        pass
+@pytest.mark.parametrize("content", [b"", b'{"host": "elsewhere", "pid": 1}'])
+def test_the_claim_of_an_earlier_version_is_removed(tmp_path, content):
     (tmp_path / "in_use.json").write_bytes(content)
-    with pytest.raises(
-        ConfigError, match=r"in_use\.json is not a claim this program wrote: delete it"
-    ):
-        RunFolder(tmp_path, RECIPE)
-    assert (tmp_path / "in_use.json").read_bytes() == content
-
-
-def test_of_many_that_take_a_dead_claim_over_one_wins(tmp_path, tools, monkeypatch):
-    look = RunFolder._refuse_if_alive
-
-    def slow_look(folder, path):
-        look(folder, path)
-        time.sleep(
-            0.02 * random.Random(os.getpid()).random()
-        )  # the claim found dead is removed later: by then it may be another's
-
-    monkeypatch.setattr(RunFolder, "_refuse_if_alive", slow_look)
-    attempts = 6
-    dead = tools.Child(lambda: None)
-    dead.wait()
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(RECIPE))
-    (tmp_path / "in_use.json").write_text(
-        json.dumps({"host": socket.gethostname(), "pid": dead.pid, "started": "x"})
-    )
-    (begin, start), (tries, tried), (all_tried, tell) = os.pipe(), os.pipe(), os.pipe()
-
-    def attempt():
-        os.read(begin, 1)
-        try:
-            RunFolder(tmp_path, RECIPE)
-        except ConfigError:
-            return 0
-        finally:
-            os.write(tried, b".")
-        os.read(
-            all_tried, 1
-        )  # who wins holds the folder until all have tried, however late they started
-        return 1
-
-    children = [tools.Child(attempt) for _ in range(attempts)]
-    os.write(start, b"." * attempts)
-    for _ in children:
-        assert os.read(tries, 1)
-    os.write(tell, b"." * attempts)
-    assert sum(child.wait() for child in children) == 1
-    for end in (begin, start, tries, tried, all_tried, tell):
-        os.close(end)
-
-
-def test_only_ones_own_claim_is_released(tmp_path):
+    assert not check_folder(tmp_path, RECIPE)
     with RunFolder(tmp_path, RECIPE):
-        (tmp_path / "in_use.json").write_text("somebody else's by now")
-    assert (tmp_path / "in_use.json").exists()
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 # -- logs and environment -------------------------------------------------------------------------

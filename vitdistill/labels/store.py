@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, DiskError
 from ..messages import printable
 from ..storage.atomic import Content, Sink, disk_errors, require_free, staged_dir, write_atomic
-from ..storage.lock import alone_in
+from ..storage.lock import LOCK, wait_lock
 from ..storage.manifest import MANIFEST, read_manifest, replace_manifest, write_manifest
 from .encoding import Layout, Targets
 
@@ -768,7 +768,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _grown(folder: Path, num_views: int) -> Manifest:
     """The store's manifest with at least so many views, written."""
-    with alone_in(folder):
+    with wait_lock(folder / LOCK):
         manifest = _read_manifest(folder)  # another process may have been faster
         if manifest.num_views < num_views:
             manifest = replace(manifest, num_views=num_views)

@@ -21,7 +21,7 @@ from ..errors import ConfigError, UserError
 from ..messages import printable
 from ..storage import processes
 from ..storage.atomic import disk_errors, remove_stale_temporaries, write_atomic
-from ..storage.lock import alone_in
+from ..storage.lock import LOCK, wait_lock
 from .store import LabelStore
 
 _POLL_S, _BEAT_S = (0.2, 2.0), 5.0  # from the shortest to the longest
@@ -173,7 +173,7 @@ class _Claims:
         if not self._is_over(path, theirs):
             return False
         # One of those who see that it is over removes it: another may have taken it over already.
-        with alone_in(path.parent), disk_errors(path):
+        with wait_lock(path.parent / LOCK), disk_errors(path):
             if _content(path) == theirs:
                 path.unlink(missing_ok=True)
         return _created(path, mine)

@@ -10,11 +10,8 @@
 import json
 import os
 import platform
-import secrets
-import socket
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,16 +28,14 @@ from ..recipes.config import (
     replace_fields,
     weights_files,
 )
-from ..storage import processes
 from ..storage.atomic import (
     clear_aside,
     disk_errors,
-    make_dirs,
     remove_stale_temporaries,
     sha256_file,
     write_atomic,
 )
-from ..storage.lock import alone_in, try_lock
+from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
 from ..weights import export
 
@@ -80,8 +75,8 @@ def _check_folder(path: Path, recipe: Recipe) -> bool:
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionDenied(f"the output {path} cannot be written: no permission in {parent}")
-    # What a process killed while it began a run leaves behind is no run, and nobody's either; nor
-    # are a system's own files (.DS_Store).
+    # Neither a run nor anybody's: the lock and temporaries of a process killed while it began a
+    # run, a system's own files (.DS_Store), and the claim that earlier versions wrote.
     found = (
         sorted(name for name in os.listdir(path) if name != CLAIM and not name.startswith("."))
         if path.exists()
@@ -156,7 +151,7 @@ def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 class RunFolder:
-    """The open folder of a running run, claimed for this process until the block is left.
+    """The open folder of a running run, locked for this process until the block is left.
 
     Raises:
         ConfigError: another process is writing it; or as `check_folder`.
@@ -165,9 +160,7 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
         self._logs: dict[str, AppendLog] = {}
-        self._lock: int | None = None
-        make_dirs(path)
-        self._claimed = self._claim()
+        self._lock = lock_folder(path)
         try:
             # Another process may have begun a run here since the folder was first looked at.
             if not check_folder(path, recipe):
@@ -177,85 +170,19 @@ class RunFolder:
                     write_atomic(path / WEIGHTS, json.dumps(digests, indent=2).encode())
             self._clear_leftovers()
         except BaseException:
-            self._release()
+            self._lock.release()
             raise
 
-    def _claim(self) -> bytes:
-        path = self.path / CLAIM
-        mine = json.dumps(
-            {
-                **processes.this_process(),
-                "device": self.path.stat().st_dev,
-                "token": secrets.token_hex(8),
-            }
-        ).encode()
-        with alone_in(self.path):
-            if path.exists():
-                self._refuse_if_alive(path)
-                path.unlink(missing_ok=True)
-            try:
-                write_atomic(path, mine, replace=False)
-            except FileExistsError:  # where locks do not work, the first still wins
-                raise ConfigError(
-                    f"{self.path} was claimed by another process just now: name another folder with"
-                    " --output"
-                ) from None
-            self._lock = try_lock(path)
-        return mine
-
-    def _refuse_if_alive(self, path: Path) -> None:
-        try:
-            owner = dict(json.loads(path.read_bytes()))
-            host, pid, dead = str(owner["host"]), int(owner["pid"]), processes.is_dead(owner)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"{path} is not a claim this program wrote: delete it if no other run writes"
-                f" {self.path}"
-            ) from None
-        if dead or self._is_let_go(path, owner):
-            return
-        where = ""
-        if host != socket.gethostname():
-            where = f" on {host}"
-        elif owner.get("space", processes.space()) != processes.space():
-            where = " of another container"
-        raise ConfigError(
-            f"{self.path} is in use by process {pid}{where}: wait for it, name another folder with"
-            f" --output, or delete {path} if that run is dead"
-        )
-
-    def _is_let_go(self, path: Path, owner: Mapping[str, Any]) -> bool:
-        """Whether the owner was in another container of this machine and is gone: it locked the
-        claim, on the same disk.
-        """
-        space, here = str(owner.get("space", "")), processes.space()
-        same_machine = space != here and space.partition(" ")[0] == here.partition(" ")[0] != ""
-        if not same_machine or owner.get("device") != self.path.stat().st_dev:
-            return False
-        lock = try_lock(path)
-        if lock is None:
-            return False
-        os.close(lock)
-        return True
-
     def _clear_leftovers(self) -> None:
-        """What an earlier process was killed over: unfinished files, and an old export whose
-        replacement is in place.
+        """Remove what a killed process left: unfinished files, and an old export whose replacement
+        is in place.
         """
+        (self.path / CLAIM).unlink(missing_ok=True)
         remove_stale_temporaries(self.path, export.FILES, alone=True)
         for old in self.path.glob(".replaced-*-*"):
             new = self.path / old.name.split("-")[1]
             if (new / export.CONFIG).is_file():
                 clear_aside(old, new, export.FILES)
-
-    def _release(self) -> None:
-        path = self.path / CLAIM
-        with suppress(OSError):
-            if path.read_bytes() == self._claimed:
-                path.unlink()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def open_logs(self, offsets: Mapping[str, int]) -> None:
         """Open the logs, cut back to where the resumed checkpoint was."""
@@ -299,7 +226,7 @@ class RunFolder:
             for log in self._logs.values():
                 log.close()
         finally:
-            self._release()
+            self._lock.release()
 
 
 # Other values of these leave samples and views as they are, and may change numbers in their last

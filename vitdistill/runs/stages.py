@@ -36,7 +36,7 @@ from ..recipes.config import (
     to_dict,
 )
 from ..storage.atomic import disk_errors, sha256_file, write_atomic
-from ..storage.lock import alone_in
+from ..storage.lock import LOCK, wait_lock
 from ..vit.network import Network
 from ..weights.create import check_is_file
 from .networks import (
@@ -829,7 +829,7 @@ def _note(
     _save(stages, output)
     recipe, images = stages.stages[key], job.identity["training images"]
     folder = output / recipe.name
-    with alone_in(output):
+    with wait_lock(output / LOCK):
         then = _read_starts(output)
         if (folder / "recipe.yaml").is_file():
             before, all_of_them = then.get(recipe.name, {}).get(IMAGES), _has_learnt(folder)

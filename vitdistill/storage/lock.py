@@ -1,40 +1,130 @@
-"""Locks between processes of one machine."""
+"""Locks the kernel holds: released by any death of the process, so no lock is ever stale.
+
+A lock is an ``flock`` on a file that is made for it and removed on release; what a killed process
+leaves is an unlocked file, which the next one takes over. Forked children do not keep their
+parent's locks. Where a network disk has no locks (``flock`` fails there, or is local to each host),
+every process gets every lock: two runs may then start in one folder, so do not start them.
+"""
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import socket
+from contextlib import suppress
+from pathlib import Path
 
-from .atomic import disk_errors
+from ..errors import ConfigError, Give
+from ..messages import printable
+from .atomic import disk_errors, make_dirs
+
+LOCK = ".lock"
 
 
-@contextmanager
-def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Only one process of this host at a time is inside for this folder; a courtesy, which some
-    network file systems do not have.
+class Lock:
+    """A lock that is held until `release`, the end of its block, or the end of this process."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path, self._fd = path, fd
+        _held.add(self)
+
+    def release(self) -> None:
+        """Release the lock and remove its file; releasing it twice is fine."""
+        if self in _held:
+            _held.discard(self)
+            # First the name: once the lock is released, the file may be another process's.
+            with suppress(OSError):
+                os.unlink(self._path)
+            os.close(self._fd)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+_held: set[Lock] = set()
+
+
+def _close_in_child() -> None:
+    """A lock lasts until the last copy of its descriptor is closed: workers must not keep it."""
+    for lock in _held:
+        os.close(lock._fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def try_lock(path: str | os.PathLike[str]) -> Lock | None:
+    """Lock the file ``path``, made if it is missing; None if it is locked already.
+
+    Raises:
+        DiskError, PermissionDenied: the file cannot be made.
     """
-    with disk_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    return _lock(Path(path), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def try_lock(path: str | os.PathLike[str]) -> int | None:
-    """Lock a file until the number that is returned is closed, or this process and its forks end;
-    None: another process of this machine has it, whatever container it is in, or the disk has no
-    locks.
-    """
+def wait_lock(path: str | os.PathLike[str]) -> Lock:
+    """Lock the file ``path`` as `try_lock` does, once whoever holds it has released it."""
+    lock = _lock(Path(path), fcntl.LOCK_EX)
+    assert lock is not None
+    return lock
+
+
+def held(path: str | os.PathLike[str]) -> bool:
+    """Whether the file ``path`` is locked, by this process or another one."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return None
+        return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except OSError:
+        return False
+    finally:
         os.close(fd)
-        return None
-    return fd
+    return False
+
+
+def lock_folder(folder: str | os.PathLike[str]) -> Lock:
+    """Lock a folder, made if it is missing, for the one process that may write in it.
+
+    Raises:
+        ConfigError: another process holds it.
+        DiskError, PermissionDenied: the folder cannot be written.
+    """
+    make_dirs(folder)
+    path = Path(folder, LOCK)
+    lock = try_lock(path)
+    if lock is None:
+        owner = "another process"
+        with suppress(OSError):
+            owner = printable(path.read_text(errors="replace")) or owner
+        raise ConfigError(
+            f"{printable(folder)} is in use by {owner}",
+            fix=("wait for it", Give("output")),
+            field="output",
+        )
+    with disk_errors(path):
+        os.ftruncate(lock._fd, 0)
+        os.write(lock._fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return lock
+
+
+def _lock(path: Path, how: int) -> Lock | None:
+    while True:
+        with disk_errors(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, how)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            return Lock(path, fd)  # a disk without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return Lock(path, fd)
+        os.close(fd)  # its holder removed it before we got it

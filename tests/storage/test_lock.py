@@ -1,0 +1,127 @@
+"""Locks end with the process that holds them, and with nothing else."""
+
+import errno
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from vitdistill.errors import ConfigError
+from vitdistill.storage.lock import LOCK, held, lock_folder, try_lock, wait_lock
+
+
+class Holder:
+    """A process that runs ``take`` and then sleeps until it is killed."""
+
+    def __init__(self, take: Callable[[], object]) -> None:
+        ready, tell = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                kept = take()
+                os.write(tell, b"x" if kept else b"-")
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        os.close(tell)
+        self.took = os.read(ready, 1) == b"x"
+        os.close(ready)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[[Callable[[], object]], Holder]]:
+    """Start a `Holder`; those a test leaves alive are killed after it."""
+    holders: list[Holder] = []
+
+    def start(take: Callable[[], object]) -> Holder:
+        holders.append(Holder(take))
+        return holders[-1]
+
+    yield start
+    for holder in holders:
+        with suppress(ProcessLookupError, ChildProcessError):
+            holder.kill()
+
+
+def test_one_at_a_time_and_no_file_stays(tmp_path):
+    path = tmp_path / "lease"
+    assert not held(path)
+    with try_lock(path) as lock:
+        assert held(path) and try_lock(path) is None
+    lock.release()
+    assert not held(path) and list(tmp_path.iterdir()) == []
+    with try_lock(path):
+        assert held(path)
+
+
+def test_a_killed_holder_frees_the_lock(tmp_path, hold):
+    holder = hold(lambda: lock_folder(tmp_path))
+    with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on ") as caught:
+        lock_folder(tmp_path)
+    assert caught.value.field == "output"
+    holder.kill()
+    assert (tmp_path / LOCK).exists()
+    with lock_folder(tmp_path):
+        assert held(tmp_path / LOCK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_child_neither_keeps_nor_releases_the_lock(tmp_path, hold):
+    path = tmp_path / "lease"
+    lock = try_lock(path)
+    child = hold(lambda: [lock.release(), "done"])
+    assert child.took and held(path)
+    lock.release()
+    with try_lock(path):
+        pass
+
+    def parent_with_child():
+        mine = try_lock(path)
+        if os.fork() == 0:
+            time.sleep(3)
+            os._exit(0)
+        return mine
+
+    parent = hold(parent_with_child)
+    assert held(path)
+    parent.kill()
+    assert not held(path), "its living child does not keep it"
+
+
+def test_waiters_get_it_one_after_another(tmp_path):
+    """A waiter may be given the lock of a file that its holder has removed: that is no lock."""
+    path, counter = tmp_path / "lease", tmp_path / "counter"
+    counter.write_text("0")
+    pids = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for _ in range(25):
+                    with wait_lock(path):
+                        counter.write_text(str(int(counter.read_text()) + 1))
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    assert counter.read_text() == "200"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_refuses_nobody(tmp_path, monkeypatch, code):
+    def flock(fd, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_folder(tmp_path), lock_folder(tmp_path):
+        assert not held(tmp_path / LOCK)
+    assert list(tmp_path.iterdir()) == []
