@@ -1,0 +1,148 @@
+"""Rooms stand in one order, and imports go the same way: docs/design.md."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "vitdistill"
+ROOMS = (
+    *("errors", "messages", "keyed", "memory", "world", "storage", "vit", "models", "data"),
+    *("methods", "labels", "weights", "distill", "recipes", "evaluate", "runs", "explain", "cli"),
+)
+EXTRAS = {
+    *("sklearn", "datasets", "pyarrow", "tensorboard", "onnx", "onnxscript", "onnxruntime"),
+    "huggingface_hub",
+}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")
+}
+FILES = {name.removesuffix("__init__").removesuffix("."): path for name, path in FILES.items()}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items() if name}
+
+
+def listed(names: str) -> set[str]:
+    return {" ".join(name.split()) for name in names.split(",") if name.strip()}
+
+
+# What is still wrong: these shrink to nothing and go.
+KNOWN_BACK = listed(
+    """
+    data.batch -> labels.encoding, data.loader -> labels.reader, models.mae -> methods.masking,
+    recipes -> runs.stages, recipes.dmae -> runs.stages, recipes.mae -> runs.stages,
+    recipes.small_images -> runs.stages, runs.stages -> cli.flags,
+    runs.stages -> cli.recipe_flags
+    """
+)
+KNOWN_CIRCLES = listed(
+    """
+    cli.label, cli.label_exchange, cli.recipe_flags, data.archive, data.builtin, data.source,
+    data.table, recipes, runs.networks, runs.prepare, runs.stages, runs.train
+    """
+)
+KNOWN_INSIDE = listed(
+    """
+    cli.demo imports runs.train, cli.explain imports explain.measure,
+    cli.label imports cli.flags, cli.label imports cli.label_exchange,
+    cli.label imports dataclasses, cli.label imports labels.encoding,
+    cli.label imports labels.tools, cli.label imports runs.label,
+    cli.label_exchange imports labels.exchange, cli.label_exchange imports runs.label_import,
+    cli.recipe_flags imports timm, cli.train imports explain.cost,
+    cli.train imports runs.prepare, cli.train imports runs.train,
+    data.source imports data.archive, data.source imports data.builtin,
+    data.source imports data.table, labels.reader imports labels.identity,
+    methods imports difflib, runs.folder imports PIL, runs.folder imports timm,
+    runs.folder imports torchvision, runs.networks imports runs.stages,
+    runs.stages imports cli.flags, runs.stages imports cli.recipe_flags,
+    runs.stages imports data.loader, runs.stages imports distill.step,
+    runs.stages imports runs.folder, runs.stages imports runs.optim,
+    runs.stages imports runs.prepare, runs.stages imports runs.train,
+    runs.stages imports storage.checkpoint, runs.stages imports world, runs.train imports torch,
+    vit.flops imports copy, vit.network imports torch, weights.create imports timm
+    """
+)
+KNOWN_FLAGS = listed(
+    """
+    data.archive, data.loader, data.source, distill.plan, distill.teacher, evaluate.features,
+    labels.exchange, labels.reader, memory, methods.dmae, methods.maskedkd, recipes,
+    recipes.config, recipes.libkd, recipes.mae, recipes.maskedkd, recipes.plain,
+    recipes.small_images, runs.folder, runs.label, runs.label_import, runs.networks,
+    runs.prepare, runs.stages, runs.train, world
+    """
+)
+
+IMPORT = (ast.Import, ast.ImportFrom)
+
+
+def imported(name: str, node: ast.Import | ast.ImportFrom) -> set[str]:
+    """The modules an import names: ours as "room.file", others as their top name and a colon."""
+    if isinstance(node, ast.Import):
+        return {ours(alias.name) for alias in node.names}
+    package = ["vitdistill", *name.split(".")]
+    package = package[: len(package) - node.level + (FILES[name].name == "__init__.py")]
+    base = ".".join([*(package if node.level else []), *filter(None, [node.module])])
+    parts = {ours(f"{base}.{alias.name}") for alias in node.names}
+    return {part if part in FILES or ":" in part else ours(base) for part in parts}
+
+
+def ours(module: str) -> str:
+    top, _, rest = module.partition(".")
+    return rest if top == "vitdistill" else f"{top}:"
+
+
+def in_functions(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
+    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    found = [n for f in functions for n in ast.walk(f) if isinstance(n, IMPORT)]
+    return list(dict.fromkeys(found))
+
+
+GRAPH = {
+    name: {other for n in ast.walk(tree) if isinstance(n, IMPORT) for other in imported(name, n)}
+    & FILES.keys() - {name, ""}
+    for name, tree in TREES.items()
+}
+
+
+def hold(found: set[str], known: set[str]) -> None:
+    """Fail with what is new, one a line; name what is no longer a fault and may leave KNOWN."""
+    print("gone:", *sorted(known - found), sep="\n  ")
+    assert not found - known, "\n  ".join(["", *sorted(found - known)])
+
+
+def test_imports_go_to_the_same_room_or_to_its_left() -> None:
+    order = {room: i for i, room in enumerate(ROOMS)}
+    room = {name: order[name.partition(".")[0]] for name in TREES}
+    hold({f"{a} -> {b}" for a in GRAPH for b in GRAPH[a] if room[a] < room[b]}, KNOWN_BACK)
+
+
+def test_no_files_import_each_other() -> None:
+    reached = {name: set(others) for name, others in GRAPH.items()}
+    for middle in reached:  # Warshall
+        for others in reached.values():
+            if middle in others:
+                others |= reached[middle]
+    hold({name for name, others in reached.items() if name in others}, KNOWN_CIRCLES)
+
+
+def test_functions_import_extras_only() -> None:
+    found = {
+        f"{name} imports {other.removesuffix(':')}"
+        for name, tree in TREES.items()
+        if name
+        not in ("cli", "cli.main")  # the table of commands: each is loaded when it is called
+        for node in in_functions(tree)
+        for other in imported(name, node)
+        if not (other.endswith(":") and other[:-1] in EXTRAS)
+    }
+    hold(found, KNOWN_INSIDE)
+
+
+def test_only_the_command_line_spells_flags() -> None:
+    found = {
+        name
+        for name, tree in TREES.items()
+        if not name.startswith("cli")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.search(r"--[a-z]", node.value)
+    }
+    hold(found, KNOWN_FLAGS)
