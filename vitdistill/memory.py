@@ -1,38 +1,22 @@
-"""What is said when memory runs out: where, and what to set."""
+"""An error that names what to set when memory runs out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from .errors import OutOfMemory
+from .errors import Fix, OutOfMemory, Set
 
-SMALLER_EVALUATION = (
-    "set a smaller train.eval_batch_size with --set, and another --output where this run has begun"
-)
+SMALLER_EVALUATION = Set("train.eval_batch_size")
 
-# Memory that runs out as a plain RuntimeError: that of a CPU's tensor, pinned memory, that of
-# CUDA's libraries.
-_HOST, _GPU = (
-    "DefaultCPUAllocator: can't allocate memory",
-    (
-        "CUDA error: out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-    ),
-)
+# torch raises plain RuntimeErrors too: for a CPU's tensor, and from CUDA's libraries.
+_HOST = "DefaultCPUAllocator: can't allocate memory"
+_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
-def memory_errors(where: str, remedy: str) -> Iterator[None]:
-    """Turn memory that runs out within into one sentence.
-
-    Args:
-        where: such as ``in a training step``.
-        remedy: what to do.
-
-    Raises:
-        OutOfMemory: memory of a GPU or of the machine ran out.
-    """
+def memory_errors(where: str, fix: Fix | tuple[Fix, ...]) -> Iterator[None]:
+    """Raise `OutOfMemory` with ``where`` (such as ``in an evaluation``) when memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -41,6 +25,5 @@ def memory_errors(where: str, remedy: str) -> Iterator[None]:
         )
         if not on_gpu and not isinstance(error, MemoryError) and _HOST not in str(error):
             raise
-        raise OutOfMemory(
-            f"the memory of {'the GPU' if on_gpu else 'this machine'} ran out {where}: {remedy}"
-        ) from error
+        memory = "the memory of the GPU" if on_gpu else "the memory of this machine"
+        raise OutOfMemory(f"{memory} ran out {where}", fix) from error

@@ -1,9 +1,8 @@
-"""The processes of a run: one is not a special case, torchrun's many share the global batch.
+"""The processes of a run: alone, or torchrun's many that share each batch.
 
-Whatever can fail on one process alone (a damaged image, a refused folder, a full disk) is met
-together: every process learns of it and leaves with the same sentence, so that none is left waiting
-for the others. Such an error is marked as agreed upon, and the command line prints it once; what a
-process meets alone it says itself.
+Where one process may fail alone (a damaged image, a full disk), all meet: every process raises the
+first one's error, so that none waits forever for another. Such an error is marked as agreed, and
+the command line prints it once; the error of a process that cannot meet is printed by itself.
 """
 
 import os
@@ -17,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import ConfigError, UserError
+from .errors import ConfigError, Give, UserError
+from .messages import plural
 
 T = TypeVar("T")
 Error = TypeVar("Error", bound=UserError)
 
-# What torch says, as a plain RuntimeError, when a peer is gone: gloo's words, then NCCL's.
+# torch raises a plain RuntimeError when a peer is gone: gloo's words, then NCCL's.
 _PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -37,18 +37,18 @@ class ProcessLost(UserError):
     """Another process of the run died, or does not answer."""
 
     exit_code = 70
-    agreed = True  # all that are left say so
+    agreed = True  # every process that is left raises it
 
 
 def agreed(error: Error) -> Error:
-    """The error, marked as one that every process raises by itself."""
+    """Mark an error as one that every process raises."""
     error.agreed = True
     return error
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them, and the device it computes on."""
+    """This process among ``size``, and the device it computes on."""
 
     rank: int
     size: int
@@ -60,9 +60,7 @@ class World:
         return self.rank == 0
 
     def any(self, *flags: bool) -> list[bool]:
-        """Which of the flags is set on any process; one small reduction between the hosts, none for
-        one process.
-        """
+        """Return which flags are set on any process: one small reduction between the hosts."""
         if self.size == 1:
             return list(flags)
         merged = torch.tensor(flags, dtype=torch.int32)
@@ -70,11 +68,11 @@ class World:
         return [bool(flag) for flag in merged.tolist()]
 
     def most(self, count: int) -> int:
-        """The largest count of all processes."""
+        """Return the largest count of all processes."""
         return max(self.gather(count))
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over processes."""
+        """Average a tensor over the processes."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -82,7 +80,7 @@ class World:
         return values
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank."""
+        """Return every process's value, by rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -102,8 +100,9 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave the block together: a user error of one process in it is raised on all of them.
-        Nothing in it may meet.
+        """Meet at the end of the block and raise on every process a user error of one of them.
+
+        Nothing inside may meet.
         """
         failure: UserError | None = None
         try:
@@ -113,7 +112,7 @@ class World:
         self.agree(failure)
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives on the main process, on every one; its user errors too."""
+        """Return on every process what ``work`` returns on the main one; so for its user errors."""
         found: T | None = None
         with self.together():
             if self.is_main:
@@ -122,61 +121,59 @@ class World:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """``auto``: this process's GPU if there is one, else the CPU; raises `ConfigError` for a device
-    that is not there.
+    """Return this process's device; ``auto``: its GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device, or not one for every process.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise ConfigError(
-            f"the device {name!r} is not one this can train on: choose auto, cpu, cuda or cuda:N"
+            f"cannot train on the device {name!r}",
+            Give("device", "auto, cpu, cuda or cuda:N"),
+            field="device",
         )
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"the device {name!r} was asked for, but this machine's torch sees no GPU: use"
-                " --device cpu"
-            )
-        num_gpus, num_local = (
-            torch.cuda.device_count(),
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    if kind == "cpu":
+        return torch.device("cpu")
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_processes > 1 and number:
+        raise ConfigError(
+            f"{name!r} is one device, and each of {num_processes} processes needs its own",
+            Give("device", "cuda"),
+            field="device",
         )
-        if num_local > 1 and device.index is not None:
-            raise ConfigError(
-                f"the device {name!r} was asked for by {num_local} processes, and each needs its"
-                " own: use --device cuda"
-            )
-        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
-        # Every process looks at the largest index, so that all of them stop, and not only those
-        # without a GPU.
-        if max(index, num_local - 1) >= num_gpus:
-            raise ConfigError(
-                f"the device cuda:{max(index, num_local - 1)} is needed, and the last GPU here is"
-                f" cuda:{num_gpus - 1}"
-            )
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return device
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    # Every process checks the largest index, so that all of them stop and not only those without
+    # a GPU.
+    largest, num_gpus = max(index, num_processes - 1), torch.cuda.device_count()
+    if largest >= num_gpus:
+        raise ConfigError(
+            f"the device cuda:{largest} is needed, and torch sees {plural(num_gpus, 'GPU')}",
+            Give("device", "cpu"),
+            field="device",
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
-    """Join torchrun's processes, or be alone.
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started, or be alone.
 
     Raises:
         ProcessLost: another process died while this one waited for it.
     """
     chosen = choose_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
-        alone = not dist.is_initialized()
-        yield World(0 if alone else dist.get_rank(), 1 if alone else dist.get_world_size(), chosen)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
         return
-    # gloo beside NCCL: flags and sentences travel between the hosts without waiting for the GPUs.
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    # gloo beside NCCL: flags and errors travel between the hosts without waiting for the GPUs.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
@@ -186,8 +183,8 @@ def world(device: str = "auto") -> Iterator[World]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise ProcessLost(
-            f"another process of this run died or does not answer ({reason}): its own message says"
-            " why, and the same command goes on from what was saved"
+            f"another process of this run died or does not answer ({reason})",
+            "see its own message; the same command goes on from what was saved",
         ) from error
     finally:
         dist.destroy_process_group()

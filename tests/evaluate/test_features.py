@@ -38,7 +38,7 @@ from vitdistill.vit.needs import Needs
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
 from vitdistill.weights.export import export_timm
-from vitdistill.world import World, world
+from vitdistill.world import World, join_world
 
 ALONE = World(0, 1, torch.device("cpu"))
 COLOURS = {"ant": 0, "bee": 1, "cat": 2}
@@ -515,7 +515,7 @@ def test_processes_share_the_images_exactly(tmp_path: Path, photos: Path, count:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=rank, world_size=count
         )
-        with world("cpu") as here:
+        with join_world("cpu") as here:
             for loader, whole in zip(loaders(here), expected, strict=True):
                 found = extract(model, loader, here)
                 assert (

@@ -467,7 +467,9 @@ def test_the_fingerprint_sees_what_changes_the_result_and_nothing_else() -> None
     recipe = named_recipe("small_images_maskedkd")
     flat = flatten(recipe)
     for path in VOLATILE:
-        other = replace_fields(recipe, {path: 7 if isinstance(flat[path], int) else "elsewhere"})
+        other = replace_fields(
+            recipe, {path: {bool: True, int: 7}.get(type(flat[path]), "elsewhere")}
+        )
         assert (
             other != recipe
             and fingerprint(other) == fingerprint(recipe)

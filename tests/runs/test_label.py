@@ -27,7 +27,7 @@ from vitdistill.runs.label import LabelOptions, check, label, logit_encoding
 from vitdistill.runs.networks import with_views_of_labels
 from vitdistill.runs.prepare import prepare
 from vitdistill.vit.network import Network
-from vitdistill.world import world
+from vitdistill.world import join_world
 
 pytestmark = pytest.mark.whole
 
@@ -108,7 +108,7 @@ def test_training_from_labels_is_training_with_the_teacher(kd, tools, tmp_path, 
 def test_stored_answers_give_the_very_loss_of_live_ones(kd, tmp_path):
     """Bit for bit, where records are made of the answers to the same batch."""
     recipe = kd()
-    with world("cpu") as here:
+    with join_world("cpu") as here:
         job = prepare(recipe, here, lambda text: None)
         store = written(recipe, tmp_path / "labels")
         stored = prepare(
@@ -170,7 +170,7 @@ def test_every_record_is_of_the_view_that_training_shows(kd, tmp_path):
     recipe = kd(**{"train.epochs": 6, "data.views": 5})
     store = written(recipe, tmp_path / "labels")
     assert store.status().records == 45 * 5
-    with world("cpu") as here:
+    with join_world("cpu") as here:
         job = prepare(
             replace_fields(recipe, {"teachers.teacher.labels": str(store.path)}),
             here,
@@ -578,7 +578,7 @@ def test_sparse_labels_train(kd, tools, tmp_path):
 
 def test_answers_that_are_not_finite_are_not_stored(kd, teacher, tools, tmp_path):
     recipe = kd()
-    with world("cpu") as here:
+    with join_world("cpu") as here:
         job = prepare(recipe, here, lambda text: None)
         work = labelling._Work(job, EXACT)
         next(job.teachers["teacher"].model.parameters()).data.fill_(float("nan"))
@@ -618,7 +618,7 @@ def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, plain, too
 
 
 def test_draws_are_of_an_image_and_a_view(kd):
-    with world("cpu") as here:
+    with join_world("cpu") as here:
         work = labelling._Work(
             prepare(kd(), here, lambda text: None), LabelOptions(encoding="sampled", k=50)
         )
@@ -736,7 +736,7 @@ def test_two_processes_read_the_labels_of_one(stored, tools):
     """
 
     def read(count):
-        with world("cpu") as here:
+        with join_world("cpu") as here:
             job = prepare(stored(), here, lambda text: None)
             batches = [batch for step in job.train_loader.batches(0, 4) for batch in step]
         return [

@@ -22,7 +22,7 @@ from vitdistill.data.source import open_source
 from vitdistill.errors import ConfigError, DataError, OutOfMemory, UserError
 from vitdistill.memory import memory_errors
 from vitdistill.storage import checkpoint
-from vitdistill.world import world
+from vitdistill.world import join_world
 
 pytestmark = pytest.mark.whole
 
@@ -342,7 +342,7 @@ def test_memory_that_runs_out_on_one_of_two_processes(tmp_path, plain, tools):
 def command(words):
     """A command under torchrun: what fails is its word."""
     (word,) = words
-    with world("cpu") as here:
+    with join_world("cpu") as here:
         if word == "together":
             with here.together():
                 if here.rank == 1:

@@ -28,7 +28,8 @@ from vitdistill.methods.base import Objective, WeightSchedule
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.config import TeacherConfig, dump_recipe, replace_fields
-from vitdistill.runs.train import StopRequest, evaluate
+from vitdistill.runs.stop import StopRequest
+from vitdistill.runs.train import evaluate
 from vitdistill.storage import checkpoint
 from vitdistill.storage.atomic import free_bytes
 from vitdistill.vit.needs import Needs

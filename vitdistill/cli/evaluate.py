@@ -31,7 +31,7 @@ from ..runs.prepare import amp_dtype_of
 from ..runs.train import evaluate
 from ..vit.flops import forward_flops
 from ..vit.needs import Needs
-from ..world import World, world
+from ..world import World, join_world
 from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
 
 
@@ -121,7 +121,7 @@ def main(words: Sequence[str]) -> int:
     if flags.batch_size < 1:
         raise ConfigError(f"--batch-size is {flags.batch_size}: give at least 1")
     _check_probes(flags)
-    with world(flags.device) as here:
+    with join_world(flags.device) as here:
         result = _evaluate(flags, here)
     if here.is_main:
         print(json.dumps(result)) if flags.json else _print(flags, result)

@@ -156,6 +156,7 @@ class TrainConfig:
         save_every: steps between checkpoints; None: once an epoch.
         log_every: steps between log lines.
         keep_checkpoints: checkpoints to keep, at least 1.
+        accept_changed_images: go on with images that are not those the run began with.
         eval_batch_size: images a step of evaluation and process.
     """
 
@@ -170,6 +171,7 @@ class TrainConfig:
     save_every: int | None = None
     log_every: int = 50
     keep_checkpoints: int = 2
+    accept_changed_images: bool = False
     eval_batch_size: int = 256
 
 
@@ -715,6 +717,7 @@ VOLATILE = (
     "data.workers",
     "train.log_every",
     "train.keep_checkpoints",
+    "train.accept_changed_images",
     "name",
     "description",
     "data.dir",

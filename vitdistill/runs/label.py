@@ -34,10 +34,10 @@ from ..vit.flops import forward_flops
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..weights import create as weights
-from ..world import World, agreed, world
+from ..world import World, agreed, join_world
 from .networks import resolve_run
 from .prepare import Job, identity_of_views, prepare, weights_digest
-from .train import StopRequest
+from .stop import StopRequest
 
 DENSE_CLASSES = 256
 """Up to so many classes ``auto`` stores all logits; above, the ten largest and the mass of the
@@ -137,7 +137,7 @@ def label(
         UserError: one sentence, before anything is written for everything that can be known before.
         Preempted: it was asked to stop; what is written stays, and the same command goes on.
     """
-    with world(device) as here:
+    with join_world(device) as here:
         with here.together():
             recipe = _without_labels(recipe)
             _refuse_foreign(Path(output))
@@ -579,7 +579,7 @@ def check(
     ]
     if not sealed:
         raise DataError(f"{store.path} has no records yet: run 'vitdistill label' first")
-    with world(device) as here:
+    with join_world(device) as here:
         job = prepare(for_teachers(recipe, here.size), here, say)
         job.recipe = recipe
         work = _Work(job, LabelOptions())

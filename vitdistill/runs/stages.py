@@ -511,7 +511,7 @@ def train_stages(
             wrong with a later stage, and for a folder that holds a stage with other settings, or
             one that began from other weights or images.
     """
-    from ..world import world
+    from ..world import join_world
     from .train import train
 
     output, console = Path(output), console or Console()
@@ -527,7 +527,7 @@ def train_stages(
             )
         )
     summaries = {}
-    with world(device) as here:
+    with join_world(device) as here:
         here.from_main(partial(_check, stages, output, until, here.size))
         for number, (key, stage) in enumerate(stages.stages.items(), 1):
             if here.is_main:

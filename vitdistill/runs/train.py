@@ -10,8 +10,6 @@ the number of processes and micro-batches.
 import contextlib
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,47 +39,17 @@ from ..vit.needs import Needs
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
 from ..weights.export import export_timm
-from ..world import World, agreed, world
+from ..world import World, agreed, join_world
 from .display import Display, Speed
 from .folder import METRICS, PICTURES, SUMMARY, TIMING, RunFolder, finished, saved_recipe
 from .networks import with_views_of_labels
 from .optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
 from .pictures import draw_sheet, png
 from .prepare import Job, fingerprint_but, prepare
+from .stop import StopRequest
 
 PROGRESS = ("step", "evaluated_at", "best_step", "scores", "seconds")
 Resumed = tuple[dict[str, Tensor], dict[str, Any]]
-
-
-class StopRequest:
-    """SIGTERM, Ctrl-C and SIGUSR1 ask the run to save and stop; one more of them stops it at once.
-
-    Signals within ``patience`` seconds are one request: a launcher passes on what the whole process
-    group was sent already.
-    """
-
-    def __init__(self, patience: float = 3.0) -> None:
-        self.name = ""
-        self._patience, self._asked = patience, 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if not self.name:
-            self.name, self._asked = signal.Signals(number).name, now
-        elif now - self._asked > self._patience:
-            self.__exit__()
-            signal.raise_signal(number)
 
 
 def train(
@@ -105,7 +73,7 @@ def train(
     output = Path(output)
     console = console or Console()
     recipe = with_views_of_labels(recipe, saved_recipe(output))
-    with world(device) as here:
+    with join_world(device) as here:
         say = (
             (lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
             if here.is_main
