@@ -42,7 +42,7 @@ from vitdistill.labels.store import LabelStore, Manifest
 from vitdistill.methods.base import Objective
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.vit.network import Network
+from vitdistill.vit.families import describe_network
 
 IMAGENET, PART_SIZE = 1_281_167, 16_384
 BATCH_SIZE, BATCHES = 1024, 40  # of random reads, and how many of them are timed together
@@ -285,12 +285,12 @@ def build_steps(
     pair, size = setting.pair, (setting.pair.image_size, setting.pair.image_size)
     model = step_cost.build_model(pair, "teacher").eval().requires_grad_(False)
     spec = input_spec_of(model)
-    network = Network.of(model, "teacher", pair.teacher[0], size)
+    network = describe_network(model, "teacher", pair.teacher[0], size)
     teacher = Teacher(model, network, spec, spec)
 
     def ours(stored: bool) -> tuple[Callable[[], None], int, Batch]:
         student = step_cost.build_model(pair, "student")
-        description = Network.of(student, "student", pair.student[0], size)
+        description = describe_network(student, "student", pair.student[0], size)
         labels = {"teacher": setting.layout} if stored else {}
         plan = make_plan(description, {"teacher": network}, setting.objectives, labels=labels)
         batch = blank_batch(pair)

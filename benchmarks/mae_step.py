@@ -44,7 +44,7 @@ from vitdistill.methods.masking import RandomMasking
 from vitdistill.models.mae import MAEDecoder, init_mae, reconstruction_loss
 from vitdistill.recipes.config import OptimConfig
 from vitdistill.runs.optim import clip_gradients, make_optimizer
-from vitdistill.vit.network import Network
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.patches import gather_patches
 
 RATES = (0.75, 0.9, 0.95, 0.98)
@@ -123,7 +123,7 @@ def make_steps(pair: str, rate: float, batch_size: int) -> list[Made]:
     """The authors' step first, then ours, then ours with a decoder of two blocks."""
     names = PAIRS[pair]
     teacher_model = build(names[1], 2).eval().requires_grad_(False)
-    network = Network.of(teacher_model, "teacher", names[1], SIZE)
+    network = describe_network(teacher_model, "teacher", names[1], SIZE)
     spec = input_spec_of(teacher_model)
     teacher = Teacher(teacher_model, network, spec, spec)
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def make_steps(pair: str, rate: float, batch_size: int) -> list[Made]:
     for title, depth in (("the authors' step", 8), ("ours", 8), ("ours, decoder of 2 blocks", 2)):
         student = build(names[0], 1)
         plan = make_plan(
-            Network.of(student, "student", names[0], SIZE),
+            describe_network(student, "student", names[0], SIZE),
             {"teacher": network},
             {"mae": PixelReconstruction(decoder_depth=depth), "dmae": DMAE()},
             masking=RandomMasking(mask_rate=rate),

@@ -46,7 +46,7 @@ from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.config import OptimConfig
 from vitdistill.runs.optim import clip_gradients, make_optimizer
 from vitdistill.storage.atomic import write_atomic
-from vitdistill.vit.network import Network
+from vitdistill.vit.families import describe_network
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LR, WEIGHT_DECAY = 1e-4, 0.05
@@ -174,7 +174,7 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
         view=0,
     )
     teacher_model = build_model(pair, "teacher").eval().requires_grad_(False)
-    network = Network.of(teacher_model, "teacher", pair.teacher[0], size)
+    network = describe_network(teacher_model, "teacher", pair.teacher[0], size)
     spec = input_spec_of(teacher_model)
     teacher = Teacher(teacher_model, network, spec, spec)
 
@@ -189,7 +189,10 @@ def build_steps(pair: Pair, batch_size: int) -> list[Step]:
         )
         networks = {name: network for name in teachers}
         plan = make_plan(
-            Network.of(student, "student", pair.student[0], size), networks, objectives, selector
+            describe_network(student, "student", pair.student[0], size),
+            networks,
+            objectives,
+            selector,
         )
         run = our_step(Distillation(student, plan), teachers, batch)
         return run, cost_of(plan, student, {name: teacher_model for name in teachers}, batch_size)

@@ -32,6 +32,7 @@ from vitdistill.methods.base import (
 )
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.flops import forward_flops, training_flops
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
@@ -134,8 +135,8 @@ def the_pair() -> Pair:
     with torch.device("meta"):
         student, teacher = timm.create_model(STUDENT), timm.create_model(TEACHER)
     networks = (
-        Network.of(student, "student", STUDENT, SIZE),
-        Network.of(teacher, "teacher", TEACHER, SIZE),
+        describe_network(student, "student", STUDENT, SIZE),
+        describe_network(teacher, "teacher", TEACHER, SIZE),
     )
     return Pair({"student": student, "teacher": teacher}, *networks)
 

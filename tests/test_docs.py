@@ -36,8 +36,10 @@ def test_the_method_of_the_guide_works() -> None:
     student = Network("student", "a", (8, 8), depth=2, dim=4, num_classes=3, num_parameters=0)
     teacher = Network("teacher", "b", (8, 8), depth=3, dim=6, num_classes=3, num_parameters=0)
     adapter = objective.adapter(student, teacher)
-    ours = ViTOutput(hidden={1: torch.randn(2, 5, 4)}, depth=2)
-    loss = objective.loss(ours, ViTOutput(hidden={2: torch.randn(2, 5, 6)}, depth=3), None, adapter)  # type: ignore[arg-type]
+    ours = ViTOutput(hidden={1: torch.randn(2, 5, 4)}, network=Network(depth=2))
+    loss = objective.loss(
+        ours, ViTOutput(hidden={2: torch.randn(2, 5, 6)}, network=Network(depth=3)), None, adapter
+    )  # type: ignore[arg-type]
     assert 0 <= loss.item() <= 2 and loss.requires_grad
     assert objective.student_needs(student).resolve(2).hidden == {1}
 

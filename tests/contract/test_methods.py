@@ -35,10 +35,9 @@ from vitdistill.recipes.config import (
     load_recipe,
     to_dict,
 )
-from vitdistill.vit.families import QKV
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
-from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.output import QKV, ViTOutput
 from vitdistill.vit.walk import run_vit
 
 SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -93,7 +92,7 @@ class Case:
         if (
             is_objective
             and not self.method.teacher_needs(
-                Network.of(self.model, "teacher", "big", (16, 16))
+                describe_network(self.model, "teacher", "big", (16, 16))
             ).logits
         ):
             self.model = vit(1, 36, 5, num_classes=0)
@@ -109,7 +108,7 @@ class Case:
                 1, 36, 5, reg_tokens=2, num_heads=3, num_classes=self.model.num_classes
             )
         self.teacher = Teacher(
-            self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
+            self.model, describe_network(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
         )
         objectives = {"it": self.method} if is_objective else {"kd": SoftKD()}
         if unlike:
@@ -126,7 +125,7 @@ class Case:
             if seen == "kept" and teachers
             else None
         )
-        student = Network.of(self.student, "student", "small", (16, 16))
+        student = describe_network(self.student, "student", "small", (16, 16))
         self.plan: Plan = make_plan(
             student, {key: t.network for key, t in teachers.items()}, objectives, selector, masking
         )

@@ -23,8 +23,8 @@ from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, resample_saliency
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
 
@@ -60,7 +60,10 @@ def batch_of(
 def teacher_of(model: nn.Module, name: str = "teacher", side: int = 16) -> Teacher:
     spec = InputSpec((side, side), MEAN, STD)
     return Teacher(
-        model, Network.of(model, name, name, (side, side)), spec, InputSpec((16, 16), MEAN, STD)
+        model,
+        describe_network(model, name, name, (side, side)),
+        spec,
+        InputSpec((16, 16), MEAN, STD),
     )
 
 
@@ -70,7 +73,7 @@ def build(
     objectives: dict[str, Objective],
     selector: TokenSelector | None = None,
 ) -> Distillation:
-    network = Network.of(student, "student", "student", (16, 16))
+    network = describe_network(student, "student", "student", (16, 16))
     plan = make_plan(
         network, {name: teacher.network for name, teacher in teachers.items()}, objectives, selector
     )
@@ -317,9 +320,9 @@ def test_a_convolutional_pair_distils_by_logits() -> None:
     student = timm.create_model("resnet18", num_classes=5).eval()
     model, batch = timm.create_model("resnet18", num_classes=5).eval(), batch_of(side=32)
     spec = InputSpec((32, 32), MEAN, STD)
-    teacher = Teacher(model, Network.of(model, "teacher", "resnet18", (32, 32)), spec, spec)
+    teacher = Teacher(model, describe_network(model, "teacher", "resnet18", (32, 32)), spec, spec)
     plan = make_plan(
-        Network.of(student, "student", "resnet18", (32, 32)),
+        describe_network(student, "student", "resnet18", (32, 32)),
         {"teacher": teacher.network},
         {"kd": SoftKD()},
     )

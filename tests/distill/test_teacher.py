@@ -11,8 +11,8 @@ from vitdistill.data.augment import InputSpec
 from vitdistill.distill.classes import match_classes
 from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
 from vitdistill.vit.walk import run_vit
 
 IMAGENET = InputSpec((16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -39,7 +39,11 @@ def teacher_of(
     model: nn.Module, spec: InputSpec, images_spec: InputSpec, **options: object
 ) -> Teacher:
     return Teacher(
-        model, Network.of(model, "teacher", "vit", spec.image_size), spec, images_spec, **options
+        model,
+        describe_network(model, "teacher", "vit", spec.image_size),
+        spec,
+        images_spec,
+        **options,
     )  # type: ignore[arg-type]
 
 

@@ -35,6 +35,7 @@ from vitdistill.evaluate.features import (
     linear_probe,
 )
 from vitdistill.vit.needs import Needs
+from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
 from vitdistill.weights.export import export_timm
@@ -392,7 +393,7 @@ def test_prefix_tokens_are_left_out_of_the_mean() -> None:
     tokens = torch.tensor(
         [[[100.0, 0.0], [50.0, 0.0], [1.0, 2.0], [3.0, 6.0]]], dtype=torch.bfloat16
     )
-    output = ViTOutput(features=tokens, num_prefix_tokens=2, has_class_token=True)
+    output = ViTOutput(features=tokens, network=Network(num_prefix_tokens=2, has_class_token=True))
     assert (
         image_features(output).tolist() == [[2.0, 4.0]]
         and image_features(output).dtype is torch.float32

@@ -24,6 +24,7 @@ from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.flops import forward_flops, training_flops
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
@@ -82,7 +83,7 @@ def test_the_whole_teachers_too() -> None:
         ("deit3_base_patch16_224", 6757),
         ("deit3_large_patch16_224", 23677),
     ):
-        network = Network.of(vit(name), "teacher", name, (224, 224))
+        network = describe_network(vit(name), "teacher", name, (224, 224))
         assert vit_macs(network) * IMAGENET_TRAIN_IMAGES * 300 / 1e15 == pytest.approx(
             paper, rel=0.005
         )
@@ -115,7 +116,7 @@ def test_counts_agree_with_the_formula() -> None:
     the class token's bias for free).
     """
     model = vit("deit_small_patch16_224")
-    network = Network.of(model, "teacher", "deit_small_patch16_224", (224, 224))
+    network = describe_network(model, "teacher", "deit_small_patch16_224", (224, 224))
     assert forward_flops(model, (224, 224)) == pytest.approx(2 * vit_macs(network), rel=1e-3)
 
 
@@ -163,7 +164,7 @@ def test_other_networks_are_counted_by_their_own_forward(name: str, args: dict[s
 
 
 def of(model: nn.Module, name: str) -> Network:
-    return Network.of(model, name, f"{name}_model", (32, 32))
+    return describe_network(model, name, f"{name}_model", (32, 32))
 
 
 def test_a_masked_teacher_is_cheaper_and_a_guided_one_dearer() -> None:

@@ -20,10 +20,11 @@ from vitdistill.methods.attention_maps import (
     shared_vectors,
     token_scores,
 )
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
-from vitdistill.vit.output import ViTOutput
-from vitdistill.vit.walk import QKV, run_vit
+from vitdistill.vit.output import QKV, ViTOutput
+from vitdistill.vit.walk import run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"
@@ -48,7 +49,7 @@ def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module
 
 
 def network(model: nn.Module, name: str = "teacher") -> Network:
-    return Network.of(model, name, "small", SIZE)
+    return describe_network(model, name, "small", SIZE)
 
 
 def batch_of(count: int = 3) -> Batch:
@@ -188,8 +189,12 @@ def test_rows_and_vectors_are_gathered_token_by_token(
     seed: int, prefix: tuple[int, int], count: int, classes: bool
 ) -> None:
     keep = kept(count, 2, 9)
-    student = ViTOutput(grid=(3, 3), num_prefix_tokens=prefix[0], has_class_token=classes)
-    teacher = ViTOutput(grid=(3, 3), num_prefix_tokens=prefix[1], has_class_token=True, keep=keep)
+    student = ViTOutput(
+        grid=(3, 3), network=Network(num_prefix_tokens=prefix[0], has_class_token=classes)
+    )
+    teacher = ViTOutput(
+        grid=(3, 3), keep=keep, network=Network(num_prefix_tokens=prefix[1], has_class_token=True)
+    )
     ours, its = (
         some(seed, 2, 2, prefix[0] + 9).softmax(-1),
         some(seed + 1, 2, 3, prefix[1] + count).softmax(-1),
@@ -212,8 +217,8 @@ def test_rows_and_vectors_are_gathered_token_by_token(
 def test_between_grids_patches_keep_their_total_and_a_level_row_stays_level(
     seed: int, grid: tuple[int, int]
 ) -> None:
-    student = ViTOutput(grid=grid, num_prefix_tokens=2, has_class_token=True)
-    teacher = ViTOutput(grid=(4, 4), num_prefix_tokens=1, has_class_token=True)
+    student = ViTOutput(grid=grid, network=Network(num_prefix_tokens=2, has_class_token=True))
+    teacher = ViTOutput(grid=(4, 4), network=Network(num_prefix_tokens=1, has_class_token=True))
     ours = some(seed, 2, 3, 2 + grid[0] * grid[1]).softmax(-1)
     its = some(seed, 2, 3, 17).softmax(-1)
     row, _ = shared_rows(student, teacher, ours, its)
@@ -333,9 +338,7 @@ def test_recorded_in_bfloat16_the_loss_is_float32(objective: AttentionMaps) -> N
             attention={i: a.bfloat16() for i, a in o.attention.items()},
             qkv={i: QKV(*(t.bfloat16() for t in triple)) for i, triple in o.qkv.items()},
             grid=o.grid,
-            num_prefix_tokens=1,
-            has_class_token=True,
-            depth=3,
+            network=Network(num_prefix_tokens=1, has_class_token=True, depth=3),
         )
         for o in outputs(objective, student, teacher)
     ]

@@ -28,6 +28,7 @@ from vitdistill.recipes.config import (
     load_recipe,
     replace_fields,
 )
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.network import Network
 from vitdistill.vit.patches import num_kept_patches
 
@@ -260,7 +261,7 @@ def test_networks_are_described_without_being_run() -> None:
     with torch.device("meta"):
         vit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7)
         resnet = timm.create_model("resnet18")
-    network = Network.of(vit, "student", "deit_tiny_distilled_patch16_224", (224, 224))
+    network = describe_network(vit, "student", "deit_tiny_distilled_patch16_224", (224, 224))
     assert (network.grid, network.patch_size, network.num_patches, network.num_prefix_tokens) == (
         (14, 14),
         (16, 16),
@@ -275,8 +276,8 @@ def test_networks_are_described_without_being_run() -> None:
     )
     assert network.walks and network.attention_source == "class"
     assert network.num_parameters == sum(p.numel() for p in vit.parameters())
-    assert Network.of(vit, "t", "x", (224, 224), num_classes=3).num_classes == 3
-    other = Network.of(resnet, "teacher", "resnet18", (224, 224))
+    assert describe_network(vit, "t", "x", (224, 224), num_classes=3).num_classes == 3
+    other = describe_network(resnet, "teacher", "resnet18", (224, 224))
     assert (
         not other.walks
         and other.attention_source is None
@@ -317,13 +318,13 @@ def test_networks_say_how_wide_every_block_is() -> None:
     with torch.device("meta"):
         vit, resnet = timm.create_model("deit_tiny_patch16_224"), timm.create_model("resnet18")
     assert (
-        Network.of(vit, "student", "x", (224, 224)).dims == (192,) * 12
-        and Network.of(vit, "student", "x", (224, 224)).num_heads == 3
+        describe_network(vit, "student", "x", (224, 224)).dims == (192,) * 12
+        and describe_network(vit, "student", "x", (224, 224)).num_heads == 3
     )
-    other = Network.of(resnet, "teacher", "resnet18", (224, 224))
+    other = describe_network(resnet, "teacher", "resnet18", (224, 224))
     assert (
         other.dims == (64, 64, 128, 256, 512)
         and other.num_heads == 0
         and other.dims[-1] == other.dim
     )
-    assert Network.of(torch.nn.Flatten(), "teacher", "mine", (224, 224)).dims == ()
+    assert describe_network(torch.nn.Flatten(), "teacher", "mine", (224, 224)).dims == ()

@@ -17,6 +17,7 @@ from vitdistill.methods.cross_entropy import (
     cross_entropy_loss,
     head_logits,
 )
+from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
 LOGITS = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -83,7 +84,9 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype, mixed: bool) -> None:
 
 def test_the_head_of_the_class_token_learns_from_the_labels() -> None:
     heads = torch.stack([LOGITS, LOGITS.flip(1)], dim=1)
-    student = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation"))
+    student = ViTOutput(
+        logits=heads.mean(1), head_logits=heads, network=Network(heads=("class", "distillation"))
+    )
     batch = Batch(torch.zeros(6, 3, 4, 4), LABELS, LABELS, LABELS, 0)
 
     def loss(head: str) -> Tensor:
@@ -127,7 +130,7 @@ def test_which_head_is_meant(
 ) -> None:
     assert chosen_head(heads, head, teacher) == chosen
     every = torch.randn(2, len(heads), 4) if len(heads) > 1 else None
-    output = ViTOutput(logits=torch.randn(2, 4), head_logits=every, heads=heads)
+    output = ViTOutput(logits=torch.randn(2, 4), head_logits=every, network=Network(heads=heads))
     expected = output.logits if every is None or chosen == "all" else every[:, heads.index(chosen)]
     assert torch.equal(head_logits(output, head, teacher), expected)
 

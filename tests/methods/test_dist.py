@@ -12,6 +12,7 @@ from torch import Tensor
 from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.dist import DIST, dist_loss, pearson
+from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
 Case = tuple[Tensor, Tensor]
@@ -220,7 +221,11 @@ def test_settings_that_mean_nothing_are_refused(beta: float, gamma: float, words
 def test_the_objective_compares_the_head_that_learns_from_the_teacher() -> None:
     heads, teacher = torch.randn(3, 2, 5), torch.randn(3, 5)
     student, labels = (
-        ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")),
+        ViTOutput(
+            logits=heads.mean(1),
+            head_logits=heads,
+            network=Network(heads=("class", "distillation")),
+        ),
         torch.full((3,), -1),
     )
     method = DIST(beta=2.0, gamma=0.5, temperature=3.0)

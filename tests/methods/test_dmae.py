@@ -33,6 +33,7 @@ from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.masking import RandomMasking, random_masking
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.models.mae import init_mae
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 from vitdistill.vit.walk import run_vit
@@ -64,13 +65,13 @@ class Pair:
         self.student, self.model = vit(0), vit(1, 36, 8, **teacher)
         init_mae(self.student)  # type: ignore[arg-type]
         self.teacher = Teacher(
-            self.model, Network.of(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
+            self.model, describe_network(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
         )
         reads = any(hasattr(objective, "teacher") for objective in objectives.values())
         self.teachers = {"teacher": self.teacher} if reads else {}
         networks = {name: it.network for name, it in self.teachers.items()}
         self.plan = make_plan(
-            Network.of(self.student, "student", "small", (16, 16)),
+            describe_network(self.student, "student", "small", (16, 16)),
             networks,
             objectives,
             masking=masking,
@@ -116,8 +117,8 @@ def test_the_authors_losses_and_their_gradients() -> None:
         "dmae": DMAE(student_blocks=(2,), teacher_blocks=(5,)),
     }
     networks = (
-        Network.of(student, "student", "s", (64, 64)),
-        {"teacher": Network.of(teacher, "teacher", "t", (64, 64))},
+        describe_network(student, "student", "s", (64, 64)),
+        {"teacher": describe_network(teacher, "teacher", "t", (64, 64))},
     )
     assert objectives["dmae"].student_needs(networks[0]) == DMAE().student_needs(networks[0])
     plan = make_plan(*networks, objectives, masking=RandomMasking(mask_rate=0.75))
@@ -335,7 +336,7 @@ def test_other_objectives_compare_under_the_same_mask() -> None:
 
 
 def network(model: nn.Module, name: str, size: tuple[int, int] = (16, 16)) -> Network:
-    return Network.of(model, name, "vit", size)
+    return describe_network(model, name, "vit", size)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitdistill.data.batch import Batch
 from vitdistill.methods.kd import HardKD, SoftKD, kd_loss
+from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
 
@@ -157,7 +158,9 @@ def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None
 
 def test_heads_are_chosen_as_deit_trains_them() -> None:
     heads, teacher = torch.stack([logits(0), logits(1)], dim=1), logits(2)
-    student = ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation"))
+    student = ViTOutput(
+        logits=heads.mean(1), head_logits=heads, network=Network(heads=("class", "distillation"))
+    )
     answer, batch = ViTOutput(logits=teacher), batch_of(torch.tensor([0, 1, 2]))
 
     def soft(head: str) -> Tensor:
@@ -181,7 +184,7 @@ def test_a_teacher_trains_the_head_called_like_it(
 ) -> None:
     heads, answer = torch.stack([logits(i) for i in range(4)], dim=1), ViTOutput(logits=logits(9))
     student, batch = (
-        ViTOutput(logits=heads.mean(1), head_logits=heads, heads=tuple(order)),
+        ViTOutput(logits=heads.mean(1), head_logits=heads, network=Network(heads=tuple(order))),
         batch_of(torch.tensor([0, 1, 2])),
     )
     expected = method(

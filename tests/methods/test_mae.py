@@ -14,6 +14,7 @@ from vitdistill.data.batch import Batch
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import random_masking
 from vitdistill.models.mae import MAEDecoder, reconstruction_loss
+from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
 
@@ -42,7 +43,10 @@ def test_the_loss_of_training_is_the_published_one(
     images = torch.randn(2, 3, 2 * rows, 3 * columns, dtype=torch.float64)
     features = torch.randn(2, prefix + keep.shape[1], 6, dtype=torch.float64, requires_grad=True)
     output: Any = ViTOutput(
-        features=features, keep=keep, grid=(rows, columns), num_prefix_tokens=prefix, depth=1
+        features=features,
+        keep=keep,
+        grid=(rows, columns),
+        network=Network(num_prefix_tokens=prefix, depth=1),
     )
     ids = torch.arange(2)
     trained = objective.loss(output, None, Batch(images, ids, ids, ids, 0), decoder)

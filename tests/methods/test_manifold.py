@@ -17,6 +17,7 @@ from vitdistill.methods.manifold import (
     random_gram_loss,
     sample_gram_loss,
 )
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
@@ -44,7 +45,7 @@ def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module
 
 
 def network(model: nn.Module, name: str = "teacher") -> Network:
-    return Network.of(model, name, "small", SIZE)
+    return describe_network(model, name, "small", SIZE)
 
 
 def batch_of(count: int = 3, seed: int = 0) -> Batch:
@@ -268,7 +269,7 @@ def test_a_term_of_no_weight_is_left_out_and_the_others_couple_images() -> None:
             {i: h[b : b + 1] for i, h in output.hidden.items()} for output in (ours, its)
         )
         one = [
-            ViTOutput(hidden=hidden, grid=(4, 4), num_prefix_tokens=1, depth=3)
+            ViTOutput(hidden=hidden, grid=(4, 4), network=Network(num_prefix_tokens=1, depth=3))
             for hidden in (mine, other)
         ]
         alone.append(parts[0].loss(one[0], one[1], batch_of(1), None).item())

@@ -16,6 +16,7 @@ from vitdistill.methods.maskedkd import (
     resample_saliency,
     select_patches,
 )
+from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
 
@@ -36,7 +37,11 @@ def attention_of(
 def output(
     attention: Tensor, grid: tuple[int, int], prefix: int = 1, depth: int = 12, block: int = 11
 ) -> ViTOutput:
-    return ViTOutput(attention={block: attention}, grid=grid, num_prefix_tokens=prefix, depth=depth)
+    return ViTOutput(
+        attention={block: attention},
+        grid=grid,
+        network=Network(num_prefix_tokens=prefix, depth=depth),
+    )
 
 
 shapes = st.fixed_dictionaries(
@@ -215,7 +220,9 @@ def test_student_guided_on_two_grids_goes_by_position() -> None:
 @pytest.mark.parametrize("block", [-1, 3, -9])
 def test_the_block_counts_from_either_end(block: int) -> None:
     attention = {i: attention_of(i) for i in range(12)}
-    student = ViTOutput(attention=attention, grid=(4, 4), num_prefix_tokens=1, depth=12)
+    student = ViTOutput(
+        attention=attention, grid=(4, 4), network=Network(num_prefix_tokens=1, depth=12)
+    )
     keep = MaskedKD(block=block).select((4, 4), 5, student, None, None)
     assert torch.equal(keep, select_patches(attention[block % 12], 5))
 

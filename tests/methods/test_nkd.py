@@ -332,7 +332,9 @@ def test_the_distillation_tokens_head_learns_from_the_teacher(method: Any) -> No
 
     def loss(head: str) -> Tensor:
         student = ViTOutput(
-            logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")
+            logits=heads.mean(1),
+            head_logits=heads,
+            network=Network(heads=("class", "distillation")),
         )
         answer: Tensor = type(method)(head=head).loss(
             student, ViTOutput(logits=teacher), batch, None

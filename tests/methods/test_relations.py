@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.relations import Relations, relation_heads, relation_loss
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
@@ -40,7 +41,7 @@ def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module
 
 
 def network(model: nn.Module, name: str = "teacher") -> Network:
-    return Network.of(model, name, "small", SIZE)
+    return describe_network(model, name, "small", SIZE)
 
 
 def batch_of(count: int = 3, seed: int = 0) -> Batch:

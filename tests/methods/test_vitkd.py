@@ -29,8 +29,8 @@ from vitdistill.methods.vitkd import (
     mimicking_loss,
     vitkd_loss,
 )
+from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
 from vitdistill.vit.patches import resample_patches
 from vitdistill.vit.walk import run_vit
 
@@ -589,9 +589,9 @@ class Pair:
         self.student, self.model = network(student), network(teacher, 1)
         spec = InputSpec((16, 16), MEAN, STD)
         self.teacher = Teacher(
-            self.model, Network.of(self.model, "teacher", teacher, (16, 16)), spec, spec
+            self.model, describe_network(self.model, "teacher", teacher, (16, 16)), spec, spec
         )
-        described = Network.of(self.student, "student", student, (16, 16))
+        described = describe_network(self.student, "student", student, (16, 16))
         self.plan = make_plan(
             described, {"teacher": self.teacher.network}, {"vitkd": self.objective}, selector
         )

@@ -12,6 +12,7 @@ from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.kd import kd_loss
 from vitdistill.methods.wttm import WTTM, wttm_loss
+from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
 Case = tuple[Tensor, Tensor]
@@ -136,7 +137,11 @@ def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None
 def test_the_objective_compares_the_head_that_learns_from_the_teacher() -> None:
     heads, teacher = torch.randn(3, 2, 5), torch.randn(3, 5)
     student, labels = (
-        ViTOutput(logits=heads.mean(1), head_logits=heads, heads=("class", "distillation")),
+        ViTOutput(
+            logits=heads.mean(1),
+            head_logits=heads,
+            network=Network(heads=("class", "distillation")),
+        ),
         torch.full((3,), -1),
     )
     method = WTTM(temperature=3.0)

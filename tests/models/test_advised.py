@@ -20,11 +20,10 @@ from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import cost_of, explain
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.runs.networks import without_memory
-from vitdistill.vit.families import family_of
+from vitdistill.vit.families import describe_network, family_of
 from vitdistill.vit.flops import forward_flops
 from vitdistill.vit.heads import TokenHeads
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
 from vitdistill.vit.walk import run_vit
 from vitdistill.weights.create import create_model
 from vitdistill.weights.export import export_onnx, export_timm
@@ -93,7 +92,7 @@ def test_equals_the_models_own_forward(form: str) -> None:
     assert (short.logits - whole).abs().max() < 1e-5 and (
         short.head_logits - output.head_logits
     ).abs().max() < 1e-5
-    assert output.heads == family_of(model).heads == ("class", *model.teachers)
+    assert output.heads == family_of(model).network.heads == ("class", *model.teachers)
     assert output.num_prefix_tokens == len(output.heads) and output.head_logits.shape == (
         3,
         len(output.heads),
@@ -204,14 +203,14 @@ def test_another_number_of_classes(form: str) -> None:
     model.reset_classifier(4)
     assert (
         model(images).shape == (3, 4)
-        and model.head.names == family_of(model).heads == names
+        and model.head.names == family_of(model).network.heads == names
         and model.num_classes == 4
     )
     model.train().reset_classifier(0)
     assert (
         model.head.training
         and model.eval()(images).shape == model.forward_features(images).shape
-        and family_of(model).heads == ("class",)
+        and family_of(model).network.heads == ("class",)
     )
     assert torch.equal(
         run_vit(model, images, Needs(features=True)).features, model.forward_features(images)
@@ -428,7 +427,9 @@ def test_stems_have_a_line_in_the_costs() -> None:
         with without_memory():
             model = timm.create_model(name, num_classes=10)
         plan = make_plan(
-            Network.of(model, "student", name, (224, 224)), {}, {"ce": CrossEntropy(head="all")}
+            describe_network(model, "student", name, (224, 224)),
+            {},
+            {"ce": CrossEntropy(head="all")},
         )
         text = explain(plan, cost_of(plan, model, {}), 100, 1)
         assert ("of which the stems (patch embedding)" in text) == shown

@@ -140,8 +140,10 @@ def test_attention_is_that_of_the_block(form: str) -> None:
         )
         model(images)
         handle.remove()
-        expected = seen[0][:, :, 0] if family.attention_source == "class" else seen[0].mean(2)
-        if family.attention_source == "pool" and i == 2:
+        expected = (
+            seen[0][:, :, 0] if family.network.attention_source == "class" else seen[0].mean(2)
+        )
+        if family.network.attention_source == "pool" and i == 2:
             pool = model.attn_pool
             x = model.norm(
                 model.forward_intermediates(
@@ -236,9 +238,9 @@ def test_whether_the_prediction_reads_the_class_token(form: str) -> None:
     family = family_of(model)
     features = run_vit(model, images, Needs(features=True)).features
     other = features.clone()
-    if family.has_class_token:
+    if family.network.has_class_token:
         other[:, 0] += 1
-    assert family.reads_class_token == (
+    assert family.network.reads_class_token == (
         not torch.equal(family.head(features)[0], family.head(other)[0])
     )
 
@@ -284,7 +286,7 @@ def test_features_of_other_networks_come_after_their_final_norm(name: str) -> No
         parameter.add_(torch.randn_like(parameter) * 0.05)
     images, last = (
         torch.randn(2, 3, *(WHOLE[name].get("img_size", 64),) * 2),
-        family_of(model).depth - 1,
+        family_of(model).network.depth - 1,
     )
     raw = model.forward_intermediates(images, indices=[last], intermediates_only=True)[0]
     features = run_vit(model, images, Needs(features=True))
@@ -539,7 +541,9 @@ def test_recording_more_changes_no_number(form: str) -> None:
     )
     # Attention of networks without a class token is computed explicitly, which agrees with the
     # fused kernel to rounding.
-    exact = everything.num_prefix_tokens > 0 and family_of(model).attention_source == "class"
+    exact = (
+        everything.num_prefix_tokens > 0 and family_of(model).network.attention_source == "class"
+    )
     for needs in (
         Needs(logits=True),
         Needs(hidden=blocks),

@@ -114,8 +114,8 @@ def extract(
         ConfigError: ``pool`` is ``class`` and the network has no class token.
         NonFiniteError: a feature is NaN or infinite.
     """
-    family = family_of(model)
-    check_pool(pool, family.has_class_token)  # before any process waits for another
+    network = family_of(model).network
+    check_pool(pool, network.has_class_token)  # before any process waits for another
     training = model.training
     model.eval()
     after_pool = getattr(model, "fc_norm", None)

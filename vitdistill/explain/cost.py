@@ -17,7 +17,7 @@ from ..distill.plan import Plan, describe_needs
 from ..labels.reader import StoredAnswer, blank_targets
 from ..messages import format_bytes, format_count, format_table, plural
 from ..methods.base import TeacherObjective
-from ..vit.flops import _blank_keep, _on_meta, forward_flops, training_flops
+from ..vit.flops import _on_meta, blank_keep, forward_flops, training_flops
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
@@ -165,7 +165,7 @@ def _count_objectives(
             )
             for name, objective in plan.objectives.items()
         }
-        seen = _blank_keep(plan.student_keep, batch_size)
+        seen = blank_keep(plan.student_keep, batch_size)
         answers: dict[str, ViTOutput | StoredAnswer] = {
             name: _answer(plan, name, model, seen, batch_size)
             for name, model in teachers.items()
@@ -199,7 +199,7 @@ def _answer(
     """What a teacher would record, on the meta device, in the number of classes it answers for;
     ``seen`` are the student's patches.
     """
-    network, keep = plan.teachers[name], _blank_keep(plan.num_keep[name], batch_size)
+    network, keep = plan.teachers[name], blank_keep(plan.num_keep[name], batch_size)
     images = torch.empty(batch_size, 3, *network.image_size, device="meta")
     with torch.no_grad():
         answer = run_vit(_on_meta(model), images, plan.live[name], keep)

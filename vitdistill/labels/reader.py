@@ -122,9 +122,7 @@ class StoredAnswer:
             features=self.targets.features,
             grid=network.grid,
             grids=network.grids,
-            num_prefix_tokens=network.num_prefix_tokens,
-            has_class_token=network.has_class_token,
-            depth=network.depth,
+            network=network,
         )
 
     def _logits(self, temperature: float | None) -> Float[Tensor, "B C"] | None:

@@ -349,9 +349,9 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
         keep, _, mask = random_masking(noise, mask_rate)
         encoder = PlainViT(self)
         tokens = encoder.embed(images, keep)
-        for i in range(encoder.depth):
+        for i in range(encoder.network.depth):
             tokens = encoder.run_block(i, tokens, None).tokens
-        return self.decode(encoder.norm(tokens), keep, encoder.num_prefix_tokens), mask
+        return self.decode(encoder.norm(tokens), keep, encoder.network.num_prefix_tokens), mask
 
 
 def init_mae(model: VisionTransformer) -> None:

@@ -26,6 +26,7 @@ from ..labels.store import LabelStore
 from ..methods.base import Objective, TeacherObjective
 from ..models.mae import hold_positions, init_mae
 from ..recipes.config import Recipe, StudentConfig, TeacherConfig
+from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
 
@@ -128,7 +129,7 @@ def _create(
     spec = input_spec_of(model)
     if config.image_size is not None:
         spec = replace(spec, image_size=(config.image_size, config.image_size))
-    return Built(model, spec, Network.of(model, name, config.model, spec.image_size))
+    return Built(model, spec, describe_network(model, name, config.model, spec.image_size))
 
 
 def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:
@@ -217,7 +218,7 @@ def blank_teacher(config: TeacherConfig, name: str, objectives: Mapping[str, Obj
     ):
         built.model.reset_classifier(0)  # type: ignore[operator]
         built = replace(
-            built, network=Network.of(built.model, name, config.model, built.spec.image_size)
+            built, network=describe_network(built.model, name, config.model, built.spec.image_size)
         )
     return built
 

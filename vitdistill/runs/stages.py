@@ -37,7 +37,7 @@ from ..recipes.config import (
 )
 from ..storage.atomic import disk_errors, sha256_file, write_atomic
 from ..storage.lock import LOCK, wait_lock
-from ..vit.network import Network
+from ..vit.families import describe_network
 from ..weights.create import check_is_file
 from .networks import (
     Built,
@@ -457,7 +457,9 @@ def networks(
                 built.model.reset_classifier(answers[name])  # type: ignore[operator]
                 built = replace(
                     built,
-                    network=Network.of(built.model, name, config.model, built.spec.image_size),
+                    network=describe_network(
+                        built.model, name, config.model, built.spec.image_size
+                    ),
                 )
             if reads_logits(recipe.objectives, built.network):
                 built = replace(

@@ -1,12 +1,14 @@
 """FLOPs of a forward pass, counted on the code that runs."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .walk import Needs, run_vit
+from .needs import Needs
+from .walk import run_vit
 
 
 def forward_flops(
@@ -15,10 +17,10 @@ def forward_flops(
     needs: Needs | None = None,
     num_keep: int | None = None,
 ) -> int:
-    """FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2), counted with
-    `FlopCounterMode` on the meta device.
+    """Count the FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2).
 
-    ``needs=None`` counts the model's own forward.
+    The pass runs on the meta device under `FlopCounterMode`. ``needs=None`` counts the model's own
+    forward.
     """
     return _count(model, image_size, needs, num_keep, backward=False)
 
@@ -26,7 +28,7 @@ def forward_flops(
 def training_flops(
     model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None
 ) -> int:
-    """FLOPs of one forward and backward pass on one image."""
+    """Count the FLOPs of one forward and backward pass on one image."""
     return _count(model, image_size, needs, None, backward=True)
 
 
@@ -37,40 +39,36 @@ def _count(
     num_keep: int | None,
     backward: bool,
 ) -> int:
-    model = _on_meta(model)
-    images = torch.empty(
-        2, 3, *image_size, device="meta"
-    )  # two: some batch norms refuse to train on one value a channel
-    keep = _blank_keep(num_keep, len(images))
-    # With gradients in either case: without, torch's module tracker fails on a network that hands a
-    # parameter to a block (CaiT).
+    model, size = _on_meta(model), 2  # some batch norms refuse to train on one value a channel
+    images = torch.empty(size, 3, *image_size, device="meta")
+    keep = blank_keep(num_keep, size)
+    # Gradients stay on even for a forward pass: without them torch's module tracker fails on a
+    # network that hands a parameter to a block (CaiT).
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        outputs = (
-            [model(images)] if needs is None else run_vit(model, images, needs, keep).tensors()
-        )
+        if needs is None:
+            outputs = [model(images)]
+        else:
+            outputs = run_vit(model, images, needs, keep).tensors()
         if backward:
             torch.autograd.backward([t.sum() for t in outputs])
-    return counter.get_total_flops() // len(images)
+    return counter.get_total_flops() // size
 
 
-def _blank_keep(num_keep: int | None, batch_size: int) -> Tensor | None:
-    return (
-        None
-        if num_keep is None
-        else torch.zeros(batch_size, num_keep, dtype=torch.int64, device="meta")
-    )
+def blank_keep(num_keep: int | None, batch_size: int) -> Tensor | None:
+    """Return indices of ``num_keep`` patches an image on the meta device; None for all patches."""
+    if num_keep is None:
+        return None
+    return torch.zeros(batch_size, num_keep, dtype=torch.int64, device="meta")
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """The same architecture without weights, so that counting costs neither memory nor time."""
-    import copy
-
+    """Copy the architecture without its weights, so that counting costs no memory and no time."""
     if all(p.is_meta for p in model.parameters()):
         return model
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        fake = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-        )
+        fake: Tensor = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, tensor.requires_grad)
+        memo[id(tensor)] = fake
     return copy.deepcopy(model, memo)

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 class Needs:
     """What to record in one forward pass; ``|`` unites the needs of several readers.
 
+    Blocks are counted from 0; negative numbers count from the end.
+
     Args:
-        logits: the model's prediction, and each head's own where it has several.
+        logits: the model's prediction, and each head's own logits if it has several heads.
         hidden: blocks whose output (the residual stream, before the final norm) is recorded.
-            Negative indices count from the end.
-        attention: blocks whose class-token attention (post-softmax) is recorded. Negative indices
-            count from the end.
-        qkv: blocks whose queries, keys and values are recorded. Negative indices count from the
-            end.
-        features: the last block's output after the final norm, what timm's ``forward_features``
-            gives.
+        attention: blocks whose class-token attention (post-softmax) is recorded.
+        qkv: blocks whose queries, keys and values are recorded.
+        features: the last block's output after the final norm, as timm's ``forward_features``.
 
     Example:
         >>> (Needs(logits=True) | Needs(hidden=frozenset({0}))) == Needs(True, frozenset({0}))
@@ -42,15 +40,13 @@ class Needs:
         return self.logits or self.features or bool(self.hidden | self.attention | self.qkv)
 
     def resolve(self, depth: int) -> "Needs":
-        """The same needs with indices in ``0 .. depth-1``; raises `IndexError` for a block the
-        model does not have.
-        """
+        """Return the same needs with blocks in ``0 .. depth-1``; raise `IndexError` beyond."""
 
         def absolute(blocks: frozenset[int]) -> frozenset[int]:
             for block in blocks:
                 if not -depth <= block < depth:
-                    there = "1 block (0)" if depth == 1 else f"{depth} blocks (0 to {depth - 1})"
-                    raise IndexError(f"block {block} does not exist: the model has {there}")
+                    has = "1 block (0)" if depth == 1 else f"{depth} blocks (0 to {depth - 1})"
+                    raise IndexError(f"block {block} does not exist: the model has {has}")
             return frozenset(block % depth for block in blocks)
 
         return Needs(
@@ -62,10 +58,8 @@ class Needs:
         )
 
     def num_blocks(self, depth: int) -> int:
-        """How many of the model's ``depth`` blocks have to run, counted from the first."""
+        """Return how many of ``depth`` blocks have to run, counted from the first."""
+        if self.logits or self.features:
+            return depth
         needs = self.resolve(depth)
-        return (
-            depth
-            if needs.logits or needs.features
-            else max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
-        )
+        return max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1

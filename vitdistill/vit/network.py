@@ -3,46 +3,48 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
-
-from .families import family_of
+AttentionSource = Literal["class", "pool", "mean"]
 
 
 @dataclass(frozen=True)
 class Network:
-    """What the plan knows of a network before it runs.
+    """The description of a network, made by its family (`vitdistill.vit.describe_network`).
 
     Attributes:
-        name: how messages call it ("student", or the teacher's name).
+        name: how messages call it: ``student``, or the teacher's name.
         architecture: timm name or class name.
         image_size: height and width of its input, pixels.
-        depth: blocks; dim: width; num_classes: size of its answer (after classes are matched).
+        depth: blocks, or feature stages of a network that is run whole.
+        dim: width of the token stream.
+        num_classes: size of its answer, after classes are matched.
+        num_parameters: all of them; 0 in the record of a pass, where nobody counts them.
+        grid: rows and columns of patches; (0, 0) without patches.
+        patch_size: height and width of a patch, pixels; (0, 0) without patches.
+        num_prefix_tokens: class, distillation and register tokens, which precede the patches.
+        has_class_token: the first token stands for the whole image.
+        heads: classifier heads by name; several only with distillation or teacher tokens.
+        answering: the heads the prediction is made of; empty: all.
+        walks: `run_vit` can walk it block by block, on any subset of patches.
+        attention_source: what stands for class-token attention. ``class``: the class token's row.
+            ``pool``: the query of an attention pool (last block; others fall back on ``mean``).
+            ``mean``: the mean of all rows, i.e. how much attention a patch receives, for networks
+            that average their patches. None: attention cannot be recorded.
         dims: width after each block; empty: hidden states cannot be recorded.
-        num_parameters: all of them.
-        grid: rows and columns of patches; (0, 0) for networks without.
-        patch_size: pixels; (0, 0) for networks without.
-        num_prefix_tokens: class, distillation and register tokens.
-        has_class_token: the first of them stands for the whole image.
-        reads_class_token: its prediction is made of that, and not of a pool of its patches alone.
-        heads: classifier heads by name; answering: those that the prediction is made of, empty for
-            all.
-        walks: can be run on a subset of patches.
-        attention_source: see `vitdistill.vit.families.Family`; None: no attention to read.
-        num_heads: attention heads a block; 0: no attention to read.
-        final_norm: the last block's output is normed token by token, as `Needs.features` has it,
-            and not only after pooling.
-        grids: rows and columns of its feature maps by block, where its answers are stored and it
-            does not walk.
-        flops: of one forward pass on one image, where its answers are stored; 0: not known.
+        num_heads: attention heads a block; 0: attention cannot be recorded.
+        final_norm: the last block's output is normed token by token, not only after pooling.
+        grids: rows and columns of feature maps by block, for stored answers of a network that is
+            run whole.
+        flops: of one forward pass on one image, for stored answers; 0: unknown.
+        reads_class_token: the prediction reads the class token, not a pool of the patches alone.
     """
 
-    name: str
-    architecture: str
-    image_size: tuple[int, int]
-    depth: int
-    dim: int
-    num_classes: int
-    num_parameters: int
+    name: str = ""
+    architecture: str = ""
+    image_size: tuple[int, int] = (0, 0)
+    depth: int = 0
+    dim: int = 0
+    num_classes: int = 0
+    num_parameters: int = 0
     grid: tuple[int, int] = (0, 0)
     patch_size: tuple[int, int] = (0, 0)
     num_prefix_tokens: int = 0
@@ -50,7 +52,7 @@ class Network:
     heads: tuple[str, ...] = ("class",)
     answering: tuple[str, ...] = ()
     walks: bool = False
-    attention_source: Literal["class", "pool", "mean"] | None = None
+    attention_source: AttentionSource | None = None
     dims: tuple[int, ...] = ()
     num_heads: int = 0
     final_norm: bool = True
@@ -62,46 +64,3 @@ class Network:
     def num_patches(self) -> int:
         """N."""
         return self.grid[0] * self.grid[1]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        name: str,
-        architecture: str,
-        image_size: tuple[int, int],
-        num_classes: int | None = None,
-    ) -> "Network":
-        """Describe ``model``; ``num_classes`` overrides the head's own when answers are matched to
-        fewer classes.
-        """
-        import torch
-
-        family = family_of(model)
-        grid, patch = (0, 0), (0, 0)
-        if family.walks:
-            grid = family.grid(torch.empty(0, 3, *image_size, device="meta"))
-            height, width = model.patch_embed.patch_size  # type: ignore[union-attr, misc]
-            patch = (int(height), int(width))
-        classes = num_classes if num_classes is not None else int(getattr(model, "num_classes", 0))
-        return cls(
-            name=name,
-            architecture=architecture,
-            image_size=image_size,
-            depth=family.depth,
-            dim=family.dim,
-            num_classes=classes,
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            grid=grid,
-            patch_size=patch,
-            num_prefix_tokens=family.num_prefix_tokens,
-            has_class_token=family.has_class_token,
-            heads=family.heads,
-            answering=family.answering,
-            walks=family.walks,
-            attention_source=family.attention_source,
-            dims=family.dims,
-            num_heads=family.num_heads,
-            final_norm=not isinstance(getattr(model, "norm", None), nn.Identity),
-            reads_class_token=family.reads_class_token,
-        )

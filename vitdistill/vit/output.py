@@ -1,45 +1,55 @@
 """What one forward pass recorded."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .families import QKV
+from .network import Network
 from .patches import PatchMap
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of one block, each ``(B, H, L, d)``.
+
+    After the block's q/k norms, before the scale ``d ** -0.5``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class BlockRun(NamedTuple):
+    """What one block gave: tokens, the class token's attention ``(B, H, L)``, q, k and v."""
+
+    tokens: Tensor
+    attention: Tensor | None = None
+    qkv: QKV | None = None
 
 
 @dataclass(frozen=True)
 class ViTOutput:
-    """What one forward pass recorded.
+    """What one forward pass recorded; everything is None or empty unless it was needed.
 
     Attributes:
-        logits: ``(B, C)``, the prediction the model's own ``forward`` gives in evaluation; None
-            unless needed.
-        head_logits: ``(B, heads, C)`` for models with several heads (DeiT: class token,
-            distillation token); else None.
-        heads: their names, in order.
+        logits: ``(B, C)``, the prediction that the model's own ``forward`` gives in evaluation.
+        head_logits: ``(B, heads, C)``, in the order of ``network.heads``, if there are several.
         hidden: block index to ``(B, P+K, D)``.
         attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all
-            tokens. A model without a class token gives its stand-in, see
-            `vitdistill.vit.families.Family.attention_source`.
-        qkv: block index to queries, keys and values, each ``(B, H, P+K, d)``, after the block's q/k
-            norms and before the scale.
-        features: ``(B, P+K, D)`` after the final norm, where the network has one; the last feature
-            map of networks that are run whole.
-        keep: ``(B, K)`` row-major indices of the patches that were seen; None: all of them, in
-            order.
-        grid: rows and columns of the patch grid.
-        grids: block index to the rows and columns of its hidden states, where they are not ``grid``
-            (networks that are run whole).
-        num_prefix_tokens: P, tokens that are not patches.
-        has_class_token: the first of them stands for the whole image.
-        depth: blocks the model has, to resolve indices that count from the end.
+            tokens, or its stand-in, see `Network.attention_source`.
+        qkv: block index to queries, keys and values.
+        features: ``(B, P+K, D)`` after the final norm, if the network has one; the last feature map
+            of a network that is run whole.
+        keep: ``(B, K)`` row-major indices of the patches that were seen; None: all, in order.
+        grid: rows and columns of the patch grid of these images.
+        grids: block index to rows and columns of its hidden states, if they differ from ``grid``.
+        network: the network that ran, as its family describes it.
     """
 
     logits: Float[Tensor, "B C"] | None = None
     head_logits: Float[Tensor, "B heads C"] | None = None
-    heads: tuple[str, ...] = ("class",)
     hidden: dict[int, Float[Tensor, "B _ _"]] = field(default_factory=dict)
     attention: dict[int, Float[Tensor, "B H L"]] = field(default_factory=dict)
     qkv: dict[int, QKV] = field(default_factory=dict)
@@ -47,24 +57,50 @@ class ViTOutput:
     keep: Int[Tensor, "B K"] | None = None
     grid: tuple[int, int] = (0, 0)
     grids: dict[int, tuple[int, int]] = field(default_factory=dict)
-    num_prefix_tokens: int = 0
-    has_class_token: bool = False
-    depth: int = 0
+    network: Network = field(default_factory=Network)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the network, to resolve indices that count from the end."""
+        return self.network.depth
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P, tokens that are not patches."""
+        return self.network.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token stands for the whole image."""
+        return self.network.has_class_token
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the classifier heads, in the order of ``head_logits``."""
+        return self.network.heads
+
+    @property
+    def feature_patches(self) -> PatchMap:
+        """The patches' features after the final norm, and their places."""
+        assert self.features is not None
+        return self._places(self.features, self.depth - 1)
 
     def patches(self, block: int) -> PatchMap:
-        """The patches' hidden states after ``block`` (negative counts from the end), and where they
-        are.
+        """Return the patches' hidden states after ``block``, and their places.
+
+        A negative ``block`` counts from the end.
         """
         block %= self.depth
-        return PatchMap(
-            self.hidden[block][:, self.num_prefix_tokens :],
-            self.grids.get(block, self.grid),
-            self.keep,
-        )
+        return self._places(self.hidden[block], block)
+
+    def _places(self, tokens: Tensor, block: int) -> PatchMap:
+        grid = self.grids.get(block, self.grid)
+        return PatchMap(tokens[:, self.num_prefix_tokens :], grid, self.keep)
 
     def first_patches(self, keep: Int[Tensor, "B K"]) -> "ViTOutput":
-        """The same record of the first K of the patches that were seen, ``keep``; logits are of all
-        of them, attention is not to be cut.
+        """Return the record of the first K patches that were seen, ``keep``, alone.
+
+        Logits still describe all patches; attention cannot be sliced, so do not read it.
         """
         size = self.num_prefix_tokens + keep.shape[1]
         return replace(
@@ -76,7 +112,7 @@ class ViTOutput:
         )
 
     def tensors(self) -> list[Tensor]:
-        """Everything recorded, as a flat list of floating-point tensors."""
+        """Return every recorded floating-point tensor, in a flat list."""
         single = [t for t in (self.logits, self.head_logits, self.features) if t is not None]
         return [
             *single,
@@ -84,13 +120,3 @@ class ViTOutput:
             *self.attention.values(),
             *(t for qkv in self.qkv.values() for t in qkv),
         ]
-
-    @property
-    def feature_patches(self) -> PatchMap:
-        """The patches' features after the final norm, and where they are."""
-        assert self.features is not None
-        return PatchMap(
-            self.features[:, self.num_prefix_tokens :],
-            self.grids.get(self.depth - 1, self.grid),
-            self.keep,
-        )

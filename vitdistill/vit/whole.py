@@ -1,101 +1,106 @@
-"""Every other network (CNNs, hierarchical transformers, a user's own): logits and feature maps of
-whole images.
-"""
+"""Networks that are run whole: CNNs, hierarchical transformers, a user's own."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .family import BlockRun, Family
+from .needs import Needs
+from .network import Network
+from .output import ViTOutput
+
+
+class Whole:
+    """A network run by its own ``forward``: no patch subsets, no attention.
+
+    Its "blocks" are its feature stages, whose maps come from timm's ``forward_intermediates``;
+    width and grid may differ from stage to stage.
+
+    Attributes:
+        network: the description of the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        stages = getattr(model, "feature_info", ())
+        recorded = stages if hasattr(model, "forward_intermediates") else ()
+        self.model = model
+        self.network = Network(
+            depth=max(len(stages), 1),
+            dim=int(getattr(model, "num_features", 0)),
+            dims=tuple(int(stage["num_chs"]) for stage in recorded),
+            num_classes=int(getattr(model, "num_classes", 0)),
+            answering=("class",),
+            final_norm=not isinstance(getattr(model, "norm", None), nn.Identity),
+        )
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Return (0, 0): there are no patches."""
+        return (0, 0)
+
+    def run(self, images: Float[Tensor, "B c h w"], needs: Needs) -> ViTOutput:
+        """Run the model on whole images, and record what the resolved ``needs`` ask for.
+
+        Raises:
+            ConfigError: it has no attention to record, or no feature maps.
+        """
+        kind = type(self.model).__name__
+        if needs.attention or needs.qkv:
+            raise ConfigError(f"{kind} is not a plain ViT and has no attention to record")
+        if not needs.hidden and not needs.features:
+            answer = self.model(images)
+            if isinstance(answer, tuple):  # a distilled hybrid in training: one answer a head
+                answer = sum(answer) / len(answer)
+            return ViTOutput(logits=answer, network=self.network)
+        forward = getattr(self.model, "forward_intermediates", None)
+        if forward is None:
+            raise ConfigError(
+                f"{kind} has no forward_intermediates: hidden states cannot be recorded"
+            )
+        last = self.network.depth - 1
+        stages = sorted(needs.hidden | {last} if needs.features else needs.hidden)
+        final = None
+        if needs.logits or needs.features:
+            final, found = forward(images, indices=stages)
+        else:
+            found = forward(images, indices=stages, intermediates_only=True)
+        maps = dict(zip(stages, found, strict=True))
+        hidden = {i: maps[i] for i in needs.hidden}
+        grids = {i: _size(stage) for i, stage in hidden.items()}
+        features = None
+        if needs.features:
+            features = _as_map(final, maps[last], getattr(self.model, "output_fmt", "") == "NHWC")
+            grids[last] = _size(features)
+        return ViTOutput(
+            logits=self.model.forward_head(final) if needs.logits else None,  # type: ignore[operator]
+            hidden={i: _as_tokens(stage) for i, stage in hidden.items()},
+            features=None if features is None else _as_tokens(features),
+            grids=grids,
+            network=self.network,
+        )
+
+
+def _size(stage: Tensor) -> tuple[int, int]:
+    return int(stage.shape[2]), int(stage.shape[3])
+
+
+def _as_tokens(stage: Float[Tensor, "B D rows columns"]) -> Float[Tensor, "B L D"]:
+    return stage.flatten(2).transpose(1, 2)
 
 
 def _as_map(
     final: object, last: Float[Tensor, "B D rows columns"], channels_last: bool
 ) -> Float[Tensor, "B D rows columns"]:
-    """What `forward_features` gives, as a map: the last stage's after the final norm. The last
-    stage's itself where that is no such map.
+    """Return the output of ``forward_features`` as a map, or ``last`` if it is none.
 
-    timm's networks give it with channels first or last, or as tokens behind their prefix tokens;
-    ``channels_last``: for shapes that do not tell.
+    timm's networks give it with channels first or last, or as tokens behind prefix tokens;
+    ``channels_last`` decides where the shape does not tell.
     """
     if not isinstance(final, Tensor):
         return last
     rows, columns = last.shape[2:]
     if final.ndim == 3 and final.shape[2] == last.shape[1] and final.shape[1] >= rows * columns:
-        return (
-            final[:, final.shape[1] - rows * columns :]
-            .transpose(1, 2)
-            .unflatten(2, (rows, columns))
-        )
+        patches = final[:, final.shape[1] - rows * columns :]
+        return patches.transpose(1, 2).unflatten(2, (rows, columns))
     moved = final.movedim(-1, 1)
     if moved.shape == last.shape and (final.shape != last.shape or channels_last):
         return moved
     return final if final.shape == last.shape else last
-
-
-class WholeImage(Family):
-    """A network that is run by its own ``forward``: no patch subsets, no attention; its "blocks"
-    are its feature stages.
-
-    Feature maps come from timm's ``forward_intermediates``; their width and grid may differ from
-    stage to stage.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.depth = max(len(getattr(model, "feature_info", ())), 1)
-        self.dim = int(getattr(model, "num_features", 0))
-        if hasattr(model, "forward_intermediates"):
-            self.dims = tuple(int(stage["num_chs"]) for stage in getattr(model, "feature_info", ()))
-
-    @classmethod
-    def accepts(cls, model: nn.Module) -> bool:
-        return True
-
-    def grid(self, images: Tensor) -> tuple[int, int]:
-        return (0, 0)
-
-    def run_whole(
-        self, images: Tensor, logits: bool, hidden: frozenset[int], features: bool
-    ) -> tuple[Tensor | None, dict[int, Tensor], Tensor | None]:
-        if not hidden and not features:
-            answer = self.model(images)
-            if isinstance(
-                answer, tuple
-            ):  # distilled CNN-ViT hybrids in training: one answer a head
-                answer = sum(answer) / len(answer)
-            return answer, {}, None
-        forward = getattr(self.model, "forward_intermediates", None)
-        if forward is None:
-            raise ConfigError(
-                f"{type(self.model).__name__} has no forward_intermediates: hidden states cannot be"
-                " recorded"
-            )
-        last = self.depth - 1
-        stages = sorted(hidden | {last} if features else hidden)
-        if logits or features:
-            final, found = forward(images, indices=stages)
-        else:
-            final, found = None, forward(images, indices=stages, intermediates_only=True)
-        maps = dict(zip(stages, found, strict=True))
-        answer = self.model.forward_head(final) if logits else None  # type: ignore[operator]
-        channels_last = getattr(self.model, "output_fmt", None) == "NHWC"
-        return (
-            answer,
-            {i: maps[i] for i in hidden},
-            _as_map(final, maps[last], channels_last) if features else None,
-        )
-
-    def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
-        raise AssertionError("a network that does not walk is run whole")
-
-    def run_block(
-        self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False
-    ) -> BlockRun:
-        raise AssertionError("a network that does not walk is run whole")
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        raise AssertionError("a network that does not walk is run whole")
-
-    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise AssertionError("a network that does not walk is run whole")
