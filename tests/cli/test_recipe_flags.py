@@ -15,7 +15,7 @@ from vitdistill.cli.train import TrainFlags
 from vitdistill.errors import UserError
 from vitdistill.recipes import RECIPES
 from vitdistill.recipes.config import Recipe, StudentConfig, flatten
-from vitdistill.runs.stages import Stages, dump
+from vitdistill.recipes.stages import Stages, dump
 
 
 def parsed(*words: str) -> Recipe:

@@ -9,7 +9,7 @@ import pytest
 from vitdistill.methods.dmae import DMAE
 from vitdistill.recipes import RECIPES, dmae, named_recipe
 from vitdistill.recipes.config import flatten
-from vitdistill.runs.stages import Stages
+from vitdistill.recipes.stages import Stages
 
 NAMES = [name for name in RECIPES if name.startswith("dmae_")]
 LAST = [name for name in NAMES if not name.endswith("_first_release")]

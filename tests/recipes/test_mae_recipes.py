@@ -6,7 +6,8 @@ from vitdistill.distill.plan import make_plan
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.recipes import named_recipe
-from vitdistill.runs.stages import Stages, networks
+from vitdistill.recipes.stages import Stages
+from vitdistill.runs.stages import networks
 
 
 def stages(name: str) -> Stages:

@@ -29,7 +29,8 @@ from vitdistill.recipes.config import (
     TeacherConfig,
     TrainConfig,
 )
-from vitdistill.runs.stages import Stages, train_stages
+from vitdistill.recipes.stages import Stages
+from vitdistill.runs.stages import train_stages
 from vitdistill.runs.train import train
 
 pytestmark = pytest.mark.whole

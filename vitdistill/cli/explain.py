@@ -9,8 +9,9 @@ from ..errors import ConfigError, UserError
 from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
 from ..messages import format_count, format_table
 from ..recipes.config import Recipe
+from ..recipes.stages import Stages, dump, in_stage, sources
 from ..runs.networks import Built, plan_of
-from ..runs.stages import Stages, dump, in_stage, networks, networks_ahead, sources
+from ..runs.stages import networks, networks_ahead
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
 
@@ -147,9 +148,9 @@ def _explain_stages(stages: Stages) -> list[_Run]:
     before: dict[str, int] = {}
     runs = []
     for key, stage in stages.stages.items():
-        with in_stage(key, stage):
+        with in_stage(key):
             images = _images(stage)
         recipe, student, teachers = networks_ahead(stages, key, images.num_classes, before)
-        with in_stage(key, stage):
+        with in_stage(key):
             runs.append(_explain(recipe, student, teachers, images))
     return runs

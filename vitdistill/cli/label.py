@@ -15,7 +15,7 @@ from ..labels.encoding import Layout
 from ..labels.store import LabelStore
 from ..messages import format_bytes, plural
 from ..recipes.config import Recipe
-from ..runs.stages import Stages
+from ..recipes.stages import Stages
 from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
 from .recipe_flags import RecipeFlags, parse
 

@@ -26,7 +26,7 @@ from ..recipes.config import (
     parse_value,
     replace_fields,
 )
-from ..runs.stages import Stages, in_stage, refuse_sources
+from ..recipes.stages import Stages, in_stage, refuse_sources
 from ..storage.manifest import MANIFEST
 from .flags import (
     COUNT,
@@ -597,7 +597,7 @@ def _compose_stages(
     dropped = _by_stage(stages, given.get("without", []), "--without")
     composed = {}
     for key, recipe in stages.items():
-        with in_stage(key, recipe):
+        with in_stage(key):
             composed[key] = _compose(recipe, added[key], dropped[key])
     return composed
 
@@ -620,7 +620,7 @@ def _changed_stages(
                 mine[key][name] = given[name]
     changed = {}
     for key, recipe in stages.items():
-        with in_stage(key, recipe):
+        with in_stage(key):
             changed[key] = _changed(
                 recipe, replace(filled, set=tuple(own[key])), mine[key], notes, key
             )

@@ -11,8 +11,9 @@ from ..data.loader import TrainLoader
 from ..errors import UserError
 from ..recipes import RECIPES
 from ..recipes.config import Recipe
+from ..recipes.stages import STAGES, Stages
 from ..runs.folder import RECIPE
-from ..runs.stages import STAGES, Stages, train_stages
+from ..runs.stages import train_stages
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
 

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..runs.stages import STAGES, Stages, load
 from .config import Recipe
+from .stages import STAGES, Stages, load
 
 RECIPES: dict[str, str] = {
     "alone": "vitdistill.recipes.plain:alone",

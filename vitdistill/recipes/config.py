@@ -689,7 +689,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read the recipe file of one run; raises `ConfigError` naming the line, or the field, that is
     wrong.
 
-    `vitdistill.runs.stages.load` also reads those of several stages.
+    `vitdistill.recipes.stages.load` also reads those of several stages.
     """
     data = read_mapping(path)
     if "stages" in data:

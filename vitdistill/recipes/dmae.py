@@ -30,8 +30,8 @@ from ..methods.cross_entropy import CrossEntropy
 from ..methods.dmae import DMAE
 from ..methods.mae import PixelReconstruction
 from ..methods.masking import RandomMasking
-from ..runs.stages import Stages
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from .stages import Stages
 
 _TEACHERS = {"large": "vit_large_patch16_224.mae", "base": "vit_base_patch16_224.mae"}
 

@@ -11,9 +11,9 @@ Source: PRETRAIN.md and FINETUNE.md of facebookresearch/mae@efb2a80. The accurac
 from dataclasses import replace
 
 from ..methods.mae import PixelReconstruction
-from ..runs.stages import Stages
 from .config import Recipe
 from .dmae import fine_tuning, pretraining
+from .stages import Stages
 
 
 def _stages(name: str, description: str, model_args: dict[str, int], finetune: Recipe) -> Stages:

@@ -13,9 +13,9 @@ from ..methods.maskedkd import MaskedKD
 from ..methods.masking import RandomMasking
 from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
-from ..runs.stages import Stages
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from .libkd import losses
+from .stages import Stages
 
 
 def _vit(dim: int, depth: int, heads: int) -> dict[str, int]:

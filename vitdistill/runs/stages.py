@@ -9,31 +9,30 @@ import json
 import os
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 from rich.console import Console
 
 from ..data.source import ImageSource, open_source
 from ..distill.plan import Plan
 from ..errors import ConfigError, DataError, UserError
-from ..recipes.config import (
-    VOLATILE,
-    Recipe,
-    StudentConfig,
-    TeacherConfig,
-    dump_yaml,
-    flatten,
-    from_dict,
-    is_folder_name,
-    load_recipe,
-    read_mapping,
-    to_dict,
+from ..recipes.config import Recipe, flatten, load_recipe
+from ..recipes.stages import (
+    PREFIX,
+    STAGES,
+    Stages,
+    dump,
+    foreseen,
+    in_stage,
+    load,
+    sources,
+    teaching,
+    with_models,
 )
 from ..storage.atomic import disk_errors, sha256_file, write_atomic
 from ..storage.lock import LOCK, wait_lock
@@ -55,292 +54,13 @@ from .networks import (
     without_memory,
 )
 
-STAGES, STARTS = "stages.yaml", "starts.json"
-PREFIX = "stage:"
+STARTS = "starts.json"
 IMAGES = "images/train"
 """The fingerprint of the images in ``starts.json``, beside the digests of weights by folder: no
 folder can be called so.
 """
 
-Config = TypeVar("Config", StudentConfig, TeacherConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stages:
-    """A recipe of several runs, in order.
-
-    A stage names what an earlier one trained as ``stage:NAME`` in ``student.model`` (it starts from
-    its weights) or in a teacher's model.
-
-    Args:
-        name: of the folder that holds the stages' own.
-        description: what it reproduces, one line.
-        stages: the recipe of each stage, at least two. A recipe's name is that of the stage's
-            folder; one that has none is called as its stage.
-
-    Raises:
-        ConfigError: a stage refers to one that is not there or comes later, or nothing follows from
-            a stage's output.
-    """
-
-    name: str = "run"
-    description: str = ""
-    stages: dict[str, Recipe] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not is_folder_name(self.name):
-            raise ConfigError(f"name is {self.name!r}: it has to be the plain name of a folder")
-        if len(self.stages) < 2:
-            raise ConfigError(
-                f"a staged recipe needs at least two stages, and {self.name!r} has"
-                f" {len(self.stages)}: write a plain recipe"
-            )
-        for key in self.stages:
-            if not key.isidentifier():
-                raise ConfigError(
-                    f"the name of a stage is {key!r}: it has to be of letters, digits and"
-                    " underscores"
-                )
-        unnamed = Recipe.__dataclass_fields__["name"].default
-        named = {
-            key: replace(recipe, name=key) if recipe.name == unnamed else recipe
-            for key, recipe in self.stages.items()
-        }
-        object.__setattr__(self, "stages", named)
-        folders: dict[str, str] = {}
-        for key, recipe in named.items():
-            if recipe.name in folders:
-                raise ConfigError(
-                    f"the stages {folders[recipe.name]!r} and {key!r} would share the folder"
-                    f" {recipe.name!r}: give one another name ({key}.name)"
-                )
-            if recipe.name in (STAGES, STARTS):
-                raise ConfigError(
-                    f"{key}.name is {recipe.name!r}, which is a file beside the stages: choose"
-                    " another"
-                )
-            folders[recipe.name] = key
-        self._check_sources()
-
-    def _check_sources(self) -> None:
-        used: set[str] = set()
-        earlier: list[str] = []
-        for key, recipe in self.stages.items():
-            for path, source in sources(recipe).items():
-                if source not in earlier:
-                    reason = _why_not_earlier(source, key, [*self.stages], earlier)
-                    raise ConfigError(f"{key}.{path} is '{PREFIX}{source}', but {reason}")
-                used.add(source)
-            earlier.append(key)
-        for key in earlier[:-1]:
-            if key not in used:
-                raise ConfigError(
-                    f"no later stage uses what the stage {key!r} trains: name it as '{PREFIX}{key}'"
-                    " in a later student.model or teacher, or leave the stage out"
-                )
-
-    @property
-    def last(self) -> Recipe:
-        """The recipe whose student is the result of all stages."""
-        return [*self.stages.values()][-1]
-
-
-def _why_not_earlier(source: str, key: str, stages: list[str], earlier: list[str]) -> str:
-    if source == key:
-        return "a stage cannot begin with its own end: name an earlier one"
-    if source in stages:
-        return f"the stage {source!r} comes after {key!r}: put it before"
-    close = get_close_matches(source, earlier, n=1)
-    known = (
-        f"did you mean {close[0]!r}?"
-        if close
-        else f"the ones before {key!r} are {', '.join(earlier) or 'none'}"
-    )
-    return f"there is no stage {source!r}: {known}"
-
-
-def sources(recipe: Recipe) -> dict[str, str]:
-    """The stages a recipe builds on, by the field that names them.
-
-    Raises:
-        ConfigError: a field names a stage where it cannot, or another one takes its place.
-    """
-    found = {}
-    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
-    configs |= {f"teachers.{name}": config for name, config in recipe.teachers.items()}
-    for path, config in configs.items():
-        if (config.checkpoint or "").startswith(PREFIX):
-            raise ConfigError(
-                f"{path}.checkpoint is {config.checkpoint!r}, but a stage is a network with its"
-                f" weights: name it in {path}.model"
-            )
-        if not config.model.startswith(PREFIX):
-            continue
-        for name in ("checkpoint", "pretrained"):
-            if getattr(config, name):
-                raise ConfigError(
-                    f"{path}.{name} would take the place of the weights of {config.model!r}: give"
-                    " one of them"
-                )
-        found[f"{path}.model"] = config.model.removeprefix(PREFIX)
-    return found
-
-
-def refuse_sources(recipe: Recipe) -> None:
-    """Raise `ConfigError` when a recipe of one run names a stage."""
-    for path, source in sources(recipe).items():
-        raise ConfigError(
-            f"{path} is '{PREFIX}{source}', but this recipe has no stages: name a model, or the"
-            " folder of a run"
-        )
-
-
-@contextmanager
-def in_stage(key: str, recipe: Recipe | None = None) -> Iterator[None]:
-    """User errors within say which stage they are about, and name settings as that stage takes
-    them.
-
-    ``recipe``: that of the stage, where it is at hand; the same setting may be at another place of
-    it.
-    """
-    try:
-        yield
-    except UserError as error:
-        if str(error).startswith("in the stage "):
-            raise
-        text = f"in the stage {key!r}, {_settings_of_stage(str(error), key, recipe)}"
-        staged = type(error)(text)
-        vars(staged).update({**vars(error), "what": text, "fixes": ()})
-        raise staged from error
-
-
-_FIELDS = "|".join(Recipe.__dataclass_fields__)
-_SET = re.compile(rf"(?<=--set )(?:{_FIELDS})[.=]\S*(?: (?:{_FIELDS})(?:\.[\w.]+)?=\S*)*")
-_PART = re.compile(r"(--with(?:out)?) (?!(?:or|and)\b)(?=\w)")
-_FLAG = re.compile(r"(set )?(--[a-z][a-z-]*)(?: (\d[\d.e-]*\d|\w+))?(?![\w-])")
-
-
-def _settings_of_stage(text: str, key: str, recipe: Recipe | None) -> str:
-    """A sentence with ``--set FIELD``, ``--with METHOD`` and ``--without NAME`` as ``--set
-    STAGE.FIELD`` and so on.
-
-    In what it says to do, flags of a recipe are ``--set STAGE.FIELD`` too: as flags they would be
-    of other stages, or refused. Those of fields that change no result are of every stage, and stay.
-    """
-    from ..cli.flags import flags_of
-    from ..cli.recipe_flags import RecipeFlags
-
-    flags = {flag.name: flag for flag in flags_of(RecipeFlags) if "path" in flag.field.metadata}
-
-    def field_of(word: str) -> str:
-        first, _, rest = word.partition(".")
-        there = first == key and re.match(rf"(?:{_FIELDS})[.=]", rest)
-        return word if there else f"{key}.{word}"
-
-    def setting(found: re.Match[str]) -> str:
-        flag, word = flags.get(found[2]), found[3] or ""
-        path = "" if flag is None else flag.field.metadata["path"]
-        if flag is None or flag.value is None or path in VOLATILE:
-            return found[0]
-        if (
-            path == "student.image_size"
-            and recipe is not None
-            and "img_size" in recipe.student.model_args
-        ):
-            path = "student.model_args.img_size"
-        switch = flag.value.kind is bool
-        choices = ("true", "false") if switch else get_args(flag.value.kind)
-        given = word.isupper() or word[:1].isdigit() or word in (*choices, "none")
-        value = (
-            "null"
-            if word == "none" and word not in choices
-            else word
-            if given
-            else "true"
-            if switch
-            else "VALUE"
-        )
-        return (
-            ("give " if found[1] else "")
-            + f"--set {key}.{path}={value}"
-            + ("" if given or not word else f" {word}")
-        )
-
-    text = _SET.sub(lambda found: " ".join(field_of(word) for word in found[0].split(" ")), text)
-    text = _PART.sub(rf"\1 {key}.", text)
-    wrong, colon, remedy = text.partition(": ")
-    return wrong + colon + _FLAG.sub(setting, remedy)
-
-
-# --- YAML ----------------------------------------------------------------------------------------
-
-
-def load(path: str | Path) -> Recipe | Stages:
-    """Read a recipe file, of one run or of stages; raises `ConfigError` naming the line, or the
-    field, that is wrong.
-    """
-    data = read_mapping(path)
-    if "stages" not in data:
-        return load_recipe(path)
-    try:
-        return from_data(data, str(path))
-    except ConfigError as error:
-        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-
-
-def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:
-    """A staged recipe from plain data; raises `ConfigError` as
-    `vitdistill.recipes.config.from_dict` does, naming the stage.
-    """
-    known = [*Stages.__dataclass_fields__]
-    for key in data:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            if close:
-                hint = f" (did you mean {close[0]!r}?)"
-            elif key in Recipe.__dataclass_fields__:
-                hint = f": in a staged recipe it is a field of each stage, stages.NAME.{key}"
-            else:
-                hint = f": known are {', '.join(known)}"
-            raise ConfigError(f"{source} has an unknown field {str(key)!r}{hint}")
-    stages = data.get("stages")
-    if not isinstance(stages, Mapping):
-        raise ConfigError(
-            f"stages in {source} is {stages!r}: a mapping of recipes by the stage's name is needed"
-        )
-    for key in ("name", "description"):
-        if not isinstance(data.get(key, ""), str):
-            raise ConfigError(f"{key} in {source} is {data[key]!r}: text is needed")
-    recipes = {}
-    for key, item in stages.items():
-        where = f"the stage {str(key)!r} of {source}"
-        try:
-            recipes[str(key)] = from_dict({} if item is None else item, where)
-        except ConfigError as error:
-            raise ConfigError(
-                str(error) if where in str(error) else f"in {where}, {error}"
-            ) from None
-    return Stages(
-        **{key: data[key] for key in ("name", "description") if key in data}, stages=recipes
-    )
-
-
-def dump(recipe: Recipe | Stages) -> str:
-    """The recipe as YAML that `load` reads back to an equal one."""
-    return dump_yaml(to_dict(recipe))
-
-
 # --- what a stage builds on ----------------------------------------------------------------------
-
-
-def _with_models(recipe: Recipe, models: Mapping[str, str]) -> Recipe:
-    """The recipe with other models at the fields that `sources` names."""
-    student = replace(recipe.student, model=models.get("student.model", recipe.student.model))
-    teachers = {
-        name: replace(config, model=models.get(f"teachers.{name}.model", config.model))
-        for name, config in recipe.teachers.items()
-    }
-    return replace(recipe, student=student, teachers=teachers)
 
 
 def resolved(stages: Stages, key: str, output: Path) -> Recipe:
@@ -361,7 +81,7 @@ def _saved(folder: Path) -> Recipe | None:
 
 def _resolved(stages: Stages, key: str, output: Path, saved: Recipe | None) -> Recipe:
     models = {path: spelled for path, (spelled, _) in _folders(stages, key, output, saved).items()}
-    return with_views_of_labels(_with_models(stages.stages[key], models), saved)
+    return with_views_of_labels(with_models(stages.stages[key], models), saved)
 
 
 def _folders(
@@ -385,55 +105,6 @@ def _folders(
             same = folder.is_dir() and os.path.isdir(spelled) and os.path.samefile(folder, spelled)
         found[path] = (spelled if same else str(folder), folder)
     return found
-
-
-def foreseen(stages: Stages, key: str) -> Recipe:
-    """The recipe of a stage with the architectures of earlier ones in place of their names: all
-    that is known before they run.
-    """
-    recipe = stages.stages[key]
-    found = sources(recipe)
-    student = recipe.student
-    if "student.model" in found:
-        student = _merged(student, _architecture(stages, found["student.model"]))
-    teachers = dict(recipe.teachers)
-    for name, source in _teaching(recipe).items():
-        teachers[name] = _merged(teachers[name], _architecture(stages, source))
-    return replace(recipe, student=student, teachers=teachers)
-
-
-def _teaching(recipe: Recipe) -> dict[str, str]:
-    """The stages whose students are teachers here, by the teacher's name."""
-    found = sources(recipe)
-    return {
-        name: found[f"teachers.{name}.model"]
-        for name in recipe.teachers
-        if f"teachers.{name}.model" in found
-    }
-
-
-def _architecture(stages: Stages, key: str) -> StudentConfig:
-    recipe = stages.stages[key]
-    source = sources(recipe).get("student.model")
-    return (
-        recipe.student if source is None else _merged(recipe.student, _architecture(stages, source))
-    )
-
-
-def _merged(config: Config, base: StudentConfig) -> Config:
-    """What a network is when it begins as ``base``: arguments of training alone are not handed on,
-    as in an export.
-    """
-    args = {
-        key: value
-        for key, value in base.model_args.items()
-        if not key.endswith(("drop_rate", "drop_path_rate"))
-    }
-    if base.image_size is not None:
-        args["img_size"] = base.image_size
-    if config.image_size is not None:
-        args.pop("img_size", None)
-    return replace(config, model=base.model, model_args={**args, **config.model_args})
 
 
 def networks(
@@ -481,8 +152,8 @@ def networks_ahead(
     is added.
     """
     recipe = foreseen(stages, key)
-    answers = {name: before[source] for name, source in _teaching(stages.stages[key]).items()}
-    with in_stage(key, stages.stages[key]):
+    answers = {name: before[source] for name, source in teaching(stages.stages[key]).items()}
+    with in_stage(key):
         student, teachers = networks(recipe, num_classes, answers)
     before[key] = student.network.num_classes
     return recipe, student, teachers
@@ -539,7 +210,7 @@ def train_stages(
                     markup=False,
                     soft_wrap=True,
                 )
-            with in_stage(key, stage):
+            with in_stage(key):
                 recipe, places = here.from_main(partial(_begin, stages, key, output))
                 note = partial(_note, stages=stages, key=key, output=output, prepared=prepared)
                 with runs_at(places):
@@ -580,7 +251,7 @@ def _check(stages: Stages, output: Path, until: str | None, num_processes: int) 
     pending, keys = [], [*stages.stages]
     for key in keys[: None if until is None else keys.index(until) + 1]:
         folder = output / stages.stages[key].name
-        with in_stage(key, stages.stages[key]):
+        with in_stage(key):
             check_folder(folder, resolved(stages, key, output))
         if not (folder / SUMMARY).is_file():
             pending.append(key)
@@ -599,7 +270,7 @@ def _refuse_changed(stages: Stages, output: Path) -> None:
         saved = _saved(output / recipe.name)
         if saved is None:
             continue
-        with in_stage(key, recipe):
+        with in_stage(key):
             reason = _what_changed(stages, key, output, saved)
         if reason is None and _other_images(stages, key, output, saved, opened):
             reason = f"it was trained on other images than are in {recipe.data.dir} now"
@@ -675,7 +346,7 @@ def _other_images(
         return False
     if place not in opened:
         try:
-            with in_stage(key, recipe):
+            with in_stage(key):
                 source = open_source(place, "train")
                 opened[place] = source, source.fingerprint()
         except UserError:
@@ -730,13 +401,13 @@ def _foresee(stages: Stages, pending: list[str], num_processes: int) -> None:
     before: dict[str, int] = {}
     opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]] = {}
     for key, stage in stages.stages.items():
-        with in_stage(key, stage):
+        with in_stage(key):
             stored = [
                 stored_network(store, name).num_classes
                 for name, store in open_labels(stage).items()
             ]
         recipe, student, teachers = networks_ahead(stages, key, max(stored, default=1000), before)
-        with in_stage(key, stage):
+        with in_stage(key):
             if key in pending:
                 plan = plan_of(
                     recipe,

@@ -1,0 +1,284 @@
+"""Flags of a staged recipe: which stages each is for."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from vitdistill.cli import main
+from vitdistill.cli.explain import ExplainFlags
+from vitdistill.cli.flags import flags_of
+from vitdistill.cli.recipe_flags import EVERY, FIRST, STAGED, TAUGHT, parse
+from vitdistill.data.augment import Augment
+from vitdistill.errors import UserError
+from vitdistill.methods.cross_entropy import CrossEntropy
+from vitdistill.methods.kd import SoftKD
+from vitdistill.recipes.config import (
+    DataConfig,
+    OptimConfig,
+    Recipe,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    flatten,
+)
+from vitdistill.recipes.stages import Stages, dump
+
+USAGE, CONFIG = 64, 78
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def three() -> Stages:
+    """From nothing, from its weights at another size, and a fresh student taught by that."""
+    plain = Recipe(
+        student=StudentConfig(model="vit_tiny_patch16_224", model_args=VIT),
+        data=DataConfig(dir="images", workers=0, augment=Augment(crop="pad", crop_padding=2)),
+        optim=OptimConfig(lr=2e-3, warmup_epochs=1.0),
+        train=TrainConfig(epochs=2, batch_size=16, log_every=1, save_every=2, eval_batch_size=4),
+    )
+    return Stages(
+        name="three",
+        stages={
+            "pretrain": plain,
+            "finetune": replace(
+                plain, student=StudentConfig(model="stage:pretrain", image_size=24, drop_path=0.2)
+            ),
+            "distill": replace(
+                plain,
+                teachers={"teacher": TeacherConfig(model="stage:finetune")},
+                objectives={"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)},
+            ),
+        },
+    )
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The staged recipe alone, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "three.yaml").write_text(dump(three()))
+    return tmp_path
+
+
+def composed(*words: str) -> dict[str, dict[str, Any]]:
+    """The fields of every stage after the flags."""
+    _, stages = parse("explain", ExplainFlags, ["three.yaml", *words], "")
+    assert isinstance(stages, Stages)
+    return {key: flatten(recipe) for key, recipe in stages.stages.items()}
+
+
+def sentence_of(*words: str, code: int) -> str:
+    with pytest.raises(UserError) as caught:
+        composed(*words)
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+VALUES = {
+    "data_dir": "elsewhere",
+    "model": "vit_tiny_patch16_224.augreg_in21k",
+    "model_path": "a.pth",
+    "teacher_model": "stage:finetune",
+    "amp_dtype": "bfloat16",
+    "teacher_precision": "bfloat16",
+    "workers": "7",
+    "seed": "7",
+    "save_every": "7",
+    "log_every": "7",
+    "img_size": "64",
+    "teacher_img_size": "64",
+}
+
+
+def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
+    plain = composed()
+    for flag in flags_of(ExplainFlags):
+        path = flag.field.metadata.get("path")
+        if path is None:
+            continue
+        scope, choices = STAGED.get(flag.field.name), get_args(flag.value.kind)
+        word = VALUES.get(
+            flag.field.name, choices[-1] if choices else "true" if flag.value.kind is bool else "1"
+        )
+        having = [key for key in plain if path in plain[key]]
+        if path in ("teachers.teacher.checkpoint", "teachers.teacher.pretrained"):
+            assert "would take the place of the weights of 'stage:finetune'" in sentence_of(
+                flag.name, word, code=CONFIG
+            )
+        elif not having:
+            assert f"{flag.name} cannot take effect: no stage has " in sentence_of(
+                flag.name, word, code=USAGE
+            )
+        elif scope is None:
+            expected = " or ".join(f"{key}.{path}={word}" for key in having)
+            assert (
+                sentence_of(flag.name, word, code=USAGE)
+                == f"{flag.name} is a setting of one stage: --set {expected}"
+            )
+        else:
+            changed = composed(flag.name, word)
+            path = "student.model_args.img_size" if path == "student.image_size" else path
+            for key in plain:
+                differing = {
+                    p
+                    for p in plain[key].keys() | changed[key].keys()
+                    if plain[key].get(p) != changed[key].get(p)
+                }
+                meant = (
+                    key in {EVERY: [*plain], FIRST: ["pretrain"], TAUGHT: ["distill"]}[scope]
+                    and word != "stage:finetune"
+                )
+                assert differing == ({path} if meant else set()), flag.name
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence", "code"),
+    [
+        (
+            ["--epochs", "10"],
+            "--set pretrain.train.epochs=10 or finetune.train.epochs=10 or distill.train.epochs=10",
+            USAGE,
+        ),
+        (
+            ["--kd-weight", "1"],
+            "--kd-weight is a setting of one stage: --set distill.objectives.kd.weight=1",
+            USAGE,
+        ),
+        (["--clip-grad", "none"], "--set pretrain.optim.clip_grad=null or", USAGE),
+        (["--sched", "none"], "--set pretrain.optim.sched=none or", USAGE),
+        (["--distillation-alpha", "0.5"], "give the weights themselves", USAGE),
+        (["--keep-rate", "0.5"], "no stage has a patch selector (--with STAGE.maskedkd)", USAGE),
+        (
+            ["--without", "distill.kd", "distill.teacher", "--teacher-model", "x"],
+            "no stage has a teacher",
+            USAGE,
+        ),
+        (
+            ["--with", "finetune.kd", "--teacher-precision", "float32"],
+            "--set finetune.teachers.teacher.precision=float32 or distill.",
+            USAGE,
+        ),
+        (
+            ["--with", "kd"],
+            "--with kd: say which stage it is for (--with pretrain.kd or --with finetune.kd or",
+            USAGE,
+        ),
+        (["--with", "finetun.kd"], "there is no stage 'finetun': did you mean 'finetune'?", USAGE),
+        (
+            ["--with", "distill.kd"],
+            ("the recipe has an objective of that name already"),
+            USAGE,
+        ),
+        (
+            ["--without", "finetune.kd"],
+            "the recipe has no such part, only ce",
+            USAGE,
+        ),
+        (
+            ["--with", "finetune.random_masking:teacher"],
+            "hides the same patches from the student and all teachers",
+            USAGE,
+        ),
+        (
+            ["--set", "optim.lr=1"],
+            "--set optim.lr=1: say which stage it is for (--set pretrain.optim.lr=1 or",
+            USAGE,
+        ),
+        (["--set", "finetune"], "say which stage it is for", USAGE),
+        (["--set", "finetune.optim"], "in the stage 'finetune', --set 'optim' has no '='", USAGE),
+        (
+            ["--set", "finetune.optim.lrr=1"],
+            "in the stage 'finetune', the recipe has no field 'optim.lrr' (did you mean 'lr'?)",
+            CONFIG,
+        ),
+        (
+            ["--seed", "1", "--set", "finetune.train.seed=2"],
+            "in the stage 'finetune', train.seed is set twice",
+            USAGE,
+        ),
+        (
+            ["--teacher-model", "vit_tiny_patch16_224"],
+            "no later stage uses what the stage 'finetune' trains",
+            CONFIG,
+        ),
+        (
+            ["--set", "finetune.train.epochs=0"],
+            "in the stage 'finetune', train.epochs is 0",
+            CONFIG,
+        ),
+    ],
+)
+def test_a_flag_that_is_not_plain_is_refused(
+    words: list[str], sentence: str, code: int, bare: Path
+) -> None:
+    assert sentence in sentence_of(*words, code=code)
+
+
+def test_methods_come_and_go_by_stage(bare: Path) -> None:
+    found = composed(
+        "--with",
+        "distill.maskedkd",
+        "finetune.kd",
+        "--without",
+        "distill.ce",
+        "--keep-rate",
+        "0.25",
+    )
+    assert (
+        found["distill"]["selector.keep_rate"] == 0.25
+        and "objectives.ce.weight" not in found["distill"]
+    )
+    assert (
+        found["finetune"]["objectives.kd.method"] == "kd"
+        and "teachers.teacher.model" in found["finetune"]
+    )
+    assert found["pretrain"] == flatten(three().stages["pretrain"])
+    masked = composed("--with", "pretrain.random_masking")
+    assert (
+        masked["pretrain"]["masking.method"] == "random_masking"
+        and masked["finetune"]["masking"] is None
+    )
+    _, stages = parse(
+        "explain", ExplainFlags, ["three.yaml", "--with", "pretrain.random_masking"], ""
+    )
+    Path("three.yaml").write_text(dump(stages))
+    assert composed("--without", "pretrain.masking")["pretrain"]["masking"] is None
+
+
+def test_parts_of_a_recipe_are_judged_when_all_is_said(bare: Path) -> None:
+    """Without its teacher, nothing uses the second stage; with it as the student, something does
+    again.
+    """
+    words = ["--without", "distill.kd", "distill.teacher"]
+    assert "no later stage uses" in sentence_of(*words, code=CONFIG)
+    assert (
+        composed(*words, "--set", "distill.student.model=stage:finetune")["distill"][
+            "student.model"
+        ]
+        == "stage:finetune"
+    )
+
+
+def test_the_help_of_a_staged_recipe(
+    bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["train", "three.yaml", "--help"]) == 0
+    printed, errors = capsys.readouterr()
+    words = " ".join(printed.split())
+    assert (
+        "The recipe 'three.yaml' has the stages pretrain, finetune, distill." in words
+        and errors == ""
+    )
+    assert "the first stage by --model, --model-path, --pretrained, --img-size;" in words
+    assert "(default: 16)" in printed and max(map(len, printed.splitlines())) <= 80
+
+
+def test_the_documentation_lists_the_flags_of_every_stage_and_of_the_first() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "stages.md").read_text().splitlines()
+    for scope in (EVERY, FIRST):
+        line = next(line for line in lines if line.startswith("| `--") and scope in line)
+        for flag in flags_of(ExplainFlags):
+            if STAGED.get(flag.field.name) == scope:
+                assert flag.name in line
