@@ -36,7 +36,8 @@ from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import cost_of
 from vitdistill.keyed import I64
-from vitdistill.labels.encoding import Layout, LogitEncoding
+from vitdistill.labels.encoding import LogitEncoding
+from vitdistill.labels.layout import Layout
 from vitdistill.labels.reader import LabelReader
 from vitdistill.labels.store import LabelStore, Manifest
 from vitdistill.methods.base import Objective
@@ -111,9 +112,7 @@ def make_store(folder: Path, setting: Setting) -> LabelStore:
     layout, random = setting.layout, np.random.default_rng(0)
     torch.manual_seed(0)
     logits = 3 * torch.randn(ANSWERS, setting.pair.num_classes)
-    answers = layout.encode(
-        logits, {}, None, np.zeros(ANSWERS, np.uint32), np.zeros(ANSWERS, np.uint64)
-    )
+    answers = layout.encode(logits, {}, None, np.zeros(ANSWERS, np.uint32))
     manifest = Manifest(
         identity={}, layout=layout, num_samples=setting.samples, num_views=1, part_size=PART_SIZE
     )

@@ -46,8 +46,7 @@ class Stream(IntEnum):
     PATCHES = 10
     DROPOUT = 11
     OBJECTIVE = 12
-    PAIRS = 13
-    LABELS = 14
+    PAIRS = 13  # 14 was of a label encoding that is gone
 
 
 def _mix(x: U64) -> U64:

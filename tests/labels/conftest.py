@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vitdistill.labels.encoding import Layout, LogitEncoding
+from vitdistill.labels.encoding import LogitEncoding
+from vitdistill.labels.layout import Layout
 from vitdistill.labels.store import LabelStore, Manifest
 
 IDENTITY = {

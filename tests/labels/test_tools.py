@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitdistill.errors import ConfigError, DataError
-from vitdistill.labels.encoding import Layout, LogitEncoding
+from vitdistill.labels.encoding import LogitEncoding
+from vitdistill.labels.layout import Layout
 from vitdistill.labels.store import LabelStore, Manifest
 from vitdistill.labels.tools import merge, prune
 
@@ -150,7 +151,12 @@ def test_a_damaged_part_is_not_copied(made, tmp_path, position):
 def test_a_pruned_store_holds_the_same_in_less(made, manifest, layout, records, views, k, without):
     with tempfile.TemporaryDirectory() as name:
         source = made(Path(name) / "source", without)
-        pruned = prune(source.path, Path(name) / "target", num_views=views, k=k)
+        pruned = prune(
+            source.path,
+            Path(name) / "target",
+            num_views=views,
+            encoding=layout(k).logits if k else None,
+        )
         assert pruned.manifest.identity == source.manifest.identity and pruned.layout == layout(k)
         assert pruned.manifest.num_views == views and pruned.manifest.num_samples == 37
         assert set(pruned.missing_parts()) == {place for place in without if place[0] < views}
@@ -164,7 +170,7 @@ def test_a_pruned_store_holds_the_same_in_less(made, manifest, layout, records, 
 def test_a_pruned_store_gets_what_its_source_gets(made, records, layout, tmp_path, tree):
     source = made(tmp_path / "source", without=[(0, 1)], about={"versions": {"torch": "2.6"}})
     said = []
-    pruned = prune(source.path, tmp_path / "target", k=2, say=said.append)
+    pruned = prune(source.path, tmp_path / "target", encoding=layout(2).logits, say=said.append)
     assert len(said) == 9 and pruned.manifest.about["versions"] == {"torch": "2.6"}
     assert pruned.manifest.about["pruned_from"] == {
         "num_views": 2,
@@ -172,12 +178,12 @@ def test_a_pruned_store_gets_what_its_source_gets(made, records, layout, tmp_pat
     }
     before = tree(pruned.path)
     source.seal(0, 1, records(source.layout, 0, np.arange(8, 16)))
-    prune(source.path, tmp_path / "target", k=2, say=said.append)
+    prune(source.path, tmp_path / "target", encoding=layout(2).logits, say=said.append)
     assert len(said) == 10 and before.items() < tree(pruned.path).items()
     assert pruned.records(0, [9]).pixels.tolist() == [9] and pruned.verify() == []
     # A pruned store is pruned again, to the same bytes as at once.
-    again = prune(pruned.path, tmp_path / "again", k=1, num_views=1)
-    once = prune(source.path, tmp_path / "once", k=1, num_views=1)
+    again = prune(pruned.path, tmp_path / "again", encoding=layout(1).logits, num_views=1)
+    once = prune(source.path, tmp_path / "once", encoding=layout(1).logits, num_views=1)
     (found, _), (expected, _) = (
         store.read(np.zeros(37, np.int64), np.arange(37)) for store in (again, once)
     )
@@ -193,46 +199,38 @@ def test_dense_labels_become_sparse_ones(tmp_path):
     small = Layout(logits=LogitEncoding(kind="topk", num_classes=30, k=4, temperatures=(1.0, 4.0)))
     logits, ids = torch.randn(10, 30), np.arange(10)
     hidden = {2: torch.randn(10, 3, 4)}
-    rows = dense.encode(logits, hidden, None, ids.astype(np.uint32), ids.astype(np.uint64))
+    rows = dense.encode(logits, hidden, None, ids.astype(np.uint32))
     source = LabelStore.create(
         tmp_path / "source", Manifest(identity={"a": 1}, layout=dense, num_samples=10, num_views=1)
     )
     source.seal(0, 0, rows)
-    pruned = prune(tmp_path / "source", tmp_path / "target", layout=small)
-    expected = small.targets(
-        small.encode(logits, {}, None, ids.astype(np.uint32), ids.astype(np.uint64))
-    )
+    pruned = prune(tmp_path / "source", tmp_path / "target", encoding=small.logits)
+    expected = small.targets(small.encode(logits, {}, None, ids.astype(np.uint32)))
     found = pruned.records(0, ids)
-    assert found.hidden == {} and torch.equal(found.pixels, expected.pixels)
+    assert torch.equal(found.hidden[2], hidden[2].half().float()) and torch.equal(
+        found.pixels, expected.pixels
+    )
     for temperature in (1.0, 4.0):
         torch.testing.assert_close(found.logits(temperature), expected.logits(temperature))
 
 
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(made, layout, tmp_path):
     made(tmp_path / "source")
-    for settings_, kind, sentence in (
-        ({}, ConfigError, "nothing would become smaller"),
-        ({"k": 2, "layout": layout(2)}, ConfigError, "k and layout both"),
-        ({"num_views": 3}, ConfigError, r"has 2 views, of which 3 cannot be kept: choose 1 to 2"),
-        ({"num_views": 0}, ConfigError, "of which 0 cannot be kept"),
-        ({"k": 4}, ConfigError, "k 3, which cannot become 4"),
-        ({"layout": layout(4)}, ConfigError, "k 3, which cannot become 4"),
-        ({"layout": Layout(features=(2, 3))}, ConfigError, "features"),
-    ):
-        with pytest.raises(kind, match=sentence):
-            prune(tmp_path / "source", tmp_path / "target", **settings_)
+    for wrong in ({}, {"num_views": 3}, {"num_views": 0}, {"encoding": layout(4).logits}):
+        with pytest.raises(ConfigError):
+            prune(tmp_path / "source", tmp_path / "target", **wrong)
         assert not (tmp_path / "target").exists()
     made(tmp_path / "other", identity={"teacher": "another"})
     with pytest.raises(DataError, match="holds labels of something else"):
-        prune(tmp_path / "source", tmp_path / "other", k=2)
+        prune(tmp_path / "source", tmp_path / "other", encoding=layout(2).logits)
 
 
-def test_a_damaged_part_is_not_pruned(made, tmp_path):
+def test_a_damaged_part_is_not_pruned(made, layout, tmp_path):
     path = made(tmp_path / "source").part_path(0, 3)
     data = bytearray(path.read_bytes())
     data[9] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=re.escape(f"{path} is damaged")):
-        prune(tmp_path / "source", tmp_path / "target", k=1)
+        prune(tmp_path / "source", tmp_path / "target", encoding=layout(1).logits)
     target = LabelStore.open(tmp_path / "target")
     assert target.verify() == [] and not target.is_sealed(0, 3)

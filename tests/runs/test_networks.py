@@ -7,7 +7,8 @@ import pytest
 
 from vitdistill.distill.classes import match_classes
 from vitdistill.errors import ConfigError
-from vitdistill.labels.encoding import Layout, LogitEncoding
+from vitdistill.labels.encoding import LogitEncoding
+from vitdistill.labels.layout import Layout
 from vitdistill.labels.store import LabelStore, Manifest
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe, TeacherConfig, TrainConfig, replace_fields

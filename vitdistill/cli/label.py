@@ -11,18 +11,19 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from ..errors import ConfigError, DataError, UserError
-from ..labels.encoding import Layout
+from ..labels.encoding import LogitEncoding
+from ..labels.layout import Layout
 from ..labels.store import LabelStore
 from ..messages import format_bytes, plural
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages
-from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
+from .flags import COUNT, TEXT, about, one_of, parse_flags, read_value, wrap
 from .recipe_flags import RecipeFlags, parse
 
 if TYPE_CHECKING:
     from ..runs.label import LabelOptions
 
-ENCODINGS = ("auto", "float32", "float16", "uint8", "topk", "sampled")
+ENCODINGS = ("auto", "float32", "float16", "topk")
 
 
 @dataclass
@@ -42,13 +43,11 @@ class WritingFlags(RecipeFlags):
             " others (topk)"
         ),
     ] = "auto"
-    k: Annotated[
-        int | None, COUNT, about("classes an image of topk, draws of sampled; none: 10")
-    ] = None
+    k: Annotated[int | None, COUNT, about("classes an image that topk keeps; none: 10")] = None
     temperatures: Annotated[
         tuple[str, ...],
         about(
-            "at which topk and sampled are right; none: those of the recipe's objectives",
+            "at which topk is right; none: those of the recipe's objectives",
             metavar="T ...",
         ),
     ] = ()
@@ -64,7 +63,7 @@ class WritingFlags(RecipeFlags):
         return LabelOptions(
             encoding=self.encoding,  # type: ignore[arg-type]
             k=self.k,
-            temperatures=_temperatures(self.temperatures),
+            temperatures=read_temperatures(self.temperatures),
             hidden_dtype=hidden_dtype,  # type: ignore[arg-type]
             part_size=self.part_size,
         )
@@ -128,13 +127,22 @@ class _PruneFlags(_StoreFlags):
     ] = None
     encoding: Annotated[
         str | None,
-        one_of("float16", "uint8", "topk"),
+        one_of("float16", "topk"),
         about("store logits so instead; none: as they are"),
     ] = None
     temperatures: Annotated[
         tuple[str, ...],
         about("of --encoding topk; none: those that are stored, or 1", metavar="T ..."),
     ] = ()
+
+
+@dataclass
+class _ExportFlags:
+    store: Positional[Annotated[str, TEXT, about("a teacher's labels", metavar="FOLDER")]] = field(
+        metadata={"positional": "FOLDER"}
+    )
+    to: Annotated[str | None, TEXT, about("the .parquet file to write", metavar="FILE")] = None
+    views: Annotated[tuple[str, ...], about("which views; none: all", metavar="N ...")] = ()
 
 
 def main(words: Sequence[str]) -> int:
@@ -146,7 +154,6 @@ def main(words: Sequence[str]) -> int:
         "check": _check,
         "merge": _merge,
         "prune": _prune,
-        "import": _import,
         "export": _export,
     }
     if words and words[0] in verbs:
@@ -193,7 +200,7 @@ def _write(words: Sequence[str]) -> int:
         "Run a recipe's teachers once, over the very views its student will see, and store what"
         " they say. Training with --labels then needs no teacher. The same command goes on where it"
         " was stopped, in any number of processes at once.\nOf labels that are there: vitdistill"
-        " label status | info | verify | check | merge | prune | import | export"
+        " label status | info | verify | check | merge | prune | export"
     )
     flags, recipe, output = parse_writing("label", LabelFlags, words, wrap(about_it))
     from ..runs.label import label
@@ -234,9 +241,7 @@ def parse_writing(
     )
 
 
-def _temperatures(words: Sequence[str]) -> tuple[float, ...]:
-    from .flags import read_value
-
+def read_temperatures(words: Sequence[str]) -> tuple[float, ...]:
     return tuple(read_value(word, float, "--temperatures", optional=False) for word in words)
 
 
@@ -400,15 +405,12 @@ def _prune(words: Sequence[str]) -> int:
         raise UserError("--to is missing: name the folder to write")
     from ..labels.tools import prune
 
-    layout = None
     source = LabelStore.open(flags.store)
-    if flags.encoding is not None:
-        layout = _smaller(source.layout, flags.encoding, flags.k, _temperatures(flags.temperatures))
-    elif flags.temperatures:
-        raise UserError("--temperatures cannot take effect: they are of --encoding topk")
-    k = None if layout is not None else flags.k
+    encoding = _encoding(
+        source.layout, flags.encoding, flags.k, read_temperatures(flags.temperatures)
+    )
     store = prune(
-        flags.store, flags.to, num_views=flags.views, k=k, layout=layout, say=now_and_then()
+        flags.store, flags.to, num_views=flags.views, encoding=encoding, say=now_and_then()
     )
     before, after = source.status(), store.status()
     say(
@@ -418,37 +420,42 @@ def _prune(words: Sequence[str]) -> int:
     return 0
 
 
-def _smaller(
-    layout: Layout, encoding: str, k: int | None, temperatures: tuple[float, ...]
-) -> Layout:
-    from dataclasses import replace
-
-    from ..labels.encoding import LogitEncoding
-
-    if layout.logits is None:
-        raise ConfigError("these labels hold no logits, so --encoding cannot take effect")
-    if encoding != "topk" and (k is not None or temperatures):
-        raise UserError(f"--k and --temperatures cannot take effect with --encoding {encoding}")
-    own = layout.logits.k if layout.logits.temperatures else 10
-    sparse = (
-        {
-            "k": own if k is None else k,
-            "temperatures": temperatures or layout.logits.temperatures or (1.0,),
-        }
-        if encoding == "topk"
-        else {}
+def _encoding(
+    layout: Layout, kind: str | None, k: int | None, temperatures: tuple[float, ...]
+) -> LogitEncoding | None:
+    """The encoding that the flags ask for; what they leave out is as stored."""
+    if kind is None and k is None and not temperatures:
+        return None
+    stored = layout.logits
+    if stored is None:
+        raise ConfigError("these labels hold no logits to make smaller", field="encoding")
+    kind = kind or stored.kind
+    if kind == "topk":
+        k = (stored.k or 10) if k is None else k
+        temperatures = temperatures or stored.temperatures or (1.0,)
+    return LogitEncoding(
+        kind=kind,  # type: ignore[arg-type]
+        num_classes=stored.num_classes,
+        k=k or 0,
+        temperatures=temperatures,
     )
-    logits = LogitEncoding(kind=encoding, num_classes=layout.logits.num_classes, **sparse)  # type: ignore[arg-type]
-    return replace(layout, logits=logits)
-
-
-def _import(words: Sequence[str]) -> int:
-    from .label_exchange import import_main
-
-    return import_main(words)
 
 
 def _export(words: Sequence[str]) -> int:
-    from .label_exchange import export_main
+    about_it = (
+        "Write labels as one Parquet file: sample_id, view, pixels and logits; of topk class_ids,"
+        " values (z - max z) and tail_T (the log of the weight of all other classes at temperature"
+        " T) in place of logits."
+    )
+    flags = parse_flags(_ExportFlags, words, "vitdistill label export", wrap(about_it))
+    if flags.to is None:
+        raise UserError("--to is missing: name the .parquet file to write")
+    from ..labels.parquet import export_labels
 
-    return export_main(words)
+    store = LabelStore.open(flags.store)
+    views = [read_value(word, int, "--views", optional=False) for word in flags.views]
+    rows, size = export_labels(store, flags.to, views or None)
+    if store.layout.hidden or store.layout.features is not None:
+        say("hidden states and features are left out: only logits are exported")
+    say(f"{flags.to}: {rows:,} rows, {format_bytes(size)}")
+    return 0

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import keyed
 from ..keyed import I64
-from ..labels.encoding import Targets
+from ..labels.layout import Targets
 
 
 @dataclass

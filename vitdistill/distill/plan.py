@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
-from ..labels.encoding import Layout
+from ..labels.layout import Layout
 from ..methods.base import Masking, Objective, TeacherObjective, TokenSelector
 from ..vit.needs import Needs
 from ..vit.network import Network
@@ -240,16 +240,11 @@ def _temperature(key: str, objective: TeacherObjective, layout: Layout) -> float
     logits, where = layout.logits, f"the labels of the {objective.teacher}"
     if logits is None or logits.is_complete:
         return None
-    sparse = f"{logits.k} {'classes' if logits.kind == 'topk' else 'draws'} an image"
+    sparse = f"{logits.k} classes an image"
     wanted = objective.teacher_temperatures
     if wanted is None:
         raise ConfigError(
             f"{key} reads complete logits, and {where} hold {sparse}: label with --encoding float16"
-        )
-    if logits.kind == "sampled" and not objective.linear_in_teacher:
-        raise ConfigError(
-            f"{key} would be biased by labels that are a sample ({where} hold {sparse}): take kd,"
-            " or label with another --encoding"
         )
     if len(wanted) > 1:
         shown = " and ".join(f"{t:g}" for t in sorted(wanted))

@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .encoding import Layout, Targets
+from .layout import Layout, Targets
 from .store import LabelStore
 
 I64 = npt.NDArray[np.int64]

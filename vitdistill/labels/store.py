@@ -33,7 +33,7 @@ from ..messages import printable
 from ..storage.atomic import Content, Sink, disk_errors, require_free, staged_dir, write_atomic
 from ..storage.lock import LOCK, wait_lock
 from ..storage.manifest import MANIFEST, read_manifest, replace_manifest, write_manifest
-from .encoding import Layout, Targets
+from .layout import Layout, Targets
 
 FORMAT = 1
 _KIND = "label store"

@@ -4,11 +4,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ..errors import ConfigError, DataError
-from ..messages import printable
+from ..errors import ConfigError, DataError, Give
+from ..messages import plural, printable
 from ..storage.atomic import require_free
-from .encoding import Layout
-from .store import LabelStore, Manifest, differences
+from .encoding import LogitEncoding
+from .store import LabelStore, differences
 
 
 def merge(
@@ -91,12 +91,11 @@ def prune(
     target: str | os.PathLike[str],
     *,
     num_views: int | None = None,
-    k: int | None = None,
-    layout: Layout | None = None,
+    encoding: LogitEncoding | None = None,
     say: Callable[[str], None] | None = None,
 ) -> LabelStore:
-    """Write a smaller store of the same answers: the first ``num_views`` views, ``k`` classes a
-    record, or another ``layout``.
+    """Write a smaller store of the same answers: the first ``num_views`` views, and logits in
+    another ``encoding``.
 
     Parts that the source lacks are missing in the target too. What is written stays when this is
     stopped; running again writes the rest.
@@ -107,40 +106,29 @@ def prune(
         DiskError: there is no room.
     """
     store = LabelStore.open(source)
-    ours = store.manifest
-    if k is not None and layout is not None:
-        raise ConfigError("k and layout both say what a record shall hold: give one of them")
-    if num_views is None and k is None and layout is None:
-        raise ConfigError("nothing would become smaller: name a number of views, k or an encoding")
-    views = ours.num_views if num_views is None else num_views
-    if not 1 <= views <= ours.num_views:
+    manifest = store.manifest
+    if num_views is None and encoding is None:
+        raise ConfigError("nothing would become smaller", (Give("views"), Give("k")))
+    views = manifest.num_views if num_views is None else num_views
+    if not 1 <= views <= manifest.num_views:
         raise ConfigError(
-            f"{printable(store.path)} has {ours.num_views} views, of which {views} cannot be kept:"
-            f" choose 1 to {ours.num_views}"
+            f"{printable(store.path)} has {plural(manifest.num_views, 'view')}, of which {views}"
+            " cannot be kept",
+            Give("views"),
+            field="views",
         )
-    smaller = layout if layout is not None else ours.layout if k is None else ours.layout.prune(k)
-    ours.layout.check_convertible(smaller)
-    about = {
-        **ours.about,
-        "pruned_from": {"num_views": ours.num_views, "layout": ours.layout.to_json()},
-    }
+    layout = manifest.layout if encoding is None else manifest.layout.with_logits(encoding)
+    was = {"num_views": manifest.num_views, "layout": manifest.layout.to_json()}
+    about = {**manifest.about, "pruned_from": was}
     pruned = LabelStore.create(
-        target,
-        Manifest(
-            identity=ours.identity,
-            layout=smaller,
-            num_samples=ours.num_samples,
-            num_views=views,
-            part_size=ours.part_size,
-            about=about,
-        ),
+        target, replace(manifest, layout=layout, num_views=views, about=about)
     )
     todo = [place for place in _sealed(store) if place[0] < views and not pruned.is_sealed(*place)]
     for number, (view, part) in enumerate(todo, 1):
-        records = store.load(view, part).checked().view(ours.layout.dtype)
-        pruned.seal(
-            view, part, records if smaller == ours.layout else ours.layout.convert(records, smaller)
-        )
+        records = store.load(view, part).checked().view(manifest.layout.dtype)
+        if encoding is not None:
+            records = manifest.layout.convert(records, encoding)
+        pruned.seal(view, part, records)
         if say is not None:
             say(f"{number} of {len(todo)} parts written: {printable(pruned.part_path(view, part))}")
     return pruned

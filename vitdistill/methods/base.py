@@ -190,9 +190,6 @@ class TeacherObjective(Objective):
 
     teacher: str = "teacher"
 
-    # Its gradient is linear in the teacher's probabilities: an unbiased sample of them will do.
-    linear_in_teacher: ClassVar[bool] = False
-
     @property
     def teacher_temperatures(self) -> tuple[float, ...] | None:
         """The temperatures T at which it takes ``softmax(logits / T)`` of the teacher's logits,

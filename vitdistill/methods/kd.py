@@ -118,7 +118,6 @@ class SoftKD(LogitObjective):
 
     temperature: float = 1.0
 
-    linear_in_teacher: ClassVar[bool] = True
     formula: ClassVar[str] = (
         "T^2 KL(teacher || student) of the logits, summed over classes, batch mean"
     )

@@ -19,9 +19,10 @@ import torch
 from .. import keyed
 from ..data.loader import Labelling
 from ..distill.teacher import setting
-from ..errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
-from ..labels.encoding import Layout, LogitEncoding, NonFinite
+from ..errors import ConfigError, DataError, Give, NonFiniteError, Preempted, UserError
+from ..labels.encoding import LogitEncoding
 from ..labels.identity import differing, network_to_json, teacher_identity, versions
+from ..labels.layout import Layout, NonFinite
 from ..labels.store import LabelStore, Manifest
 from ..labels.writing import Unit, write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
@@ -50,18 +51,15 @@ class LabelOptions:
     """How answers are stored.
 
     Args:
-        encoding: of the logits. ``float32``: exact; ``float16`` and ``uint8``: of all classes;
-            ``topk``: the k largest and the mass of the others; ``sampled``: k unbiased draws;
-                ``auto``: float16 up to 256 classes and wherever an objective needs all of them,
-                    else
-            topk.
-        k: classes, or draws, of topk and sampled; None: 10.
-        temperatures: at which topk and sampled are right; empty: those of the recipe's objectives.
+        encoding: of the logits, see `LogitEncoding`; ``auto``: float16 up to 256 classes and
+            wherever an objective needs all of them, else topk.
+        k: classes that topk keeps; None: 10.
+        temperatures: at which topk is right; empty: those of the recipe's objectives.
         hidden_dtype: of hidden states and features; None: float16.
         part_size: samples of a part, the unit of writing and resuming.
     """
 
-    encoding: Literal["auto", "float32", "float16", "uint8", "topk", "sampled"] = "auto"
+    encoding: Literal["auto", "float32", "float16", "topk"] = "auto"
     k: int | None = None
     temperatures: tuple[float, ...] = ()
     hidden_dtype: Literal["float16", "float32"] | None = None
@@ -69,16 +67,16 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         if self.part_size < 1:
-            raise ConfigError(f"part_size is {self.part_size}: give at least 1 sample a part")
-        if self.k is not None and self.encoding not in ("topk", "sampled"):
             raise ConfigError(
-                f"k cannot take effect with the encoding {self.encoding}: choose topk or sampled"
+                f"a part of {self.part_size} samples holds nothing", Give("part_size")
             )
-        if self.temperatures and self.encoding not in ("topk", "sampled"):
-            raise ConfigError(
-                f"temperatures cannot take effect with the encoding {self.encoding}: choose topk or"
-                " sampled"
-            )
+        for name in ("k", "temperatures"):
+            if getattr(self, name) not in (None, ()) and self.encoding != "topk":
+                raise ConfigError(
+                    f"{name} cannot take effect with the encoding {self.encoding}",
+                    Give("encoding", "topk"),
+                    field=name,
+                )
 
 
 @dataclass
@@ -104,7 +102,7 @@ def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> L
     if kind == "auto":
         all_at_one = all(found is not None and len(found) <= 1 for found in wanted)
         kind = "topk" if num_classes > DENSE_CLASSES and all_at_one else "float16"
-    if kind not in ("topk", "sampled"):
+    if kind != "topk":
         return LogitEncoding(kind=kind, num_classes=num_classes)
     temperatures = (
         options.temperatures
@@ -443,10 +441,9 @@ class _Work:
         self, name: str, view: int, batch: Labelling, answer: ViTOutput
     ) -> npt.NDArray[Any]:
         """A teacher's answer to a batch as records."""
-        keys = keyed.keys(self.job.recipe.data_seed, view, batch.ids, keyed.Stream.LABELS)
         try:
             return self.layouts[name].encode(
-                answer.logits, answer.hidden, answer.features, batch.checksums, keys
+                answer.logits, answer.hidden, answer.features, batch.checksums
             )
         except NonFinite as error:
             sample = int(batch.ids[error.index])
@@ -558,13 +555,8 @@ def check(
     Raises:
         DataError: the images, the views or the teacher's weights are not those of the labels; or
             nothing is stored yet.
-        ConfigError: the labels were imported, so that there is no teacher to run.
     """
     about = store.manifest.about
-    if "recipe" not in about:
-        raise ConfigError(
-            f"the labels in {store.path} were imported: there is no teacher to run again"
-        )
     recipe = _alone(
         from_dict(about["recipe"], f"the recipe of {store.path}"),
         str(about["teacher"]),
@@ -657,7 +649,6 @@ def describe(layout: Layout) -> str:
         words = {
             "float32": f"{logits.num_classes} logits, exact",
             "float16": f"{logits.num_classes} logits in float16",
-            "uint8": f"{logits.num_classes} logits of one byte",
             "topk": (
                 f"all {logits.num_classes} logits in float16, largest first"
                 if logits.is_complete
@@ -666,7 +657,6 @@ def describe(layout: Layout) -> str:
                     f" others at T = {at}"
                 )
             ),
-            "sampled": f"{logits.k} draws of {logits.num_classes} classes at T = {at}",
         }
         parts.append(words[logits.kind])
     parts += [

@@ -1,0 +1,256 @@
+"""What a record of stored answers holds, and how records become the targets of a loss.
+
+A record has a fixed size: little-endian fields without padding.
+
+Shape letters: B records, C classes, L tokens, D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+from .encoding import KINDS, LogitEncoding
+
+Records: TypeAlias = np.ndarray  # of a layout's dtype
+
+_HIDDEN_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class NonFinite(ValueError):
+    """An answer holds NaN or infinity, or does not fit the number format it is stored in.
+
+    Attributes:
+        index: the first row of the batch that does.
+    """
+
+    def __init__(self, index: int, what: str) -> None:
+        super().__init__(f"{what} in row {index}")
+        self.index = index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a record holds, field by field.
+
+    Args:
+        logits: how logits are stored; None: they are not.
+        hidden: ``(block, tokens, width)`` of each stored hidden state, by rising block.
+        features: ``(tokens, width)`` of the tokens after the final norm; None: they are not stored.
+        hidden_dtype: the number format of hidden states and features.
+
+    Raises:
+        ConfigError: there is nothing to store.
+    """
+
+    logits: LogitEncoding | None = None
+    hidden: tuple[tuple[int, int, int], ...] = ()
+    features: tuple[int, int] | None = None
+    hidden_dtype: Literal["float16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        if self.logits is None and not self.hidden and self.features is None:
+            raise ConfigError("labels without logits, hidden states and features hold nothing")
+        if self.hidden_dtype not in _HIDDEN_DTYPES:
+            raise ConfigError(
+                f"hidden states cannot be stored as {self.hidden_dtype!r}",
+                "choose float16 or float32",
+                field="hidden_dtype",
+            )
+        blocks = [block for block, _, _ in self.hidden]
+        assert blocks == sorted(set(blocks)), blocks
+
+    @cached_property
+    def dtype(self) -> np.dtype[np.void]:
+        """A record as numpy reads it; ``pixels``, the checksum of the view, is the first field."""
+        fields: list[tuple[Any, ...]] = [("pixels", "<u4")]
+        if self.logits is not None:
+            fields += self.logits.fields()
+        number = "<f2" if self.hidden_dtype == "float16" else "<f4"
+        fields += [(name, number, shape) for name, shape in self._tokens().items()]
+        return np.dtype(fields)
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of one record."""
+        return self.dtype.itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON, which `from_json` reads."""
+        plain = asdict(self)
+        plain["hidden"] = [list(entry) for entry in self.hidden]
+        plain["features"] = None if self.features is None else list(self.features)
+        if self.logits is not None:
+            plain["logits"]["temperatures"] = list(self.logits.temperatures)
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "Layout":
+        """Read what `to_json` returned.
+
+        Raises:
+            DataError: the logits have an encoding that this version does not read.
+            KeyError, TypeError: this is no layout.
+        """
+        logits, features = plain["logits"], plain["features"]
+        if logits is not None:
+            if logits["kind"] not in KINDS:
+                raise DataError(
+                    f"labels of the encoding {logits['kind']} are not read any more",
+                    f"label again with one of {', '.join(KINDS)}",
+                    field="encoding",
+                )
+            logits = LogitEncoding(**{**logits, "temperatures": tuple(logits["temperatures"])})
+        return cls(
+            logits=logits,
+            hidden=tuple(tuple(entry) for entry in plain["hidden"]),
+            features=None if features is None else tuple(features),
+            hidden_dtype=plain["hidden_dtype"],
+        )
+
+    def encode(
+        self,
+        logits: Float[Tensor, "B C"] | None,
+        hidden: Mapping[int, Float[Tensor, "B _ _"]],
+        features: Float[Tensor, "B L D"] | None,
+        pixels: npt.NDArray[np.uint32],
+    ) -> Records:
+        """Return one record a row; answers that the layout does not ask for are ignored.
+
+        Args:
+            logits: the teacher's, of any floating-point format; taken as float32.
+            hidden: block index to hidden states.
+            features: tokens after the final norm.
+            pixels: checksum of each view's pixels.
+
+        Raises:
+            NonFinite: an answer is NaN or infinite, or a hidden state is beyond float16.
+            ValueError: something is missing or of another shape than the layout says.
+        """
+        given = {"features": features, **{f"hidden_{block}": x for block, x in hidden.items()}}
+        dtype = _HIDDEN_DTYPES[self.hidden_dtype]
+        fields = {
+            name: _of_shape(given.get(name), (len(pixels), *shape), name).to(dtype)
+            for name, shape in self._tokens().items()
+        }
+        _check_finite(fields)
+        if self.logits is not None:
+            true = _of_shape(logits, (len(pixels), self.logits.num_classes), "logits").float()
+            _check_finite({"logits": true})
+            fields |= self.logits.pack(true)
+        return self._records(pixels, fields)
+
+    def targets(self, records: Records) -> "Targets":
+        """Return the tensors of these records, on the CPU."""
+        if records.dtype != self.dtype or records.ndim != 1:
+            raise ValueError(f"{records.dtype} of shape {records.shape} are no records")
+        return Targets(self, {name: _tensor(records[name]) for name in self.dtype.names or ()})
+
+    def convert(self, records: Records, logits: LogitEncoding) -> Records:
+        """Return records of the layout `with_logits` that hold the same answers.
+
+        Raises:
+            ConfigError: the logits cannot become such ones (`LogitEncoding.check_repack`).
+        """
+        other, fields = self.with_logits(logits), self.targets(records).fields
+        assert self.logits is not None
+        tokens = {name: fields[name] for name in self._tokens()}
+        return other._records(records["pixels"], tokens | self.logits.repack(fields, logits))
+
+    def with_logits(self, logits: LogitEncoding) -> "Layout":
+        """Return this layout with another encoding of the same logits; may raise `ConfigError`."""
+        if self.logits is None:
+            raise ConfigError("the labels hold no logits to encode anew", field="encoding")
+        self.logits.check_repack(logits)
+        return replace(self, logits=logits)
+
+    def _tokens(self) -> dict[str, tuple[int, int]]:
+        """Field name to (tokens, width) of hidden states and features."""
+        states = {f"hidden_{block}": (tokens, width) for block, tokens, width in self.hidden}
+        return states if self.features is None else {**states, "features": self.features}
+
+    def _records(self, pixels: npt.NDArray[np.uint32], fields: Mapping[str, Tensor]) -> Records:
+        records: Records = np.zeros(len(pixels), dtype=self.dtype)
+        records["pixels"] = pixels
+        for name, value in fields.items():
+            records[name] = value.cpu().numpy()
+        return records
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The stored answers of a batch, as tensors.
+
+    Attributes:
+        layout: what is stored.
+        fields: the records' fields, as stored; floating-point numbers are widened when read.
+    """
+
+    layout: Layout
+    fields: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """Return the same on ``device``."""
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in self.fields.items()}
+        return Targets(self.layout, moved)
+
+    @property
+    def pixels(self) -> Int[Tensor, " B"]:
+        """Checksum of each view's pixels, 0 to 2**32 - 1 in int64."""
+        return self.fields["pixels"]
+
+    @property
+    def hidden(self) -> dict[int, Float[Tensor, "B _ _"]]:
+        """Block index to hidden states, in float32."""
+        return {block: self.fields[f"hidden_{block}"].float() for block, _, _ in self.layout.hidden}
+
+    @property
+    def features(self) -> Float[Tensor, "B L D"] | None:
+        """Tokens after the final norm, in float32, where they are stored."""
+        return None if self.layout.features is None else self.fields["features"].float()
+
+    def logits(self, temperature: float | None = None) -> Float[Tensor, "B C"]:
+        """Return float32 logits z, all finite: ``softmax(z / T)`` is what the teacher said at T.
+
+        Complete encodings give the teacher's logits at any temperature. Those of topk have the
+        right distribution at the temperature asked for alone, which must be one of the stored ones.
+
+        Raises:
+            ConfigError: no logits are stored, or not for this temperature.
+        """
+        if self.layout.logits is None:
+            raise ConfigError("the labels hold no logits", "label again with logits")
+        return self.layout.logits.unpack(self.fields, temperature)
+
+
+def _of_shape(value: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor:
+    if value is None or tuple(value.shape) != shape:
+        given = "missing" if value is None else f"of shape {tuple(value.shape)}"
+        raise ValueError(f"{name} are {given}, and the labels hold {shape}")
+    return value.detach()
+
+
+def _check_finite(values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        wrong = (~value.isfinite()).flatten(1).any(1)
+        if bool(wrong.any()):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise NonFinite(int(wrong.nonzero()[0]), f"{name} are not finite numbers of {dtype}")
+
+
+def _tensor(field: np.ndarray) -> Tensor:
+    """Copy a field; unsigned numbers become int64, which torch computes with."""
+    wide = field.dtype.kind == "u"
+    return torch.from_numpy(
+        field.astype(np.int64 if wide else field.dtype.newbyteorder("="), order="C")
+    )
