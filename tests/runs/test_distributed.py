@@ -17,10 +17,10 @@ from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.source import open_source
 from vitdistill.errors import (
-    Give,
     ConfigError,
     DataError,
     DiskError,
+    Give,
     NonFiniteError,
     Preempted,
     UserError,

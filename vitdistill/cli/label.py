@@ -13,7 +13,9 @@ from tyro.conf import Positional
 from ..errors import ConfigError, DataError, UserError
 from ..labels.encoding import LogitEncoding
 from ..labels.layout import Layout
+from ..labels.parquet import export_labels
 from ..labels.store import LabelStore
+from ..labels.tools import merge, prune
 from ..messages import format_bytes, plural
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages
@@ -383,8 +385,6 @@ def _merge(words: Sequence[str]) -> int:
     )
     if not flags.from_:
         raise UserError("--from is missing: name the labels to unite")
-    from ..labels.tools import merge
-
     store = merge(flags.from_, flags.target, say=now_and_then())
     status = store.status()
     say(
@@ -403,8 +403,6 @@ def _prune(words: Sequence[str]) -> int:
     )
     if flags.to is None:
         raise UserError("--to is missing: name the folder to write")
-    from ..labels.tools import prune
-
     source = LabelStore.open(flags.store)
     encoding = _encoding(
         source.layout, flags.encoding, flags.k, read_temperatures(flags.temperatures)
@@ -450,8 +448,6 @@ def _export(words: Sequence[str]) -> int:
     flags = parse_flags(_ExportFlags, words, "vitdistill label export", wrap(about_it))
     if flags.to is None:
         raise UserError("--to is missing: name the .parquet file to write")
-    from ..labels.parquet import export_labels
-
     store = LabelStore.open(flags.store)
     views = [read_value(word, int, "--views", optional=False) for word in flags.views]
     rows, size = export_labels(store, flags.to, views or None)
