@@ -59,6 +59,10 @@ class World:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
+    def autocast(self, dtype: torch.dtype | None) -> torch.autocast:
+        """Compute in this precision inside the block; None: in float32."""
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
     def any(self, *flags: bool) -> list[bool]:
         """Return which flags are set on any process: one small reduction between the hosts."""
         if self.size == 1:

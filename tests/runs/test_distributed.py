@@ -69,7 +69,7 @@ def test_two_processes_see_the_samples_and_views_of_one(taught, tools):
     def batches(count):
         with join_world("cpu") as here:
             job = prepare(recipe, here, lambda text: None)
-            parts = [batch for step in job.train_loader.batches(1, 4) for batch in step]
+            parts = [batch for step in job.loaders.train.batches(1, 4) for batch in step]
         return [(b.ids.tolist(), b.views.tolist(), b.lam.tolist(), b.images.numpy()) for b in parts]
 
     one, two = batches(1), tools.ranks(2, batches)

@@ -24,8 +24,8 @@ from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.config import DataConfig, replace_fields
 from vitdistill.runs import label as labelling
 from vitdistill.runs.label import LabelOptions, check, label, logit_encoding
-from vitdistill.runs.networks import with_views_of_labels
 from vitdistill.runs.prepare import prepare
+from vitdistill.runs.stored import with_views_of_labels
 from vitdistill.vit.network import Network
 from vitdistill.world import join_world
 
@@ -117,7 +117,7 @@ def test_stored_answers_give_the_very_loss_of_live_ones(kd, tmp_path):
         assert not stored.teachers and stored.plan.stored.keys() == {"teacher"}
         stored.distillation.load_state_dict(job.distillation.state_dict())
         for (batch,), (other,) in zip(
-            job.train_loader.batches(0, 7), stored.train_loader.batches(0, 7), strict=True
+            job.loaders.train.batches(0, 7), stored.train_loader.batches(0, 7), strict=True
         ):
             assert torch.equal(batch.images, other.images) and torch.equal(batch.ids, other.ids)
             answer = job.teachers["teacher"](batch.images, job.plan.live["teacher"])
@@ -174,11 +174,13 @@ def test_every_record_is_of_the_view_that_training_shows(kd, tmp_path):
             lambda text: None,
         )
         seen = set()
-        for (batch,) in job.train_loader.batches(0, 12):  # every step compares the views' checksums
+        for (batch,) in job.loaders.train.batches(
+            0, 12
+        ):  # every step compares the views' checksums
             seen |= set(zip(batch.views.tolist(), batch.ids.tolist(), strict=True))
         assert {view for view, _ in seen} == set(range(5))
         # The sixth epoch shows the first view again, in another order and with the same pairs.
-        assert job.train_loader.steps_per_epoch == 2
+        assert job.loaders.train.steps_per_epoch == 2
 
 
 # -- the same bytes -------------------------------------------------------------------------------
@@ -703,7 +705,7 @@ def test_two_processes_read_the_labels_of_one(stored, tools):
     def read(count):
         with join_world("cpu") as here:
             job = prepare(stored(), here, lambda text: None)
-            batches = [batch for step in job.train_loader.batches(0, 4) for batch in step]
+            batches = [batch for step in job.loaders.train.batches(0, 4) for batch in step]
         return [
             (batch.ids.tolist(), batch.targets["teacher"].logits().tolist()) for batch in batches
         ]

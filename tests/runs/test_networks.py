@@ -13,12 +13,12 @@ from vitdistill.labels.store import LabelStore, Manifest
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe, TeacherConfig, TrainConfig, replace_fields
 from vitdistill.runs.networks import (
-    blank_teacher,
+    build_blank_teacher,
     build_teacher_model,
     resolve_run,
     runs_at,
-    with_views_of_labels,
 )
+from vitdistill.runs.stored import with_views_of_labels
 
 # -- views of labels ------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ def test_a_sentence_names_the_setting_of_its_teacher() -> None:
         with pytest.raises(
             ConfigError, match=rf"the {name} has no model: name one with {of} \(a timm name"
         ):
-            blank_teacher(TeacherConfig(), name, {})
+            build_blank_teacher(TeacherConfig(), name, {})
     flags = {
         "teacher": "--teacher-path FILE, --teacher-pretrained",
         "model": "--model-path FILE, --pretrained",

@@ -47,7 +47,7 @@ def test_visible_patches_are_the_inputs_and_hidden_ones_predicted(
 
     tools.run(recipe, tmp_path / "run", prepared=watch)
     (job,) = seen
-    (batch,) = list(job.shown_loader)
+    (batch,) = list(job.loaders.shown)
     job.distillation.eval()
     rows = job.distillation.pictures(batch)
     assert list(rows) == ["input", "mae: visible", "mae: predicted"]

@@ -754,8 +754,8 @@ def test_a_teacher_of_another_size_and_normalisation(tmp_path, images, plain, to
         assert job.teachers["teacher"].spec.image_size == (
             32,
             32,
-        ) and job.student_spec.image_size == (16, 16)
-        assert job.teachers["teacher"].spec.mean != job.student_spec.mean
+        ) and job.networks.spec.image_size == (16, 16)
+        assert job.teachers["teacher"].spec.mean != job.networks.spec.mean
 
     said = []
     tools.run(recipe, tmp_path / "run", said, prepared=contracts)

@@ -26,8 +26,7 @@ from ..evaluate.features import (
 )
 from ..messages import format_count, plural
 from ..recipes.config import TeacherConfig
-from ..runs.networks import build_teacher, build_teacher_model
-from ..runs.prepare import amp_dtype_of
+from ..runs.networks import amp_dtype_of, build_teacher, build_teacher_model
 from ..runs.train import evaluate
 from ..vit.flops import forward_flops
 from ..vit.needs import Needs

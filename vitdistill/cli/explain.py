@@ -10,8 +10,8 @@ from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
 from ..messages import format_count, format_table
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, dump, in_stage, sources
-from ..runs.networks import Built, plan_of
-from ..runs.stages import networks, networks_ahead
+from ..runs.networks import Built, build_blank, plan_of, without_memory
+from ..runs.stages import networks_ahead
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
 
@@ -70,7 +70,9 @@ def main(words: Sequence[str]) -> int:
         runs = _explain_stages(recipe)
     else:
         images = _images(recipe)
-        runs = [_explain(recipe, *networks(recipe, images.num_classes), images)]
+        with without_memory():
+            networks = build_blank(recipe, images.num_classes)
+        runs = [_explain(recipe, *networks, images)]
     if not all(stage.data.dir for stage in stages.values()):
         print(
             "no --data-dir is given: counting ImageNet-1k's 1,281,167 training images and 1,000"

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from ..data.loader import TrainLoader
 from ..errors import UserError
 from ..recipes import RECIPES
 from ..recipes.config import Recipe
@@ -16,6 +15,9 @@ from ..runs.folder import RECIPE
 from ..runs.stages import train_stages
 from .flags import TEXT, about, wrap
 from .recipe_flags import RecipeFlags, parse
+
+if TYPE_CHECKING:
+    from ..runs.prepare import Prepared
 
 
 @dataclass
@@ -44,14 +46,13 @@ def main(words: Sequence[str]) -> int:
     flags, recipe = parse("train", TrainFlags, words, wrap(about_it))
     output = _output(flags, recipe)
     console = Console()
-    from ..runs.prepare import Job
     from ..runs.train import train
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def show(job: Job) -> None:
-        say(_plan_text(job))
+    def show(prepared: "Prepared") -> None:
+        say(_plan_text(prepared))
 
     if isinstance(recipe, Stages):
         train_stages(
@@ -99,18 +100,13 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
     return f"done: weights in {output / 'last'}"
 
 
-def _plan_text(job: "object") -> str:
+def _plan_text(prepared: "Prepared") -> str:
     from ..explain.cost import cost_of, explain
-    from ..runs.prepare import Job
 
-    assert isinstance(job, Job)
-    micro_batch = job.recipe.train.batch_size // (job.recipe.train.accumulate * job.world.size)
-    cost = cost_of(
-        job.plan,
-        job.student,
-        {name: teacher.model for name, teacher in job.teachers.items()},
-        micro_batch,
+    train, loader = prepared.recipe.train, prepared.loaders.train
+    models = {name: teacher.model for name, teacher in prepared.teachers.items()}
+    micro_batch = train.batch_size // (train.accumulate * prepared.world.size)
+    cost = cost_of(prepared.plan, prepared.student, models, micro_batch)
+    return (
+        explain(prepared.plan, cost, loader.steps_per_epoch * train.batch_size, train.epochs) + "\n"
     )
-    loader: TrainLoader = job.train_loader
-    images = loader.steps_per_epoch * job.recipe.train.batch_size
-    return explain(job.plan, cost, images, job.recipe.train.epochs) + "\n"

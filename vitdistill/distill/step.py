@@ -4,13 +4,14 @@ straight line through it.
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import keyed
 from ..data.batch import Batch
-from ..labels.reader import StoredAnswer, live_rows
+from ..labels.reader import StoredAnswer, blank_targets, live_rows
 from ..methods.base import TeacherObjective
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
@@ -151,3 +152,20 @@ class Distillation(nn.Module):
             noise = batch.uniforms(network.num_patches, keyed.Stream.PATCHES)
         guide = teacher(batch.images, plan.guides[name]) if name in plan.guides else None
         return selector.select(network.grid, num_keep, student, guide, noise)
+
+
+def blank_batch(plan: Plan, count: int, device: torch.device | str) -> Batch:
+    """Make a batch of ``count`` black images of class 0 to try a plan on, with blank labels."""
+    zeros = torch.zeros(count, dtype=torch.int64, device=device)
+    images = torch.zeros(count, 3, *plan.student.image_size, device=device)
+    return Batch(
+        images,
+        zeros,
+        ids=zeros,
+        views=zeros,
+        view=0,
+        targets={
+            name: blank_targets(layout, count, device) for name, layout in plan.labels.items()
+        },
+        missing={name: np.zeros(0, dtype=np.int64) for name in plan.labels},
+    )

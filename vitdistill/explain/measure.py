@@ -13,7 +13,9 @@ from ..labels.reader import blank_targets
 from ..messages import format_duration, plural
 from ..recipes.config import Recipe, replace_fields
 from ..runs.networks import (
-    blank_teacher,
+    PRECISIONS,
+    amp_dtype_of,
+    build_blank_teacher,
     build_student,
     plan_of,
     prefer_explicit_attention,
@@ -21,7 +23,6 @@ from ..runs.networks import (
     trains_classifier,
 )
 from ..runs.optim import clip_gradients, make_optimizer
-from ..runs.prepare import amp_dtype_of
 from ..world import choose_device
 
 SECONDS = 10.0
@@ -52,10 +53,8 @@ def measure_step(
     for name, config in named.items():
         if config.labels is not None:
             continue
-        built = blank_teacher(config, name, recipe.objectives)
-        dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[
-            config.precision
-        ]
+        built = build_blank_teacher(config, name, recipe.objectives)
+        dtype = PRECISIONS[config.precision]
         index, network = None, built.network
         if reads_logits(recipe.objectives, network):
             index = torch.arange(num_classes) % max(network.num_classes, 1)
@@ -69,14 +68,12 @@ def measure_step(
             dtype=dtype,
             device=device,
         )
-        if device.type == "cpu" and (dtype or amp_dtype) is torch.bfloat16:
-            prefer_explicit_attention(built.model)
+        prefer_explicit_attention(built.model, dtype or amp_dtype, device)
     plan = plan_of(
         recipe, student.network, {name: teacher.network for name, teacher in teachers.items()}
     )
     module = Distillation(student.model, plan).to(device).train()
-    if device.type == "cpu" and amp_dtype is torch.bfloat16:
-        prefer_explicit_attention(module)
+    prefer_explicit_attention(module, amp_dtype, device)
     optimizer = make_optimizer(module, recipe.optim)
     if recipe.train.compile:
         module.run = torch.compile(module.run)

@@ -36,9 +36,10 @@ from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..weights import create as weights
 from ..world import World, agreed, join_world
-from .networks import resolve_run
-from .prepare import Job, identity_of_views, prepare, weights_digest
+from .networks import resolve_run, weights_digest
+from .prepare import Prepared, prepare
 from .stop import StopRequest
+from .stored import identity_of_views
 
 DENSE_CLASSES = 256
 """Up to so many classes ``auto`` stores all logits; above, the ten largest and the mass of the
@@ -142,7 +143,7 @@ def label(
         job = prepare(
             for_teachers(recipe, here.size), here, say if here.is_main else lambda text: None
         )
-        job.recipe = recipe
+        job = replace(job, recipe=recipe)
         with here.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
             work = _Work(job, options)
             stores = work.stores(Path(output), say if here.is_main else lambda text: None)
@@ -272,7 +273,7 @@ def _without_labels(recipe: Recipe) -> Recipe:
 class _Work:
     """The teachers of a job, and how their answers become records."""
 
-    def __init__(self, job: Job, options: LabelOptions) -> None:
+    def __init__(self, job: Prepared, options: LabelOptions) -> None:
         self.job, self.options = job, options
         self.batch_size = job.recipe.train.eval_batch_size
         self.num_views = job.recipe.data.views or job.recipe.train.epochs
@@ -284,7 +285,7 @@ class _Work:
                     f"the recipe reads attention of the {name}, which is too large to be stored:"
                     " leave out the objective that does"
                 )
-        count = min(2 * self.batch_size, len(job.train_loader.source))
+        count = min(2 * self.batch_size, len(job.loaders.train.source))
         timed = begun = time.perf_counter()
         for batch, answers in self.answers(0, 0, count):
             if not self.layouts:
@@ -330,7 +331,7 @@ class _Work:
             for name in manifests
             if (output / name / MANIFEST).is_file()
         }
-        images = len(self.job.train_loader.source)
+        images = len(self.job.loaders.train.source)
         left = {
             name: images * self.num_views - (there[name].status().records if name in there else 0)
             for name in manifests
@@ -364,7 +365,11 @@ class _Work:
         ):
             precision = "tf32"
         views = identity_of_views(
-            job.train_loader.source, job.classes, job.student_spec, job.recipe, job.train_loader
+            job.recipe,
+            job.loaders.train.source,
+            job.networks.classes,
+            job.networks.spec,
+            job.loaders.train.pipeline,
         )
         config = job.recipe.teachers[name]
         architecture, args = weights.describe(resolve_run(config.model), config.model_args)
@@ -388,7 +393,7 @@ class _Work:
         return Manifest(
             identity=self.identity(name),
             layout=self.layouts[name],
-            num_samples=len(job.train_loader.source),
+            num_samples=len(job.loaders.train.source),
             num_views=self.num_views,
             part_size=self.options.part_size,
             about={
@@ -401,7 +406,7 @@ class _Work:
                     )
                 ),
                 "recipe": to_dict(recipe),
-                "classes": list(job.classes),
+                "classes": list(job.networks.classes),
                 "command": shlex.join(["vitdistill", *sys.argv[1:]]),
             },
         )
@@ -411,7 +416,7 @@ class _Work:
     ) -> Iterator[tuple[Labelling, dict[str, ViTOutput]]]:
         """Batches of these samples in this view, and what every teacher says of them."""
         job = self.job
-        for batch in job.train_loader.labelling(view, first, last, self.batch_size):
+        for batch in job.loaders.train.labelling(view, first, last, self.batch_size):
             with torch.autocast(
                 job.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None
             ):
@@ -447,7 +452,7 @@ class _Work:
             )
         except NonFinite as error:
             sample = int(batch.ids[error.index])
-            key = self.job.train_loader.source.key(sample)
+            key = self.job.loaders.train.source.key(sample)
             raise NonFiniteError(
                 f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be"
                 f" stored ({error}): check its weights, or use"
@@ -573,7 +578,7 @@ def check(
         raise DataError(f"{store.path} has no records yet: run 'vitdistill label' first")
     with join_world(device) as here:
         job = prepare(for_teachers(recipe, here.size), here, say)
-        job.recipe = recipe
+        job = replace(job, recipe=recipe)
         work = _Work(job, LabelOptions())
         (teacher,) = work.layouts
         work.layouts[teacher] = store.layout

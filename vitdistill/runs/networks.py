@@ -1,8 +1,7 @@
-"""From a recipe to networks: the student, the teachers, their input contracts, and the plan that
-ties them.
-"""
+"""From a recipe to networks: the student, its teachers, and the plan that ties them."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -13,22 +12,24 @@ import torch
 from timm.models import is_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ..data.augment import InputSpec
+from ..data.augment import InputSpec, evaluated_as_trained
 from ..data.model_input import input_spec_of
 from ..distill.classes import ClassMatch, match_classes
 from ..distill.plan import Plan, make_plan
-from ..distill.teacher import Teacher, setting
-from ..errors import ConfigError
-from ..labels.identity import network_from_json
-from ..labels.store import LabelStore
+from ..distill.step import Distillation
+from ..distill.teacher import Teacher
+from ..errors import ConfigError, Set
 from ..methods.base import Objective, TeacherObjective
 from ..models.mae import hold_positions, init_mae
 from ..recipes.config import Recipe, StudentConfig, TeacherConfig
 from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
+from .stored import made_by, open_labels, stored_network
+
+PRECISIONS = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""The dtype of a teacher by ``TeacherConfig.precision``; None: autocast as the student."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,27 @@ class Built:
     network: Network
 
 
-class _StepsOnCPU(TorchFunctionMode):
-    """timm 1.0.20 reads the numbers of a ``torch.linspace`` while it builds a network, and on the
-    meta device there are none.
-    """
+def amp_dtype_of(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the autocast precision of a run; None: none.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.linspace:
-            kwargs.setdefault("device", "cpu")
-        return func(*args, **kwargs)
+    Raises:
+        ConfigError: float16 on a CPU, where torch has no loss scaling for it.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    if name == "float16" and device.type != "cuda":
+        raise ConfigError(
+            f"float16 needs a GPU, and this run is on {device.type}",
+            (Set("train.amp_dtype", "bfloat16"), Set("train.amp_dtype", "float32")),
+            field="train.amp_dtype",
+        )
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Networks that are built inside are on the meta device: they have shapes and no numbers."""
-    with torch.device("meta"), _StepsOnCPU():
+    """Build networks on the meta device: they have shapes and no numbers."""
+    with torch.device("meta"):
         yield
 
 
@@ -97,59 +103,18 @@ def resolve_run(name: str) -> str:
     )
 
 
-def _create(
-    config: StudentConfig | TeacherConfig,
-    name: str,
-    num_classes: int | None,
-    load: bool,
-    **extra: Any,
-) -> Built:
-    if not config.model:
-        flag = "--model" if isinstance(config, StudentConfig) else setting(name, "model", "MODEL")
-        raise ConfigError(
-            f"the {name} has no model: name one with {flag} (a timm name, hf-hub:org/name, or the"
-            " folder of a run)"
-        )
-    try:
-        model = weights.create_model(
-            resolve_run(config.model),
-            num_classes=num_classes,
-            checkpoint=config.checkpoint if load else None,
-            pretrained=(config.pretrained or None) if load else False,
-            image_size=config.image_size,
-            **extra,
-            **config.model_args,
-        )
-    except (TypeError, AssertionError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"the {name} {config.model} cannot be built with model_args {config.model_args}:"
-            f" {first}"
-        ) from error
-    spec = input_spec_of(model)
-    if config.image_size is not None:
-        spec = replace(spec, image_size=(config.image_size, config.image_size))
-    return Built(model, spec, describe_network(model, name, config.model, spec.image_size))
-
-
 def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:
-    """The student with a head for ``num_classes``; raises `ConfigError` or `DataError` with one
-    sentence.
-    """
-    built = _create(
-        config, "student", num_classes, with_weights, drop_path=config.drop_path or None
-    )
+    """Build the student with a head for ``num_classes``; 0: without a head."""
+    drop_path = config.drop_path or None
+    built = _build(config, "student", num_classes, with_weights, drop_path=drop_path)
     if config.init == "mae":
         if not isinstance(built.model, VisionTransformer):
             raise ConfigError(
-                f"student.init is mae, which is for plain ViTs, and {config.model} is none: leave"
-                " it out, or take another"
+                f"init mae is for plain ViTs, and {config.model} is none",
+                (Set("student.init", "model"), Set("student.model")),
+                field="student.init",
             )
-        if (
-            config.checkpoint
-            or config.pretrained
-            or weights.carries_weights(resolve_run(config.model))
-        ):
+        if _has_weights(config):
             hold_positions(built.model)
         else:
             init_mae(built.model)
@@ -157,70 +122,132 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
 
 
 def build_teacher_model(config: TeacherConfig, name: str, *, with_weights: bool = True) -> Built:
-    """A teacher's network with its own head; raises `ConfigError` when no weights are named for it,
-    unless they are not wanted.
-    """
+    """Build a teacher's network with its own head; weights are required unless unwanted."""
     if with_weights:
         check_has_weights(config, name)
-    return _create(config, name, None, with_weights)
+    return _build(config, name, None, with_weights)
+
+
+def _build(
+    config: StudentConfig | TeacherConfig,
+    name: str,
+    num_classes: int | None,
+    with_weights: bool,
+    **extra: Any,
+) -> Built:
+    field = "student" if isinstance(config, StudentConfig) else f"teachers.{name}"
+    if not config.model:
+        raise ConfigError(f"the {name} has no model", Set(f"{field}.model"), field=f"{field}.model")
+    try:
+        model = weights.create_model(
+            resolve_run(config.model),
+            num_classes=num_classes,
+            checkpoint=config.checkpoint if with_weights else None,
+            pretrained=(config.pretrained or None) if with_weights else False,
+            image_size=config.image_size,
+            **extra,
+            **config.model_args,
+        )
+    except (TypeError, AssertionError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"the {name} {config.model} cannot be built with model_args {config.model_args}"
+            f" ({first})",
+            Set(f"{field}.model_args"),
+            field=f"{field}.model_args",
+        ) from error
+    spec = input_spec_of(model)
+    if config.image_size is not None:
+        spec = replace(spec, image_size=(config.image_size, config.image_size))
+    return Built(model, spec, describe_network(model, name, config.model, spec.image_size))
+
+
+def _has_weights(config: StudentConfig | TeacherConfig) -> bool:
+    """Return whether weights are named, by a file or by the model itself."""
+    return bool(
+        config.checkpoint or config.pretrained or weights.carries_weights(resolve_run(config.model))
+    )
 
 
 def check_has_weights(config: TeacherConfig, name: str) -> None:
-    """Raise `ConfigError` for a teacher that no weights are named for, and `DataError` where the
-    file that is named is not there.
-    """
+    """Raise `ConfigError` for a teacher without weights, `DataError` where their file is absent."""
     if config.checkpoint:
         weights.check_is_file(config.checkpoint)
-    known = is_model(
-        config.model.partition(".")[0]
-    )  # of a name that does not exist something else is said
-    if (
-        known
-        and not config.checkpoint
-        and not config.pretrained
-        and not weights.carries_weights(resolve_run(config.model))
-    ):
-        flags = f"{setting(name, 'checkpoint', 'FILE')}, {setting(name, 'pretrained')}"
+    # An unknown name is left to the error of building it.
+    if is_model(config.model.partition(".")[0]) and not _has_weights(config):
+        field = f"teachers.{name}"
         raise ConfigError(
-            f"the {name} {config.model} would have random weights: give {flags}, or the folder of a"
-            " run in its place"
+            f"the {name} {config.model} would have random weights",
+            (
+                Set(f"{field}.checkpoint", "FILE"),
+                Set(f"{field}.pretrained", True),
+                Set(f"{field}.model", "RUN"),
+            ),
+            field=f"{field}.checkpoint",
         )
 
 
 def trains_classifier(objectives: Mapping[str, Objective], student: Network) -> bool:
-    """Whether any objective reaches a classifier of the student; if not, it is built without
-    one.
-    """
+    """Return whether any objective trains a classifier; if none does, the student has none."""
     return any(objective.trains_heads(student) for objective in objectives.values())
 
 
 def reads_logits(objectives: Mapping[str, Objective], teacher: Network) -> bool:
-    """Whether any objective compares with the prediction of this teacher."""
-    readers = (
-        o
-        for o in objectives.values()
-        if isinstance(o, TeacherObjective) and o.teacher == teacher.name
+    """Return whether any objective reads this teacher's logits."""
+    return any(
+        isinstance(objective, TeacherObjective)
+        and objective.teacher == teacher.name
+        and objective.teacher_needs(teacher).logits
+        for objective in objectives.values()
     )
-    return any(objective.teacher_needs(teacher).logits for objective in readers)
 
 
-def blank_teacher(config: TeacherConfig, name: str, objectives: Mapping[str, Objective]) -> Built:
-    """A teacher's network without weights, as far as it can be known without them.
+def build_blank_teacher(
+    config: TeacherConfig, name: str, objectives: Mapping[str, Objective]
+) -> Built:
+    """Build a teacher without its weights, as far as it is known without them.
 
-    Whether it has a classifier is its file's to say: where no objective reads logits, one with a
-    file is taken to have none.
+    We cannot know before loading whether a checkpoint has a head. If no objective reads logits,
+    assume it has none.
     """
     built = build_teacher_model(config, name, with_weights=False)
-    if (
-        config.checkpoint
-        and not reads_logits(objectives, built.network)
-        and hasattr(built.model, "reset_classifier")
-    ):
-        built.model.reset_classifier(0)  # type: ignore[operator]
-        built = replace(
-            built, network=describe_network(built.model, name, config.model, built.spec.image_size)
-        )
+    if config.checkpoint and not reads_logits(objectives, built.network):
+        built = with_classes(built, 0)
     return built
+
+
+def with_classes(built: Built, num_classes: int) -> Built:
+    """Give a network another head, in place; unchanged where it cannot have another."""
+    if not hasattr(built.model, "reset_classifier"):
+        return built
+    built.model.reset_classifier(num_classes)  # type: ignore[operator]
+    old = built.network
+    network = describe_network(built.model, old.name, old.architecture, built.spec.image_size)
+    return replace(built, network=network)
+
+
+def build_blank(
+    recipe: Recipe, num_classes: int, heads: Mapping[str, int] | None = None
+) -> tuple[Built, dict[str, Built]]:
+    """Build the student and the teachers that run, without their weights.
+
+    Teachers answer for ``num_classes``, as if matched to the data set's. ``heads`` replaces the
+    number of classes of a teacher's own head, by name.
+    """
+    student = build_student(recipe.student, num_classes, with_weights=False)
+    if not trains_classifier(recipe.objectives, student.network):
+        student = build_student(recipe.student, 0, with_weights=False)
+    teachers = {}
+    for name, config in recipe.teachers.items():
+        if config.labels is not None:
+            continue
+        built = build_blank_teacher(config, name, recipe.objectives)
+        if heads is not None and name in heads:
+            built = with_classes(built, heads[name])
+        if built.network.num_classes and reads_logits(recipe.objectives, built.network):
+            built = replace(built, network=replace(built.network, num_classes=num_classes))
+        teachers[name] = built
+    return student, teachers
 
 
 def build_teacher(
@@ -232,95 +259,164 @@ def build_teacher(
     objectives: Mapping[str, Objective] | None = None,
     built: Built | None = None,
 ) -> tuple[Teacher, ClassMatch]:
-    """A frozen teacher that answers for ``classes`` in their order (empty: its own, for unlabelled
-    images).
+    """Build a frozen teacher that answers for ``classes`` in their order.
 
-    A teacher of whom no objective reads the logits may have any classes, or none; ``objectives``
-    None: they are read. ``built`` is its network if that is there already.
+    Without ``classes`` (unlabelled images) it answers in its own. Its classes need not match, and
+    it may have none, where none of ``objectives`` reads its logits (None: they are read).
+    ``built``: its network, if that exists already.
     """
-    built = build_teacher_model(config, name) if built is None else built
+    built = built or build_teacher_model(config, name)
     names = weights.class_names(built.model)
-    match = ClassMatch(None, "the images are unlabelled: its own classes are kept", names or ())
     if objectives is not None and not reads_logits(objectives, built.network):
         match = ClassMatch(None, "only its features are read")
     elif classes:
-        match = match_classes(
-            name, names, built.network.num_classes, classes, config.reorder_classes
-        )
-    network = (
-        built.network
-        if match.index is None
-        else replace(built.network, num_classes=len(match.index))
-    )
-    index = None if match.index is None else torch.tensor(match.index)
-    dtype = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
+        count = built.network.num_classes
+        match = match_classes(name, names, count, classes, config.reorder_classes)
+    else:
+        match = ClassMatch(None, "the images are unlabelled: its own classes are kept", names or ())
+    network, index = built.network, None
+    if match.index is not None:
+        network, index = replace(network, num_classes=len(match.index)), torch.tensor(match.index)
     teacher = Teacher(
-        built.model, network, built.spec, images_spec, class_index=index, dtype=dtype, device=device
+        built.model,
+        network,
+        built.spec,
+        images_spec,
+        class_index=index,
+        dtype=PRECISIONS[config.precision],
+        device=device,
     )
     return teacher, match
 
 
-def open_labels(recipe: Recipe) -> dict[str, LabelStore]:
-    """The label stores of the teachers that have one, by the teacher's name; raises `DataError` for
-    what is no store.
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run, on its device.
+
+    Attributes:
+        distillation: student and adapters.
+        teachers: those that run, by name.
+        digests: sha256 of each teacher's weights, also of those built only to be compared with the
+            teacher that made the labels.
+        spec: the student's input.
+        classes: what the student answers, in order; () for one without a classifier.
+        architecture: timm name and arguments that rebuild the student.
     """
-    return {
-        name: LabelStore.open(config.labels)
-        for name, config in recipe.teachers.items()
-        if config.labels is not None
-    }
+
+    distillation: Distillation
+    teachers: dict[str, Teacher]
+    digests: dict[str, str]
+    spec: InputSpec
+    classes: tuple[str, ...]
+    architecture: tuple[str, dict[str, Any]]
 
 
-def stored_network(store: LabelStore, name: str) -> Network:
-    """The description of the teacher behind stored labels, under the name it has in this run."""
-    return network_from_json(store.manifest.about.get("network", {}), name)
+def build_networks(
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    student_weights: bool = True,
+) -> Networks:
+    """Build the networks of a recipe and resolve its plan.
+
+    The student answers for ``classes``; where the images are unlabelled, for those of its teachers;
+    and has no classifier where no objective trains one. Whoever reads nothing but the student's
+    input can do without ``student_weights``.
+    """
+    num_classes = max(len(classes), 1)
+    with without_memory():
+        blank = build_student(recipe.student, num_classes, with_weights=False)
+    trained = trains_classifier(recipe.objectives, blank.network)
+    torch.manual_seed(recipe.train.seed)
+    student = build_student(
+        recipe.student, num_classes if trained else 0, with_weights=student_weights
+    )
+    state = torch.get_rng_state()
+    teachers, answers = _build_teachers(recipe, classes, student.spec, device, say)
+    if not trained:
+        judged = (
+            "its features are judged by k-NN"
+            if classes
+            else "the images have no labels to judge its features by"
+        )
+        say(f"no objective trains the student's classifier: it is built without one, and {judged}")
+        torch.set_rng_state(state)  # adapters begin alike, whatever the teachers are
+        classes = ()
+    elif not classes:
+        count, classes = _common_classes(answers)
+        torch.manual_seed(recipe.train.seed)
+        student = build_student(recipe.student, count, with_weights=student_weights)
+    networks = {name: teacher.network for name, teacher in teachers.items()}
+    plan = plan_of(recipe, student.network, networks)
+    distillation = Distillation(student.model, plan).to(device)
+    amp_dtype = amp_dtype_of(recipe.train.amp_dtype, device)
+    prefer_explicit_attention(distillation, amp_dtype, device)
+    for teacher in teachers.values():
+        prefer_explicit_attention(teacher.model, teacher.dtype or amp_dtype, device)
+    return Networks(
+        distillation,
+        {name: teacher for name, teacher in teachers.items() if runs(recipe.teachers[name])},
+        {name: weights_digest(teacher.model) for name, teacher in teachers.items()},
+        evaluated_as_trained(student.spec, recipe.data.augment),
+        classes,
+        weights.describe(resolve_run(recipe.student.model), _model_args(recipe.student)),
+    )
 
 
-def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
-    """The recipe with the views of its labels, their number and their seed, where it does not say
-    which.
+def _build_teachers(
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    images_spec: InputSpec,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Teacher], list[tuple[int, tuple[str, ...]]]]:
+    """Build the teachers, and return the classes of those whose logits are read.
 
-    Of labels of several teachers it has as many views as all of those that may not lack any. A run
-    that ``began`` goes on with the views it had, whatever has been labelled since.
-
-    Raises:
-        ConfigError: it wants more views than are labelled.
+    A stored teacher is built where it may have to answer, or to be compared with the one that made
+    the labels.
     """
     stores = open_labels(recipe)
-    if not stores:
-        return recipe
-    data, needed = (
-        recipe.data,
-        {name: store for name, store in stores.items() if recipe.teachers[name].missing == "error"},
-    )
-    fewest = min(store.manifest.num_views for store in (needed or stores).values())
-    if began is not None:
-        views, seed = began.data.views, began.data.seed
-    else:
-        views = fewest if fewest < recipe.train.epochs else None
-        seeds = (store.manifest.identity.get("view.seed") for store in stores.values())
-        seed = next(
-            (seed for seed in seeds if isinstance(seed, int) and seed != recipe.train.seed), None
+    teachers: dict[str, Teacher] = {}
+    answers: list[tuple[int, tuple[str, ...]]] = []
+    for name, config in recipe.teachers.items():
+        if name in stores:
+            network = stored_network(stores[name], name)
+            if reads_logits(recipe.objectives, network):
+                names = tuple(stores[name].manifest.about.get("classes", ()))
+                answers.append((network.num_classes, names))
+            if not runs(config) and (not config.model or made_by(stores[name], config)):
+                continue
+        teacher, match = build_teacher(
+            config, name, classes, images_spec, device, recipe.objectives
         )
-    data = replace(
-        data,
-        views=views if data.views is None else data.views,
-        seed=seed if data.seed is None else data.seed,
-    )
-    for name, store in needed.items():
-        if data.views is not None and data.views > store.manifest.num_views:
-            raise ConfigError(
-                f"the recipe shows {data.views} views of each image (data.views), and the labels of"
-                f" the {name} are of {store.manifest.num_views}: set --views {fewest}, or label"
-                " more"
-            )
-    return replace(recipe, data=data)
+        teachers[name] = teacher
+        if name not in stores and reads_logits(recipe.objectives, teacher.network):
+            answers.append((teacher.network.num_classes, match.classes))
+        say(f"{name}: {teacher.network.architecture}, {match.remark}")
+    return teachers, answers
+
+
+def _common_classes(answers: list[tuple[int, tuple[str, ...]]]) -> tuple[int, tuple[str, ...]]:
+    """Return the number and the names (() where unknown) of classes that all teachers answer in."""
+    counts = {count for count, _ in answers}
+    names = {names for _, names in answers if names}
+    if len(counts) != 1 or len(names) > 1:
+        raise ConfigError(
+            "unlabelled images need teachers that all answer in the same classes",
+            field="teachers",
+        )
+    return counts.pop(), names.pop() if names else ()
+
+
+def runs(config: TeacherConfig) -> bool:
+    """Return whether a teacher runs during training."""
+    return config.labels is None or config.missing == "online"
 
 
 def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -> Plan:
-    """The plan of a recipe for these networks; teachers whose answers are stored are described by
-    their labels.
-    """
+    """Resolve a recipe's plan; stored teachers are described by their labels."""
     stores = open_labels(recipe)
     known = {
         name: stored_network(stores[name], name) if name in stores else teachers[name]
@@ -330,10 +426,29 @@ def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -
     return make_plan(student, known, recipe.objectives, recipe.selector, recipe.masking, layouts)
 
 
-def prefer_explicit_attention(model: nn.Module) -> None:
-    """Let timm's blocks compute attention explicitly: on CPUs in bfloat16 the fused kernel is
-    slower (0.6-0.75 of its time).
+def weights_digest(model: nn.Module) -> str:
+    """Return the sha256 of everything a network computes with."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _model_args(config: StudentConfig) -> dict[str, Any]:
+    size = {} if config.image_size is None else {"img_size": config.image_size}
+    return {**config.model_args, **size}
+
+
+def prefer_explicit_attention(
+    model: nn.Module, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Let timm's blocks compute attention explicitly in bfloat16 on a CPU.
+
+    The fused kernel is slower there: the explicit one takes 0.6 to 0.75 of its time.
     """
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", False)  # noqa: B010  (a plain attribute, which mypy takes for a submodule)
+            setattr(module, "fused_attn", False)  # noqa: B010  (mypy takes it for a submodule)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..data.loader import check_batches
 from ..data.source import ImageSource, open_source
 from ..distill.plan import Plan
 from ..errors import ConfigError, DataError, UserError
@@ -36,23 +37,18 @@ from ..recipes.stages import (
 )
 from ..storage.atomic import disk_errors, sha256_file, write_atomic
 from ..storage.lock import LOCK, wait_lock
-from ..vit.families import describe_network
 from ..weights.create import check_is_file
 from .networks import (
     Built,
-    blank_teacher,
-    build_student,
+    build_blank,
     check_has_weights,
-    open_labels,
     plan_of,
-    reads_logits,
     resolve_run,
     runs_at,
-    stored_network,
-    trains_classifier,
-    with_views_of_labels,
     without_memory,
 )
+from .prepare import Images, open_images
+from .stored import open_labels, stored_network, with_views_of_labels
 
 STARTS = "starts.json"
 IMAGES = "images/train"
@@ -107,42 +103,6 @@ def _folders(
     return found
 
 
-def networks(
-    recipe: Recipe, num_classes: int, answers: Mapping[str, int] | None = None
-) -> tuple[Built, dict[str, Built]]:
-    """Student and teachers as architectures without weights, on the meta device.
-
-    ``answers``: how many classes a teacher answers in, where it is not built for them. Its answer
-    is taken as matched to the data set's.
-    """
-    with without_memory():
-        student = build_student(recipe.student, num_classes, with_weights=False)
-        if not trains_classifier(recipe.objectives, student.network):
-            student = build_student(recipe.student, 0, with_weights=False)
-        teachers = {}
-        for name, config in recipe.teachers.items():
-            if config.labels is not None:
-                continue
-            built = blank_teacher(config, name, recipe.objectives)
-            if answers is not None and name in answers:
-                built.model.reset_classifier(answers[name])  # type: ignore[operator]
-                built = replace(
-                    built,
-                    network=describe_network(
-                        built.model, name, config.model, built.spec.image_size
-                    ),
-                )
-            if reads_logits(recipe.objectives, built.network):
-                built = replace(
-                    built,
-                    network=replace(
-                        built.network, num_classes=num_classes if built.network.num_classes else 0
-                    ),
-                )
-            teachers[name] = built
-    return student, teachers
-
-
 def networks_ahead(
     stages: Stages, key: str, num_classes: int, before: dict[str, int]
 ) -> tuple[Recipe, Built, dict[str, Built]]:
@@ -153,8 +113,8 @@ def networks_ahead(
     """
     recipe = foreseen(stages, key)
     answers = {name: before[source] for name, source in teaching(stages.stages[key]).items()}
-    with in_stage(key):
-        student, teachers = networks(recipe, num_classes, answers)
+    with in_stage(key), without_memory():
+        student, teachers = build_blank(recipe, num_classes, answers)
     before[key] = student.network.num_classes
     return recipe, student, teachers
 
@@ -353,8 +313,8 @@ def _other_images(
             if place != saved.data.dir:
                 raise
             return False
-    source, now = opened[place]
-    return now != then and then not in _before_repair(stages, output, source)
+    _, now = opened[place]
+    return now != then and not recipe.train.accept_changed_images
 
 
 def _has_learnt(folder: Path) -> bool:
@@ -362,26 +322,6 @@ def _has_learnt(folder: Path) -> bool:
     from .folder import SUMMARY
 
     return (folder / SUMMARY).is_file() or any((folder / "checkpoints").glob("step-*"))
-
-
-def _before_repair(stages: Stages, output: Path, source: ImageSource) -> set[str]:
-    """The fingerprints of images that are these but for one that could not be read and stopped a
-    run.
-    """
-    from ..storage import checkpoint
-    from .prepare import fingerprint_but
-
-    found = set()
-    for recipe in stages.stages.values():
-        newest = checkpoint.latest(output / recipe.name, warn=lambda text: None)
-        state = {} if newest is None else json.loads((newest / checkpoint.STATE).read_bytes())
-        unreadable = state.get("unreadable") or {}
-        if (
-            unreadable.get("of") == "training images"
-            and fingerprint_but(source, unreadable["image"]) == unreadable["others"]
-        ):
-            found.add(state["identity"]["training images"])
-    return found
 
 
 def _free_name(stages: Stages, name: str, output: Path) -> str:
@@ -399,7 +339,7 @@ def _foresee(stages: Stages, pending: list[str], num_processes: int) -> None:
     is wrong shows before the first runs.
     """
     before: dict[str, int] = {}
-    opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]] = {}
+    opened: dict[tuple[str, bool], Images] = {}
     for key, stage in stages.stages.items():
         with in_stage(key):
             stored = [
@@ -415,37 +355,22 @@ def _foresee(stages: Stages, pending: list[str], num_processes: int) -> None:
                     {name: built.network for name, built in teachers.items()},
                 )
             if key in pending[1:]:
-                _look_at_images(stage, opened, num_processes, pending[pending.index(key) - 1])
+                _look_at_images(stage, opened, num_processes)
                 _look_at_weights(stage)
                 _look_at_optimizer(stage, student, plan)
 
 
 def _look_at_images(
-    stage: Recipe,
-    opened: dict[tuple[str, bool], tuple[ImageSource, ImageSource | None]],
-    num_processes: int,
-    before: str,
+    stage: Recipe, opened: dict[tuple[str, bool], Images], num_processes: int
 ) -> None:
     """Raise what a stage's images and batches would end in once it begins.
 
     ``opened``: images that are open already, by their folder and whether labels are read.
-    ``before``: the stage to stop after where there are no labels.
     """
-    from ..data.loader import check_batches
-    from .prepare import classes_of, open_data
-
-    needing = [name for name, objective in stage.objectives.items() if objective.reads_labels]
-    place = stage.data.dir, bool(needing)
+    place = stage.data.dir, any(objective.reads_labels for objective in stage.objectives.values())
     if place not in opened:
-        opened[place] = open_data(stage)
-    train, val = opened[place]
-    if needing and not train.classes:
-        raise ConfigError(
-            f"the objective {needing[0]!r} needs labels, and the images in {stage.data.dir} have"
-            " none (no class folders): name images in class folders (--set data.dir=FOLDER), or"
-            f" stop before this stage (--stage {before})"
-        )
-    classes_of(stage, train, val)
+        opened[place] = open_images(stage)
+    train = opened[place].train
     check_batches(
         train, stage.data.augment, stage.train.batch_size, num_processes, stage.train.accumulate
     )

@@ -26,7 +26,7 @@ from .. import keyed
 from ..data.batch import Batch
 from ..data.loader import EvalLoader
 from ..distill.teacher import Teacher, setting
-from ..errors import DataError, NonFiniteError, Preempted, UserError
+from ..errors import DataError, Give, NonFiniteError, Preempted, Set, UserError
 from ..evaluate.features import Stopped, batches_together, knn_evaluation
 from ..evaluate.metrics import Metrics
 from ..memory import SMALLER_EVALUATION, memory_errors
@@ -42,11 +42,11 @@ from ..weights.export import export_timm
 from ..world import World, agreed, join_world
 from .display import Display, Speed
 from .folder import METRICS, PICTURES, SUMMARY, TIMING, RunFolder, finished, saved_recipe
-from .networks import with_views_of_labels
 from .optim import clip_gradients, gradient_norm, learning_rate, make_optimizer, make_schedule
 from .pictures import draw_sheet, png
-from .prepare import Job, fingerprint_but, prepare
+from .prepare import Prepared, prepare
 from .stop import StopRequest
+from .stored import with_views_of_labels
 
 PROGRESS = ("step", "evaluated_at", "best_step", "scores", "seconds")
 Resumed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -58,7 +58,7 @@ def train(
     *,
     device: str = "auto",
     console: Console | None = None,
-    prepared: Callable[[Job], None] | None = None,
+    prepared: Callable[[Prepared], None] | None = None,
 ) -> dict[str, Any]:
     """Train the recipe's student into the run folder ``output``, or resume the run that is there.
 
@@ -107,7 +107,7 @@ def train(
             )
 
 
-def _bytes_to_write(job: Job) -> int:
+def _bytes_to_write(job: Prepared) -> int:
     """What a run has to find room for: two training states (weights, the optimizer's two moments,
     the average) and two exports.
     """
@@ -123,7 +123,7 @@ class _Run:
 
     def __init__(
         self,
-        job: Job,
+        job: Prepared,
         output: Path,
         folder: RunFolder | None,
         console: Console,
@@ -133,7 +133,7 @@ class _Run:
         self.job, self.output, self.folder, self.recipe, self.say = job, output, folder, recipe, say
         self.world: World = job.world
         self.fingerprint = fingerprint(recipe)
-        self.steps_per_epoch = job.train_loader.steps_per_epoch
+        self.steps_per_epoch = job.loaders.train.steps_per_epoch
         self.total_steps = self.steps_per_epoch * recipe.train.epochs
         self.names = [*job.plan.objectives, "loss", "grad_norm"]
         self.sums = torch.zeros(
@@ -143,7 +143,6 @@ class _Run:
         self.scores: dict[str, float] = {}
         self.seconds = 0.0
         self.waited = 0.0
-        self.unreadable: dict[str, str] | None = None
         found = self.world.from_main(lambda: checkpoint.latest(output, warn=say))
         with self.world.together():
             self.optimizer = make_optimizer(job.distillation, recipe.optim)
@@ -194,7 +193,7 @@ class _Run:
         """Train to the end, or until asked to stop."""
         train = self.recipe.train
         save_every = train.save_every or self.steps_per_epoch
-        batches = self.job.train_loader.batches(self.step, self.total_steps - self.step)
+        batches = self.job.loaders.train.batches(self.step, self.total_steps - self.step)
         saved_at, stopped = self.step, False
         begun = time.perf_counter() - self.seconds
         with contextlib.ExitStack() as stack:
@@ -456,10 +455,10 @@ class _Run:
         """
         job, begun = self.job, time.perf_counter()
         best, scores = False, None
-        if job.val_loader is not None:
+        if job.loaders.val is not None:
             self.display.working("evaluating")
             try:
-                scores = self._scores_now(job.val_loader, lambda: bool(stop.name))
+                scores = self._scores_now(job.loaders.val, lambda: bool(stop.name))
             except NonFiniteError as error:
                 raise agreed(
                     NonFiniteError(
@@ -501,9 +500,9 @@ class _Run:
         None if it was abandoned.
         """
         job = self.job
-        if job.bank_loader is None:
+        if job.loaders.bank is None:
             return evaluate(self.model, images, self.world, job.amp_dtype, stop)
-        return knn_evaluation(self.model, job.bank_loader, images, self.world, job.amp_dtype, stop)
+        return knn_evaluation(self.model, job.loaders.bank, images, self.world, job.amp_dtype, stop)
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -514,7 +513,7 @@ class _Run:
             for objective in job.plan.objectives.values()
         ):
             return
-        for batch in job.shown_loader:
+        for batch in job.loaders.shown:
             batch.seed = self.recipe.train.seed
             job.distillation.eval()
             with torch.autocast(
@@ -524,21 +523,21 @@ class _Run:
                     batch
                 )  # the student that the decoder is trained with, not its average
             if rows:
-                sheet = draw_sheet(rows, job.student_spec)
+                sheet = draw_sheet(rows, job.networks.spec)
                 write_atomic(self.output / PICTURES, png(sheet))
                 if self.board is not None:
                     self.board.add_image("pictures", np.array(sheet), self.step, dataformats="HWC")
 
     def _export(self, name: str) -> None:
         job = self.job
-        architecture, args = job.architecture
+        architecture, args = job.networks.architecture
         export_timm(
             self.model,
             self.output / name,
             architecture=architecture,
             model_args=args,
-            classes=job.classes or None,
-            input_spec=job.student_spec,
+            classes=job.networks.classes or None,
+            input_spec=job.networks.spec,
         )
 
     # --- saving and restoring --------------------------------------------------------------------
@@ -547,15 +546,7 @@ class _Run:
         """Save what was learnt, and raise the error that all processes met; it is the one to say,
         also where saving fails too.
         """
-        image = failure.image if isinstance(failure, DataError) else None
-        for what, source in self.job.sources.items():
-            if image is not None and image[0] == source.name:
-                self.unreadable = {
-                    "of": what,
-                    "image": image[1],
-                    "others": fingerprint_but(source, image[1]),
-                }
-        if self.step > 0 and (saved_at != self.step or self.unreadable is not None):
+        if self.step > 0 and saved_at != self.step:
             with contextlib.suppress(UserError):
                 self._save()
                 self.say(
@@ -587,7 +578,6 @@ class _Run:
                     "offsets": self.folder.offsets(),
                     "recipe": self.fingerprint,
                     "identity": self.job.identity,
-                    "unreadable": self.unreadable,
                 }
                 keep = self.recipe.train.keep_checkpoints
                 checkpoint.save(self.output, self.step, tensors | optimizer, state, keep=keep)
@@ -606,11 +596,19 @@ class _Run:
             )
         for what, now in self.job.identity.items():
             then = str(state["identity"].get(what))
-            if then != now and not self._is_repaired(what, state.get("unreadable")):
-                raise DataError(
-                    f"the {what} of this run have changed since {found} was saved ({then[:12]}"
-                    f" then, {now[:12]} now): restore them, or start a new run in another folder"
-                )
+            if then == now:
+                continue
+            if what in self.job.images.sources and self.recipe.train.accept_changed_images:
+                self.say(f"the {what} have changed since {found} was saved: accepted")
+                continue
+            accept = Set("train.accept_changed_images", True)
+            raise DataError(
+                f"the {what} of this run have changed since {found} was saved ({then[:12]} then,"
+                f" {now[:12]} now)",
+                ("restore them", Give("output"))
+                + ((accept,) if what in self.job.images.sources else ()),
+                field=what,
+            )
         try:
             self._take_over(tensors, state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -620,21 +618,6 @@ class _Run:
                 " the version it began with"
             ) from error
         return dict(state["offsets"])
-
-    def _is_repaired(self, what: str, unreadable: dict[str, str] | None) -> bool:
-        """Whether no images but the one that could not be read are others than they were; the run
-        has not learnt from that one.
-        """
-        source = self.job.sources.get(what)
-        if unreadable is None or source is None or unreadable["of"] != what:
-            return False
-        image = unreadable["image"]
-        if fingerprint_but(source, image) != unreadable["others"]:
-            return False
-        self.say(
-            f"the {what} have another {image}, which could not be read: the run goes on with it"
-        )
-        return True
 
     def _take_over(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:

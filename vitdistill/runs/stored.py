@@ -1,0 +1,141 @@
+"""Stored labels that a run reads: opened, compared with the run, and their views adopted."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..data.augment import InputSpec
+from ..data.source import ImageSource
+from ..errors import ConfigError, DataError, Set
+from ..labels.identity import (
+    differing,
+    images_identity,
+    network_from_json,
+    of_views,
+    view_identity,
+)
+from ..labels.store import LabelStore
+from ..messages import plural
+from ..recipes.config import Recipe, TeacherConfig, to_dict
+from ..vit.network import Network
+
+
+def open_labels(recipe: Recipe) -> dict[str, LabelStore]:
+    """Open the label stores of a recipe's teachers, by the teacher's name."""
+    return {
+        name: LabelStore.open(config.labels)
+        for name, config in recipe.teachers.items()
+        if config.labels is not None
+    }
+
+
+def stored_network(store: LabelStore, name: str) -> Network:
+    """Describe the teacher behind stored labels, under its name in this run."""
+    return network_from_json(store.manifest.about.get("network", {}), name)
+
+
+def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
+    """Set the number of views and their seed as the recipe's labels have them, unless it says.
+
+    With several label stores, use the smallest view count among the required ones. A run that
+    ``began`` goes on with the views it had, whatever has been labelled since.
+
+    Raises:
+        ConfigError: the recipe wants more views than are labelled.
+    """
+    stores = open_labels(recipe)
+    if not stores:
+        return recipe
+    data = recipe.data
+    needed = {name: s for name, s in stores.items() if recipe.teachers[name].missing == "error"}
+    fewest = min(store.manifest.num_views for store in (needed or stores).values())
+    if began is not None:
+        views, seed = began.data.views, began.data.seed
+    else:
+        views = fewest if fewest < recipe.train.epochs else None
+        seeds = [store.manifest.identity.get("view.seed") for store in stores.values()]
+        other = (seed for seed in seeds if isinstance(seed, int) and seed != recipe.train.seed)
+        seed = next(other, None)
+    data = replace(
+        data,
+        views=views if data.views is None else data.views,
+        seed=seed if data.seed is None else data.seed,
+    )
+    if needed and data.views is not None and data.views > fewest:
+        raise ConfigError(
+            f"the recipe shows {data.views} views of each image, and {fewest} are labelled",
+            (Set("data.views", fewest), "label more"),
+            field="data.views",
+        )
+    return replace(recipe, data=data)
+
+
+def made_by(store: LabelStore, config: TeacherConfig) -> bool:
+    """Return whether a teacher of this very configuration wrote the labels.
+
+    Then its weights need not be compared again.
+    """
+    recipe = store.manifest.about.get("recipe") or {}
+    then = recipe.get("teachers", {}).get(store.manifest.about.get("teacher"))
+    now = to_dict(config)
+    return then is not None and all(
+        then.get(key) == now[key] for key in now if key not in ("labels", "missing")
+    )
+
+
+def identity_of_views(
+    recipe: Recipe, source: ImageSource, classes: tuple[str, ...], spec: InputSpec, pipeline: str
+) -> dict[str, Any]:
+    """Return what labels for a run have to share with it."""
+    return images_identity(source, classes) | view_identity(
+        spec, recipe.data.augment, recipe.data_seed, pipeline
+    )
+
+
+def check_labels(
+    recipe: Recipe,
+    views: dict[str, Any],
+    digests: dict[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Raise `DataError` unless every label store is of these views and these teachers.
+
+    Args:
+        recipe: of the run.
+        views: `identity_of_views` of the run.
+        digests: of the weights of the teachers that are to be compared.
+        say: called with a line on each store.
+    """
+    for name, store in open_labels(recipe).items():
+        run, labels = dict(views), of_views(store.manifest.identity)
+        if name in digests:
+            run["teacher.weights"] = digests[name]
+            labels["teacher.weights"] = store.manifest.identity["teacher.weights"]
+        changed = differing(labels, run)
+        if changed:
+            raise DataError(
+                f"the labels of the {name} ({store.path}) are not for this run:"
+                f" {'; '.join(changed)}",
+                ("make the recipe agree", "label again"),
+                field=f"teachers.{name}.labels",
+            )
+        num_views = recipe.data.views or recipe.train.epochs
+        if recipe.teachers[name].missing == "error":
+            _refuse_missing(name, store, num_views)
+        written, whole = store.status().records, store.manifest.num_samples
+        say(
+            f"{name}: {store.manifest.about['network']['architecture']}, stored labels,"
+            f" {written:,} of {whole * store.manifest.num_views:,} records, {num_views} views used"
+        )
+
+
+def _refuse_missing(name: str, store: LabelStore, num_views: int) -> None:
+    absent = [(view, part) for view, part in store.missing_parts() if view < num_views]
+    if absent:
+        view, part = absent[0]
+        raise DataError(
+            f"the labels of the {name} lack {plural(len(absent), 'part')} of"
+            f" {num_views * store.num_parts} (the first: view {view}, part {part})",
+            ("label the rest", Set("data.views"), Set(f"teachers.{name}.missing", "online")),
+            field=f"teachers.{name}.labels",
+        )
