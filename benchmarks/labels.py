@@ -246,9 +246,7 @@ class FromLabels:
         times = [time.process_time()]
         # Before the checksums, which the loader makes first: they would warm the caches for one of
         # the two readings and not the other.
-        self.batch.targets["teacher"], self.batch.missing["teacher"] = self.reader(
-            views, ids, stored if self.checked else None
-        )
+        self.batch.targets["teacher"] = self.reader(views, ids, stored if self.checked else None)
         times.append(time.process_time())
         if self.checked:
             # Of random images, so they are not those of the records: what was compared are the

@@ -1,13 +1,31 @@
 """A batch of training views."""
 
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import keyed
 from ..keyed import I64
-from ..labels.layout import Targets
+
+
+class TargetReader(Protocol):
+    """Reads what is stored of a batch's views; `vitdistill.labels.reader.LabelReader` is one."""
+
+    def __call__(
+        self,
+        views: I64,
+        ids: I64,
+        checksums: npt.NDArray[np.uint32] | None,
+        device: torch.device,
+    ) -> Any:
+        """Return the targets of samples ``ids`` in ``views``, checked against the views' checksums
+        where there are any; what they are is between the reader and the training step.
+        """
 
 
 @dataclass
@@ -24,8 +42,7 @@ class Batch:
             augmentation is repeated.
         view: the epoch.
         seed: of the run, which keys `uniforms`.
-        targets: what is stored of each teacher that has labels, on the device.
-        missing: of those that lack records of this batch, the rows without, on the host.
+        targets: what the `TargetReader` of each teacher with labels returned, on the device.
     """
 
     images: Float[Tensor, "B 3 H W"]
@@ -36,8 +53,7 @@ class Batch:
     mixed_labels: Int[Tensor, " B"] | None = None
     lam: Float[Tensor, " B"] | None = None
     seed: int = 0
-    targets: dict[str, Targets] = field(default_factory=dict)
-    missing: dict[str, I64] = field(default_factory=dict)
+    targets: dict[str, Any] = field(default_factory=dict)
 
     def uniforms(
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE

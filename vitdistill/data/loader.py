@@ -35,11 +35,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from .. import keyed
 from ..errors import ConfigError, DataError, UserError
 from ..keyed import I64, Stream
-from ..labels.reader import LabelReader
 from ..memory import memory_errors
 from ..messages import plural
 from .augment import Augment, InputSpec
-from .batch import Batch
+from .batch import Batch, TargetReader
 from .checksums import view_checksums
 from .erasing import erase
 from .mixing import Mixing, check_even
@@ -103,7 +102,7 @@ class TrainLoader:
         accumulate: int = 1,
         in_memory: bool | None = None,
         views: int | None = None,
-        labels: Mapping[str, LabelReader] | None = None,
+        labels: Mapping[str, TargetReader] | None = None,
     ) -> None:
         """Prepare to load; ``batch_size`` counts the images of an optimizer step over all processes
         and micro-batches.
@@ -296,9 +295,7 @@ class TrainLoader:
     ) -> Batch:
         batch = self._mixed(piece, pixels)
         for name, reader in self._labels_of.items():
-            batch.targets[name], batch.missing[name] = reader(
-                piece.views, piece.ids, checksums, self.device
-            )
+            batch.targets[name] = reader(piece.views, piece.ids, checksums, self.device)
         return batch
 
     def _mixed(self, piece: _Piece, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:

@@ -4,14 +4,14 @@ straight line through it.
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import keyed
 from ..data.batch import Batch
-from ..labels.reader import StoredAnswer, blank_targets, live_rows
+from ..labels.layout import Targets
+from ..labels.reader import StoredAnswer, blank_targets
 from ..methods.base import TeacherObjective
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
@@ -87,11 +87,10 @@ class Distillation(nn.Module):
         student = self._student(batch, order, self.run)
         answers: dict[str, ViTOutput | StoredAnswer] = {}
         for name, needs in plan.stored.items():
-            answers[name] = stored = StoredAnswer(batch.targets[name], plan.teachers[name])
-            if len(batch.missing[name]):
-                stored.missing, stored.live = live_rows(
-                    teachers[name], batch.images, needs, batch.missing[name]
-                )
+            targets: Targets = batch.targets[name]
+            answers[name] = stored = StoredAnswer(targets, plan.teachers[name])
+            if len(targets.missing):
+                stored.live = teachers[name](batch.images[targets.missing], needs)
         for name, teacher in teachers.items():
             if name in plan.stored:
                 continue
@@ -167,5 +166,4 @@ def blank_batch(plan: Plan, count: int, device: torch.device | str) -> Batch:
         targets={
             name: blank_targets(layout, count, device) for name, layout in plan.labels.items()
         },
-        missing={name: np.zeros(0, dtype=np.int64) for name in plan.labels},
     )

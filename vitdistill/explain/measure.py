@@ -3,7 +3,6 @@
 import time
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from ..data.batch import Batch
@@ -91,10 +90,7 @@ def measure_step(
             0,
         )
         for name, layout in plan.labels.items():
-            batch.targets[name], batch.missing[name] = (
-                blank_targets(layout, size, device),
-                np.zeros(0, dtype=np.int64),
-            )
+            batch.targets[name] = blank_targets(layout, size, device)
         _wait(device)
         begun = time.perf_counter()
         optimizer.zero_grad()

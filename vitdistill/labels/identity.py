@@ -101,9 +101,7 @@ def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that make views and run teachers; informative, as the checksums of views
-    decide.
-    """
+    """Return the versions of the libraries that make views and run teachers, for people."""
     found = {}
     for name in ("vitdistill", "torch", "torchvision", "timm", "Pillow", "numpy"):
         try:
@@ -111,6 +109,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def changed_versions(then: Mapping[str, str]) -> str:
+    """Say which libraries have another version than ``then``: ``timm (1.0.22, now 1.0.24)``."""
+    now = versions()
+    changed = [name for name in now if then.get(name, now[name]) != now[name]]
+    return ", ".join(f"{name} ({then[name]}, now {now[name]})" for name in changed)
 
 
 def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from ..keyed import I64
 from .encoding import KINDS, LogitEncoding
 
 Records: TypeAlias = np.ndarray  # of a layout's dtype
@@ -147,11 +148,14 @@ class Layout:
             fields |= self.logits.pack(true)
         return self._records(pixels, fields)
 
-    def targets(self, records: Records) -> "Targets":
-        """Return the tensors of these records, on the CPU."""
+    def targets(self, records: Records, missing: I64 | None = None) -> "Targets":
+        """Return the tensors of these records, on the CPU; ``missing`` are rows without one."""
         if records.dtype != self.dtype or records.ndim != 1:
             raise ValueError(f"{records.dtype} of shape {records.shape} are no records")
-        return Targets(self, {name: _tensor(records[name]) for name in self.dtype.names or ()})
+        fields = {name: _tensor(records[name]) for name in self.dtype.names or ()}
+        return Targets(
+            self, fields, torch.from_numpy(np.zeros(0, np.int64) if missing is None else missing)
+        )
 
     def convert(self, records: Records, logits: LogitEncoding) -> Records:
         """Return records of the layout `with_logits` that hold the same answers.
@@ -191,10 +195,12 @@ class Targets:
     Attributes:
         layout: what is stored.
         fields: the records' fields, as stored; floating-point numbers are widened when read.
+        missing: the rows of the batch that have no record.
     """
 
     layout: Layout
     fields: dict[str, Tensor]
+    missing: Int[Tensor, " M"]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -202,7 +208,7 @@ class Targets:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """Return the same on ``device``."""
         moved = {name: x.to(device, non_blocking=non_blocking) for name, x in self.fields.items()}
-        return Targets(self.layout, moved)
+        return Targets(self.layout, moved, self.missing.to(device, non_blocking=non_blocking))
 
     @property
     def pixels(self) -> Int[Tensor, " B"]:

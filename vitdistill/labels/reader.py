@@ -1,29 +1,27 @@
-"""Stored answers on their way into training: read a batch at a time, checked against the views that
-the student sees.
+"""Stored answers on their way into training: read a batch at a time, and checked against the views
+that the student sees.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import DataError
-from ..vit.needs import Needs
+from ..errors import DataError, Set
+from ..keyed import I64
 from ..vit.network import Network
 from ..vit.output import ViTOutput
+from .identity import changed_versions
 from .layout import Layout, Targets
 from .store import LabelStore
-
-I64 = npt.NDArray[np.int64]
 
 
 @dataclass
 class LabelReader:
-    """Reads one teacher's records for the batches of a run.
+    """Reads one teacher's records for the batches of a run, as `TrainLoader` asks for them.
 
     Attributes:
         name: of the teacher.
@@ -41,9 +39,8 @@ class LabelReader:
         ids: I64,
         checksums: npt.NDArray[np.uint32] | None,
         device: torch.device | str = "cpu",
-    ) -> tuple[Targets, I64]:
-        """The records of samples ``ids`` in ``views``, int64 (B,) each, on ``device``, and the rows
-        that have none.
+    ) -> Targets:
+        """Return the records of samples ``ids`` in ``views``, (B,) each, on ``device``.
 
         Raises:
             DataError: a record is missing, or a view is not the one that was labelled, by its
@@ -56,109 +53,80 @@ class LabelReader:
         if len(missing) and not self.online:
             row = missing[0]
             raise DataError(
-                f"the labels of the {self.name} have no record of sample {ids[row]} in view"
-                f" {views[row]}: label the rest ('vitdistill label status {self.store.path}' says"
-                " how much), or let the teacher answer there (--set"
-                f" teachers.{self.name}.missing=online)"
+                f"the labels of the {self.name} in {self.store.path} have no record of sample"
+                f" {ids[row]} in view {views[row]}",
+                ("label the rest", Set(f"teachers.{self.name}.missing", "online")),
+                field=f"teachers.{self.name}.labels",
             )
         if checksums is not None:
             wrong = np.flatnonzero(present & (records["pixels"] != checksums))
             if len(wrong):
-                raise DataError(
-                    self._other_view(int(ids[wrong[0]]), int(views[wrong[0]]), len(wrong), len(ids))
-                )
-        return self.store.layout.targets(records).to(device, non_blocking=True), missing
+                raise self._other_view(int(ids[wrong[0]]), int(views[wrong[0]]))
+        targets = self.store.layout.targets(records, missing)
+        return targets.to(device, non_blocking=True)
 
-    def _other_view(self, sample: int, view: int, wrong: int, count: int) -> str:
-        from .identity import versions
-
-        then, now = self.store.manifest.about.get("versions", {}), versions()
-        changed = [
-            f"{name} {then[name]} then, {now[name]} now"
-            for name in now
-            if then.get(name, now[name]) != now[name]
-        ]
-        cause = (
-            f"a library has changed ({'; '.join(changed)})"
-            if changed
-            else "an image or a library that makes views has changed"
-        )
-        return (
-            f"view {view} of sample {sample} is not the one that the {self.name} labelled (its"
-            f" pixels differ, as do those of {wrong} of {count} in this batch): {cause}; label"
-            " again, or restore what made these labels"
+    def _other_view(self, sample: int, view: int) -> DataError:
+        changed = changed_versions(self.store.manifest.about.get("versions", {}))
+        return DataError(
+            f"view {view} of sample {sample} has other pixels than the {self.name} labelled, so"
+            f" {changed or 'an image or a library that makes views'} has changed",
+            "label again, or restore what made these labels",
+            field=f"teachers.{self.name}.labels",
         )
 
 
 @dataclass
 class StoredAnswer:
-    """What a stored teacher says of one batch.
+    """What a teacher with labels says of one batch.
 
     Attributes:
         targets: its records.
         network: its description.
-        missing: rows without a record; ``live`` is the teacher's own answer to them.
+        live: its own answer to the rows that have no record, ``targets.missing``.
     """
 
     targets: Targets
     network: Network
-    missing: Int[Tensor, " M"] | None = None
     live: ViTOutput | None = None
     _read: dict[float | None, ViTOutput] = field(default_factory=dict)
 
     def at(self, temperature: float | None) -> ViTOutput:
-        """The answer as a teacher records it, whose ``softmax(logits / temperature)`` is the one
-        that was stored; None: of dense labels.
+        """Return the answer as a teacher records it, with logits that are right at a temperature.
+
+        ``softmax(logits / temperature)`` is what was stored; None: the logits of a complete
+        encoding, or no logits.
         """
         if temperature not in self._read:
-            self._read[temperature] = self._filled(self._output(temperature))
+            output = ViTOutput(
+                logits=self._logits(temperature),
+                hidden=dict(self.targets.hidden),
+                features=self.targets.features,
+                grid=self.network.grid,
+                grids=self.network.grids,
+                network=self.network,
+            )
+            if self.live is not None:
+                self._fill(output, self.live)
+            self._read[temperature] = output
         return self._read[temperature]
-
-    def _output(self, temperature: float | None) -> ViTOutput:
-        network = self.network
-        return ViTOutput(
-            logits=self._logits(temperature),
-            hidden=dict(self.targets.hidden),
-            features=self.targets.features,
-            grid=network.grid,
-            grids=network.grids,
-            network=network,
-        )
 
     def _logits(self, temperature: float | None) -> Float[Tensor, "B C"] | None:
         logits = self.targets.layout.logits
-        if logits is None or (
-            temperature is None and not logits.is_complete
-        ):  # of sparse labels that nobody reads
-            return None
+        if logits is None or (temperature is None and not logits.is_complete):
+            return None  # nobody reads them
         return self.targets.logits(temperature)
 
-    def _filled(self, output: ViTOutput) -> ViTOutput:
-        if self.live is None or self.missing is None:
-            return output
-        rows = self.missing
-        pairs: list[tuple[Tensor | None, Tensor | None]] = [
-            (output.logits, self.live.logits),
-            (output.features, self.live.features),
-        ]
-        pairs += [(output.hidden[i], self.live.hidden[i]) for i in output.hidden]
-        for stored, live in pairs:
-            if stored is not None and live is not None:
-                stored[rows] = live.to(stored.dtype)
-        return output
-
-
-def live_rows(
-    teacher: Callable[..., ViTOutput], images: Float[Tensor, "B 3 h w"], needs: Needs, missing: I64
-) -> tuple[Int[Tensor, " M"], ViTOutput]:
-    """The rows without a record, on the images' device, and the teacher's answer to them."""
-    rows = torch.from_numpy(missing).to(images.device)
-    return rows, teacher(images[rows], needs)
+    def _fill(self, output: ViTOutput, live: ViTOutput) -> None:
+        """Write the live answers into their rows of the stored ones."""
+        pairs = [(output.logits, live.logits), (output.features, live.features)]
+        pairs += [(output.hidden[i], live.hidden[i]) for i in output.hidden]
+        for stored, answer in pairs:
+            if stored is not None and answer is not None:
+                stored[self.targets.missing] = answer.to(stored.dtype)
 
 
 def blank_targets(layout: Layout, count: int, device: torch.device | str = "cpu") -> Targets:
-    """``count`` equal records of zeros on ``device``, to try a plan without any labels."""
+    """Return ``count`` equal records of zeros on ``device``, to try a plan without any labels."""
     one = layout.targets(np.zeros(1, layout.dtype)).to(device)
-    return Targets(
-        layout, {name: value.expand(count, *value.shape[1:]) for name, value in one.fields.items()}
-    )
+    fields = {name: value.expand(count, *value.shape[1:]) for name, value in one.fields.items()}
+    return Targets(layout, fields, one.missing)
