@@ -19,7 +19,7 @@ from vitdistill.labels import writing
 from vitdistill.labels.store import LabelStore, Lease
 from vitdistill.labels.writing import Unit, write_missing
 from vitdistill.storage import processes
-from vitdistill.storage.atomic import _HOST, write_atomic
+from vitdistill.storage.atomic import write_atomic
 
 
 @pytest.fixture
@@ -398,9 +398,8 @@ def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, t
     store = made(tmp_path / "s", without=[(1, 1)])
     folder = store.view_path(0)
     for name, dead in (
-        (f".tmp-{_HOST}-{2**22 + 1}-0123456789ab", True),
-        (f".tmp-{_HOST}-{os.getppid()}-0123456789ab", False),
-        (".tmp-otherhost-17-0123456789ab", False),
+        (".tmp-0123456789ab", True),
+        (".tmp-otherhost-17-0123456789ab", True),
         ("part-00003.lease", True),
         ("notes.txt", False),
     ):
@@ -412,7 +411,7 @@ def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, t
         for path in store.path.rglob("*")
         if path.is_file() and path.suffix != ".bin" and path.name != "manifest.json"
     ]
-    assert len(others) == 4 and all(path.read_bytes() == b"keep" for path in others)
+    assert len(others) == 2 and all(path.read_bytes() == b"keep" for path in others)
 
 
 # -- several stores, full disks -------------------------------------------------------------------

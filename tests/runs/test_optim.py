@@ -22,7 +22,7 @@ from vitdistill.runs.optim import (
     make_optimizer,
     make_schedule,
 )
-from vitdistill.storage import checkpoint
+from vitdistill.storage.optimizer import pack_optimizer, unpack_optimizer
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -196,14 +196,14 @@ def test_an_optimizer_goes_on_exactly(name):
     take(*whole, range(8))
     first = start()
     take(*first, range(4))
-    tensors, structure = checkpoint.pack_optimizer(first[1].state_dict())
+    tensors, structure = pack_optimizer(first[1].state_dict())
     tensors, structure = (
         {key: value.clone() for key, value in tensors.items()},
         json.loads(json.dumps(structure)),
     )
     second = start()
     second[0].load_state_dict(first[0].state_dict())
-    second[1].load_state_dict(checkpoint.unpack_optimizer(tensors, structure))
+    second[1].load_state_dict(unpack_optimizer(tensors, structure))
     take(*second, range(4, 8))
     assert all(
         torch.equal(a, b)

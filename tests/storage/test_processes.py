@@ -30,7 +30,7 @@ def test_a_process_is_alive_until_it_is_gone():
             sys.executable,
             "-c",
             (
-                "import json; from vitdistill import processes as p;"
+                "import json; from vitdistill.storage import processes as p;"
                 " print(json.dumps(p.this_process())); input()"
             ),
         ],

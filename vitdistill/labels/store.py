@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, DiskError
 from ..messages import printable
-from ..storage.atomic import Content, Sink, disk_errors, require_free, staged_dir, write_atomic
+from ..storage.atomic import disk_errors, staged_dir, write_first
 from ..storage.lock import LOCK, wait_lock
 from ..storage.manifest import MANIFEST, read_manifest, replace_manifest, write_manifest
 from .layout import Layout, Targets
@@ -717,18 +717,7 @@ class LabelStore:
 
 def put(path: Path, pieces: Sequence[Any]) -> bool:
     """Write a file of these bytes-like pieces under a new name; False when the name is taken."""
-    size = sum(memoryview(piece).nbytes for piece in pieces)
-    require_free(path, size)
-
-    def write(sink: Sink) -> None:
-        for piece in pieces:
-            sink.write(piece)
-
-    try:
-        write_atomic(path, Content(size, write), replace=False)
-    except FileExistsError:
-        return False
-    return True
+    return write_first(path, lambda file: file.writelines(pieces))
 
 
 def _foreign(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..errors import ConfigError, UserError
 from ..messages import printable
 from ..storage import processes
-from ..storage.atomic import disk_errors, remove_stale_temporaries, write_atomic
+from ..storage.atomic import disk_errors, remove_temporaries, write_atomic, write_first
 from ..storage.lock import LOCK, wait_lock
 from .store import LabelStore
 
@@ -132,7 +132,8 @@ def _clean(stores: Iterable[LabelStore]) -> None:
         for view in range(store.manifest.num_views):
             # Nothing depends on it, and another writer may be doing the same.
             with suppress(UserError, OSError):
-                remove_stale_temporaries(store.view_path(view), ())
+                if all(store.is_sealed(view, part) for part in range(store.num_parts)):
+                    remove_temporaries(store.view_path(view))
                 for part, lease in store.part_files(view, "lease").items():
                     if store.is_sealed(view, part):
                         lease.unlink(missing_ok=True)
@@ -169,14 +170,14 @@ class _Claims:
     def _claim(self, path: Path, mine: bytes) -> bool:
         theirs = _content(path)
         if theirs is None:
-            return _created(path, mine)
+            return write_first(path, mine)
         if not self._is_over(path, theirs):
             return False
         # One of those who see that it is over removes it: another may have taken it over already.
         with wait_lock(path.parent / LOCK), disk_errors(path):
             if _content(path) == theirs:
                 path.unlink(missing_ok=True)
-        return _created(path, mine)
+        return write_first(path, mine)
 
     def _is_over(self, path: Path, theirs: bytes) -> bool:
         now = time.monotonic()
@@ -201,14 +202,6 @@ class _Claims:
             with suppress(OSError):
                 if path.read_bytes() == content:
                     path.unlink()
-
-
-def _created(path: Path, content: bytes) -> bool:
-    try:
-        write_atomic(path, content, replace=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def _content(path: Path) -> bytes | None:

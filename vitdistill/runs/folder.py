@@ -31,7 +31,7 @@ from ..recipes.config import (
 from ..storage.atomic import (
     clear_aside,
     disk_errors,
-    remove_stale_temporaries,
+    remove_temporaries,
     sha256_file,
     write_atomic,
 )
@@ -178,7 +178,7 @@ class RunFolder:
         is in place.
         """
         (self.path / CLAIM).unlink(missing_ok=True)
-        remove_stale_temporaries(self.path, export.FILES, alone=True)
+        remove_temporaries(self.path, export.FILES)
         for old in self.path.glob(".replaced-*-*"):
             new = self.path / old.name.split("-")[1]
             if (new / export.CONFIG).is_file():

@@ -35,6 +35,7 @@ from ..methods.base import Objective
 from ..recipes.config import Recipe, fingerprint
 from ..storage import checkpoint
 from ..storage.atomic import require_free, write_atomic
+from ..storage.optimizer import pack_optimizer, unpack_optimizer
 from ..vit.needs import Needs
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
@@ -143,7 +144,17 @@ class _Run:
         self.scores: dict[str, float] = {}
         self.seconds = 0.0
         self.waited = 0.0
-        found = self.world.from_main(lambda: checkpoint.latest(output, warn=say))
+        loaded: checkpoint.State | None = None
+
+        def newest() -> Path | None:
+            nonlocal loaded
+            found = checkpoint.load_latest(output, warn=say)
+            if found is None:
+                return None
+            folder, loaded = found
+            return folder
+
+        found = self.world.from_main(newest)
         with self.world.together():
             self.optimizer = make_optimizer(job.distillation, recipe.optim)
             self.schedule = make_schedule(
@@ -156,7 +167,9 @@ class _Run:
                 if job.amp_dtype is torch.float16
                 else None
             )
-            offsets = {} if found is None else self._restore(found)
+            offsets = (
+                {} if found is None else self._restore(found, loaded or checkpoint.load(found))
+            )
             if folder is not None:
                 folder.open_logs(offsets)
                 changed = folder.record_environment(self.step, self.world.size)
@@ -560,7 +573,7 @@ class _Run:
         with self.world.together():
             if self.folder is not None:
                 self.display.working("saving")
-                optimizer, structure = checkpoint.pack_optimizer(self.optimizer.state_dict())
+                optimizer, structure = pack_optimizer(self.optimizer.state_dict())
                 tensors = {
                     f"distillation.{key}": value
                     for key, value in self.job.distillation.state_dict().items()
@@ -584,11 +597,11 @@ class _Run:
                 self.display.working("")
         self.speed.pause(time.perf_counter() - begun)
 
-    def _restore(self, found: Path) -> dict[str, int]:
+    def _restore(self, found: Path, saved: checkpoint.State) -> dict[str, int]:
         """Take over a checkpoint and return where its logs ended; refuse one of another recipe,
         other images or another teacher.
         """
-        tensors, state = checkpoint.load(found)
+        tensors, state = saved
         if state["recipe"] != self.fingerprint:
             raise DataError(
                 f"{found} was saved by another recipe than that of {self.output}: restore the"
@@ -630,7 +643,7 @@ class _Run:
         self.job.distillation.load_state_dict(under("distillation."))
         if self.ema is not None:
             self.ema.module.load_state_dict(under("ema."))
-        self.optimizer.load_state_dict(checkpoint.unpack_optimizer(tensors, state["optimizer"]))
+        self.optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         for name in PROGRESS:

@@ -1,246 +1,162 @@
-"""The only code that writes a final file name: atomic, synced, digested; nothing half-written is
-ever visible.
+"""Writes that a crash cannot tear: the only code that writes a final file name.
 
-The order of every write is: a uniquely named temporary in the *same* folder, written while it is
-hashed, fsync of the file, rename onto the final name, fsync of the folder. A crash, kill or full
-disk at any point leaves the old content or the new. Files are created with mode 0666 and folders
-with 0777 less the umask, so that colleagues can read what a run wrote."""
+A file is written in five steps, and the order is what makes a crash harmless:
+
+1. create a temporary in the *same* folder (a rename across file systems is a copy, and can tear);
+2. write it;
+3. fsync the file, so that the new name can never show content that is not on the disk;
+4. rename it onto the final name, which is atomic: readers see the old content or the new;
+5. fsync the folder, so that the rename itself is on the disk before the function returns.
+
+A folder of several files is filled under a temporary name and renamed in the same way. Files are
+created with mode 0666 and folders with 0777 less the umask, so that colleagues can read them.
+"""
 
 import errno
 import hashlib
 import os
 import re
 import secrets
-import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import BinaryIO
 
 from ..errors import DataError, DiskError, PermissionDenied, UserError
 from ..messages import format_bytes, printable
-from . import processes
+
+StrPath = str | os.PathLike[str]
+Content = bytes | memoryview | Callable[[BinaryIO], object]
+"""What a file is to hold, or a function that writes it into the open file."""
+
+# Earlier versions put the host and the process between the two.
+_TEMPORARY = re.compile(r"\.tmp-([A-Za-z0-9._]+-[0-9]+-)?[0-9a-f]{12}")
 
 
-def _place(host: str, space: str) -> str:
-    """A host and container as a temporary's name has them: readable, with a hash of all of it that
-    tells equal beginnings apart.
-    """
-    whole = "\0".join((host, space))
-    readable = re.sub(r"[^A-Za-z0-9.]", "_", host)[:32] or "host"
-    return f"{readable}.{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
-
-
-_HOST = _place(socket.gethostname(), processes.space())
-
-
-_TEMP_NAME = re.compile(r"\.tmp-(?P<host>[A-Za-z0-9._]+)-(?P<pid>[0-9]+)-(?P<token>[0-9a-f]{12})")
-
-
-# Tokens of the temporaries this process is writing now: a leftover of an earlier process may carry
-# our own pid.
-_active: set[str] = set()
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """What a content writer is given: something with ``write``."""
-
-    def write(self, data: Any, /) -> int:
-        """Write all of a bytes-like object and return its length in bytes."""
-        ...
-
-
-class Content(NamedTuple):
-    """A file's content: its size in bytes and a function that writes it, so that it is never in
-    memory at once.
-    """
-
-    size: int
-    write: Callable[[Sink], None]
-
-
-class _HashingSink:
-    """Writes whole buffers to a descriptor and keeps their digest."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._digest = hashlib.sha256()
-        self.written = 0
-
-    def write(self, data: Any, /) -> int:
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        done = 0
-        while done < len(view):
-            done += os.write(self._fd, view[done:])
-        self.written += done
-        return done
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-
-def free_bytes(path: str | os.PathLike[str]) -> int | None:
-    """Bytes an unprivileged process may still write on the volume that holds ``path`` (or will hold
-    it).
-
-    None: it does not say, as those in memory without a limit.
-    """
-    place = Path(path).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    volume = os.statvfs(place)
-    return volume.f_bavail * volume.f_frsize if volume.f_blocks else None
-
-
-def require_free(path: str | os.PathLike[str], needed: int) -> None:
-    """Raise ``DiskError`` when the volume of ``path`` has less than ``needed`` bytes left: call it
-    before any work.
-    """
-    with disk_errors(path):
-        free = free_bytes(path)
-    if free is not None and free < needed:
-        raise DiskError(_full_sentence(path, needed, free))
-
-
-def _full_sentence(path: str | os.PathLike[str], needed: int | None, free: int | None) -> str:
-    need = f"{format_bytes(needed)} needed, " if needed is not None else ""
-    have = f"{format_bytes(free)} free" if free is not None else "free space unknown"
-    return (
-        f"{printable(path)} cannot be written because the disk is full ({need}{have}); nothing that"
-        " was there has changed: make room and run the same command again."
-    )
+# -- errors ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def disk_errors(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
-    """Turn an ``OSError`` about ``path`` into one sentence: ``DiskError``, or
-    ``PermissionDenied``.
-    """
+def disk_errors(path: StrPath) -> Iterator[None]:
+    """Turn an ``OSError`` about ``path`` into `DiskError` or `PermissionDenied`."""
     try:
         yield
     except OSError as error:
-        raise _explained(error, path, needed) from error
+        reason = (error.strerror or str(error)).lower()
+        match error.errno:
+            case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+                raise _full(path, reason) from error
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                raise PermissionDenied(
+                    f"{printable(path)} may not be read or written ({reason})",
+                    fix="choose another folder, or change its permissions",
+                ) from error
+        raise DiskError(f"{printable(path)} cannot be read or written ({reason})") from error
 
 
-def _explained(error: OSError, path: str | os.PathLike[str], needed: int | None) -> UserError:
-    name = printable(path)
-    reason = (error.strerror or str(error)).lower()
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            free = None
-            with suppress(OSError):
-                free = free_bytes(path)
-            return DiskError(_full_sentence(path, needed, free))
-        case errno.EFBIG:
-            need = f" of {format_bytes(needed)}" if needed is not None else ""
-            return DiskError(
-                f"{name} cannot be written because a file{need} is larger than the limit here"
-                " (ulimit -f, or the file system's own); raise the limit or write elsewhere."
-            )
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return PermissionDenied(
-                f"{name} may not be read or written ({reason}); choose another folder or change its"
-                " permissions."
-            )
-        case errno.EXDEV:
-            return DiskError(
-                f"{name} cannot be put in place because its folder spans two file systems; choose a"
-                " folder on one."
-            )
-        case (
-            errno.ENOTDIR
-            | errno.EISDIR
-            | errno.ENAMETOOLONG
-            | errno.ELOOP
-            | errno.ENOENT
-            | errno.EEXIST
-            | errno.ENOTEMPTY
-        ):
-            return DiskError(f"{name} cannot be written: {reason}; choose another path.")
-        case _:
-            return DiskError(
-                f"{name} could not be read or written ({reason}); check the disk and run the same"
-                " command again."
-            )
+def require_free(path: StrPath, needed: int) -> None:
+    """Raise `DiskError` if the volume that will hold ``path`` has less than ``needed`` bytes left.
 
-
-def write_atomic(
-    path: str | os.PathLike[str],
-    content: bytes | Content | Callable[[Sink], None],
-    *,
-    replace: bool = True,
-) -> str:
-    """Write a whole file under its final name, durably, and return its sha256 (hex).
-
-    ``content`` is the bytes, or a function that writes them to the file object it is given. The
-    parent folder is made if missing. ``replace=False`` is first-wins: an existing file is left
-    alone and ``FileExistsError`` raised. Raises ``DiskError`` or ``PermissionDenied``; then the old
-    file is untouched and no temporary is left.
+    A volume without a limit, as some in memory, has room for everything.
     """
-    final = Path(path)
-    make_dirs(final.parent)
-    temp, token = _temporary(final.parent)
+    place = Path(path).absolute()
+    with disk_errors(path):
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        volume = os.statvfs(place)
+    free = volume.f_bavail * volume.f_frsize
+    if volume.f_blocks and free < needed:
+        raise _full(path, f"{format_bytes(needed)} needed, {format_bytes(free)} free")
+
+
+def _full(path: StrPath, why: str) -> DiskError:
+    return DiskError(
+        f"{printable(path)} cannot be written: the disk is full ({why}); nothing has changed",
+        fix="make room and run the same command again",
+    )
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def write_atomic(path: StrPath, content: Content) -> None:
+    """Write a whole file under its final name, durably; missing folders are made.
+
+    Raises:
+        DiskError, PermissionDenied: it cannot be written; an old file is untouched.
+    """
+    _publish(Path(path), content, os.replace)
+
+
+def write_first(path: StrPath, content: Content) -> bool:
+    """Write a file as `write_atomic` does unless there is one; return whether this call wrote it.
+
+    Of any number of writers exactly one wins, on network disks without locks too.
+    """
     try:
-        digest = _write_new(temp, content, named=final)
-        if replace:
-            with disk_errors(final):
-                os.replace(temp, final)
-        else:
-            try:
-                os.link(temp, final)
-            except FileExistsError:
-                raise
-            except OSError as error:
-                raise _explained(error, final, None) from error
-            with disk_errors(final):
-                os.unlink(temp)
+        _publish(Path(path), content, os.link)
+    except DiskError as error:
+        if isinstance(error.__cause__, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def _publish(final: Path, content: Content, put: Callable[[Path, Path], None]) -> None:
+    make_dirs(final.parent)
+    temporary = _temporary(final.parent)
+    try:
         with disk_errors(final):
+            _write_synced(temporary, content)
+            put(temporary, final)
             fsync_dir(final.parent)
-        return digest
     finally:
         with suppress(OSError):
-            os.unlink(temp)
-        _active.discard(token)
+            os.unlink(temporary)
 
 
-def write_new(
-    path: str | os.PathLike[str], content: bytes | Content | Callable[[Sink], None]
-) -> str:
-    """Create a file in a folder not published yet, fsync it, and return its sha256; an existing
-    file is refused.
-    """
-    return _write_new(Path(path), content, named=Path(path))
+def write_new(path: StrPath, content: Content) -> None:
+    """Create a file in a folder that is not published yet, and fsync it."""
+    with disk_errors(path):
+        _write_synced(Path(path), content)
 
 
-def _write_new(path: Path, content: bytes | Content | Callable[[Sink], None], named: Path) -> str:
-    size = (
-        content.size
-        if isinstance(content, Content)
-        else len(content)
-        if isinstance(content, bytes)
-        else None
-    )
-    with disk_errors(named, size):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def _write_synced(path: Path, content: Content) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        if callable(content):
+            with open(fd, "wb", closefd=False) as file:
+                content(file)
+        else:
+            left = memoryview(content).cast("B")
+            while left:
+                left = left[os.write(fd, left) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_bytes(path: StrPath) -> bytes:
+    """Read a whole file; ``DataError`` if it is missing."""
+    with disk_errors(path):
         try:
-            sink = _HashingSink(fd)
-            if isinstance(content, bytes):
-                sink.write(content)
-            else:
-                (content.write if isinstance(content, Content) else content)(sink)
-            if size is not None and sink.written != size:
-                raise RuntimeError(f"{named}: announced {size} bytes and wrote {sink.written}")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    return sink.hexdigest()
+            return Path(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise DataError(f"{printable(path)} is missing") from error
 
 
-def make_dirs(path: str | os.PathLike[str]) -> None:
-    """Make a folder and its missing parents, each one durable in its own parent."""
+def sha256_file(path: StrPath) -> str:
+    """Return the sha256 (hex) of a file's content."""
+    with disk_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+def make_dirs(path: StrPath) -> None:
+    """Make a folder and its missing parents, each durable in its own parent."""
     folder = Path(path)
     missing = []
     with disk_errors(folder):
@@ -250,17 +166,13 @@ def make_dirs(path: str | os.PathLike[str]) -> None:
                 break
             folder = folder.parent
         for folder in reversed(missing):
-            # Another process may make it between the look and the call.
+            # Another process may make it first; a file of that name shows in what comes next.
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o777)
-            if not folder.is_dir():
-                raise NotADirectoryError(
-                    errno.ENOTDIR, "a file of that name is in the way", str(folder)
-                )
             fsync_dir(folder.parent)
 
 
-def fsync_dir(path: str | os.PathLike[str]) -> None:
+def fsync_dir(path: StrPath) -> None:
     """Make the names in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -269,89 +181,59 @@ def fsync_dir(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The sha256 (hex) of a file's content, read from the start."""
-    with disk_errors(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
-def staged_dir(
-    final: str | os.PathLike[str], aside: str | os.PathLike[str] | None = None
-) -> Iterator[Path]:
-    """A temporary folder beside ``final``: fill it with ``write_new``; it is published when the
-    block ends without error.
+def staged_dir(final: StrPath, aside: StrPath | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside ``final``, to be filled with `write_new`, then publish it.
 
-    A non-empty ``final`` is first renamed to ``aside`` (and back if publishing fails); without
-    ``aside`` it is a ``DiskError``. Any error removes the temporary.
+    It gets its final name when the block ends without an error; any error removes it. A ``final``
+    that is not empty is first renamed to ``aside`` (and back if publishing fails); without
+    ``aside`` it is a `DiskError`.
     """
     final = Path(final)
     make_dirs(final.parent)
-    temp, token = _temporary(final.parent)
+    temporary = _temporary(final.parent)
     try:
         with disk_errors(final):
-            os.mkdir(temp, 0o777)
-        yield temp
-        if aside is not None and final.is_dir() and any(final.iterdir()):
-            _exchange(temp, final, Path(aside))
-        else:
-            publish_dir(temp, final)
+            os.mkdir(temporary, 0o777)
+        yield temporary
+        with disk_errors(final):
+            fsync_dir(temporary)
+            moved = aside is not None and final.is_dir() and any(final.iterdir())
+            if aside is not None and moved:
+                os.rename(final, aside)
+            try:
+                os.rename(temporary, final)
+                fsync_dir(final.parent)
+            except BaseException:
+                if aside is not None and moved:
+                    with suppress(OSError):
+                        os.rename(aside, final)
+                raise
     finally:
         with suppress(OSError):
-            _remove(temp, known=None)
-        _active.discard(token)
+            _remove(temporary)
 
 
-def publish_dir(temp: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
-    """Rename a folder of synced files onto its final name, durably; ``final`` must be absent or an
-    empty folder.
-    """
-    with disk_errors(final):
-        fsync_dir(temp)
-        os.rename(temp, final)
-        fsync_dir(Path(final).parent)
+def remove_dir(path: StrPath, known: Iterable[str]) -> bool:
+    """Remove a published folder if it holds only plain files named in ``known``, else return False.
 
-
-def _exchange(temp: Path, final: Path, aside: Path) -> None:
-    with disk_errors(final):
-        os.rename(final, aside)
-    try:
-        publish_dir(temp, final)
-    except BaseException:
-        with suppress(OSError):
-            os.rename(aside, final)
-        raise
-
-
-def remove_dir(path: str | os.PathLike[str], known: Iterable[str]) -> bool:
-    """Remove a published folder if all its entries are plain files named in ``known``; otherwise
-    leave it and return False.
-
-    It is renamed to a temporary first, so that a crash half way leaves no damaged folder under the
-    old name.
+    It is renamed to a temporary first: a crash half way leaves no damaged folder under its name.
     """
     folder = Path(path)
-    names = frozenset(known)
     with disk_errors(folder):
-        if not _holds_only(folder, names):
+        if not _holds_only(folder, frozenset(known)):
             return False
-        temp, token = _temporary(folder.parent)
-        try:
-            os.rename(folder, temp)
-            _remove(temp, known=names)
-            fsync_dir(folder.parent)
-        finally:
-            _active.discard(token)
+        temporary = _temporary(folder.parent)
+        os.rename(folder, temporary)
+        _remove(temporary)
+        fsync_dir(folder.parent)
     return True
 
 
-def clear_aside(
-    aside: str | os.PathLike[str], final: str | os.PathLike[str], known: Iterable[str]
-) -> None:
-    """Remove a published folder that ``final`` has taken the place of; hidden files of the system's
-    (``.DS_Store``) move to ``final``.
+def clear_aside(aside: StrPath, final: StrPath, known: Iterable[str]) -> None:
+    """Remove a folder that ``final`` has replaced, after moving hidden files (``.DS_Store``) over.
 
-    What cannot go now is left where it is: the folder that counts is in place.
+    What cannot go is left where it is: the folder that counts is in place.
     """
     with suppress(OSError, UserError):
         for entry in Path(aside).iterdir():
@@ -360,44 +242,27 @@ def clear_aside(
         remove_dir(aside, known)
 
 
-def remove_stale_temporaries(
-    folder: str | os.PathLike[str], known: Iterable[str], *, alone: bool = False
-) -> list[Path]:
-    """Remove what killed processes of this host and container left behind in ``folder``, and return
-    it.
+def remove_temporaries(folder: StrPath, known: Iterable[str] = ()) -> None:
+    """Remove what killed processes left half written in ``folder``.
 
-    Only names this module makes, whose process is gone, and, for a folder, only with plain files
-    named in ``known`` inside. ``alone``: nobody else may write here (a claimed run folder), so that
-    those of other hosts, and of this one before it was started again, are left over too.
+    Only for the process that holds the folder's lock: another one's are not told apart. Only names
+    that this module makes and, for a folder, only with plain files named in ``known`` inside.
     """
-    removed = []
-    names = frozenset(known)
+    folder, names = Path(folder), frozenset(known)
     with disk_errors(folder):
-        entries = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
-        for entry in entries:
-            match = _TEMP_NAME.fullmatch(entry.name)
-            if match is None or match["token"] in _active:
-                continue
-            if _is_alive_elsewhere(int(match["pid"])) if match["host"] == _HOST else not alone:
-                continue
-            if stat.S_ISDIR(entry.lstat().st_mode) and not _holds_only(entry, names):
-                continue
-            _remove(entry, known=names)
-            removed.append(entry)
-    return removed
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(entry.name) and (
+                not _is_real_dir(entry) or _holds_only(entry, names)
+            ):
+                _remove(entry)
 
 
-def _temporary(folder: Path) -> tuple[Path, str]:
-    token = secrets.token_hex(6)
-    _active.add(token)
-    return folder / f".tmp-{_HOST}-{os.getpid()}-{token}", token
+def _temporary(folder: Path) -> Path:
+    return folder / f".tmp-{secrets.token_hex(6)}"
 
 
-def _is_alive_elsewhere(pid: int) -> bool:
-    """Whether a number of this host and container is another living process's: an earlier one may
-    have had our own.
-    """
-    return pid != os.getpid() and processes.started(pid) is not None
+def _is_real_dir(path: Path) -> bool:
+    return stat.S_ISDIR(path.lstat().st_mode)
 
 
 def _holds_only(folder: Path, names: frozenset[str]) -> bool:
@@ -407,29 +272,18 @@ def _holds_only(folder: Path, names: frozenset[str]) -> bool:
         )
 
 
-def _remove(path: Path, known: frozenset[str] | None) -> None:
-    """Unlink a file, or a folder of plain files (never a tree).
+def _remove(path: Path) -> None:
+    """Unlink a file, or a folder of files (never a tree).
 
-    Where a network disk keeps files that somebody still reads, the folder stays for
-    `remove_stale_temporaries` to take later.
+    NFS keeps a removed file that somebody reads, and its folder; `remove_temporaries` comes again.
     """
-    if not stat.S_ISDIR(path.lstat().st_mode):
+    if not _is_real_dir(path):
         os.unlink(path)
         return
     for entry in list(os.scandir(path)):
-        if known is None or entry.name in known:
-            os.unlink(entry.path)
+        os.unlink(entry.path)
     try:
         os.rmdir(path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
             raise
-
-
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A whole file; ``DataError`` when it is missing."""
-    with disk_errors(path):
-        try:
-            return Path(path).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise DataError(f"{printable(path)} is missing.") from error

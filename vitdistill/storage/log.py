@@ -1,4 +1,9 @@
-"""Logs of lines that survive a kill."""
+"""Logs of whole lines: a kill can cost the last lines, but leaves none torn.
+
+A line is appended by one write. `AppendLog.sync` makes all lines durable before the checkpoint that
+says how many there were; a resumed run cuts the log back to that number and writes the same lines
+again, so that no line is there twice.
+"""
 
 import os
 from contextlib import suppress
@@ -6,45 +11,43 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..messages import printable
-from .atomic import disk_errors, fsync_dir, make_dirs
+from .atomic import StrPath, disk_errors, fsync_dir, make_dirs
 
 
 class AppendLog:
-    """A text file that only grows by whole lines, for metrics: a resumed run cuts it back to where
-    its checkpoint was.
+    """A text file that grows by whole lines.
 
-    ``offset=None`` opens it at its end (a last line torn by a crash is cut off); an ``offset`` from
-    an earlier ``.offset`` cuts everything after it. Raises ``DataError`` when the file is shorter
-    than ``offset`` or ``offset`` is inside a line.
+    Args:
+        path: the file, made if it is missing.
+        offset: an earlier ``.offset``, after which everything is cut off; None: only a torn last
+            line is.
+
+    Raises:
+        DataError: the file is shorter than ``offset``, or has no line's end there.
+
+    Attributes:
+        offset: its length in bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], offset: int | None = None) -> None:
+    def __init__(self, path: StrPath, offset: int | None = None) -> None:
         self.path = Path(path)
         make_dirs(self.path.parent)
         with disk_errors(self.path):
-            self._fd = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._fd = os.open(self.path, flags, 0o666)
         try:
             with disk_errors(self.path):
                 size = os.fstat(self._fd).st_size
-                keep = self._end_of_last_line(size) if offset is None else offset
-                if keep > size:
+                self.offset = self._end_of_last_line(size) if offset is None else offset
+                if self.offset > size or self._end_of_last_line(self.offset) != self.offset:
                     raise DataError(
-                        f"{printable(self.path)} has {size} bytes and the run's state expects at"
-                        f" least {keep}; it was cut or replaced: restore it, or start a new run in"
-                        " another folder."
+                        f"{printable(self.path)} is not the log this run wrote: it has no line's"
+                        f" end at byte {self.offset}",
+                        fix="restore it, or start a new run in another folder",
                     )
-                if keep != self._end_of_last_line(keep):
-                    raise DataError(
-                        f"{printable(self.path)} is not the log this run wrote: byte {keep} is"
-                        " inside a line; restore it, or start a new run in another folder."
-                    )
-                if keep != size:
-                    os.ftruncate(self._fd, keep)
+                os.ftruncate(self._fd, self.offset)
                 os.fsync(self._fd)
                 fsync_dir(self.path.parent)
-            self.offset = keep
         except BaseException:
             os.close(self._fd)
             raise
@@ -59,25 +62,22 @@ class AppendLog:
         return 0
 
     def append(self, line: str) -> None:
-        """Append one line (a newline is added); after ``DiskError`` the file is as it was
-        before.
-        """
-        if "\n" in line:
-            raise ValueError("a log line holds no newline")
-        view = memoryview(line.encode() + b"\n")
-        with disk_errors(self.path, len(view)):
+        """Append one line; a newline is added. After a `DiskError` the file is as it was before."""
+        data = line.encode() + b"\n"
+        assert data.count(b"\n") == 1
+        with disk_errors(self.path):
             try:
-                done = 0
-                while done < len(view):
-                    done += os.write(self._fd, view[done:])
+                left = memoryview(data)
+                while left:
+                    left = left[os.write(self._fd, left) :]
             except OSError:
                 with suppress(OSError):
                     os.ftruncate(self._fd, self.offset)
                 raise
-        self.offset += len(view)
+        self.offset += len(data)
 
     def sync(self) -> int:
-        """Make all lines durable and return ``.offset``, the number to put in a checkpoint."""
+        """Make all lines durable and return ``.offset``, which is for the checkpoint."""
         with disk_errors(self.path):
             os.fsync(self._fd)
         return self.offset

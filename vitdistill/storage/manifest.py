@@ -1,70 +1,65 @@
-"""Manifests: the sizes and sha256 digests of a folder's files, and of the manifest itself."""
+"""Manifests: what a published folder must hold, so that every lost or flipped bit is noticed.
+
+Weights files do not notice damage themselves: with a flipped bit, they load as other numbers.
+``manifest.json`` has each file's size and sha256, and its own. It is written last, before the
+folder gets its final name, and a folder counts by its manifest, never by its name alone.
+"""
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..messages import printable
-from .atomic import disk_errors, read_bytes, sha256_file, write_atomic, write_new
+from .atomic import StrPath, read_bytes, sha256_file, write_atomic, write_new
 
 MANIFEST = "manifest.json"
-
-
 MANIFEST_FORMAT = 1
 
 
 def write_manifest(
-    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
+    folder: StrPath, contents: Mapping[str, bytes], identity: Mapping[str, Any]
 ) -> None:
-    """Write ``manifest.json`` into an unpublished folder: each file's size and sha256, what it is,
-    its own digest.
+    """Write the manifest of an unpublished folder.
+
+    Args:
+        contents: what was written, by file name: digested as meant, not as found on the disk.
+        identity: plain JSON that says what the folder is.
     """
-    write_new(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
+    write_new(Path(folder, MANIFEST), _manifest_bytes(_body(contents, identity)))
 
 
 def replace_manifest(
-    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
+    folder: StrPath, contents: Mapping[str, bytes], identity: Mapping[str, Any]
 ) -> None:
-    """The same in a published folder, in place of the manifest that is there."""
-    write_atomic(Path(folder) / MANIFEST, _manifest_bytes(_manifest_body(folder, files, identity)))
+    """Write the manifest of a published folder in place of the one it has."""
+    write_atomic(Path(folder, MANIFEST), _manifest_bytes(_body(contents, identity)))
 
 
-def _manifest_body(
-    folder: str | os.PathLike[str], files: Mapping[str, str], identity: Mapping[str, Any]
-) -> dict[str, Any]:
-    sizes = {name: (Path(folder) / name).stat().st_size for name in files}
-    return {
-        "format": MANIFEST_FORMAT,
-        "files": {name: {"bytes": sizes[name], "sha256": digest} for name, digest in files.items()},
-        "identity": dict(identity),
+def _body(contents: Mapping[str, bytes], identity: Mapping[str, Any]) -> dict[str, Any]:
+    files = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
     }
+    return {"format": MANIFEST_FORMAT, "files": files, "identity": dict(identity)}
 
 
 def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
-    """The one spelling of a manifest; a reader compares whole files with it, so that every flipped
-    bit shows.
-    """
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return (
-        json.dumps(
-            {"manifest": body, "sha256": hashlib.sha256(text.encode()).hexdigest()},
-            sort_keys=True,
-            indent=1,
-            ensure_ascii=True,
-        ).encode()
-        + b"\n"
-    )
+    """Spell a manifest in the one way there is: a reader compares all of it, to the last space."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    whole = {"manifest": body, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(whole, sort_keys=True, indent=1).encode() + b"\n"
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest's body, checked against its own digest; ``DataError`` when missing, damaged or
-    of another format.
+def read_manifest(folder: StrPath) -> dict[str, Any]:
+    """Return the manifest's ``format``, ``files`` and ``identity``, checked against its digest.
+
+    Raises:
+        DataError: it is missing, damaged or of another format.
     """
-    path = Path(folder) / MANIFEST
+    path = Path(folder, MANIFEST)
     data = read_bytes(path)
     try:
         body = json.loads(data)["manifest"]
@@ -72,63 +67,63 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
-        raise DataError(f"{printable(path)} is damaged: its content does not match its own digest.")
+        raise DataError(f"{printable(path)} is damaged: its content does not match its own digest")
     if body.get("format") != MANIFEST_FORMAT:
         raise DataError(
-            f"{printable(path)} has format {body.get('format')}, this version reads format"
-            f" {MANIFEST_FORMAT}; use the version of vitdistill that wrote it."
+            f"{printable(path)} has format {body.get('format')}, and this version reads format"
+            f" {MANIFEST_FORMAT}",
+            fix="use the version of vitdistill that wrote it",
         )
-    for name in body["files"]:
+    for name in body["files"]:  # a manifest may be anybody's: it must not lead out of its folder
         if Path(name).name != name or name in ("", ".", ".."):
-            raise DataError(
-                f"{printable(path)} names {printable(name)!r}, which is not a plain file name."
-            )
+            raise DataError(f"{printable(path)} names {printable(name)!r}, no plain file name")
     return dict(body)
 
 
-def verify_dir(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Re-read every file of a published folder against its manifest and return the manifest's body.
+def check_sizes(folder: StrPath) -> dict[str, Any]:
+    """Check that every file has the size its manifest says, and return the manifest.
 
-    Raises ``DataError`` naming the first missing, short or changed file.
+    It costs next to nothing and finds what a crash or a full disk leaves, but no flipped bits.
+
+    Raises:
+        DataError: naming the first file that is missing or of another size.
     """
     body = read_manifest(folder)
-    for name in body["files"]:
-        path = Path(folder) / name
-        _check_size(path, body)
-        _check_digest(path, sha256_file(path), body)
+    for name, expected in body["files"].items():
+        path = Path(folder, name)
+        if not path.is_file():
+            raise DataError(f"{printable(path)} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise _damaged(path)
     return body
 
 
-def read_verified(folder: str | os.PathLike[str], name: str, body: Mapping[str, Any]) -> bytes:
-    """A file's bytes, read once and checked against the body from ``read_manifest``; ``DataError``
-    if they differ.
+def verify_dir(folder: StrPath) -> dict[str, Any]:
+    """Read every file again, compare it with its manifest, and return the manifest.
+
+    Raises:
+        DataError: naming the first file that is missing or changed.
     """
-    path = Path(folder) / name
-    if name not in body["files"]:
-        raise DataError(f"{printable(path)} is not named in the manifest beside it.")
-    _check_size(path, body)
+    body = check_sizes(folder)
+    for name, expected in body["files"].items():
+        path = Path(folder, name)
+        if sha256_file(path) != expected["sha256"]:
+            raise _damaged(path)
+    return body
+
+
+def read_verified(folder: StrPath, name: str, body: Mapping[str, Any]) -> bytes:
+    """Read a file once and compare it with ``body``, its folder's manifest.
+
+    Raises:
+        DataError: it is missing, changed or not in the manifest.
+    """
+    path = Path(folder, name)
     data = read_bytes(path)
-    _check_digest(path, hashlib.sha256(data).hexdigest(), body)
+    if body["files"].get(name, {}).get("sha256") != hashlib.sha256(data).hexdigest():
+        raise _damaged(path)
     return data
 
 
-def _check_size(path: Path, body: Mapping[str, Any]) -> None:
-    expected = body["files"][path.name]["bytes"]
-    with disk_errors(path):
-        try:
-            found = path.stat().st_size
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"{printable(path)} is missing.") from error
-    if found != expected:
-        raise DataError(
-            f"{printable(path)} is damaged: it has {found} bytes and its manifest says {expected}."
-        )
-
-
-def _check_digest(path: Path, found: str, body: Mapping[str, Any]) -> None:
-    expected = body["files"][path.name]["sha256"]
-    if found != expected:
-        raise DataError(
-            f"{printable(path)} is damaged: its sha256 is {found[:12]}... and its manifest says"
-            f" {expected[:12]}...."
-        )
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{printable(path)} is damaged: it is not what its manifest says")

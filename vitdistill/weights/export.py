@@ -3,6 +3,7 @@ the network.
 """
 
 import copy
+import hashlib
 import importlib
 import json
 import os
@@ -22,12 +23,11 @@ from ..storage.atomic import (
     clear_aside,
     disk_errors,
     read_bytes,
-    require_free,
     staged_dir,
     write_atomic,
     write_new,
 )
-from ..storage.tensors import tensors_content
+from ..storage.tensors import tensor_bytes
 from .create import create_model
 
 CONFIG = "config.json"
@@ -119,15 +119,15 @@ def export_timm(
         )
     _refuse_foreign(final)
     state = {_bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
-    content = tensors_content(state, {"format": "pt"})
+    content = tensor_bytes(state, {"format": "pt"})
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
-    require_free(final, content.size + 1_000_000)
     old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
     with staged_dir(final, aside=old) as temp:
         config["vitdistill"] = {
             "version": _version(),
-            "weights_sha256": write_new(temp / WEIGHTS, content),
+            "weights_sha256": hashlib.sha256(content).hexdigest(),
         }
+        write_new(temp / WEIGHTS, content)
         write_new(temp / CONFIG, _json(config))
         _check_reload(network, state, temp, input_spec, name)
     if old.exists():

@@ -1,47 +1,33 @@
-"""Files are old or new, never half: crashes simulated at every step, real kills, full disks,
-failing system calls.
+"""Files are old or new, never half: power cuts simulated after every system call, real kills, full
+disks, failing system calls.
 """
 
 import ast
 import errno
-import hashlib
-import json
 import os
 import random
-import re
 import resource
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from vitdistill.errors import DataError, DiskError, PermissionDenied, UserError
-from vitdistill.messages import printable
-from vitdistill.storage import atomic, processes
+from vitdistill.errors import DiskError, PermissionDenied, UserError
+from vitdistill.storage import atomic
 from vitdistill.storage.atomic import (
-    _HOST,
-    _place,
-    disk_errors,
-    free_bytes,
+    clear_aside,
     remove_dir,
-    remove_stale_temporaries,
+    remove_temporaries,
     require_free,
-    sha256_file,
     staged_dir,
     write_atomic,
+    write_first,
     write_new,
 )
-from vitdistill.storage.log import AppendLog
-from vitdistill.storage.manifest import MANIFEST, _manifest_bytes, verify_dir, write_manifest
-from vitdistill.storage.tensors import tensors_content
+from vitdistill.storage.manifest import verify_dir, write_manifest
 
 OLD, NEW = b"old " * 700, b"new!" * 900
 
@@ -56,7 +42,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 class Recorder:
-    """Notes the system calls of durable.py under ``root`` while they really happen."""
+    """Notes the system calls under ``root`` while they really happen."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.root, self.ops, self.fds = root, [], {}
@@ -298,8 +284,8 @@ def test_power_cut_while_publishing_a_folder(tmp_path):
 
     def publish():
         with staged_dir(root / "deep" / "final") as temp:
-            digest = write_new(temp / "file", NEW)
-            write_manifest(temp, {"file": digest}, {"kind": "test"})
+            write_new(temp / "file", NEW)
+            write_manifest(temp, {"file": NEW}, {"kind": "test"})
 
     for finished, state in crash_states(root, publish, samples=25):
         final = state / "deep" / "final"
@@ -350,92 +336,47 @@ def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
         seen.add(content[:6])
     assert len(seen) > 1
     left = [entry for entry in tmp_path.iterdir() if entry.name.startswith(".tmp-")]
-    assert sorted(remove_stale_temporaries(tmp_path, ())) == sorted(left)
+    assert left, "some kills hit a write"
+    remove_temporaries(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_stale_temporaries_of_others_stay(tmp_path):
-    living = tmp_path / f".tmp-{_HOST}-{os.getppid()}-0123456789ab"
-    elsewhere = tmp_path / ".tmp-otherhost-1-0123456789ab"
-    filled = tmp_path / f".tmp-{_HOST}-{2**22 + 1}-0123456789ab"
-    filled.mkdir()
-    (filled / "thesis.doc").write_bytes(b"")
-    for path in (living, elsewhere, tmp_path / ".tmp-mine", tmp_path / "data"):
-        path.write_bytes(b"x")
-    before = tree(tmp_path)
-    assert remove_stale_temporaries(tmp_path, {"state.json"}) == []
-    assert tree(tmp_path) == before
+def test_only_temporaries_are_removed(tmp_path):
+    """Those of an earlier version, with a host and a process in the name, are left over too."""
+    (tmp_path / ".tmp-host.0123-17-0123456789ab").write_bytes(b"half")
+    for name, file in ((".tmp-0123456789ab", "state.json"), (".tmp-ba9876543210", "thesis.doc")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(b"half")
+    for name in (".tmp-mine", "data"):
+        (tmp_path / name).write_bytes(b"x")
+    remove_temporaries(tmp_path, {"state.json"})
+    assert {path.name for path in tmp_path.iterdir()} == {".tmp-ba9876543210", ".tmp-mine", "data"}
 
 
-def test_file_size_limit_is_one_sentence_and_changes_nothing(tmp_path):
+def test_a_full_disk_is_a_disk_error_and_changes_nothing(tmp_path):
     write_atomic(tmp_path / "file", OLD)
     before = tree(tmp_path)
 
     def write():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-        with pytest.raises(
-            DiskError, match=r"8000 bytes is larger than the limit.*raise the limit"
-        ):
-            write_atomic(tmp_path / "file", bytes(8000))
+        for content in (bytes(8000), lambda file: file.write(bytes(8000))):
+            with pytest.raises(DiskError, match="file cannot be written: the disk is full"):
+                write_atomic(tmp_path / "file", content)
 
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1]) == 0
     assert tree(tmp_path) == before
 
 
-def test_no_room_is_told_before_any_work(tmp_path):
-    with pytest.raises(DiskError, match=r"is full \(900000000\.00 GB needed, .* free\)"):
-        require_free(tmp_path / "not" / "yet" / "there", 9 * 10**17)
-    require_free(tmp_path, 1000)
+@pytest.mark.parametrize(("blocks", "full"), [(1000, True), (0, False)])
+def test_no_room_is_told_before_any_work(tmp_path, monkeypatch, blocks, full):
+    """A volume without blocks, as tmpfs without a limit, does not say its size."""
+    volume = os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: volume)
+    if full:
+        with pytest.raises(DiskError, match="full"):
+            require_free(tmp_path / "not" / "yet" / "there", 1000)
+    require_free(tmp_path, 0 if full else 10**18)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_volume_that_does_not_say_its_size_is_not_full(tmp_path, monkeypatch):
-    """tmpfs without a limit, ramfs and some network disks have no blocks, and none of them free."""
-    blocks = 0
-    monkeypatch.setattr(
-        os, "statvfs", lambda path: os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255))
-    )
-    assert free_bytes(tmp_path) is None
-    require_free(tmp_path / "file", 10**18)
-    with (
-        pytest.raises(DiskError, match=r"is full \(10 bytes needed, free space unknown\)"),
-        disk_errors(tmp_path / "file", 10),
-    ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    blocks = 1000
-    assert free_bytes(tmp_path) == 0
-    with pytest.raises(DiskError, match=r"is full \(10 bytes needed, 0 bytes free\)"):
-        require_free(tmp_path / "file", 10)
-
-
-PLACE = re.compile(r"[A-Za-z0-9._]+\.[0-9a-f]{8}")
-
-
-def test_two_writers_under_one_name_do_not_take_each_others_temporaries(tmp_path):
-    """Containers are cut off after 32 characters alike, and each has a process 1: what tells them
-    apart is the hash.
-    """
-    long = "train.job.of.a.long.name.in.the.cluster."
-    spaces = ("boot pid:[4026532001]", "boot pid:[4026532002]", "other pid:[4026532001]")
-    places = {_place(host, space) for host in (f"{long}1", f"{long}2") for space in spaces}
-    assert len(places) == 6 and all(
-        PLACE.fullmatch(place) and place.startswith(long[:32]) for place in places
-    )
-    assert _place(socket.gethostname(), processes.space()) == _HOST
-    theirs = [tmp_path / f".tmp-{place}-{2**22 + 1}-0123456789ab" for place in sorted(places)]
-    mine = tmp_path / f".tmp-{_HOST}-{2**22 + 1}-0123456789ab"
-    for path in (*theirs, mine):
-        path.write_bytes(b"half")
-    assert remove_stale_temporaries(tmp_path, ()) == [mine]
-    assert sorted(tmp_path.iterdir()) == theirs
-    assert remove_stale_temporaries(tmp_path, (), alone=True) == theirs
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_alone_is_no_licence_to_take_what_a_living_process_writes(tmp_path):
-    living = tmp_path / f".tmp-{_HOST}-{os.getppid()}-0123456789ab"
-    living.write_bytes(b"half")
-    assert remove_stale_temporaries(tmp_path, (), alone=True) == [] and living.exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
@@ -454,7 +395,8 @@ def test_what_a_network_disk_keeps_for_a_reader_is_taken_later(tmp_path, monkeyp
         assert remove_dir(tmp_path / "old", {"mine"})
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".tmp-") and list(left.iterdir()) == []
-    assert remove_stale_temporaries(tmp_path, {"mine"}) == [left] and list(tmp_path.iterdir()) == []
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 CALLS = ("open", "write", "fsync", "replace", "close")
@@ -483,7 +425,7 @@ def test_failing_system_calls_surface_and_leave_old_or_new(tmp_path, monkeypatch
         except UserError as error:
             assert calls >= nth
             assert isinstance(error, PermissionDenied if code == errno.EACCES else DiskError)
-            assert str(error).endswith(".") and "\n" not in str(error) and "file" in str(error)
+            assert str(tmp_path / "file") in str(error)
         else:
             assert calls < nth
         monkeypatch.setattr(os, name, real)
@@ -493,8 +435,8 @@ def test_failing_system_calls_surface_and_leave_old_or_new(tmp_path, monkeypatch
 
 
 def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
-    def content(sink):
-        sink.write(b"half")
+    def content(file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -506,27 +448,24 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("umask", "file_mode", "dir_mode"),
-    [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)],
+    ("umask", "file_mode", "dir_mode"), [(0o002, 0o664, 0o775), (0o077, 0o600, 0o700)]
 )
 def test_umask_is_honoured(tmp_path, umask, file_mode, dir_mode):
     before = os.umask(umask)
     try:
-        write_atomic(tmp_path / "sub" / "w.safetensors", tensors_content({"a": torch.ones(3)}))
+        write_atomic(tmp_path / "sub" / "file", NEW)
     finally:
         os.umask(before)
-    assert (tmp_path / "sub" / "w.safetensors").stat().st_mode & 0o777 == file_mode
+    assert (tmp_path / "sub" / "file").stat().st_mode & 0o777 == file_mode
     assert (tmp_path / "sub").stat().st_mode & 0o777 == dir_mode
 
 
-def test_unusable_paths_are_one_sentence_naming_the_path(tmp_path):
+def test_unusable_paths_are_disk_errors(tmp_path):
     (tmp_path / "a-file").write_bytes(b"x")
     (tmp_path / "a-folder" / "inside").mkdir(parents=True)
     for path in (tmp_path / "a-file" / "b", tmp_path / "a-folder", tmp_path / ("n" * 300)):
-        with pytest.raises(DiskError) as caught:
+        with pytest.raises(DiskError):
             write_atomic(path, b"x")
-        assert path.name[:50] in str(caught.value) or "a-file" in str(caught.value)
-    assert printable(os.fsdecode(b"a\xff\x1b[0m\n")) == "a\\udcff\\x1b[0m\\n"
     assert sorted(os.listdir(tmp_path)) == ["a-file", "a-folder"]
 
 
@@ -541,18 +480,17 @@ def test_a_read_only_folder_is_a_permission_error():
         def as_nobody():
             if os.getuid() == 0:
                 os.setuid(65534)
-            with pytest.raises(PermissionDenied, match="locked/file may not be"):
+            with pytest.raises(PermissionDenied, match="locked"):
                 write_atomic(locked / "file", b"x")
 
         assert os.waitstatus_to_exitcode(os.waitpid(in_child(as_nobody), 0)[1]) == 0
         assert list(locked.iterdir()) == []
 
 
-def test_first_wins_without_replace(tmp_path):
-    write_atomic(tmp_path / "claim", b"me", replace=False)
-    with pytest.raises(FileExistsError):
-        write_atomic(tmp_path / "claim", b"you", replace=False)
-    assert tree(tmp_path) == {"claim": b"me"}
+def test_the_first_writer_wins(tmp_path):
+    assert write_first(tmp_path / "part", b"me")
+    assert not write_first(tmp_path / "part", lambda file: file.write(b"you"))
+    assert tree(tmp_path) == {"part": b"me"}
 
 
 def test_a_published_folder_is_not_overwritten(tmp_path):
@@ -566,132 +504,26 @@ def test_a_published_folder_is_not_overwritten(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# -- manifests ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    final = tmp_path_factory.mktemp("published") / "final"
+def test_a_replaced_folder_comes_back_when_publishing_fails(tmp_path, monkeypatch):
+    final, aside, real = tmp_path / "final", tmp_path / "aside", os.rename
     with staged_dir(final) as temp:
-        digests = {
-            name: write_new(temp / name, data) for name, data in {"a": OLD, "b": NEW[:100]}.items()
-        }
-        write_manifest(temp, digests, {"kind": "test"})
-    return final
+        write_new(temp / "file", OLD)
 
+    def fail(source, target):
+        if str(source).startswith(str(tmp_path / ".tmp-")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
 
-@settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    name=st.sampled_from(["a", "b", MANIFEST]),
-    position=st.integers(0, 10**6),
-    bit=st.integers(0, 7),
-)
-def test_every_flipped_bit_is_found(published, name, position, bit):
-    path = published / name
-    good = path.read_bytes()
-    bad = bytearray(good)
-    bad[position % len(good)] ^= 1 << bit
-    path.write_bytes(bad)
-    try:
-        with pytest.raises(DataError, match=name):
-            verify_dir(published)
-    finally:
-        path.write_bytes(good)
-    assert verify_dir(published)["identity"] == {"kind": "test"}
-
-
-def test_manifest_names_are_plain(tmp_path):
-    body = {"format": 1, "files": {"../x": {"bytes": 1, "sha256": "0"}}, "identity": {}}
-    (tmp_path / MANIFEST).write_bytes(_manifest_bytes(body))
-    with pytest.raises(DataError, match="not a plain file name"):
-        verify_dir(tmp_path)
-    (tmp_path / MANIFEST).write_bytes(_manifest_bytes({**body, "format": 2}))
-    with pytest.raises(DataError, match="format 2"):
-        verify_dir(tmp_path)
-
-
-# -- tensors --------------------------------------------------------------------------------------
-
-
-def test_tensors_are_what_safetensors_reads(tmp_path):
-    tensors = {
-        "f8": torch.randn(3, 3).to(torch.float8_e4m3fn),
-        "bool": torch.tensor([True, False, True]),
-        "bf16": torch.randn(5).bfloat16(),
-        "scalar": torch.tensor(7, dtype=torch.int64),
-        "none": torch.zeros(0, 4),
-        "transposed": torch.randn(4, 6).T,
-        'name with " and \u00e4': torch.randn(2).double(),
-        "view": torch.randn(100)[10:20:2],
-        "grad": torch.nn.Parameter(torch.randn(3).half()),
-        "conj": torch.arange(3, dtype=torch.int8),
-    }
-    path = tmp_path / "w.safetensors"
-    digest = write_atomic(path, tensors_content(tensors, {"format": "pt"}))
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == sha256_file(path)
-    found = safetensors.torch.load_file(path)
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        assert torch.equal(
-            found[name].view(-1).view(torch.uint8),
-            tensor.detach().contiguous().view(-1).view(torch.uint8),
-        )
-    with safetensors.safe_open(path, "pt") as opened:
-        assert opened.metadata() == {"format": "pt"}
-    assert (
-        write_atomic(path, tensors_content(dict(reversed(tensors.items())), {"format": "pt"}))
-        == digest
-    )
-
-
-def test_types_without_a_name_are_refused():
-    for tensor in (torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()):
-        with pytest.raises(DataError, match="'x' is torch"):
-            tensors_content({"x": tensor})
-
-
-# -- logs -----------------------------------------------------------------------------------------
-
-
-def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
-    path = tmp_path / "logs" / "metrics.jsonl"
-    with AppendLog(path) as log:
-        log.append('{"step": 1}')
-        offset = log.sync()
-        log.append('{"step": 2}')
-    with AppendLog(path, offset) as log:
-        log.append('{"step": 2, "again": true}')
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-    assert "again" in path.read_text()
-    for wrong, sentence in ((10**6, "has 39 bytes"), (offset - 3, "inside a line")):
-        with pytest.raises(DataError, match=sentence):
-            AppendLog(path, wrong)
-    assert path.stat().st_size == 39
-
-
-def test_a_torn_last_line_is_cut_off(tmp_path):
-    path = tmp_path / "log"
-    path.write_bytes(b"x" * 70_000 + b"\nwhole\n" + b"torn" * 40_000)
-    with AppendLog(path) as log:
-        log.append("next")
-    assert path.read_bytes()[70_000:] == b"\nwhole\nnext\n"
-
-
-def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path):
-    path = tmp_path / "log"
-
-    def write():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        log = AppendLog(path)
-        with pytest.raises(DiskError):
-            for _ in range(100):
-                log.append("x" * 29)
-
-    assert os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1]) == 0
-    assert path.read_bytes() == (b"x" * 29 + b"\n") * 33
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(DiskError), staged_dir(final, aside) as temp:
+        write_new(temp / "file", NEW)
+    assert tree(tmp_path) == {"final/file": OLD}
+    monkeypatch.setattr(os, "rename", real)
+    with staged_dir(final, aside) as temp:
+        write_new(temp / "file", NEW)
+    (aside / ".DS_Store").write_bytes(b"finder")
+    clear_aside(aside, final, {"file"})
+    assert tree(tmp_path) == {"final/file": NEW, "final/.DS_Store": b"finder"}
 
 
 # -- the rule itself ------------------------------------------------------------------------------

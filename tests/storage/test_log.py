@@ -1,0 +1,55 @@
+"""Logs keep whole lines, and a resumed run's are not there twice."""
+
+import json
+import os
+import resource
+
+import pytest
+
+from vitdistill.errors import DataError, DiskError
+from vitdistill.storage.log import AppendLog
+
+
+def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
+    path = tmp_path / "logs" / "metrics.jsonl"
+    with AppendLog(path) as log:
+        log.append('{"step": 1}')
+        offset = log.sync()
+        log.append('{"step": 2}')
+    with AppendLog(path, offset) as log:
+        log.append('{"step": 2, "again": true}')
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert "again" in path.read_text()
+    for wrong in (10**6, offset - 3):
+        with pytest.raises(DataError):
+            AppendLog(path, wrong)
+    assert path.stat().st_size == 39
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 70_000 + b"\nwhole\n" + b"torn" * 40_000)
+    with AppendLog(path) as log:
+        log.append("next")
+    assert path.read_bytes()[70_000:] == b"\nwhole\nnext\n"
+
+
+def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path):
+    path = tmp_path / "log"
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        log = AppendLog(path)
+        with pytest.raises(DiskError):
+            for _ in range(100):
+                log.append("x" * 29)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            write()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert path.read_bytes() == (b"x" * 29 + b"\n") * 33
