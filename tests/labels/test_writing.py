@@ -398,8 +398,6 @@ def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, t
     store = made(tmp_path / "s", without=[(1, 1)])
     folder = store.view_path(0)
     for name, dead in (
-        (".tmp-0123456789ab", True),
-        (".tmp-otherhost-17-0123456789ab", True),
         ("part-00003.lease", True),
         ("notes.txt", False),
     ):

@@ -269,7 +269,7 @@ def test_a_failed_rename_leaves_the_earlier_export(tmp_path, monkeypatch):
         real(old, new)
 
     monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(DiskError, match="out cannot be written because the disk is full"):
+    with pytest.raises(DiskError, match="out cannot be written: the disk is full"):
         export_timm(make("plain", seed=9)[0], tmp_path / "out", **options)
     assert tree(tmp_path) == before
 

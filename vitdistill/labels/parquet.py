@@ -7,19 +7,18 @@ together: ``log(sum exp((z - max z) / T))``. The schema's metadata holds the nam
 (``classes``, a JSON list) and the encoding (``labels``).
 """
 
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, DataError, Give, UserError
 from ..messages import plural, printable
-from ..storage.atomic import Sink, require_free, write_atomic
+from ..storage.atomic import require_free, write_first
 from .layout import Targets
 from .store import LabelStore
 
@@ -68,10 +67,8 @@ def export_labels(
     arrow = _pyarrow()
     count = manifest.num_samples * len(chosen)
     require_free(file, count * sum(c.dtype.itemsize * c[0].size for c in _blank(store).values()))
-    try:
-        write_atomic(file, lambda sink: _write(arrow, sink, store, chosen), replace=False)
-    except FileExistsError:
-        raise ConfigError(f"{printable(file)} exists already", Give("to"), field="to") from None
+    if not write_first(file, lambda opened: _write(arrow, opened, store, chosen)):
+        raise ConfigError(f"{printable(file)} exists already", Give("to"), field="to")
     return count, file.stat().st_size
 
 
@@ -86,31 +83,13 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-class _Stream(io.RawIOBase):
-    """A sink as pyarrow wants it: a file that cannot go back."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink, self._at = sink, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def write(self, data: Any, /) -> int:
-        done = self._sink.write(data)
-        self._at += done
-        return done
-
-
-def _write(arrow: Any, sink: Sink, store: LabelStore, views: Sequence[int]) -> None:
+def _write(arrow: Any, file: BinaryIO, store: LabelStore, views: Sequence[int]) -> None:
     metadata = {"labels": json.dumps(store.layout.to_json()["logits"])}
     names = [str(name) for name in store.manifest.about.get("classes", ())]
     if names:
         metadata["classes"] = json.dumps(names)
     schema = _table(arrow, _blank(store)).schema.with_metadata(metadata)
-    with arrow.parquet.ParquetWriter(_Stream(sink), schema, use_dictionary=["view"]) as writer:
+    with arrow.parquet.ParquetWriter(file, schema, use_dictionary=["view"]) as writer:
         for chunk in _chunks(store, views):
             writer.write_table(_table(arrow, chunk).replace_schema_metadata(metadata))
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..errors import ConfigError, UserError
 from ..messages import printable
 from ..storage import processes
-from ..storage.atomic import disk_errors, remove_temporaries, write_atomic, write_first
+from ..storage.atomic import disk_errors, write_atomic, write_first
 from ..storage.lock import LOCK, wait_lock
 from .store import LabelStore
 
@@ -132,8 +132,6 @@ def _clean(stores: Iterable[LabelStore]) -> None:
         for view in range(store.manifest.num_views):
             # Nothing depends on it, and another writer may be doing the same.
             with suppress(UserError, OSError):
-                if all(store.is_sealed(view, part) for part in range(store.num_parts)):
-                    remove_temporaries(store.view_path(view))
                 for part, lease in store.part_files(view, "lease").items():
                     if store.is_sealed(view, part):
                         lease.unlink(missing_ok=True)
