@@ -26,7 +26,7 @@ from vitdistill.cli.explain import ExplainFlags
 from vitdistill.cli.flags import flags_of
 from vitdistill.data.source import open_source
 from vitdistill.recipes import RECIPES
-from vitdistill.recipes.config import load_recipe
+from vitdistill.recipes.yaml import load_recipe
 from vitdistill.weights.create import create_model
 
 USAGE, DATA, DISK, CONFIG = 64, 65, 74, 78
@@ -288,7 +288,7 @@ WRONG = [
     (["train", "--keep-rate", "1.5"], "keep_rate is 1.5: give the fraction"),
     (["train", "--keep-rate", "-0.5"], "keep_rate is -0.5: give the fraction"),
     (["train", "--num-keep", "0"], "num_keep is 0: give the number"),
-    (["train", "--set", "optim.lrr=3"], "the recipe has no field 'optim.lrr' (did you mean 'lr'?)"),
+    (["train", "--set", "optim.lrr=3"], "the recipe has no field 'optim.lrr': did you mean 'lr'?"),
     (["train", "--set", "optim.lr=["], "the value of --set optim.lr, line 1 is not valid YAML"),
     (["train", "--set", "objectives.kd.method=kdd"], "did you mean 'kd'"),
     (["train", "--epochs", "0"], "train.epochs is 0"),

@@ -14,7 +14,8 @@ from vitdistill.cli.recipe_flags import parse
 from vitdistill.cli.train import TrainFlags
 from vitdistill.errors import UserError
 from vitdistill.recipes import RECIPES
-from vitdistill.recipes.config import Recipe, StudentConfig, flatten
+from vitdistill.recipes.config import Recipe, StudentConfig
+from vitdistill.recipes.convert import flatten
 from vitdistill.recipes.stages import Stages, dump
 
 

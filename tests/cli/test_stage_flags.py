@@ -21,8 +21,8 @@ from vitdistill.recipes.config import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
-    flatten,
 )
+from vitdistill.recipes.convert import flatten
 from vitdistill.recipes.stages import Stages, dump
 
 USAGE, CONFIG = 64, 78
@@ -189,7 +189,7 @@ def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
         (["--set", "finetune.optim"], "in the stage 'finetune', --set 'optim' has no '='", USAGE),
         (
             ["--set", "finetune.optim.lrr=1"],
-            "in the stage 'finetune', the recipe has no field 'optim.lrr' (did you mean 'lr'?)",
+            "in the stage 'finetune', the recipe has no field 'optim.lrr': did you mean 'lr'?",
             CONFIG,
         ),
         (

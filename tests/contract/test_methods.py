@@ -27,14 +27,9 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import RandomPatches
 from vitdistill.methods.masking import RandomMasking
-from vitdistill.recipes.config import (
-    Recipe,
-    TeacherConfig,
-    dump_recipe,
-    from_dict,
-    load_recipe,
-    to_dict,
-)
+from vitdistill.recipes.config import Recipe, TeacherConfig
+from vitdistill.recipes.convert import from_dict, to_dict
+from vitdistill.recipes.yaml import dump_recipe, load_recipe
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.output import QKV, ViTOutput

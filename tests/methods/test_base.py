@@ -21,13 +21,9 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.recipes.config import (
-    Recipe,
-    TeacherConfig,
-    dump_recipe,
-    load_recipe,
-    replace_fields,
-)
+from vitdistill.recipes.config import Recipe, TeacherConfig
+from vitdistill.recipes.convert import replace_fields
+from vitdistill.recipes.yaml import dump_recipe, load_recipe
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.network import Network
 from vitdistill.vit.patches import num_kept_patches

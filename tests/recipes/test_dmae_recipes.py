@@ -6,20 +6,21 @@ import re
 
 import pytest
 
+from vitdistill.errors import ConfigError
 from vitdistill.methods.dmae import DMAE
-from vitdistill.recipes import RECIPES, dmae, named_recipe
-from vitdistill.recipes.config import flatten
+from vitdistill.recipes import RECIPES, dmae
+from vitdistill.recipes.convert import flatten
+from vitdistill.recipes.named import named_recipe
 from vitdistill.recipes.stages import Stages
 
 NAMES = [name for name in RECIPES if name.startswith("dmae_")]
-LAST = [name for name in NAMES if not name.endswith("_first_release")]
 
 
 def stages(name: str) -> Stages:
     found = named_recipe(name)
     assert (
         isinstance(found, Stages)
-        and found.name == name
+        and found.name == name.replace(":", "_")
         and list(found.stages) == ["pretrain", "finetune"]
     )
     return found
@@ -33,9 +34,9 @@ def leaves(name: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", LAST)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_releases_differ_in_five_settings_and_the_module_lists_them(name: str) -> None:
-    first, last = leaves(f"{name}_first_release"), leaves(name)
+    first, last = leaves(f"{name}:first_release"), leaves(name)
     changed = {key: (first[key], last[key]) for key in last if first[key] != last[key]}
     rows = re.findall(r"^(\w+\.[\w.]+) +(\S+) +(\S+)$", dmae.__doc__ or "", re.MULTILINE)
     said = {
@@ -80,8 +81,8 @@ def test_what_both_releases_share(name: str) -> None:
 
 
 def test_mask_rates() -> None:
-    rates = {name: stages(name).stages["pretrain"].masking for name in LAST}
-    assert [getattr(rates[name], "mask_rate", None) for name in LAST] == [
+    rates = {name: stages(name).stages["pretrain"].masking for name in NAMES}
+    assert [getattr(rates[name], "mask_rate", None) for name in NAMES] == [
         0.75,
         0.9,
         0.95,
@@ -89,3 +90,11 @@ def test_mask_rates() -> None:
         0.75,
         0.75,
     ]
+
+
+def test_a_name_of_before_is_refused_with_what_to_write_now() -> None:
+    with pytest.raises(ConfigError) as caught:
+        named_recipe("dmae_tiny_from_mae_base_first_release")
+    assert caught.value.fixes == ("write dmae_tiny_from_mae_base:first_release",)
+    with pytest.raises(ConfigError):
+        named_recipe("dmae_tiny_from_mae_base:first")

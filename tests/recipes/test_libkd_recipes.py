@@ -9,8 +9,9 @@ import pytest
 
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.recipes import named_recipe
-from vitdistill.recipes.config import Recipe, from_dict, replace_fields, to_dict
+from vitdistill.recipes.config import Recipe
+from vitdistill.recipes.convert import from_dict, replace_fields, to_dict
+from vitdistill.recipes.named import named_recipe
 from vitdistill.runs.networks import build_student, plan_of
 from vitdistill.vit.flops import forward_flops
 from vitdistill.vit.network import Network

@@ -5,7 +5,7 @@ import pytest
 from vitdistill.distill.plan import make_plan
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
-from vitdistill.recipes import named_recipe
+from vitdistill.recipes.named import named_recipe
 from vitdistill.recipes.stages import Stages
 from vitdistill.runs.stages import networks
 

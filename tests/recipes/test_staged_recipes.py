@@ -12,15 +12,10 @@ from hypothesis import strategies as st
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.recipes import RECIPES, find_recipe, named_recipe
-from vitdistill.recipes.config import (
-    Recipe,
-    StudentConfig,
-    TeacherConfig,
-    dump_recipe,
-    load_recipe,
-    replace_fields,
-)
+from vitdistill.recipes import RECIPES
+from vitdistill.recipes.config import Recipe, StudentConfig, TeacherConfig
+from vitdistill.recipes.convert import replace_fields
+from vitdistill.recipes.named import find_recipe, named_recipe
 from vitdistill.recipes.stages import (
     STAGES,
     Stages,
@@ -31,6 +26,7 @@ from vitdistill.recipes.stages import (
     refuse_sources,
     sources,
 )
+from vitdistill.recipes.yaml import dump_recipe, load_recipe
 
 
 def three() -> Stages:
@@ -136,7 +132,7 @@ def test_stages_that_cannot_be(stage: str, field: str, value: Any, wrong: tuple[
         ("stages: [a, b]", "mapping"),
         ("stages: null", "mapping"),
         ("stages: {a-b: {}, c: {student: {model: 'stage:a-b'}}}", "'a-b'"),
-        ("stages: {a: {}, a: {}}", "'a'"),
+        ("stages: {a: {}, a: {}}", '"a"'),
         ("nam: x\nstages: {a: {}, b: {}}", "'name'"),
         ("optim: {}\nstages: {a: {}, b: {}}", r"stages\.NAME\.optim"),
         ("name: 5\nstages: {a: {}, b: {}}", "name"),

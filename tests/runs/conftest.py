@@ -44,8 +44,8 @@ from vitdistill.recipes.config import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
-    replace_fields,
 )
+from vitdistill.recipes.convert import replace_fields
 from vitdistill.runs.train import train
 from vitdistill.storage import checkpoint
 

@@ -25,7 +25,7 @@ from vitdistill.errors import (
     Preempted,
     UserError,
 )
-from vitdistill.recipes.config import dump_recipe
+from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.runs.prepare import prepare
 from vitdistill.runs.train import evaluate
 from vitdistill.storage import checkpoint

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from vitdistill.errors import ConfigError, DiskError, PermissionDenied
-from vitdistill.recipes.config import Recipe, load_recipe
+from vitdistill.recipes.config import Recipe
+from vitdistill.recipes.yaml import load_recipe
 from vitdistill.runs.folder import METRICS, RunFolder, check_folder, finished
 
 RECIPE = Recipe()

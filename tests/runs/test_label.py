@@ -21,7 +21,8 @@ from vitdistill.labels.store import LabelStore
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.recipes.config import DataConfig, replace_fields
+from vitdistill.recipes.config import DataConfig
+from vitdistill.recipes.convert import replace_fields
 from vitdistill.runs import label as labelling
 from vitdistill.runs.label import LabelOptions, check, label, logit_encoding
 from vitdistill.runs.prepare import prepare

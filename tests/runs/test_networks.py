@@ -11,7 +11,8 @@ from vitdistill.labels.encoding import LogitEncoding
 from vitdistill.labels.layout import Layout
 from vitdistill.labels.store import LabelStore, Manifest
 from vitdistill.methods.kd import SoftKD
-from vitdistill.recipes.config import Recipe, TeacherConfig, TrainConfig, replace_fields
+from vitdistill.recipes.config import Recipe, TeacherConfig, TrainConfig
+from vitdistill.recipes.convert import replace_fields
 from vitdistill.runs.networks import (
     build_blank_teacher,
     build_teacher_model,

@@ -32,10 +32,10 @@ from vitdistill.recipes.config import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
-    load_recipe,
-    replace_fields,
 )
+from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.stages import STAGES, Stages, dump, load
+from vitdistill.recipes.yaml import load_recipe
 from vitdistill.runs import label as labelling
 from vitdistill.runs.label import LabelOptions
 from vitdistill.runs.networks import build_student, build_teacher_model, resolve_run

@@ -27,7 +27,9 @@ from vitdistill.evaluate.features import knn_evaluation
 from vitdistill.methods.base import Objective, WeightSchedule
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.recipes.config import TeacherConfig, dump_recipe, replace_fields
+from vitdistill.recipes.config import TeacherConfig
+from vitdistill.recipes.convert import replace_fields
+from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.runs.stop import StopRequest
 from vitdistill.runs.train import evaluate
 from vitdistill.storage import checkpoint

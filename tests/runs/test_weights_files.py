@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from vitdistill.errors import ConfigError, DataError, Preempted
-from vitdistill.recipes.config import replace_fields
+from vitdistill.recipes.convert import replace_fields
 
 pytestmark = pytest.mark.whole
 

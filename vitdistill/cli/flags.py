@@ -16,7 +16,7 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ..errors import ConfigError, UserError
-from ..recipes.config import convert
+from ..recipes.convert import convert
 
 Flags = TypeVar("Flags")
 

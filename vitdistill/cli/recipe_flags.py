@@ -17,16 +17,12 @@ from tyro.conf import Positional
 from ..errors import UserError
 from ..methods import method_class, method_names
 from ..methods.base import Masking, TeacherObjective, TokenSelector
-from ..recipes import RECIPES, find_recipe, named_recipe
-from ..recipes.config import (
-    Recipe,
-    StudentConfig,
-    TeacherConfig,
-    flatten,
-    parse_value,
-    replace_fields,
-)
+from ..recipes import RECIPES
+from ..recipes.config import Recipe, StudentConfig, TeacherConfig
+from ..recipes.convert import flatten, replace_fields
+from ..recipes.named import find_recipe, named_recipe
 from ..recipes.stages import Stages, in_stage, refuse_sources
+from ..recipes.yaml import parse_yaml
 from ..storage.manifest import MANIFEST
 from .flags import (
     COUNT,
@@ -499,7 +495,7 @@ def _changes(
         )
         if lost is not None:
             raise UserError(f"{lost} is set twice on the command line: give it once")
-        changes[path] = parse_value(text, f"--set {path}")
+        changes[path] = parse_yaml(text, f"the value of --set {path}")
     return changes
 
 

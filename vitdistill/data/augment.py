@@ -2,10 +2,12 @@
 
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from ..option import check_options, option
 
 _NUMBER = r"\d+(\.\d+)?"
 
@@ -21,82 +23,64 @@ _AA_FORMS = (
 class Augment:
     """How a training view is made; names and meanings are timm's.
 
-    Attributes:
-        crop: ``rrc`` RandomResizedCrop; ``pad`` the middle of the image at the input size (of a
-            square one all of it), padded with black, then a random crop; ``center`` the evaluation
-            crop.
-        scale: smallest and largest area of ``rrc``, as a fraction of the image (timm: 0.08 to 1).
-        ratio: smallest and largest aspect ratio of ``rrc`` (timm: 3/4 to 4/3).
-        crop_padding: black pixels on each side for ``pad``.
-        hflip: probability of a mirrored image (timm: 0.5).
-        aa: timm's auto-augment string, such as ``rand-m9-mstd0.5-inc1``, or None. Pillow 13 refuses
-            to posterize to 0 bits, which timm asks for on about one image in 600; here, as in the
-            Pillow of DeiT's time, that image turns black.
-        color_jitter: brightness, contrast and saturation factors within 1 +- this; not together
-            with ``aa`` (timm: 0.4, unused under RandAugment).
-        reprob: probability of one erased rectangle of noise, after normalisation (timm's ``pixel``
-            mode).
-        mixup: alpha of Mixup's Beta distribution, 0 for none.
-        cutmix: alpha of CutMix's Beta distribution, 0 for none.
-        mixup_prob: probability that a pair of images is mixed at all.
-        mixup_switch_prob: probability of CutMix where both are on.
-        repeated_aug: views of each image an epoch, 1 for plain training; DeiT has 3 (with a third
-            of the images each epoch).
-        interpolation: ``bicubic`` or ``bilinear``.
+    Pillow 13 refuses to posterize to 0 bits, which ``aa`` asks for on about one image in 600; here,
+    as in the Pillow of DeiT's time, that image turns black.
     """
 
-    crop: Literal["rrc", "pad", "center"] = "rrc"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    crop_padding: int = 4
-    hflip: float = 0.5
-    aa: str | None = None
-    color_jitter: float = 0.0
-    reprob: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    repeated_aug: int = 1
-    interpolation: str = "bicubic"
+    crop: Literal["rrc", "pad", "center"] = option(
+        "rrc",
+        "rrc: RandomResizedCrop; pad: padded crop for small images; center: none",
+        "--crop",
+    )
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), "smallest and largest area of crop rrc, as a fraction of the image"
+    )
+    ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "smallest and largest aspect ratio of crop rrc"
+    )
+    crop_padding: int = option(4, "black pixels on each side for crop pad", at_least=0)
+    hflip: float = option(0.5, "probability of a mirrored image", "--hflip", at_least=0, at_most=1)
+    aa: str | None = option(None, "timm's auto-augment string; none: none", "--aa")
+    color_jitter: float = option(
+        0.0,
+        "strength of colour jitter; not together with auto-augment",
+        "--color-jitter",
+        at_least=0,
+        at_most=1,
+    )
+    reprob: float = option(0.0, "probability of random erasing", "--reprob", at_least=0, at_most=1)
+    mixup: float = option(0.0, "alpha of Mixup; 0: none", "--mixup", at_least=0, below=math.inf)
+    cutmix: float = option(0.0, "alpha of CutMix; 0: none", "--cutmix", at_least=0, below=math.inf)
+    mixup_prob: float = option(
+        1.0, "probability that a pair of images is mixed at all", at_least=0, at_most=1
+    )
+    mixup_switch_prob: float = option(
+        0.5, "probability of CutMix where both are on", at_least=0, at_most=1
+    )
+    repeated_aug: int = option(
+        1, "views an epoch has of an image; DeiT: 3", "--repeated-aug", at_least=1
+    )
+    interpolation: Literal["bicubic", "bilinear"] = option("bicubic", "of resizing")
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for values that mean nothing, or that could not take effect."""
+        check_options(self, "data.augment")
         self._check_ranges()
         self._check_combinations()
 
     def _check_ranges(self) -> None:
-        _require(
-            self.crop in ("rrc", "pad", "center"), "crop", self.crop, "'rrc', 'pad' or 'center'"
-        )
-        low, high = self.scale
-        _require(0.0 < low <= high <= 1.0, "scale", self.scale, "two ascending numbers in (0, 1]")
-        low, high = self.ratio
-        _require(
-            0.0 < low <= high < math.inf, "ratio", self.ratio, "two ascending positive numbers"
-        )
-        _require(self.crop_padding >= 0, "crop_padding", self.crop_padding, "0 or more pixels")
-        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
-            value = getattr(self, name)
-            _require(0.0 <= value <= 1.0, name, value, "a probability from 0 to 1")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            _require(0.0 <= value < math.inf, name, value, "an alpha of 0 (off) or more")
-        _require(
-            0.0 <= self.color_jitter <= 1.0,
-            "color_jitter",
-            self.color_jitter,
-            "a number from 0 to 1",
-        )
-        _require(self.repeated_aug >= 1, "repeated_aug", self.repeated_aug, "1 or more")
-        _require(
-            self.interpolation in ("bilinear", "bicubic"),
-            "interpolation",
-            self.interpolation,
-            "'bicubic' or 'bilinear'",
-        )
+        for name, most in (("scale", 1.0), ("ratio", sys.float_info.max)):
+            low, high = getattr(self, name)
+            _require(
+                0.0 < low <= high <= most,
+                f"data.augment.{name}",
+                (low, high),
+                f"two ascending numbers above 0{', at most 1' if most == 1 else ''}",
+            )
         known = self.aa is None or any(form.fullmatch(self.aa) for form in _AA_FORMS)
-        _require(known, "aa", self.aa, "a string of timm's, such as 'rand-m9-mstd0.5-inc1'")
+        _require(
+            known, "data.augment.aa", self.aa, "a string of timm's, such as 'rand-m9-mstd0.5-inc1'"
+        )
 
     def _check_combinations(self) -> None:
         default = _defaults()
@@ -135,7 +119,7 @@ def _defaults() -> dict[str, Any]:
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} is {value!r}; it must be {wanted}.")
+        raise ConfigError(f"{name} is {value!r}", f"give {wanted}", field=name)
 
 
 AUGMENTS: dict[str, Augment] = {

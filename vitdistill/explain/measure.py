@@ -10,7 +10,8 @@ from ..distill.step import Distillation
 from ..distill.teacher import Teacher
 from ..labels.reader import blank_targets
 from ..messages import format_duration, plural
-from ..recipes.config import Recipe, replace_fields
+from ..recipes.config import Recipe
+from ..recipes.convert import replace_fields
 from ..runs.networks import (
     PRECISIONS,
     amp_dtype_of,

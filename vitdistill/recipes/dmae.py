@@ -3,7 +3,8 @@ then 100 of fine-tuning.
 
 Source: pretrain.sh and finetune.sh of UCSC-VLAA/DMAE. Five of their settings changed between the
 first release (31a002c) and the day after (f97af68, the last to touch them), silently, and nobody
-says which gave the published numbers. Both are here, the last release by default:
+says which gave the published numbers. Both are here, the last release by default, the first as
+``NAME:first_release``:
 
 ======================================  =============  ============
 setting                                 first release  last release
@@ -85,9 +86,7 @@ def fine_tuning(first: bool) -> Recipe:
     )
 
 
-def _pair(
-    size: str, teacher: str, top1: str, mask_rate: float = 0.75, first: bool = False
-) -> Stages:
+def _pair(size: str, teacher: str, top1: str, first: bool, mask_rate: float = 0.75) -> Stages:
     name = f"dmae_{size}_from_mae_{teacher}" + (
         "" if mask_rate == 0.75 else f"_{mask_rate:.0%}".rstrip("%")
     )
@@ -103,63 +102,32 @@ def _pair(
     )
 
 
-def dmae_base_from_mae_large() -> Stages:
+def dmae_base_from_mae_large(first_release: bool = False) -> Stages:
     """ViT-B from MAE ViT-L at 75 %."""
-    return _pair("base", "large", "84.0 % top-1 in the paper")
+    return _pair("base", "large", "84.0 % top-1 in the paper", first_release)
 
 
-def dmae_base_from_mae_large_90() -> Stages:
+def dmae_base_from_mae_large_90(first_release: bool = False) -> Stages:
     """ViT-B from MAE ViT-L at 90 %."""
-    return _pair("base", "large", "no number is known", 0.9)
+    return _pair("base", "large", "no number is known", first_release, 0.9)
 
 
-def dmae_base_from_mae_large_95() -> Stages:
+def dmae_base_from_mae_large_95(first_release: bool = False) -> Stages:
     """ViT-B from MAE ViT-L at 95 %."""
-    return _pair("base", "large", "83.6 % top-1 in the paper", 0.95)
+    return _pair("base", "large", "83.6 % top-1 in the paper", first_release, 0.95)
 
 
-def dmae_base_from_mae_large_98() -> Stages:
+def dmae_base_from_mae_large_98(first_release: bool = False) -> Stages:
     """ViT-B from MAE ViT-L at 98 %."""
-    return _pair("base", "large", "82.4 % top-1 in the paper", 0.98)
+    return _pair("base", "large", "82.4 % top-1 in the paper", first_release, 0.98)
 
 
-def dmae_small_from_mae_base() -> Stages:
+def dmae_small_from_mae_base(first_release: bool = False) -> Stages:
     """ViT-S from MAE ViT-B at 75 %."""
-    return _pair("small", "base", "79.3 % top-1 in the paper, which others could not reproduce")
+    top1 = "79.3 % top-1 in the paper, which others could not reproduce"
+    return _pair("small", "base", top1, first_release)
 
 
-def dmae_tiny_from_mae_base() -> Stages:
+def dmae_tiny_from_mae_base(first_release: bool = False) -> Stages:
     """ViT-Ti from MAE ViT-B at 75 %."""
-    return _pair("tiny", "base", "no number is known")
-
-
-def dmae_base_from_mae_large_first_release() -> Stages:
-    """ViT-B from MAE ViT-L at 75 %, as the authors first published it."""
-    return _pair("base", "large", "84.0 % top-1 in the paper", first=True)
-
-
-def dmae_base_from_mae_large_90_first_release() -> Stages:
-    """ViT-B from MAE ViT-L at 90 %, as the authors first published it."""
-    return _pair("base", "large", "no number is known", 0.9, first=True)
-
-
-def dmae_base_from_mae_large_95_first_release() -> Stages:
-    """ViT-B from MAE ViT-L at 95 %, as the authors first published it."""
-    return _pair("base", "large", "83.6 % top-1 in the paper", 0.95, first=True)
-
-
-def dmae_base_from_mae_large_98_first_release() -> Stages:
-    """ViT-B from MAE ViT-L at 98 %, as the authors first published it."""
-    return _pair("base", "large", "82.4 % top-1 in the paper", 0.98, first=True)
-
-
-def dmae_small_from_mae_base_first_release() -> Stages:
-    """ViT-S from MAE ViT-B at 75 %, as the authors first published it."""
-    return _pair(
-        "small", "base", "79.3 % top-1 in the paper, which others could not reproduce", first=True
-    )
-
-
-def dmae_tiny_from_mae_base_first_release() -> Stages:
-    """ViT-Ti from MAE ViT-B at 75 %, as the authors first published it."""
-    return _pair("tiny", "base", "no number is known", first=True)
+    return _pair("tiny", "base", "no number is known", first_release)

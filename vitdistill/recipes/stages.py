@@ -10,18 +10,9 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, Set, UserError
 from ..messages import suggest
-from .config import (
-    Recipe,
-    StudentConfig,
-    TeacherConfig,
-    convert,
-    dump_yaml,
-    from_dict,
-    is_folder_name,
-    load_recipe,
-    read_mapping,
-    to_dict,
-)
+from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name
+from .convert import convert, from_dict, to_dict
+from .yaml import dump_yaml, load_recipe, read_mapping
 
 STAGES = "stages.yaml"
 """The staged recipe, in the folder that holds the stages' own."""
@@ -53,8 +44,7 @@ class Stages:
     stages: dict[str, Recipe] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not is_folder_name(self.name):
-            raise ConfigError(f"the name {self.name!r} is not that of a folder", field="name")
+        check_folder_name(self.name)
         if len(self.stages) < 2:
             raise ConfigError(
                 f"{self.name!r} has fewer than two stages",
@@ -228,7 +218,7 @@ def load(path: str | Path) -> Recipe | Stages:
 
 
 def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:
-    """Make a staged recipe from plain data; raises as `vitdistill.recipes.config.from_dict`."""
+    """Make a staged recipe from plain data; raises as `vitdistill.recipes.convert.from_dict`."""
     known = [f.name for f in fields(Stages)]
     for key in data:
         if key not in known:

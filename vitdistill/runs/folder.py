@@ -20,14 +20,10 @@ import torch
 
 from .. import __version__
 from ..errors import ConfigError, PermissionDenied, UserError
-from ..recipes.config import (
-    Recipe,
-    differences,
-    dump_recipe,
-    load_recipe,
-    replace_fields,
-    weights_files,
-)
+from ..recipes.config import Recipe
+from ..recipes.convert import replace_fields
+from ..recipes.fingerprint import differences, weights_files
+from ..recipes.yaml import dump_recipe, load_recipe
 from ..storage.atomic import (
     clear_aside,
     disk_errors,

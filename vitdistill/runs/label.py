@@ -28,7 +28,8 @@ from ..labels.writing import Unit, write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import format_bytes, format_duration
 from ..methods.base import TeacherObjective
-from ..recipes.config import Recipe, from_dict, to_dict
+from ..recipes.config import Recipe
+from ..recipes.convert import from_dict, to_dict
 from ..storage.atomic import disk_errors, require_free, write_atomic
 from ..storage.manifest import MANIFEST
 from ..vit.flops import forward_flops

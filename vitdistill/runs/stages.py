@@ -22,7 +22,8 @@ from ..data.loader import check_batches
 from ..data.source import ImageSource, open_source
 from ..distill.plan import Plan
 from ..errors import ConfigError, DataError, UserError
-from ..recipes.config import Recipe, flatten, load_recipe
+from ..recipes.config import Recipe
+from ..recipes.convert import flatten
 from ..recipes.stages import (
     PREFIX,
     STAGES,
@@ -35,6 +36,7 @@ from ..recipes.stages import (
     teaching,
     with_models,
 )
+from ..recipes.yaml import load_recipe
 from ..storage.atomic import disk_errors, sha256_file, write_atomic
 from ..storage.lock import LOCK, wait_lock
 from ..weights.create import check_is_file

@@ -16,7 +16,8 @@ from ..labels.identity import (
 )
 from ..labels.store import LabelStore
 from ..messages import plural
-from ..recipes.config import Recipe, TeacherConfig, to_dict
+from ..recipes.config import Recipe, TeacherConfig
+from ..recipes.convert import to_dict
 from ..vit.network import Network
 
 

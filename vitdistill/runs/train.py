@@ -32,7 +32,8 @@ from ..evaluate.metrics import Metrics
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import plural
 from ..methods.base import Objective
-from ..recipes.config import Recipe, fingerprint
+from ..recipes.config import Recipe
+from ..recipes.fingerprint import fingerprint
 from ..storage import checkpoint
 from ..storage.atomic import require_free, write_atomic
 from ..storage.optimizer import pack_optimizer, unpack_optimizer

@@ -1,0 +1,98 @@
+"""A setting is described once, where its field is declared: its flag, its help and its bounds."""
+
+import dataclasses
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+from .messages import suggest
+
+Scope = Literal["every", "first", "taught", "one"]
+"""Which stages of a staged recipe a flag sets: all, the first, the only one with a teacher, or none
+(then the stage has to be named)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What people and the command line know of a field.
+
+    Args:
+        help: one line, without a full stop.
+        flag: how the command line spells it; a name without dashes is a word of its own; empty: it
+            has no flag.
+        aliases: other spellings, those of timm, DeiT and MAE.
+        stages: which stages of a staged recipe the flag sets.
+        metavar: what stands for the value in the help; empty: from the type.
+        field: the recipe's field that the argument of a command stands for.
+        at_least, above, at_most, below: bounds of a number.
+    """
+
+    help: str
+    flag: str = ""
+    aliases: tuple[str, ...] = ()
+    stages: Scope = "one"
+    metavar: str = ""
+    field: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def allows(self, value: Any) -> bool:
+        """Whether a number is within the bounds."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def describe_bounds(self) -> str:
+        """Return ``at least 0 and below 1``; empty without bounds."""
+        bounds = {name: getattr(self, name) for name in ("at_least", "above", "at_most", "below")}
+        return " and ".join(
+            f"{name.replace('_', ' ')} {bound:g}"
+            for name, bound in bounds.items()
+            if bound is not None
+        )
+
+
+def option(default: Any, help: str, flag: str = "", **facts: Any) -> Any:
+    """Declare a dataclass field with its `Option`.
+
+    ``default`` may be a function that makes it (``dict``), or `MISSING` for a required argument.
+    """
+    described = {"option": Option(help=help, flag=flag, **facts)}
+    if default is not MISSING and callable(default):
+        return dataclasses.field(default_factory=default, metadata=described)
+    return dataclasses.field(default=default, metadata=described)
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """Return the options of a dataclass by field."""
+    return {
+        field.name: field.metadata["option"]
+        for field in dataclasses.fields(kind)
+        if "option" in field.metadata
+    }
+
+
+def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
+    """Return the words that a dataclass's fields choose from, where they do."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def check_options(settings: Any, path: str) -> None:
+    """Raise `ConfigError` for a field of a dataclass at ``path`` of the recipe that is out of its
+    bounds or none of its choices.
+    """
+    choices = choices_of(type(settings))
+    for name, about in options_of(type(settings)).items():
+        value, field = getattr(settings, name), f"{path}.{name}"
+        if name in choices and value not in choices[name]:
+            raise ConfigError(f"{field} is {value!r}", suggest(value, choices[name]), field=field)
+        if value is not None and about.describe_bounds() and not about.allows(value):
+            optional = type(None) in get_args(get_type_hints(type(settings))[name])
+            wanted = about.describe_bounds() + (", or null" if optional else "")
+            raise ConfigError(f"{field} is {value!r}", f"give {wanted}", field=field)

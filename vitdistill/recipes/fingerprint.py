@@ -1,0 +1,59 @@
+"""What of a recipe can change the result: by it a run is known when it is resumed."""
+
+import hashlib
+import json
+import re
+
+from .config import Recipe
+from .convert import flatten, from_dict, to_dict
+from .settings import StudentConfig, TeacherConfig
+
+VOLATILE = (
+    "data.workers",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "train.accept_changed_images",
+    "name",
+    "description",
+    "data.dir",
+)
+"""Fields that do not change the result, so that a run may be resumed with others. Images and stored
+labels (``teachers.NAME.labels``) are known by their content, not by their path.
+"""
+
+
+def is_volatile(path: str) -> bool:
+    """Whether the field at ``path`` has no influence on the result."""
+    return path in VOLATILE or bool(re.fullmatch(r"teachers\.\w+\.labels", path))
+
+
+def weights_files(recipe: Recipe) -> dict[str, str]:
+    """Return the weights files the recipe names, by the field that does."""
+    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
+    configs |= {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
+    return {
+        f"{key}.checkpoint": config.checkpoint
+        for key, config in configs.items()
+        if config.checkpoint
+    }
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Return the sha256 of everything that can change the result, except where weights files are:
+    they are known by their content.
+    """
+    # A recipe made in Python may hold 5 where the one read from its YAML holds 5.0.
+    flat = flatten(from_dict(to_dict(recipe)))
+    files = weights_files(recipe)
+    fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in files}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """Return a line for each field that differs and can change the result."""
+    a, b = flatten(ours), flatten(theirs)
+    return [
+        f"{key} is {a.get(key)!r} here and {b.get(key)!r} there"
+        for key in sorted(a.keys() | b.keys())
+        if not is_volatile(key) and a.get(key) != b.get(key)
+    ]

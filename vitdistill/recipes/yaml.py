@@ -1,0 +1,143 @@
+"""YAML 1.2 as recipe files need it: plain data, no aliases, no tags, no key twice."""
+
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
+
+from ..errors import ConfigError
+from .config import Recipe
+from .convert import from_dict, to_dict
+
+_WORDS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+
+
+_PATTERNS = [(f"tag:yaml.org,2002:{k}", re.compile(f"^(?:{p})$")) for k, p in _WORDS.items()]
+_TABLE = {None: _PATTERNS, "": _PATTERNS[:1]}
+
+
+class _CoreSchema(VersionedResolver):
+    """What words without quotes mean. ruamel.yaml adds dates, merge keys, 0x10 and 1_000 to YAML's
+    core schema; folders have such names.
+    """
+
+    @property
+    def versioned_resolver(self) -> Any:
+        return _TABLE
+
+
+class _Representer(SafeRepresenter):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_float(self, data: float) -> Any:
+        text = repr(data)  # with a dot: readers of YAML 1.1 take 1e-06 for text
+        text = text.replace("e", ".0e") if "e" in text and "." not in text else text
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def _yaml() -> Any:
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.Resolver = _CoreSchema
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.width = 120
+    return yaml
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return what the YAML document ``text`` holds; raises `ConfigError` naming ``source`` and the
+    line.
+    """
+    try:
+        for event in _yaml().parse(text):
+            if isinstance(event, AliasEvent):
+                raise MarkedYAMLError(None, None, "aliases are not allowed", event.start_mark)
+            if getattr(event, "tag", None) is not None:
+                raise MarkedYAMLError(None, None, "tags are not allowed", event.start_mark)
+        return _require_text_keys(_yaml().load(text))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(error.problem or error.context).split())
+        raise ConfigError(f"{source}{line} is not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply") from None
+    except (YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _require_text_keys(data: Any) -> Any:
+    if isinstance(data, dict):
+        for key, item in data.items():
+            if not isinstance(key, str):
+                raise ValueError(f"the key {key!r} is not text")
+            _require_text_keys(item)
+    elif isinstance(data, list):
+        for item in data:
+            _require_text_keys(item)
+    return data
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Return the mapping a recipe file holds, unchecked; raises `ConfigError` naming the line that
+    is wrong.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"the recipe {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    data = parse_yaml(text, f"the recipe {path}")
+    if not isinstance(data, dict):
+        raise ConfigError(f"the recipe {path} is not a mapping of fields")
+    return data
+
+
+def dump_yaml(data: Any) -> str:
+    """Return plain data as YAML that `parse_yaml` reads back to equal data."""
+    stream = StringIO()
+    _yaml().dump(data, stream)
+    return stream.getvalue()
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read the recipe file of one run; raises `ConfigError` naming the line or the field that is
+    wrong.
+    """
+    data = read_mapping(path)
+    if "stages" in data:
+        raise ConfigError(
+            f"the recipe {path} has stages, and that of one run is needed",
+            "name the recipe.yaml in a stage's folder",
+        )
+    try:
+        return from_dict(data, str(path))
+    except ConfigError as error:
+        if str(path) not in error.what:
+            error.what = f"{path}: {error.what}"
+        raise
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return dump_yaml(to_dict(recipe))
