@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import vitdistill
+
 ROOT = Path(__file__).parents[1]
 
 # Imports every module where what only the extras bring is nowhere to be found.
@@ -39,8 +41,6 @@ def test_every_module_imports_without_the_extras() -> None:
 
 
 def test_the_version_is_said_once() -> None:
-    import vitdistill
-
     assert (
         tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
         == vitdistill.__version__
