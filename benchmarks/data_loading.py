@@ -14,7 +14,8 @@ import torch
 
 from vitdistill.data.augment import AUGMENTS, InputSpec
 from vitdistill.data.loader import TrainLoader
-from vitdistill.data.source import ImageSource, open_source
+from vitdistill.data.sources.base import ImageSource
+from vitdistill.data.sources.open import open_source
 from vitdistill.errors import UserError
 
 WARM_UP = 3

@@ -27,9 +27,9 @@ import torch
 
 from vitdistill.data.augment import AUGMENTS, Augment
 from vitdistill.data.batch import Batch
-from vitdistill.data.checksums import view_checksums
-from vitdistill.data.mixing import Mixing
 from vitdistill.data.model_input import input_spec_of
+from vitdistill.data.views.checksums import view_checksums
+from vitdistill.data.views.mixing import Mixing
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher

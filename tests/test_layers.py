@@ -46,8 +46,7 @@ KNOWN_BACK = listed(
 )
 KNOWN_CIRCLES = listed(
     """
-    cli.label, cli.recipe_flags, data.archive, data.builtin, data.source,
-    data.table, recipes, runs.networks, runs.prepare, runs.stages, runs.train
+    cli.label, cli.recipe_flags, recipes, runs.networks, runs.prepare, runs.stages, runs.train
     """
 )
 KNOWN_INSIDE = listed(
@@ -55,8 +54,6 @@ KNOWN_INSIDE = listed(
     cli.demo imports runs.train, cli.explain imports explain.measure,
     cli.label imports runs.label, cli.recipe_flags imports timm, cli.train imports explain.cost,
     cli.train imports runs.prepare, cli.train imports runs.train,
-    data.source imports data.archive, data.source imports data.builtin,
-    data.source imports data.table,
     methods imports difflib, runs.folder imports PIL, runs.folder imports timm,
     runs.folder imports torchvision, runs.networks imports runs.stages,
     runs.stages imports cli.flags, runs.stages imports cli.recipe_flags,
@@ -69,7 +66,7 @@ KNOWN_INSIDE = listed(
 )
 KNOWN_FLAGS = listed(
     """
-    data.archive, data.loader, data.source, distill.plan, distill.teacher, evaluate.features,
+    data.loader, distill.plan, distill.teacher, evaluate.features,
     memory, methods.dmae, methods.maskedkd,
     recipes.libkd, recipes.mae, recipes.maskedkd, recipes.plain,
     recipes.small_images, runs.folder, runs.label, runs.networks,

@@ -109,9 +109,10 @@ def permutation(seed: int, view: int, size: int, stream: Stream = Stream.ORDER) 
     ).astype(np.int64)
 
 
-def torch_seed(seed: int, view: int, sample_id: int) -> int:
-    """A seed in [0, 2**63) for the generators of the libraries that make one view of one sample."""
-    return int(keys(seed, view, sample_id, Stream.LIBRARIES)[0]) >> 1
+def library_seeds(seed: int, views: int | np.ndarray, sample_ids: int | np.ndarray) -> list[int]:
+    """Return seeds in [0, 2**63) for the libraries' generators, one a view of a sample."""
+    seeds: list[int] = (keys(seed, views, sample_ids, Stream.LIBRARIES) >> np.uint64(1)).tolist()
+    return seeds
 
 
 def _shift(x: Tensor, places: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vitdistill.cli import demo
-from vitdistill.data.source import open_source
+from vitdistill.data.sources.open import open_source
 from vitdistill.recipes.config import Recipe
 
 pytestmark = pytest.mark.whole

@@ -21,7 +21,8 @@ from vitdistill.cli import main
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
-from vitdistill.data.source import ImageSource, open_source
+from vitdistill.data.sources.base import ImageSource
+from vitdistill.data.sources.open import open_source
 from vitdistill.errors import ConfigError, DataError, NonFiniteError
 from vitdistill.evaluate import features
 from vitdistill.evaluate.features import (

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
-from vitdistill.data.source import open_source
+from vitdistill.data.sources.open import open_source
 from vitdistill.errors import (
     ConfigError,
     DataError,

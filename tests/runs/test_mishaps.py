@@ -18,7 +18,7 @@ from PIL import Image
 
 from vitdistill import cli
 from vitdistill.data.order import epoch_order
-from vitdistill.data.source import open_source
+from vitdistill.data.sources.open import open_source
 from vitdistill.errors import ConfigError, DataError, OutOfMemory, UserError
 from vitdistill.memory import memory_errors
 from vitdistill.storage import checkpoint

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import create_model
 
 from vitdistill.data.loader import EvalLoader
-from vitdistill.data.source import open_source
+from vitdistill.data.sources.open import open_source
 from vitdistill.distill.classes import match_classes
 from vitdistill.errors import ConfigError, NonFiniteError
 from vitdistill.methods.cross_entropy import CrossEntropy

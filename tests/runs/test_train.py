@@ -21,7 +21,7 @@ from timm.models import create_model
 
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
-from vitdistill.data.source import open_source
+from vitdistill.data.sources.open import open_source
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.evaluate.features import knn_evaluation
 from vitdistill.methods.base import Objective, WeightSchedule

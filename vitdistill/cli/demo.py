@@ -18,7 +18,7 @@ from rich.table import Table
 from ..data.augment import Augment
 from ..data.loader import EvalLoader
 from ..data.model_input import input_spec_of
-from ..data.source import open_source
+from ..data.sources.open import open_source
 from ..errors import ConfigError
 from ..explain.cost import cost_of
 from ..messages import format_count

@@ -12,7 +12,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from ..data.loader import EvalLoader
-from ..data.source import ImageSource, open_source
+from ..data.sources.base import ImageSource
+from ..data.sources.open import open_source
 from ..distill.teacher import Teacher
 from ..errors import ConfigError
 from ..evaluate.features import (

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..data.source import open_source, too_few
-from ..errors import ConfigError, UserError
+from ..data.sources.base import check_enough
+from ..data.sources.open import open_source
+from ..errors import UserError
 from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
 from ..messages import format_count, format_table
 from ..recipes.config import Recipe
@@ -127,9 +128,8 @@ def _images(recipe: Recipe) -> _Images:
     if not recipe.data.dir:
         return _Images(IMAGENET_TRAIN_IMAGES, 1000)
     source = open_source(recipe.data.dir, "train")
+    check_enough(source, recipe.train.batch_size)
     count = len(source) // recipe.train.batch_size * recipe.train.batch_size
-    if count == 0:
-        raise ConfigError(too_few(source, recipe.train.batch_size))
     return _Images(count, len(source.classes) or 1000)
 
 

@@ -39,12 +39,13 @@ from ..memory import memory_errors
 from ..messages import plural
 from .augment import Augment, InputSpec
 from .batch import Batch, TargetReader
-from .checksums import view_checksums
-from .erasing import erase
-from .mixing import Mixing, check_even
 from .order import epoch_order, pair_partners
-from .source import ImageSource, too_few
-from .views import BatchViews, can_batch, eval_view, normalize, prepare, train_views
+from .sources.base import ImageSource, check_enough
+from .views.batched import BatchViews, can_batch
+from .views.checksums import view_checksums
+from .views.erasing import erase
+from .views.mixing import Mixing, check_even
+from .views.single import eval_view, normalize, prepare, train_views
 
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""
@@ -400,8 +401,7 @@ def check_batches(
     one has.
     """
     _check_sizes(batch_size, world_size, accumulate, 0, 0)
-    if len(source) < batch_size:
-        raise DataError(too_few(source, batch_size))
+    check_enough(source, batch_size)
     if augment.mixes:
         check_even(batch_size // (world_size * accumulate))
 

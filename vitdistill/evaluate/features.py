@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import keyed
 from ..data.batch import Batch
 from ..data.loader import EvalLoader
-from ..data.source import ImageSource
+from ..data.sources.base import ImageSource
 from ..errors import ConfigError, DataError, NonFiniteError, UserError
 from ..vit.families import family_of
 from ..vit.needs import Needs

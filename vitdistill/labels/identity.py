@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..data.augment import Augment, InputSpec
-from ..data.source import ImageSource
+from ..data.sources.base import ImageSource
 from ..errors import DataError
 from ..vit.network import Network
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..data.loader import EvalLoader, TrainLoader
-from ..data.source import ImageSource, open_source
+from ..data.sources.base import ImageSource
+from ..data.sources.open import open_source
 from ..distill.plan import Plan
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher

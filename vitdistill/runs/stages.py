@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 
 from ..data.loader import check_batches
-from ..data.source import ImageSource, open_source
+from ..data.sources.base import ImageSource
+from ..data.sources.open import open_source
 from ..distill.plan import Plan
 from ..errors import ConfigError, DataError, UserError
 from ..recipes.config import Recipe

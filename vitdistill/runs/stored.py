@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..data.augment import InputSpec
-from ..data.source import ImageSource
+from ..data.sources.base import ImageSource
 from ..errors import ConfigError, DataError, Set
 from ..labels.identity import (
     differing,

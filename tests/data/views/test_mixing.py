@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitdistill import keyed
-from vitdistill.data.mixing import Mixing, symmetric_beta
+from vitdistill.data.views.mixing import Mixing, symmetric_beta
 from vitdistill.errors import ConfigError
 from vitdistill.keyed import Stream
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vitdistill import keyed
-from vitdistill.data import checksums
-from vitdistill.data.checksums import view_checksums
-from vitdistill.data.mixing import Mixing
+from vitdistill.data.views import checksums
+from vitdistill.data.views.checksums import view_checksums
+from vitdistill.data.views.mixing import Mixing
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 8, 10), dtype=np.uint8))
 IDS, VIEWS = np.arange(6), np.full(6, 2)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
 
-from vitdistill.data.erasing import erase
+from vitdistill.data.views.erasing import erase
 
 
 def erased(

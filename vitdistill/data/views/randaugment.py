@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer, UInt8
-from PIL import Image
 from timm.data import auto_augment
 from torch import Tensor
 
-from .. import keyed
-from ..keyed import F64, I64, U64
+from ... import keyed
+from ...keyed import F64, I64, U64
 from .geometry import affine
 
 
@@ -194,16 +193,6 @@ def draw_jitter(keys: U64, strength: float) -> list[Operation]:
     low = max(0.0, 1.0 - strength)
     factors = low + (1.0 + strength - low) * draws[:, 3:]
     return [Operation(kinds[:, i], factors[:, i]) for i in range(3)]
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Keep the highest bits of each channel; 0 bits make a black image, where Pillow's own function
-    raises.
-    """
-    if bits_to_keep >= 8:
-        return image
-    mask = 0xFF & ~((1 << (8 - bits_to_keep)) - 1)
-    return image.point([i & mask for i in range(256)] * len(image.getbands()))
 
 
 def apply_operations(

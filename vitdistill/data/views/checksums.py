@@ -12,8 +12,8 @@ import numpy.typing as npt
 from jaxtyping import UInt8
 from torch import Tensor
 
-from .. import keyed
-from ..keyed import I64, Stream
+from ... import keyed
+from ...keyed import I64, Stream
 from .erasing import erased_boxes
 from .mixing import Mixing
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import keyed
-from ..keyed import F64, I64, Stream
+from ... import keyed
+from ...keyed import F64, I64, Stream
 
 _ATTEMPTS = 10
 _AREA = (0.02, 1 / 3)

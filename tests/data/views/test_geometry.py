@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
-from vitdistill.data.geometry import (
+from vitdistill.data.views.geometry import (
     CROP_UNIFORMS,
     affine,
     crop_and_flip,

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import keyed
-from ..errors import ConfigError
-from ..keyed import F64, I64, U64, Stream
+from ... import keyed
+from ...errors import ConfigError
+from ...keyed import F64, I64, U64, Stream
 
 _GAMMA_ATTEMPTS = 32
 _GAMMA_DRAWS = 1 + 3 * _GAMMA_ATTEMPTS

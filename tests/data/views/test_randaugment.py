@@ -12,15 +12,15 @@ from timm.data import auto_augment
 from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
-from vitdistill.data.randaugment import (
+from vitdistill.data.views.randaugment import (
     OPERATIONS,
     Kind,
     Operation,
     Policy,
     apply_operations,
     draw_jitter,
-    posterize,
 )
+from vitdistill.data.views.single import posterize
 from vitdistill.keyed import Stream
 
 DEIT = "rand-m9-mstd0.5-inc1"

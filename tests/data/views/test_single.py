@@ -17,19 +17,24 @@ from torchvision.transforms import functional as TF
 from vitdistill import keyed
 from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
 from vitdistill.data.model_input import input_spec_of
-from vitdistill.data.views import (
-    BatchViews,
-    can_batch,
+from vitdistill.data.views.batched import BatchViews, can_batch
+from vitdistill.data.views.single import (
     eval_view,
     keep_generators,
     normalize,
     seed_generators,
-    train_view,
     train_views,
 )
 from vitdistill.errors import ConfigError
 
 SPEC = InputSpec((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def train_view(
+    image: Image.Image, augment: Augment, spec: InputSpec, seed: int, view: int, sample_id: int
+) -> torch.Tensor:
+    views, ids = np.array([view], dtype=np.int64), np.array([sample_id], dtype=np.int64)
+    return train_views(lambda _: image, augment, spec, seed, views, ids)[0]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_the_transform_is_timms(picture) -> None:
 
     for i in range(20):
         with keep_generators():
-            seed_generators(keyed.torch_seed(0, 1, i))
+            seed_generators(keyed.library_seeds(0, 1, i)[0])
             theirs = timm_transform(picture(i, (48, 40)))
         assert torch.equal(
             normalize(train_view(picture(i, (48, 40)), augment, SPEC, 0, 1, i)[None], SPEC)[0],

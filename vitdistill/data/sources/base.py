@@ -1,0 +1,164 @@
+"""What a source of images is, and the rules that all kinds of sources share."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Literal
+from urllib.parse import parse_qsl
+
+import numpy as np
+from PIL import Image
+
+from ...errors import DataError, MissingSplit, Set
+from ...keyed import I64
+from ...messages import listed, plural, printable
+
+Split = Literal["train", "val"]
+
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "val": ("val", "validation", "test"),
+}
+"""The folder names that hold a split; the first one found is used."""
+
+_SUFFIXES = "jpg jpeg jpe jfif png apng webp gif avif jp2 bmp dib ico tga tif tiff pgm ppm pbm pnm"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+"""File names that count as images, in lower case; every other file is ignored."""
+
+
+class ImageSource(ABC):
+    """An ordered, read-only collection of images that worker processes may share.
+
+    Attributes:
+        name: what messages call it.
+        classes: class names, ordered by label; () when unlabelled.
+        labels: int64 (N,), -1 where unlabelled.
+        sizes: int64 (N,), the bytes that hold each image.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: I64
+    sizes: I64
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    @abstractmethod
+    def key(self, i: int) -> str:
+        """Return a stable name of image ``i`` inside the source, such as ``cat/001.png``."""
+
+    @abstractmethod
+    def load(self, i: int) -> Image.Image:
+        """Decode image ``i`` as RGB. Raises `DataError` naming an image that is damaged."""
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        """Return (width, height) of image ``i``."""
+        return self.load(i).size
+
+    def fingerprint(self) -> str:
+        """Hash the class list and every image's key, label and size, in order (SHA-256)."""
+        digest = hashlib.sha256()
+        for text in (str(len(self.classes)), *self.classes):
+            digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+        rows = zip(self.labels.tolist(), self.sizes.tolist(), strict=True)
+        for i, (label, size) in enumerate(rows):
+            digest.update(f"{self.key(i)}\0{label}\0{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def is_image(path: str) -> bool:
+    """Whether the file at ``path``, inside a source, is an image: by its suffix, and not hidden.
+
+    Files and folders whose names begin with a dot belong to tools (``.cache``, ``._photo.png``).
+    """
+    hidden = path.startswith(".") or "/." in path
+    return not hidden and os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def split_options(location: str) -> tuple[str, dict[str, str]]:
+    """Split ``PATH?name=value&...`` into the path and its options."""
+    path, _, options = location.partition("?")
+    return path, dict(parse_qsl(options, keep_blank_values=True))
+
+
+def arrange(
+    name: str, files: Sequence[tuple[str, int]], folders: Iterable[str] = ()
+) -> tuple[tuple[str, ...], list[str], I64, I64]:
+    """Sort images, given as (path inside the split, bytes), into (classes, keys, labels, sizes).
+
+    Paths without a folder mean a set without labels. Raises `DataError` for an empty file, a
+    mixture of both layouts, or one of the class ``folders`` without images.
+    """
+    labelled = any("/" in path for path, _ in files)
+    owners = [path.split("/", 1)[0] if "/" in path else "" for path, _ in files]
+    classes = tuple(sorted(set(owners))) if labelled else ()
+    if labelled and "" in classes:
+        stray = files[owners.index("")][0]
+        raise DataError(
+            f"{name} has class folders and also images beside them, such as {printable(stray)!r}",
+            "move or remove those",
+        )
+    empty = sorted(set(folders) - set(classes))
+    if empty:
+        raise DataError(
+            f"the class folder {name}/{printable(empty[0])} has no images", "fill or remove it"
+        )
+    for path, size in files:
+        if size == 0:
+            raise DataError(f"{name}/{printable(path)}: the file is empty", "replace or remove it")
+    index = {c: i for i, c in enumerate(classes)}
+    order = sorted(range(len(files)), key=lambda i: (owners[i], files[i][0]))
+    return (
+        classes,
+        [files[i][0] for i in order],
+        np.array([index.get(owners[i], -1) for i in order], dtype=np.int64),
+        np.array([files[i][1] for i in order], dtype=np.int64),
+    )
+
+
+def no_split(name: str, split: Split, found: Iterable[str]) -> MissingSplit:
+    """Make the error for a place without a split, naming what is there instead."""
+    found = sorted(found)
+    wanted = " or ".join(repr(folder) for folder in SPLIT_NAMES[split])
+    remedy = "put a part of the images, a tenth say, into class folders there"
+    if split == "train":
+        remedy = f"put the class folders into {name}/train/"
+        if not set(found) & set(SPLIT_NAMES["val"]):
+            remedy += f" and about a tenth of the images of each class into {name}/val/CLASS/"
+    return MissingSplit(
+        f"{name} has no {wanted} folder, but {listed(found, 5) or 'nothing'}",
+        remedy,
+        field="data.dir",
+    )
+
+
+def check_classes(source: ImageSource, classes: Sequence[str]) -> None:
+    """Raise `DataError`, naming a difference, unless ``source`` has ``classes`` in this order."""
+    if tuple(classes) == source.classes:
+        return
+    missing = sorted(set(classes) - set(source.classes))
+    extra = sorted(set(source.classes) - set(classes))
+    parts = [
+        f"{verb} {len(names)} ({listed(names)})"
+        for verb, names in (("lacks", missing), ("adds", extra))
+        if names
+    ]
+    difference = " and ".join(parts) or "has them in another order"
+    raise DataError(
+        f"{source.name} has other classes than expected: it {difference}",
+        "make the class names equal",
+    )
+
+
+def check_enough(source: ImageSource, batch_size: int) -> None:
+    """Raise `DataError` when a training set does not fill one batch."""
+    if len(source) < batch_size:
+        raise DataError(
+            f"{source.name} has {plural(len(source), 'image')}, fewer than one batch of"
+            f" {batch_size}",
+            Set("train.batch_size"),
+            field="train.batch_size",
+        )

@@ -1,0 +1,122 @@
+"""The one way an image file becomes RGB pixels, for teacher and student, training and evaluation.
+
+Rules, each tested: 16-bit grey is divided by 257 (a plain conversion would clip it to white);
+transparency is composited on white; CMYK is converted; an animation gives its first frame; the EXIF
+orientation is applied (an unreadable EXIF block counts as absent); colour profiles are ignored;
+floating point and 32-bit pixels are refused, because their white level is unknown. Images above
+`MAX_PIXELS` are refused from their header, before any pixel is decoded. A truncated file is an
+error, never half an image.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ...errors import DataError, PermissionDenied, UserError
+from ...messages import printable
+
+MAX_PIXELS = 64 * 1024 * 1024
+"""Largest image that is decoded, in pixels."""
+
+_ORIENTATION = 0x0112
+_ROTATED = (5, 6, 7, 8)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_REMEDY = "replace or remove the file"
+
+
+def decode_image(data: bytes | Path, name: str) -> Image.Image:
+    """Decode a file's content, or the file at a path, as RGB; errors call it ``name``.
+
+    Raises `DataError` unless it is a whole image, and `PermissionDenied` for a file that may not
+    be read.
+    """
+    with _opened(data, name) as image:
+        turn = _TURNS.get(_orientation(image))
+        image.load()
+        rgb = _to_rgb(image, name)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def image_size(data: bytes | Path, name: str) -> tuple[int, int]:
+    """Read the (width, height) that `decode_image` would give, from the header; raises alike."""
+    with _opened(data, name) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _ROTATED else (width, height)
+
+
+@contextmanager
+def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
+    """Open an image; whatever goes wrong with it inside the ``with`` block names it."""
+    try:
+        with (
+            io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file,
+            Image.open(file) as image,
+        ):
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(
+                    f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels",
+                    "make the image smaller",
+                )
+            yield image
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise PermissionDenied(f"{name}: no permission to read this image") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image in a known format", _REMEDY) from error
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, a
+        # DecompressionBombError and more.
+        reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
+        raise DataError(f"{name}: the image is damaged or cut short ({reason})", _REMEDY) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _from_sixteen_bits(image)
+    if image.mode in _ALPHA or (image.mode in _PLAIN and "transparency" in image.info):
+        return _on_white(image)
+    if image.mode in _PLAIN:
+        return image.convert("RGB")
+    raise DataError(
+        f"{name}: pixels of mode {image.mode!r} have no known white level",
+        "convert the image to 8 or 16 bits",
+    )
+
+
+def _from_sixteen_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    grey = (values + 128) // 257
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    colours = image.convert("RGBA")
+    white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, colours).convert("RGB")
