@@ -7,7 +7,7 @@ from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.recipes.named import named_recipe
 from vitdistill.recipes.stages import Stages
-from vitdistill.runs.stages import networks
+from vitdistill.runs.networks import build_blank
 
 
 def stages(name: str) -> Stages:
@@ -75,13 +75,13 @@ def test_fine_tuning_is_maes(
     ],
 )
 def test_what_they_pre_train_teaches_dmae(name: str, student: str, size: float) -> None:
-    built, _ = networks(stages(name).stages["pretrain"], 1)
+    built, _ = build_blank(stages(name).stages["pretrain"], 1)
     assert (
         built.network.num_parameters == pytest.approx(size, rel=0.01)
         and built.network.num_classes == 0
     )
     published = stages(student).stages["pretrain"]
-    learner, teachers = networks(published, 1)
+    learner, teachers = build_blank(published, 1)
     theirs = teachers["teacher"].network
     assert (built.network.grid, built.network.depth, built.network.dim) == (
         theirs.grid,
