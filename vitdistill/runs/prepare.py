@@ -1,12 +1,14 @@
 """Everything a run needs, built and checked before a single file is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import keyed
 from ..data.loader import EvalLoader, TrainLoader
 from ..data.sources.base import ImageSource
 from ..data.sources.open import open_source
@@ -115,6 +117,19 @@ class Prepared:
     def teachers(self) -> dict[str, Teacher]:
         """The teachers that run, by name."""
         return self.networks.teachers
+
+    @contextmanager
+    def in_micro_batch(self, step: int, number: int) -> Iterator[None]:
+        """Set the precision and the random draws of a micro-batch's forward pass.
+
+        Dropout and stochastic depth draw from a generator that is seeded by the step, so that a
+        resumed run needs no generator state.
+        """
+        place = number * self.world.size + self.world.rank
+        key = keyed.keys(self.recipe.train.seed, step, place, keyed.Stream.DROPOUT)[0]
+        torch.manual_seed(int(key) >> 1)
+        with self.world.autocast(self.amp_dtype):
+            yield
 
 
 def prepare(recipe: Recipe, world: World, say: Say) -> Prepared:

@@ -1,0 +1,167 @@
+"""What a run goes on from: everything that changes while it trains, saved and loaded."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ..distill.step import Distillation
+from ..errors import DataError, Give, Set
+from ..recipes.fingerprint import fingerprint
+from ..storage import checkpoint
+from ..storage.optimizer import pack_optimizer, unpack_optimizer
+from ..world import World
+from .folder import RunFolder
+from .optim import make_optimizer
+from .prepare import Prepared, Say
+
+_NUMBERS = ("step", "evaluated_at", "scores", "best", "best_step", "seconds")
+
+
+@dataclass
+class State:
+    """Everything that changes while a run trains.
+
+    A new number is a field here and a name in ``_NUMBERS``; new weights are a line of `modules`.
+
+    Attributes:
+        distillation: student and adapters.
+        ema: the moving average of the student's weights, if there is one.
+        scaler: of the loss, for float16.
+        sums: sums of the logged values since the last log line, float64, on the device; the last
+            one counts the steps.
+        step: optimizer steps taken.
+        evaluated_at: the step of the last evaluation, -1 before the first; ``scores``: its result.
+        best: the highest top-1 accuracy, after step ``best_step``; None before the first one.
+        seconds: spent in all sessions of the run.
+    """
+
+    distillation: Distillation
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    sums: Tensor
+    step: int = 0
+    evaluated_at: int = -1
+    scores: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+    best_step: int = -1
+    seconds: float = 0.0
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What has weights, by the prefix of its tensors in a checkpoint."""
+        found: dict[str, nn.Module] = {"distillation": self.distillation}
+        return found if self.ema is None else {**found, "ema": self.ema.module}
+
+
+def begin(prepared: Prepared, num_values: int) -> State:
+    """Make the state of a run before its first step, with ``num_values`` logged values."""
+    distillation, decay = prepared.distillation, prepared.recipe.train.ema_decay
+    device = prepared.world.device
+    return State(
+        distillation,
+        None if decay is None else ModelEmaV3(distillation.student, decay=decay),
+        make_optimizer(distillation, prepared.recipe.optim),
+        torch.amp.GradScaler(device.type) if prepared.amp_dtype is torch.float16 else None,
+        torch.zeros(num_values + 1, dtype=torch.float64, device=device),
+    )
+
+
+def save(state: State, prepared: Prepared, folder: RunFolder | None) -> None:
+    """Save the state and where the logs end; call it on every process.
+
+    ``folder``: None on processes that write nothing.
+    """
+    world = prepared.world
+    sums = world.gather(state.sums.tolist())
+    with world.together():
+        if folder is None:
+            return
+        tensors, structure = pack_optimizer(state.optimizer.state_dict())
+        for name, module in state.modules.items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        numbers = {name: getattr(state, name) for name in _NUMBERS} | {
+            "sums": sums,
+            "optimizer": structure,
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
+            "offsets": folder.offsets(),
+            "recipe": fingerprint(prepared.recipe),
+            "identity": prepared.identity,
+        }
+        keep = prepared.recipe.train.keep_checkpoints
+        checkpoint.save(folder.path, state.step, tensors, numbers, keep=keep)
+
+
+Saved = tuple[Path, checkpoint.State]
+"""A checkpoint's folder, and its content."""
+
+
+def find(output: Path, world: World, say: Say) -> Saved | None:
+    """Read the newest whole checkpoint of a run, the same one on every process."""
+    saved: Saved | None = None
+    with world.together():
+        if world.is_main:
+            saved = checkpoint.load_latest(output, warn=say)
+    path = world.gather(None if saved is None else saved[0])[0]
+    with world.together():
+        return saved if saved or path is None else (path, checkpoint.load(path))
+
+
+def load(state: State, prepared: Prepared, saved: Saved, say: Say) -> dict[str, int]:
+    """Take over a checkpoint, and return where its logs ended.
+
+    Raises:
+        DataError: it is of another recipe, of other images or of another teacher; or does not fit
+            the networks or the optimizer.
+    """
+    found, (tensors, numbers) = saved
+    _check_same_run(numbers, prepared, found, say)
+    try:
+        for name, module in state.modules.items():
+            module.load_state_dict(
+                {
+                    key.removeprefix(f"{name}."): tensor
+                    for key, tensor in tensors.items()
+                    if key.startswith(f"{name}.")
+                }
+            )
+        state.optimizer.load_state_dict(unpack_optimizer(tensors, numbers["optimizer"]))
+        if state.scaler is not None:
+            state.scaler.load_state_dict(numbers["scaler"])
+        for name in _NUMBERS:
+            setattr(state, name, numbers[name])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{found} does not fit this version's student and optimizer ({reason})",
+            "resume with the version it began with",
+        ) from error
+    # Each process goes on with its own sums; another number of processes shares their mean.
+    sums, world = torch.tensor(numbers["sums"], dtype=torch.float64), prepared.world
+    state.sums.copy_(sums[world.rank] if len(sums) == world.size else sums.mean(0))
+    return dict(numbers["offsets"])
+
+
+def _check_same_run(numbers: dict[str, Any], prepared: Prepared, found: Path, say: Say) -> None:
+    if numbers["recipe"] != fingerprint(prepared.recipe):
+        raise DataError(
+            f"{found} was saved by a run of another recipe",
+            ("restore the recipe", Give("output")),
+            field="output",
+        )
+    for what, now in prepared.identity.items():
+        then = str(numbers["identity"].get(what))
+        if then == now:
+            continue
+        changed = (
+            f"the {what} have changed since {found} was saved ({then[:12]} then, {now[:12]} now)"
+        )
+        images = what in prepared.images.sources
+        if not (images and prepared.recipe.train.accept_changed_images):
+            accept = (Set("train.accept_changed_images", True),) if images else ()
+            raise DataError(changed, ("restore them", *accept, Give("output")), field=what)
+        say(changed)
