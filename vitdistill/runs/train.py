@@ -132,6 +132,13 @@ class Trainer:
         found = states.find(output, self.world, say)
         with self.world.together():
             self.state = states.begin(prepared, len(self.names))
+            # Before loading: a new schedule sets the rates of step 0.
+            self.schedule = make_schedule(
+                self.state.optimizer,
+                self.recipe.optim,
+                self.recipe.train.epochs,
+                self.steps_per_epoch,
+            )
             offsets = {} if found is None else states.load(self.state, prepared, found, say)
             if folder is not None:
                 folder.open_logs(offsets)
@@ -141,9 +148,6 @@ class Trainer:
                         f"this run goes on with {'; '.join(changed)}: same samples and views,"
                         " numbers may differ in their last bits"
                     )
-        self.schedule = make_schedule(
-            self.state.optimizer, self.recipe.optim, self.recipe.train.epochs, self.steps_per_epoch
-        )
         self.module = _distributed(prepared)
         left = self.num_steps - self.state.step
         steps = prepared.loaders.train.batches(self.state.step, left)
