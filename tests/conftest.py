@@ -154,3 +154,9 @@ def interrupt() -> Callable[[str, int], Prepared]:
         return prepared
 
     return at
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite", action="store_true", help="write messages.txt anew, with what is said now"
+    )
