@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import nn
 
-from vitdistill.distill.plan import Plan, describe_needs, make_plan
+from vitdistill.distill.plan import Plan, make_plan
 from vitdistill.explain import cost
 from vitdistill.messages import format_bytes, format_count
 from vitdistill.methods import METHODS, method_class
@@ -34,7 +34,7 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.flops import forward_flops, training_flops
-from vitdistill.vit.needs import Needs
+from vitdistill.vit.needs import Needs, describe_needs
 from vitdistill.vit.network import Network
 
 PAGE = Path(__file__).with_name("methods.md")

@@ -117,9 +117,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_the_whole_method_takes_less_than_sixty_lines() -> None:
+def test_the_whole_method_takes_less_than_seventy_lines() -> None:
     module, _, cls = TARGET.partition(":")
-    assert len((EXAMPLE / f"{module}.py").read_text().splitlines()) < 60
+    assert len((EXAMPLE / f"{module}.py").read_text().splitlines()) < 70
     assert hasattr(EXAMPLE_MODULE, cls) and f"--with {NAME} " in (EXAMPLE / "README.md").read_text()
 
 

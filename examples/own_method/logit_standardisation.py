@@ -1,39 +1,31 @@
-"""Logit standardisation: KD that compares the order and the shape of two answers and leaves their
-scale to each network.
-"""
+"""Logit standardisation: KD that compares the shape of two answers, whatever their scale."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import Labelled
+from vitdistill.methods.base import Truth
 from vitdistill.methods.kd import LogitObjective, check_temperature, kd_loss
-from vitdistill.vit.network import Network
-from vitdistill.vit.output import ViTOutput
+from vitdistill.vit import Network
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitStandardisation(LogitObjective):
-    """KD on standardised logits: ``T^2 KL(softmax(z(teacher) / T) || softmax(z(student) / T))``,
-    batch mean.
+    """KD of logits less their mean over classes, over their standard deviation.
 
-    ``z`` takes from each image's logits their mean over classes and divides by their standard
-    deviation. The authors' CIFAR-100 commands give it weight 9 at T = 2. Their code adds 1e-7 to
-    the (unbiased) deviation; here 1e-5 is added to the variance, as in a layer norm, so that the
-    gradient of a student that answers nothing yet stays small.
+    The authors' CIFAR-100 commands give it weight 9 at T = 2. Their code adds 1e-7 to the
+    deviation; here 1e-5 is added to the variance, as in a layer norm, which keeps first gradients
+    small.
 
     Args:
         temperature: T, above 0, in standard deviations.
-        head: for students with a distillation token: which head learns from the teacher. ``auto``:
-            the distillation token's.
 
     Source: "Logit Standardization in Knowledge Distillation", Sun et al., CVPR 2024, arXiv
-        2403.01427; checked against
-    sunshangquan/logit-standardization-KD@6083e2d ``mdistiller/distillers/KD.py``.
+    2403.01427; checked against sunshangquan/logit-standardization-KD@6083e2d ``KD.py``.
     """
 
     temperature: float = 2.0
@@ -57,23 +49,16 @@ class LogitStandardisation(LogitObjective):
         super().check(student, teacher)  # the heads, and as many classes
         if student.num_classes < 3:
             raise ConfigError(
-                f"standardised logits of {student.num_classes} classes say only which is larger:"
-                " use kd for them"
+                f"standardised logits of {student.num_classes} classes say only which is larger",
+                fix="use kd",
             )
 
-    def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+    def compare(
+        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
     ) -> Float[Tensor, ""]:
-        assert teacher is not None and teacher.logits is not None
-        return kd_loss(
-            standardise(self.student_logits(student)), standardise(teacher.logits), self.temperature
-        )
+        return kd_loss(standardise(student), standardise(teacher), self.temperature)
 
 
 def standardise(logits: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """Each row with mean 0 and standard deviation 1, in float32."""
+    """Return each row with mean 0 and standard deviation 1, in float32."""
     return F.layer_norm(logits.float(), logits.shape[-1:])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from vitdistill.distill.plan import describe_needs, make_plan
+from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
 from vitdistill.methods.base import WeightSchedule
 from vitdistill.methods.cross_entropy import CrossEntropy
@@ -12,7 +12,7 @@ from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.vit.needs import Needs
+from vitdistill.vit.needs import Needs, describe_needs
 from vitdistill.vit.network import Network
 
 STUDENT = Network(
@@ -85,185 +85,105 @@ def test_two_teachers_keep_their_own_counts() -> None:
     }
 
 
+SELECTED = "selector.teachers"
+
 REFUSED = {
-    "nothing to minimise": (STUDENT, {}, {}, None, "there is no objective"),
-    "no teacher": (
-        STUDENT,
-        {},
-        KD,
-        None,
-        "'kd' reads a teacher named 'teacher', but no teacher is given",
-    ),
-    "another teacher": (STUDENT, {"big": TEACHER}, KD, None, "but the teachers are big"),
-    "an idle teacher": (
-        STUDENT,
-        {"teacher": TEACHER},
-        CE,
-        None,
-        "no objective reads the teacher 'teacher'",
-    ),
-    "a selector without a teacher": (
-        STUDENT,
-        {},
-        CE,
-        MaskedKD(),
-        "MaskedKD chooses the patches a teacher sees, but no teacher runs",
-    ),
+    "nothing to minimise": (STUDENT, {}, {}, None, "objectives"),
+    "no teacher": (STUDENT, {}, KD, None, "objectives.kd.teacher"),
+    "another teacher": (STUDENT, {"big": TEACHER}, KD, None, "objectives.kd.teacher"),
+    "an idle teacher": (STUDENT, {"teacher": TEACHER}, CE, None, "teachers.teacher"),
+    "a selector without a teacher": (STUDENT, {}, CE, MaskedKD(), "selector"),
     "other classes": (
         STUDENT,
         {"teacher": replace(TEACHER, num_classes=9)},
         KD,
         None,
-        "answers with 9 classes and the student with 10",
+        "teachers.teacher.model",
     ),
-    "hard labels of other classes": (
-        STUDENT,
-        {"teacher": replace(TEACHER, num_classes=9)},
-        {"kd": HardKD()},
-        None,
-        "class by class",
-    ),
-    "a teacher without patches": (
-        STUDENT,
-        {"teacher": CNN},
-        KD,
-        MaskedKD(),
-        "resnet18.* needs a plain ViT as teacher; use the kd recipe",
-    ),
-    "random patches of a CNN": (
-        STUDENT,
-        {"teacher": CNN},
-        KD,
-        RandomPatches(),
-        "RandomPatches needs a plain ViT",
-    ),
-    "a guide without patches": (
-        STUDENT,
-        {"teacher": CNN},
-        KD,
-        TeacherGuided(),
-        "TeacherGuided needs a plain ViT",
-    ),
+    "a teacher without patches": (STUDENT, {"teacher": CNN}, KD, MaskedKD(), SELECTED),
+    "random patches of a CNN": (STUDENT, {"teacher": CNN}, KD, RandomPatches(), SELECTED),
+    "a guide without patches": (STUDENT, {"teacher": CNN}, KD, TeacherGuided(), SELECTED),
     "a guide without attention": (
         STUDENT,
         {"teacher": replace(TEACHER, attention_source=None)},
         KD,
         TeacherGuided(),
-        "has no attention to guide",
+        "teachers.teacher.model",
     ),
-    "a student without patches": (
+    "a student without attention": (
         replace(CNN, name="student"),
         {"teacher": TEACHER},
         KD,
         MaskedKD(),
-        "reads the student's attention over its patches, and resnet18 has none",
+        "student.model",
     ),
-    "a block the student lacks": (
-        STUDENT,
-        {"teacher": TEACHER},
-        KD,
-        MaskedKD(block=12),
-        r"MaskedKD reads from the student \(tiny\), where block 12 does not",
-    ),
-    "a block the teacher lacks": (
-        STUDENT,
-        {"teacher": TEACHER},
-        KD,
-        TeacherGuided(block=-9),
-        r"reads from the teacher \(small\), where block -9 ",
-    ),
+    "a block the student lacks": (STUDENT, {"teacher": TEACHER}, KD, MaskedKD(block=12), ""),
+    "a block the teacher lacks": (STUDENT, {"teacher": TEACHER}, KD, TeacherGuided(block=-9), ""),
     "more patches than there are": (
         STUDENT,
         {"teacher": TEACHER},
         KD,
         MaskedKD(num_keep=257),
-        "num_keep is 257, but .* only 256",
+        "selector.num_keep",
     ),
     "a name no teacher has": (
         STUDENT,
         {"teacher": TEACHER},
         KD,
         MaskedKD(teachers=("vit",)),
-        "MaskedKD is to choose for a teacher named 'vit', but the teachers are teacher",
+        "selector.teachers",
     ),
     "a chosen teacher without patches": (
         STUDENT,
         {"vit": replace(TEACHER, name="vit"), "cnn": replace(CNN, name="cnn")},
         {"a": SoftKD(teacher="vit"), "b": SoftKD(teacher="cnn")},
-        MaskedKD(teachers=("vit", "cnn")),
-        r"the cnn \(resnet18\) cannot be shown a subset of its patches.*--set selector.teachers",
+        MaskedKD(),
+        SELECTED,
     ),
     "features of a teacher without feature maps": (
         STUDENT,
         {"teacher": CNN},
         {"vitkd": ViTKD()},
         None,
-        (
-            r"vitkd reads feature maps, and the teacher \(resnet18\) gives none: take a timm model"
-            r" with forward_intermediates"
-        ),
+        "teachers.teacher.model",
     ),
     "features of a student without feature maps": (
         replace(CNN, name="student"),
         {"teacher": TEACHER},
         {"vitkd": ViTKD(low_weight=0.0)},
         None,
-        r"vitkd reads feature maps, and the student \(resnet18\) gives none",
-    ),
-    "stages of a teacher without feature maps": (
-        STUDENT,
-        {"teacher": CNN},
-        {"vitkd": ViTKD(high_weight=0.0)},
-        None,
-        "vitkd reads feature maps",
+        "student.model",
     ),
     "logits of a student without a classifier": (
         replace(STUDENT, num_classes=0),
         {},
         CE,
         None,
-        (
-            r"ce reads logits, and the student \(tiny\) has no classifier: take one with a head, or"
-            r" objectives that read features"
-        ),
-    ),
-    "logits of a teacher without a classifier": (
-        replace(STUDENT, num_classes=0),
-        {"teacher": replace(TEACHER, num_classes=0)},
-        KD,
-        None,
-        "kd reads logits, and the student .* has no classifier",
+        "student.model",
     ),
     "a head the student lacks": (
         STUDENT,
         {},
         {"ce": CrossEntropy(head="distillation")},
         None,
-        r"tiny has no head .* it has \(class\)",
-    ),
-    "a distillation head for kd": (
-        STUDENT,
-        {"teacher": TEACHER},
-        {"kd": SoftKD(head="distillation")},
-        None,
-        "tiny has no head called 'distillation'",
+        "head",
     ),
     "a teacher without a head of its own": (
         replace(STUDENT, heads=("class", "conv", "inv")),
         {"teacher": TEACHER},
         CE | KD,
         None,
-        "tiny has the heads class, conv, inv, and none for the teacher 'teacher'",
+        "head",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_work_is_refused_in_one_sentence(case: str) -> None:
-    student, teachers, objectives, selector, sentence = REFUSED[case]
-    with pytest.raises(ConfigError, match=sentence) as caught:
+    student, teachers, objectives, selector, field = REFUSED[case]
+    with pytest.raises(ConfigError) as caught:
         make_plan(student, teachers, objectives, selector)
-    assert "\n" not in str(caught.value)
+    assert caught.value.field == field and "\n" not in str(caught.value)
 
 
 def test_a_distilled_student_takes_every_head() -> None:
@@ -304,7 +224,7 @@ def test_plans_are_described_in_words() -> None:
     assert describe_needs(pooled, Needs(attention=frozenset({10})), None).endswith(
         "class-token attention of block 10"
     )
-    assert "records features before any norm, which is after its pool" in describe_needs(
+    assert "records features before its norm, which follows the pool" in describe_needs(
         pooled, Needs(features=True), None
     )
     assert "records features after the final norm" in describe_needs(
@@ -314,41 +234,24 @@ def test_plans_are_described_in_words() -> None:
     assert "mean attention of block 11" in describe_needs(mean, needs, None)
 
 
-def test_a_head_that_nobody_trains_is_refused() -> None:
-    """A second head is averaged into the prediction, so that leaving it at its random start would
-    spoil every answer.
-    """
-    student = replace(STUDENT, heads=("class", "distillation"), num_prefix_tokens=2)
-    with pytest.raises(ConfigError, match="no objective trains the distillation head"):
-        make_plan(student, {}, {"ce": CrossEntropy()})
-    assert make_plan(student, {}, {"ce": CrossEntropy(head="all")})
-    assert make_plan(student, {"teacher": TEACHER}, {"ce": CrossEntropy(), "kd": SoftKD()})
-    with pytest.raises(ConfigError, match=r"no objective trains the class head .*: add ce, or"):
-        make_plan(student, {"teacher": TEACHER}, {"kd": SoftKD()})
-
-
-def test_every_teachers_head_has_to_be_trained_where_the_prediction_reads_it() -> None:
+def test_every_head_of_the_prediction_has_to_be_trained() -> None:
+    """A head left at its random start would spoil the prediction it is averaged into."""
     student = replace(STUDENT, heads=("class", "conv", "inv"), num_prefix_tokens=3)
     conv, inv = {"conv": replace(TEACHER, name="conv")}, {"inv": replace(TEACHER, name="inv")}
     kd_conv, kd_inv = {"kd_conv": SoftKD(teacher="conv")}, {"kd_inv": SoftKD(teacher="inv")}
-    assert make_plan(student, conv | inv, CE | kd_conv | kd_inv).student_needs == Needs(logits=True)
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"no objective trains the inv head of tiny, .* \(--with kd:inv\), or let the labels"
-            r" train"
-        ),
-    ):
-        make_plan(student, conv, CE | kd_conv)
-    with pytest.raises(ConfigError, match="trains the class head"):
-        make_plan(student, conv | inv, kd_conv | kd_inv)
-    assert make_plan(student, conv, kd_conv | {"ce": CrossEntropy(head="all")})
-    with pytest.raises(ConfigError, match="no objective trains the conv head"):
-        make_plan(student, inv, CE | {"kd": SoftKD(teacher="inv", head="inv")})
     by_class = replace(student, answering=("class",))
+    assert make_plan(student, conv | inv, CE | kd_conv | kd_inv).student_needs == Needs(logits=True)
+    assert make_plan(student, conv, kd_conv | {"ce": CrossEntropy(head="all")})
     assert make_plan(by_class, conv, CE | kd_conv) and make_plan(by_class, {}, CE)
-    with pytest.raises(ConfigError, match="no objective trains the class head"):
-        make_plan(by_class, conv, kd_conv)
+    for refused, teachers, objectives, head in (
+        (student, conv, CE | kd_conv, "inv"),
+        (student, conv | inv, kd_conv | kd_inv, "class"),
+        (student, inv, CE | {"kd": SoftKD(teacher="inv", head="inv")}, "conv"),
+        (by_class, conv, kd_conv, "class"),
+    ):
+        with pytest.raises(ConfigError, match=f"trains the {head} head") as caught:
+            make_plan(refused, teachers, objectives)
+        assert caught.value.field == "objectives"
 
 
 # --- some teachers masked, others whole ----------------------------------------------------------
@@ -361,10 +264,6 @@ def test_a_selector_chooses_for_the_teachers_it_names() -> None:
     assert plan.num_keep == {"vit": 128, "cnn": None} and plan.student_needs.attention == {11}
     guided = make_plan(STUDENT, teachers, objectives, TeacherGuided(teachers=("vit",)))
     assert guided.guides == {"vit": Needs(attention=frozenset({7}))}
-    with pytest.raises(
-        ConfigError, match=r"the cnn \(resnet18\) cannot be shown"
-    ):  # no names mean all of them
-        make_plan(STUDENT, teachers, objectives, MaskedKD())
     two = {"a": replace(TEACHER, name="a"), "b": replace(STUDENT, name="b")}
     plan = make_plan(
         STUDENT,
@@ -390,10 +289,6 @@ def test_features_of_a_network_with_feature_maps_are_taken() -> None:
         STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 1), teacher_low_blocks=(2, -1))}
     )
     assert plan.live == {"teacher": Needs(hidden=frozenset({2, 4}), features=True)}
-    with pytest.raises(
-        ConfigError, match=r"vitkd reads from the teacher \(resnet18\), where block 5 "
-    ):
-        make_plan(STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 5))})
 
 
 # --- what an objective has to say ----------------------------------------------------------------

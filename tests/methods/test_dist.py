@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vitdistill.data.batch import Batch
-from vitdistill.errors import ConfigError
 from vitdistill.methods.dist import DIST, dist_loss, pearson
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
@@ -165,20 +164,6 @@ def test_rows_that_do_not_vary_correlate_with_nothing(constant: str, dtype: torc
         assert not student.grad[1].isnan().any() and student.grad[0].any()
 
 
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_stay_finite(dtype: torch.dtype, temperature: float) -> None:
-    student = torch.tensor(
-        [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, 1e4, 1e4]], dtype=dtype, requires_grad=True
-    )
-    teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4], [0.0, 0.0, 0.0]], dtype=dtype)
-    for size in (1, 2, 3):
-        loss = dist_loss(student[:size], teacher[:size], temperature=temperature)
-        (gradient,) = torch.autograd.grad(loss, student)
-        assert loss.dtype is torch.float32 and loss.isfinite() and loss > 0
-        assert gradient.isfinite().all()
-
-
 def test_nan_stays_nan() -> None:
     """A loss of 0 for answers that are no numbers would hide them."""
     logits = torch.randn(3, 5)
@@ -186,36 +171,6 @@ def test_nan_stays_nan() -> None:
         dist_loss(logits * math.nan, logits).isnan()
         and dist_loss(logits, logits * math.nan).isnan()
     )
-
-
-def test_no_gradient_reaches_the_teacher() -> None:
-    student, teacher = (x.clone().requires_grad_() for x in torch.randn(2, 3, 5))
-    dist_loss(student, teacher).backward()
-    assert student.grad is not None and student.grad.any() and teacher.grad is None
-
-
-@pytest.mark.parametrize("shape", [(1, 5), (3, 1), (3, 6)])
-def test_shapes_that_would_broadcast_are_refused(shape: tuple[int, int]) -> None:
-    for call in (dist_loss, getattr(dist_loss, "__wrapped__", dist_loss)):
-        with pytest.raises(Exception, match=r"differ|Type-check"):
-            call(torch.zeros(3, 5), torch.zeros(shape))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature"):
-        dist_loss(torch.zeros(3, 5), torch.zeros(3, 5), temperature=temperature)
-    with pytest.raises(ConfigError, match="temperature"):
-        DIST(temperature=temperature)
-
-
-@pytest.mark.parametrize(
-    ("beta", "gamma", "words"),
-    [(-1.0, 1.0, "beta"), (1.0, math.nan, "gamma"), (0.0, 0.0, "beta and gamma")],
-)
-def test_settings_that_mean_nothing_are_refused(beta: float, gamma: float, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        DIST(beta=beta, gamma=gamma)
 
 
 def test_the_objective_compares_the_head_that_learns_from_the_teacher() -> None:
@@ -238,12 +193,3 @@ def test_the_objective_compares_the_head_that_learns_from_the_teacher() -> None:
     assert not method.reads_labels and torch.equal(
         loss, dist_loss(heads[:, 1], teacher, 2.0, 0.5, 3.0)
     )
-
-
-def test_it_is_traced_without_a_graph_break() -> None:
-    student, teacher = torch.randn(2, 4, 5)
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda student, teacher: dist_loss(student, teacher), fullgraph=True, backend="eager"
-    )
-    assert torch.allclose(compiled(student, teacher), dist_loss(student, teacher))

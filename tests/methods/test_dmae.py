@@ -3,7 +3,6 @@ both networks.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,8 @@ from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import cost_of
 from vitdistill.methods.base import Objective
-from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.dmae import DMAE, alignment_loss, three_quarters
-from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.mae import PixelReconstruction
-from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.masking import RandomMasking, random_masking
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.models.mae import init_mae
@@ -359,10 +355,7 @@ def network(model: nn.Module, name: str, size: tuple[int, int] = (16, 16)) -> Ne
             {"dmae": DMAE()},
             RandomMasking(),
             {"num_classes": 10},
-            (
-                r"is a classifier of 10 classes, and DMAE learns .* \(--set"
-                r" objectives.NAME.any_teacher=true; NAME is the objective.s\)$"
-            ),
+            "is a classifier of 10 classes, and DMAE learns .*any_teacher$",
         ),
         (
             {"dmae": DMAE()},
@@ -386,7 +379,7 @@ def network(model: nn.Module, name: str, size: tuple[int, int] = (16, 16)) -> Ne
             {"dmae": DMAE(), "mae": SMALL},
             RandomMasking(mask_rate=0.0),
             {},
-            "mae learns .*hides none of the student.s 16: raise its mask",
+            "hides none of the student.s 16: set masking.mask_rate",
         ),
         (
             {"mae": SMALL},
@@ -405,33 +398,6 @@ def test_what_cannot_work_is_refused(
         make_plan(network(vit(0), "student"), teachers, objectives, masking=masking)
 
 
-@pytest.mark.parametrize(
-    ("name", "flag"),
-    [("teacher", "--teacher-img-size PIXELS"), ("wide", "--set teachers.wide.image_size=PIXELS")],
-)
-def test_unequal_grids_are_refused_with_the_flag_of_that_teacher(name: str, flag: str) -> None:
-    teachers = {name: network(vit(1, 36, 8, patch_size=8), name)}
-    with pytest.raises(
-        ConfigError, match=rf"give networks of equal grids \(--img-size PIXELS, {flag}\)$"
-    ):
-        make_plan(
-            network(vit(0), "student"),
-            teachers,
-            {"dmae": DMAE(teacher=name)},
-            masking=RandomMasking(),
-        )
-
-
-def test_unequal_grids_of_oblong_images_are_refused_with_what_makes_them_equal() -> None:
-    student, teachers = (
-        network(vit(0, img_size=(16, 24)), "student", (16, 24)),
-        {"wide": network(vit(1, 36, 8), "wide")},
-    )
-    flags = "--set student.model_args.img_size=[H,W], --set teachers.wide.model_args.img_size=[H,W]"
-    with pytest.raises(ConfigError, match=re.escape(f"give networks of equal grids ({flags})")):
-        make_plan(student, teachers, {"dmae": DMAE(teacher="wide")}, masking=RandomMasking())
-
-
 def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
     teachers = {"teacher": network(vit(1, 36, 8, num_classes=10), "teacher")}
     plan = make_plan(
@@ -441,45 +407,6 @@ def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
         masking=RandomMasking(),
     )
     assert plan.live["teacher"].num_blocks(8) == 6
-
-
-def test_a_selector_and_a_masking_are_one_too_many() -> None:
-    networks = (
-        network(vit(0, num_classes=3), "student"),
-        {"teacher": network(vit(1, 36, 8, num_classes=3), "teacher")},
-    )
-    with pytest.raises(ConfigError, match="RandomMasking and MaskedKD both choose"):
-        make_plan(*networks, {"ce": CrossEntropy(), "kd": SoftKD()}, MaskedKD(), RandomMasking())
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (
-            lambda: DMAE(student_blocks=(1, 2), teacher_blocks=(3,)),
-            "student_blocks names 2 and teacher_blocks 1: give pairs",
-        ),
-        (
-            lambda: DMAE(distance="smooth_l1", beta=2.0),
-            "differ by 2 at most, so that smooth_l1 would be l2 / 4: give a beta below 2",
-        ),
-        (
-            lambda: DMAE(distance="smooth_l1", beta=2.0, projection="none", normalize=True),
-            "give a beta below 2",
-        ),
-        (lambda: DMAE(student_blocks=(1, 2)), "give both"),
-        (lambda: DMAE(beta=2.0), "only the distance smooth_l1 reads"),
-        (lambda: DMAE(distance="l3"), "give l1, l2 or smooth_l1"),  # type: ignore[arg-type]
-        (lambda: DMAE(projection="deep"), "give linear, mlp or none"),  # type: ignore[arg-type]
-        (lambda: PixelReconstruction(decoder_depth=0), "decoder_depth is 0"),
-        (lambda: PixelReconstruction(decoder_dim=30, decoder_num_heads=4), "decoder_dim is 30"),
-        (lambda: RandomMasking(mask_rate=1.0), "mask_rate is 1"),
-        (lambda: RandomMasking(mask_rate=0.5, teacher_mask_rate=0.75), "teacher"),
-    ],
-)
-def test_a_setting_that_means_nothing_is_refused(make: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make()
 
 
 @pytest.mark.parametrize(
@@ -496,10 +423,7 @@ def test_a_setting_that_means_nothing_is_refused(make: Any, words: str) -> None:
                 "patch_size": 8,
                 "global_pool": "avg",
             },
-            (
-                "norms its features after pooling, .* with model_args.global_pool=token; it may"
-                " pool when it is fine-tuned"
-            ),
+            "norms its features after pooling, .*: set student.model_args.global_pool=token",
         ),
         (
             {
@@ -509,7 +433,7 @@ def test_a_setting_that_means_nothing_is_refused(make: Any, words: str) -> None:
                 "global_pool": "avg",
                 "class_token": False,
             },
-            "norms its features after pooling, .* with model_args.fc_norm=false$",
+            "norms its features after pooling, .*: set student.model_args.fc_norm=False",
         ),
     ],
 )

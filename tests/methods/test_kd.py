@@ -40,16 +40,6 @@ def test_the_formula_by_hand() -> None:
     assert kd_loss(student, teacher, 2.0).item() == pytest.approx(4 * total / 2, abs=1e-6)
 
 
-def test_the_scale_is_a_batch_mean_and_not_an_element_mean() -> None:
-    """The trap of ``reduction='mean'``, which divides by the number of classes too."""
-    student, teacher = logits(0, 4, 1000), logits(1, 4, 1000)
-    expected = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
-    assert kd_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert kd_loss(student.repeat(5, 1), teacher.repeat(5, 1)).item() == pytest.approx(
-        expected.item(), rel=1e-5
-    )
-
-
 @given(seed=seeds, temperature=temperatures)
 def test_equal_logits_have_no_loss_and_no_gradient(seed: int, temperature: float) -> None:
     teacher = logits(seed)
@@ -63,15 +53,6 @@ def test_equal_logits_have_no_loss_and_no_gradient(seed: int, temperature: float
 @given(seed=seeds, temperature=temperatures)
 def test_it_is_never_negative(seed: int, temperature: float) -> None:
     assert kd_loss(logits(seed), logits(seed + 1), temperature).item() > -1e-6
-
-
-@given(seed=seeds, temperature=temperatures)
-def test_it_carries_the_square_of_the_temperature(seed: int, temperature: float) -> None:
-    student, teacher = logits(seed), logits(seed + 1)
-    scaled = kd_loss(temperature * student, temperature * teacher, temperature)
-    assert scaled.item() == pytest.approx(
-        temperature**2 * kd_loss(student, teacher).item(), rel=1e-3, abs=1e-6
-    )
 
 
 def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
@@ -106,51 +87,6 @@ def test_the_gradient_is_the_difference_of_the_softmaxes(seed: int, temperature:
         / len(student)
     )
     assert student.grad is not None and torch.allclose(student.grad, expected, atol=1e-5)
-
-
-def test_the_gradient_is_that_of_finite_differences() -> None:
-    student, teacher = logits(0, scale=1.0).requires_grad_(), logits(1, scale=1.0)
-    kd_loss(student, teacher, 2.0).backward()
-    assert student.grad is not None
-    step = 1e-2
-    for i in range(student.numel()):
-        nudge = (
-            torch.zeros(student.numel()).index_fill_(0, torch.tensor([i]), step).view_as(student)
-        )
-        with torch.no_grad():
-            slope = (
-                kd_loss(student + nudge, teacher, 2.0) - kd_loss(student - nudge, teacher, 2.0)
-            ) / (2 * step)
-        assert slope.item() == pytest.approx(student.grad.flatten()[i].item(), abs=1e-4)
-
-
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_stay_finite(dtype: torch.dtype, temperature: float) -> None:
-    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]], dtype=dtype, requires_grad=True)
-    teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4]], dtype=dtype)
-    loss = kd_loss(student, teacher, temperature)
-    loss.backward()
-    assert loss.dtype is torch.float32 and loss.isfinite() and loss > 0
-    assert student.grad is not None and student.grad.isfinite().all()
-
-
-def test_no_gradient_reaches_the_teacher() -> None:
-    student, teacher = logits(0).requires_grad_(), logits(1).requires_grad_()
-    kd_loss(student, teacher).backward()
-    assert student.grad is not None and teacher.grad is None
-
-
-@pytest.mark.parametrize("shape", [(1, 5), (3, 1), (3, 6)])
-def test_shapes_that_would_broadcast_are_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(Exception, match=r"differ|Type-check"):
-        kd_loss(logits(0), torch.zeros(shape))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_that_means_nothing_is_refused(temperature: float) -> None:
-    with pytest.raises(ValueError, match="temperature"):
-        kd_loss(logits(0), logits(1), temperature)
 
 
 # --- as objectives -------------------------------------------------------------------------------
@@ -213,14 +149,3 @@ def test_hard_distillation_is_the_cross_entropy_with_the_top_class() -> None:
     assert torch.equal(loss, F.cross_entropy(student, teacher.argmax(-1)))
     loss.backward()
     assert student.grad is not None and teacher.grad is None
-
-
-def test_labels_are_not_read() -> None:
-    student, teacher = ViTOutput(logits=logits(0)), ViTOutput(logits=logits(1))
-    for method in (SoftKD(), HardKD()):
-        assert not method.reads_labels
-        one, other = (
-            method.loss(student, teacher, batch_of(torch.full((3,), label)), None)
-            for label in (0, -1)
-        )
-        assert torch.equal(one, other)

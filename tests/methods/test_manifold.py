@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vitdistill.data.batch import Batch
-from vitdistill.errors import ConfigError
 from vitdistill.methods.manifold import (
     Manifold,
     patch_gram_loss,
@@ -186,23 +185,6 @@ def test_a_network_has_no_loss_against_itself() -> None:
 
 
 @torch.no_grad()
-def test_all_patches_in_any_order_are_the_whole_image() -> None:
-    """Each image its own order: the places are compared, not the positions in the list. Fewer are
-    drawn than there are.
-    """
-    student, teacher = vit(0, DISTILLED, patch_size=8), vit(1, num_heads=3, reg_tokens=2)
-    for objective in (
-        Manifold(num_samples=20),
-        Manifold(patch_weight=0, random_weight=0),
-        Manifold(patch_weight=0, sample_weight=0),
-    ):
-        whole = loss_of(objective, student, teacher).item()
-        assert loss_of(objective, student, teacher, kept(16)).item() == pytest.approx(
-            whole, rel=1e-4
-        )
-
-
-@torch.no_grad()
 def test_weights_blocks_and_kept_patches_by_hand() -> None:
     """A student with class and distillation token; a teacher of other width and depth that sees 5
     patches.
@@ -276,24 +258,6 @@ def test_a_term_of_no_weight_is_left_out_and_the_others_couple_images() -> None:
     assert sum(alone) / 3 == pytest.approx(loss_of(parts[0], student, teacher).item(), rel=1e-5)
 
 
-def test_any_two_networks_can_be_compared() -> None:
-    forms: list[dict[str, Any]] = [
-        {"name": DISTILLED, "patch_size": 8},
-        NO_CLASS | {"num_heads": 3, "depth": 2},
-        {"class_token": False, "global_pool": "map", "patch_size": 2, "embed_dim": 20},
-    ]
-    for i, form in enumerate(forms):
-        student, teacher = vit(0, **form), vit(1, **forms[(i + 1) % len(forms)])
-        num_patches = network(teacher).num_patches
-        for keep in (None, kept(num_patches // 2, patches=num_patches)):
-            student.zero_grad()
-            loss = loss_of(Manifold(), student, teacher, keep)
-            loss.backward()
-            assert loss.isfinite() and loss > 0 and loss.dtype is torch.float32
-            assert student.patch_embed.proj.weight.grad.abs().max() > 0
-            assert all(p.grad is None for p in teacher.parameters())
-
-
 def test_a_convolutional_teacher_and_student() -> None:
     """Their stages have grids and widths of their own: 2 x 2 after stage 3 of a 16 pixel image."""
     vision, cnn = vit(0), timm.create_model("resnet10t", num_classes=5).eval()
@@ -304,46 +268,3 @@ def test_a_convolutional_teacher_and_student() -> None:
         loss = loss_of(objective, student, teacher)
         loss.backward()
         assert loss.isfinite() and loss > 0
-
-
-def test_autocast_changes_nothing_but_the_networks() -> None:
-    student, teacher, objective = vit(0), vit(1, num_heads=3), Manifold()
-    ours, its = outputs(objective, student, teacher)
-    expected = objective.loss(ours, its, batch_of(), None)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(objective.loss(ours, its, batch_of(), None), expected)
-        loss = loss_of(objective, student, teacher)
-    assert loss.dtype is torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.1)
-
-
-def test_it_is_traced_between_unlike_networks_on_kept_patches() -> None:
-    student, teacher, objective = (
-        vit(0, DISTILLED, patch_size=8),
-        vit(1, num_heads=3),
-        Manifold(num_samples=7),
-    )
-    with torch.no_grad():
-        ours, its = outputs(objective, student, teacher, kept(5))
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda s, t, b: objective.loss(s, t, b, None), fullgraph=True, backend="eager"
-    )
-    assert torch.allclose(
-        compiled(ours, its, batch_of()), objective.loss(ours, its, batch_of(), None), rtol=1e-5
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"patch_weight": -1.0}, "patch_weight is -1"),
-        ({"random_weight": float("nan")}, "random_weight is nan"),
-        ({"patch_weight": 0.0, "sample_weight": 0.0, "random_weight": 0.0}, "nothing is left"),
-        ({"blocks": ()}, "blocks is empty"),
-        ({"teacher_blocks": (0, 1)}, "4 blocks of the student and teacher_blocks 2"),
-        ({"num_samples": 1}, "num_samples is 1"),
-    ],
-)
-def test_what_means_nothing_is_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        Manifold(**settings)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vitdistill.data.batch import Batch
-from vitdistill.errors import ConfigError
 from vitdistill.methods.dkd import DKD, dkd_loss
 from vitdistill.methods.nkd import NKD, TargetObjective, nkd_loss, of_label, of_rest
 from vitdistill.vit.network import Network
@@ -222,51 +221,6 @@ def test_both_classes_count_by_their_share_image_by_image(method: TargetObjectiv
 
 
 @pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_stay_finite(loss: Any, dtype: torch.dtype, temperature: float) -> None:
-    student = torch.tensor(
-        [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, 1e4, 1e4], [-1e4, 0, 1e4]],
-        dtype=dtype,
-        requires_grad=True,
-    )
-    teacher = torch.tensor(
-        [[-1e4, 1e4, 0.0], [1e4, 0.0, -1e4], [0.0, 0.0, 0.0], [1e4, 0, -1e4]], dtype=dtype
-    )
-    for labels in (torch.tensor([0, 1, 2, 0]), torch.tensor([1, 0, 0, 2])):
-        answer = loss(student, teacher, labels, temperature=temperature)
-        (gradient,) = torch.autograd.grad(answer, student)
-        assert answer.dtype is torch.float32 and answer.isfinite() and answer > 0
-        assert gradient.isfinite().all() and gradient.abs().max() > 0
-
-
-@pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_compared_in_float32(loss: Any, dtype: torch.dtype) -> None:
-    student, teacher = torch.randn(2, 4, 50).to(dtype)
-    labels = torch.arange(4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(
-            loss(student, teacher, labels), loss(student.float(), teacher.float(), labels)
-        )
-
-
-@pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
-def test_no_gradient_reaches_the_teacher(loss: Any) -> None:
-    student, teacher = (x.clone().requires_grad_() for x in torch.randn(2, 3, 5))
-    loss(student, teacher, torch.tensor([0, 1, 4])).backward()
-    assert student.grad is not None and teacher.grad is None
-
-
-@pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_that_means_nothing_is_refused(loss: Any, temperature: float) -> None:
-    student, teacher = torch.randn(2, 3, 5)
-    with pytest.raises(ValueError, match="temperature"):
-        loss(student, teacher, torch.tensor([0, 1, 2]), temperature=temperature)
-
-
-@pytest.mark.parametrize("loss", [nkd_loss, dkd_loss])
 @pytest.mark.parametrize(
     ("teacher", "labels"),
     [
@@ -302,30 +256,6 @@ def network(name: str, classes: int) -> Network:
 
 
 @pytest.mark.parametrize("method", LOSSES)
-def test_a_student_of_one_class_and_unequal_classes_are_refused(method: TargetObjective) -> None:
-    method.check(network("student", 2), network("teacher", 2))
-    with pytest.raises(ConfigError, match=f"{type(method).__name__} .* has one class"):
-        method.check(network("student", 1), network("teacher", 1))
-    with pytest.raises(ConfigError, match="class by class"):
-        method.check(network("student", 3), network("teacher", 2))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"gamma": -1.0}, "gamma"),
-        ({"gamma": math.nan}, "gamma"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": math.inf}, "temperature"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, float], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        NKD(**settings)  # type: ignore[arg-type]
-    assert NKD(gamma=0.0).gamma == 0
-
-
-@pytest.mark.parametrize("method", LOSSES)
 def test_the_distillation_tokens_head_learns_from_the_teacher(method: Any) -> None:
     heads, teacher = torch.randn(3, 2, 5), torch.randn(3, 5)
     batch = batch_of(torch.tensor([0, 1, 4]))
@@ -348,22 +278,3 @@ def test_the_distillation_tokens_head_learns_from_the_teacher(method: Any) -> No
         loss("class"), plain(heads[:, 0])
     )
     assert torch.equal(loss("all"), plain(heads.mean(1)))
-
-
-@pytest.mark.parametrize("mixed", ["dominant", "both"])
-@pytest.mark.parametrize("kind", [NKD, DKD])
-def test_it_is_traced_without_a_graph_break(kind: Any, mixed: str) -> None:
-    method = kind(mixed=mixed)
-    student, teacher = ViTOutput(logits=torch.randn(4, 5)), ViTOutput(logits=torch.randn(4, 5))
-    batch = batch_of(
-        torch.tensor([0, 1, 2, 3]), torch.tensor([4, 1, 0, 2]), torch.tensor([0.1, 0.5, 0.8, 1.0])
-    )
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda student, teacher, batch: method.loss(student, teacher, batch, None),
-        fullgraph=True,
-        backend="eager",
-    )
-    assert torch.allclose(
-        compiled(student, teacher, batch), method.loss(student, teacher, batch, None)
-    )

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import ConfigError
-from .teacher import setting
+from ..errors import ConfigError, Set
+from ..messages import listed
 
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """How a teacher's classes answer for the data set's: positions to pick (None: as they are), and
-    a remark for the user.
+    """How a teacher's classes answer for the data set's.
 
-    ``classes`` are the names it then answers with, in order; empty when it carries none.
+    Attributes:
+        index: positions of the data set's classes among the teacher's; None: as they are.
+        remark: what the user should know of it.
+        classes: names the teacher then answers with, in order; empty if it carries none.
     """
 
     index: tuple[int, ...] | None
@@ -26,70 +28,62 @@ def match_classes(
     teacher_count: int,
     classes: Sequence[str],
     reorder: bool,
-    source: str = "",
 ) -> ClassMatch:
-    """Match a teacher's classes to the data set's by name; ``source`` is the file its answers are
-    in, where it does not run.
+    """Match a teacher's classes to the data set's by name.
 
-    A teacher that knows more classes answers for the data set's alone. Names in another order are
-    used only when ``reorder`` is set, so that a surprise is seen. A teacher that carries no class
-    names is taken at its count, and the preflight proves its order.
+    A teacher that knows more classes answers for the data set's alone. Another order is accepted
+    only with ``reorder``, so that nobody is surprised by it. A teacher without class names is taken
+    at its count; the preflight proves its order.
 
     Raises:
-        ConfigError: a class is missing, the order differs, or the counts do.
+        ConfigError: a class is missing, or the order or the count differs.
     """
-    who, ours = f"the {name} of {source}" if source else f"the {name}", tuple(classes)
-    if teacher_classes is None:
-        if teacher_count != len(ours):
-            raise ConfigError(
-                f"{who} answers with {teacher_count} classes and the data set has {len(ours)}:"
-                " train or fine-tune a teacher on these classes, or give one whose config.json"
-                " names its classes (label_names)"
-            )
-        return ClassMatch(
-            None, "it carries no class names: their order is proved by its accuracy", ours
+    who, wanted = f"the {name}", tuple(classes)
+    known = None if teacher_classes is None else tuple(teacher_classes)
+    count = len(wanted if known is None else known)
+    if count != teacher_count:
+        reason = (
+            f"{who} answers with {teacher_count} classes and the data set has {count}"
+            if known is None
+            else f"{who} names {count} classes but answers with {teacher_count}"
         )
-    its = tuple(teacher_classes)
-    if len(its) != teacher_count:
         raise ConfigError(
-            f"{who} names {len(its)} classes but answers with {teacher_count}: its config.json is"
-            " wrong"
+            reason,
+            fix="give a teacher trained on these classes, or whose config.json names all of its"
+            " own (label_names)",
+            field=f"teachers.{name}.model",
         )
-    if its == ours:
-        return ClassMatch(None, "its classes are the data set's, in order", ours)
-    position = {label: i for i, label in enumerate(its)}
-    missing = [label for label in ours if label not in position]
+    if known is None:
+        remark = "it carries no class names: their order is proved by its accuracy"
+        return ClassMatch(None, remark, wanted)
+    if known == wanted:
+        return ClassMatch(None, "its classes are the data set's, in order", wanted)
+    missing = [label for label in wanted if label not in known]
     if missing:
-        shown = ", ".join(repr(label) for label in missing[:3]) + (
-            ", ..." if len(missing) > 3 else ""
-        )
         raise ConfigError(
-            f"{who} does not know {len(missing)} of the data set's {len(ours)} classes ({shown}):"
-            " give a teacher trained on them"
+            f"{who} does not know {len(missing)} of the data set's {len(wanted)} classes"
+            f" ({listed(missing)})",
+            fix="give a teacher trained on them",
+            field=f"teachers.{name}.model",
         )
-    index = tuple(position[label] for label in ours)
-    twice = (
-        next((label for label in ours if its.count(label) > 1), None)
-        if len(position) < len(its)
-        else None
-    )
-    if twice is not None:
+    twice = [label for label in wanted if known.count(label) > 1] if len(set(known)) < count else []
+    if twice:
         raise ConfigError(
-            f"{who} has two classes called {twice!r}, and one is meant: give them different names"
-            " in its config.json"
+            f"{who} has two classes called {twice[0]!r}, and one is meant",
+            fix="give them different names in its config.json",
+            field=f"teachers.{name}.model",
         )
-    if len(its) == len(ours) and not reorder:
+    if count == len(wanted) and not reorder:
         first = next(
-            i for i, (our, other) in enumerate(zip(ours, its, strict=True)) if our != other
+            i for i, pair in enumerate(zip(wanted, known, strict=True)) if len({*pair}) > 1
         )
         raise ConfigError(
-            f"{who} has the data set's classes in another order (class {first} is {ours[first]!r}"
-            f" in the data set and {its[first]!r} in {who}): pass"
-            f" {setting(name, 'reorder_classes')} to match them by name"
+            f"{who} has the data set's classes in another order (class {first} is"
+            f" {wanted[first]!r} in the data set and {known[first]!r} in {who})",
+            fix=Set(f"teachers.{name}.reorder_classes", True),
+            field=f"teachers.{name}.reorder_classes",
         )
-    kind = (
-        "are reordered by name"
-        if len(its) == len(ours)
-        else f"are {len(ours)} of its {len(its)}, by name"
-    )
-    return ClassMatch(index, f"the data set's classes {kind}", ours)
+    how = "reordered by name" if count == len(wanted) else f"{len(wanted)} of its {count}, by name"
+    position = {label: i for i, label in enumerate(known)}
+    index = tuple(position[label] for label in wanted)
+    return ClassMatch(index, f"the data set's classes are {how}", wanted)

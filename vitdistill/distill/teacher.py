@@ -1,6 +1,4 @@
-"""A frozen teacher: a plain object that is never saved, never trained and never wrapped for
-distribution.
-"""
+"""A frozen teacher: a plain object, never saved, never trained, never wrapped for distribution."""
 
 from dataclasses import replace
 
@@ -23,11 +21,10 @@ class Teacher:
         model: moved to ``device`` and frozen in place.
         network: its description, with the number of classes it answers with after matching.
         spec: the image size and normalisation it was trained with.
-        images_spec: those of the images it will be given; they are renormalised, and resized if the
-            sizes differ.
+        images_spec: those of the images it will be given, which are renormalised and resized.
         class_index: ``(C,)`` positions of the data set's classes among its own; None: as they are.
-        dtype: precision of its weights and arithmetic; None: float32, or the autocast the caller is
-            in.
+        dtype: precision of weights and arithmetic; None: float32, or the caller's autocast.
+        device: where it runs.
     """
 
     def __init__(
@@ -48,19 +45,18 @@ class Teacher:
         self.model = model.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
         self.class_index = None if class_index is None else class_index.to(self.device)
         self.run = run_vit
-        scale = [ours / its for ours, its in zip(images_spec.std, spec.std, strict=True)]
+        # (x * std + mean - own mean) / own std, in one product and one sum.
+        scale = [given / own for given, own in zip(images_spec.std, spec.std, strict=True)]
         shift = [
-            (ours - its) / std
-            for ours, its, std in zip(images_spec.mean, spec.mean, spec.std, strict=True)
+            (given - own) / std
+            for given, own, std in zip(images_spec.mean, spec.mean, spec.std, strict=True)
         ]
         same = images_spec.mean == spec.mean and images_spec.std == spec.std
         self._scale = None if same else torch.tensor(scale, device=self.device).view(1, 3, 1, 1)
         self._shift = torch.tensor(shift, device=self.device).view(1, 3, 1, 1)
 
     def prepare(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Images as this teacher expects them: its own mean and std, its own size (bicubic,
-        antialiased).
-        """
+        """Return images with this teacher's own mean, std and size (bicubic, antialiased)."""
         if self._scale is not None:
             images = images * self._scale + self._shift
         if tuple(images.shape[-2:]) != tuple(self.spec.image_size):
@@ -73,13 +69,10 @@ class Teacher:
     def __call__(
         self, images: Float[Tensor, "B 3 h w"], needs: Needs, keep: Int[Tensor, "B K"] | None = None
     ) -> ViTOutput:
-        """Its answer to images in the student's normalisation; ``keep`` indexes its own patch
-        grid.
-        """
+        """Answer to images in the student's normalisation; ``keep`` indexes its own patch grid."""
         device = self.device.type
-        with torch.autocast(
-            device, enabled=self.dtype is None and torch.is_autocast_enabled(device)
-        ):
+        autocast = self.dtype is None and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=autocast):
             output = self.run(self.model, self.prepare(images), needs, keep)
         if self.class_index is not None and output.logits is not None:
             output = replace(output, logits=output.logits[:, self.class_index], head_logits=None)

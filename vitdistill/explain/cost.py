@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batch import Batch
-from ..distill.plan import Plan, describe_needs
+from ..distill.plan import Plan
 from ..labels.reader import StoredAnswer, blank_targets
 from ..messages import format_bytes, format_count, format_table, plural
 from ..methods.base import TeacherObjective
 from ..vit.flops import _on_meta, blank_keep, forward_flops, training_flops
+from ..vit.needs import describe_needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit

@@ -1,13 +1,14 @@
-"""One paper, one file; `METHODS` is the table of them all, one line a method, imported only when
-used.
-"""
+"""One paper, one file; `METHODS` names them all, one line each, imported only when used."""
 
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
 from ..errors import ConfigError
+from ..messages import suggest
 from .base import Masking, Objective, TokenSelector
+
+Method = Objective | TokenSelector | Masking
 
 METHODS: dict[str, str] = {
     "ce": "vitdistill.methods.cross_entropy:CrossEntropy",
@@ -32,9 +33,7 @@ METHODS: dict[str, str] = {
 
 
 def method_names() -> dict[str, str]:
-    """Every known method by name: the table above and the ``vitdistill.methods`` entry points of
-    installed packages.
-    """
+    """Return every method's class by name, those of installed packages' entry points included."""
     return {**_outside(), **METHODS}
 
 
@@ -43,22 +42,14 @@ def _outside() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group="vitdistill.methods")}
 
 
-def method_class(name: str) -> type[Objective] | type[TokenSelector] | type[Masking]:
-    """The class behind a method's name; raises `ConfigError` with a suggestion for an unknown
-    one.
-    """
-    from difflib import get_close_matches
-
+def method_class(name: str) -> type[Method]:
+    """Return the class behind a method's name; raise `ConfigError` for an unknown one."""
     names = method_names()
     if name not in names:
-        close = get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(sorted(names))}"
-        raise ConfigError(f"there is no method {name!r}: {hint}")
+        raise ConfigError(f"there is no method {name!r}", fix=suggest(name, sorted(names)))
     module, _, attribute = names[name].partition(":")
     try:
-        found: type[Objective] | type[TokenSelector] | type[Masking] = getattr(
-            import_module(module), attribute
-        )
+        found: type[Method] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"the method {name!r} is registered as {names[name]}, which cannot be imported: {error}"
@@ -66,15 +57,13 @@ def method_class(name: str) -> type[Objective] | type[TokenSelector] | type[Mask
     return found
 
 
-def method_name(method: Objective | TokenSelector | Masking) -> str:
-    """The name under which a method's class stands in the table; raises `ConfigError` if it stands
-    nowhere.
-    """
+def method_name(method: Method) -> str:
+    """Return the name of a method's class in the table; raise `ConfigError` if it has none."""
     path = f"{type(method).__module__}:{type(method).__qualname__}"
     for name, target in method_names().items():
         if target == path:
             return name
     raise ConfigError(
-        f"{type(method).__qualname__} is not in the table of methods: add it, or register an entry"
-        " point for it"
+        f"{type(method).__qualname__} is not in the table of methods",
+        fix="add it, or register an entry point for it",
     )

@@ -1,91 +1,93 @@
-"""Attention distillation: the student attends to patches as the teacher does; the class token's row
-(AttnDistill) or every row (MAE-Lite).
+"""Attention distillation: the class token's row (AttnDistill) or every row (MAE-Lite).
 
 Source: "Attention Distillation: self-supervised vision transformer students need more guidance",
 Wang et al., BMVC 2022, arXiv 2210.00944, checked against wangkai930418/attndistill@b6ca113; "A
 Closer Look at Self-Supervised Lightweight Vision Transformers", Wang et al., ICML 2023, arXiv
 2205.14443, checked against wangsr126/MAE-Lite@5bf439a.
 
-What differs from AttnDistill's code: the loss is a mean over heads (theirs a sum, at weight 0.1:
-with H heads their weight is 0.1 H here); the student's row is resampled to the teacher's patches,
-bilinear (theirs: the teacher's to the student's, bicubic; in both the patches keep their total
-against the class token's share); unequal heads meet as means of the probabilities (theirs: as the
-normalised product of all heads, at temperature 10); probabilities are clamped at 1e-12 (theirs: at
-1e-5); its loss on the class token is the objective `tokens`. From MAE-Lite's: unequal heads meet as
-means (theirs: through a trained 1x1 map between the heads).
+What differs from AttnDistill's code:
+
+- The loss is a mean over heads (theirs a sum, at weight 0.1: with H heads their weight is 0.1 H
+  here).
+- The student's row is resampled to the teacher's patches, bilinear (theirs: the teacher's to the
+  student's, bicubic; in both the patches keep their total against the class token's share).
+- Unequal heads meet as means of the probabilities (theirs: as the normalised product of all heads,
+  at temperature 10).
+- Probabilities are clamped at 1e-12 (theirs: at 1e-5).
+- Its loss on the class token is the objective `tokens`.
+
+What differs from MAE-Lite's: unequal heads meet as means (theirs: through a trained 1x1 map between
+the heads).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import PatchMap, full_precision, gather_patches, resample_patches
-from .base import Labelled, TeacherObjective, describe_alignment
+from .base import TeacherObjective, Truth, describe_alignment, require
 
 SMALLEST = 1e-12
-"""Probabilities below are taken for it, so that their logarithm is finite."""
+"""Lower bound of probabilities, so that their logarithm is finite."""
+
+Divergence = Literal["kl", "mse"]
 
 
 def shared_vectors(
     student: ViTOutput,
     teacher: ViTOutput,
-    ours: Float[Tensor, "B Hs Ls ds"],
-    its: Float[Tensor, "B Ht Lt dt"],
+    of_student: Float[Tensor, "B Hs Ls ds"],
+    of_teacher: Float[Tensor, "B Ht Lt dt"],
 ) -> tuple[Float[Tensor, "B L Ws"], Float[Tensor, "B L Wt"]]:
-    """``ours`` of the student and ``its`` of the teacher at the compared tokens, heads side by
-    side, in float32.
+    """Return vectors of both networks at the compared tokens, heads side by side, in float32.
 
     Compared are the class token, if both networks have one, and the patches both saw; the student's
     patches are resampled to the teacher's grid by position. No gradient reaches the teacher.
     """
-    mine, other = (
-        ours.float().transpose(1, 2).flatten(2),
-        its.detach().float().transpose(1, 2).flatten(2),
-    )
-    places = PatchMap(other[:, teacher.num_prefix_tokens :], teacher.grid, teacher.keep)
-    patches = PatchMap(mine[:, student.num_prefix_tokens :], student.grid, student.keep).at(places)
+    tokens = of_student.float().transpose(1, 2).flatten(2)
+    target = of_teacher.detach().float().transpose(1, 2).flatten(2)
+    places = PatchMap(target[:, teacher.num_prefix_tokens :], teacher.grid, teacher.keep)
+    whole = PatchMap(tokens[:, student.num_prefix_tokens :], student.grid, student.keep)
+    patches = whole.at(places)
     if not (student.has_class_token and teacher.has_class_token):
         return patches, places.vectors
-    return torch.cat([mine[:, :1], patches], dim=1), torch.cat(
-        [other[:, :1], places.vectors], dim=1
+    return (
+        torch.cat([tokens[:, :1], patches], dim=1),
+        torch.cat([target[:, :1], places.vectors], dim=1),
     )
 
 
 def shared_rows(
     student: ViTOutput,
     teacher: ViTOutput,
-    ours: Float[Tensor, "B Hs Ls"],
-    its: Float[Tensor, "B Ht Lt"],
+    of_student: Float[Tensor, "B Hs Ls"],
+    of_teacher: Float[Tensor, "B Ht Lt"],
 ) -> tuple[Float[Tensor, "B Hs L"], Float[Tensor, "B Ht L"]]:
-    """One row of attention each over the compared tokens, summing to 1; between unequal grids the
-    patches keep their total.
+    """Return a row of attention each over the compared tokens, summing to 1.
+
+    Between unequal grids the patches keep their total.
     """
-    mine, other = ours.float(), its.detach().float()
-    patches = mine[:, :, student.num_prefix_tokens :]
+    row, target = of_student.float(), of_teacher.detach().float()
+    patches = row[:, :, student.num_prefix_tokens :]
     if student.grid != teacher.grid:
-        moved = resample_patches(patches.transpose(1, 2), student.grid, teacher.grid).transpose(
-            1, 2
-        )
-        patches = moved * (
-            patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(SMALLEST)
-        )
+        moved = resample_patches(patches.transpose(1, 2), student.grid, teacher.grid)
+        moved = moved.transpose(1, 2)
+        total = patches.sum(-1, keepdim=True)
+        patches = moved * (total / moved.sum(-1, keepdim=True).clamp_min(SMALLEST))
     if student.keep is None:
         patches = gather_patches(patches.transpose(1, 2), teacher.keep).transpose(1, 2)
-    other_patches = other[:, :, teacher.num_prefix_tokens :]
+    target_patches = target[:, :, teacher.num_prefix_tokens :]
     if student.has_class_token and teacher.has_class_token:
-        patches, other_patches = (
-            torch.cat([mine[:, :, :1], patches], -1),
-            torch.cat([other[:, :, :1], other_patches], -1),
-        )
-    return _normalised(patches), _normalised(other_patches)
+        patches = torch.cat([row[:, :, :1], patches], -1)
+        target_patches = torch.cat([target[:, :, :1], target_patches], -1)
+    return _normalised(patches), _normalised(target_patches)
 
 
 def _normalised(rows: Tensor) -> Tensor:
@@ -95,30 +97,27 @@ def _normalised(rows: Tensor) -> Tensor:
 def token_scores(
     rows: Float[Tensor, "B L W"], columns: Float[Tensor, "B L W"], num_heads: int
 ) -> Float[Tensor, "B H L L"]:
-    """``rows columns^T d^-0.5`` in each of ``num_heads`` slices of width d, in float32 whatever the
-    autocast.
-    """
-    ours, others = (
+    """Return ``rows columns^T d^-0.5`` in each of ``num_heads`` slices of width d, in float32."""
+    q, k = (
         vectors.float().unflatten(2, (num_heads, -1)).transpose(1, 2) for vectors in (rows, columns)
     )
     with full_precision(rows):
-        return (ours * ours.shape[-1] ** -0.5) @ others.transpose(-2, -1)
+        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
 
 
 def rows_kl(
     student: Float[Tensor, "*rows L"], teacher: Float[Tensor, "*rows L"]
 ) -> Float[Tensor, ""]:
-    """KL(teacher || student) of log-probabilities over the last dimension, mean over all rows."""
+    """Return KL(teacher || student) of rows of log-probabilities, mean over all rows."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
 
 
 def class_attention_loss(
     student: Float[Tensor, "B Hs L"],
     teacher: Float[Tensor, "B Ht L"],
-    divergence: Literal["kl", "mse"] = "kl",
+    divergence: Divergence = "kl",
 ) -> Float[Tensor, ""]:
-    """Between rows of attention over the same tokens, in float32, mean over the batch and the
-    heads.
+    """Compare rows of attention over the same tokens, in float32, mean over batch and heads.
 
     ``kl``: KL(teacher || student). ``mse``: the squared difference, summed over tokens. Unequal
     heads are replaced by their mean. No gradient reaches the teacher.
@@ -142,15 +141,14 @@ def class_attention_loss(
 def attention_loss(
     student: Float[Tensor, "B Hs L L"],
     teacher: Float[Tensor, "B Ht L L"],
-    divergence: Literal["kl", "mse"] = "mse",
+    divergence: Divergence = "mse",
 ) -> Float[Tensor, ""]:
-    """Between scores ``q k^T d^-0.5`` of the same tokens, before the softmax, in float32, mean over
-    the batch, heads and rows.
+    """Compare scores ``q k^T d^-0.5`` of the same tokens, before the softmax, in float32.
 
-    ``kl``: KL(teacher || student) of their softmax; unequal heads are replaced by the mean of their
-    probabilities. ``mse``: the squared difference of the scores themselves, as in MAE-Lite's code,
-    mean over tokens too; unequal heads are replaced by the mean of their scores. No gradient
-    reaches the teacher.
+    Mean over batch, heads and rows. ``kl``: KL(teacher || student) of their softmax; unequal heads
+    are replaced by the mean of their probabilities. ``mse``: the squared difference of the scores
+    themselves, as in MAE-Lite's code, mean over tokens too; unequal heads are replaced by the mean
+    of their scores. No gradient reaches the teacher.
 
     Source: arXiv 2205.14443, the attention loss; wangsr126/MAE-Lite@5bf439a, see the module for
     what differs.
@@ -177,9 +175,9 @@ def attention_loss(
 class AttentionMaps(TeacherObjective):
     """Attention distillation: how the tokens of one block attend to each other.
 
-    Compared are the class token, if both networks have one, and the patches both saw, whose
-    attention is renormalised over them in both networks. Heads are compared one by one where their
-    number agrees, else their means. A network without a class token gives a stand-in for its row:
+    Compared are the class token, if both networks have one, and the patches both saw; attention is
+    renormalised over them in both networks. Heads are compared one by one if their number agrees,
+    else their means. A network without a class token gives a stand-in for its row:
     its attention pool's, or the mean of all rows.
 
     Args:
@@ -196,7 +194,7 @@ class AttentionMaps(TeacherObjective):
     block: int = -1
     teacher_block: int | None = None
     rows: Literal["class", "all"] = "class"
-    divergence: Literal["kl", "mse"] = "kl"
+    divergence: Divergence = "kl"
 
     formula: ClassVar[str] = (
         "KL(teacher || student) of attention over shared tokens, mean over rows, heads and batch;"
@@ -214,10 +212,9 @@ class AttentionMaps(TeacherObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rows not in ("class", "all"):
-            raise ConfigError(f"rows is {self.rows!r}: give class or all")
-        if self.divergence not in ("kl", "mse"):
-            raise ConfigError(f"divergence is {self.divergence!r}: give kl or mse")
+        require(self.rows in ("class", "all"), "rows", self.rows, "class or all")
+        ok = self.divergence in get_args(Divergence)
+        require(ok, "divergence", self.divergence, "kl or mse")
 
     @property
     def _teacher_block(self) -> int:
@@ -240,32 +237,22 @@ class AttentionMaps(TeacherObjective):
             parts.append(f"means of {student.num_heads} and {teacher.num_heads} heads")
         for network in (student, teacher):
             if self.rows == "class" and not network.has_class_token:
-                parts.append(
-                    f"the {network.name} has no class token:"
-                    f" {'mean' if network.attention_source == 'mean' else 'pool'} attention"
-                )
+                source = "mean" if network.attention_source == "mean" else "pool"
+                parts.append(f"the {network.name} has no class token: {source} attention")
         parts.append(describe_alignment(student, teacher, num_keep))
         return ", ".join(part for part in parts if part)
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
         assert teacher is not None
-        mine, other = self.block % student.depth, self._teacher_block % teacher.depth
+        block, teacher_block = self.block % student.depth, self._teacher_block % teacher.depth
         if self.rows == "class":
-            ours, its = shared_rows(
-                student, teacher, student.attention[mine], teacher.attention[other]
-            )
-            return class_attention_loss(ours, its, self.divergence)
-        (q, k, _), (teacher_q, teacher_k, _) = student.qkv[mine], teacher.qkv[other]
-        our_q, its_q = shared_vectors(student, teacher, q, teacher_q)
-        our_k, its_k = shared_vectors(student, teacher, k, teacher_k)
-        ours, its = (
-            token_scores(our_q, our_k, q.shape[1]),
-            token_scores(its_q, its_k, teacher_q.shape[1]),
-        )
-        return attention_loss(ours, its, self.divergence)
+            attention = student.attention[block], teacher.attention[teacher_block]
+            return class_attention_loss(*shared_rows(student, teacher, *attention), self.divergence)
+        of_student, of_teacher = student.qkv[block], teacher.qkv[teacher_block]
+        q, teacher_q = shared_vectors(student, teacher, of_student.q, of_teacher.q)
+        k, teacher_k = shared_vectors(student, teacher, of_student.k, of_teacher.k)
+        scores = token_scores(q, k, of_student.q.shape[1])
+        teacher_scores = token_scores(teacher_q, teacher_k, of_teacher.q.shape[1])
+        return attention_loss(scores, teacher_scores, self.divergence)

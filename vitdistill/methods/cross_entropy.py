@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..messages import suggest
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .base import Labelled, Objective
+from .base import Objective, Truth, require
 
 
 def cross_entropy_loss(
@@ -20,11 +21,10 @@ def cross_entropy_loss(
     lam: Float[Tensor, " B"] | None = None,
     smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in float32, with the smoothed label ``(1 - smoothing) * onehot +
-    smoothing / C``.
+    """Return the mean cross-entropy with smoothed labels, in float32.
 
-    A mixed image has the label ``lam * label + (1 - lam) * mixed_label``, each smoothed, as timm's
-    `Mixup` makes it.
+    A smoothed label is ``(1 - smoothing) * onehot + smoothing / C``. A mixed image has the label
+    ``lam * label + (1 - lam) * mixed_label``, each smoothed, as timm's `Mixup` makes it.
     """
     logits = logits.float()
     if mixed_labels is None or lam is None:
@@ -37,11 +37,10 @@ def cross_entropy_loss(
 def chosen_head(
     heads: tuple[str, ...], head: str, teacher: str | None = None, student: str = "the student"
 ) -> str:
-    """The head that ``head`` stands for among those a student has: one of their names, or ``all``
-    for its prediction.
+    """Return the head that ``head`` stands for: one of ``heads``, or ``all`` for the prediction.
 
-    ``auto`` is the only head there is; else for the labels (no ``teacher``) ``class``; for a
-    teacher the head called like it, or else ``distillation``.
+    ``auto`` is the only head there is; otherwise ``class`` for the labels (no ``teacher``), and for
+    a teacher the head named like it, or else ``distillation``.
 
     Raises:
         ConfigError: the student has no such head, or none that ``auto`` could mean.
@@ -54,8 +53,9 @@ def chosen_head(
         return head
     if head != "auto":
         raise ConfigError(
-            f"{student} has no head called {head!r}: set head to one it has ({', '.join(heads)}),"
-            " to all, or to auto"
+            f"{student} has no head called {head!r}",
+            fix=suggest(head, (*heads, "all", "auto")),
+            field="head",
         )
     if len(heads) == 1:
         return heads[0]
@@ -63,16 +63,17 @@ def chosen_head(
         if name in heads:
             return name
     raise ConfigError(
-        f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}: call"
-        " the teacher like the head that learns from it, or set the objective's head"
-        f" (head={heads[-1]})"
+        f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}",
+        fix=(
+            "call the teacher like the head that learns from it",
+            f"set the objective's head, e.g. {heads[-1]}",
+        ),
+        field="head",
     )
 
 
 def head_logits(output: ViTOutput, head: str, teacher: str | None = None) -> Float[Tensor, "B C"]:
-    """The logits of the head of `chosen_head`, or of the prediction (``all``, and students with a
-    single head).
-    """
+    """Return the logits of the head of `chosen_head`, or (``all``, single heads) the prediction."""
     chosen = chosen_head(output.heads, head, teacher)
     if output.head_logits is not None and chosen != "all":
         return output.head_logits[:, output.heads.index(chosen)]
@@ -81,9 +82,7 @@ def head_logits(output: ViTOutput, head: str, teacher: str | None = None) -> Flo
 
 
 def heads_read(student: Network, head: str, teacher: str | None = None) -> tuple[str, ...]:
-    """The student's heads that ``head`` stands for; raises `ConfigError` when it has none of them,
-    see `chosen_head`.
-    """
+    """Return the student's heads that ``head`` stands for; raise as `chosen_head` does."""
     chosen = chosen_head(student.heads, head, teacher, student.architecture)
     return student.heads if chosen == "all" else (chosen,)
 
@@ -109,8 +108,7 @@ class CrossEntropy(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"smoothing is {self.smoothing!r}: give a number from 0 to below 1")
+        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "a number from 0 to below 1")
 
     def check(self, student: Network, teacher: Network | None) -> None:
         heads_read(student, self.head)
@@ -119,11 +117,7 @@ class CrossEntropy(Objective):
         return heads_read(student, self.head)
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
         logits = head_logits(student, self.head)
         return cross_entropy_loss(

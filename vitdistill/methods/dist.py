@@ -1,5 +1,6 @@
-"""DIST: the student's probabilities need only correlate with the teacher's, over the classes of an
-image and over the images of a class.
+"""DIST: the student's probabilities need only correlate with the teacher's.
+
+They correlate over the classes of an image, and over the images of a class.
 
 Source: "Knowledge Distillation from A Stronger Teacher", Huang et al., NeurIPS 2022, arXiv
 2205.10536, checked against hunto/DIST_KD@6d93ca0 (segmentation, without a temperature) and its
@@ -10,25 +11,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..vit.output import ViTOutput
-from .base import Labelled
-from .kd import LogitObjective, check_factors, check_logits, check_temperature
+from .base import Truth, check_factors
+from .kd import LogitObjective, check_logits, check_temperature
 
 
-def pearson(ours: Float[Tensor, "R M"], theirs: Float[Tensor, "R M"]) -> Float[Tensor, " R"]:
-    """The correlation of each row of ``ours`` with the same row of ``theirs``.
+def pearson(student: Float[Tensor, "R M"], teacher: Float[Tensor, "R M"]) -> Float[Tensor, " R"]:
+    """Return the correlation of each row of ``student`` with the same row of ``teacher``.
 
     Constant rows correlate with nothing: 0, and no gradient, which would be that of rounding
     errors. As in the authors' code, 1e-8 is added to the product of the norms, so rows of very
     small variance count less.
     """
-    a, b = ours - ours.mean(-1, keepdim=True), theirs - theirs.mean(-1, keepdim=True)
+    a, b = student - student.mean(-1, keepdim=True), teacher - teacher.mean(-1, keepdim=True)
     norm_a, norm_b = a.norm(dim=-1), b.norm(dim=-1)
-    constant = (norm_a <= 1e-6 * ours.norm(dim=-1)) | (
-        norm_b <= 1e-6 * theirs.norm(dim=-1)
-    )  # False for NaN, which stays NaN
+    # False for NaN, which stays NaN.
+    constant = (norm_a <= 1e-6 * student.norm(dim=-1)) | (norm_b <= 1e-6 * teacher.norm(dim=-1))
     return ((a * b).sum(-1) / (norm_a * norm_b + 1e-8)).masked_fill(constant, 0.0)
 
 
@@ -39,13 +38,12 @@ def dist_loss(
     gamma: float = 1.0,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """``T^2 (beta (1 - mean_b r_b) + gamma (1 - mean_c r_c))``, in float32; 0 to 2 T^2 (beta +
-    gamma).
+    """Return ``T^2 (beta (1 - mean_b r_b) + gamma (1 - mean_c r_c))``, in float32.
 
-    r_b is the Pearson correlation of the two networks' probabilities over the classes of image b,
-    r_c over the images of class c; the probabilities are a softmax at temperature T. The second
-    term compares images of one batch with each other, so the loss is not a mean over images: it
-    depends on what shares a batch, and in a batch of 1 that term is the constant ``gamma T^2``.
+    It lies between 0 and 2 T^2 (beta + gamma). r_b is the Pearson correlation of the two networks'
+    probabilities over the classes of image b, r_c over the images of class c; the probabilities are
+    a softmax at temperature T. The second term compares the images of a batch, so the loss depends
+    on what shares a batch; in a batch of 1 that term is the constant ``gamma T^2``.
 
     Args:
         student_logits, teacher_logits: no gradient reaches the teacher.
@@ -53,7 +51,8 @@ def dist_loss(
         gamma: the weight of the correlation over images.
         temperature: T.
 
-    Raises `ValueError` when the shapes differ or ``temperature`` is not above 0.
+    Raises:
+        ValueError: the shapes differ, or ``temperature`` is not above 0.
 
     Source: arXiv 2205.10536 (L_inter and L_intra); hunto/DIST_KD@6d93ca0, hunto/LocalMamba@45dbff7.
 
@@ -107,14 +106,7 @@ class DIST(LogitObjective):
     def teacher_temperatures(self) -> tuple[float, ...]:
         return (self.temperature,)
 
-    def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+    def compare(
+        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
     ) -> Float[Tensor, ""]:
-        assert teacher is not None and teacher.logits is not None
-        return dist_loss(
-            self.student_logits(student), teacher.logits, self.beta, self.gamma, self.temperature
-        )
+        return dist_loss(student, teacher, self.beta, self.gamma, self.temperature)

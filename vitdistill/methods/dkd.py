@@ -1,11 +1,10 @@
-"""DKD: logit distillation taken apart, into the label's class against the rest, and the rest among
-themselves.
+"""DKD: logit distillation, decoupled into the label's class against the rest, and the rest.
 
 Source: "Decoupled Knowledge Distillation", Zhao et al., CVPR 2022, arXiv 2203.08679, checked
-against megvii-research/mdistiller@e8c5bb3. Their code takes the label's class out by subtracting
-1000 from its logit and the logarithm of a probability that may be 0; here both are exact for logits
-of any size. They also raise the weight from 0 over the first epochs (20 of 240 on CIFAR-100), which
-is an objective's ``schedule`` here.
+against megvii-research/mdistiller@e8c5bb3. Their code removes the label's class by subtracting 1000
+from its logit, and takes the logarithm of a probability that may be 0; here both are exact for
+logits of any size. They also raise the weight from 0 over the first epochs (20 of 240 on
+CIFAR-100), which is an objective's ``schedule`` here.
 """
 
 from dataclasses import dataclass
@@ -16,19 +15,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .kd import check_factors, check_logits, check_temperature
+from .base import check_factors
+from .kd import check_logits, check_temperature
 from .nkd import TargetObjective, label_classes, of_label, of_rest
 
 
 def _against_the_rest(
     log_probs: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
 ) -> Float[Tensor, "B 2"]:
-    """``log p_y`` and ``log(1 - p_y)``, the latter as the sum of the others: 1 - p_y is 0 in
-    float32 long before they are.
-    """
-    return torch.stack(
-        [of_label(log_probs, labels), of_rest(log_probs, labels).logsumexp(-1)], dim=-1
-    )
+    """Return ``log p_y`` and ``log(1 - p_y)``."""
+    # The latter from the others: 1 - p_y is 0 in float32 long before they are.
+    rest = of_rest(log_probs, labels).logsumexp(-1)
+    return torch.stack([of_label(log_probs, labels), rest], dim=-1)
 
 
 def _kl(student: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
@@ -63,7 +61,7 @@ def dkd_loss(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
-    """``T^2 (alpha TCKD + beta NCKD)``: mean over the batch, in float32.
+    """Return ``T^2 (alpha TCKD + beta NCKD)``, a mean over the batch, in float32.
 
     TCKD is ``KL((p_T[y], 1 - p_T[y]) || (p_S[y], 1 - p_S[y]))``, NCKD is ``KL(q_T || q_S)``; p is
     the softmax over all classes and q over the C - 1 that are not y, both at temperature T. The
@@ -76,8 +74,9 @@ def dkd_loss(
         alpha, beta: the weights of the two terms.
         temperature: T.
 
-    Raises `ValueError` when the shapes do not fit, when there is one class only, or when
-    ``temperature`` is not above 0.
+    Raises:
+        ValueError: the shapes do not fit, there is one class only, or ``temperature`` is not above
+            0.
 
     Source: arXiv 2203.08679 (DKD in terms of TCKD and NCKD); megvii-research/mdistiller@e8c5bb3.
 

@@ -1,28 +1,28 @@
-"""DMAE: hidden states of a pre-trained masked autoencoder, aligned on the visible patches, from a
-teacher that stops at the aligned block.
+"""DMAE: align hidden states with a pre-trained masked autoencoder's, on the visible patches.
 
 Source: "Masked Autoencoders Enable Efficient Knowledge Distillers", Bai et al., CVPR 2023, arXiv
 2208.12256, checked against UCSC-VLAA/DMAE@a0f4959. The authors' code is followed by default: L1
-between features that are scaled to unit length first; the paper's formula, as it is transcribed,
-has no such scaling (``normalize=False``), which multiplies the term by about the length of a token:
-more the wider the teacher. What their code cannot do: it runs the whole teacher and its decoder and
-throws them away, takes blocks beyond the depth for no distillation at all, pairs blocks in depth
-order whatever order they are given in, and fails with a projection of two layers.
+between features that are scaled to unit length first. The paper's formula, as transcribed, has no
+such scaling (``normalize=False``), which multiplies the term by about the length of a token: more
+the wider the teacher. What their code does otherwise: it runs the whole teacher and its decoder and
+discards the rest, takes blocks beyond the depth for no distillation at all, pairs blocks in depth
+order whatever order they are given in, and fails with a projection of two layers. Here the teacher
+stops at the last aligned block.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Drop
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .base import Labelled, TeacherObjective, describe_alignment
+from .base import TeacherObjective, Truth, describe_alignment, require
 from .masking import random_masking
 
 __all__ = ["DMAE", "DMAEAdapter", "alignment_loss", "random_masking", "three_quarters"]
@@ -32,7 +32,7 @@ Projection = Literal["linear", "mlp", "none"]
 
 
 def three_quarters(depth: int) -> int:
-    """The block at three quarters of the depth, counted from 0: 8 of 12, 17 of 24.
+    """Return the block at three quarters of the depth, counted from 0: 8 of 12, 17 of 24.
 
     Source: pretrain.sh of UCSC-VLAA/DMAE@a0f4959.
     """
@@ -46,13 +46,12 @@ def alignment_loss(
     normalize: bool = True,
     beta: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Between projected student and teacher tokens, in float32: mean over batch, tokens and
-    channels. No gradient reaches the teacher.
+    """Compare projected student and teacher tokens, in float32: mean over batch, tokens, channels.
 
-    ``normalize`` scales every token to unit length first. ``l1`` is |d|, ``l2`` d^2, ``smooth_l1``
-    d^2 / (2 beta) below ``beta`` and |d| - beta / 2 above. A channel of two tokens of unit length
-    differs by 2 at most and by about width^-0.5 as a rule, so that ``smooth_l1`` with a ``beta`` of
-    1 is almost always half of ``l2`` there.
+    No gradient reaches the teacher. ``normalize`` scales every token to unit length first. ``l1``
+    is |d|, ``l2`` d^2, ``smooth_l1`` d^2 / (2 beta) below ``beta`` and |d| - beta / 2 above. Tokens
+    of unit length differ by 2 a channel at most and by about width^-0.5 as a rule, so ``smooth_l1``
+    with a ``beta`` of 1 is almost always half of ``l2`` there.
 
     Source: arXiv 2208.12256 eq. 2; UCSC-VLAA/DMAE@a0f4959.
 
@@ -74,8 +73,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class DMAEAdapter(nn.Module):
-    """One projection from the student's to the teacher's width for every aligned pair:
-    ``projections.0``, ``projections.1``, ...
+    """A projection to the teacher's width for every aligned pair: ``projections.0``, ...
 
     Args:
         dims: widths of student and teacher at every pair.
@@ -88,22 +86,18 @@ class DMAEAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.projections = nn.ModuleList(
-            (
-                nn.Linear(ours, its)
-                if projection == "linear"
-                else nn.Sequential(nn.Linear(ours, its), nn.GELU(), nn.Linear(its, its))
-            )
-            for ours, its in dims
+            nn.Linear(dim, to)
+            if projection == "linear"
+            else nn.Sequential(nn.Linear(dim, to), nn.GELU(), nn.Linear(to, to))
+            for dim, to in dims
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DMAE(TeacherObjective):
-    """Hidden states of one or several pairs of blocks, on the patches both networks see and their
-    class tokens.
+    """Hidden states of pairs of blocks, on the patches both networks see and their class tokens.
 
-    The teacher runs to the last aligned block and no further. The terms of several pairs are
-    summed.
+    The teacher runs to the last aligned block and no further. The terms of pairs are summed.
 
     Args:
         student_blocks: the student's aligned blocks, counted from 0 (negative: from the end);
@@ -114,13 +108,11 @@ class DMAE(TeacherObjective):
             ``none`` (widths have to agree).
         distance: ``l1`` as published, ``l2`` (mean squared) or ``smooth_l1``.
         beta: where ``smooth_l1`` turns from squared to absolute. Tokens of unit length differ by
-            width^-0.5 a channel as a rule and by 2 at most: a beta well above that gives ``l2`` /
-            (2 beta).
-        normalize: scale every token to unit length first. null: where there is a projection, as the
+            width^-0.5 a channel as a rule: a beta well above that gives ``l2`` / (2 beta).
+        normalize: scale every token to unit length first. None: if there is a projection, as the
             authors' code; the paper's formula does not.
-        any_teacher: accept a teacher with a classifier. The paper has none in this place; its
-            baseline, a fine-tuned teacher that is distilled while the student is fine-tuned, is 1.2
-            points worse.
+        any_teacher: accept a teacher with a classifier. The paper uses none here; its baseline, a
+            fine-tuned teacher distilled while the student is fine-tuned, is 1.2 points worse.
     """
 
     student_blocks: tuple[int, ...] = ()
@@ -147,36 +139,28 @@ class DMAE(TeacherObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            len(self.student_blocks) != len(self.teacher_blocks)
-            and self.student_blocks
-            and self.teacher_blocks
-        ):
-            raise ConfigError(
-                f"student_blocks names {len(self.student_blocks)} and teacher_blocks"
-                f" {len(self.teacher_blocks)}: give pairs"
-            )
-        if max(len(self.student_blocks), len(self.teacher_blocks)) > 1 and not (
-            self.student_blocks and self.teacher_blocks
-        ):
-            raise ConfigError(
-                "several blocks are aligned in pairs: give both student_blocks and teacher_blocks"
-            )
-        if self.projection not in ("linear", "mlp", "none"):
-            raise ConfigError(f"projection is {self.projection!r}: give linear, mlp or none")
-        if self.distance not in ("l1", "l2", "smooth_l1"):
-            raise ConfigError(f"distance is {self.distance!r}: give l1, l2 or smooth_l1")
+        blocks = self.student_blocks, self.teacher_blocks
+        counts = {len(given) for given in blocks}
+        pairs = len(counts) == 1 or counts == {0, 1}
+        require(pairs, "teacher_blocks", blocks[1], f"one for each student block {blocks[0]}")
+        ok = self.projection in get_args(Projection)
+        require(ok, "projection", self.projection, "linear, mlp or none")
+        require(
+            self.distance in get_args(Distance), "distance", self.distance, "l1, l2 or smooth_l1"
+        )
+        require(self.beta > 0, "beta", self.beta, "a number above 0")
         if self.beta != 1.0 and self.distance != "smooth_l1":
             raise ConfigError(
-                f"beta is {self.beta:g}, which only the distance smooth_l1 reads: leave it out"
+                f"beta is {self.beta:g}, which only the distance smooth_l1 reads",
+                fix=Drop("beta"),
+                field="beta",
             )
-        if not self.beta > 0:
-            raise ConfigError(f"beta is {self.beta!r}: give a number above 0")
         if self._normalizes and self.beta >= 2:
             raise ConfigError(
                 f"beta is {self.beta:g}, and channels of tokens of unit length differ by 2 at most,"
-                f" so that smooth_l1 would be l2 / {2 * self.beta:g}: give a beta below 2,"
-                " distance=l2, or normalize=false"
+                f" so smooth_l1 would be l2 / {2 * self.beta:g}",
+                fix=("give a beta below 2", "take the distance l2", "set normalize to false"),
+                field="beta",
             )
 
     @property
@@ -184,10 +168,10 @@ class DMAE(TeacherObjective):
         return self.projection != "none" if self.normalize is None else self.normalize
 
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-        """The aligned blocks of student and teacher, as they are given."""
-        ours = self.student_blocks or (three_quarters(student_depth),)
-        its = self.teacher_blocks or (three_quarters(teacher_depth),)
-        return list(zip(ours, its, strict=True))
+        """Return the aligned blocks of student and teacher, as they are given."""
+        of_student = self.student_blocks or (three_quarters(student_depth),)
+        of_teacher = self.teacher_blocks or (three_quarters(teacher_depth),)
+        return list(zip(of_student, of_teacher, strict=True))
 
     def student_needs(self, student: Network) -> Needs:
         return Needs(hidden=frozenset(self.student_blocks or (three_quarters(student.depth),)))
@@ -201,69 +185,53 @@ class DMAE(TeacherObjective):
             raise ConfigError(
                 f"the {teacher.name} ({teacher.architecture}) is a classifier of"
                 f" {teacher.num_classes} classes, and DMAE learns from a network pre-trained by"
-                " masked autoencoding: give that one, or accept this one (--set"
-                " objectives.NAME.any_teacher=true; NAME is the objective's)"
+                " masked autoencoding",
+                fix=("give that one", "accept this one by the objective's any_teacher"),
+                field="any_teacher",
             )
         if self.projection == "none" and student.dims and teacher.dims:
-            for ours, its in self._dims(student, teacher):
-                if ours != its:
-                    raise ConfigError(
-                        f"projection is none, but the student is {ours} wide and the {teacher.name}"
-                        f" {its}: give linear or mlp"
-                    )
+            for dim, to in self._dims(student, teacher):
+                wanted = f"linear or mlp: the student is {dim} wide and the {teacher.name} {to}"
+                require(dim == to, "projection", self.projection, wanted)
 
     def _dims(self, student: Network, teacher: Network) -> list[tuple[int, int]]:
-        """Widths at the pairs; of blocks that do not exist the plan speaks."""
-        exist = [
-            (ours, its)
-            for ours, its in self.pairs(student.depth, teacher.depth)
-            if -student.depth <= ours < student.depth and -teacher.depth <= its < teacher.depth
+        """Return the widths at the pairs; the plan refuses blocks that do not exist."""
+        return [
+            (student.dims[i], teacher.dims[j])
+            for i, j in self.pairs(student.depth, teacher.depth)
+            if -student.depth <= i < student.depth and -teacher.depth <= j < teacher.depth
         ]
-        return [(student.dims[ours], teacher.dims[its]) for ours, its in exist]
 
     def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
         assert teacher is not None
-        return (
-            None
-            if self.projection == "none"
-            else DMAEAdapter(self._dims(student, teacher), self.projection)
-        )
+        if self.projection == "none":
+            return None
+        return DMAEAdapter(self._dims(student, teacher), self.projection)
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         assert teacher is not None
         pairs = self.pairs(student.depth, teacher.depth)
-        parts = [
-            ", ".join(
-                f"block {ours} of the student with block {its} of the {teacher.name}"
-                for ours, its in pairs
-            )
-        ]
+        parts = [f"block {i} of the student with block {j} of the {teacher.name}" for i, j in pairs]
         if student.has_class_token != teacher.has_class_token:
             parts.append("patches alone: one of the networks has no class token")
         parts.append(describe_alignment(student, teacher, num_keep))
         return ", ".join(part for part in parts if part)
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
         assert teacher is not None
         terms = []
-        for i, (ours, its) in enumerate(self.pairs(student.depth, teacher.depth)):
-            places = teacher.patches(its)
-            z_student, z_teacher = student.patches(ours).at(places), places.vectors
+        for n, (i, j) in enumerate(self.pairs(student.depth, teacher.depth)):
+            places = teacher.patches(j)
+            z_student, z_teacher = student.patches(i).at(places), places.vectors
             if student.has_class_token and teacher.has_class_token:
-                z_student = torch.cat(
-                    [student.hidden[ours % student.depth][:, :1], z_student], dim=1
-                )
-                z_teacher = torch.cat(
-                    [teacher.hidden[its % teacher.depth][:, :1], z_teacher], dim=1
-                )
+                of_student = student.hidden[i % student.depth]
+                of_teacher = teacher.hidden[j % teacher.depth]
+                z_student = torch.cat([of_student[:, :1], z_student], dim=1)
+                z_teacher = torch.cat([of_teacher[:, :1], z_teacher], dim=1)
             if isinstance(adapter, DMAEAdapter):
-                z_student = adapter.projections[i](z_student)
+                z_student = adapter.projections[n](z_student)
             terms.append(
                 alignment_loss(z_student, z_teacher, self.distance, self._normalizes, self.beta)
             )

@@ -1,8 +1,7 @@
-"""Logit distillation: soft (Hinton et al., arXiv 1503.02531) and hard (DeiT, arXiv 2012.12877),
-with DeiT's distillation token.
-"""
+"""Logit distillation: soft (Hinton et al., arXiv 1503.02531) and hard (DeiT, arXiv 2012.12877)."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .base import Labelled, TeacherObjective
+from .base import TeacherObjective, Truth, require
 from .cross_entropy import head_logits, heads_read
 
 
@@ -22,11 +21,12 @@ def kd_loss(
     teacher_logits: Float[Tensor, "B C"],
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``: summed over classes, mean over the
-    batch, in float32.
+    """Return ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, in float32.
 
-    No gradient reaches the teacher. Raises `ValueError` when the shapes differ (they would
-    broadcast silently) or ``temperature`` is not above 0.
+    Summed over classes, mean over the batch. No gradient reaches the teacher.
+
+    Raises:
+        ValueError: the shapes differ, or ``temperature`` is not above 0.
 
     Source: arXiv 1503.02531; arXiv 2302.10494 eq. of the KD term, checked against
     effl-lab/MaskedKD@96d052d (``batchmean``).
@@ -43,10 +43,8 @@ def kd_loss(
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-    """Raises `ValueError` for logits of different shapes (they would broadcast silently) or a
-    temperature that is not above 0.
-    """
-    if student_logits.shape != teacher_logits.shape:
+    """Raise `ValueError` for logits of unequal shapes, or a temperature that is not above 0."""
+    if student_logits.shape != teacher_logits.shape:  # they would broadcast silently
         raise ValueError(
             f"student logits {tuple(student_logits.shape)} and teacher logits"
             f" {tuple(teacher_logits.shape)} differ"
@@ -56,34 +54,18 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises `ConfigError` for a temperature that is not a number above 0."""
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature is {temperature!r}: give a number above 0")
-
-
-def check_factors(**factors: float) -> None:
-    """Raises `ConfigError` when a factor of one of the loss's terms is negative or not finite, or
-    when no term is left.
-    """
-    for name, factor in factors.items():
-        if not 0 <= factor < math.inf:
-            raise ConfigError(f"{name} is {factor!r}: give a number that is not negative")
-    if not any(factors.values()):
-        raise ConfigError(
-            f"{' and '.join(factors)} are 0, so that nothing is left of the loss: leave the"
-            " objective out"
-        )
+    """Raise `ConfigError` for a temperature that is not a finite number above 0."""
+    require(0 < temperature < math.inf, "temperature", temperature, "a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitObjective(TeacherObjective):
-    """An objective that compares the logits of one of the student's heads with the teacher's, class
-    by class.
+    """An objective that compares the logits of a student's head with the teacher's, class by class.
 
     Args:
         head: for students with several heads: the name of the one that learns from the teacher, or
-            ``all``: their prediction. ``auto``: the head called like the teacher, or else the
-                distillation token's.
+            ``all``: their prediction. ``auto``: the head named like the teacher, or else the
+            distillation token's.
     """
 
     head: str = "auto"
@@ -93,15 +75,24 @@ class LogitObjective(TeacherObjective):
         if teacher is not None and teacher.num_classes != student.num_classes:
             raise ConfigError(
                 f"the {teacher.name} answers with {teacher.num_classes} classes and the student"
-                f" with {student.num_classes}: logits can only be compared class by class"
+                f" with {student.num_classes}: logits can only be compared class by class",
+                field=f"teachers.{self.teacher}.model",
             )
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
         return heads_read(student, self.head, self.teacher)
 
-    def student_logits(self, student: ViTOutput) -> Float[Tensor, "B C"]:
-        """The logits of the head that learns from the teacher."""
-        return head_logits(student, self.head, self.teacher)
+    @abstractmethod
+    def compare(
+        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
+    ) -> Float[Tensor, ""]:
+        """Return the loss of the student head's logits against the teacher's."""
+
+    def loss(
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
+    ) -> Float[Tensor, ""]:
+        assert teacher is not None and teacher.logits is not None
+        return self.compare(head_logits(student, self.head, self.teacher), teacher.logits, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +102,6 @@ class SoftKD(LogitObjective):
     Args:
         temperature: T, above 0; the loss carries T^2, so that its gradient does not shrink with T.
             DeiT uses 1, timm's default is 4.
-        head: for students with several heads: the name of the one that learns from the teacher, or
-            ``all``: their prediction. ``auto``: the head called like the teacher, or else the
-                distillation token's.
     """
 
     temperature: float = 1.0
@@ -136,26 +124,15 @@ class SoftKD(LogitObjective):
     def teacher_temperatures(self) -> tuple[float, ...]:
         return (self.temperature,)
 
-    def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+    def compare(
+        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
     ) -> Float[Tensor, ""]:
-        assert teacher is not None and teacher.logits is not None
-        return kd_loss(self.student_logits(student), teacher.logits, self.temperature)
+        return kd_loss(student, teacher, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HardKD(LogitObjective):
-    """Hard distillation: cross-entropy with the teacher's top class.
-
-    Args:
-        head: for students with several heads: the name of the one that learns from the teacher, or
-            ``all``: their prediction. ``auto``: the head called like the teacher, or else the
-                distillation token's.
-    """
+    """Hard distillation: cross-entropy with the teacher's top class."""
 
     formula: ClassVar[str] = "cross-entropy with the teacher's top class, batch mean"
     paper: ClassVar[str] = (
@@ -171,12 +148,7 @@ class HardKD(LogitObjective):
     def teacher_temperatures(self) -> tuple[float, ...]:
         return ()
 
-    def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+    def compare(
+        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
     ) -> Float[Tensor, ""]:
-        assert teacher is not None and teacher.logits is not None
-        return F.cross_entropy(self.student_logits(student).float(), teacher.logits.argmax(-1))
+        return F.cross_entropy(student.float(), teacher.argmax(-1))

@@ -1,5 +1,4 @@
-"""Masked autoencoding: the student's features of the visible patches, and a small decoder, predict
-the pixels of the hidden ones.
+"""Masked autoencoding: predict the pixels of hidden patches from features of the visible ones.
 
 Source: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022, arXiv 2111.06377,
 checked against facebookresearch/mae@efb2a80 and UCSC-VLAA/DMAE@a0f4959.
@@ -12,30 +11,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Set
 from ..models.mae import MAEDecoder, patchify, pixel_targets, unpatchify
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import gather_patches
-from .base import Labelled, Objective
+from .base import Objective, Truth, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelReconstruction(Objective):
-    """The pixels of hidden patches, predicted from the visible ones by a decoder that is dropped
-    afterwards. Needs a masking.
+    """Pixels of hidden patches, predicted by a decoder that is dropped afterwards.
 
-    At high mask rates the decoder, which runs on every patch, costs more than the encoder:
-    ``decoder_depth`` is the knob.
+    Needs a masking. At high mask rates the decoder, which runs on every patch, costs more than the
+    encoder: ``decoder_depth`` is the knob.
 
     Args:
         decoder_dim: width of the decoder.
         decoder_depth: its blocks, at least 1; 8 in the paper.
         decoder_num_heads: its attention heads; has to divide ``decoder_dim``.
         norm_pix: predict each patch's pixels less their mean, over their standard deviation. MAE's
-            own training has it; the DMAE repository's pre-training script had it in its first
-            release and lost it the day after.
+            own training does; the DMAE repository's pre-training script did in its first release
+            and stopped the day after.
     """
 
     decoder_dim: int = 512
@@ -60,35 +58,29 @@ class PixelReconstruction(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("decoder_dim", "decoder_depth", "decoder_num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}: give a whole number, at least 1"
-                )
-        if self.decoder_dim % self.decoder_num_heads or self.decoder_dim % 4:
-            raise ConfigError(
-                f"decoder_dim is {self.decoder_dim}: it has to be a multiple of 4 and of"
-                f" decoder_num_heads ({self.decoder_num_heads})"
-            )
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        dim, heads = self.decoder_dim, self.decoder_num_heads
+        wanted = f"a multiple of 4 and of decoder_num_heads ({heads})"
+        require(dim % heads == 0 and dim % 4 == 0, "decoder_dim", dim, wanted)
 
     def check(self, student: Network, teacher: Network | None) -> None:
-        if (
-            student.walks
-            and tuple(a * b for a, b in zip(student.grid, student.patch_size, strict=True))
-            != student.image_size
-        ):
+        (rows, columns), (height, width) = student.grid, student.patch_size
+        if student.walks and (rows * height, columns * width) != student.image_size:
             height, width = student.image_size
             raise ConfigError(
                 f"masked autoencoding predicts pixels, and the patches of {student.architecture} do"
-                f" not cut its images of {height} x {width} into pixels: take a plain ViT without a"
-                " convolutional stem, whose patches fill the image"
+                f" not cut its images of {height} x {width} into pixels",
+                fix="take a plain ViT without a convolutional stem, whose patches fill the image",
+                field="student.model",
             )
         if student.walks and not student.final_norm:
-            remedy = "model_args.global_pool=token; it may pool when it is fine-tuned"
-            if not student.has_class_token:  # whose features timm lets it pool alone
-                remedy = "model_args.fc_norm=false"
+            # timm lets a network without a class token pool only its normed features.
+            pooled = Set("student.model_args.global_pool", "token")
             raise ConfigError(
                 f"{student.architecture} norms its features after pooling, and masked autoencoding"
-                f" reads them before: pre-train it with {remedy}"
+                " reads them before; it may pool when it is fine-tuned",
+                fix=pooled if student.has_class_token else Set("student.model_args.fc_norm", False),
+                field="student.model_args",
             )
 
     def student_needs(self, student: Network) -> Needs:
@@ -106,33 +98,25 @@ class PixelReconstruction(Objective):
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         blocks = "1 block" if self.decoder_depth == 1 else f"{self.decoder_depth} blocks"
-        target = (
-            "pixels normalised patch by patch"
-            if self.norm_pix
-            else "pixels as the network sees them"
-        )
-        return f"decoder of {blocks}, {self.decoder_dim} wide; {target}"
+        pixels = "normalised patch by patch" if self.norm_pix else "as the network sees them"
+        return f"decoder of {blocks}, {self.decoder_dim} wide; pixels {pixels}"
 
     def pictures(
-        self, student: ViTOutput, batch: Labelled, adapter: nn.Module | None
+        self, student: ViTOutput, batch: Truth, adapter: nn.Module | None
     ) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """The visible patches on grey, and the image with its hidden patches predicted.
+        """Return the visible patches on grey, and the image with its hidden patches predicted.
 
-        Under ``norm_pix`` a predicted patch is given the true one's mean and deviation, without
-        which there is nothing to see.
+        Under ``norm_pix`` a predicted patch is given the true one's mean and deviation; there would
+        be nothing to see otherwise.
         """
-        assert (
-            isinstance(adapter, MAEDecoder)
-            and student.features is not None
-            and student.keep is not None
-        )
+        assert isinstance(adapter, MAEDecoder)
+        assert student.features is not None and student.keep is not None
         prediction = adapter(student.features, student.keep, student.num_prefix_tokens).float()
         target = patchify(batch.images.float(), adapter.patch_size)
         hidden = target.new_ones(target.shape[:2]).scatter(1, student.keep, 0.0).bool()[:, :, None]
         if self.norm_pix:
-            prediction = prediction * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(
-                -1, keepdim=True
-            )
+            deviation = (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            prediction = prediction * deviation + target.mean(-1, keepdim=True)
         rows = {
             "visible": target.masked_fill(hidden, 0.0),
             "predicted": prediction.where(hidden, target),
@@ -143,22 +127,14 @@ class PixelReconstruction(Objective):
         }
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
-        assert (
-            isinstance(adapter, MAEDecoder)
-            and student.features is not None
-            and student.keep is not None
-        )
+        assert isinstance(adapter, MAEDecoder)
+        assert student.features is not None and student.keep is not None
         prediction, hidden = adapter.decode_hidden(
             student.features, student.keep, student.num_prefix_tokens
         )
         dtype = torch.promote_types(prediction.dtype, torch.float32)
-        target = gather_patches(
-            pixel_targets(batch.images.to(dtype), adapter.patch_size, self.norm_pix), hidden
-        )
+        pixels = pixel_targets(batch.images.to(dtype), adapter.patch_size, self.norm_pix)
+        target = gather_patches(pixels, hidden)
         return (prediction.to(dtype) - target).square().sum() / max(target.numel(), 1)

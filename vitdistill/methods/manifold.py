@@ -1,5 +1,4 @@
-"""Manifold distillation: similarities between patches, within an image, between images, and between
-patches drawn from the whole batch.
+"""Manifold distillation: similarities between patches of an image, of images, of a whole batch.
 
 Source: "Learning Efficient Vision Transformers via Fine-Grained Manifold Distillation", Hao et al.,
 NeurIPS 2022, arXiv 2107.01378, checked against huawei-noah/Efficient-Computing@421edca
@@ -17,39 +16,36 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import full_precision, gather_patches
-from .base import Labelled, TeacherObjective, describe_alignment
-from .kd import check_factors
+from .base import TeacherObjective, Truth, block_pairs, check_factors, describe_alignment, require
 
 
 def gram_difference(
-    ours: Float[Tensor, "G M Ds"], its: Float[Tensor, "G M Dt"]
+    student: Float[Tensor, "G M Ds"], teacher: Float[Tensor, "G M Dt"]
 ) -> Float[Tensor, ""]:
-    """Mean squared difference of the two sets of ``G`` Gram matrices ``(M, M)``, in float32
-    whatever the autocast.
-    """
-    with full_precision(ours):
-        difference = ours @ ours.transpose(-2, -1) - its @ its.transpose(-2, -1)
+    """Return the mean squared difference of ``G`` Gram matrices ``(M, M)``, in float32."""
+    with full_precision(student):
+        difference = student @ student.transpose(-2, -1) - teacher @ teacher.transpose(-2, -1)
     return difference.square().mean()
 
 
 def patch_gram_loss(
     student: Float[Tensor, "B K Ds"], teacher: Float[Tensor, "B K Dt"]
 ) -> Float[Tensor, ""]:
-    """Cosines between the patches of one image: mean squared difference of ``(K, K)``, mean over
-    the batch.
+    """Compare the cosines between patches of one image: mean squared difference of ``(K, K)``.
+
+    Mean over the batch.
 
     Source: arXiv 2107.01378 eq. of the intra-image manifold;
     huawei-noah/Efficient-Computing@421edca.
 
     Example:
         >>> import torch
-        >>> ours, its = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[1.0], [3.0]]])
-        >>> patch_gram_loss(ours, its).item()
+        >>> student = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+        >>> patch_gram_loss(student, torch.tensor([[[1.0], [3.0]]])).item()
         0.5
     """
     return gram_difference(_unit(student), _unit(teacher.detach()))
@@ -60,11 +56,10 @@ def sample_gram_loss(
     teacher: Float[Tensor, "B K Dt"],
     keep: Int[Tensor, "B K"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Cosines between the images' patches of one place: mean squared difference of ``(B, B)``, mean
-    over the places.
+    """Compare the cosines between the images' patches at one place: squared error of ``(B, B)``.
 
-    ``keep`` are the places of the patches, where they are not all: then the first of each image,
-    row by row, are compared with each other, the second, and so on.
+    Mean over matrix and places. ``keep`` says which patches were kept, if not all: then the images'
+    first kept patches, row by row, are compared with each other, then the second ones, and so on.
 
     Source: arXiv 2107.01378 eq. of the inter-image manifold;
     huawei-noah/Efficient-Computing@421edca.
@@ -81,8 +76,9 @@ def random_gram_loss(
     uniforms: Float[Tensor, "B K"],
     num_samples: int = 192,
 ) -> Float[Tensor, ""]:
-    """Cosines between the ``num_samples`` patches of the batch with the largest ``uniforms`` (all,
-    if there are fewer).
+    """Compare the cosines between ``num_samples`` patches of the batch (or all, if fewer).
+
+    Drawn are the patches with the largest ``uniforms``.
 
     Source: arXiv 2107.01378 eq. of the random manifold; huawei-noah/Efficient-Computing@421edca.
     """
@@ -99,11 +95,10 @@ def _unit(vectors: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifold(TeacherObjective):
-    """Manifold distillation: the cosines between patches after some blocks, which needs no
-    projection between unequal widths.
+    """Manifold distillation: cosines between patches, with no projection between unequal widths.
 
-    With a teacher that sees some of its patches, those are compared; the term between images then
-    compares the first kept patches of all images, the second, and so on, in rows.
+    With a teacher that sees some of its patches, those are compared; `sample_gram_loss` says how
+    the term between images then works.
 
     Args:
         blocks: the student's blocks after which patches are compared; negative counts from the end.
@@ -112,7 +107,7 @@ class Manifold(TeacherObjective):
         patch_weight: of the term within an image; 0: left out.
         sample_weight: of the term between images at the same place; 0: left out.
         random_weight: of the term between patches drawn from the batch; 0: left out.
-        num_samples: how many patches are drawn, after each block anew.
+        num_samples: how many patches are drawn, anew after each block.
     """
 
     blocks: tuple[int, ...] = (0, 1, -2, -1)
@@ -142,25 +137,9 @@ class Manifold(TeacherObjective):
             sample_weight=self.sample_weight,
             random_weight=self.random_weight,
         )
-        if not self.blocks:
-            raise ConfigError(
-                "blocks is empty, so that nothing is compared: give the student's blocks, or leave"
-                " the objective out"
-            )
-        if self.teacher_blocks is not None and len(self.teacher_blocks) != len(self.blocks):
-            raise ConfigError(
-                f"blocks names {len(self.blocks)} blocks of the student and teacher_blocks"
-                f" {len(self.teacher_blocks)} of the teacher: give as many of both"
-            )
-        if (
-            isinstance(self.num_samples, bool)
-            or not isinstance(self.num_samples, int)
-            or self.num_samples < 2
-        ):
-            raise ConfigError(
-                f"num_samples is {self.num_samples!r}: give the number of patches to draw, at"
-                " least 2"
-            )
+        require(bool(self.blocks), "blocks", self.blocks, "the student's blocks to compare")
+        block_pairs("blocks", self.blocks, self.teacher_blocks)
+        require(self.num_samples >= 2, "num_samples", self.num_samples, "at least 2")
 
     @property
     def couples_images(self) -> bool:  # type: ignore[override]
@@ -168,47 +147,35 @@ class Manifold(TeacherObjective):
         return self.sample_weight > 0 or self.random_weight > 0
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """Student's and teacher's block of each pair."""
-        return list(
-            zip(
-                self.blocks,
-                self.blocks if self.teacher_blocks is None else self.teacher_blocks,
-                strict=True,
-            )
-        )
+        return block_pairs("blocks", self.blocks, self.teacher_blocks)
 
     def student_needs(self, student: Network) -> Needs:
         return Needs(hidden=frozenset(self.blocks))
 
     def teacher_needs(self, teacher: Network) -> Needs:
-        return Needs(hidden=frozenset(its for _, its in self._blocks()))
+        return Needs(hidden=frozenset(i for _, i in self._blocks()))
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         assert teacher is not None
         return describe_alignment(student, teacher, num_keep)
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
         assert teacher is not None
         losses = []
-        for i, (mine, other) in enumerate(self._blocks()):
-            places = teacher.patches(other)
-            ours, its = student.patches(mine).at(places), places.vectors
+        for i, (block, teacher_block) in enumerate(self._blocks()):
+            places = teacher.patches(teacher_block)
+            patches, target = student.patches(block).at(places), places.vectors
             if self.patch_weight > 0:
-                losses.append(self.patch_weight * patch_gram_loss(ours, its))
+                losses.append(self.patch_weight * patch_gram_loss(patches, target))
             if self.sample_weight > 0:
-                losses.append(self.sample_weight * sample_gram_loss(ours, its, places.keep))
+                losses.append(self.sample_weight * sample_gram_loss(patches, target, places.keep))
             if self.random_weight > 0:
-                num_patches = places.grid[0] * places.grid[1]
-                uniforms = gather_patches(
-                    batch.uniforms((i + 1) * num_patches)[:, i * num_patches :], places.keep
+                count = places.grid[0] * places.grid[1]
+                uniforms = batch.uniforms((i + 1) * count)[:, i * count :]
+                term = random_gram_loss(
+                    patches, target, gather_patches(uniforms, places.keep), self.num_samples
                 )
-                losses.append(
-                    self.random_weight * random_gram_loss(ours, its, uniforms, self.num_samples)
-                )
+                losses.append(self.random_weight * term)
         return torch.stack(losses).sum() / len(self.blocks)

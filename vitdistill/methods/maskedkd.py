@@ -1,12 +1,11 @@
-"""MaskedKD: the teacher sees only the patches the student attends to; and the paper's two controls,
-random and teacher-guided.
+"""MaskedKD: the teacher sees only the patches the student attends to; and the paper's controls.
 
 Source: "The Role of Masking for Efficient Supervised Knowledge Distillation of Vision
 Transformers", Son et al., ECCV 2024, arXiv 2302.10494, checked against effl-lab/MaskedKD@96d052d.
 Where they differ the code is followed by default: its softmax runs over all tokens, the class token
 included; the paper's formula over patches alone is ``softmax_over="patches"``. What the authors'
-code cannot do: unequal patch grids are mapped by position, and the distillation token and register
-tokens are left out of the choice.
+code cannot do: map unequal patch grids by position, and leave distillation and register tokens out
+of the choice.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Drop, Set
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
@@ -28,11 +27,11 @@ def patch_saliency(
     num_prefix_tokens: int = 1,
     softmax_over: Literal["tokens", "patches"] = "tokens",
 ) -> Float[Tensor, "B N"]:
-    """How much the class token attends to each patch, mean over heads.
+    """Return how much the class token attends to each patch, mean over heads.
 
     ``attention`` is the class token's row after the softmax over all L = P + N tokens.
-    ``softmax_over="patches"`` renormalises each head over the patches alone, which equals a softmax
-    over patches.
+    ``softmax_over="patches"`` renormalises each head over the patches, which equals a softmax over
+    them alone.
     """
     patches = attention[:, :, num_prefix_tokens:]
     if softmax_over == "patches":
@@ -43,11 +42,10 @@ def patch_saliency(
 def select_patches(
     attention: Float[Tensor, "B H L"], num_keep: int, num_prefix_tokens: int = 1
 ) -> Int[Tensor, "B {num_keep}"]:
-    """The ``num_keep`` patches with the highest class-token attention (mean over heads), most
-    attended first.
+    """Return the ``num_keep`` patches with the highest class-token attention, highest first.
 
     Args:
-        attention: of the class token, post-softmax, prefix tokens first.
+        attention: of the class token, post-softmax, prefix tokens first; heads are averaged.
         num_keep: at most the number of patches.
         num_prefix_tokens: class, distillation and register tokens, which are never chosen.
 
@@ -59,18 +57,17 @@ def select_patches(
 def resample_saliency(
     saliency: Float[Tensor, "B N"], grid: tuple[int, int], to_grid: tuple[int, int]
 ) -> Float[Tensor, "B M"]:
-    """Saliency on another patch grid of the same image, by position: bilinear, averaging when the
-    new grid is coarser.
-    """
+    """Resample saliency to another patch grid over the same image, by position."""
     return resample_patches(saliency[:, :, None], grid, to_grid)[:, :, 0]
 
 
 def _check_teacher(selector: TokenSelector, teacher: Network) -> None:
     if not teacher.walks:
         raise ConfigError(
-            f"the {teacher.name} ({teacher.architecture}) cannot be shown a subset of its patches:"
-            f" {type(selector).__name__} needs a plain ViT as teacher; use the kd recipe instead,"
-            " or name the teachers it is to choose for (--set selector.teachers='[NAME]')"
+            f"{type(selector).__name__} shows a teacher a subset of its patches, and the"
+            f" {teacher.name} ({teacher.architecture}) cannot be run on one",
+            fix=("take a plain ViT as teacher", Set("selector.teachers"), Drop("selector")),
+            field="selector.teachers",
         )
     selector.count(teacher.num_patches)
 
@@ -103,8 +100,9 @@ class MaskedKD(TokenSelector):
         if student.attention_source is None:
             raise ConfigError(
                 "MaskedKD reads the student's attention over its patches, and"
-                f" {student.architecture} has none: take a plain ViT as student, or the"
-                " random_patches selector"
+                f" {student.architecture} has none",
+                fix=("take a plain ViT as student", "take the selector random_patches"),
+                field="student.model",
             )
         _check_teacher(self, teacher)
 
@@ -123,9 +121,7 @@ class MaskedKD(TokenSelector):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPatches(TokenSelector):
-    """The teacher sees random patches, other ones for every sample and view: the paper's
-    control.
-    """
+    """The teacher sees random patches, others for every sample and view: the paper's control."""
 
     paper: ClassVar[str] = (
         "the control of MaskedKD (Son et al., ECCV 2024,"
@@ -153,8 +149,9 @@ class RandomPatches(TokenSelector):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherGuided(TokenSelector):
-    """The teacher sees the patches it attends to itself: the paper's control; it costs a second,
-    whole pass of the teacher.
+    """The teacher sees the patches it attends to itself, at the cost of a second, whole pass.
+
+    The paper's control.
 
     Args:
         softmax_over: as in `MaskedKD`.
@@ -179,8 +176,9 @@ class TeacherGuided(TokenSelector):
         _check_teacher(self, teacher)
         if teacher.attention_source is None:
             raise ConfigError(
-                f"the {teacher.name} ({teacher.architecture}) has no attention to guide the"
-                " choice by"
+                f"the {teacher.name} ({teacher.architecture}) has no attention to guide the choice",
+                fix="take a plain ViT as teacher",
+                field=f"teachers.{teacher.name}.model",
             )
 
     def select(
@@ -193,8 +191,5 @@ class TeacherGuided(TokenSelector):
     ) -> Int[Tensor, "B K"]:
         assert teacher is not None
         attention = teacher.attention[self.block % teacher.depth]
-        return (
-            patch_saliency(attention, teacher.num_prefix_tokens, self.softmax_over)
-            .topk(num_keep, dim=-1)
-            .indices
-        )
+        saliency = patch_saliency(attention, teacher.num_prefix_tokens, self.softmax_over)
+        return saliency.topk(num_keep, dim=-1).indices

@@ -1,5 +1,4 @@
-"""NKD: the label's class and the rest of the classes, each with a loss of its own; and what such
-losses do with mixed images.
+"""NKD: a loss for the label's class and one for the rest; what such losses do with mixed images.
 
 Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
 Normalized Loss and Customized Soft Labels", Yang et al., ICCV 2023, arXiv 2303.13005, checked
@@ -14,23 +13,21 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..vit.network import Network
-from ..vit.output import ViTOutput
-from .base import Labelled
-from .kd import LogitObjective, check_factors, check_logits, check_temperature
+from .base import Truth, check_factors
+from .kd import LogitObjective, check_logits, check_temperature
 
 
 def label_classes(
     labels: Int[Tensor, " B"] | Float[Tensor, "B C"], logits: Float[Tensor, "B C"]
 ) -> Int[Tensor, " B"]:
-    """One class an image: ``labels`` itself, or the class with the largest share of a soft label,
-    the first of equal ones.
+    """Return one class an image: a soft label's class with the largest share, the first of equals.
 
-    Raises `ValueError` for labels that do not fit ``logits``, or logits of one class, which have no
-    rest.
+    Raises:
+        ValueError: the labels do not fit ``logits``, or there is one class, which leaves no rest.
     """
     batch, classes = logits.shape
     if classes < 2:
@@ -44,14 +41,13 @@ def label_classes(
 
 
 def of_label(values: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Each image's value at its label's class."""
+    """Return each image's value at its label's class."""
     return values.gather(1, labels[:, None])[:, 0]
 
 
 def of_rest(values: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B C-1"]:
-    """Each image's values at all the other classes, in their order. Gathered, not masked: a mask's
-    number leaks into a softmax.
-    """
+    """Return each image's values at all other classes, in their order."""
+    # Gathered, not masked: the number a mask fills in leaks into a softmax.
     others = torch.arange(values.shape[1] - 1, device=values.device)
     return values.gather(1, others + (others >= labels[:, None]))
 
@@ -80,11 +76,11 @@ def nkd_loss(
     gamma: float = 1.0,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """``-p_T[y] log p_S[y] - gamma T^2 sum_i q_T[i] log q_S[i]``: mean over the batch, in float32.
+    """Return ``-p_T[y] log p_S[y] - gamma T^2 sum_i q_T[i] log q_S[i]``, in float32.
 
-    p is the softmax over all classes at temperature 1; q is the softmax over the C - 1 classes that
-    are not y, at temperature T, so that neither network's logit of y is in it. Cross-entropies, not
-    divergences: the loss of equal logits is not 0.
+    A mean over the batch. p is the softmax over all classes at temperature 1; q is the softmax over
+    the C - 1 classes that are not y, at temperature T, so neither network's logit of y is in it.
+    These are cross-entropies, not divergences: the loss of equal logits is not 0.
 
     Args:
         student_logits, teacher_logits: no gradient reaches the teacher.
@@ -93,8 +89,9 @@ def nkd_loss(
         gamma: the weight of the other classes.
         temperature: T.
 
-    Raises `ValueError` when the shapes do not fit, when there is one class only, or when
-    ``temperature`` is not above 0.
+    Raises:
+        ValueError: the shapes do not fit, there is one class only, or ``temperature`` is not above
+            0.
 
     Source: arXiv 2303.13005 (L_NKD); yzd-v/cls_KD@ad4876f.
 
@@ -109,13 +106,12 @@ def nkd_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class TargetObjective(LogitObjective):
-    """A logit loss that treats the label's class apart from the rest, so that a mixed image needs
-    one class that counts.
+    """A logit loss that treats the label's class apart from the rest.
 
     Args:
-        mixed: what counts in a mixed image. ``dominant``: the class with the larger share, the
-            lower class of two halves, as the authors train; ``both``: each of its classes in turn,
-            by its share (not in the papers).
+        mixed: which class of a mixed image counts. ``dominant``: the one with the larger share, the
+            lower class of two halves, as the authors train; ``both``: each in turn, by its share
+            (not in the papers).
     """
 
     mixed: Literal["dominant", "both"] = "dominant"
@@ -127,7 +123,8 @@ class TargetObjective(LogitObjective):
         if student.num_classes < 2:
             raise ConfigError(
                 f"{type(self).__name__} sets the label's class against the rest, and the student"
-                " has one class: use another objective"
+                " has one class",
+                fix="use another objective",
             )
 
     @abstractmethod
@@ -137,35 +134,25 @@ class TargetObjective(LogitObjective):
         teacher_logits: Float[Tensor, "B C"],
         labels: Int[Tensor, " B"],
     ) -> Float[Tensor, " B"]:
-        """The loss of each image, with one label each."""
+        """Return the loss of each image, with one label each."""
 
-    def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+    def compare(
+        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
     ) -> Float[Tensor, ""]:
-        assert teacher is not None and teacher.logits is not None
-        ours, theirs = self.student_logits(student), teacher.logits
         labels, other, lam = batch.labels, batch.mixed_labels, batch.lam
         if other is None or lam is None:
-            return self.per_image(ours, theirs, labels).mean()
+            return self.per_image(student, teacher, labels).mean()
         if self.mixed == "both":
-            return (
-                lam * self.per_image(ours, theirs, labels)
-                + (1 - lam) * self.per_image(ours, theirs, other)
-            ).mean()
-        halves = torch.minimum(labels, other)
-        return self.per_image(
-            ours, theirs, torch.where(lam > 0.5, labels, torch.where(lam < 0.5, other, halves))
-        ).mean()
+            first = self.per_image(student, teacher, labels)
+            return (lam * first + (1 - lam) * self.per_image(student, teacher, other)).mean()
+        lower = torch.minimum(labels, other)
+        dominant = torch.where(lam > 0.5, labels, torch.where(lam < 0.5, other, lower))
+        return self.per_image(student, teacher, dominant).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class NKD(TargetObjective):
-    """NKD: the label's class is matched as far as the teacher believes in it, the rest as a
-    distribution of its own.
+    """NKD: match the label's class as far as the teacher believes in it, and the rest on its own.
 
     The authors train ViTs on ImageNet with gamma 1 and T 1, CNNs on ImageNet with 1.5 and 1, CNNs
     on CIFAR-100 with 3.5 and 3, each beside the cross-entropy with the labels.

@@ -1,5 +1,4 @@
-"""Token relations: how similar the tokens' queries, keys and values are to each other, in one block
-(TinyMIM, MiniLMv2).
+"""Token relations: similarities of the tokens' queries, keys and values in one block.
 
 Source: "TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models", Ren et al., CVPR 2023,
 arXiv 2301.01296, checked against OliverRensu/TinyMIM@e41cc2a; relation heads after "MiniLMv2", Wang
@@ -22,7 +21,7 @@ from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from .attention_maps import rows_kl, shared_vectors, token_scores
-from .base import Labelled, TeacherObjective, describe_alignment
+from .base import TeacherObjective, Truth, describe_alignment, require
 
 
 def relation_loss(
@@ -32,11 +31,10 @@ def relation_loss(
     teacher_columns: Float[Tensor, "B L Wt"],
     num_heads: int,
 ) -> Float[Tensor, ""]:
-    """KL(R_teacher || R_student), ``R = softmax(rows columns^T (W / num_heads)^-0.5)`` in each of
-    ``num_heads`` slices of the width W.
+    """Return KL(R_teacher || R_student) of ``R = softmax(rows columns^T (W / num_heads)^-0.5)``.
 
-    Summed over columns, mean over the batch, relation heads and rows, in float32. No gradient
-    reaches the teacher.
+    R is taken in each of ``num_heads`` slices of the width W. Summed over columns, mean over the
+    batch, relation heads and rows, in float32. No gradient reaches the teacher.
 
     Args:
         student_rows, student_columns: two of the student's queries, keys and values, all heads side
@@ -45,7 +43,7 @@ def relation_loss(
         num_heads: divides both widths.
 
     Source: arXiv 2012.15828 eq. 5 to 7; arXiv 2301.01296 eq. of the token relation;
-        OliverRensu/TinyMIM@e41cc2a.
+    OliverRensu/TinyMIM@e41cc2a.
 
     Example:
         >>> import torch
@@ -53,14 +51,13 @@ def relation_loss(
         >>> round(relation_loss(tokens, tokens, tokens, tokens, 1).item(), 6)
         0.0
     """
-    ours = token_scores(student_rows, student_columns, num_heads)
-    its = token_scores(teacher_rows.detach(), teacher_columns.detach(), num_heads)
-    return rows_kl(ours.log_softmax(-1), its.log_softmax(-1))
+    student = token_scores(student_rows, student_columns, num_heads)
+    teacher = token_scores(teacher_rows.detach(), teacher_columns.detach(), num_heads)
+    return rows_kl(student.log_softmax(-1), teacher.log_softmax(-1))
 
 
 def relation_heads(student_dim: int, teacher_dim: int, teacher_heads: int) -> int:
-    """The teacher's own number of heads where it divides the student's width, else the largest
-    smaller number that divides both widths.
+    """Return the largest number of heads, at most the teacher's, that divides both widths.
 
     Example:
         >>> relation_heads(192, 768, 12), relation_heads(192, 1280, 20)
@@ -75,8 +72,7 @@ def relation_heads(student_dim: int, teacher_dim: int, teacher_heads: int) -> in
 
 @dataclass(frozen=True, kw_only=True)
 class Relations(TeacherObjective):
-    """Token relations of one block: rows of softmax(q k^T), softmax(v v^T) and the like, in
-    relation heads of the two networks' own widths.
+    """Token relations of one block: rows of softmax(q k^T), softmax(v v^T) and the like.
 
     Compared are the class token, if both networks have one, and the patches both saw; each row of
     relations is a softmax over them.
@@ -112,23 +108,12 @@ class Relations(TeacherObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for relation in self.relations:
-            if len(relation) != 2 or not set(relation) <= set("qkv"):
-                raise ConfigError(
-                    f"relations names {relation!r}: give two letters of q, k and v each, such as qk"
-                    " or vv"
-                )
-        if not self.relations or len(set(self.relations)) != len(self.relations):
-            raise ConfigError(
-                f"relations is {list(self.relations)}: give at least one, and each once"
-            )
-        count = self.num_heads
-        if count is not None and (
-            isinstance(count, bool) or not isinstance(count, int) or count < 1
-        ):
-            raise ConfigError(
-                f"num_heads is {count!r}: give the number of relation heads, at least 1, or null"
-            )
+        each = "two letters of q, k and v each, such as qk or vv, and each once"
+        names = self.relations
+        ok = names and all(len(name) == 2 and set(name) <= set("qkv") for name in names)
+        require(bool(ok) and len(set(names)) == len(names), "relations", list(names), each)
+        ok = self.num_heads is None or self.num_heads >= 1
+        require(ok, "num_heads", self.num_heads, "the number of relation heads, or null")
 
     @property
     def _teacher_block(self) -> int:
@@ -145,8 +130,9 @@ class Relations(TeacherObjective):
             if self.num_heads is not None and network is not None and network.dim % self.num_heads:
                 raise ConfigError(
                     f"the {network.name} is {network.dim} wide, which does not split into"
-                    f" {self.num_heads} relation heads: give a num_heads that divides both widths,"
-                    " or null"
+                    f" {self.num_heads} relation heads",
+                    fix="give a num_heads that divides both widths, or null",
+                    field="num_heads",
                 )
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
@@ -161,29 +147,21 @@ class Relations(TeacherObjective):
         return ", ".join(part for part in parts if part)
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
         assert teacher is not None
-        mine, other = (
-            student.qkv[self.block % student.depth],
-            teacher.qkv[self._teacher_block % teacher.depth],
-        )
-        used = sorted(set("".join(self.relations)))
+        of_student = student.qkv[self.block % student.depth]
+        of_teacher = teacher.qkv[self._teacher_block % teacher.depth]
         pairs = {
-            letter: shared_vectors(student, teacher, getattr(mine, letter), getattr(other, letter))
-            for letter in used
+            part: shared_vectors(
+                student, teacher, getattr(of_student, part), getattr(of_teacher, part)
+            )
+            for part in sorted(set("".join(self.relations)))
         }
-        our_width, its_width = (vectors.shape[2] for vectors in pairs[used[0]])
-        count = self.num_heads or relation_heads(our_width, its_width, other.q.shape[1])
+        width, teacher_width = (vectors.shape[2] for vectors in next(iter(pairs.values())))
+        count = self.num_heads or relation_heads(width, teacher_width, of_teacher.q.shape[1])
         losses = []
         for relation in self.relations:
-            (our_rows, its_rows), (our_columns, its_columns) = (
-                pairs[relation[0]],
-                pairs[relation[1]],
-            )
-            losses.append(relation_loss(our_rows, our_columns, its_rows, its_columns, count))
+            (rows, teacher_rows), (columns, teacher_columns) = (pairs[part] for part in relation)
+            losses.append(relation_loss(rows, columns, teacher_rows, teacher_columns, count))
         return torch.stack(losses).mean()

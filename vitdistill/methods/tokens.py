@@ -1,5 +1,4 @@
-"""Feature distillation without labels: class token and patches after the final norm, each through a
-projection of its own (Proteus).
+"""Feature distillation without labels: projected class token and patches after the final norm.
 
 Source: "Accessing Vision Foundation Models via ImageNet-1K", Zhang et al., ICLR 2025, arXiv
 2407.10366 (Proteus), checked against BeSpontaneous/Proteus-pytorch@d2f87ec
@@ -10,33 +9,29 @@ without a class token, unequal grids, and teachers that see some of their patche
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .base import Labelled, TeacherObjective, describe_alignment
-from .kd import check_factors
+from .base import TeacherObjective, Truth, check_factors, describe_alignment, require
 
 Kind = Literal["mse", "smooth_l1", "cosine"]
 
 
 class TokenAdapter(nn.Module):
-    """The projections to the teacher's width, LayerNorm then Linear.
-
-    Submodules: ``class_head`` and ``patch_head``, each there if its term is.
+    """The projections to the teacher's width: LayerNorm, then Linear.
 
     Args:
-        student: the one network.
-        teacher: the other.
-        classes: with a ``class_head``.
-        patches: with a ``patch_head``.
+        student: the network that is projected.
+        teacher: the network that is projected to.
+        classes: build ``class_head``.
+        patches: build ``patch_head``.
     """
 
     def __init__(
@@ -54,23 +49,21 @@ def _projection(student_dim: int, teacher_dim: int) -> nn.Module:
 
 
 def class_vector(output: ViTOutput) -> Float[Tensor, "B D"]:
-    """The class token after the final norm; of a network without one, the mean of the patches in
-    its record.
-    """
+    """Return the class token after the final norm, or else the mean of the recorded patches."""
     assert output.features is not None
-    return (
-        output.features[:, 0] if output.has_class_token else output.feature_patches.vectors.mean(1)
-    )
+    if output.has_class_token:
+        return output.features[:, 0]
+    return output.feature_patches.vectors.mean(1)
 
 
 def feature_loss(
     student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*tokens D"], kind: Kind = "mse"
 ) -> Float[Tensor, ""]:
-    """Between vectors of the same tokens, in float32, mean over tokens and batch. No gradient
-    reaches the teacher.
+    """Compare vectors of the same tokens, in float32, mean over tokens and batch.
 
-    ``mse``: squared difference, mean over channels. ``smooth_l1``: half of it where the difference
-    is below 1, else its size less a half. ``cosine``: one minus the cosine.
+    No gradient reaches the teacher. ``mse``: squared difference, mean over channels. ``smooth_l1``:
+    half of it where the difference is below 1, else its size less a half. ``cosine``: one minus the
+    cosine.
 
     Source: arXiv 2407.10366; BeSpontaneous/Proteus-pytorch@d2f87ec (``mse``).
 
@@ -87,13 +80,12 @@ def feature_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFeatures(TeacherObjective):
-    """Feature distillation after the final norm; neither network needs a head, nor the images
-    labels.
+    """Feature distillation after the final norm; needs no head and no labels.
 
-    Of a network without a class token, the mean of its patches stands in (of a teacher that sees
-    more than the student: of those both saw); networks that are run whole (CNNs) give the last
-    feature map, after the final norm where they have one. Between unequal grids the student's
-    features are resampled to the teacher's by position.
+    The mean of the patches stands in for a missing class token (of those both saw, if the teacher
+    sees more than the student). Networks that are run whole (CNNs) give the last feature map, after
+    the final norm if they have one. Between unequal grids the student's features are resampled to
+    the teacher's by position.
 
     Args:
         class_weight: of the term on the class token; 0: left out.
@@ -121,8 +113,7 @@ class TokenFeatures(TeacherObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_factors(class_weight=self.class_weight, patch_weight=self.patch_weight)
-        if self.kind not in ("mse", "smooth_l1", "cosine"):
-            raise ConfigError(f"kind is {self.kind!r}: give mse, smooth_l1 or cosine")
+        require(self.kind in get_args(Kind), "kind", self.kind, "mse, smooth_l1 or cosine")
 
     def student_needs(self, student: Network) -> Needs:
         return Needs(features=True)
@@ -148,26 +139,16 @@ class TokenFeatures(TeacherObjective):
         )
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
         assert teacher is not None and isinstance(adapter, TokenAdapter)
         terms = []
         if self.class_weight > 0:
-            terms.append(
-                self.class_weight
-                * feature_loss(
-                    adapter.class_head(class_vector(student)), class_vector(teacher), self.kind
-                )
-            )
+            projected = adapter.class_head(class_vector(student))
+            term = feature_loss(projected, class_vector(teacher), self.kind)
+            terms.append(self.class_weight * term)
         if self.patch_weight > 0:
             places = teacher.feature_patches
-            patches = student.feature_patches.at(places)
-            terms.append(
-                self.patch_weight
-                * feature_loss(adapter.patch_head(patches), places.vectors, self.kind)
-            )
+            projected = adapter.patch_head(student.feature_patches.at(places))
+            terms.append(self.patch_weight * feature_loss(projected, places.vectors, self.kind))
         return torch.stack(terms).sum()

@@ -1,5 +1,4 @@
-"""ViTKD: the student mimics the teacher's first blocks and generates its last features from masked
-ones of its own.
+"""ViTKD: mimic the teacher's first blocks, generate its last features from masked own ones.
 
 Source: "ViTKD: Feature-based Knowledge Distillation for Vision Transformers", Yang et al., CVPRW
 2024, arXiv 2209.02432, checked against yzd-v/cls_KD@ad4876f (branch master, which produced the
@@ -22,30 +21,33 @@ from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import gather_patches, resample_patches
-from .base import Labelled, TeacherObjective, describe_alignment
+from .base import TeacherObjective, Truth, block_pairs, describe_alignment, require
 
 PUBLISHED_WEIGHTS = (3e-5, 3e-6)
 """Low and high, on sums over patches and channels; the same for every published pair."""
 
 MEAN_WEIGHTS = (9.0, 0.45)
-"""Low and high, on means: what the published ones amount to for a teacher 768 wide with 196 patches
-(9.03 and 0.452).
+"""Low and high, on means: what the published ones amount to (9.03 and 0.452) for a teacher 768 wide
+with 196 patches.
 """
+
+Reduction = Literal["sum", "mean"]
 
 
 class ViTKDAdapter(nn.Module):
-    """The trainable parts of ViTKD: projections to the teacher's width, the mask token, and the
-    generator.
+    """The trainable parts of ViTKD: projections to the teacher's width, mask token, generator.
 
-    Submodules: ``align_low.0``, ``align_low.1``, ... and ``align_high``, absent where the widths
+    Submodules: ``align_low.0``, ``align_low.1``, ... and ``align_high``, absent if the widths
     agree; ``mask_token`` ``(1, 1, Dt)``, zeros at first; ``generation``, a 3x3 convolution, ReLU
     and another 3x3 convolution.
 
     Args:
-        student_dim: width of the student's last features; teacher_dim: of the teacher's.
+        student_dim: width of the student's last features.
+        teacher_dim: width of the teacher's.
         low_dims: widths (student, teacher) after each mimicked block; None: two blocks of the same
             widths.
-        generates: with a generator; masks: with a mask token.
+        generates: build the generator.
+        masks: build the mask token.
     """
 
     def __init__(
@@ -59,9 +61,9 @@ class ViTKDAdapter(nn.Module):
     ) -> None:
         super().__init__()
         low_dims = [(student_dim, teacher_dim)] * 2 if low_dims is None else low_dims
-        if any(ours != its for ours, its in low_dims):
+        if any(dim != to for dim, to in low_dims):
             self.align_low = nn.ModuleList(
-                nn.Identity() if ours == its else nn.Linear(ours, its) for ours, its in low_dims
+                nn.Identity() if dim == to else nn.Linear(dim, to) for dim, to in low_dims
             )
         if not generates:
             return
@@ -76,15 +78,13 @@ class ViTKDAdapter(nn.Module):
         )
 
     def low(self, i: int, patches: Float[Tensor, "B K Ds"]) -> Float[Tensor, "B K Dt"]:
-        """Hidden states of the mimicked block number ``i`` in the teacher's width."""
+        """Project the hidden states of mimicked block number ``i`` to the teacher's width."""
         return self.align_low[i](patches) if hasattr(self, "align_low") else patches
 
     def generate(
         self, patches: Float[Tensor, "B N Ds"], mask: Tensor | None, grid: tuple[int, int]
     ) -> Float[Tensor, "B N Dt"]:
-        """The teacher's features, generated from the student's with the patches where ``mask`` is
-        true hidden.
-        """
+        """Generate the teacher's features from the student's, whose ``mask`` is hidden."""
         features = self.align_high(patches) if hasattr(self, "align_high") else patches
         if mask is not None:
             features = torch.where(mask[:, :, None], self.mask_token.to(features.dtype), features)
@@ -97,17 +97,17 @@ def mimicking_loss(
     student: Sequence[Float[Tensor, "B _ _"]],
     teacher: Sequence[Float[Tensor, "B _ _"]],
     seen: float = 1.0,
-    reduction: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "sum",
 ) -> Float[Tensor, ""]:
-    """Squared differences of the first blocks' patches, in float32.
+    """Return the squared differences of the first blocks' patches, in float32.
 
-    ``sum``: over blocks, patches and channels, divided by the fraction of the teacher's patches
-    that both saw, mean over the batch. ``mean``: over all of them.
+    ``sum``: over blocks, patches and channels, divided by the fraction ``seen`` of the teacher's
+    patches, mean over the batch. ``mean``: over all of them.
     """
     total = torch.zeros((), device=teacher[0].device)
-    for i, (ours, its) in enumerate(zip(student, teacher, strict=True)):
-        error = (adapter.low(i, ours).float() - its.detach().float()).square()
-        total = total + (error.mean() if reduction == "mean" else error.sum() / len(its) / seen)
+    for i, (patches, target) in enumerate(zip(student, teacher, strict=True)):
+        error = (adapter.low(i, patches).float() - target.detach().float()).square()
+        total = total + (error.mean() if reduction == "mean" else error.sum() / len(target) / seen)
     return total / len(teacher) if reduction == "mean" else total
 
 
@@ -119,15 +119,15 @@ def generation_loss(
     keep: Int[Tensor, "B K"] | None = None,
     mask_rate: float = 0.5,
     noise: Float[Tensor, "B N"] | None = None,
-    reduction: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "sum",
 ) -> Float[Tensor, ""]:
-    """Squared differences of generated and real features at the masked patches the teacher saw, in
-    float32.
+    """Return the squared differences of generated and real features, in float32.
 
-    The patches with the largest ``noise`` are masked, all but ``int(N (1 - mask_rate))``. ``sum``:
-    over patches and channels, divided by the mask rate, ``N / K`` times where the teacher saw K
-    patches, mean over the batch. ``mean``: over the channels of the masked patches. At a mask rate
-    of 0 nothing is hidden and every patch is compared; the divisor is 1.
+    Compared are the masked patches that the teacher saw. The patches with the largest ``noise`` are
+    masked, all but ``int(N (1 - mask_rate))``. ``sum``: over patches and channels, divided by the
+    mask rate, ``N / K`` times where the teacher saw K patches, mean over the batch. ``mean``: over
+    the channels of the masked patches. At a mask rate of 0 nothing is hidden and every patch is
+    compared; the divisor is 1.
     """
     batch, num_patches = student.shape[:2]
     mask, num_masked = None, num_patches
@@ -162,18 +162,17 @@ def vitkd_loss(
     noise: Float[Tensor, "B N"] | None = None,
     grid: tuple[int, int] | None = None,
     keep: Int[Tensor, "B K"] | None = None,
-    reduction: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "sum",
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The two weighted terms of ViTKD, mimicking (low) and generation (high); their sum is the
-    loss.
+    """Return the two weighted terms of ViTKD, mimicking and generation; the loss is their sum.
 
     Args:
         adapter: its projections, mask token and generator.
-        student_low: patches after the mimicked blocks; student_high: after the final norm; both on
-            the teacher's grid.
-        teacher_low: of the teacher, without gradient, at the patches it saw; teacher_high:
-            likewise.
-        low_weight: alpha of the paper; high_weight: beta.
+        student_low: patches after the mimicked blocks, on the teacher's grid.
+        student_high: patches after the final norm, on the teacher's grid.
+        teacher_low, teacher_high: the teacher's at the patches it saw; they get no gradient.
+        low_weight: alpha of the paper.
+        high_weight: beta of the paper.
         mask_rate: lambda, 0 to below 1.
         noise: uniform numbers that choose the masked patches; None: drawn here.
         grid: rows and columns of the N patches; None: a square.
@@ -205,9 +204,9 @@ def vitkd_loss(
             f"the student has {student_low.shape[2]} and {num_patches} patches and the teacher"
             f" {teacher_low.shape[2]} and {teacher_high.shape[1]}, where {num_seen} were seen"
         )
-    ours = [gather_patches(block, keep) for block in student_low.unbind(1)]
+    patches = [gather_patches(block, keep) for block in student_low.unbind(1)]
     low = low_weight * mimicking_loss(
-        adapter, ours, teacher_low.unbind(1), num_seen / num_patches, reduction
+        adapter, patches, teacher_low.unbind(1), num_seen / num_patches, reduction
     )
     high = high_weight * generation_loss(
         adapter, student_high, teacher_high, grid, keep, mask_rate, noise, reduction
@@ -226,7 +225,7 @@ class ViTKD(TeacherObjective):
         mask_rate: lambda, the fraction of patches hidden from the generator, 0 to below 1.
         reduction: ``sum`` over patches and channels, as published: a weight then grows with the
             teacher's patches and width. ``mean``: weights keep their meaning at any resolution,
-                width and number of kept patches.
+            width and number of kept patches.
         low_weight: of the mimicking term, 0 leaves it out; None: 3e-5 as published for ``sum``, 9
             for ``mean``.
         high_weight: of the generation term, 0 leaves it out; None: 3e-6 as published for ``sum``,
@@ -236,7 +235,7 @@ class ViTKD(TeacherObjective):
     low_blocks: tuple[int, ...] = (0, 1)
     teacher_low_blocks: tuple[int, ...] | None = None
     mask_rate: float = 0.5
-    reduction: Literal["sum", "mean"] = "sum"
+    reduction: Reduction = "sum"
     low_weight: float | None = None
     high_weight: float | None = None
 
@@ -254,29 +253,19 @@ class ViTKD(TeacherObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mask_rate < 1:
-            raise ConfigError(
-                f"mask_rate is {self.mask_rate!r}: give the fraction of patches to hide, from 0 to"
-                " below 1"
-            )
+        require(
+            0 <= self.mask_rate < 1, "mask_rate", self.mask_rate, "a fraction from 0 to below 1"
+        )
         for name in ("low_weight", "high_weight"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(
-                    f"{name} is {value!r}: give a number that is not negative, or null"
-                )
-        if self.teacher_low_blocks is not None and len(self.teacher_low_blocks) != len(
-            self.low_blocks
-        ):
-            raise ConfigError(
-                f"low_blocks names {len(self.low_blocks)} blocks of the student and"
-                f" teacher_low_blocks {len(self.teacher_low_blocks)} of the teacher: give as many"
-                " of both"
-            )
+            ok = value is None or 0 <= value < math.inf
+            require(ok, name, value, "a number that is not negative, or null")
+        block_pairs("low_blocks", self.low_blocks, self.teacher_low_blocks)
         if not self._mimics and not self._generates:
             raise ConfigError(
-                "ViTKD has nothing to compare: give low_blocks and a low_weight, or a high_weight"
-                " above 0"
+                "ViTKD has nothing to compare",
+                fix=("give low_blocks and a low_weight", "give a high_weight above 0"),
+                field="low_blocks",
             )
 
     @property
@@ -296,23 +285,23 @@ class ViTKD(TeacherObjective):
 
     @property
     def needs_every_patch(self) -> bool:  # type: ignore[override]
-        """The generator is a convolution over the student's whole map."""
+        """Whether it generates: the generator is a convolution over the student's whole map."""
         return self._generates
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """Student's and teacher's block of each mimicked pair."""
-        theirs = self.low_blocks if self.teacher_low_blocks is None else self.teacher_low_blocks
-        return list(zip(self.low_blocks, theirs, strict=True)) if self._mimics else []
+        if not self._mimics:
+            return []
+        return block_pairs("low_blocks", self.low_blocks, self.teacher_low_blocks)
 
     def student_needs(self, student: Network) -> Needs:
-        return Needs(hidden=frozenset(ours for ours, _ in self._blocks()), features=self._generates)
+        return Needs(hidden=frozenset(i for i, _ in self._blocks()), features=self._generates)
 
     def teacher_needs(self, teacher: Network) -> Needs:
-        return Needs(hidden=frozenset(its for _, its in self._blocks()), features=self._generates)
+        return Needs(hidden=frozenset(i for _, i in self._blocks()), features=self._generates)
 
     def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
         assert teacher is not None
-        low_dims = [(student.dims[ours], teacher.dims[its]) for ours, its in self._blocks()]
+        low_dims = [(student.dims[i], teacher.dims[j]) for i, j in self._blocks()]
         return ViTKDAdapter(
             student.dims[-1],
             teacher.dims[-1],
@@ -333,37 +322,29 @@ class ViTKD(TeacherObjective):
         return ", ".join(part for part in parts if part)
 
     def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Float[Tensor, ""]:
         assert teacher is not None and isinstance(adapter, ViTKDAdapter)
         low_weight, high_weight = self._weights
         loss = torch.zeros((), device=batch.labels.device)
         if self._mimics:
-            pairs = [(student.patches(ours), teacher.patches(its)) for ours, its in self._blocks()]
-            ours = [mine.at(its) for mine, its in pairs]
-            places = pairs[0][1]
-            seen = (
-                1.0
-                if places.keep is None
-                else places.keep.shape[1] / (places.grid[0] * places.grid[1])
-            )
+            pairs = [(student.patches(i), teacher.patches(j)) for i, j in self._blocks()]
+            patches = [of_student.at(places) for of_student, places in pairs]
+            keep, grid = pairs[0][1].keep, pairs[0][1].grid
+            seen = 1.0 if keep is None else keep.shape[1] / (grid[0] * grid[1])
             loss = loss + low_weight * mimicking_loss(
-                adapter, ours, [its.vectors for _, its in pairs], seen, self.reduction
+                adapter, patches, [places.vectors for _, places in pairs], seen, self.reduction
             )
         if self._generates:
-            mine, its = student.feature_patches, teacher.feature_patches
-            whole = resample_patches(mine.vectors, mine.grid, its.grid)
+            of_student, places = student.feature_patches, teacher.feature_patches
+            whole = resample_patches(of_student.vectors, of_student.grid, places.grid)
             noise = batch.uniforms(whole.shape[1]) if self.mask_rate > 0 else None
             loss = loss + high_weight * generation_loss(
                 adapter,
                 whole,
-                its.vectors,
-                its.grid,
-                its.keep,
+                places.vectors,
+                places.grid,
+                places.keep,
                 self.mask_rate,
                 noise,
                 self.reduction,

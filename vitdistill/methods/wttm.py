@@ -9,10 +9,9 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..vit.output import ViTOutput
-from .base import Labelled
+from .base import Truth
 from .kd import LogitObjective, check_logits, check_temperature
 
 
@@ -21,15 +20,15 @@ def wttm_loss(
     teacher_logits: Float[Tensor, "B C"],
     temperature: float = 1.25,
 ) -> Float[Tensor, ""]:
-    """``U KL(softmax(teacher / T) || softmax(student))``: summed over classes, mean over the batch,
-    in float32.
+    """Return ``U KL(softmax(teacher / T) || softmax(student))``, in float32.
 
-    U is ``sum_j p_j^(1/T)`` of the teacher's p at temperature 1: for T above 1 it is 1 where the
-    teacher is sure and ``C^(1 - 1/T)`` where it knows nothing. There is no T^2, as the student has
-    no temperature. At T = 1 the loss is `kd_loss`.
+    Summed over classes, mean over the batch. No gradient reaches the teacher. U is ``sum_j
+    p_j^(1/T)`` of the teacher's p at temperature 1: for T above 1 it is 1 where the teacher is sure
+    and ``C^(1 - 1/T)`` where it knows nothing. There is no T^2, as the student has no temperature.
+    At T = 1 the loss is `kd_loss`.
 
-    No gradient reaches the teacher. Raises `ValueError` when the shapes differ or ``temperature``
-    is not above 0.
+    Raises:
+        ValueError: the shapes differ, or ``temperature`` is not above 0.
 
     Source: arXiv 2402.11148 section 4 and algorithm 1; zkxufo/TTM@2de9060
     ``distiller_zoo/wttm.py``.
@@ -40,10 +39,10 @@ def wttm_loss(
         0.0
     """
     check_logits(student_logits, teacher_logits, temperature)
-    theirs = teacher_logits.detach().float()
+    logits = teacher_logits.detach().float()
     student = F.log_softmax(student_logits.float(), dim=-1)
-    teacher = F.log_softmax(theirs / temperature, dim=-1)
-    weight = (F.log_softmax(theirs, dim=-1) / temperature).exp().sum(-1)
+    teacher = F.log_softmax(logits / temperature, dim=-1)
+    weight = (F.log_softmax(logits, dim=-1) / temperature).exp().sum(-1)
     return (weight * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)).mean()
 
 
@@ -80,12 +79,7 @@ class WTTM(LogitObjective):
     def teacher_temperatures(self) -> tuple[float, ...]:
         return tuple({1.0, self.temperature})
 
-    def loss(
-        self,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        batch: Labelled,
-        adapter: nn.Module | None,
+    def compare(
+        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
     ) -> Float[Tensor, ""]:
-        assert teacher is not None and teacher.logits is not None
-        return wttm_loss(self.student_logits(student), teacher.logits, self.temperature)
+        return wttm_loss(student, teacher, self.temperature)

@@ -19,8 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..methods.masking import random_masking
-from ..vit.patches import gather_patches
+from ..vit.patches import gather_patches, random_masking
 from ..vit.plain import PlainViT, project_qkv, split_heads
 
 _NORMS = (nn.LayerNorm, RmsNorm)

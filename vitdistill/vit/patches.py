@@ -1,6 +1,4 @@
-"""Patches of two networks brought to the same places: by position between unequal grids, then onto
-the patches that were seen.
-"""
+"""Arithmetic of patches: to the same places in two networks, and how many are kept or masked."""
 
 import math
 from dataclasses import dataclass
@@ -10,18 +8,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from ..errors import ConfigError, Set
+
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """A context in which products of float32 tensors stay float32, whatever the autocast around
-    it.
-    """
+    """Return a context in which products of float32 tensors stay float32 under any autocast."""
     device = tensor.device.type
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
 @dataclass(frozen=True)
 class PatchMap:
-    """Vectors of an image's patches, and where they are.
+    """Vectors of an image's patches, and their places.
 
     Attributes:
         vectors: ``(B, K, D)``, one a patch that was seen.
@@ -34,8 +32,9 @@ class PatchMap:
     keep: Int[Tensor, "B K"] | None = None
 
     def at(self, places: "PatchMap") -> Float[Tensor, "B M D"]:
-        """This map's vectors where ``places`` has its own; this map has to be whole, or of the very
-        same patches.
+        """Return this map's vectors where ``places`` has its own.
+
+        This map has to be whole, or of the very same patches.
         """
         if self.keep is not None:
             assert self.keep is places.keep and self.grid == places.grid
@@ -46,37 +45,35 @@ class PatchMap:
 def resample_patches(
     vectors: Float[Tensor, "B N D"], grid: tuple[int, int], to_grid: tuple[int, int]
 ) -> Float[Tensor, "B M D"]:
-    """A whole grid's vectors on another grid over the same image, by position: bilinear, averaging
-    where the new grid is coarser.
+    """Resample a whole grid's vectors onto another grid over the same image, by position.
+
+    Bilinear, averaging where the new grid is coarser.
     """
     if grid == to_grid:
         return vectors
     image = vectors.float().transpose(1, 2).unflatten(2, grid)
-    return (
-        F.interpolate(image, to_grid, mode="bilinear", align_corners=False, antialias=True)
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    moved = F.interpolate(image, to_grid, mode="bilinear", align_corners=False, antialias=True)
+    return moved.flatten(2).transpose(1, 2)
 
 
 def gather_patches(
     values: Shaped[Tensor, "B N *rest"], keep: Int[Tensor, "B K"] | None
 ) -> Shaped[Tensor, "B K *rest"]:
-    """The rows of ``values`` at the kept patches; all of them where ``keep`` is None."""
+    """Return the rows of ``values`` at the kept patches; all of them if ``keep`` is None."""
     if keep is None:
         return values
     return values[torch.arange(len(values), device=values.device)[:, None], keep]
 
 
 def num_kept_patches(num_patches: int, keep_rate: float) -> int:
-    """How many of N patches a keep rate means: the paper's counts.
+    """Return how many of N patches a keep rate means: the paper's counts.
 
     The rate times N, rounded to the nearest multiple of 8 on grids of 128 patches and more, where a
     fraction of a percent is not worth an odd shape, and to the nearest whole number on smaller
-    ones. A divisor of N (a half, a third, a quarter... of the patches) is never rounded across:
-    such a fraction is exact, and a higher rate never keeps fewer. A rate below 1 always drops at
-    least one patch, and at least one is always kept. So 196 patches at 75 / 50 / 40 / 25 % keep 144
-    / 98 / 80 / 49, and 256 at 75 / 50 % keep 192 / 128.
+    ones. Rounding never crosses a divisor of N (a half, a third, ... of the patches): such a
+    fraction is exact, and a higher rate never keeps fewer. A rate below 1 drops at least one patch,
+    and at least one is kept. So 196 patches at 75 / 50 / 40 / 25 % keep 144 / 98 / 80 / 49, and 256
+    at 75 / 50 % keep 192 / 128.
 
     Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there,
     not 147; "40 %" is 80, not 78).
@@ -94,3 +91,66 @@ def num_kept_patches(num_patches: int, keep_rate: float) -> int:
     if keep_rate < 1 and count >= num_patches:
         count = num_patches - (num_patches % step or step)
     return max(count, 1)
+
+
+def num_visible(num_patches: int, mask_rate: float) -> int:
+    """Return how many of N patches a mask rate leaves visible: the authors' count.
+
+    It is ``int(N * (1 - mask_rate))`` in binary floating point: a floor, and of the binary product,
+    so 100 patches at 0.8 leave 19, not 20.
+
+    Raises:
+        ConfigError: ``mask_rate`` is not from 0 to below 1, or no patch is left.
+
+    Source: ``random_masking`` of facebookresearch/mae@efb2a80.
+
+    Example:
+        >>> [num_visible(196, rate) for rate in (0.75, 0.9, 0.95, 0.98)]
+        [49, 19, 9, 3]
+    """
+    field = "masking.mask_rate"
+    if not 0 <= mask_rate < 1:
+        raise ConfigError(
+            f"mask_rate is {mask_rate!r}", fix="give a fraction from 0 to below 1", field=field
+        )
+    visible = int(num_patches * (1 - mask_rate))
+    if visible < 1:
+        raise ConfigError(
+            f"mask_rate {mask_rate!r} leaves none of {num_patches} patches visible",
+            fix=Set(field, _highest_rate(num_patches)),
+            field=field,
+        )
+    return visible
+
+
+def _highest_rate(num_patches: int) -> float:
+    """Return the highest mask rate that leaves a patch, to one digit more than N has."""
+    scale = 10 ** (len(str(num_patches)) + 1)
+    steps = math.floor(scale * (1 - 1 / max(num_patches, 1)))
+    while steps > 0 and int(num_patches * (1 - steps / scale)) < 1:
+        steps -= 1
+    return steps / scale
+
+
+def random_masking(
+    noise: Float[Tensor, "B N"], mask_rate: float
+) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B N"], Float[Tensor, "B N"]]:
+    """Choose the patches with the lowest noise to stay visible.
+
+    Args:
+        noise: uniform in [0, 1), one number a patch, in row-major order.
+        mask_rate: fraction of patches to hide; see `num_visible` for the count.
+
+    Returns:
+        keep: the visible patches, lowest noise first.
+        restore: each patch's place in the order of the noise, which undoes that order.
+        mask: float32, 1 at hidden patches and 0 at visible ones.
+
+    Source: arXiv 2111.06377 section 3; ``random_masking`` of facebookresearch/mae@efb2a80 (the sort
+    is stable here).
+    """
+    visible = num_visible(noise.shape[1], mask_rate)
+    order = noise.argsort(dim=1, stable=True)
+    keep = order[:, :visible]
+    mask = torch.ones(noise.shape, device=noise.device).scatter(1, keep, 0.0)
+    return keep, order.argsort(dim=1), mask
