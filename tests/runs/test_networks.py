@@ -15,8 +15,6 @@ from vitdistill.recipes.convert import replace_fields
 from vitdistill.runs.networks import (
     build_blank_teacher,
     build_teacher_model,
-    resolve_run,
-    runs_at,
 )
 from vitdistill.runs.stored import with_views_of_labels
 
@@ -72,19 +70,3 @@ def test_a_teacher_needs_a_model_and_weights() -> None:
         build_teacher_model(TeacherConfig(model="resnet18"), "conv")
     assert caught.value.field == "teachers.conv.checkpoint"
     assert Set("teachers.conv.pretrained", True) in caught.value.fixes
-
-
-# -- runs that have moved -------------------------------------------------------------------------
-
-
-def test_a_run_is_found_where_it_was_moved_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("runs/a", "moved/a"):
-        (tmp_path / folder / "best").mkdir(parents=True)
-        (tmp_path / folder / "recipe.yaml").touch()
-        (tmp_path / folder / "best" / "config.json").touch()
-    with runs_at({"runs/a": "moved/a"}):
-        assert resolve_run("runs/a") == "moved/a/best" and resolve_run("./runs/a") == "runs/a/best"
-    assert resolve_run("runs/a") == "runs/a/best"

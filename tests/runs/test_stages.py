@@ -25,21 +25,23 @@ from vitdistill.data.sources.open import open_source
 from vitdistill.errors import ConfigError, DataError, Preempted
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.recipes.config import (
+from vitdistill.recipes.config import Recipe
+from vitdistill.recipes.convert import replace_fields
+from vitdistill.recipes.settings import (
     DataConfig,
     OptimConfig,
-    Recipe,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
 )
-from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.stages import STAGES, Stages, dump, load
 from vitdistill.recipes.yaml import load_recipe
 from vitdistill.runs import label as labelling
+from vitdistill.runs.identity import IDENTITY, read_identity, resolve_run
 from vitdistill.runs.label import LabelOptions
-from vitdistill.runs.networks import build_student, build_teacher_model, resolve_run
-from vitdistill.runs.stages import IMAGES, STARTS, networks_ahead, resolved, train_stages
+from vitdistill.runs.networks import build_student, build_teacher_model
+from vitdistill.runs.stages import networks_ahead, resolved, train_stages
+from vitdistill.storage import checkpoint
 from vitdistill.weights import create as weights
 
 pytestmark = pytest.mark.whole
@@ -352,7 +354,7 @@ def test_stages_go_on_from_elsewhere_and_after_a_move(
 def test_one_stage_at_a_time(here: Path, refused: Refused) -> None:
     words = ["train", "three.yaml", "--output", "runs/p", "--stage"]
     assert main([*words, "pretrain", "--device", "cpu"]) == 0
-    assert sorted(path.name for path in Path("runs/p").iterdir()) == ["pretrain", STAGES, STARTS]
+    assert sorted(path.name for path in Path("runs/p").iterdir()) == ["pretrain", STAGES]
     assert result(here / "runs/p/pretrain") == result(here / "runs/o/pretrain")
     assert "the last stage in runs/p has not begun" in refused(
         "export", "runs/p", "--output", "x", code=CONFIG
@@ -439,399 +441,245 @@ def test_two_processes_go_through_the_stages_together(here: Path) -> None:
 
 # --- what has changed ----------------------------------------------------------------------------
 
+STAGES_OF_THREE = ("pretrain", "finetune", "distill")
 
-def test_a_changed_stage_does_not_repeat_the_one_before(here: Path, refused: Refused) -> None:
-    words = ["train", "runs/o", "--set", "finetune.optim.lr=0.01"]
-    sentence = refused(*words, code=CONFIG)
-    assert (
-        "runs/o/finetune holds the stage 'finetune' as it was before (optim.lr is 0.01 here and"
-        " 0.002 there)" in sentence
+
+def stage_trees(output: Path) -> dict[str, Any]:
+    return {name: tree(output / name) for name in STAGES_OF_THREE}
+
+
+def changed(key: str, fields: dict[str, Any], stages: Stages | None = None) -> Stages:
+    stages = stages or three()
+    return replace(
+        stages, stages={**stages.stages, key: replace_fields(stages.stages[key], fields)}
     )
-    assert "--set finetune.name=finetune_b distill.name=distill_b" in sentence
-    before = {
-        name: tree(here / "runs" / "o" / name) for name in ("pretrain", "finetune", "distill")
-    }
-    assert (
-        main([*words, "finetune.name=finetune_b", "distill.name=distill_b", "--device", "cpu"]) == 0
-    )
-    assert {name: tree(here / "runs" / "o" / name) for name in before} == before
+
+
+def everywhere(fields: dict[str, Any]) -> Stages:
+    stages = three()
+    for key in stages.stages:
+        stages = changed(key, fields, stages)
+    return stages
+
+
+def refuses(stages: Stages, stage: str, words: str, output: str = "runs/o", **options: Any) -> None:
+    """Running the stages has to fail over ``stage`` and to change nothing."""
+    before = tree(Path("."))
+    with pytest.raises(ConfigError, match=words) as caught:
+        run(output, stages, **options)
+    assert (caught.value.stage, caught.value.field) == (stage, "name")
+    assert tree(Path(".")) == before
+
+
+def test_a_changed_stage_does_not_repeat_the_one_before(here: Path) -> None:
+    other = changed("finetune", {"optim.lr": 0.01})
+    refuses(other, "finetune", r"optim\.lr is 0\.01 here and 0\.002 there")
+    before = stage_trees(Path("runs/o"))
+    renamed = changed("finetune", {"name": "finetune_b"}, other)
+    refuses(renamed, "distill", r"teachers\.teacher\.model is 'runs/o/finetune_b' here")
+    run("runs/o", changed("distill", {"name": "distill_b"}, renamed))
+    assert stage_trees(Path("runs/o")) == before
     assert load_recipe("runs/o/finetune_b/recipe.yaml").student.model == "runs/o/pretrain"
-    assert (
-        load_recipe("runs/o/distill_b/recipe.yaml").teachers["teacher"].model == "runs/o/finetune_b"
-    )
-    kept = load("runs/o/stages.yaml")
-    assert (
-        isinstance(kept, Stages)
-        and kept.stages["finetune"].optim.lr == 0.01
-        and resolve_run("runs/o") == "runs/o/distill_b/best"
-    )
+    assert resolve_run("runs/o") == "runs/o/distill_b/best"
     both = tree(here)
-    assert (
-        main(["train", "three.yaml", "--output", "runs/o", "--device", "cpu"]) == 0
-    )  # the first one is still there
+    run("runs/o")  # the first one is still there
     assert {name for name, seen in tree(here).items() if seen != both.get(name)} == {
         f"runs/o/{STAGES}"
     }
-    third = refused(*words[:-1], "finetune.optim.lr=0.02", code=CONFIG)
-    assert "--set finetune.name=finetune_c distill.name=distill_c" in third
-
-
-def test_a_changed_first_stage_takes_all_others_along(here: Path, refused: Refused) -> None:
-    names = ["pretrain.name=pretrain_b", "finetune.name=finetune_b", "distill.name=distill_b"]
-    assert f"--set {' '.join(names)}" in refused(
-        "train", "runs/o", "--set", "pretrain.train.seed=1", code=CONFIG
-    )
-    sentence = refused("train", "runs/o", "--set", "pretrain.train.seed=1", names[0], code=CONFIG)
-    assert "student.model is 'runs/o/pretrain_b' here and 'runs/o/pretrain' there" in sentence
-    assert f"--set {' '.join(names[1:])}" in sentence
 
 
 def test_what_cannot_change_a_result_is_no_change(here: Path) -> None:
-    before = {
-        name: tree(here / "runs" / "o" / name) for name in ("pretrain", "finetune", "distill")
-    }
-    assert main(["train", "runs/o", "--workers", "1", "--log-every", "7", "--device", "cpu"]) == 0
-    assert {name: tree(here / "runs" / "o" / name) for name in before} == before
+    before = stage_trees(Path("runs/o"))
+    run("runs/o", everywhere({"data.workers": 1, "train.log_every": 7}))
+    assert stage_trees(Path("runs/o")) == before
 
 
-def test_a_first_stage_trained_anew_is_noticed(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same path, other weights: a stopped stage that began from the old ones does not go on, a
-    finished one does not pass.
-    """
-    again = ["train", "three.yaml", "--output", "runs/o", "--device", "cpu"]
-    shutil.move("runs/o/pretrain", "old")
+def test_a_first_stage_trained_anew_is_noticed(here: Path) -> None:
+    """A stopped stage that began from the old weights does not go on, a finished one is none."""
+    shutil.rmtree("runs/o/pretrain")
+    other = changed("pretrain", {"train.seed": 3})
+    with pytest.raises(ConfigError, match=r"student\.model has other weights") as caught:
+        run("runs/o", other)
+    assert caught.value.stage == "finetune"
     Path("runs/o/finetune/summary.json").unlink()
-    other = [*again, "--set", "pretrain.train.seed=3"]
-    for _ in range(2):  # once it is trained, and then at once
-        assert main(other) == CONFIG
-        sentence = capsys.readouterr().err
-        assert (
-            "it began from other weights of 'pretrain' than are in runs/o/pretrain now" in sentence
-        )
-        assert "--set finetune.name=finetune_b distill.name=distill_b" in sentence
-    shutil.move("runs/o/finetune", "finetune")
-    assert main(other) == CONFIG
-    assert "in the stage 'distill', runs/o/distill holds" in capsys.readouterr().err
-    for name in ("pretrain", "finetune"):
-        shutil.rmtree(f"runs/o/{name}")
-    shutil.move("old", "runs/o/pretrain")
-    shutil.move("finetune", "runs/o/finetune")
-    assert main(again) == CONFIG  # what finetune began from was noted anew
-    Path("runs/o", STARTS).unlink()
-    assert main(again) == 0
+    refuses(other, "finetune", r"student\.model has other weights")
+    shutil.rmtree("runs/o/pretrain")
+    run("runs/o")  # the same weights again, bit by bit
+    assert result(Path("runs/o/distill")) == result(here / "runs/o/distill")
 
 
-def other_images(here: Path) -> None:
-    """The images in ``images``, and the same without one in ``fewer``."""
+def without_an_image(here: Path) -> dict[str, str]:
+    """The images without one of them, in another folder."""
     shutil.copytree(here / "images", here / "fewer")
     (here / "fewer" / "train" / "ant" / "00.png").unlink()
+    return {"data.dir": "fewer"}
 
 
-def test_other_images_are_noticed(here: Path, refused: Refused) -> None:
-    """With the same names, with a new name for the last stage alone, and in a stage that has
-    begun.
-    """
-    other_images(here)
-    again = ["train", "three.yaml", "--output", "runs/o", "--data-dir", "fewer"]
-    sentence = refused(*again, code=CONFIG)
-    assert (
-        "runs/o/pretrain holds the stage 'pretrain' as it was before (it was trained on other"
-        " images than are in fewer now)" in sentence
-    )
-    assert (
-        "--set pretrain.data.dir=images finetune.data.dir=images distill.data.dir=images, or keep"
-        " both" in sentence
-    )
-    assert (
-        "--set pretrain.name=pretrain_b finetune.name=finetune_b distill.name=distill_b, or another"
-        " --output" in sentence
-    )
-    last = [*again, "--set", "distill.name=distill_b"]
-    assert (
-        "--set pretrain.data.dir=images finetune.data.dir=images distill.data.dir=fewer, or"
-        in refused(*last, code=CONFIG)
-    )
-    assert "nowhere" in refused(*again[:-1], "nowhere", code=DATA)
-    assert "in the stage 'pretrain', there is no" in refused(
-        *again[:-1], "nowhere", "--stage", "pretrain", code=DATA
-    )
+def test_other_images_are_noticed(here: Path) -> None:
+    fewer = without_an_image(here)
+    refuses(everywhere(fewer), "pretrain", "training images in fewer are others")
+    refuses(changed("distill", fewer), "distill", "training images in fewer are others")
     Path("runs/o/pretrain/summary.json").unlink()
-    assert "the stage 'pretrain' as it was before (it was trained on other" in refused(
-        *again, "--stage", "pretrain", code=CONFIG
-    )
-
-
-def test_a_stage_keeps_its_images_beside_another_with_others(here: Path) -> None:
-    other_images(here)
-    before = {
-        name: tree(here / "runs" / "o" / name) for name in ("pretrain", "finetune", "distill")
+    refuses(everywhere(fewer), "pretrain", "training images in fewer", until="pretrain")
+    before = stage_trees(Path("runs/o"))
+    run("runs/o", changed("distill", {**fewer, "name": "distill_b"}), until=None)
+    after = stage_trees(Path("runs/o"))
+    assert {name: after[name] for name in STAGES_OF_THREE[1:]} == {
+        name: before[name] for name in STAGES_OF_THREE[1:]
     }
-    own = [
-        "pretrain.data.dir=images",
-        "finetune.data.dir=images",
-        "distill.data.dir=fewer",
-        "distill.name=distill_b",
-    ]
-    assert (
-        main(["train", "three.yaml", "--output", "runs/o", "--device", "cpu", "--set", *own]) == 0
-    )
-    assert {name: tree(here / "runs" / "o" / name) for name in before} == before
-    kept = load("runs/o/stages.yaml")
-    assert isinstance(kept, Stages) and [recipe.data.dir for recipe in kept.stages.values()] == [
-        "images",
-        "images",
-        "fewer",
-    ]
-    starts = json.loads(Path("runs/o", STARTS).read_bytes())
-    found = {place: open_source(place, "train").fingerprint() for place in ("images", "fewer")}
-    assert {name: began[IMAGES] for name, began in starts.items()} == {
-        **dict.fromkeys(before, found["images"]),
-        "distill_b": found["fewer"],
-    }
+    began = read_identity(Path("runs/o/distill_b"))["training images"]
+    assert began == open_source("fewer", "train").fingerprint()
 
 
-def test_images_that_were_moved_or_changed_in_place(here: Path, refused: Refused) -> None:
-    before = {
-        name: tree(here / "runs" / "o" / name) for name in ("pretrain", "finetune", "distill")
-    }
-    again = ["train", "three.yaml", "--output", "runs/o", "--device", "cpu"]
+def test_images_may_be_moved_and_are_not_needed_once_all_is_finished(here: Path) -> None:
+    before = stage_trees(Path("runs/o"))
     shutil.move("images", "moved")
-    assert main([*again, "--data-dir", "moved"]) == 0
-    assert main(again) == 0  # finished, and the images it names are gone
-    assert {name: tree(here / "runs" / "o" / name) for name in before} == before
-    shutil.copytree("moved", "images")
-    Path("images/train/bee/03.png").unlink()
-    sentence = refused(*again[:-2], code=CONFIG)
-    assert (
-        "other images than are in images now): keep both by giving new folders, --set"
-        " pretrain.name=pretrain_b " in sentence
-    )
+    run("runs/o", everywhere({"data.dir": "moved"}))
+    run("runs/o")
+    assert stage_trees(Path("runs/o")) == before
 
 
-def test_a_stage_goes_on_with_an_image_that_was_replaced(here: Path) -> None:
-    """It stopped over the image; the stage before had read it, whole. One that has learnt nothing
-    yet begins with any images.
-    """
-    stages = three()
-    stages = replace(
-        stages,
-        stages={
-            key: replace_fields(recipe, {"data.in_memory": False})
-            for key, recipe in stages.stages.items()
-        },
-    )
+def test_stages_go_on_with_an_image_that_was_replaced_once_that_is_accepted(here: Path) -> None:
+    """Stopped over the image in the second stage; the first had read it whole."""
     image = Path("images/train/bee/03.png")
-    seen = 0
+    stages = everywhere({"data.in_memory": False})
+    whole, seen = image.read_bytes(), 0
 
     def damage(module: torch.nn.Module, *_: Any) -> None:
         nonlocal seen
         seen += module.training
         if seen == 3:  # the end of the first epoch
-            image.write_bytes(image.read_bytes()[:-40])
+            image.write_bytes(whole[:-40])
 
     def prepared(job: Any) -> None:
         if job.recipe.name == "finetune":
             job.student.norm.register_forward_hook(damage)
 
-    with pytest.raises(
-        DataError, match=r"in the stage 'finetune', .*bee/03\.png: the image is damaged"
-    ):
+    with pytest.raises(DataError, match=r"bee/03\.png"):
         run("runs/r", stages, prepared=prepared)
     assert any(Path("runs/r/finetune/checkpoints").iterdir())
     Image.new("RGB", (16, 16), (90, 20, 30)).save(image)
-    for _ in range(2):
-        assert run("runs/r", stages)["distill"]["steps"] == 6
-        starts = json.loads(Path("runs/r", STARTS).read_bytes())
-        assert {began[IMAGES] for began in starts.values()} == {
-            open_source("images", "train").fingerprint()
-        }
-    shutil.rmtree("runs/r/distill/checkpoints")
-    Path("runs/r/distill/summary.json").unlink()
-    other_images(here)
-    run(
-        "runs/r",
-        replace(
-            stages,
-            stages={
-                **stages.stages,
-                "distill": replace_fields(stages.stages["distill"], {"data.dir": "fewer"}),
-            },
-        ),
-    )
-    now = json.loads(Path("runs/r", STARTS).read_bytes())
-    assert now.pop("distill")[IMAGES] == open_source("fewer", "train").fingerprint()
-    assert now == {name: began for name, began in starts.items() if name != "distill"}
+    refuses(stages, "pretrain", "training images in images are others", output="runs/r")
+    for key in three().stages:
+        stages = changed(key, {"train.accept_changed_images": True}, stages)
+    assert run("runs/r", stages)["distill"]["steps"] == 6
+    now = open_source("images", "train").fingerprint()
+    assert read_identity(Path("runs/r/finetune"))["training images"] == now
 
 
-def test_a_command_that_runs_nothing_leaves_the_recipe_of_the_folder(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_that_runs_nothing_leaves_the_recipe_of_the_folder(here: Path) -> None:
     before = tree(here)
-    renamed = [
-        "--set",
-        "finetune.optim.lr=0.01",
-        "finetune.name=finetune_b",
-        "distill.name=distill_b",
-    ]
-    words = ["train", "three.yaml", "--output", "runs/o", "--device", "cpu", *renamed, "--stage"]
-    assert main([*words, "pretrain"]) == 0
+    other = changed("finetune", {"optim.lr": 0.01, "name": "finetune_b"})
+    other = changed("distill", {"name": "distill_b"}, other)
+    run("runs/o", other, until="pretrain")
     assert tree(here) == before and resolve_run("runs/o") == "runs/o/distill/best"
-    assert main([*words, "finetune"]) == 0  # a stage began: now the folder is of this recipe
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"runs/o/distill_b is not there: name a finished run, .*runs/o/distill or"
-            r" .*finetune_b or "
-        ),
-    ):
+    run("runs/o", other, until="finetune")  # a stage began: now the folder is of this recipe
+    with pytest.raises(ConfigError, match="runs/o/distill_b, has not begun"):
         resolve_run("runs/o")
 
 
-def test_unequal_grids_are_mended_in_their_stage(here: Path, refused: Refused) -> None:
-    words = ["train", "three.yaml", "--output", "x", "--with", "distill.random_masking"]
-    sizes = ["distill.student.model_args.img_size", "distill.teachers.teacher.image_size"]
-    assert f"(--set {sizes[0]}=PIXELS, --set {sizes[1]}=PIXELS)" in refused(*words, code=CONFIG)
+# --- folders that earlier versions wrote ---------------------------------------------------------
 
 
-def test_damaged_notes_are_named(here: Path, refused: Refused) -> None:
-    Path("runs/o", STARTS).write_text("[")
-    assert f"runs/o/{STARTS} is damaged" in refused("train", "runs/o", code=DATA)
+def as_earlier_version_wrote(output: Path) -> None:
+    """What is in identity.json: in the checkpoints, and in one file beside the stages."""
+    starts: dict[str, dict[str, str]] = {}
+    for name in STAGES_OF_THREE:
+        file = output / name / IDENTITY
+        identity = json.loads(file.read_bytes())
+        file.unlink()
+        sources = {field: identity.pop(field) for field in [*identity] if field.endswith("model")}
+        began = {"pretrain": {}, "finetune": {"pretrain": "student.model"}}
+        fields = began.get(name, {"finetune": "teachers.teacher.model"})
+        starts[name] = {"images/train": identity["training images"]}
+        starts[name] |= {source: sources[field] for source, field in fields.items()}
+        of_recipe = identity.pop("recipe")
+        for folder in (output / name / "checkpoints").iterdir():
+            tensors, state = checkpoint.load(folder)
+            state |= {"recipe": of_recipe, "identity": identity, "unreadable": None}
+            step = int(folder.name.removeprefix("step-"))
+            shutil.rmtree(folder)
+            checkpoint.save(output / name, step, tensors, state, keep=99)
+    (output / "starts.json").write_text(json.dumps(starts))
+
+
+def test_a_folder_of_an_earlier_version_goes_on_and_is_refused_alike(here: Path) -> None:
+    as_earlier_version_wrote(Path("runs/o"))
+    before = tree(here)
+    run("runs/o")
+    assert tree(here) == before
+    refuses(everywhere(without_an_image(here)), "pretrain", "training images in fewer are others")
+    shutil.copytree("runs/o", "moved/o")
+    for name in ("summary.json", "checkpoints/step-00000006"):
+        path = Path("moved/o/distill") / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run("moved/o")
+    assert result(Path("moved/o/distill")) == result(Path("runs/o/distill"))
+    shutil.rmtree("runs/o/pretrain")
+    with pytest.raises(ConfigError, match=r"student\.model has other weights"):
+        run("runs/o", changed("pretrain", {"train.seed": 3}))
+
+
+# --- what is refused before anything runs --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("prepare", "sentence", "code"),
+    ("prepare", "stage"),
     [
-        (
-            lambda: Path("x").mkdir() or Path("x/notes.txt").touch(),
-            "the output x is not empty (notes.txt is in it)",
-            CONFIG,
-        ),
-        (
-            lambda: shutil.copytree("runs/o/pretrain", "x"),
-            "the output x holds a run without stages",
-            CONFIG,
-        ),
-        (lambda: Path("x").touch(), "needs a folder where the file x is", CONFIG),
-        (
-            lambda: Path("x/finetune/sub").mkdir(parents=True),
-            "in the stage 'finetune', the output x/finetune is not empty",
-            CONFIG,
-        ),
+        (lambda: Path("x").mkdir() or Path("x/notes.txt").touch(), ""),
+        (lambda: shutil.copytree("runs/o/pretrain", "x"), ""),
+        (lambda: Path("x").touch(), "pretrain"),
+        (lambda: Path("x/finetune/sub").mkdir(parents=True), "finetune"),
     ],
 )
 def test_a_folder_of_something_else_is_left_alone(
-    prepare: Callable[[], Any], sentence: str, code: int, here: Path, refused: Refused
+    prepare: Callable[[], Any], stage: str, here: Path
 ) -> None:
     prepare()
-    assert sentence in refused("train", "three.yaml", "--output", "x", code=code)
+    before = tree(here)
+    with pytest.raises(ConfigError) as caught:
+        run("x")
+    assert (caught.value.stage, caught.value.field) == (stage, "output")
+    assert tree(here) == before
 
 
-BY_NOBODY = [
-    "--with",
-    "finetune.kd",
-    "--set",
-    "finetune.teachers.teacher.model=vit_tiny_patch16_224",
-]
+TAUGHT: dict[str, Any] = {
+    "objectives": {"kd": {"method": "kd"}},
+    "teachers": {"teacher": {"model": "vit_tiny_patch16_224"}},
+}
+TYPO = {"teachers": {"teacher": {"model": "vit_tiny_patch16_224", "checkpoint": "typo.pth"}}}
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence", "code"),
+    ("stage", "fields", "words"),
     [
-        (
-            ["--with", "distill.maskedkd", "--without", "distill.kd", "distill.ce"],
-            "in the stage 'distill', there is no objective",
-            CONFIG,
-        ),
-        (
-            ["--with", "finetune.maskedkd"],
-            (
-                "in the stage 'finetune', MaskedKD chooses the patches a teacher sees, but no"
-                " teacher runs"
-            ),
-            CONFIG,
-        ),
-        (
-            ["--set", "distill.data.dir=nowhere"],
-            "in the stage 'distill', 'nowhere' is no folder",
-            DATA,
-        ),
-        (["--set", "finetune.data.dir=''"], "in the stage 'finetune', no images are named", CONFIG),
-        (
-            ["--set", "finetune.data.dir=flat"],
-            "or stop before this stage (--stage pretrain)",
-            CONFIG,
-        ),
-        (
-            ["--set", "finetune.data.dir=flat"],
-            "name images in class folders (--set finetune.data.dir=FOLDER)",
-            CONFIG,
-        ),
-        (
-            ["--set", "finetune.data.dir=flat"],
-            "in the stage 'finetune', the objective 'ce' needs labels",
-            CONFIG,
-        ),
-        (
-            ["--set", "finetune.student.model_args.dept=3"],
-            "in the stage 'finetune', vit_tiny_patch16_224 takes no argument 'dept'",
-            CONFIG,
-        ),
-        (["--set", "distill.student.model=vit_tinny"], "in the stage 'distill', timm", CONFIG),
-        (
-            ["--set", "finetune.optim.opt=adamwx"],
-            "in the stage 'finetune', there is no optimizer 'adamwx': did you mean 'adamw'?",
-            CONFIG,
-        ),
-        (
-            ["--set", "distill.optim.opt_args={beta: 1}"],
-            "in the stage 'distill', the optimizer adamw cannot be made with",
-            CONFIG,
-        ),
-        (
-            ["--set", "finetune.train.batch_size=64"],
-            (
-                "in the stage 'finetune', images/train has 48 images, fewer than one batch of 64:"
-                " set finetune.train.batch_size"
-            ),
-            DATA,
-        ),
-        (
-            ["--set", "finetune.train.accumulate=3"],
-            "in the stage 'finetune', batch_size 16 does not divide by 1 processes x 3",
-            CONFIG,
-        ),
-        (
-            ["--set", "distill.train.accumulate=16", "distill.data.augment.mixup=0.5"],
-            "in the stage 'distill', mixup and cutmix",
-            CONFIG,
-        ),
-        (
-            ["--set", "finetune.data.dir=single"],
-            "in the stage 'finetune', the images in single are all of one class ('ant')",
-            CONFIG,
-        ),
-        (
-            BY_NOBODY,
-            "in the stage 'finetune', the teacher vit_tiny_patch16_224 would have random weights",
-            CONFIG,
-        ),
-        (
-            [*BY_NOBODY, "finetune.teachers.teacher.checkpoint=typo.pth"],
-            "in the stage 'finetune', There is no weights file typo.pth",
-            DATA,
-        ),
+        ("finetune", {"selector": {"method": "maskedkd"}}, "teacher"),
+        ("distill", {"data.dir": "nowhere"}, "nowhere"),
+        ("finetune", {"data.dir": ""}, "images"),
+        ("finetune", {"data.dir": "flat"}, "labels"),
+        ("finetune", {"data.dir": "single"}, "one class"),
+        ("finetune", {"student.model_args.dept": 3}, "dept"),
+        ("distill", {"student.model": "vit_tinny"}, "vit_tinny"),
+        ("finetune", {"optim.opt": "adamwx"}, "'adamw'"),
+        ("distill", {"optim.opt_args": {"beta": 1}}, "adamw"),
+        ("finetune", {"train.batch_size": 64}, "48 images"),
+        ("finetune", {"train.accumulate": 3}, "divide"),
+        ("distill", {"train.accumulate": 16, "data.augment.mixup": 0.5}, "mixup"),
+        ("finetune", TAUGHT, "random weights"),
+        ("finetune", TAUGHT | TYPO, "typo.pth"),
     ],
 )
 def test_a_mistake_in_a_later_stage_is_found_before_the_first(
-    words: list[str], sentence: str, code: int, here: Path, refused: Refused
+    stage: str, fields: dict[str, Any], words: str, here: Path
 ) -> None:
-    (here / "flat").mkdir()
     for split in ("train", "val"):
         shutil.copytree(here / "images" / split / "ant", here / "flat", dirs_exist_ok=True)
         shutil.copytree(here / "images" / split / "ant", here / "single" / split / "ant")
-    assert sentence in refused("train", "three.yaml", "--output", "x", *words, code=code)
+    before = tree(here)
+    with pytest.raises(UserError, match=words) as caught:
+        run("x", changed(stage, fields))
+    assert caught.value.stage == stage
+    assert tree(here) == before
 
 
 # --- before anything has run ---------------------------------------------------------------------

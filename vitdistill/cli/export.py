@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from ..data.model_input import input_spec_of
 from ..errors import ConfigError
-from ..runs.networks import resolve_run
+from ..runs.identity import resolve_run
 from ..weights import create as weights
 from ..weights.export import export_onnx, export_timm
 from .flags import TEXT, about, parse_flags, wrap

@@ -1,10 +1,10 @@
 """A run's folder: who may write it, its recipe, logs, weights and environment.
 
-``recipe.yaml`` (runnable again), ``metrics.jsonl`` (what the run computed: equal after a resume),
-``timing.jsonl`` (how fast it went), ``environment.json`` (by the step from which it held),
-``weights.json`` (sha256 of the weights files it began from), ``checkpoints/`` (training state),
+``recipe.yaml`` (runnable again), ``identity.json`` (what else the result depends on, by content),
+``metrics.jsonl`` (what the run computed: equal after a resume), ``timing.jsonl`` (how fast it
+went), ``environment.json`` (by the step from which it held), ``checkpoints/`` (training state),
 ``last/`` and ``best/`` (the student, for timm), ``pictures.png``, ``tensorboard/``,
-``summary.json`` (there when the run is finished).
+``summary.json`` (only when the run is finished).
 """
 
 import json
@@ -19,120 +19,86 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..errors import ConfigError, PermissionDenied, UserError
+from ..errors import ConfigError, Give, PermissionDenied, UserError
 from ..recipes.config import Recipe
-from ..recipes.convert import replace_fields
-from ..recipes.fingerprint import differences, weights_files
 from ..recipes.yaml import dump_recipe, load_recipe
-from ..storage.atomic import (
-    clear_aside,
-    disk_errors,
-    remove_temporaries,
-    sha256_file,
-    write_atomic,
-)
+from ..storage.atomic import clear_aside, disk_errors, remove_temporaries, write_atomic
 from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
 from ..weights import export
+from .identity import RECIPE, SUMMARY, changes, note_identity
 
-RECIPE, WEIGHTS, METRICS, TIMING, ENVIRONMENT, SUMMARY, CLAIM, PICTURES = (
-    "recipe.yaml",
-    "weights.json",
+METRICS, TIMING, ENVIRONMENT, PICTURES = (
     "metrics.jsonl",
     "timing.jsonl",
     "environment.json",
-    "summary.json",
-    "in_use.json",
     "pictures.png",
 )
+CLAIM = "in_use.json"
+"""What earlier versions wrote where a lock is today."""
 
 
 def check_folder(path: Path, recipe: Recipe) -> bool:
-    """Whether ``path`` holds this run already; writes nothing.
+    """Return whether ``path`` holds this run already; write nothing.
 
     Raises:
-        ConfigError: it holds something else, or a run of another recipe (the differing fields are
-            named).
+        ConfigError: it holds something else, or a run of another recipe.
         PermissionDenied: it cannot be written.
         DiskError: it cannot be the name of a folder.
     """
     with disk_errors(path):
-        return _check_folder(path, recipe)
+        _refuse_unwritable(path)
+        found = contents(path)
+    if not found:
+        return False
+    if not (path / RECIPE).is_file():
+        raise ConfigError(
+            f"the output {path} is not empty ({found[0]} is in it) and holds no run",
+            fix=Give("output"),
+            field="output",
+        )
+    lines = changes(path, recipe)
+    if lines:
+        raise ConfigError(
+            f"the output {path} holds a run of another recipe ({first_of(lines)})",
+            fix=(Give("output"), f"resume that run with 'vitdistill train {path}'"),
+            field="output",
+        )
+    return True
 
 
-def _check_folder(path: Path, recipe: Recipe) -> bool:
+def _refuse_unwritable(path: Path) -> None:
+    """Raise `ConfigError` or `PermissionDenied` where no folder can be made or written."""
     parent = path
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
         raise ConfigError(
-            f"the output {path} needs a folder where the file {parent} is: name another with"
-            " --output"
+            f"the output {path} needs a folder where the file {parent} is",
+            fix=Give("output"),
+            field="output",
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionDenied(f"the output {path} cannot be written: no permission in {parent}")
-    # Neither a run nor anybody's: the lock and temporaries of a process killed while it began a
-    # run, a system's own files (.DS_Store), and the claim that earlier versions wrote.
-    found = (
-        sorted(name for name in os.listdir(path) if name != CLAIM and not name.startswith("."))
-        if path.exists()
-        else []
-    )
-    if not found:
-        return False
-    if not (path / RECIPE).is_file():
-        raise ConfigError(
-            f"the output {path} is not empty ({found[0]} is in it) and holds no run: name another"
-            " folder with --output"
-        )
-    lines = changes(path, recipe, load_recipe(path / RECIPE))
-    if lines:
-        more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise ConfigError(
-            f"the output {path} holds a run of another recipe ({'; '.join(lines[:3])}{more}): name"
-            " another folder with --output, or resume that run with 'vitdistill train"
-            f" {path / RECIPE} --output {path}'"
-        )
-    return True
 
 
-def changes(path: Path, recipe: Recipe, saved: Recipe) -> list[str]:
-    """What of ``recipe`` is not as in the run in this folder, whose recipe is ``saved``.
+def contents(path: Path) -> list[str]:
+    """Return the names in a folder, [] where there is none.
 
-    A weights file in another place is the same one if its content is.
+    Locks and temporaries of a killed process and a system's own files (.DS_Store) do not count.
     """
-    lines, here, there = differences(recipe, saved), weights_files(recipe), weights_files(saved)
-    moved = [field for field in here.keys() & there.keys() if here[field] != there[field]]
-    if not moved:
-        return lines
-    known = _read_weights(path)
-    same = {
-        field: here[field]
-        for field in moved
-        if known.get(field) and _sha256(here[field]) == known[field]
-    }
-    return differences(recipe, replace_fields(saved, same)) if same else lines
+    names = os.listdir(path) if path.exists() else []
+    return sorted(name for name in names if name != CLAIM and not name.startswith("."))
 
 
-def _read_weights(path: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((path / WEIGHTS).read_bytes()))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ):  # not there, or not whole: then another path is another file
-        return {}
-
-
-def _sha256(file: str) -> str | None:
-    return sha256_file(file) if Path(file).is_file() else None
+def first_of(lines: list[str]) -> str:
+    """Join the first three of what differs."""
+    more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
+    return "; ".join([*lines[:3], *more])
 
 
 def saved_recipe(path: Path) -> Recipe | None:
-    """The recipe of the run in this folder; None where there is none, or none that this version
-    reads.
-    """
+    """Return the recipe of the run in this folder; None if it has none that this version reads."""
     try:
         return load_recipe(path / RECIPE) if (path / RECIPE).is_file() else None
     except UserError:
@@ -140,7 +106,7 @@ def saved_recipe(path: Path) -> Recipe | None:
 
 
 def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of this very run if it is there and finished; raises as `check_folder`."""
+    """Return the summary of this very run if it is finished; raises as `check_folder`."""
     if not check_folder(path, recipe) or not (path / SUMMARY).is_file():
         return None
     return dict(json.loads((path / SUMMARY).read_bytes()))
@@ -149,11 +115,15 @@ def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
 class RunFolder:
     """The open folder of a running run, locked for this process until the block is left.
 
+    Args:
+        identity: what the run's result depends on besides the recipe, as `note_identity` takes it.
+
     Raises:
         ConfigError: another process is writing it; or as `check_folder`.
+        DataError: the run that is resumed began with something else.
     """
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:
         self.path = path
         self._logs: dict[str, AppendLog] = {}
         self._lock = lock_folder(path)
@@ -161,9 +131,8 @@ class RunFolder:
             # Another process may have begun a run here since the folder was first looked at.
             if not check_folder(path, recipe):
                 write_atomic(path / RECIPE, dump_recipe(recipe).encode())
-                digests = {field: _sha256(file) for field, file in weights_files(recipe).items()}
-                if digests:
-                    write_atomic(path / WEIGHTS, json.dumps(digests, indent=2).encode())
+            if not (path / SUMMARY).is_file():
+                note_identity(path, recipe, identity)
             self._clear_leftovers()
         except BaseException:
             self._lock.release()
@@ -194,8 +163,8 @@ class RunFolder:
         return {name: log.sync() for name, log in self._logs.items()}
 
     def record_environment(self, step: int, processes: int) -> list[str]:
-        """Note what the run runs on from ``step`` on; returns what is not as before and can change
-        the last bits, for the user.
+        """Note what the run runs on from ``step`` on; return what changed of what can change the
+        last bits of a number.
         """
         path, now = self.path / ENVIRONMENT, {**environment(), "processes": processes}
         known = dict(json.loads(path.read_bytes())) if path.is_file() else {}
@@ -225,8 +194,8 @@ class RunFolder:
             self._lock.release()
 
 
-# Other values of these leave samples and views as they are, and may change numbers in their last
-# bits (processes: dropout's draws too).
+# These may change numbers in their last bits (processes: dropout's draws too), but neither samples
+# nor views.
 _DECISIVE = (
     "vitdistill",
     "torch",
@@ -241,7 +210,7 @@ _DECISIVE = (
 
 
 def environment() -> dict[str, Any]:
-    """What this run runs on: versions, machine, command."""
+    """Return what this process runs on: versions, machine, command."""
     import timm
     import torchvision
     from PIL import Image

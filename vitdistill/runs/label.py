@@ -37,7 +37,8 @@ from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..weights import create as weights
 from ..world import World, agreed, join_world
-from .networks import resolve_run, weights_digest
+from .identity import resolve_run
+from .networks import weights_digest
 from .prepare import Prepared, prepare
 from .stop import StopRequest
 from .stored import identity_of_views

@@ -3,9 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from ..recipes.config import Recipe, StudentConfig, TeacherConfig
 from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
+from .identity import resolve_run
 from .stored import made_by, open_labels, stored_network
 
 PRECISIONS = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,44 +62,6 @@ def without_memory() -> Iterator[None]:
     """Build networks on the meta device: they have shapes and no numbers."""
     with torch.device("meta"):
         yield
-
-
-_PLACES: ContextVar[Mapping[str, str]] = ContextVar("_PLACES")
-
-
-@contextmanager
-def runs_at(places: Mapping[str, str]) -> Iterator[None]:
-    """Inside, runs are looked for in these folders, by what recipes call them: of a recipe that is
-    kept as it was, they may have moved.
-    """
-    token = _PLACES.set(places)
-    try:
-        yield
-    finally:
-        _PLACES.reset(token)
-
-
-def resolve_run(name: str) -> str:
-    """A run folder stands for its best weights, or its last where there was nothing to choose by;
-    other names for themselves.
-
-    A folder of stages stands for the run of its last one.
-    """
-    name = _PLACES.get({}).get(name, name)
-    path = Path(name)
-    if (path / "stages.yaml").is_file():
-        from .stages import last_run
-
-        path = last_run(path)
-        name = str(path)
-    if not (path / "recipe.yaml").is_file():
-        return name
-    for kind in ("best", "last"):
-        if (path / kind / "config.json").is_file():
-            return str(path / kind)
-    raise ConfigError(
-        f"the run {name} has no weights yet: it was stopped before its first evaluation"
-    )
 
 
 def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:

@@ -87,6 +87,8 @@ def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.opt
         extra["betas"] = tuple(extra["betas"])
     if config.opt.lower() in _FUSED and device in ("cpu", "cuda"):
         extra.setdefault("fused", True)
+    if device == "meta":  # where an optimizer is only tried; the fused kernel refuses it
+        extra.pop("fused", None)
     groups = parameter_groups(distillation, config)
     try:
         optimizer = create_optimizer_v2(

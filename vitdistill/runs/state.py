@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..distill.step import Distillation
-from ..errors import DataError, Give, Set
-from ..recipes.fingerprint import fingerprint
+from ..errors import DataError
 from ..storage import checkpoint
 from ..storage.optimizer import pack_optimizer, unpack_optimizer
 from ..world import World
@@ -89,8 +87,6 @@ def save(state: State, prepared: Prepared, folder: RunFolder | None) -> None:
             "optimizer": structure,
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
             "offsets": folder.offsets(),
-            "recipe": fingerprint(prepared.recipe),
-            "identity": prepared.identity,
         }
         keep = prepared.recipe.train.keep_checkpoints
         checkpoint.save(folder.path, state.step, tensors, numbers, keep=keep)
@@ -111,15 +107,13 @@ def find(output: Path, world: World, say: Say) -> Saved | None:
         return saved if saved or path is None else (path, checkpoint.load(path))
 
 
-def load(state: State, prepared: Prepared, saved: Saved, say: Say) -> dict[str, int]:
+def load(state: State, world: World, saved: Saved) -> dict[str, int]:
     """Take over a checkpoint, and return where its logs ended.
 
     Raises:
-        DataError: it is of another recipe, of other images or of another teacher; or does not fit
-            the networks or the optimizer.
+        DataError: it does not fit the networks or the optimizer.
     """
     found, (tensors, numbers) = saved
-    _check_same_run(numbers, prepared, found, say)
     try:
         for name, module in state.modules.items():
             module.load_state_dict(
@@ -141,27 +135,6 @@ def load(state: State, prepared: Prepared, saved: Saved, say: Say) -> dict[str, 
             "resume with the version it began with",
         ) from error
     # Each process goes on with its own sums; another number of processes shares their mean.
-    sums, world = torch.tensor(numbers["sums"], dtype=torch.float64), prepared.world
+    sums = torch.tensor(numbers["sums"], dtype=torch.float64)
     state.sums.copy_(sums[world.rank] if len(sums) == world.size else sums.mean(0))
     return dict(numbers["offsets"])
-
-
-def _check_same_run(numbers: dict[str, Any], prepared: Prepared, found: Path, say: Say) -> None:
-    if numbers["recipe"] != fingerprint(prepared.recipe):
-        raise DataError(
-            f"{found} was saved by a run of another recipe",
-            ("restore the recipe", Give("output")),
-            field="output",
-        )
-    for what, now in prepared.identity.items():
-        then = str(numbers["identity"].get(what))
-        if then == now:
-            continue
-        changed = (
-            f"the {what} have changed since {found} was saved ({then[:12]} then, {now[:12]} now)"
-        )
-        images = what in prepared.images.sources
-        if not (images and prepared.recipe.train.accept_changed_images):
-            accept = (Set("train.accept_changed_images", True),) if images else ()
-            raise DataError(changed, ("restore them", *accept, Give("output")), field=what)
-        say(changed)

@@ -90,7 +90,7 @@ def train(
                     require_free(output, _bytes_to_write(run))
                     if prepared is not None:
                         prepared(run)
-                    folder = stack.enter_context(RunFolder(output, recipe))
+                    folder = stack.enter_context(RunFolder(output, recipe, run.identity))
             # Until the folder was ours, another process may have finished the same run.
             summary = world.from_main(partial(finished, output, recipe))
             if summary is None:
@@ -139,7 +139,7 @@ class Trainer:
                 self.recipe.train.epochs,
                 self.steps_per_epoch,
             )
-            offsets = {} if found is None else states.load(self.state, prepared, found, say)
+            offsets = {} if found is None else states.load(self.state, self.world, found)
             if folder is not None:
                 folder.open_logs(offsets)
                 changed = folder.record_environment(self.state.step, self.world.size)

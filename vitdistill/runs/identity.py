@@ -1,0 +1,158 @@
+"""What a run's result depends on besides its settings: weights, images and labels, by content.
+
+``identity.json`` in the run's folder holds a digest by what it is of: ``student.checkpoint`` and
+other fields of the recipe that name weights, ``training images``, ``labels of the teacher``, ...
+It is written before the first step, so that a resumed run, and a later stage, can tell whether
+anything changed; a file or a folder that moved has not.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError, Fix, Give, Set
+from ..recipes.config import Recipe
+from ..recipes.convert import flatten, replace_fields
+from ..recipes.fingerprint import differences, fingerprint
+from ..recipes.settings import StudentConfig, TeacherConfig
+from ..recipes.stages import STAGES, Stages, load
+from ..recipes.yaml import load_recipe
+from ..storage import checkpoint
+from ..storage.atomic import sha256_file, write_atomic
+
+RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
+WEIGHTS = "model.safetensors"
+IMAGES = ("training images", "validation images")
+
+
+def resolve_run(name: str) -> str:
+    """Return the folder of weights that a model's name stands for.
+
+    A run stands for its ``best/`` weights, or ``last/`` if it had nothing to choose by; a folder of
+    stages for the run of its last stage; any other name for itself.
+
+    Raises:
+        ConfigError: the run has no weights yet.
+    """
+    if (Path(name) / STAGES).is_file():
+        stages = load(Path(name) / STAGES)
+        assert isinstance(stages, Stages)
+        name = str(Path(name) / stages.last.name)
+        if not (Path(name) / RECIPE).is_file():
+            raise ConfigError(
+                f"the last stage, {name}, has not begun", fix="name the folder of an earlier stage"
+            )
+    if not (Path(name) / RECIPE).is_file():
+        return name
+    for kind in ("best", "last"):
+        if (Path(name) / kind / "config.json").is_file():
+            return str(Path(name) / kind)
+    raise ConfigError(f"the run {name} has no weights yet", fix="train it to its first evaluation")
+
+
+def weights_identity(recipe: Recipe) -> dict[str, str]:
+    """Return the digests of the weights files and folders that a recipe names, by field.
+
+    What is not there, or not on this disk, is left out.
+    """
+    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
+    configs |= {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
+    files = {}
+    for path, config in configs.items():
+        if config.checkpoint:
+            files[f"{path}.checkpoint"] = Path(config.checkpoint)
+        elif config.model:
+            with suppress(ConfigError):  # a run without weights yet
+                files[f"{path}.model"] = Path(resolve_run(config.model), WEIGHTS)
+    return {field: _sha256(file) for field, file in files.items() if file.is_file()}
+
+
+def _sha256(file: Path) -> str:
+    stat = file.stat()
+    return _sha256_of_version(str(file.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _sha256_of_version(file: str, *version: int) -> str:
+    return sha256_file(file)
+
+
+def changes(folder: Path, recipe: Recipe) -> list[str]:
+    """Return what of ``recipe`` differs from the run in this folder and can change its result.
+
+    Weights are compared by content: the path may differ where the content does not.
+    """
+    saved, then, now = load_recipe(folder / RECIPE), read_identity(folder), weights_identity(recipe)
+    same = {field: flatten(recipe)[field] for field in now if then.get(field) == now[field]}
+    lines = differences(recipe, replace_fields(saved, same) if same else saved)
+    named = {field for field in now if flatten(saved).get(field) == flatten(recipe)[field]}
+    return lines + [
+        f"{field} has other weights than then" for field in sorted(named - {*same}) if field in then
+    ]
+
+
+def has_learnt(folder: Path) -> bool:
+    """Whether the run in a folder is finished, or has a state to go on from."""
+    return (folder / SUMMARY).is_file() or any((folder / "checkpoints").glob("step-*"))
+
+
+def read_identity(folder: Path) -> dict[str, str]:
+    """Read what the run in this folder began with; {} if that was not noted."""
+    if (folder / IDENTITY).is_file():
+        return _read(folder / IDENTITY)
+    # Before there was this file: weights files, the checkpoints, and the stages' folder had parts.
+    found: dict[str, str] = {}
+    newest = None
+    with suppress(DataError):
+        newest = checkpoint.latest(folder, warn=lambda text: None)
+    if newest is not None:
+        state = _read(newest / checkpoint.STATE)
+        found |= {"recipe": state.get("recipe", ""), **state.get("identity", {})}
+    began = _read(folder.parent / "starts.json").get(folder.name, {})
+    if "images/train" in began:
+        found["training images"] = began["images/train"]
+    if (folder / RECIPE).is_file():
+        for field, value in flatten(load_recipe(folder / RECIPE)).items():
+            if field.endswith(".model") and Path(value).name in began:
+                found[field] = began[Path(value).name]
+    return found | _read(folder / "weights.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    with suppress(ValueError):
+        if isinstance(found := json.loads(path.read_bytes()), dict):
+            return found
+    raise DataError(f"{path} is damaged", fix="delete it to go on without the check")
+
+
+def note_identity(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:
+    """Write down what a run begins with, or refuse to go on with anything else.
+
+    ``identity`` is what is known once everything is built; weights are known by `changes`.
+
+    Raises:
+        DataError: something that the run has learnt from, or will, has changed.
+    """
+    then = read_identity(folder)
+    now = {"recipe": fingerprint(load_recipe(folder / RECIPE)), **identity}
+    if has_learnt(folder):
+        changed = [what for what in now if then.get(what, now[what]) != now[what]]
+        if recipe.train.accept_changed_images:
+            changed = [what for what in changed if what not in IMAGES]
+        if changed:
+            fixes: tuple[Fix, ...] = ("restore what was there", Give("output"))
+            if {*changed} <= {*IMAGES}:
+                fixes += (Set("train.accept_changed_images", True),)
+            raise DataError(
+                f"the {', '.join(changed)} of this run have changed since {folder} began",
+                fix=fixes,
+                field=changed[0],
+            )
+    now = then | now | weights_identity(recipe)
+    if now != then or not (folder / IDENTITY).is_file():
+        write_atomic(folder / IDENTITY, json.dumps(now, indent=2, sort_keys=True).encode())
