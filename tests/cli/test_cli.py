@@ -698,7 +698,7 @@ def test_a_run_folder_of_another_recipe_is_not_touched(refused: Refused) -> None
         *SHORT,
     ]
     assert "optim.lr is 0.5 here and 0.001 there" in refused(*words, "--lr", "0.5", code=CONFIG)
-    assert "holds a run of another recipe" in refused(*kd("--output", "runs/teacher"), code=CONFIG)
+    assert "holds another run" in refused(*kd("--output", "runs/teacher"), code=CONFIG)
 
 
 def test_a_folder_that_holds_something_else_is_not_touched(refused: Refused) -> None:

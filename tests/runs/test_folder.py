@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_a_new_folder_is_no_run_and_is_not_made(tmp_path):
 
 
 def test_a_run_is_recognised_by_its_recipe(tmp_path):
-    with RunFolder(tmp_path / "run", RECIPE):
+    with RunFolder(tmp_path / "run", RECIPE, {}):
         assert check_folder(tmp_path / "run", RECIPE)
         assert load_recipe(tmp_path / "run" / "recipe.yaml") == RECIPE
     assert check_folder(tmp_path / "run", replace(RECIPE, name="other", description="other"))
@@ -36,7 +37,7 @@ def test_a_run_is_recognised_by_its_recipe(tmp_path):
 
 
 def test_other_fields_are_named_and_nothing_changes(tmp_path, tools):
-    with RunFolder(tmp_path, RECIPE):
+    with RunFolder(tmp_path, RECIPE, {}):
         pass
     other = replace(
         RECIPE,
@@ -44,7 +45,7 @@ def test_other_fields_are_named_and_nothing_changes(tmp_path, tools):
         optim=replace(RECIPE.optim, lr=0.5, opt="sgd"),
     )
     before = tools.tree(tmp_path)
-    for attempt in (check_folder, finished, RunFolder):
+    for attempt in (check_folder, finished, partial(RunFolder, identity={})):
         with pytest.raises(
             ConfigError,
             match=r"optim\.lr is 0\.5 here and 0\.001 there; optim\.opt is 'sgd' .* and 1 more",
@@ -93,13 +94,13 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools, monkeypa
 
     def begin():
         monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        RunFolder(run, RECIPE)
+        RunFolder(run, RECIPE, {})
 
     tools.Child(begin).wait()
     (run / ".tmp-host.01234567-17-0123456789ab").write_text("an earlier version's")
     assert len(list(run.iterdir())) == 3
     assert not check_folder(run, RECIPE)
-    with RunFolder(run, RECIPE):
+    with RunFolder(run, RECIPE, {}):
         pass
     assert [path.name for path in run.iterdir()] == ["recipe.yaml"]
 
@@ -107,19 +108,19 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools, monkeypa
 def test_hidden_files_of_the_system_make_no_folder_somebodys(tmp_path):
     (tmp_path / ".DS_Store").write_text("finder")
     assert not check_folder(tmp_path, RECIPE)
-    with RunFolder(tmp_path, RECIPE):
+    with RunFolder(tmp_path, RECIPE, {}):
         pass
     assert (tmp_path / ".DS_Store").read_text() == "finder"
 
 
 def test_an_export_that_was_replaced_is_cleared_away_once_the_new_one_is_there(tmp_path):
-    with RunFolder(tmp_path, RECIPE):
+    with RunFolder(tmp_path, RECIPE, {}):
         pass
     for name in ("last", ".replaced-last-01234567", ".replaced-best-89abcdef"):
         (tmp_path / name).mkdir()
         for file in ("config.json", "model.safetensors"):
             (tmp_path / name / file).write_text(name)
-    with RunFolder(tmp_path, RECIPE):
+    with RunFolder(tmp_path, RECIPE, {}):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {
         "recipe.yaml",
@@ -135,7 +136,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, tools):
     ready, go = os.pipe()
 
     def hold():
-        with RunFolder(tmp_path, RECIPE):
+        with RunFolder(tmp_path, RECIPE, {}):
             os.write(go, b"x")
             time.sleep(60)
 
@@ -144,26 +145,26 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, tools):
     before = tools.tree(tmp_path)
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"is in use by process {holder.pid} "):
-            RunFolder(tmp_path, RECIPE)
+            RunFolder(tmp_path, RECIPE, {})
     assert tools.tree(tmp_path) == before
     holder.kill()
     holder.wait()
     for _ in range(2):
-        with RunFolder(tmp_path, RECIPE):
+        with RunFolder(tmp_path, RECIPE, {}):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_twice_in_one_process_is_refused(tmp_path):
-    with RunFolder(tmp_path, RECIPE), pytest.raises(ConfigError, match="in use"):
-        RunFolder(tmp_path, RECIPE)
+    with RunFolder(tmp_path, RECIPE, {}), pytest.raises(ConfigError, match="in use"):
+        RunFolder(tmp_path, RECIPE, {})
 
 
 @pytest.mark.parametrize("content", [b"", b'{"host": "elsewhere", "pid": 1}'])
 def test_the_claim_of_an_earlier_version_is_removed(tmp_path, content):
     (tmp_path / "in_use.json").write_bytes(content)
     assert not check_folder(tmp_path, RECIPE)
-    with RunFolder(tmp_path, RECIPE):
+    with RunFolder(tmp_path, RECIPE, {}):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -172,19 +173,19 @@ def test_the_claim_of_an_earlier_version_is_removed(tmp_path, content):
 
 
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
-    with RunFolder(tmp_path, RECIPE) as folder:
+    with RunFolder(tmp_path, RECIPE, {}) as folder:
         folder.open_logs({})
         folder.log(METRICS, {"step": 1})
         offsets = folder.offsets()
         folder.log(METRICS, {"step": 2})
-    with RunFolder(tmp_path, RECIPE) as folder:
+    with RunFolder(tmp_path, RECIPE, {}) as folder:
         folder.open_logs(offsets)
         folder.log(METRICS, {"step": 3})
     assert (tmp_path / METRICS).read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_the_environment_is_kept_by_step_and_its_changes_are_said(tmp_path):
-    with RunFolder(tmp_path, RECIPE) as folder:
+    with RunFolder(tmp_path, RECIPE, {}) as folder:
         assert folder.record_environment(0, 1) == []
         assert folder.record_environment(7, 1) == []
         assert folder.record_environment(9, 2) == ["processes 1 before, 2 now"]
@@ -192,6 +193,6 @@ def test_the_environment_is_kept_by_step_and_its_changes_are_said(tmp_path):
     assert list(known) == ["0", "9"] and known["0"]["torch"] == known["9"]["torch"]
     known["9"]["torch"] = "1.0"
     (tmp_path / "environment.json").write_text(json.dumps(known))
-    with RunFolder(tmp_path, RECIPE) as folder:
+    with RunFolder(tmp_path, RECIPE, {}) as folder:
         (line,) = folder.record_environment(9, 2)
     assert line.startswith("torch 1.0 before, ")

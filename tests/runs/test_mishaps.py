@@ -416,7 +416,7 @@ def test_a_run_begins_anew_from_a_runs_folder_only_in_another(stopped, tools, ca
     assert cli.main(["train", str(stopped), "--device", "cpu", "--lr", "0.004"]) == 78
     said = capsys.readouterr().err
     assert (
-        "holds a run of another recipe (optim.lr is 0.004 here and 0.002 there): name another"
+        "holds another run (optim.lr is 0.004 here and 0.002 there): name another"
         " folder with --output" in said
     )
     assert tools.tree(Path()) == before

@@ -18,11 +18,11 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from vitdistill.data.source import open_source
 
 from vitdistill.cli import main
 from vitdistill.data.augment import Augment
-from vitdistill.data.sources.open import open_source
-from vitdistill.errors import ConfigError, DataError, Preempted
+from vitdistill.errors import ConfigError, DataError, Preempted, UserError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe
@@ -351,21 +351,17 @@ def test_stages_go_on_from_elsewhere_and_after_a_move(
     assert tree(tmp_path / "moved") == before
 
 
-def test_one_stage_at_a_time(here: Path, refused: Refused) -> None:
-    words = ["train", "three.yaml", "--output", "runs/p", "--stage"]
-    assert main([*words, "pretrain", "--device", "cpu"]) == 0
+def test_one_stage_at_a_time(here: Path) -> None:
+    run("runs/p", until="pretrain")
     assert sorted(path.name for path in Path("runs/p").iterdir()) == ["pretrain", STAGES]
     assert result(here / "runs/p/pretrain") == result(here / "runs/o/pretrain")
-    assert "the last stage in runs/p has not begun" in refused(
-        "export", "runs/p", "--output", "x", code=CONFIG
-    )
-    assert main([*words, "pretrain", "--device", "cpu"]) == 0
-    assert not Path("runs/p/finetune").exists()
-    assert "there is no stage 'finetun': did you mean 'finetune'?" in refused(
-        *words, "finetun", code=CONFIG
-    )
-    assert "choose from pretrain, finetune, distill" in refused(*words, "zzz", code=CONFIG)
-    assert "has no stages" in refused("train", "runs/o/pretrain", "--stage", "finetune", code=USAGE)
+    before = tree(here)
+    with pytest.raises(ConfigError, match="runs/p/distill, has not begun"):
+        resolve_run("runs/p")
+    run("runs/p", until="pretrain")
+    with pytest.raises(ConfigError, match="'finetune'") as caught:
+        run("runs/p", until="finetun")
+    assert caught.value.field == "stage" and tree(here) == before
 
 
 def test_a_folder_of_stages_stands_for_its_last(

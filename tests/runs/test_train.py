@@ -141,10 +141,7 @@ PARTS = {
         lose("optimizer", {"dict": [["state", {"dict": []}], ["param_groups", {"list": []}]]}),
     ),
     "offsets": (4, lose("offsets", {})),
-    "recipe": (4, lose("recipe", "")),
-    "identity": (4, lose("identity", {})),
     "scaler": None,  # see test_float16_resumes_exactly
-    "unreadable": None,  # see test_mishaps.py
 }
 
 

@@ -1,5 +1,6 @@
 """The weights files a run began from: known by their content, wherever they are when it goes on."""
 
+import json
 import shutil
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_run_goes_on_with_its_weights_file_in_another_place(
     with pytest.raises(
         ConfigError,
         match=(
-            rf"holds a run of another recipe \({field} is '.*a\.safetensors' here and"
+            rf"holds another run \({field} is '.*a\.safetensors' here and"
             r" '.*a\.safetensors' there"
         ),
     ):
@@ -67,11 +68,9 @@ def test_a_stopped_run_is_not_continued_with_other_weights_under_the_old_name(
         tools.run(recipe, tmp_path / "run", prepared=interrupt(recipe.name, 9))
     tools.run(taught(), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "last" / "model.safetensors", file)
-    with pytest.raises(
-        (ConfigError, DataError),
-        match=r"weights of the teacher of this run have changed|not above chance",
-    ):
+    with pytest.raises(ConfigError, match="checkpoint has other weights") as caught:
         tools.run(recipe, tmp_path / "run")
+    assert caught.value.field == "output"
 
 
 def test_weights_files_of_a_run_that_noted_none_are_known_by_their_names(
@@ -83,11 +82,13 @@ def test_weights_files_of_a_run_that_noted_none_are_known_by_their_names(
         tools.run(recipe, tmp_path / "run", prepared=interrupt(recipe.name, 9))
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     moved = replace_fields(recipe, {STUDENT: str(tmp_path / "b.safetensors")})
+    noted = tmp_path / "run" / "identity.json"
     for text in ("[", "[]", "null"):
-        (tmp_path / "run" / "weights.json").write_text(text)
-        with pytest.raises(ConfigError, match="holds a run of another recipe"):
+        noted.write_text(text)
+        with pytest.raises(DataError, match=r"identity\.json is damaged"):
             tools.run(moved, tmp_path / "run")
-    (tmp_path / "run" / "weights.json").unlink()
-    with pytest.raises(ConfigError, match="holds a run of another recipe"):
+    noted.unlink()
+    with pytest.raises(ConfigError, match=STUDENT):
         tools.run(moved, tmp_path / "run")
     tools.run(recipe, tmp_path / "run")
+    assert json.loads(noted.read_text())[STUDENT]

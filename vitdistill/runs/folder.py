@@ -60,8 +60,8 @@ def check_folder(path: Path, recipe: Recipe) -> bool:
     lines = changes(path, recipe)
     if lines:
         raise ConfigError(
-            f"the output {path} holds a run of another recipe ({first_of(lines)})",
-            fix=(Give("output"), f"resume that run with 'vitdistill train {path}'"),
+            f"the output {path} holds another run ({first_of(lines)})",
+            fix=(Give("output"), f"go on with that one by 'vitdistill train {path}'"),
             field="output",
         )
     return True
