@@ -102,7 +102,7 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools, monkeypa
     assert not check_folder(run, RECIPE)
     with RunFolder(run, RECIPE, {}):
         pass
-    assert [path.name for path in run.iterdir()] == ["recipe.yaml"]
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "identity.json"}
 
 
 def test_hidden_files_of_the_system_make_no_folder_somebodys(tmp_path):
@@ -123,6 +123,7 @@ def test_an_export_that_was_replaced_is_cleared_away_once_the_new_one_is_there(t
     with RunFolder(tmp_path, RECIPE, {}):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {
+        "identity.json",
         "recipe.yaml",
         "last",
         ".replaced-best-89abcdef",
@@ -152,7 +153,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, tools):
     for _ in range(2):
         with RunFolder(tmp_path, RECIPE, {}):
             pass
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "identity.json"}
 
 
 def test_twice_in_one_process_is_refused(tmp_path):
@@ -166,7 +167,7 @@ def test_the_claim_of_an_earlier_version_is_removed(tmp_path, content):
     assert not check_folder(tmp_path, RECIPE)
     with RunFolder(tmp_path, RECIPE, {}):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "identity.json"}
 
 
 # -- logs and environment -------------------------------------------------------------------------

@@ -105,12 +105,11 @@ def read_identity(folder: Path) -> dict[str, str]:
         return _read(folder / IDENTITY)
     # Before there was this file: weights files, the checkpoints, and the stages' folder had parts.
     found: dict[str, str] = {}
-    newest = None
     with suppress(DataError):
         newest = checkpoint.latest(folder, warn=lambda text: None)
-    if newest is not None:
-        state = _read(newest / checkpoint.STATE)
-        found |= {"recipe": state.get("recipe", ""), **state.get("identity", {})}
+        state = {} if newest is None else _read(newest / checkpoint.STATE)
+        found |= state.get("identity", {})
+        found |= {"recipe": state["recipe"]} if "recipe" in state else {}
     began = _read(folder.parent / "starts.json").get(folder.name, {})
     if "images/train" in began:
         found["training images"] = began["images/train"]
