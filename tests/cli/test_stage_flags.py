@@ -14,15 +14,15 @@ from vitdistill.data.augment import Augment
 from vitdistill.errors import UserError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
-from vitdistill.recipes.config import (
+from vitdistill.recipes.config import Recipe
+from vitdistill.recipes.convert import flatten
+from vitdistill.recipes.settings import (
     DataConfig,
     OptimConfig,
-    Recipe,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
 )
-from vitdistill.recipes.convert import flatten
 from vitdistill.recipes.stages import Stages, dump
 
 USAGE, CONFIG = 64, 78

@@ -13,9 +13,10 @@ from vitdistill.errors import ConfigError, DataError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes import RECIPES
-from vitdistill.recipes.config import Recipe, StudentConfig, TeacherConfig
+from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.named import find_recipe, named_recipe
+from vitdistill.recipes.settings import StudentConfig, TeacherConfig
 from vitdistill.recipes.stages import (
     STAGES,
     Stages,

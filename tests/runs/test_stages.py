@@ -18,10 +18,10 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from vitdistill.data.source import open_source
 
 from vitdistill.cli import main
 from vitdistill.data.augment import Augment
+from vitdistill.data.sources.open import open_source
 from vitdistill.errors import ConfigError, DataError, Preempted, UserError
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD

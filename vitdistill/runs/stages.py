@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from ..data.loader import check_batches
-from ..data.source import open_source
+from ..data.sources.open import open_source
 from ..distill.step import Distillation
 from ..errors import ConfigError, Fix, Give, Set, UserError
 from ..messages import suggest
