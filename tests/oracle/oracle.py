@@ -1,4 +1,4 @@
-"""Six small runs by the command line, and what each computed: a change without numeric purpose
+"""Nine small runs by the command line, and what each computed: a change without numeric purpose
 leaves all of it as it was.
 
 ``python tests/oracle/oracle.py`` prints the losses and the digests of this tree; ``--write``
@@ -186,6 +186,7 @@ def run(name: str, file: Path, output: Path, folder: Path) -> None:
             "vitdistill.cli",
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment["PYTHONPATH"] = str(RECORDED.parents[2])
         subprocess.run([*launcher, *words], check=True, capture_output=True, env=environment)
     else:
         command(*words)
