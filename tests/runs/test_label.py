@@ -118,7 +118,7 @@ def test_stored_answers_give_the_very_loss_of_live_ones(kd, tmp_path):
         assert not stored.teachers and stored.plan.stored.keys() == {"teacher"}
         stored.distillation.load_state_dict(job.distillation.state_dict())
         for (batch,), (other,) in zip(
-            job.loaders.train.batches(0, 7), stored.train_loader.batches(0, 7), strict=True
+            job.loaders.train.batches(0, 7), stored.loaders.train.batches(0, 7), strict=True
         ):
             assert torch.equal(batch.images, other.images) and torch.equal(batch.ids, other.ids)
             answer = job.teachers["teacher"](batch.images, job.plan.live["teacher"])
