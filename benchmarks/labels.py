@@ -38,8 +38,9 @@ from vitdistill.explain.cost import cost_of
 from vitdistill.keyed import I64
 from vitdistill.labels.encoding import LogitEncoding
 from vitdistill.labels.layout import Layout
+from vitdistill.labels.manifest import Manifest
 from vitdistill.labels.reader import LabelReader
-from vitdistill.labels.store import LabelStore, Manifest
+from vitdistill.labels.store import LabelStore
 from vitdistill.methods.base import Objective
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD

@@ -14,11 +14,13 @@ import pytest
 
 from vitdistill.labels.encoding import LogitEncoding
 from vitdistill.labels.layout import Layout
-from vitdistill.labels.store import LabelStore, Manifest
+from vitdistill.labels.manifest import Manifest
+from vitdistill.labels.store import LabelStore
 
 IDENTITY = {
-    "teacher": {"model": "vit_tiny_patch16_224", "weights": "sha256 0123", "precision": "float32"},
-    "data": {"name": "flowers", "train": 37, "classes": ["lily", "rose"]},
+    "teacher.model": "vit_tiny_patch16_224",
+    "teacher.weights": "sha256 0123",
+    "data.classes": ["lily", "rose"],
     "augment.crop": [0.08, 1.0],
     "seed": 7,
     "mixed": False,

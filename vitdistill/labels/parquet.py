@@ -100,7 +100,7 @@ def _chunks(store: LabelStore, views: Sequence[int]) -> Iterator[Columns]:
     step = max(1, min(_CHUNK_BYTES // (4 * store.layout.logits.num_classes), 65536))
     for view in views:
         for part in range(store.num_parts):
-            records = store.load(view, part).checked().view(store.layout.dtype)
+            records = store.load(view, part).read_all().view(store.layout.dtype)
             lo, hi = store.part_range(part)
             for first in range(lo, hi, step):
                 targets = store.layout.targets(records[first - lo : first - lo + step])

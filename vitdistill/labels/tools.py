@@ -8,16 +8,15 @@ from ..errors import ConfigError, DataError, Give
 from ..messages import plural, printable
 from ..storage.atomic import require_free
 from .encoding import LogitEncoding
-from .store import LabelStore, differences
+from .store import LabelStore
 
 
 def merge(
     sources: Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> LabelStore:
-    """Unite the parts of stores of the same answers in ``target``, which is made, or has parts
-    already.
+    """Unite the parts of stores of the same answers in ``target``, which may have parts already.
 
     Every part is compared with its checksums on the way. What is copied stays when this is stopped;
     running again copies the rest.
@@ -25,65 +24,53 @@ def merge(
     Raises:
         ConfigError: no source is named.
         DataError: the stores are not of the same answers (the differing fields are named), a part
-            is damaged, or two stores have different records in a part. Then nothing of that part is
-            written; parts that differ are found before anything is.
+            is damaged, or two stores have different records in a part. Parts that differ are found
+            before anything is written.
         DiskError: there is no room.
     """
     if not sources:
-        raise ConfigError("there is nothing to merge: name the stores to unite")
+        raise ConfigError("there is nothing to merge", Give("from"), field="from")
     stores = [LabelStore.open(path) for path in sources]
-    for store in stores[1:]:
-        lines = differences(
-            stores[0].manifest, store.manifest, here="in the latter", there="in the former"
-        )
+    first, *others = stores
+    for store in others:
+        lines = store.manifest.differences(first.manifest, "in the former", "in the latter")
         if lines:
-            both = f"{printable(store.path)} and {printable(stores[0].path)}"
             raise DataError(
-                f"{both} hold labels of different things and cannot be merged"
-                f" ({'; '.join(lines[:5])}); leave one of them out."
+                f"{printable(store.path)} and {printable(first.path)} hold labels of different"
+                f" things ({'; '.join(lines[:5])})",
+                "leave one of them out",
+                field="from",
             )
     num_views = max(store.manifest.num_views for store in stores)
-    united = LabelStore.create(target, replace(stores[0].manifest, num_views=num_views))
+    united = LabelStore.create(target, replace(first.manifest, num_views=num_views))
     origin: dict[tuple[int, int], LabelStore] = {}
     for store in [united, *stores]:
         for place in _sealed(store):
-            first = origin.setdefault(place, store)
-            if first is not store and first.load(*place).crcs != store.load(*place).crcs:
-                raise _conflict(first, store, place)
-    todo = {
-        place: store
-        for place, store in sorted(origin.items())
-        if store is not united and not united.is_sealed(*place)
-    }
-    require_free(
-        united.path, sum(store.part_path(*place).stat().st_size for place, store in todo.items())
-    )
-    for number, (place, store) in enumerate(todo.items(), 1):
-        records = store.load(*place).checked()
-        if (
-            not united.seal(*place, records.view(store.layout.dtype))
-            and united.load(*place).crcs != store.load(*place).crcs
-        ):
+            other = origin.setdefault(place, store)
+            if other is not store and other.load(*place).crcs != store.load(*place).crcs:
+                raise _conflict(other, store, place)
+    todo = [(place, store) for place, store in sorted(origin.items()) if store is not united]
+    require_free(united.path, sum(s.part_path(*place).stat().st_size for place, s in todo))
+    for number, (place, store) in enumerate(todo, 1):
+        records = store.load(*place).read_all().view(store.layout.dtype)
+        sealed_by_another = not united.seal(*place, records)  # which was faster
+        if sealed_by_another and united.load(*place).crcs != store.load(*place).crcs:
             raise _conflict(united, store, place)
-        if say is not None:
-            say(f"{number} of {len(todo)} parts copied: {printable(store.part_path(*place))}")
+        say(f"{number} of {len(todo)} parts copied: {printable(store.part_path(*place))}")
     return united
 
 
 def _conflict(first: LabelStore, second: LabelStore, place: tuple[int, int]) -> DataError:
     return DataError(
         f"{printable(first.part_path(*place))} and {printable(second.part_path(*place))} hold"
-        " different records of the same samples: delete the wrong one ('vitdistill label check'"
-        " compares records with the teacher's answers)."
+        " different records of the same samples",
+        "delete the wrong one ('vitdistill label check' compares records with the teacher)",
     )
 
 
 def _sealed(store: LabelStore) -> list[tuple[int, int]]:
-    return [
-        (view, part)
-        for view in range(store.manifest.num_views)
-        for part in store.part_files(view, "bin")
-    ]
+    views = range(store.manifest.num_views)
+    return [(view, part) for view in views for part in store.sealed_parts(view)]
 
 
 def prune(
@@ -92,7 +79,7 @@ def prune(
     *,
     num_views: int | None = None,
     encoding: LogitEncoding | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> LabelStore:
     """Write a smaller store of the same answers: the first ``num_views`` views, and logits in
     another ``encoding``.
@@ -125,10 +112,9 @@ def prune(
     )
     todo = [place for place in _sealed(store) if place[0] < views and not pruned.is_sealed(*place)]
     for number, (view, part) in enumerate(todo, 1):
-        records = store.load(view, part).checked().view(manifest.layout.dtype)
+        records = store.load(view, part).read_all().view(manifest.layout.dtype)
         if encoding is not None:
             records = manifest.layout.convert(records, encoding)
         pruned.seal(view, part, records)
-        if say is not None:
-            say(f"{number} of {len(todo)} parts written: {printable(pruned.part_path(view, part))}")
+        say(f"{number} of {len(todo)} parts written: {printable(pruned.part_path(view, part))}")
     return pruned

@@ -23,7 +23,8 @@ from ..errors import ConfigError, DataError, Give, NonFiniteError, Preempted, Us
 from ..labels.encoding import LogitEncoding
 from ..labels.identity import differing, network_to_json, teacher_identity, versions
 from ..labels.layout import Layout, NonFinite
-from ..labels.store import LabelStore, Manifest
+from ..labels.manifest import Manifest
+from ..labels.store import LabelStore
 from ..labels.writing import Unit, write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import format_bytes, format_duration
@@ -185,8 +186,10 @@ def _write(
                 parts = write_missing(
                     [*stores.values()],
                     lambda unit: work.make(unit, stopped),
+                    rank=here.rank,
+                    world_size=here.size,
                     stop=stopped,
-                    progress=progress,
+                    progress=progress or (lambda done, total: None),
                 )
                 done = not stop.name
             except DataError as error:
@@ -441,7 +444,6 @@ class _Work:
                 return None
             for name in names:
                 made[name].append(self.records(name, unit.view, batch, answers[name]))
-            unit.beat()
         return [np.concatenate(made[name]) for name in names]
 
     def records(

@@ -1,0 +1,107 @@
+"""The manifest of a label store: what is compared, and what is refused."""
+
+import json
+import random
+
+import pytest
+
+from vitdistill.errors import DataError
+from vitdistill.labels.layout import Layout
+from vitdistill.labels.manifest import read_store_manifest
+from vitdistill.labels.store import LabelStore
+from vitdistill.storage.atomic import staged_dir
+from vitdistill.storage.manifest import write_manifest
+
+CHANGES = {
+    "teacher.weights": ("sha256 4567", '"sha256 0123"', '"sha256 4567"'),
+    "data.classes": (["rose", "lily"], '["lily", "rose"]', '["rose", "lily"]'),
+    "mixed": (0, "false", "0"),
+    "erasing": (0.25, "absent", "0.25"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_each_key_of_the_identity_is_compared(manifest, tmp_path, tree, key):
+    value, theirs, ours = CHANGES[key]
+    store = LabelStore.create(tmp_path / "s", manifest())
+    before = tree(tmp_path)
+    wanted = manifest(identity={**manifest().identity, key: value})
+    assert wanted.digest != store.digest
+    assert store.manifest.differences(wanted, "there", "here") == [
+        f"{key} is {theirs} there and {ours} here"
+    ]
+    with pytest.raises(DataError, match=key) as caught:
+        LabelStore.create(tmp_path / "s", wanted)
+    assert caught.value.field == "output"
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("field", ["num_samples", "part_size", "layout"])
+def test_sizes_and_layout_are_compared(manifest, layout, field):
+    wanted = manifest(**{field: layout(4) if field == "layout" else 17})
+    assert wanted.digest != manifest().digest
+    assert len(manifest().differences(wanted, "there", "here")) == 1
+
+
+def test_many_and_long_differences_are_shortened(manifest, tmp_path):
+    names = [f"class {i}" for i in range(1000)]
+    LabelStore.create(tmp_path / "s", manifest(identity={"names": names}))
+    other = {"names": names[1:], **{f"a{i}": i for i in range(20)}}
+    with pytest.raises(DataError, match="and 16 more") as caught:
+        LabelStore.create(tmp_path / "s", manifest(identity=other))
+    assert len(str(caught.value)) < 800
+
+
+def test_equal_manifests_have_one_digest(manifest):
+    first = manifest(about={"versions": {"torch": "2.6"}})
+    # The order of keys, tuples for lists, the number of views and what is told make no difference.
+    identity = {**dict(reversed(manifest().identity.items())), "augment.crop": (0.08, 1.0)}
+    assert manifest(identity=identity, num_views=4).digest == first.digest
+    assert first.digest == "3c59a9948dca7290fe8fc302d5e2f830a6e1ace04a82862f30d57810e65378ea"
+    for name in ("num_samples", "num_views", "part_size"):
+        with pytest.raises(ValueError):
+            manifest(**{name: 0})
+
+
+def test_damaged_and_later_manifests_are_refused(made, manifest, tmp_path):
+    path = made(tmp_path / "s").path / "manifest.json"
+    good = path.read_bytes()
+    rng = random.Random(5)
+    for position in rng.sample(range(len(good)), 60):
+        data = bytearray(good)
+        data[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"manifest.json"):
+            read_store_manifest(path.parent)
+    plain = manifest().to_json()
+    for number, changed in enumerate(
+        [
+            {**plain, "format": 2},
+            {**plain, "num_samples": 0},
+            {**plain, "num_samples": "7"},
+            {**plain, "layout": {}},
+            {name: value for name, value in plain.items() if name != "identity"},
+            {"kind": "checkpoint"},
+        ]
+    ):
+        with staged_dir(tmp_path / str(number)) as temp:
+            write_manifest(temp, {}, changed)
+        with pytest.raises(DataError):
+            read_store_manifest(tmp_path / str(number))
+
+
+def test_a_layout_of_an_encoding_that_is_gone_is_named(manifest, tmp_path):
+    plain = json.loads(json.dumps(manifest().to_json()))
+    plain["layout"]["logits"]["kind"] = "sampled"
+    with staged_dir(tmp_path / "s") as temp:
+        write_manifest(temp, {}, plain)
+    with pytest.raises(DataError, match="sampled"):
+        LabelStore.open(tmp_path / "s")
+
+
+def test_a_manifest_survives_its_json(manifest, tmp_path):
+    layout = Layout(hidden=((0, 2, 3),), features=(2, 3), hidden_dtype="float32")
+    written = manifest(layout=layout, about={"teacher": "conv"})
+    with staged_dir(tmp_path / "s") as temp:
+        write_manifest(temp, {}, written.to_json())
+    assert read_store_manifest(tmp_path / "s") == written

@@ -1,0 +1,119 @@
+"""What a label store holds, written beside its parts."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..messages import printable
+from ..storage.manifest import read_manifest
+from .identity import differing
+from .layout import Layout
+
+FORMAT = 1
+_KIND = "label store"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        identity: what the answers depend on, as plain JSON; compared field by field.
+        layout: what a record holds.
+        num_samples: samples of the data set; ids are 0 to ``num_samples - 1``.
+        num_views: views of every sample; more may be added.
+        part_size: samples of a part; the last part of a view may be shorter.
+        about: versions and the like, for people; never compared.
+    """
+
+    identity: dict[str, Any]
+    layout: Layout
+    num_samples: int
+    num_views: int
+    part_size: int = 16384
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.num_samples, self.num_views, self.part_size) < 1:
+            raise ValueError(
+                f"{self.num_samples} samples in {self.num_views} views, {self.part_size} a part"
+            )
+        # As they will be read again: tuples become lists, and what is not JSON fails here.
+        for name in ("identity", "about"):
+            plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))
+            object.__setattr__(self, name, plain)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 (hex) of all but ``num_views``, which may grow, and ``about``."""
+        text = json.dumps(
+            {**self._fixed(), "format": FORMAT},
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=True,
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a view."""
+        return -(-self.num_samples // self.part_size)
+
+    def part_range(self, part: int) -> tuple[int, int]:
+        """Return the samples of a part: the first, and the one after the last."""
+        lo = part * self.part_size
+        return lo, min(lo + self.part_size, self.num_samples)
+
+    def differences(self, wanted: "Manifest", there: str, here: str) -> list[str]:
+        """Return a phrase for each compared field in which ``wanted`` is not as this."""
+        return differing(self._flat(), wanted._flat(), there, here)
+
+    def _flat(self) -> dict[str, Any]:
+        sizes = {"num_samples": self.num_samples, "part_size": self.part_size}
+        return {**self.identity, **self.layout.to_json(), **sizes}
+
+    def _fixed(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "layout": self.layout.to_json(),
+            "num_samples": self.num_samples,
+            "part_size": self.part_size,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON, which `read_store_manifest` reads from a folder's manifest."""
+        return {
+            "kind": _KIND,
+            "format": FORMAT,
+            **self._fixed(),
+            "num_views": self.num_views,
+            "about": self.about,
+        }
+
+
+def read_store_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a store.
+
+    Raises:
+        DataError: it is missing, damaged, of something else or of another version.
+    """
+    body: Mapping[str, Any] = read_manifest(folder)["identity"]
+    if body.get("kind") != _KIND:
+        raise DataError(f"{printable(folder)} holds no labels, but something else")
+    try:
+        if body["format"] == FORMAT:
+            numbers = {name: body[name] for name in ("num_samples", "num_views", "part_size")}
+            layout = Layout.from_json(body["layout"])
+            return Manifest(
+                identity=body["identity"], layout=layout, about=body["about"], **numbers
+            )
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise DataError(
+        f"the labels in {printable(folder)} are of a format that is not read",
+        "use the version of vitdistill that wrote them",
+    )

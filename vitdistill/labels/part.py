@@ -1,0 +1,145 @@
+"""A part of a label store: the records of some samples in one view, in one file.
+
+The file is the records, one after another, then a footer (JSON) with a crc32 of every block of
+records, then the footer's length and crc32 and `_MAGIC`. The footer names the store, the view and
+the part: a part that is damaged, or of another store or place, is refused by name.
+"""
+
+import json
+import mmap
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError
+from ..keyed import I64
+from ..messages import printable
+from ..storage.atomic import disk_errors, write_first
+from .manifest import FORMAT, Manifest
+
+_MAGIC = b"vitdpart"
+_TRAILER = struct.Struct("<QI8s")  # length and crc32 of the footer, magic
+_BLOCK_RECORDS, _BLOCK_BYTES = 4096, 2**20
+_REMEDY = "delete it and label again"
+
+Raw = npt.NDArray[Any]
+"""Records as opaque items of a fixed size."""
+
+
+class Part:
+    """A part's file, mapped into memory; a block's checksum is compared when it is first touched.
+
+    Attributes:
+        file: which file it is; its times too, as a new file may get the number of a deleted one.
+        crcs: the crc32 of every block.
+        checked: which blocks are known to be intact.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, view: int, part: int) -> None:
+        """Map the file and check its footer.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DataError: it is not that part, whole.
+        """
+        self._path = path
+        data, self.file = _mapped(path)
+        footer, start = self._footer(data)
+        lo, hi = manifest.part_range(part)
+        item = manifest.layout.record_bytes
+        if footer["store"] != manifest.digest or (footer["view"], footer["part"]) != (view, part):
+            raise DataError(
+                f"{printable(path)} is part {footer['part']} of view {footer['view']} of"
+                f" {'this' if footer['store'] == manifest.digest else 'another'} store, under"
+                " another name",
+                _REMEDY,
+            )
+        self._block: int = footer["block"]
+        self.crcs: list[int] = footer["crc32"]
+        sizes = (footer["lo"], footer["hi"], footer["item"], len(self.crcs), start)
+        if sizes != (lo, hi, item, -(-(hi - lo) // self._block), (hi - lo) * item):
+            raise self._damaged(f"it does not hold samples {lo} to {hi - 1}")
+        self._records: Raw = np.frombuffer(data, np.dtype((np.void, item)), count=hi - lo)
+        self.checked = np.zeros(len(self.crcs), dtype=bool)
+
+    def _footer(self, data: mmap.mmap) -> tuple[dict[str, Any], int]:
+        """Return the footer and where it begins."""
+        end = len(data) - _TRAILER.size
+        if end < 0:
+            raise self._damaged("it has no footer")
+        length, crc, magic = _TRAILER.unpack(data[end:])
+        start = end - length
+        if magic != _MAGIC or start < 0 or zlib.crc32(text := data[start:end]) != crc:
+            raise self._damaged("it was cut or overwritten")
+        footer = json.loads(text)
+        if footer["format"] != FORMAT:
+            raise DataError(
+                f"{printable(self._path)} has format {footer['format']}, and this version reads"
+                f" format {FORMAT}",
+                "use the version of vitdistill that wrote it",
+            )
+        return footer, start
+
+    def _damaged(self, how: str) -> DataError:
+        return DataError(f"{printable(self._path)} is damaged: {how}", _REMEDY)
+
+    def take(self, rows: I64) -> Raw:
+        """Return the records at these places of the part; `DataError` for a damaged block."""
+        if not self.checked.all():
+            self._check(np.unique(rows // self._block))
+        return self._records.take(rows)
+
+    def read_all(self) -> Raw:
+        """Return all records, every block compared with its checksum now."""
+        self.checked[:] = False
+        self._check(np.arange(len(self.crcs)))
+        return self._records
+
+    def _check(self, blocks: I64) -> None:
+        for block in blocks[~self.checked[blocks]].tolist():
+            records = self._records[block * self._block : (block + 1) * self._block]
+            if zlib.crc32(records.data) != self.crcs[block]:
+                raise self._damaged(f"block {block} does not match its checksum")
+            self.checked[block] = True
+
+
+def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with disk_errors(path), open(path, "rb") as file:
+        s = os.fstat(file.fileno())
+        if not s.st_size:
+            raise DataError(f"{printable(path)} is damaged: it is empty", _REMEDY)
+        which = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), which
+
+
+def write_part(path: Path, manifest: Manifest, view: int, part: int, records: Raw) -> bool:
+    """Write a part, whole and for good; return False if there is one, which stays.
+
+    Raises:
+        DiskError: there is no room.
+    """
+    item = manifest.layout.record_bytes
+    raw = np.ascontiguousarray(records).view(np.dtype((np.void, item)))
+    lo, hi = manifest.part_range(part)
+    block = max(1, min(_BLOCK_RECORDS, _BLOCK_BYTES // item))
+    footer = {
+        "format": FORMAT,
+        "store": manifest.digest,
+        "view": view,
+        "part": part,
+        "lo": lo,
+        "hi": hi,
+        "item": item,
+        "block": block,
+        "crc32": [zlib.crc32(raw[i : i + block].data) for i in range(0, hi - lo, block)],
+    }
+    text = json.dumps(footer, sort_keys=True, separators=(",", ":")).encode()
+    trailer = _TRAILER.pack(len(text), zlib.crc32(text), _MAGIC)
+    return write_first(path, lambda file: file.writelines([raw.data, text, trailer]))
