@@ -24,6 +24,7 @@ from ..recipes.config import Recipe, StudentConfig, TeacherConfig
 from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
+from ..weights.files import check_is_file
 from .identity import resolve_run
 from .stored import made_by, open_labels, stored_network
 
@@ -133,7 +134,7 @@ def _has_weights(config: StudentConfig | TeacherConfig) -> bool:
 def check_has_weights(config: TeacherConfig, name: str) -> None:
     """Raise `ConfigError` for a teacher without weights, `DataError` where their file is absent."""
     if config.checkpoint:
-        weights.check_is_file(config.checkpoint)
+        check_is_file(config.checkpoint)
     # An unknown name is left to the error of building it.
     if is_model(config.model.partition(".")[0]) and not _has_weights(config):
         field = f"teachers.{name}"

@@ -31,7 +31,7 @@ from ..recipes.stages import (
     with_models,
 )
 from ..storage.atomic import disk_errors, write_atomic
-from ..weights.create import check_is_file
+from ..weights.files import check_is_file
 from ..world import join_world
 from .folder import check_folder, contents, first_of, saved_recipe
 from .identity import SUMMARY, changes, has_learnt, read_identity

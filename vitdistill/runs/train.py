@@ -128,6 +128,7 @@ class Trainer:
         self.names = [*prepared.plan.objectives, "loss", "grad_norm"]
         self.stop = StopRequest()
         self.unsaved = False
+        self.proved = False  # an export of this network, by loading it
         self.ending: UserError | None = None  # ends the run after a save, on every process
         found = states.find(output, self.world, say)
         with self.world.together():
@@ -351,7 +352,9 @@ class Trainer:
             model_args=args,
             classes=networks.classes or None,
             input_spec=networks.spec,
+            prove=not self.proved,
         )
+        self.proved = True
 
     @torch.no_grad()
     def _draw(self) -> None:

@@ -1,5 +1,7 @@
-"""A trained network as something others load: a folder for timm, or an ONNX file, checked against
-the network.
+"""A trained network as others load it: a folder for timm, or an ONNX file, checked against it.
+
+The first export of a run is proved: timm's network is built from the folder alone, and must answer
+bit for bit the same. Later ones differ in their weights alone, whose digest is read back.
 """
 
 import copy
@@ -11,27 +13,30 @@ import secrets
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from timm.models import is_model
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError
+from ..data.augment import InputSpec
+from ..errors import ConfigError, DataError, DiskError, Give
 from ..messages import printable
 from ..storage.atomic import (
     clear_aside,
     disk_errors,
     read_bytes,
+    sha256_file,
     staged_dir,
     write_atomic,
     write_new,
 )
 from ..storage.tensors import tensor_bytes
 from .create import create_model
+from .files import bare_key, first_line
+from .folder import CONFIG, WEIGHTS_FILES
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS = WEIGHTS_FILES[0]
 FILES = frozenset({CONFIG, WEIGHTS})
 
 # Arguments of training that say nothing about the weights.
@@ -46,43 +51,6 @@ _TRAINING_ARGS = (
 ONNX_TOLERANCE = 1e-4
 
 
-@runtime_checkable
-class InputLike(Protocol):
-    """What a network wants to be fed; ``vitdistill.data.augment.InputSpec`` is one."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        ...
-
-    @property
-    def mean(self) -> Sequence[float]:
-        """Per channel, of pixels in [0, 1]."""
-        ...
-
-    @property
-    def std(self) -> Sequence[float]:
-        """Per channel, of pixels in [0, 1]."""
-        ...
-
-    @property
-    def interpolation(self) -> str:
-        """Pillow's name of the filter, in lower case."""
-        ...
-
-    @property
-    def crop_pct(self) -> float:
-        """The fraction of the resized image's side that the centre crop keeps."""
-        ...
-
-    @property
-    def crop_mode(self) -> str:
-        """timm's name of how an image that is not square is cropped: ``center``, ``squash`` or
-        ``border``.
-        """
-        ...
-
-
 def export_timm(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -90,46 +58,51 @@ def export_timm(
     architecture: str,
     model_args: Mapping[str, Any] | None,
     classes: Sequence[str] | None,
-    input_spec: InputLike,
+    input_spec: InputSpec,
+    prove: bool = True,
 ) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` so that timm builds the same network, and
-    return the folder.
+    """Write ``config.json`` and ``model.safetensors`` for timm, and return the folder.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the same answers bit for
-    bit; before anything is written the folder's content is loaded and compared. ``architecture`` is
-    timm's name (a tag is dropped), ``model_args`` what the network was built with besides;
-    ``classes`` the names in the order of the logits, if known. Raises ``ConfigError`` when the
-    folder holds anything this function did not write, or when the arguments do not rebuild the
-    network; ``DataError`` when its weights do not load or answer differently; ``DiskError`` when
-    there is no room.
+    bit.
+
+    Args:
+        architecture: timm's name; a tag is dropped.
+        model_args: what the network was built with besides.
+        classes: the names in the order of the logits, if known.
+        prove: load what was written and compare answers before it gets its name. False where an
+            export of the same network and arguments was proved: only the digest is read back.
+
+    Raises:
+        ConfigError: the folder holds something else, or the arguments do not rebuild the network.
+        DataError: the weights do not load, or load as others.
+        DiskError, PermissionDenied: the folder cannot be written; an earlier export is untouched.
     """
     final = Path(folder)
     name, _, tag = architecture.partition(".")
     if not is_model(name):
-        raise ConfigError(
-            f"timm has no network called {printable(architecture)}, so this one cannot be"
-            " exported for it."
-        )
+        raise ConfigError(f"timm has no network {printable(name)}, so it cannot load an export")
     network = _unwrapped(model)
-    num_classes = int(getattr(network, "num_classes", 0))
-    if classes is not None and len(classes) != num_classes:
+    if classes is not None and len(classes) != network.num_classes:
         raise ConfigError(
-            f"{len(classes)} class names were given for a network of {num_classes} classes; give"
-            " all, in order."
+            f"{len(classes)} class names were given for a network of {network.num_classes} classes"
         )
     _refuse_foreign(final)
-    state = {_bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
+    state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
     content = tensor_bytes(state, {"format": "pt"})
+    digest = hashlib.sha256(content).hexdigest()
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
+    config["vitdistill"] = {"version": _version(), "weights_sha256": digest}
     old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
-    with staged_dir(final, aside=old) as temp:
-        config["vitdistill"] = {
-            "version": _version(),
-            "weights_sha256": hashlib.sha256(content).hexdigest(),
-        }
-        write_new(temp / WEIGHTS, content)
-        write_new(temp / CONFIG, _json(config))
-        _check_reload(network, state, temp, input_spec, name)
+    with staged_dir(final, aside=old) as temporary:
+        write_new(temporary / WEIGHTS, content)
+        write_new(temporary / CONFIG, _json(config))
+        if sha256_file(temporary / WEIGHTS) != digest:
+            raise DiskError(
+                f"{printable(final)} was written but reads back changed, so the disk is failing"
+            )
+        if prove:
+            _check_reload(network, state, temporary, input_spec, name)
     if old.exists():
         clear_aside(old, final, FILES)
     return final
@@ -148,36 +121,24 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _bare_key(key: str) -> str:
-    return key.replace("._orig_mod.", ".")
-
-
 def _refuse_foreign(folder: Path) -> None:
-    """A folder that is absent, empty, or an earlier export may be written, whatever hidden files
-    are in it; any other is the user's.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"{printable(folder)} is a file; give the export a folder of its own.")
-    with disk_errors(folder):
-        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    """Refuse a folder with anything in it but an earlier export, and hidden files."""
+    names = set()
+    if folder.exists():
+        with disk_errors(folder):
+            names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     if not names:
         return
-    foreign = sorted(names - FILES)
-    if foreign:
-        raise ConfigError(
-            f"{printable(folder)} holds {printable(foreign[0])}, which no export wrote;"
-            " give another folder."
-        )
     try:
         ours = "weights_sha256" in json.loads(read_bytes(folder / CONFIG))["vitdistill"]
     except (DataError, ValueError, KeyError, TypeError):
         ours = False
-    if not ours:
+    if names - FILES or not ours:
         raise ConfigError(
-            f"{printable(folder)} holds a network that vitdistill did not export; give another"
-            " folder."
+            f"{printable(folder)} holds something that vitdistill did not export:"
+            f" {printable(min(names - FILES or names))}",
+            fix=Give("output"),
+            field="output",
         )
 
 
@@ -187,11 +148,10 @@ def _config(
     tag: str,
     args: dict[str, Any],
     classes: Sequence[str] | None,
-    spec: InputLike,
+    spec: InputSpec,
 ) -> dict[str, Any]:
     cfg = copy.deepcopy(getattr(network, "pretrained_cfg", None) or {})
     num_classes = int(network.num_classes)  # type: ignore[arg-type]
-    in_chans = int(cfg.get("input_size", (3,))[0])
     args = {
         key: value for key, value in args.items() if value is not None and key not in _TRAINING_ARGS
     }
@@ -204,12 +164,10 @@ def _config(
     if embed_size is not None and (cfg.get("fixed_input_size") or dynamic):
         args["img_size"] = [int(side) for side in embed_size]
     args["num_classes"] = num_classes
-    if in_chans != 3:
-        args["in_chans"] = in_chans
     pretrained_cfg = {
         "tag": tag or "vitdistill",
         "custom_load": False,
-        "input_size": [in_chans, height, width],
+        "input_size": [3, height, width],
         "fixed_input_size": bool(cfg.get("fixed_input_size", False)) and not dynamic,
         "interpolation": spec.interpolation,
         "crop_pct": float(spec.crop_pct),
@@ -236,11 +194,10 @@ def _config(
 
 def _json(config: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(config, indent=2, ensure_ascii=True).encode() + b"\n"
+        return json.dumps(config, indent=2).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"A model argument cannot be written into {CONFIG} ({error}); export needs plain"
-            " numbers, strings and lists."
+            f"a model argument is not plain JSON ({error}), as export needs", field="model_args"
         ) from error
 
 
@@ -252,49 +209,40 @@ def _version() -> str:
 
 
 def _check_reload(
-    network: nn.Module, ours: Mapping[str, Tensor], folder: Path, spec: InputLike, architecture: str
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    spec: InputSpec,
+    architecture: str,
 ) -> None:
     """Build the network from the folder alone and compare weights and answers, bit for bit."""
     again = create_model(str(folder))
-    theirs = again.state_dict()
-    changed = [
-        key
-        for key in theirs
-        if theirs[key].dtype != ours[key].dtype or not torch.equal(theirs[key], ours[key])
-    ]
-    if changed:
-        raise DataError(
-            f"The export of {architecture} reads back changed at {changed[0]}; the disk is failing,"
-            " or its type is not the network's: export a float32 network."
-        )
-    images = _probe(network, spec)
+    for key, tensor in again.state_dict().items():
+        if tensor.dtype != state[key].dtype or not torch.equal(tensor, state[key]):
+            raise DataError(
+                f"the export of {architecture} loads with another {key}",
+                fix="export a float32 network",
+            )
+    images = _probe(spec)
     reference = copy.deepcopy(network).to("cpu")
-    kernels = {
-        name: module.fused_attn
-        for name, module in again.named_modules()
-        if hasattr(module, "fused_attn")
-    }
+    modules = dict(again.named_modules())
     for name, module in reference.named_modules():
-        if (
-            _bare_key(f"{name}.").rstrip(".") in kernels
-        ):  # a choice of kernel for this machine, not of the network
-            module.fused_attn = kernels[_bare_key(f"{name}.").rstrip(".")]
+        # A choice of kernel for this machine, not of the network.
+        twin = modules.get(bare_key(f"{name}.").rstrip("."))
+        if hasattr(twin, "fused_attn"):
+            module.fused_attn = twin.fused_attn  # type: ignore[union-attr]
     expected, found = _answers(reference, images), _answers(again, images)
     if not torch.equal(expected, found):
-        off = (
-            (expected - found).abs().max().item() if expected.shape == found.shape else float("nan")
-        )
         raise ConfigError(
-            f"timm's {architecture} with the given model_args holds the same weights and answers"
-            f" differently (by {off:.3g}); pass every argument that the network was built with."
+            f"timm's {architecture} with these model_args holds the same weights and answers"
+            " differently",
+            fix="give every argument that the network was built with",
+            field="model_args",
         )
 
 
-def _probe(network: nn.Module, spec: InputLike) -> Tensor:
-    cfg = getattr(network, "pretrained_cfg", None) or {}
-    channels = int(cfg.get("input_size", (3,))[0])
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, channels, *spec.image_size, generator=generator)
+def _probe(spec: InputSpec) -> Tensor:
+    return torch.randn(2, 3, *spec.image_size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -307,52 +255,43 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
         network.train(was_training)
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputLike) -> float:
-    """Write a single-file ONNX network with a free batch size, and return how far onnxruntime's
-    logits are from torch's.
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputSpec) -> float:
+    """Write a single-file ONNX network with a free batch size; return its distance from torch's.
 
     The input is ``images`` float32 (B, 3, H, W), already normalised; the output ``logits`` (B, C).
-    The difference is the largest absolute one over batches of 1 and 3. Raises ``ConfigError`` when
-    the extra is not installed or the network cannot be exported, ``DataError`` when the difference
-    is above 1e-4; nothing is written then.
+    The distance is the largest absolute difference of logits over batches of 1 and 3.
+
+    Raises:
+        ConfigError: the extra is not installed, or the network cannot be exported.
+        DataError: the distance is above 1e-4; nothing is written then.
     """
     try:
-        onnxruntime = [
-            importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")
-        ][-1]
+        modules = [importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")]
     except ImportError as error:
         raise ConfigError(
-            f'ONNX export needs {error.name}; pip install "vitdistill[onnx]"'
+            f"ONNX export needs {error.name}", fix='pip install "vitdistill[onnx]"'
         ) from error
     network = copy.deepcopy(_unwrapped(model)).to("cpu", torch.float32).eval()
-    images = _probe(network, spec)
+    images = _probe(spec)
     data = _onnx_bytes(network, images)
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    session = modules[-1].InferenceSession(data, providers=["CPUExecutionProvider"])
     off = 0.0
     for batch in (images[:1], torch.cat([images, images[:1].flip(-1)])):
         found = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
-        expected = _answers(network, batch)
-        if found.shape != expected.shape:
+        distance = (found - _answers(network, batch)).abs().max().item()
+        if not distance <= ONNX_TOLERANCE:  # NaN is not
             raise DataError(
-                f"The ONNX network answers {tuple(found.shape)} instead of {tuple(expected.shape)};"
-                " nothing was written."
+                f"the ONNX network's logits are {distance:.3g} away from torch's, more than"
+                f" {ONNX_TOLERANCE:g}; nothing was written",
+                fix="export for timm",
             )
-        here = (found - expected).abs().max().item()
-        if not here <= ONNX_TOLERANCE:  # NaN is not
-            raise DataError(
-                f"The ONNX network's logits are {here:.3g} away from torch's, more than"
-                f" {ONNX_TOLERANCE:g}; nothing was written: export for timm instead, and report the"
-                " architecture."
-            )
-        off = max(off, here)
+        off = max(off, distance)
     write_atomic(path, data)
     return off
 
 
 def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
-    """The exported model, serialised in memory: torch's own save would write the final name, and
-    not atomically.
-    """
+    """Serialise in memory: torch's own save would write the final name, and not atomically."""
     try:
         program = torch.onnx.export(
             network,
@@ -364,19 +303,10 @@ def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
+        assert program is not None
+        return program.model_proto.SerializeToString()  # above 2 GB, a ValueError
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(
-            f"{type(network).__name__} cannot be exported to ONNX ({first}); export for timm"
-            " instead."
-        ) from error
-    if program is None:
-        raise ConfigError(
-            f"{type(network).__name__} cannot be exported to ONNX; export for timm instead."
-        )
-    try:
-        return program.model_proto.SerializeToString()
-    except ValueError as error:
-        raise ConfigError(
-            "The network is above the 2 GB that one ONNX file can hold; export for timm instead."
+            f"{type(network).__name__} cannot be exported to ONNX ({first_line(error)})",
+            fix="export for timm",
         ) from error

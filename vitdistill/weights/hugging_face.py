@@ -1,9 +1,8 @@
-"""Hugging Face's ViT and ViTMAE as timm's plain ViT: the names of their tensors, and their
-config.json.
+"""Hugging Face's ViT and ViTMAE as timm's plain ViT: the names of their tensors, and their config.
 
-What differs: timm's norms add 1e-6 to the variance, as the networks did that the published files
-were converted from; Hugging Face's config.json says 1e-12, which moves answers in their last
-digits. The pooler of a `ViTModel` has no place in timm's network.
+One thing differs: timm's norms add 1e-6 to the variance, as the networks did from which the
+published files were converted. Hugging Face's config.json says 1e-12, which moves the last digits
+of the answers.
 
 Source: modeling_vit.py, modeling_vit_mae.py, configuration_vit.py and
 convert_vit_timm_to_pytorch.py of huggingface/transformers@00a5ab1.
@@ -34,7 +33,7 @@ PATCHES = (
     "vit.embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.projection.weight",
 )
-# Their names as timm's, applied in this order.
+# Their names to timm's, applied in this order.
 _NAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -77,14 +76,12 @@ _DEFAULTS: dict[str, Any] = {  # theirs, for what a config.json leaves out
 
 
 def has_its_names(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file's tensors are called as in Hugging Face's ViT or ViTMAE."""
+    """Return whether a file's tensors are called as in Hugging Face's ViT or ViTMAE."""
     return any(key in PATCHES or key.startswith("decoder.decoder_") for key in state)
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a ViT or a masked autoencoder under timm's names, with query, key and value in
-    one.
-    """
+    """Return a ViT's or masked autoencoder's tensors under timm's names, qkv in one."""
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         for pattern, name in _NAMES:
@@ -93,64 +90,48 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key in [key for key in renamed if ".attn.query." in key]:
         parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in renamed for part in parts):
-            renamed[key.replace(".query.", ".qkv.")] = torch.cat(
-                [renamed.pop(part) for part in parts]
-            )
+            qkv = torch.cat([renamed.pop(part) for part in parts])
+            renamed[key.replace(".query.", ".qkv.")] = qkv
     return renamed
 
 
 def timm_config(
     path: Path, config: Mapping[str, Any], preprocessor: Path | None
 ) -> tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """timm's architecture, its arguments, its ``pretrained_cfg`` and what to say, for a network
-    whose config.json is Hugging Face's.
+    """Translate a config.json of Hugging Face's.
 
     Args:
         path: of the config.json, for messages.
-        config: what it holds; one of ``model_type`` ``vit`` or ``vit_mae`` can be built.
-        preprocessor: the preprocessor_config.json, which says the normalisation; None: there is
-            none, and it is the one such networks have, ImageNet's mean and std for ``vit_mae`` and
-            0.5 for ``vit``.
+        config: what it holds; its ``model_type`` must be ``vit`` or ``vit_mae``.
+        preprocessor: the preprocessor_config.json, which has the normalisation; None: there is
+            none, and it is ImageNet's for ``vit_mae`` and 0.5 for ``vit``.
+
+    Returns:
+        timm's architecture, its arguments, its ``pretrained_cfg``, and notes for the user.
 
     Raises:
-        DataError: for other networks, and for files that are no configurations.
+        DataError: it is of another network, or damaged.
     """
-    kind, said = (
-        config["model_type"],
-        _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None},
-    )
-    if kind not in ("vit", "vit_mae"):
+    kind = config["model_type"]
+    said = _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
+    if kind not in ("vit", "vit_mae") or said["hidden_act"] != "gelu":
         raise DataError(
-            f"{printable(path)} is of a Hugging Face network of the type {printable(str(kind))},"
-            " and only vit and vit_mae can be built from one; give the network in timm's form."
-        )
-    if said["hidden_act"] != "gelu":
-        raise DataError(
-            f"{printable(path)} has hidden_act {printable(str(said['hidden_act']))}, and only gelu"
-            " can be built; give another network."
+            f"{printable(path)} is of a Hugging Face network of model_type {kind} with hidden_act"
+            f" {said['hidden_act']}, and only vit and vit_mae with gelu can be built",
+            fix="give the network in timm's form",
         )
     try:
-        dim, chans, size = int(said["hidden_size"]), int(said["num_channels"]), said["image_size"]
-        size = [size, size] if isinstance(size, int) else [int(side) for side in size]
-        args = {
-            "img_size": size,
-            "patch_size": said["patch_size"],
-            "embed_dim": dim,
-            "depth": int(said["num_hidden_layers"]),
-            "num_heads": int(said["num_attention_heads"]),
-            "mlp_ratio": int(said["intermediate_size"]) / dim,
-            "qkv_bias": bool(said["qkv_bias"]),
-        }
+        args = _arguments(said)
         names = _class_names(config)
+        mean, std = _normalisation(kind, preprocessor)
         epsilon = float(said["layer_norm_eps"])
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise DataError(
-            f"{printable(path)} is not a configuration of a ViT ({type(error).__name__}: {error});"
-            " get it again."
+            f"{printable(path)} or the {PREPROCESSOR} beside it is not a ViT's"
+            f" ({type(error).__name__}: {error})"
         ) from error
-    mean, std = _normalisation(kind, preprocessor)
     cfg: dict[str, Any] = {
-        "input_size": (chans, *size),
+        "input_size": (int(said["num_channels"]), *args["img_size"]),
         "fixed_input_size": True,
         "crop_pct": 0.875 if kind == "vit_mae" else 0.9,  # as timm evaluates the same networks
         "mean": mean,
@@ -159,25 +140,31 @@ def timm_config(
         "classifier": "head",
         "first_conv": "patch_embed.proj",
     }
-    if chans != 3:
-        args["in_chans"] = chans
     if names and not _of_imagenet(names) and names != [f"LABEL_{i}" for i in range(len(names))]:
         cfg["label_names"] = names
-    notes = (
-        ()
-        if epsilon == 1e-6
-        else (
-            (
-                "its norms add 1e-06 to the variance, as timm's do, where its config.json says"
-                f" {epsilon:g}"
-            ),
-        )
-    )
-    return _ARCHITECTURES.get(dim, "vit_base_patch16_224"), args, cfg, notes
+    note = f"its norms add 1e-06 to the variance, and its config.json says {epsilon:g}"
+    notes = (note,) if epsilon != 1e-6 else ()
+    return _ARCHITECTURES.get(args["embed_dim"], "vit_base_patch16_224"), args, cfg, notes
+
+
+def _arguments(said: Mapping[str, Any]) -> dict[str, Any]:
+    dim, size = int(said["hidden_size"]), said["image_size"]
+    args = {
+        "img_size": [size, size] if isinstance(size, int) else [int(side) for side in size],
+        "patch_size": said["patch_size"],
+        "embed_dim": dim,
+        "depth": int(said["num_hidden_layers"]),
+        "num_heads": int(said["num_attention_heads"]),
+        "mlp_ratio": int(said["intermediate_size"]) / dim,
+        "qkv_bias": bool(said["qkv_bias"]),
+    }
+    if said["num_channels"] != 3:
+        args["in_chans"] = int(said["num_channels"])
+    return args
 
 
 def _class_names(config: Mapping[str, Any]) -> list[str]:
-    """Names of the classes a network answers in, in order; none for one without a classifier."""
+    """Return the classes a network answers in, in order; none for one without a classifier."""
     labels = {int(i): str(label) for i, label in (config.get("id2label") or {}).items()}
     heads = [str(name) for name in config.get("architectures") or ()]
     if heads and not any("ImageClassification" in name for name in heads):
@@ -188,36 +175,18 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def _of_imagenet(names: list[str]) -> bool:
-    """Whether these are ImageNet-1k's classes in timm's order, under their descriptions; a few are
-    worded otherwise.
-    """
+    """Return whether these are ImageNet-1k's in timm's order; a few are worded otherwise."""
     described = ImageNetInfo().label_descriptions()
-    return len(names) == len(described) and sum(
-        a == b for a, b in zip(names, described, strict=True)
-    ) > 0.9 * len(names)
+    same = sum(a == b for a, b in zip(names, described, strict=False))
+    return len(names) == len(described) and same > 0.9 * len(names)
 
 
-def _normalisation(
-    kind: str, preprocessor: Path | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mean, std = IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD  # 0.5
+def _normalisation(kind: str, preprocessor: Path | None) -> list[tuple[float, ...]]:
+    """Return mean and std per channel."""
+    default = {"image_mean": IMAGENET_INCEPTION_MEAN, "image_std": IMAGENET_INCEPTION_STD}  # 0.5
     if kind == "vit_mae":
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if preprocessor is None:
-        return mean, std
-    try:
-        said = json.loads(read_bytes(preprocessor))
-        if said.get("do_normalize") is False:
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        mean, std = (
-            tuple(float(value) for value in said.get(key, default))
-            for key, default in (("image_mean", mean), ("image_std", std))
-        )
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{printable(preprocessor)} does not say a mean and std of images (image_mean,"
-            " image_std); get it again."
-        ) from error
-    return mean, std
+        default = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    said = {} if preprocessor is None else dict(json.loads(read_bytes(preprocessor)))
+    if said.get("do_normalize") is False:
+        return [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
+    return [tuple(float(x) for x in said.get(key, default[key])) for key in default]

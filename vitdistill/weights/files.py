@@ -1,0 +1,143 @@
+"""Weights files read as tensors, without executing anything in them.
+
+``.safetensors`` holds tensors only. PyTorch's formats are pickles, which can hold code: they are
+read by torch's own restricted reader, and refused if they hold more than tensors.
+"""
+
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..messages import printable
+from ..storage.atomic import disk_errors
+
+# Where public checkpoints keep their weights, best first: an average before the last ones, as timm.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_PICKLES = (".pth", ".pt", ".bin", ".tar")
+
+
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the tensors of a weights file, on the CPU, without a training script's wrappers.
+
+    Reads ``.safetensors``, and ``.pth .pt .bin .tar`` as far as they hold tensors only.
+
+    Raises:
+        DataError: the file is missing, no weights file, cut, or holds code.
+    """
+    check_is_file(path)
+    file = Path(path)
+    with disk_errors(file), open(file, "rb") as opened:
+        head = opened.read(512)
+    _refuse_failed_download(file, head)
+    if file.suffix not in (".safetensors", *_PICKLES):
+        raise DataError(
+            f"{printable(file)} is no weights file that can be read", fix="convert to .safetensors"
+        )
+    # Some publish safetensors under a name of PyTorch's: the content tells.
+    is_safe = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size - 8
+    if file.suffix == ".safetensors" or is_safe:
+        return _unwrapped(file, _read_safetensors(file))
+    return _unwrapped(file, _read_pickle(file))
+
+
+def check_is_file(path: str | os.PathLike[str]) -> None:
+    """Raise ``DataError`` where there is no file."""
+    if Path(path).is_dir():
+        raise DataError(
+            f"{printable(path)} is a folder, not a weights file",
+            fix=("give it as the model's name", "name the file in it"),
+        )
+    if not Path(path).exists():
+        raise DataError(f"there is no weights file {printable(path)}")
+
+
+def _refuse_failed_download(file: Path, head: bytes) -> None:
+    what = ""
+    if not head:
+        what = "empty"
+    elif head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        what = "a web page"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "a Git LFS pointer"
+    if what:
+        raise DataError(f"{printable(file)} is {what}, not weights", fix="download the file itself")
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise _unreadable(file, error) from error
+
+
+def _read_pickle(file: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    # A damaged file fails in another place of the reader each time (struct.error, KeyError, ...).
+    except Exception as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if "TorchScript" in str(error) or (asked and isinstance(error, pickle.UnpicklingError)):
+            code = f"a pickle of more than tensors ({asked[1]})" if asked else "a TorchScript"
+            raise DataError(
+                f"{printable(file)} holds {code}, which was not executed",
+                fix=f"where you trust its source, convert it: {_converter(file)}",
+            ) from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{printable(file)} is cut short, damaged or no weights file ({first_line(error)})",
+        fix="download it again",
+    )
+
+
+def _converter(file: Path) -> str:
+    return (
+        "python -c 'import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1],"
+        ' weights_only=False); d = d.get("model", d.get("state_dict", d)); s.save_file({k:'
+        f" v.contiguous() for k, v in d.items()}}, sys.argv[2])' '{printable(file)}'"
+        f" '{printable(file.with_suffix('.safetensors'))}'"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, to quote in ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+
+
+def _unwrapped(file: Path, found: Any) -> dict[str, Tensor]:
+    if isinstance(found, Mapping):
+        inner = (found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping))
+        found = next(inner, found)
+    if (
+        not isinstance(found, Mapping)
+        or not found
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+    ):
+        raise DataError(f"{printable(file)} holds no weights: named tensors were expected")
+    bare = {bare_key(key): value for key, value in found.items()}
+    if len(bare) < len(found):
+        raise DataError(f"{printable(file)} holds tensors twice, with and without a prefix")
+    return bare
+
+
+def bare_key(key: str) -> str:
+    """Return a tensor's name without what torch.compile and DistributedDataParallel put in it."""
+    key = key.replace("._orig_mod.", ".")
+    while key.startswith(_PREFIXES):
+        key = key.split(".", 1)[1]
+    return key

@@ -1,0 +1,159 @@
+"""Networks saved in a folder or on the Hugging Face hub: what their config.json says."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import is_model
+from timm.models._pretrained import PretrainedCfg
+
+from ..errors import ConfigError, DataError
+from ..messages import printable
+from ..storage.atomic import read_bytes, sha256_file
+from . import hugging_face
+from .files import first_line
+
+CONFIG = "config.json"
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+# What timm's config says about where weights came from: they come from the folder.
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "source")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a config.json says of a network.
+
+    Attributes:
+        place: the folder or the hub's name, for messages.
+        architecture: timm's name of it.
+        args: what it was built with besides.
+        cfg: its ``pretrained_cfg``.
+        digest: sha256 of the weights, if we exported them.
+        notes: what to say when its weights are loaded.
+        fetch: gets another file of the same place; None: it has no such file.
+    """
+
+    place: str
+    architecture: str
+    args: dict[str, Any]
+    cfg: dict[str, Any]
+    fetch: Callable[[str], Path | None]
+    digest: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """The classes its weights answer in; 0: none."""
+        return int(self.cfg.get("num_classes", 1000))
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images it was trained on, pixels; None: it does not say."""
+        size: Any = self.args.get("img_size") or tuple(self.cfg.get("input_size") or ())[1:]
+        if isinstance(size, int):
+            return size, size
+        return (int(size[0]), int(size[1])) if len(size) == 2 else None
+
+    def weights_file(self) -> Path:
+        """Return its weights file; ``DataError`` if there is none, or another than it was."""
+        for name in (self.cfg.get("hf_hub_filename"), *WEIGHTS_FILES):
+            file = self.fetch(name) if name else None
+            if file is None:
+                continue
+            if self.digest is not None and sha256_file(file) != self.digest:
+                raise DataError(
+                    f"{printable(file)} is damaged or was replaced: its sha256 is not the one in"
+                    f" {CONFIG} beside it",
+                    fix="export again",
+                )
+            return file
+        raise DataError(f"{self.place} has none of {', '.join(WEIGHTS_FILES)}")
+
+
+def read_folder(folder: Path) -> Saved:
+    """Read the network saved in a folder, in timm's form or Hugging Face's of a ViT.
+
+    Raises:
+        ConfigError: there is no folder, no config.json, or no such architecture.
+        DataError: the config.json is damaged, or of a network that cannot be built.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {printable(folder)}")
+
+    def fetch(name: str) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    return _read(printable(folder), fetch)
+
+
+def read_hub(place: str) -> Saved:
+    """Read a network of the Hugging Face hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
+
+    Files come from the cache where they are there. Raises as `read_folder`, and ``DataError`` where
+    the hub cannot be reached.
+    """
+    return _read(f"hf-hub:{printable(place)}", lambda name: _download(place, name))
+
+
+def _download(place: str, filename: str) -> Path | None:
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ConfigError(
+            "names of the hub need huggingface_hub", fix="pip install huggingface_hub"
+        ) from error
+    repo, _, revision = place.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
+    except (OSError, ValueError, RuntimeError, EntryNotFoundError) as error:
+        # Without network, "not in the cache" is an EntryNotFoundError too, and says nothing.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise DataError(
+            f"hf-hub:{printable(place)} cannot be reached ({first_line(error)})",
+            fix="without network, download it elsewhere and give its folder",
+        ) from error
+
+
+def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
+    path = fetch(CONFIG)
+    if path is None:
+        raise ConfigError(
+            f"{place} has no {CONFIG}, so it is no network that can be built",
+            fix="name timm's network, and give the weights as its checkpoint",
+        )
+    try:
+        config = json.loads(read_bytes(path))
+        if "model_type" in config and "architecture" not in config:
+            beside = fetch(hugging_face.PREPROCESSOR)
+            architecture, args, cfg, notes = hugging_face.timm_config(path, config, beside)
+            return Saved(place, architecture, args, cfg, fetch, notes=notes)
+        architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
+        cfg = _pretrained_cfg(config)
+        digest = (config.get("vitdistill") or {}).get("weights_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{printable(path)} is no configuration of timm's") from error
+    if not is_model(architecture):
+        raise ConfigError(
+            f"{printable(path)} names the architecture {printable(architecture)!r}, which timm"
+            f" {timm.__version__} does not have",
+            fix="install the timm that wrote it",
+        )
+    return Saved(place, architecture, args, cfg, fetch, digest)
+
+
+def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that timm's ``PretrainedCfg`` knows; old files have them at the top."""
+    cfg = dict(config.get("pretrained_cfg", config))
+    for key in ("num_classes", "label_names", "label_descriptions"):
+        if key in config:
+            cfg[key] = config[key]
+    if "labels" in cfg:
+        cfg["label_names"] = cfg.pop("labels")
+    known = PretrainedCfg.__dataclass_fields__.keys() - _SOURCES
+    return {key: value for key, value in cfg.items() if key in known}

@@ -1,0 +1,236 @@
+"""What public checkpoints of plain ViTs need before they fit: a list of small conversions.
+
+Masked autoencoders come with a decoder, encoders without a classifier, Hugging Face's files under
+other names, and all of them for another image size. `convert` runs the conversions in order; each
+looks at the tensors, returns them changed with a note for the user, or None if it does not apply.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..messages import plural
+from . import hugging_face
+
+State = dict[str, Tensor]
+
+# What a checkpoint of a masked autoencoder holds for pre-training alone: its decoder, and the
+# projections that DMAE adds.
+_PRETRAINING = ("decoder_", "mask_token", "aligned_feature_projection_heads.")
+_HEAD = ("head.", "head_dist.", "fc_norm.")
+_CLASSIFIER = ("head.", "head_dist.", "classifier.")
+_PATCHES = "patch_embed.proj.weight"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The network that a file is to fit, and what is known of the file besides its tensors.
+
+    Attributes:
+        model: a plain ViT, or a masked autoencoder.
+        name: of the file, for messages.
+        headless: the file has no classifier.
+        fresh_head: the network's own new head is used where the file has none.
+        other_classes: and where the file has one.
+        image_size: height and width of the images it was trained on, pixels; None: not known.
+    """
+
+    model: VisionTransformer
+    name: str
+    headless: bool
+    fresh_head: bool = False
+    other_classes: bool = False
+    image_size: tuple[int, int] | None = None
+
+
+Conversion = Callable[[Target, State], tuple[State, str] | None]
+
+
+def is_headless(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Return whether the network is a plain ViT and the file one without any classifier."""
+    return (
+        isinstance(model, VisionTransformer)
+        and any(key in state for key in (_PATCHES, *hugging_face.PATCHES))
+        and not any(key.startswith(_CLASSIFIER) for key in state)
+    )
+
+
+def is_pretraining(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a file has what only a masked autoencoder has, under anybody's names."""
+    return any(key.removeprefix("decoder.").startswith(_PRETRAINING) for key in state)
+
+
+def convert(target: Target, state: State) -> tuple[State, list[str]]:
+    """Return a file's tensors as the network wants them, and what was done to them.
+
+    Raises:
+        DataError: the file is of a ViT of another form, or does not say how its patches lie.
+    """
+    notes = []
+    for conversion in CONVERSIONS:
+        done = conversion(target, state)
+        if done is not None:
+            state, note = done
+            notes += [note] if note else []
+    return state, notes
+
+
+def _without(state: State, prefixes: str | tuple[str, ...]) -> State:
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+
+def _rename(target: Target, state: State) -> tuple[State, str] | None:
+    if not hugging_face.has_its_names(state):
+        return None
+    return hugging_face.timm_names(state), "its names are Hugging Face's, and were translated"
+
+
+def _drop_decoder(target: Target, state: State) -> tuple[State, str] | None:
+    # A mask token alone is DINOv2's, which timm's converter knows by it.
+    if hasattr(target.model, "decoder_pred") or not any(k.startswith("decoder_") for k in state):
+        return None
+    encoder = _without(state, _PRETRAINING)
+    if _PATCHES not in encoder:
+        raise DataError(f"{target.name} holds the decoder of a masked autoencoder and no encoder")
+    return encoder, f"{plural(len(state) - len(encoder), 'tensor')} of its decoder are not used"
+
+
+def _drop_pooler(target: Target, state: State) -> tuple[State, str] | None:
+    kept = _without(state, "pooler.")
+    return (kept, "its pooler is not used") if len(kept) < len(state) else None
+
+
+def _check_form(target: Target, state: State) -> None:
+    """Refuse a plain ViT of another width or depth and, without a classifier, of other patches.
+
+    The patches of a classifier's file go through timm's converter.
+    """
+    theirs, own = state.get(_PATCHES), target.model.state_dict().get(_PATCHES)
+    if theirs is None or own is None or theirs.ndim != 4 or own.ndim != 4:
+        return
+    blocks = {found[1] for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
+    facts = [
+        ("width", len(theirs), len(own)),
+        ("depth", len(blocks) or len(target.model.blocks), len(target.model.blocks)),
+        ("patch size", *("x".join(map(str, kernel.shape[2:])) for kernel in (theirs, own))),
+    ]
+    for what, its, ours in facts if target.headless else facts[:2]:
+        if its != ours:
+            raise DataError(
+                f"{target.name} is of a ViT of {what} {its}, and the network has {ours}",
+                fix="name the network it belongs to",
+            )
+
+
+def _start_head(target: Target, state: State) -> tuple[State, str] | None:
+    """Use the network's new head, and the norm in it, as far as the file has none."""
+    if not target.headless and not target.other_classes:
+        return None
+    if target.other_classes:
+        state = _without(state, _CLASSIFIER)
+    fresh = {
+        key: value
+        for key, value in target.model.state_dict().items()
+        if key.startswith(_HEAD) and key not in state
+    }
+    if not target.fresh_head or not fresh:
+        return state, ""
+    what = "it has no classifier" if target.headless else "its classifier is of other classes"
+    note = f"{what}: {', '.join(fresh)} start fresh"
+    # A network that norms what it pools (fc_norm) has no place for the norm of every token.
+    moved = "norm.weight" not in target.model.state_dict() and "fc_norm.weight" in fresh
+    if moved and "norm.weight" in state:
+        state = _without(state, "norm.")
+        note += "; its final norm is not used"
+    return {**state, **fresh}, note
+
+
+def _drop_attention_pool(target: Target, state: State) -> tuple[State, str] | None:
+    kept = _without(state, "attn_pool.")
+    if target.model.attn_pool is not None or len(kept) == len(state):
+        return None
+    return kept, "its attention pool is not used"
+
+
+def _resample_positions(target: Target, state: State) -> tuple[State, str] | None:
+    """Resample positions to the network's grid of patches, as timm does, if theirs is another."""
+    own, grid = target.model.pos_embed, getattr(target.model.patch_embed, "grid_size", None)
+    table = state.get("pos_embed")
+    if state.keys() != target.model.state_dict().keys() or table is None or grid is None:
+        return None  # of another network; timm's converter or an error is next
+    if own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
+        return None
+    grid = (int(grid[0]), int(grid[1]))
+    num_prefix_tokens = own.shape[1] - grid[0] * grid[1]
+    theirs = _grid_of(target, state, grid, table.shape[1] - num_prefix_tokens)
+    if theirs == grid:
+        return None
+    prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    moved = torch.cat([prefix, _resampled(patches, theirs, grid)], dim=1)
+    return {**state, "pos_embed": moved}, (
+        f"its positions were resampled from {theirs[0]} x {theirs[1]} patches to"
+        f" {grid[0]} x {grid[1]}"
+    )
+
+
+def _resampled(
+    patches: Float[Tensor, "1 N D"], theirs: tuple[int, int], grid: tuple[int, int]
+) -> Float[Tensor, "1 M D"]:
+    image = patches.float().reshape(1, *theirs, -1).permute(0, 3, 1, 2)
+    moved = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+    return moved.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
+
+
+def _grid_of(target: Target, state: State, grid: tuple[int, int], count: int) -> tuple[int, int]:
+    """Return in what rows and columns a file's ``count`` patches lie.
+
+    By the size of its images where that is known, else a square. A number of patches that could be
+    a square and the network's own oblong as well is refused rather than guessed.
+    """
+    kernels = [weights.get(_PATCHES) for weights in (state, target.model.state_dict())]
+    embed = target.model.patch_embed
+    if target.image_size is not None and getattr(embed, "img_size", None):
+        sizes = [(1, 1) if kernel is None else kernel.shape[2:] for kernel in kernels]
+        rows, columns = (
+            side // (pixels // patches * theirs // own)
+            for side, pixels, patches, theirs, own in zip(
+                target.image_size, embed.img_size, grid, *sizes, strict=True
+            )
+        )
+        if rows * columns == count:
+            return rows, columns
+    side = math.isqrt(max(count, 0))
+    is_square, is_own = count > 0 and side * side == count, count == grid[0] * grid[1]
+    if is_own and (grid[0] == grid[1] or not is_square):
+        return grid
+    if is_square and not is_own:
+        return side, side
+    raise DataError(
+        f"{target.name} does not say in what rows and columns its {count} patches lie, and"
+        f" the network has {grid[0]} x {grid[1]}",
+        fix="give it as model.safetensors in a folder with a config.json that has its input_size",
+    )
+
+
+def _check(target: Target, state: State) -> tuple[State, str] | None:
+    _check_form(target, state)
+    return None
+
+
+CONVERSIONS: tuple[Conversion, ...] = (
+    _rename,
+    _drop_decoder,
+    _drop_pooler,
+    _check,
+    _start_head,
+    _drop_attention_pool,
+    _resample_positions,
+)
