@@ -40,6 +40,7 @@ def test_every_method_says_whose_it_is_and_when_to_use_it() -> None:
         assert "\n" not in method.paper + method.use_when and method.use_when.endswith("."), name
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("i", range(7))
 def test_the_page_is_what_the_code_says(i: int) -> None:
     """Section by section, so that no test counts all methods."""

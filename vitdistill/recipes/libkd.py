@@ -83,10 +83,7 @@ def libkd() -> Recipe:
     return replace(
         libkd_cit_tiny(),
         name="libkd",
-        description=(
-            "DeiT-Ti with a token for each of two teachers: --set teachers.conv.model=RUN"
-            " teachers.inv.model=RUN"
-        ),
+        description=("DeiT-Ti with a token for each of two teachers, conv and inv"),
         student=StudentConfig(
             model="advised_vit",
             drop_path=0.1,

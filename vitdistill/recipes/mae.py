@@ -4,7 +4,7 @@ of pre-training, then fine-tuning.
 The folder of their first stage, ``pretrain``, is a teacher for the DMAE recipes.
 
 Source: PRETRAIN.md and FINETUNE.md of facebookresearch/mae@efb2a80. The accuracies are those of
-1,600 epochs (``--set pretrain.train.epochs=1600``). What differs is said in
+1,600 epochs (``pretrain.train.epochs``). What differs is said in
 `vitdistill.recipes.dmae`, whose stages these are.
 """
 

@@ -46,8 +46,7 @@ def deit_tiny_from_deit3_small() -> Recipe:
         "deit_tiny_from_deit3_small",
         "deit_tiny_patch16_224",
         "deit3_small_patch16_224.fb_in1k",
-        "MaskedKD at 50 %: 75.2 % top-1 in the paper (75.1 % whole teacher; 74.8 % at --keep-rate"
-        " 0.25)",
+        "MaskedKD at 50 %: 75.2 % top-1 in the paper (75.1 % whole teacher; 74.8 % at 25 %)",
     )
 
 
@@ -57,8 +56,7 @@ def deit_tiny_from_deit3_base() -> Recipe:
         "deit_tiny_from_deit3_base",
         "deit_tiny_patch16_224",
         "deit3_base_patch16_224.fb_in1k",
-        "MaskedKD at 50 %: 74.7 % top-1 in the paper (74.4 % whole teacher; 74.7 % at --keep-rate"
-        " 0.25)",
+        "MaskedKD at 50 %: 74.7 % top-1 in the paper (74.4 % whole teacher; 74.7 % at 25 %)",
     )
 
 
@@ -69,7 +67,7 @@ def deit_small_from_deit_base() -> Recipe:
         "deit_small_patch16_224",
         "deit_base_patch16_224.fb_in1k",
         "MaskedKD at 50 %: 81.0 % top-1 in the paper (80.8 % whole teacher, 79.9 % alone; 80.9 % at"
-        " --keep-rate 0.75)",
+        " 75 %)",
     )
 
 
@@ -79,8 +77,7 @@ def deit_small_from_deit3_base() -> Recipe:
         "deit_small_from_deit3_base",
         "deit_small_patch16_224",
         "deit3_base_patch16_224.fb_in1k",
-        "MaskedKD at 50 %: 81.3 % top-1 in the paper (81.3 % whole teacher; 81.4 % at --keep-rate"
-        " 0.75)",
+        "MaskedKD at 50 %: 81.3 % top-1 in the paper (81.3 % whole teacher; 81.4 % at 75 %)",
     )
 
 
@@ -91,5 +88,5 @@ def deit_base_from_deit3_large() -> Recipe:
         "deit_base_patch16_224",
         "deit3_large_patch16_224.fb_in1k",
         "MaskedKD at 50 %: 83.6 % top-1 in the paper (83.5 % whole teacher, 81.8 % alone; 83.5 % at"
-        " --keep-rate 0.75)",
+        " 75 %)",
     )

@@ -23,7 +23,7 @@ def kd() -> Recipe:
     return replace(
         alone(),
         name="kd",
-        description="plain logit distillation from --teacher-model",
+        description="plain logit distillation from a teacher",
         teachers={"teacher": TeacherConfig()},
         objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": SoftKD(weight=0.5)},
     )
@@ -35,7 +35,7 @@ def hard_kd() -> Recipe:
         kd(),
         name="hard_kd",
         description=(
-            "distillation from the top class of --teacher-model (give a student with a distillation"
+            "distillation from the top class of a teacher (give a student with a distillation"
             " token for DeiT's form)"
         ),
         objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": HardKD(weight=0.5)},
@@ -47,7 +47,7 @@ def maskedkd() -> Recipe:
     return replace(
         kd(),
         name="maskedkd",
-        description="MaskedKD from --teacher-model, which sees --keep-rate of its patches",
+        description="MaskedKD from a teacher that sees half of its patches",
         selector=MaskedKD(keep_rate=0.5),
     )
 
@@ -57,7 +57,7 @@ def nkd() -> Recipe:
     return replace(
         kd(),
         name="nkd",
-        description="NKD from --teacher-model",
+        description="NKD from a teacher",
         objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD()},
     )
 
@@ -69,19 +69,17 @@ def vitkd() -> Recipe:
     return replace(
         kd(),
         name="vitkd",
-        description="ViTKD (features) from --teacher-model",
+        description="ViTKD (features) from a teacher",
         objectives={"ce": CrossEntropy(smoothing=0.1), "vitkd": ViTKD(reduction="mean")},
     )
 
 
 def vitkd_nkd() -> Recipe:
-    """ViTKD and NKD together, the combination with the largest published gains; --with maskedkd
-    shows the teacher fewer patches.
-    """
+    """ViTKD and NKD together, the combination with the largest published gains."""
     return replace(
         kd(),
         name="vitkd_nkd",
-        description="ViTKD (features) and NKD (logits) from --teacher-model",
+        description="ViTKD (features) and NKD (logits) from a teacher",
         objectives={
             "ce": CrossEntropy(smoothing=0.1),
             "nkd": NKD(),

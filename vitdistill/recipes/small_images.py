@@ -53,13 +53,11 @@ def small_images_teacher() -> Recipe:
 
 
 def small_images_kd() -> Recipe:
-    """The same student by plain KD; give the teacher's run folder with ``--teacher-model``."""
+    """The same student by plain KD from a teacher run."""
     return replace(
         small_images_alone(),
         name="small_images_kd",
-        description=(
-            "the small_images student by plain KD; --teacher-model takes the teacher run's folder"
-        ),
+        description=("the small_images student by plain KD from a teacher run"),
         teachers={"teacher": TeacherConfig()},
         objectives={
             "ce": CrossEntropy(weight=0.5, smoothing=0.1),
@@ -73,9 +71,7 @@ def small_images_maskedkd() -> Recipe:
     return replace(
         small_images_kd(),
         name="small_images_maskedkd",
-        description=(
-            "the small_images student by MaskedKD; --teacher-model takes the teacher run's folder"
-        ),
+        description=("the small_images student by MaskedKD from a teacher run"),
         selector=MaskedKD(keep_rate=0.5),
     )
 
@@ -85,9 +81,7 @@ def small_images_nkd() -> Recipe:
     return replace(
         small_images_kd(),
         name="small_images_nkd",
-        description=(
-            "the small_images student by NKD; --teacher-model takes the teacher run's folder"
-        ),
+        description=("the small_images student by NKD from a teacher run"),
         objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD()},
     )
 
@@ -99,10 +93,7 @@ def small_images_vitkd() -> Recipe:
     return replace(
         small_images_kd(),
         name="small_images_vitkd",
-        description=(
-            "the small_images student by ViTKD (features); --teacher-model takes the teacher run's"
-            " folder"
-        ),
+        description=("the small_images student by ViTKD (features) from a teacher run"),
         objectives={"ce": CrossEntropy(smoothing=0.1), "vitkd": ViTKD(reduction="mean")},
     )
 
@@ -112,10 +103,7 @@ def small_images_vitkd_nkd() -> Recipe:
     return replace(
         small_images_kd(),
         name="small_images_vitkd_nkd",
-        description=(
-            "the small_images student by ViTKD and NKD; --teacher-model takes the teacher run's"
-            " folder"
-        ),
+        description=("the small_images student by ViTKD and NKD from a teacher run"),
         objectives={
             "ce": CrossEntropy(smoothing=0.1),
             "nkd": NKD(),
@@ -129,10 +117,7 @@ def small_images_masked_vitkd_nkd() -> Recipe:
     return replace(
         small_images_vitkd_nkd(),
         name="small_images_masked_vitkd_nkd",
-        description=(
-            "the small_images student by ViTKD and NKD under MaskedKD; --teacher-model takes the"
-            " teacher run's folder"
-        ),
+        description=("the small_images student by ViTKD and NKD under MaskedKD from a teacher run"),
         selector=MaskedKD(keep_rate=0.5),
     )
 
@@ -183,7 +168,7 @@ def small_images_mae_finetuned() -> Stages:
 
 
 def small_images_dmae() -> Stages:
-    """DMAE, then fine-tuning; give the run folder of an MAE teacher with ``--teacher-model``."""
+    """DMAE, then fine-tuning from the run of a wider MAE."""
     plain = small_images_mae_finetuned()
     pretrain = plain.stages["pretrain"]
     taught = replace(
@@ -194,9 +179,7 @@ def small_images_dmae() -> Stages:
     return replace(
         plain,
         name="small_images_dmae",
-        description=(
-            "the same by DMAE; --teacher-model takes the run folder of a wider small_images_mae"
-        ),
+        description=("the same by DMAE from the run of a wider small_images_mae"),
         stages={**plain.stages, "pretrain": taught},
     )
 
@@ -247,8 +230,7 @@ def small_images_libkd() -> Recipe:
         recipe,
         name="small_images_libkd",
         description=(
-            "the small_images student with a token for each of two teachers: --set"
-            " teachers.conv.model=RUN teachers.inv.model=RUN"
+            "the small_images student with a token for each of two teachers, conv and inv"
         ),
         student=replace(
             recipe.student,

@@ -16,7 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import timm
 import torch
+import torchvision
+from PIL import Image
 
 from .. import __version__
 from ..errors import ConfigError, Give, PermissionDenied, UserError
@@ -211,10 +214,6 @@ _DECISIVE = (
 
 def environment() -> dict[str, Any]:
     """Return what this process runs on: versions, machine, command."""
-    import timm
-    import torchvision
-    from PIL import Image
-
     return {
         "vitdistill": __version__,
         "python": platform.python_version(),
