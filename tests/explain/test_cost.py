@@ -13,7 +13,8 @@ from torch import nn
 
 from vitdistill.cli import main
 from vitdistill.distill.plan import make_plan
-from vitdistill.explain.cost import IMAGENET_TRAIN_IMAGES, Cost, _Kept, cost_of, explain, vit_macs
+from vitdistill.explain.cost import IMAGENET_TRAIN_IMAGES, Cost, _Kept, cost_of, vit_macs
+from vitdistill.explain.text import explain
 from vitdistill.messages import format_bytes, format_count, format_table
 from vitdistill.methods.base import Masking, Objective, TeacherObjective, TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy

@@ -17,7 +17,8 @@ from vitdistill.data.augment import InputSpec
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
-from vitdistill.explain.cost import cost_of, explain
+from vitdistill.explain.cost import cost_of
+from vitdistill.explain.text import explain
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.runs.networks import without_memory
 from vitdistill.vit.families import describe_network, family_of

@@ -7,7 +7,8 @@ from typing import Annotated
 from ..data.sources.base import check_enough
 from ..data.sources.open import open_source
 from ..errors import UserError
-from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of, explain
+from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of
+from ..explain.text import explain
 from ..messages import format_count, format_table
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, dump, in_stage, sources

@@ -101,7 +101,8 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
 
 
 def _plan_text(prepared: "Prepared") -> str:
-    from ..explain.cost import cost_of, explain
+    from ..explain.cost import cost_of
+    from ..explain.text import explain
 
     train, loader = prepared.recipe.train, prepared.loaders.train
     models = {name: teacher.model for name, teacher in prepared.teachers.items()}

@@ -1,6 +1,4 @@
-"""`Distillation`: the one module with everything trainable (student and adapters), and one step's
-straight line through it.
-"""
+"""One training step: what every network says of a batch, and the losses of it."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,9 +16,12 @@ from ..vit.walk import run_vit
 from .plan import Plan
 from .teacher import Teacher
 
+Answers = dict[str, ViTOutput | StoredAnswer]
+"""What each teacher says of a batch, by name."""
+
 
 class Distillation(nn.Module):
-    """Student and adapters, and the losses of one batch.
+    """Everything that is trained (student and adapters), and the losses of one batch.
 
     Args:
         student: the network to train.
@@ -33,11 +34,9 @@ class Distillation(nn.Module):
         self.plan = plan
         self.adapters = nn.ModuleDict()
         for name, objective in plan.objectives.items():
-            teacher = (
-                plan.teachers[objective.teacher]
-                if isinstance(objective, TeacherObjective)
-                else None
-            )
+            teacher = None
+            if isinstance(objective, TeacherObjective):
+                teacher = plan.teachers[objective.teacher]
             adapter = objective.adapter(plan.student, teacher)
             if adapter is not None:
                 self.adapters[name] = adapter
@@ -46,46 +45,36 @@ class Distillation(nn.Module):
     def forward(
         self, batch: Batch, teachers: Mapping[str, Teacher], progress: float = 0.0
     ) -> dict[str, Float[Tensor, ""]]:
-        """The weighted loss of every objective by name, and their sum under ``loss``; float32
-        scalars, means over the batch.
+        """Return the weighted loss of every objective by name, and their sum as ``loss``.
 
-        ``progress`` is the fraction of the run that is done, for weights that follow a schedule.
-        The sum is NaN when a teacher's logits are not finite, whatever the objectives make of them
-        (an argmax hides it).
+        Losses are float32 scalars, means over the batch. ``progress`` is the fraction of the run
+        that is done, for weights that follow a schedule. The sum is NaN when a teacher's logits are
+        not finite, whatever the objectives make of them (an argmax hides it).
         """
         student, answers = self.answer(batch, teachers)
-        losses = {}
-        for name, objective in self.plan.objectives.items():
-            teacher = (
-                answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
-            )
-            if isinstance(teacher, StoredAnswer):
-                teacher = teacher.at(self.plan.temperatures.get(name))
-            adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
-            losses[name] = objective.weight_at(progress) * objective.loss(
-                student, teacher, batch, adapter
-            )
+        losses = {
+            name: objective.weight_at(progress) * self.loss(name, student, answers, batch)
+            for name, objective in self.plan.objectives.items()
+        }
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for answer in answers.values():
             live = answer.live if isinstance(answer, StoredAnswer) else answer
             if live is not None and live.logits is not None:
-                losses["loss"] = losses["loss"].masked_fill(
-                    ~live.logits.isfinite().all(), torch.nan
-                )
+                broken = ~live.logits.isfinite().all()
+                losses["loss"] = losses["loss"].masked_fill(broken, torch.nan)
         return losses
 
-    def answer(
-        self, batch: Batch, teachers: Mapping[str, Teacher]
-    ) -> tuple[ViTOutput, dict[str, ViTOutput | StoredAnswer]]:
-        """What the student and each teacher record of a batch; of a teacher that sees more patches,
-        what it says of the student's.
+    def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, Answers]:
+        """Return what the student and each teacher record of a batch.
 
-        A teacher with labels runs on the images without a record alone, if it is there.
+        The student runs first, because it may choose what its teachers see. Of a teacher that sees
+        more patches than the student, the student's are returned. A teacher with stored labels
+        runs only on images without a record.
         """
         plan = self.plan
         order = self.mask(batch)
         student = self._student(batch, order, self.run)
-        answers: dict[str, ViTOutput | StoredAnswer] = {}
+        answers: Answers = {}
         for name, needs in plan.stored.items():
             targets: Targets = batch.targets[name]
             answers[name] = stored = StoredAnswer(targets, plan.teachers[name])
@@ -94,42 +83,47 @@ class Distillation(nn.Module):
         for name, teacher in teachers.items():
             if name in plan.stored:
                 continue
-            seen = (
-                self.choose(name, teacher, batch, student)
-                if order is None
-                else order[:, : plan.num_keep[name]]
-            )
+            if order is None:
+                seen = self.choose(name, teacher, batch, student)
+            else:
+                seen = order[:, : plan.num_keep[name]]
             answer = teacher(batch.images, plan.live[name], seen)
             answers[name] = answer if student.keep is None else answer.first_patches(student.keep)
         return student, answers
 
+    def loss(
+        self, name: str, student: ViTOutput, answers: Answers, batch: Batch
+    ) -> Float[Tensor, ""]:
+        """Return the loss of one objective, without its weight."""
+        objective = self.plan.objectives[name]
+        teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
+        if isinstance(teacher, StoredAnswer):
+            teacher = teacher.at(self.plan.temperatures.get(name))
+        return objective.loss(student, teacher, batch, self._adapter(name))
+
+    def _adapter(self, name: str) -> nn.Module | None:
+        return self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (ModuleDict)
+
     def _student(
         self, batch: Batch, order: Int[Tensor, "B N"] | None, run: Callable[..., ViTOutput]
     ) -> ViTOutput:
-        """What the student records of the patches that ``order`` leaves it; ``run`` is `run_vit`,
-        compiled or not.
-        """
+        """Run the student on the patches that ``order`` leaves it; ``run``: compiled or not."""
         keep = None if order is None else order[:, : self.plan.student_keep]
         return run(self.student, batch.images, self.plan.student_needs, keep)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """What the objectives have to show of a batch, the input first; empty if there is
-        nothing.
-        """
+        """Return what the objectives show of a batch, the input first; {} if they show nothing."""
         output = self._student(batch, self.mask(batch), run_vit)
         shown: dict[str, Tensor] = {}
         for name, objective in self.plan.objectives.items():
-            adapter = self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (a ModuleDict has no get)
-            shown |= {
-                f"{name}: {what}": images
-                for what, images in objective.pictures(output, batch, adapter).items()
-            }
+            pictures = objective.pictures(output, batch, self._adapter(name))
+            shown |= {f"{name}: {what}": images for what, images in pictures.items()}
         return {"input": batch.images, **shown} if shown else {}
 
     @torch.no_grad()
     def mask(self, batch: Batch) -> Int[Tensor, "B N"] | None:
-        """The student's patches, those to be seen first; None: nothing is hidden."""
+        """Order the student's patches, those to be seen first; None: nothing is hidden."""
         if self.plan.masking is None:
             return None
         return self.plan.masking.order(
@@ -140,7 +134,7 @@ class Distillation(nn.Module):
     def choose(
         self, name: str, teacher: Teacher, batch: Batch, student: ViTOutput
     ) -> Int[Tensor, "B K"] | None:
-        """The patches teacher ``name`` sees of each image; None: all of them."""
+        """Choose the patches teacher ``name`` sees of each image; None: all of them."""
         plan, selector = self.plan, self.plan.selector
         num_keep = plan.num_keep[name]
         if selector is None or num_keep is None:

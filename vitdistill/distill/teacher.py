@@ -1,5 +1,6 @@
 """A frozen teacher: a plain object, never saved, never trained, never wrapped for distribution."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -70,9 +71,9 @@ class Teacher:
         self, images: Float[Tensor, "B 3 h w"], needs: Needs, keep: Int[Tensor, "B K"] | None = None
     ) -> ViTOutput:
         """Answer to images in the student's normalisation; ``keep`` indexes its own patch grid."""
-        device = self.device.type
-        autocast = self.dtype is None and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=autocast):
+        # A teacher of its own precision leaves the caller's autocast.
+        own = None if self.dtype is None else torch.autocast(self.device.type, enabled=False)
+        with own or nullcontext():
             output = self.run(self.model, self.prepare(images), needs, keep)
         if self.class_index is not None and output.logits is not None:
             output = replace(output, logits=output.logits[:, self.class_index], head_logits=None)

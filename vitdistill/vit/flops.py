@@ -39,7 +39,7 @@ def _count(
     num_keep: int | None,
     backward: bool,
 ) -> int:
-    model, size = _on_meta(model), 2  # some batch norms refuse to train on one value a channel
+    model, size = on_meta(model), 2  # some batch norms refuse to train on one value a channel
     images = torch.empty(size, 3, *image_size, device="meta")
     keep = blank_keep(num_keep, size)
     # Gradients stay on even for a forward pass: without them torch's module tracker fails on a
@@ -61,10 +61,8 @@ def blank_keep(num_keep: int | None, batch_size: int) -> Tensor | None:
     return torch.zeros(batch_size, num_keep, dtype=torch.int64, device="meta")
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """Copy the architecture without its weights, so that counting costs no memory and no time."""
-    if all(p.is_meta for p in model.parameters()):
-        return model
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fake: Tensor = torch.empty_like(tensor, device="meta")
