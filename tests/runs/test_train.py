@@ -394,13 +394,7 @@ def test_another_recipe_is_refused(tmp_path, whole, taught, tools, finished):
         else unfinished(whole, tmp_path / "run", 4)
     )
     before = tools.tree(folder)
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"another recipe \(optim\.lr is 0\.5 here and 0\.002 there; train\.seed is 7 here and 0"
-            r" there\)"
-        ),
-    ):
+    with pytest.raises(ConfigError, match=r"optim\.lr.*; train\.seed is 7 here and 0 there"):
         tools.run(taught(**{"optim.lr": 0.5, "train.seed": 7}), folder)
     assert tools.tree(folder) == before
 
@@ -417,17 +411,17 @@ def test_other_images_or_another_teacher_are_refused(tmp_path, whole, taught, te
     before = tools.tree(folder)
     extra = images / "train" / "bee" / "extra.png"
     shutil.copy(images / "train" / "bee" / "00.png", extra)
-    with pytest.raises(
-        DataError, match=r"the training images of this run have changed since .*step-00000004"
-    ):
+    with pytest.raises(DataError) as caught:
         tools.run(recipe, folder)
+    assert caught.value.field == "training images"
     extra.unlink()
     (images / "val" / "bee" / "00.png").rename(images / "val" / "cat" / "zz.png")
-    with pytest.raises(DataError, match=r"the validation images of this run have changed"):
+    with pytest.raises(DataError) as caught:
         tools.run(recipe, folder)
+    assert caught.value.field == "validation images"
     (images / "val" / "cat" / "zz.png").rename(images / "val" / "bee" / "00.png")
     shutil.copytree(whole / "last", tmp_path / "teacher" / "last", dirs_exist_ok=True)
-    with pytest.raises(DataError, match=r"the weights of the teacher of this run have changed"):
+    with pytest.raises(ConfigError, match=r"teachers\.teacher\.model has other weights"):
         tools.run(recipe, folder)
     assert tools.tree(folder) == before
     shutil.copytree(teacher / "last", tmp_path / "teacher" / "last", dirs_exist_ok=True)
