@@ -6,6 +6,7 @@
 import argparse
 import ast
 import io
+import runpy
 import statistics
 import tokenize
 from collections import Counter
@@ -13,10 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOMS = (
-    *("errors", "messages", "keyed", "memory", "world", "storage", "vit", "models", "data"),
-    *("methods", "labels", "weights", "distill", "recipes", "evaluate", "runs", "explain", "cli"),
-)
+LAYERS = Path(__file__).resolve().parents[1] / "tests" / "test_layers.py"
+ROOMS: tuple[str, ...] = runpy.run_path(str(LAYERS))["ROOMS"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 SKIPPED = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

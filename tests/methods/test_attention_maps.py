@@ -4,13 +4,12 @@ import math
 from typing import Any
 
 import pytest
-import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from small_vits import DISTILLED, NO_CLASS, batch_of, kept, loss_of, network, outputs, vit
+from torch import Tensor
 
-from vitdistill.data.batch import Batch
 from vitdistill.methods.attention_maps import (
     AttentionMaps,
     attention_loss,
@@ -19,75 +18,16 @@ from vitdistill.methods.attention_maps import (
     shared_vectors,
     token_scores,
 )
-from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import QKV, ViTOutput
 from vitdistill.vit.walk import run_vit
 
-SIZE = (16, 16)
-DISTILLED = "deit_tiny_distilled_patch16_224"
-NO_CLASS = {"class_token": False, "global_pool": "avg"}
 seeds = st.integers(0, 10**6)
-
-
-def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    settings = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
-    model = timm.create_model(name, **{**settings, **args}).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.4)
-    return model
-
-
-def network(model: nn.Module, name: str = "teacher") -> Network:
-    return describe_network(model, name, "small", SIZE)
-
-
-def batch_of(count: int = 3) -> Batch:
-    numbers = torch.arange(count)
-    return Batch(
-        torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count)),
-        numbers,
-        numbers,
-        numbers * 0,
-        0,
-    )
-
-
-def outputs(
-    objective: AttentionMaps, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> tuple[ViTOutput, ViTOutput]:
-    images, ours, its = batch_of().images, network(student, "student"), network(teacher)
-    answer = run_vit(teacher, images, objective.teacher_needs(its), keep)
-    return run_vit(student, images, objective.student_needs(ours)), answer
-
-
-def loss_of(
-    objective: AttentionMaps, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> Tensor:
-    adapter = objective.adapter(network(student, "student"), network(teacher))
-    return objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
 
 
 def some(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack(
-        [
-            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
-            for i in range(images)
-        ]
-    )
 
 
 EVERY = [AttentionMaps(rows=rows, divergence=d) for rows in ("class", "all") for d in ("kl", "mse")]  # type: ignore[arg-type]

@@ -1,84 +1,23 @@
 """Manifold distillation: cosines between patches, within and between images."""
 
-from typing import Any
-
 import pytest
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_vits import DISTILLED, NO_CLASS, batch_of, kept, loss_of, outputs, randn, vit
 from torch import Tensor, nn
 
-from vitdistill.data.batch import Batch
 from vitdistill.methods.manifold import (
     Manifold,
     patch_gram_loss,
     random_gram_loss,
     sample_gram_loss,
 )
-from vitdistill.vit.families import describe_network
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
-from vitdistill.vit.walk import run_vit
 
-SIZE = (16, 16)
-DISTILLED = "deit_tiny_distilled_patch16_224"
-NO_CLASS = {"class_token": False, "global_pool": "avg"}
 seeds = st.integers(0, 10**6)
-
-
-def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    settings = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
-    model = timm.create_model(name, **{**settings, **args}).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model
-
-
-def network(model: nn.Module, name: str = "teacher") -> Network:
-    return describe_network(model, name, "small", SIZE)
-
-
-def batch_of(count: int = 3, seed: int = 0) -> Batch:
-    numbers = torch.arange(count)
-    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
-    return Batch(images, numbers, numbers, numbers * 0, 0, seed=seed)
-
-
-def some(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack(
-        [
-            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
-            for i in range(images)
-        ]
-    )
-
-
-def outputs(
-    objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> tuple[ViTOutput, ViTOutput]:
-    images, ours, its = batch_of().images, network(student, "student"), network(teacher)
-    answer = run_vit(teacher, images, objective.teacher_needs(its), keep)
-    return run_vit(student, images, objective.student_needs(ours)), answer
-
-
-def loss_of(
-    objective: Manifold, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> Tensor:
-    adapter = objective.adapter(network(student, "student"), network(teacher))
-    return objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
 
 
 def cosines(vectors: Tensor) -> Tensor:
@@ -97,7 +36,7 @@ def cosines(vectors: Tensor) -> Tensor:
 def test_each_term_is_a_mean_of_squared_differences_of_cosines(
     seed: int, images: int, patches: int, widths: tuple[int, int]
 ) -> None:
-    ours, its = some(seed, images, patches, widths[0]), some(seed + 1, images, patches, widths[1])
+    ours, its = randn(seed, images, patches, widths[0]), randn(seed + 1, images, patches, widths[1])
     within = [(cosines(a) - cosines(b)).square().mean() for a, b in zip(ours, its, strict=True)]
     assert patch_gram_loss(ours, its).item() == pytest.approx(
         torch.stack(within).mean().item(), abs=1e-5
@@ -107,7 +46,7 @@ def test_each_term_is_a_mean_of_squared_differences_of_cosines(
         torch.stack(between).mean().item(), abs=1e-5
     )
     everything = (cosines(ours.flatten(0, 1)) - cosines(its.flatten(0, 1))).square().mean()
-    assert random_gram_loss(ours, its, some(seed, images, patches)).item() == pytest.approx(
+    assert random_gram_loss(ours, its, randn(seed, images, patches)).item() == pytest.approx(
         everything.item(), abs=1e-5
     )
 
@@ -131,28 +70,28 @@ def test_the_formulas_by_hand() -> None:
 
 @given(seed=seeds, scale=st.floats(0.01, 100))
 def test_turned_and_scaled_vectors_are_the_same_manifold(seed: int, scale: float) -> None:
-    its = some(seed, 2, 5, 6)
-    turn = torch.linalg.qr(some(seed + 1, 6, 6)).Q
-    lengths = scale * (0.5 + some(seed + 2, 2, 5, 1).abs())
+    its = randn(seed, 2, 5, 6)
+    turn = torch.linalg.qr(randn(seed + 1, 6, 6)).Q
+    lengths = scale * (0.5 + randn(seed + 2, 2, 5, 1).abs())
     ours = lengths * (its @ turn)
     for term in (
         patch_gram_loss(ours, its),
         sample_gram_loss(ours, its),
-        random_gram_loss(ours, its, some(seed, 2, 5), 4),
+        random_gram_loss(ours, its, randn(seed, 2, 5), 4),
     ):
         assert abs(term.item()) < 1e-6
-    other = some(seed + 3, 2, 5, 6)
+    other = randn(seed + 3, 2, 5, 6)
     for term in (
         patch_gram_loss(other, its),
         sample_gram_loss(other, its),
-        random_gram_loss(other, its, some(seed, 2, 5), 4),
+        random_gram_loss(other, its, randn(seed, 2, 5), 4),
     ):
         assert term.item() > 1e-4
 
 
 @given(seed=seeds, count=st.integers(2, 12))
 def test_the_largest_numbers_are_drawn(seed: int, count: int) -> None:
-    ours, its, uniforms = some(seed, 2, 5, 3), some(seed + 1, 2, 5, 4), some(seed + 2, 2, 5)
+    ours, its, uniforms = randn(seed, 2, 5, 3), randn(seed + 1, 2, 5, 4), randn(seed + 2, 2, 5)
     chosen = sorted(range(10), key=lambda i: -uniforms.flatten()[i].item())[:count]
     expected = (
         (cosines(ours.flatten(0, 1)[chosen]) - cosines(its.flatten(0, 1)[chosen])).square().mean()
@@ -163,11 +102,11 @@ def test_the_largest_numbers_are_drawn(seed: int, count: int) -> None:
 
 
 def test_vectors_of_length_zero_stay_finite() -> None:
-    ours, its = torch.zeros(2, 3, 4, requires_grad=True), some(0, 2, 3, 4)
+    ours, its = torch.zeros(2, 3, 4, requires_grad=True), randn(0, 2, 3, 4)
     loss = (
         patch_gram_loss(ours, its)
         + sample_gram_loss(ours, its)
-        + random_gram_loss(ours, its, some(1, 2, 3))
+        + random_gram_loss(ours, its, randn(1, 2, 3))
     )
     loss.backward()
     assert loss.isfinite() and ours.grad is not None and ours.grad.isfinite().all()

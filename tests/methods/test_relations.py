@@ -1,81 +1,17 @@
 """Token relations: which tokens are alike in one block, whatever the networks' widths and heads."""
 
 import math
-from typing import Any
 
 import pytest
-import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from small_vits import DISTILLED, NO_CLASS, kept, loss_of, network, outputs, randn, vit
 
-from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.relations import Relations, relation_heads, relation_loss
-from vitdistill.vit.families import describe_network
-from vitdistill.vit.network import Network
-from vitdistill.vit.output import ViTOutput
-from vitdistill.vit.walk import run_vit
 
-SIZE = (16, 16)
-DISTILLED = "deit_tiny_distilled_patch16_224"
-NO_CLASS = {"class_token": False, "global_pool": "avg"}
 seeds = st.integers(0, 10**6)
-
-
-def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    settings = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
-    model = timm.create_model(name, **{**settings, **args}).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model
-
-
-def network(model: nn.Module, name: str = "teacher") -> Network:
-    return describe_network(model, name, "small", SIZE)
-
-
-def batch_of(count: int = 3, seed: int = 0) -> Batch:
-    numbers = torch.arange(count)
-    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
-    return Batch(images, numbers, numbers, numbers * 0, 0, seed=seed)
-
-
-def some(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack(
-        [
-            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
-            for i in range(images)
-        ]
-    )
-
-
-def outputs(
-    objective: Relations, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> tuple[ViTOutput, ViTOutput]:
-    images, ours, its = batch_of().images, network(student, "student"), network(teacher)
-    answer = run_vit(teacher, images, objective.teacher_needs(its), keep)
-    return run_vit(student, images, objective.student_needs(ours)), answer
-
-
-def loss_of(
-    objective: Relations, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> Tensor:
-    adapter = objective.adapter(network(student, "student"), network(teacher))
-    return objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
 
 
 # --- the formula ---------------------------------------------------------------------------------
@@ -109,8 +45,8 @@ def test_equal_relations_have_no_loss_and_other_relations_have(
     seed: int, heads: int, width: int, tokens: int
 ) -> None:
     """Turning every head's vectors by one rotation keeps their relations."""
-    q, k, other = (2 * some(seed + i, 2, tokens, heads * width) for i in range(3))
-    turn = torch.linalg.qr(some(seed + 3, width, width)).Q
+    q, k, other = (2 * randn(seed + i, 2, tokens, heads * width) for i in range(3))
+    turn = torch.linalg.qr(randn(seed + 3, width, width)).Q
     turned = [(x.unflatten(2, (heads, width)) @ turn).flatten(2) for x in (q, k)]
     assert abs(relation_loss(*turned, q, k, heads).item()) < 1e-4
     assert relation_loss(q, other, q, k, heads).item() > 1e-5
@@ -121,7 +57,7 @@ def test_relations_of_a_teacher_wider_by_repetition_are_its_own(seed: int) -> No
     """Twice the channels, divided by the fourth root of 2, in the same number of relation heads:
     the same products and scale.
     """
-    q, k = some(seed, 2, 5, 6), some(seed + 1, 2, 5, 6)
+    q, k = randn(seed, 2, 5, 6), randn(seed + 1, 2, 5, 6)
     wide = [x.unflatten(2, (2, 3)).repeat(1, 1, 1, 2).flatten(2) / 2**0.25 for x in (q, k)]
     assert abs(relation_loss(q, k, wide[0], wide[1], 2).item()) < 1e-5
 
@@ -137,7 +73,7 @@ def test_relation_heads_split_both_widths(student: int, teacher: int, heads: int
 
 
 def test_large_vectors_stay_finite() -> None:
-    ours, its = (100 * some(0, 2, 4, 6)).requires_grad_(), 100 * some(1, 2, 4, 6)
+    ours, its = (100 * randn(0, 2, 4, 6)).requires_grad_(), 100 * randn(1, 2, 4, 6)
     loss = relation_loss(ours, ours, its, its, 2)
     loss.backward()
     assert loss.isfinite() and loss > 0 and ours.grad is not None and ours.grad.isfinite().all()

@@ -9,59 +9,15 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_vits import DISTILLED, NO_CLASS, batch_of, kept, network, randn, vit
 from torch import Tensor, nn
 
-from vitdistill.data.batch import Batch
 from vitdistill.methods.tokens import TokenAdapter, TokenFeatures, feature_loss
-from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
 
-SIZE = (16, 16)
-DISTILLED = "deit_tiny_distilled_patch16_224"
-NO_CLASS = {"class_token": False, "global_pool": "avg"}
 seeds = st.integers(0, 10**6)
-
-
-def vit(seed: int, name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    settings = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
-    model = timm.create_model(name, **{**settings, **args}).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model
-
-
-def network(model: nn.Module, name: str = "teacher") -> Network:
-    return describe_network(model, name, "small", SIZE)
-
-
-def batch_of(count: int = 3, seed: int = 0) -> Batch:
-    numbers = torch.arange(count)
-    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
-    return Batch(images, numbers, numbers, numbers * 0, 0, seed=seed)
-
-
-def some(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
-    return torch.stack(
-        [
-            torch.randperm(patches, generator=torch.Generator().manual_seed(i))[:count]
-            for i in range(images)
-        ]
-    )
 
 
 def both(
@@ -110,14 +66,14 @@ def test_the_kinds_by_hand() -> None:
 def test_equal_features_have_no_loss_and_other_features_have(
     seed: int, kind: Any, scale: float
 ) -> None:
-    its = scale * some(seed, 2, 4, 6)
+    its = scale * randn(seed, 2, 4, 6)
     assert abs(feature_loss(its, its, kind).item()) < 1e-5
-    assert feature_loss(scale * some(seed + 1, 2, 4, 6), its, kind).item() > 1e-3
+    assert feature_loss(scale * randn(seed + 1, 2, 4, 6), its, kind).item() > 1e-3
     assert (feature_loss(2 * its, its, kind).item() < 1e-5) == (kind == "cosine")
 
 
 def test_the_mean_does_not_depend_on_how_many_tokens_and_images_there_are() -> None:
-    ours, its = some(0, 2, 4, 6), some(1, 2, 4, 6)
+    ours, its = randn(0, 2, 4, 6), randn(1, 2, 4, 6)
     for kind in ("mse", "smooth_l1", "cosine"):
         expected = feature_loss(ours, its, kind).item()  # type: ignore[arg-type]
         for size in ((3, 1, 1), (1, 3, 1)):

@@ -1,0 +1,66 @@
+"""ViTs of a few thousand random weights on 16 x 16 images, for tests of methods on two networks."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitdistill.data.batch import Batch
+from vitdistill.vit.families import describe_network
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import run_vit
+
+SIZE = (16, 16)
+DISTILLED = "deit_tiny_distilled_patch16_224"
+NO_CLASS = {"class_token": False, "global_pool": "avg"}
+SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
+
+
+def vit(seed: int, name: str = "vit_tiny_patch16_224", std: float = 0.3, **args: Any) -> nn.Module:
+    """Three blocks on 4 x 4 patches, 5 classes; ``args`` replace timm's."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **{**SETTINGS, "num_classes": 5, **args}).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=std)
+    return model
+
+
+def network(model: nn.Module, name: str = "teacher") -> Network:
+    return describe_network(model, name, "small", SIZE)
+
+
+def batch_of(count: int = 3, seed: int = 0) -> Batch:
+    numbers = torch.arange(count)
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
+    return Batch(images, numbers, numbers, numbers * 0, 0, seed=seed)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kept(count: int, images: int = 3, patches: int = 16) -> Tensor:
+    """``count`` different patches of each image, in no order."""
+    generators = (torch.Generator().manual_seed(i) for i in range(images))
+    return torch.stack([torch.randperm(patches, generator=g)[:count] for g in generators])
+
+
+def outputs(
+    objective: Any, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> tuple[ViTOutput, ViTOutput]:
+    """What the objective needs of both; the teacher sees the patches ``keep``."""
+    images = batch_of().images
+    answer = run_vit(teacher, images, objective.teacher_needs(network(teacher)), keep)
+    needs = objective.student_needs(network(student, "student"))
+    return run_vit(student, images, needs), answer
+
+
+def loss_of(
+    objective: Any, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
+) -> Tensor:
+    """The loss of `batch_of`, through an adapter where the objective has one."""
+    adapter = objective.adapter(network(student, "student"), network(teacher))
+    loss: Tensor = objective.loss(*outputs(objective, student, teacher, keep), batch_of(), adapter)
+    return loss
