@@ -13,7 +13,7 @@ import time
 import torch
 
 from vitdistill.data.augment import AUGMENTS, InputSpec
-from vitdistill.data.loader import TrainLoader
+from vitdistill.data.loader import Loading, TrainLoader
 from vitdistill.data.sources.base import ImageSource
 from vitdistill.data.sources.open import open_source
 from vitdistill.errors import UserError
@@ -44,15 +44,8 @@ def row(
     images: int,
 ) -> str:
     begun = time.process_time()
-    loader = TrainLoader(
-        source,
-        AUGMENTS[recipe],
-        spec,
-        batch_size=batch_size,
-        seed=0,
-        in_memory=in_memory,
-        workers=workers,
-    )
+    loading = Loading(batch_size, seed=0, in_memory=in_memory, workers=workers)
+    loader = TrainLoader(source, AUGMENTS[recipe], spec, loading)
     opening = time.process_time() - begun
     cpu, wall = measure(loader, max(images // batch_size, 2))
     cpu_text = f"{cpu:,.0f}" if workers == 0 else ""

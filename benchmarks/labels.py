@@ -29,7 +29,6 @@ from vitdistill.data.augment import AUGMENTS, Augment
 from vitdistill.data.batch import Batch
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.views.checksums import view_checksums
-from vitdistill.data.views.mixing import Mixing
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
@@ -231,15 +230,11 @@ class FromLabels:
     step: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        pair, augment = self.setting.pair, self.setting.augment
+        pair = self.setting.pair
         self._ids = random_batches(self.setting.samples, pair.batch_size)
         self._pixels = torch.randint(
             256, (pair.batch_size, 3, pair.image_size, pair.image_size), dtype=torch.uint8
         )
-        mixing = Mixing(
-            augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob
-        )
-        self._mixing = mixing if augment.mixes else None
 
     def __call__(self) -> None:
         ids = next(self._ids)
@@ -252,7 +247,7 @@ class FromLabels:
         if self.checked:
             # Of random images, so they are not those of the records: what was compared are the
             # right ones.
-            view_checksums(self._pixels, self.setting.augment.reprob, self._mixing, 0, ids, views)
+            view_checksums(self._pixels, self.setting.augment, 0, views, ids)
         times.append(time.process_time())
         self.student_step()
         times.append(time.process_time())

@@ -90,14 +90,9 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """Input data is damaged or does not fit: images, weights, checkpoints, class lists.
-
-    Attributes:
-        image: where one image of a source cannot be read, the names of the source and the image.
-    """
+    """Input data is damaged or does not fit: images, weights, checkpoints, class lists."""
 
     exit_code = 65
-    image: tuple[str, str] | None = None
 
 
 class MissingSplit(DataError):

@@ -124,6 +124,10 @@ class World:
         return self.gather(found)[0]  # type: ignore[return-value]
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+"""A process alone, on the CPU."""
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """Return this process's device; ``auto``: its GPU if there is one, else the CPU.
 

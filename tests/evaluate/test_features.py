@@ -506,10 +506,7 @@ def test_processes_share_the_images_exactly(tmp_path: Path, photos: Path, count:
 
     def loaders(here: World) -> list[EvalLoader]:
         source = open_source(str(photos), "val")
-        return [
-            EvalLoader(evenly(source, n), SPEC, batch_size=3, rank=here.rank, world_size=here.size)
-            for n in (20, 2)
-        ]
+        return [EvalLoader(evenly(source, n), SPEC, batch_size=3, world=here) for n in (20, 2)]
 
     expected = [extract(model, loader, ALONE) for loader in loaders(ALONE)]
 

@@ -116,8 +116,7 @@ def test_evaluation_is_exact_on_odd_sizes(images, teacher, tools, count):
                 open_source(str(images), "val"),
                 spec,
                 batch_size=4,
-                rank=here.rank,
-                world_size=here.size,
+                world=here,
             )
             return evaluate(model, loader, here)
 

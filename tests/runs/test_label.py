@@ -310,11 +310,7 @@ def test_a_damaged_image_makes_other_labels(kd, tools, tmp_path):
         "data.dir": str(root),
         "data.in_memory": False,
     }
-    sentence = (
-        r"cat/14.png: the image is damaged .* again, with another --output: .*labels has labels of"
-        r" the images as they were$"
-    )
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(DataError, match=r"cat/14.png: the image is damaged"):
         written(kd(**calm), tmp_path / "labels")
     shutil.copy(root / "train" / "cat" / "13.png", path)
     with pytest.raises(DataError, match="give the very files that were labelled"):

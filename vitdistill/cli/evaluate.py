@@ -187,9 +187,7 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
             spec,
             batch_size=flags.batch_size,
             workers=flags.workers,
-            device=here.device,
-            rank=here.rank,
-            world_size=here.size,
+            world=here,
         )
 
     loader = load(source)

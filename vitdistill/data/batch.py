@@ -23,25 +23,40 @@ class TargetReader(Protocol):
         checksums: npt.NDArray[np.uint32] | None,
         device: torch.device,
     ) -> Any:
-        """Return the targets of samples ``ids`` in ``views``, checked against the views' checksums
-        where there are any; what they are is between the reader and the training step.
+        """Return the targets of samples ``ids`` in ``views``, checked against ``checksums`` if any.
+
+        What targets are is between the reader and the training step.
         """
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """Whole training images, mixed as a student would see them, for a teacher to label.
+
+    Attributes:
+        images: float32, in the student's normalisation, on the device.
+        ids: the samples' numbers in the source, int64 (B,).
+        checksums: of the views, uint32 (B,), see `view_checksums`.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    ids: I64
+    checksums: npt.NDArray[np.uint32]
 
 
 @dataclass
 class Batch:
-    """A micro-batch on the training device.
+    """A micro-batch, all of it on the training device.
 
     Attributes:
         images: float32, normalised for the network.
         labels: int64, -1 where unlabelled.
+        ids: the samples' numbers in the source, int64.
+        views: which view of each sample this is, int64; the epoch, unless augmentation is repeated.
+        view: the epoch.
         mixed_labels: the labels of the images mixed in, or None.
         lam: the weight of ``labels`` against ``mixed_labels``, or None.
-        ids: the samples' numbers in the source, int64, on the device.
-        views: which view of each sample this is, int64, on the device; the epoch, unless
-            augmentation is repeated.
-        view: the epoch.
-        seed: of the run, which keys `uniforms`.
+        seed: the seed of the run's data, which keys `uniforms`.
         targets: what the `TargetReader` of each teacher with labels returned, on the device.
     """
 
@@ -58,9 +73,6 @@ class Batch:
     def uniforms(
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE
     ) -> Float[Tensor, "B {count}"]:
-        """Uniform random numbers in [0, 1), a pure function of seed, view, sample and stream, made
-        on the device.
-        """
-        return keyed.torch_uniforms(
-            keyed.torch_keys(self.seed, self.views, self.ids, stream), count
-        )
+        """Draw numbers in [0, 1) on the device, by seed, view, sample and stream alone."""
+        keys = keyed.torch_keys(self.seed, self.views, self.ids, stream)
+        return keyed.torch_uniforms(keys, count)

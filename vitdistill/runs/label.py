@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from .. import keyed
-from ..data.loader import Labelling
+from ..data.batch import TeacherBatch
 from ..distill.teacher import setting
 from ..errors import ConfigError, DataError, Give, NonFiniteError, Preempted, UserError
 from ..labels.encoding import LogitEncoding
@@ -192,13 +192,6 @@ def _write(
                     progress=progress or (lambda done, total: None),
                 )
                 done = not stop.name
-            except DataError as error:
-                if error.image is None:
-                    raise
-                raise DataError(
-                    f"{str(error).rstrip('.')}, with another --output: {output} has labels of the"
-                    " images as they were"
-                ) from error
             finally:
                 if here.size > 1 and not done:
                     with suppress(UserError):  # on a full disk the others meet it too
@@ -418,10 +411,10 @@ class _Work:
 
     def answers(
         self, view: int, first: int, last: int
-    ) -> Iterator[tuple[Labelling, dict[str, ViTOutput]]]:
+    ) -> Iterator[tuple[TeacherBatch, dict[str, ViTOutput]]]:
         """Batches of these samples in this view, and what every teacher says of them."""
         job = self.job
-        for batch in job.loaders.train.labelling(view, first, last, self.batch_size):
+        for batch in job.loaders.train.teacher_batches(view, first, last, self.batch_size):
             with torch.autocast(
                 job.world.device.type, job.amp_dtype, enabled=job.amp_dtype is not None
             ):
@@ -447,7 +440,7 @@ class _Work:
         return [np.concatenate(made[name]) for name in names]
 
     def records(
-        self, name: str, view: int, batch: Labelling, answer: ViTOutput
+        self, name: str, view: int, batch: TeacherBatch, answer: ViTOutput
     ) -> npt.NDArray[Any]:
         """A teacher's answer to a batch as records."""
         try:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import keyed
-from ..data.loader import EvalLoader, TrainLoader
+from ..data.loader import EvalLoader, Loading, TrainLoader
 from ..data.sources.base import ImageSource
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
@@ -197,29 +197,26 @@ def make_loaders(
 ) -> Loaders:
     """Make the batches of this process."""
     spec, val, bank, proof = networks.spec, None, None, None
-    process: dict[str, Any] = {
-        "workers": recipe.data.workers,
-        "device": world.device,
-        "rank": world.rank,
-        "world_size": world.size,
-    }
-    train = TrainLoader(
-        images.train,
-        recipe.data.augment,
-        spec,
-        batch_size=recipe.train.batch_size,
-        seed=recipe.data_seed,
-        accumulate=recipe.train.accumulate,
-        in_memory=recipe.data.in_memory,
-        views=recipe.data.views,
-        labels={
-            name: LabelReader(name, store, recipe.teachers[name].missing == "online")
-            for name, store in open_labels(recipe).items()
-        },
-        **process,
+    loading = Loading(
+        recipe.train.batch_size,
+        recipe.data_seed,
+        recipe.train.accumulate,
+        recipe.data.workers,
+        recipe.data.in_memory,
+        recipe.data.views,
+        world,
     )
+    labels = {
+        name: LabelReader(name, store, recipe.teachers[name].missing == "online")
+        for name, store in open_labels(recipe).items()
+    }
+    train = TrainLoader(images.train, recipe.data.augment, spec, loading, labels)
     if images.val is not None:
-        process["batch_size"] = recipe.train.eval_batch_size
+        process: dict[str, Any] = {
+            "batch_size": recipe.train.eval_batch_size,
+            "workers": recipe.data.workers,
+            "world": world,
+        }
         judged = images.val
         if not networks.classes:
             nearest, judged = evenly(images.train, NUM_BANK), evenly(images.val, NUM_QUERIES)
@@ -232,7 +229,8 @@ def make_loaders(
         val = EvalLoader(judged, spec, **process)
         proof = EvalLoader(images.val, spec, limit=NUM_IMAGES, **process)
     few = evenly(images.val or images.train, NUM_PICTURES)
-    shown = EvalLoader(few, spec, batch_size=NUM_PICTURES, device=world.device)
+    alone = World(0, 1, world.device)
+    shown = EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone)
     return Loaders(train, val, bank, proof, shown)
 
 

@@ -6,73 +6,74 @@ import numpy as np
 import pytest
 import torch
 
-from vitdistill import keyed
+from vitdistill.data.augment import Augment
 from vitdistill.data.views import checksums
 from vitdistill.data.views.checksums import view_checksums
 from vitdistill.data.views.mixing import Mixing
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 8, 10), dtype=np.uint8))
 IDS, VIEWS = np.arange(6), np.full(6, 2)
-MIXING = Mixing(0.8, 1.0, 1.0, 0.5)
+PLAIN, ERASED, MIXED = Augment(), Augment(reprob=1.0), Augment(mixup=0.8, cutmix=1.0)
+BOTH = replace(MIXED, reprob=0.5)
 
 
-def made(reprob: float = 0.0, mixing: Mixing | None = None, seed: int = 7) -> list[int]:
-    return view_checksums(PIXELS, reprob, mixing, seed, IDS, VIEWS).tolist()
+def made(
+    augment: Augment,
+    seed: int = 7,
+    pixels: torch.Tensor = PIXELS,
+    ids: np.ndarray = IDS,
+    views: np.ndarray = VIEWS,
+) -> list[int]:
+    return view_checksums(pixels, augment, seed, views[: len(ids)], ids).tolist()
 
 
-@pytest.mark.parametrize(
-    ("reprob", "mixing"), [(0.0, None), (1.0, None), (0.0, MIXING), (0.5, MIXING)]
-)
-def test_any_pixel_counts_and_only_for_its_own_view(reprob: float, mixing: Mixing | None) -> None:
-    before = made(reprob, mixing)
-    assert len(set(before)) == 6 and before == made(reprob, mixing)
+def test_checksums_are_frozen() -> None:
+    """Stored labels carry them: another value here would refuse every label of today."""
+    assert {name: made(augment)[:2] for name, augment in (("plain", PLAIN), ("both", BOTH))} == {
+        "plain": [3009271021, 2385611255],
+        "both": [3291830748, 3400164337],
+    }
+
+
+@pytest.mark.parametrize("augment", [PLAIN, ERASED, MIXED, BOTH])
+def test_any_pixel_counts_and_only_for_its_own_view(augment: Augment) -> None:
+    before = made(augment)
+    assert len(set(before)) == 6 and before == made(augment)
     for place in ((0, 0, 0, 0), (3, 2, 7, 9), (5, 1, 4, 4)):
         pixels = PIXELS.clone()
         pixels[place] ^= 1
-        after = view_checksums(pixels, reprob, mixing, 7, IDS, VIEWS).tolist()
+        after = made(augment, pixels=pixels)
         assert [i for i in range(6) if before[i] != after[i]] == [place[0]]
 
 
 def test_the_erased_box_counts() -> None:
-    """Which depends on sample, view and seed; without erasing none of them does."""
-    before = made(reprob=1.0)
-    assert before != made() and before != made(reprob=1.0, seed=8) and made() == made(seed=8)
-    same = PIXELS[:1].expand(2, -1, -1, -1)
-    erased = view_checksums(same, 1.0, None, 7, np.array([0, 1]), np.array([2, 2]))
-    assert (
-        erased[0] != erased[1]
-        and len(
-            set(view_checksums(same, 0.0, None, 7, np.array([0, 1]), np.array([2, 2])).tolist())
-        )
-        == 1
+    """It depends on sample, view and seed; without erasing none of them does."""
+    assert made(PLAIN) != made(ERASED) != made(ERASED, seed=8) and made(PLAIN) == made(
+        PLAIN, seed=8
     )
+    same = PIXELS[:1].expand(2, -1, -1, -1)
+    assert len(set(made(ERASED, pixels=same, ids=IDS[:2]))) == 2
+    assert len(set(made(PLAIN, pixels=same, ids=IDS[:2]))) == 1
 
 
 def test_the_partner_counts() -> None:
-    """Of one pair, the key is its smaller id: the larger one is known by itself alone."""
-    ids, others = np.array([0, 5]), np.array([0, 9])
-    views = np.array([2, 2])
-    a, b = (view_checksums(PIXELS[:2], 0.0, MIXING, 7, pair, views) for pair in (ids, others))
+    """The key of a pair is its smaller id, so the larger one counts by itself alone."""
+    a, b = (made(MIXED, pixels=PIXELS[:2], ids=np.array([0, i])) for i in (5, 9))
     assert a[0] != b[0] and a[1] == b[1]
 
 
 @pytest.mark.parametrize("switch_prob", [0.0, 1.0])
 def test_weight_and_box_of_mixing_count(switch_prob: float) -> None:
-    mixing = replace(MIXING, switch_prob=switch_prob)
-    before = made(mixing=mixing)
-    after = made(mixing=mixing, seed=8)
-    assert all(a != b for a, b in zip(before, after, strict=True)) and before != made()
+    mixed = replace(MIXED, mixup_switch_prob=switch_prob)
+    assert all(a != b for a, b in zip(made(mixed), made(mixed, seed=8), strict=True))
 
 
 def test_the_last_bits_of_a_weight_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = made(mixing=MIXING)
-    draw = Mixing.draw
+    before, draw = made(MIXED), Mixing.draw
 
-    def shaken(
-        self: Mixing, keys: keyed.I64, height: int, width: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        lam, cut, boxes = draw(self, keys, height, width)
+    def shaken(*args: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        lam, cut, boxes = draw(*args)
         return lam * (1 + 1e-12), cut, boxes
 
     monkeypatch.setattr(checksums.Mixing, "draw", shaken)
-    assert made(mixing=MIXING) == before
+    assert made(MIXED) == before

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ... import keyed
-from ...errors import ConfigError
+from ...errors import ConfigError, Set
 from ...keyed import F64, I64, U64, Stream
+from ..augment import Augment
 
 _GAMMA_ATTEMPTS = 32
 _GAMMA_DRAWS = 1 + 3 * _GAMMA_ATTEMPTS
@@ -34,6 +35,13 @@ class Mixing:
     prob: float = 1.0
     switch_prob: float = 0.5
 
+    @classmethod
+    def of(cls, augment: Augment) -> "Mixing | None":
+        """Return the mixing that ``augment`` asks for, if any."""
+        if not augment.mixes:
+            return None
+        return cls(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
+
     def __call__(
         self,
         images: Float[Tensor, "B 3 H W"],
@@ -42,50 +50,42 @@ class Mixing:
         sample_ids: I64,
         views: I64,
     ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, " B"], Float[Tensor, " B"]]:
-        """``(images, mixed_labels, lam)``: the mixed images, each one's partner's label, and the
-        weight of its own.
+        """Mix neighbours; ids and views are int64 (B,) on the host, B even.
 
-        ``sample_ids`` and ``views`` are int64 (B,) on the host. Raises `ConfigError` for an odd
-        batch.
+        Returns the mixed images, each one's partner's label, and the weight of its own.
         """
-        check_even(len(sample_ids))
-        pairs = sample_ids.reshape(-1, 2).min(axis=1)
-        lam, cut, boxes = self.draw(
-            keyed.keys(seed, views[::2], pairs, Stream.MIX), images.shape[2], images.shape[3]
-        )
-        device = images.device
+        height, width = images.shape[2:]
+        lam, cut, boxes = self.draw(seed, sample_ids, views, height, width)
+
+        def send(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(images.device, non_blocking=True)
+
         partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         mixed = images
-        weight = torch.from_numpy(np.repeat(lam, 2).astype(np.float32)).to(
-            device, non_blocking=True
-        )
-        blended = np.flatnonzero(np.repeat(~cut, 2))
+        weight = send(np.repeat(lam, 2).astype(np.float32))
+        blended, pasted = np.flatnonzero(np.repeat(~cut, 2)), np.flatnonzero(np.repeat(cut, 2))
         if len(blended):
-            index = torch.from_numpy(blended).to(device, non_blocking=True)
-            share = weight[index, None, None, None]
-            mixed = mixed.index_copy(
-                0, index, mixed[index] * share + partner[index] * (1.0 - share)
-            )
-        pasted = np.flatnonzero(np.repeat(cut, 2))
+            rows = send(blended)
+            share = weight[rows, None, None, None]
+            mixed = mixed.index_copy(0, rows, mixed[rows] * share + partner[rows] * (1.0 - share))
         if len(pasted):
-            index = torch.from_numpy(pasted).to(device, non_blocking=True)
-            inside = _inside(
-                torch.from_numpy(boxes[pasted // 2]).to(device, non_blocking=True),
-                images.shape[2],
-                images.shape[3],
-            )
-            mixed = mixed.index_copy(
-                0, index, torch.where(inside[:, None], partner[index], images[index])
-            )
+            rows = send(pasted)
+            inside = _inside(send(boxes[pasted // 2]), height, width)
+            cut_in = torch.where(inside[:, None], partner[rows], images[rows])
+            mixed = mixed.index_copy(0, rows, cut_in)
         return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight
 
-    def draw(self, keys: U64, height: int, width: int) -> tuple[F64, npt.NDArray[np.bool_], I64]:
-        """Of each pair: the weight of its own image, whether it is cut, and the box ``(top, bottom,
-        left, right)``.
+    def draw(
+        self, seed: int, sample_ids: I64, views: I64, height: int, width: int
+    ) -> tuple[F64, npt.NDArray[np.bool_], I64]:
+        """Draw how each pair of neighbours is mixed: ``(lam, cut, boxes)``, one row a pair.
 
-        The weight of a cut pair is corrected to the area that was really pasted; an unmixed pair
-        has weight 1.
+        ``lam`` is the weight of an image against its partner (1: not mixed), ``cut`` says whether
+        the box ``(top, bottom, left, right)`` is pasted. The weight of a cut pair is corrected to
+        the area that was really pasted.
         """
+        smaller = sample_ids.reshape(-1, 2).min(axis=1)
+        keys = keyed.keys(seed, views[::2], smaller, Stream.MIX)
         draws = keyed.uniforms(keys, 4)
         switched = draws[:, 1] < self.switch_prob
         cut = switched if self.mixup and self.cutmix else np.full(len(keys), self.cutmix > 0.0)
@@ -103,8 +103,9 @@ def check_even(batch: int) -> None:
     """Raise `ConfigError` unless a micro-batch of this size is made of pairs."""
     if batch % 2:
         raise ConfigError(
-            "mixup and cutmix need an even number of images a process and micro-batch, not"
-            f" {batch}; change batch_size."
+            f"mixup and cutmix need an even number of images a micro-batch, not {batch}",
+            Set("train.batch_size"),
+            field="train.batch_size",
         )
 
 

@@ -1,0 +1,77 @@
+"""The order of an epoch: a permutation, whose neighbours may be mixed."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitdistill.data.order import epoch_order, pair_partners, view_samples
+
+
+@given(
+    size=st.integers(2, 60),
+    repeats=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    seed=st.integers(-(2**70), 2**70),
+)
+def test_epoch_order(size: int, repeats: int, epoch: int, seed: int) -> None:
+    ids, views = epoch_order(size, seed, epoch, repeats)
+    assert len(set(zip(ids.tolist(), views.tolist(), strict=True))) == len(ids)
+    assert set((views // repeats).tolist()) == {epoch}
+    distinct, counts = np.unique(ids, return_counts=True)
+    assert (counts == repeats).all()
+    assert abs(len(distinct) - -(-size // repeats)) <= 1
+    pairs = ids[: len(ids) // 2 * 2].reshape(-1, 2)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    paired_views = views[: len(ids) // 2 * 2].reshape(-1, 2)
+    assert (paired_views[:, 0] == paired_views[:, 1]).all()
+
+
+@given(
+    size=st.integers(2, 60),
+    num_views=st.integers(1, 4),
+    later=st.integers(0, 9),
+    seed=st.integers(-(2**70), 2**70),
+)
+def test_views_come_back_in_the_same_pairs(
+    size: int, num_views: int, later: int, seed: int
+) -> None:
+    def pairs(epoch: int) -> list[list[int]]:
+        ids, views = epoch_order(size, seed, epoch, num_views=num_views)
+        assert sorted(ids.tolist()) == list(range(size)) and set(views.tolist()) == {
+            epoch % num_views
+        }
+        return ids[: size // 2 * 2].reshape(-1, 2).tolist()
+
+    first = pairs(later % num_views)
+    again = pairs(num_views + later)
+    assert sorted(again) == sorted(first)
+    if len(first) > 20:
+        assert again != first
+
+
+def test_repeats_follow_the_documented_order() -> None:
+    ids, views = epoch_order(12, 7, 2, 3)
+    p = ids[[0, 1, 6, 7]]
+    assert ids.tolist() == [*([p[0], p[1]] * 3), *([p[2], p[3]] * 3)]
+    assert views.tolist() == [6, 6, 7, 7, 8, 8] * 2
+
+
+@given(size=st.integers(1, 60), seed=st.integers(0, 99), view=st.integers(0, 9))
+def test_partners_are_the_neighbours_of_the_order(size: int, seed: int, view: int) -> None:
+    partners = pair_partners(size, seed, view)
+    assert (partners[partners] == np.arange(size)).all()
+    assert (partners == np.arange(size)).sum() == size % 2
+    ids, _ = epoch_order(size, seed, view)
+    for first, second in ids[: size // 2 * 2].reshape(-1, 2):
+        assert partners[first] == second
+
+
+@given(first=st.integers(0, 20), count=st.integers(0, 20), batch_size=st.integers(1, 9))
+def test_samples_of_a_view_come_in_order(first: int, count: int, batch_size: int) -> None:
+    last, partners = first + count, pair_partners(41, 3, 2)
+    plain = list(view_samples(41, 3, 2, first, last, batch_size, mixed=False))
+    mixed = list(view_samples(41, 3, 2, first, last, batch_size, mixed=True))
+    assert [i for it in plain for i in it.ids.tolist()] == list(range(first, last))
+    for alone, pair in zip(plain, mixed, strict=True):
+        assert len(alone.ids) <= batch_size and (pair.views == 2).all()
+        assert (pair.ids[::2] == alone.ids).all() and (pair.ids[1::2] == partners[alone.ids]).all()
