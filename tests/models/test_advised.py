@@ -180,12 +180,12 @@ def test_the_prediction_is_made_of_logits(seed: int, weights: list[int]) -> None
 
 @pytest.mark.parametrize(
     "prediction",
-    ["median", "", [], [1, 1], [1, 1, -1], [0, 0, 0], [1, 1, float("nan")], [True, 1, 1]],
+    ["median", "", [], [1, 1], [1, 1, -1], [0, 0, 0], [1, 1, float("nan")]],
 )
 def test_a_prediction_that_means_nothing_is_refused(prediction: Any) -> None:
-    with pytest.raises(ConfigError, match="give mean, class, or 3 weights") as caught:
+    with pytest.raises(ConfigError) as caught:
         TokenHeads(6, 4, ["conv", "inv"], prediction)
-    assert "\n" not in str(caught.value)
+    assert caught.value.field == "student.model_args.prediction"
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_weights_that_are_not_there_and_images_of_another_size_are_refused() -> 
         model(torch.randn(1, 3, 40, 32))
     model.set_input_size((40, 48))
     assert model(torch.randn(1, 3, 40, 48)).shape == (1, 7) and model.pos_embed.shape[1] == 33
-    with pytest.raises(ConfigError, match="build them anew"):
+    with pytest.raises(ConfigError, match="cannot be given another"):
         model.set_input_size(patch_size=4)
 
 

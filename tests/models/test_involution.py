@@ -438,7 +438,7 @@ def test_names_are_registered_and_none_is_timms() -> None:
 def test_the_command_line_knows_the_names() -> None:
     """In a process that imports what builds networks, and nothing of involution by name."""
     code = (
-        "from vitdistill.weights import create_model; print(create_model('rednet26_small',"
+        "from vitdistill.weights.create import create_model; print(create_model('rednet26_small',"
         " num_classes=3).num_classes)"
     )
     ran = subprocess.run(

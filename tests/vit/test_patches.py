@@ -33,16 +33,6 @@ def centres(grid: tuple[int, int]) -> Tensor:
 # --- another grid --------------------------------------------------------------------------------
 
 
-@given(grid=grids, to=grids, seed=seeds)
-def test_a_constant_map_stays_constant(
-    grid: tuple[int, int], to: tuple[int, int], seed: int
-) -> None:
-    values = random(seed, 2, 1, 3)
-    moved = resample_patches(values.expand(2, grid[0] * grid[1], 3), grid, to)
-    assert moved.shape == (2, to[0] * to[1], 3)
-    assert torch.allclose(moved, values.expand_as(moved), atol=1e-5)
-
-
 def weights(count: int, to: int) -> Tensor:
     """How much of each of ``count`` patches in a line there is in each of ``to``: a triangle as
     wide as the coarser of the two.
@@ -124,20 +114,6 @@ def test_rows_and_columns_are_not_exchanged() -> None:
     )
 
 
-@given(grid=grids, seed=seeds)
-def test_the_same_grid_is_left_alone(grid: tuple[int, int], seed: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        vectors = random(seed, 1, grid[0] * grid[1], 2).to(dtype)
-        assert resample_patches(vectors, grid, grid) is vectors
-
-
-def test_half_precision_is_resampled_in_float32() -> None:
-    vectors = random(0, 1, 16, 2).bfloat16()
-    moved = resample_patches(vectors, (4, 4), (3, 3))
-    assert moved.dtype is torch.float32
-    assert torch.equal(moved, resample_patches(vectors.float(), (4, 4), (3, 3)))
-
-
 # --- kept patches --------------------------------------------------------------------------------
 
 
@@ -158,11 +134,6 @@ def test_rows_are_gathered_in_the_order_of_the_choice(
         for image in range(batch):
             for place, patch in enumerate(keep[image].tolist()):
                 assert torch.equal(rows[image, place], values[image, patch])
-
-
-def test_without_a_choice_nothing_is_copied() -> None:
-    values = random(0, 2, 5, 3)
-    assert gather_patches(values, None) is values
 
 
 def test_a_gradient_reaches_the_kept_rows_alone() -> None:

@@ -578,26 +578,6 @@ def test_recording_more_changes_no_number(form: str) -> None:
     assert sorted(map(id, everything.tensors())) == sorted(map(id, numbers))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_features_equal_timms(form: str) -> None:
-    model, images = build(form)
-    num_patches = family_of(model).grid(images)[0] * family_of(model).grid(images)[1]
-    (model.forward_features(images) ** 2).mean().backward()
-    expected = {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    for keep in (None, torch.arange(num_patches).flip(0).expand(len(images), -1)):
-        model.zero_grad()
-        (run_vit(model, images, Needs(features=True), keep).features ** 2).mean().backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is None) == (name not in expected), name
-            if name in expected:
-                scale = expected[name].abs().max().clamp_min(1e-2)
-                assert (parameter.grad - expected[name]).abs().max() / scale < 1e-4, name
-
-
 def test_gradients_of_queries_keys_and_values_reach_what_made_them() -> None:
     model, images = build("layer scale, q/k norm")
     for part, norm in ((0, "q_norm"), (1, "k_norm"), (2, None)):
@@ -638,64 +618,3 @@ def test_feature_maps_of_other_networks_know_where_their_patches_are() -> None:
     assert torch.equal(stages.hidden[4], output.features)
     with pytest.raises(ConfigError, match="attention"):
         run_vit(model, images, Needs(qkv=frozenset({0})))
-
-
-def test_features_and_stages_of_other_networks_are_recorded_together() -> None:
-    model = timm.create_model("resnet10t", num_classes=5).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        output = run_vit(model, images, Needs(logits=True, hidden=frozenset({0}), features=True))
-        assert output.hidden[0].shape == (2, 1024, 64) and output.features.shape == (2, 4, 512)
-        assert torch.allclose(output.logits, model(images), atol=1e-6)
-
-
-def test_queries_of_unusual_blocks_are_refused() -> None:
-    model = timm.create_model("vit_base_patch16_rpn_224", **SMALL).eval()
-    with torch.no_grad(), pytest.raises(ConfigError, match="cannot be recorded"):
-        run_vit(model, torch.randn(1, 3, 64, 64), Needs(qkv=frozenset({1})))
-
-
-class TestNeeds:
-    """Needs are sets: united, resolved, counted."""
-
-    @given(
-        st.frozensets(st.integers(-4, 3)),
-        st.frozensets(st.integers(-4, 3)),
-        st.booleans(),
-        st.booleans(),
-    )
-    def test_union_asks_for_what_either_asks(
-        self, a: frozenset[int], b: frozenset[int], x: bool, y: bool
-    ) -> None:
-        union = Needs(x, a, b) | Needs(y, b, a)
-        assert union == Needs(x or y, a | b, a | b)
-        assert bool(union) == (x or y or bool(a | b))
-        resolved = union.resolve(4)
-        assert resolved.hidden == {i % 4 for i in a | b}
-        assert union.num_blocks(4) == (4 if x or y else max(resolved.hidden, default=-1) + 1)
-
-    @pytest.mark.parametrize("block", [4, -5])
-    def test_a_block_that_does_not_exist_is_refused(self, block: int) -> None:
-        with pytest.raises(IndexError, match=r"the model has 4 blocks \(0 to 3\)$"):
-            Needs(hidden=frozenset({block})).resolve(4)
-        with pytest.raises(IndexError, match=r"the model has 1 block \(0\)$"):
-            Needs(hidden=frozenset({block})).resolve(1)
-
-    @given(
-        st.frozensets(st.integers(-4, 3)),
-        st.frozensets(st.integers(-4, 3)),
-        st.booleans(),
-        st.booleans(),
-    )
-    def test_queries_and_features_are_united_too(
-        self, a: frozenset[int], b: frozenset[int], x: bool, y: bool
-    ) -> None:
-        union = Needs(qkv=a, features=x) | Needs(qkv=b, features=y)
-        assert union == Needs(qkv=a | b, features=x or y) and bool(union) == (x or y or bool(a | b))
-        resolved = union.resolve(4)
-        assert resolved == Needs(qkv=frozenset(i % 4 for i in a | b), features=x or y)
-        assert union.num_blocks(4) == (4 if x or y else max(resolved.qkv, default=-1) + 1)
-
-    def test_queries_of_a_block_that_does_not_exist_are_refused(self) -> None:
-        with pytest.raises(IndexError, match="block 4 does not exist"):
-            Needs(qkv=frozenset({4})).resolve(4)

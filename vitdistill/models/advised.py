@@ -1,11 +1,9 @@
-"""Students with a token and a head for each of several teachers (Co-advise), under names that
-timm's `create_model` finds.
+"""Students with a token and a head for each of several teachers (Co-advise).
 
-Importing this module registers ``advised_vit``, any plain ViT with learned teacher tokens, and
-``cit_tiny_patch16_224``, ``cit_small_patch16_224`` and ``cit_base_patch16_224``, whose teacher
-tokens are made by a convolutional and an involutional stem. An exported student therefore loads
-with plain timm once ``import vitdistill.models.advised`` has run in that process, and is an unknown
-network before.
+Importing this module registers with timm ``advised_vit``, any plain ViT with learned teacher
+tokens, and ``cit_tiny_patch16_224``, ``cit_small_patch16_224`` and ``cit_base_patch16_224``, whose
+teacher tokens are made by a convolutional and an involutional stem. Plain timm loads an exported
+student only after ``import vitdistill.models.advised``.
 
 Source: "Co-advise: Cross Inductive Bias Distillation", Ren et al., CVPR 2022, arXiv 2106.12378,
 checked against OliverRensu/co-advise@8049918. What the authors' code cannot do: images other than
@@ -30,43 +28,34 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Drop, Set
 from ..vit.heads import TokenHeads, teacher_names
 from .involution import Involution
 
-# -- heads ----------------------------------------------------------------------------------------
-
-
-# -- learned tokens on any plain ViT --------------------------------------------------------------
-
 
 class AdvisedViT(VisionTransformer):
-    """timm's `VisionTransformer` with a token and a head for each teacher, behind the class token;
-    its forward is timm's own.
-    """
+    """timm's `VisionTransformer`, forward included, with a token and a head for each teacher."""
 
     teachers: tuple[str, ...]
     prediction: str | Sequence[float]
 
     def advise(self, teachers: Sequence[str], prediction: str | Sequence[float]) -> None:
-        """Give the network the heads of these teachers, in place of the one it has."""
+        """Replace the network's head by one for each of these teachers and the class token."""
         self.teachers, self.prediction = teacher_names(teachers), prediction
         self.reset_classifier(self.num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for ``num_classes``; 0: none, and the network gives its normed tokens, as
-        timm's do that do not pool.
-        """
+        """Make new heads; with 0 classes the network gives its normed tokens."""
         if global_pool:
             raise ConfigError(
-                f"an advised student does not pool, and global_pool is {global_pool!r}: leave"
-                " it out"
+                f"an advised student does not pool, and global_pool is {global_pool!r}",
+                fix=Drop("global_pool"),
+                field="student.model_args",
             )
         self.num_classes = num_classes
         if num_classes > 0:
-            heads: Any = TokenHeads(self.embed_dim, num_classes, self.teachers, self.prediction).to(
-                self.cls_token
-            )
+            heads: Any = TokenHeads(self.embed_dim, num_classes, self.teachers, self.prediction)
+            heads.to(self.cls_token)
         else:
             heads = nn.Identity()
         self.head = heads.train(self.training)
@@ -77,37 +66,36 @@ _OURS = ("reg_tokens", "class_token", "global_pool")
 
 
 def _refuse_own(name: str, options: dict[str, Any], fixed: Sequence[str]) -> None:
-    """Raises `ConfigError` for an argument that the form of the student decides."""
+    """Raise `ConfigError` for an argument that the form of the student decides."""
     for key in fixed:
         if options.get(key, "") != "":
-            raise ConfigError(f"{name} decides {key} itself: leave it out of the model's arguments")
+            raise ConfigError(
+                f"{name} decides {key} itself",
+                fix=Drop(f"student.model_args.{key}"),
+                field="student.model_args",
+            )
 
 
 def _refuse_base(base: str, options: dict[str, Any]) -> None:
-    """Raises `ConfigError` for a base that teacher tokens cannot be added to."""
-    advice = "take one such as vit_tiny_patch16_224 (model_args.base)"
-    if not is_model_in_modules(base, _BASES):
-        raise ConfigError(f"the base {base!r} of advised_vit is no plain ViT of timm's: {advice}")
-    probe = model_entrypoint(base.partition(".")[0])(
-        pretrained=False, **{**options, "depth": 1, "num_classes": 0}
+    """Raise `ConfigError` for a base that teacher tokens cannot be added to."""
+    fault = "is no plain ViT of timm's"
+    if is_model_in_modules(base, _BASES):
+        probe = model_entrypoint(base.partition(".")[0])(
+            pretrained=False, **{**options, "depth": 1, "num_classes": 0}
+        )
+        if type(probe) is not VisionTransformer:
+            fault = f"is a {type(probe).__name__} and no plain ViT"
+        elif probe.cls_token is None:
+            fault = "has no class token for the labels to train"
+        elif probe.num_reg_tokens:
+            fault = "has register tokens, whose place the teachers' tokens take"
+        else:
+            return
+    raise ConfigError(
+        f"the base {base!r} of advised_vit {fault}",
+        fix=Set("student.model_args.base", "vit_tiny_patch16_224"),
+        field="student.model_args",
     )
-    if type(probe) is not VisionTransformer:
-        raise ConfigError(
-            f"the base {base!r} of advised_vit is a {type(probe).__name__} and no plain ViT:"
-            f" {advice}"
-        )
-    if probe.cls_token is None:
-        raise ConfigError(
-            f"the base {base!r} of advised_vit has no class token for the labels to train: {advice}"
-        )
-    if probe.num_reg_tokens:
-        raise ConfigError(
-            f"the base {base!r} of advised_vit has register tokens, whose place the teachers'"
-            f" tokens take: {advice}"
-        )
-
-
-# -- Co-advise's form -----------------------------------------------------------------------------
 
 
 def _bn_relu(channels: int) -> list[nn.Module]:
@@ -115,12 +103,11 @@ def _bn_relu(channels: int) -> list[nn.Module]:
 
 
 class TwoStems(nn.Module):
-    """Two patch embeddings side by side, one of convolutions and one with an involution, and a
-    token of each.
+    """Two patch embeddings side by side, one of convolutions and one with an involution.
 
     Each halves the image by its first convolution (stride 2), to 64 channels, and projects
-    ``patch_size / 2`` squares of that. What comes out is ``[mean of the conv stem's tokens, mean of
-    the inv stem's tokens, sum of both stems' tokens]``.
+    ``patch_size / 2`` squares of that. The output is ``[mean of the conv stem's tokens, mean of the
+    inv stem's tokens, sum of both stems' tokens]``.
 
     Args:
         img_size: height and width, or one number for both.
@@ -129,13 +116,14 @@ class TwoStems(nn.Module):
         embed_dim: width of the tokens.
         bias: of the two projections.
         dynamic_img_pad: has to be False.
-        device: of the parameters; ``dtype``: their type.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ConfigError: the patch size is odd or does not divide the image's side.
 
     Source: ``models.py::embed_conv``, ``embed_inv`` and ``forward_features`` of
-        OliverRensu/co-advise@8049918.
+    OliverRensu/co-advise@8049918.
     """
 
     strict_img_size = True
@@ -173,40 +161,36 @@ class TwoStems(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def init_weights(self) -> None:
-        """Kaiming normal for every convolution, the projections and the involution's own
-        included.
-        """
+        """Initialise every convolution, the involution's too, by Kaiming normal."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Another image size, as timm's `PatchEmbed` has it; the patch size stays."""
-        size = (
-            self.img_size if img_size is None else tuple(int(side) for side in to_2tuple(img_size))
-        )
+        """Take another image size, as timm's `PatchEmbed` does; the patch size stays."""
+        size = self.img_size if img_size is None else tuple(map(int, to_2tuple(img_size)))
         if patch_size is not None and tuple(to_2tuple(patch_size)) != self.patch_size:
             raise ConfigError(
-                f"two stems of patch size {self.patch_size} cannot be given another ({patch_size}):"
-                " build them anew"
+                f"two stems of patch size {self.patch_size} cannot be given another ({patch_size})"
             )
         for side, step in zip(size, self.patch_size, strict=True):
             if step < 2 or step % 2 or side % step:
                 raise ConfigError(
                     f"two stems cannot cut {size[0]} x {size[1]} pixels into patches of"
-                    f" {self.patch_size[0]} x {self.patch_size[1]}: choose an even patch size, and"
-                    " an image size that is a multiple of it"
+                    f" {self.patch_size[0]} x {self.patch_size[1]}",
+                    fix="choose an even patch size, and an image size that is a multiple of it",
+                    field="student.model_args",
                 )
         self.img_size: tuple[int, int] = (size[0], size[1])
         self.grid_size = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels a patch, as timm's `PatchEmbed` tells them."""
+        """Return the pixels a patch, as timm's `PatchEmbed` does."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches for images of this size."""
+        """Return rows and columns of patches for images of this size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, images: Float[Tensor, "B c h w"]) -> Float[Tensor, "B L D"]:
@@ -221,15 +205,14 @@ class TwoStems(nn.Module):
 
 
 class CiT(AdvisedViT):
-    """Co-advise's student: the tokens ``[class, conv, inv, patches]``, of which its two stems make
-    all but the class token.
+    """Co-advise's student: tokens ``[class, conv, inv, patches]``, all but the first from stems.
 
     Blocks, position table (one entry for every token) and forward are timm's. The image size is
-    fixed when it is built.
+    fixed at construction.
 
     Args:
         prediction: see `TokenHeads`.
-        options: those of timm's `VisionTransformer`, apart from what makes the form.
+        options: those of timm's `VisionTransformer`, except what makes the form.
 
     Raises:
         ConfigError: an argument is given that the form decides.
@@ -251,13 +234,8 @@ class CiT(AdvisedViT):
         _refuse_own("a cit student", options, _OURS + fixed)
         embed: Any = TwoStems
         super().__init__(**{**options, "embed_layer": embed, "reg_tokens": 2, "global_pool": ""})
-        self.reg_token = (
-            None  # its place in the position table is that of the tokens the stems make
-        )
+        self.reg_token = None  # the stems' tokens take its places in the position table
         self.advise(("conv", "inv"), prediction)
-
-
-# -- names in timm's registry ---------------------------------------------------------------------
 
 
 def _classifiers(count: int) -> tuple[str, ...]:
@@ -299,11 +277,12 @@ def advised_vit(
     prediction: str | Sequence[float] = "mean",
     **options: Any,
 ) -> AdvisedViT:
-    """A plain ViT with a learned token and a head for each teacher, behind its class token: DeiT's
-    distillation token, several times.
+    """Return a plain ViT with a learned token and a head for each teacher.
+
+    DeiT's distillation token, several times.
 
     Args:
-        pretrained: there are no pretrained weights; timm sets it to load an export.
+        pretrained: timm sets it to load an export; there are no other pretrained weights.
         base: timm's name of a plain ViT with a class token and without registers; a tag gives its
             normalisation, not its weights.
         teachers: names of the tokens, in order.
@@ -315,37 +294,33 @@ def advised_vit(
     """
     names = teacher_names(teachers)
     _refuse_own("advised_vit", options, _OURS)
-    given = {
-        key: options.pop(key, None)
-        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    }
+    kept = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    given = {key: options.pop(key, None) for key in kept}
     _refuse_base(base, options)
     architecture, _, tag = base.partition(".")
     saved = given["pretrained_cfg"] is not None
     if pretrained and not saved:
         raise ConfigError(
-            "there are no pretrained weights of advised_vit, only those of exports: leave"
-            " pretrained out"
+            "there are no pretrained weights of advised_vit, only those of exports",
+            fix=Set("student.pretrained", False),
+            field="student.pretrained",
         )
     given["pretrained_cfg"] = given["pretrained_cfg"] or tag or None
-    build = model_entrypoint(architecture)
-    model: Any = build(
-        pretrained=False, **{**options, **given, "reg_tokens": len(names), "global_pool": ""}
-    )
+    form = {**options, **given, "reg_tokens": len(names), "global_pool": ""}
+    model: Any = model_entrypoint(architecture)(pretrained=False, **form)
     model.__class__ = AdvisedViT
     nn.init.trunc_normal_(model.reg_token, std=0.02)  # as DeiT's distillation token
     model.advise(names, prediction)
     model.pretrained_cfg.update(architecture="advised_vit", classifier=_classifiers(1 + len(names)))
-    if not saved:  # where the base's own weights are, and how they are read
+    if not saved:  # the base's own weights are not this network's
         for key in ("url", "hf_hub_id", "file", "custom_load"):
             model.pretrained_cfg.pop(key, None)
     if pretrained:
-        cfg, chans = model.pretrained_cfg, options.get("in_chans", 3)
         load_pretrained(
             model,
-            cfg,
+            model.pretrained_cfg,
             num_classes=model.num_classes,
-            in_chans=chans,
+            in_chans=options.get("in_chans", 3),
             filter_fn=checkpoint_filter_fn,
             cache_dir=given["cache_dir"],
         )

@@ -1,10 +1,8 @@
-"""Involution, and RedNet: a ResNet whose 3 x 3 convolutions are involutions, under names that
-timm's `create_model` finds.
+"""Involution, and RedNet: a ResNet whose 3 x 3 convolutions are involutions.
 
-Importing this module registers ``rednet26 .. rednet152``, and for images of about 32 x 32
-``rednet26_small``, ``rednet38_small`` and ``rednet50_small``, with timm. An exported RedNet
-therefore loads with plain timm once ``import vitdistill.models.involution`` has run in that
-process, and is an unknown network before.
+Importing this module registers with timm ``rednet26 .. rednet152`` and, for images of about 32 x
+32, ``rednet26_small``, ``rednet38_small`` and ``rednet50_small``. Plain timm loads an exported
+RedNet only after ``import vitdistill.models.involution``.
 
 Source: "Involution: Inverting the Inherence of Convolution for Visual Recognition", Li et al., CVPR
 2021, arXiv 2103.06255, checked against d-li14/involution@21c3158. What the authors' code cannot do:
@@ -14,343 +12,25 @@ sizes that the strides do not divide, and half precision.
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import ConfigError
-
-# Numbers of the output that are summed up at once. On the CPU what one tap reads and writes should
-# stay in the cache (measured between 2^16 and all at once: 2^18 to 2^20 are fastest); elsewhere it
-# bounds the float32 copies of half-precision inputs.
-_AT_ONCE = {"cpu": 1 << 18}
-_AT_ONCE_ELSEWHERE = 1 << 24
-# torch 2.6 does not tell an export from a compilation.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
-# -- the operator ---------------------------------------------------------------------------------
-
-
-def involution(
-    x: Float[Tensor, "B channels height width"],
-    kernel: Float[Tensor, "B taps rows columns"],
-    kernel_size: int,
-    stride: int = 1,
-) -> Float[Tensor, "B channels rows columns"]:
-    """Every pixel's neighbourhood weighed by a kernel of its own, which the channels of a group
-    share.
-
-    ``y[c, i, j] = sum_pq kernel[g(c), p, q, i, j] x[c, s i + p - (K - 1) / 2, s j + q - (K - 1) /
-    2]``, zeros outside the image; K is the kernel size, s the stride, and g(c) the group of channel
-    c. No unfolded copy of the image is made: the K x K taps are added up one after another, in the
-    forward and in the backward pass, from shifted views. Sums are float32 for half-precision
-    inputs; float64 stays. A multiply-accumulate a tap, channel and output pixel is what
-    `FlopCounterMode` counts, for each gradient once more. Second derivatives are not implemented.
-
-    Args:
-        x: images or feature maps.
-        kernel: ``groups * kernel_size ** 2`` channels: group-major, then the taps row by row; one
-            place for every ``stride``-th pixel, ``ceil(height / stride)`` rows and ``ceil(width /
-            stride)`` columns.
-        kernel_size: odd.
-        stride: of the output, in pixels.
-
-    Raises:
-        ConfigError: shapes do not belong together.
-
-    Source: arXiv 2103.06255 equation 4; ``involution_naive.py`` of d-li14/involution@21c3158.
-    """
-    places = (-(-x.shape[2] // stride), -(-x.shape[3] // stride))
-    groups, rest = divmod(kernel.shape[1], kernel_size**2)
-    if rest or not groups or x.shape[1] % groups or kernel_size % 2 == 0:
-        raise ConfigError(
-            f"involution: {kernel.shape[1]} kernel channels do not make groups of {kernel_size} x"
-            f" {kernel_size} taps (an odd size) that divide {x.shape[1]} channels: give groups *"
-            " kernel_size ** 2 of them"
-        )
-    if (kernel.shape[2], kernel.shape[3]) != places:
-        raise ConfigError(
-            f"involution: the kernel has {kernel.shape[2]} x {kernel.shape[3]} places, and an image"
-            f" of {x.shape[2]} x {x.shape[3]} at stride {stride} needs {places[0]} x {places[1]}"
-        )
-    dtype = torch.promote_types(x.dtype, kernel.dtype)
-    x, kernel = x.to(dtype), kernel.to(dtype)
-    if _is_exporting():
-        return _by_rows(x, kernel, kernel_size, stride)
-    return torch.ops.vitdistill.involution(x, kernel, kernel_size, stride)
-
-
-def _by_rows(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """The same for exporters: operators they know, a row of taps at a time, K copies of the image
-    and not K x K.
-
-    One operator a tap makes graphs of thousands of nodes, which take minutes to export.
-    """
-    rows, columns = kernel.shape[2:]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    groups = kernel.shape[1] // kernel_size**2
-    padded = F.pad(x.to(dtype), (kernel_size // 2,) * 4).unflatten(1, (groups, -1))
-    weights = kernel.to(dtype).unflatten(1, (groups, 1, kernel_size, kernel_size)).transpose(4, 5)
-    along = torch.arange(kernel_size, device=x.device)[:, None] + stride * torch.arange(
-        columns, device=x.device
-    )
-    total = torch.zeros((), dtype=dtype, device=x.device)
-    for p in range(kernel_size):
-        row = padded[..., p : p + stride * (rows - 1) + 1 : stride, :]
-        seen = row.index_select(4, along.flatten()).unflatten(4, (kernel_size, columns))
-        total = total + (weights[:, :, :, p] * seen).sum(4)
-    return total.flatten(1, 2).to(x.dtype)
-
-
-class _Tap(NamedTuple):
-    """Where one of the K x K taps reads: ``plane`` of the image, at ``there``, for the output
-    pixels ``here``; the rest reads zeros.
-    """
-
-    number: int
-    plane: tuple[int, int]
-    here: tuple[slice, slice]
-    there: tuple[slice, slice]
-
-
-@lru_cache(maxsize=256)
-def _taps(kernel_size: int, stride: int, height: int, width: int) -> tuple[_Tap, ...]:
-    """All taps that read anything. Plane (a, b) holds the pixels ``(stride i + a, stride j + b)``,
-    so that no view has gaps.
-    """
-    rows, columns = _reads(kernel_size, stride, height), _reads(kernel_size, stride, width)
-    return tuple(
-        _Tap(p * kernel_size + q, (a, b), (here, across), (there, along))
-        for p, a, here, there in rows
-        for q, b, across, along in columns
-        if here.start < here.stop and across.start < across.stop
-    )
-
-
-def _reads(kernel_size: int, stride: int, size: int) -> list[tuple[int, int, slice, slice]]:
-    """Along one axis: tap, plane, output places with a pixel behind them, and those pixels' places
-    in the plane.
-    """
-    found = []
-    for p in range(kernel_size):
-        shift, plane = divmod(p - kernel_size // 2, stride)
-        first, last = max(0, -shift), min(-(-size // stride), -(-(size - plane) // stride) - shift)
-        found.append((p, plane, slice(first, last), slice(first + shift, last + shift)))
-    return found
-
-
-def _batch_last(x: Tensor, groups: int) -> Tensor:
-    """``(B, groups * n, rows, columns)`` as a view ``(groups, n, rows, columns, B)``: with many
-    images, rows of 4 pixels are long loops.
-    """
-    return x.unflatten(1, (groups, -1)).permute(1, 2, 3, 4, 0)
-
-
-def _planes(x: Tensor, stride: int) -> dict[tuple[int, int], Tensor]:
-    return {
-        (a, b): x[:, :, a::stride, b::stride].contiguous()
-        for a in range(stride)
-        for b in range(stride)
-    }
-
-
-def _groups_at_once(out: Tensor, groups: int) -> int:
-    return max(1, _AT_ONCE.get(out.device.type, _AT_ONCE_ELSEWHERE) * groups // max(1, out.numel()))
-
-
-def _output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
-    groups = kernel.shape[1] // kernel_size**2
-    taps = _taps(kernel_size, stride, x.shape[2], x.shape[3])
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_empty(x.shape[:2] + kernel.shape[2:])
-    many = _groups_at_once(y, groups)
-    parts = (_batch_last(t, groups).split(many) for t in (x, kernel, y))
-    for image, weights, out in zip(*parts, strict=True):
-        planes, weights = _planes(image.to(dtype), stride), weights.to(dtype).contiguous()
-        total = torch.zeros(out.shape, dtype=dtype, device=x.device)
-        for tap in taps:
-            rows, columns = tap.here
-            weight = weights[:, tap.number, None, rows, columns]
-            total[:, :, rows, columns].addcmul_(planes[tap.plane][:, :, *tap.there], weight)
-        out.copy_(total)
-    return y
-
-
-def _gradient_of_input(
-    grad: Tensor, kernel: Tensor, height: int, width: int, kernel_size: int, stride: int
-) -> Tensor:
-    groups = kernel.shape[1] // kernel_size**2
-    taps = _taps(kernel_size, stride, height, width)
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    dx = grad.new_empty((*grad.shape[:2], height, width))
-    many = _groups_at_once(dx, groups)
-    parts = (_batch_last(t, groups).split(many) for t in (grad, kernel, dx))
-    for given, weights, out in zip(*parts, strict=True):
-        given, weights = given.to(dtype).contiguous(), weights.to(dtype).contiguous()
-        planes = {
-            (a, b): torch.zeros(
-                out[:, :, a::stride, b::stride].shape, dtype=dtype, device=grad.device
-            )
-            for a in range(stride)
-            for b in range(stride)
-        }
-        for tap in taps:
-            rows, columns = tap.here
-            weight = weights[:, tap.number, None, rows, columns]
-            planes[tap.plane][:, :, *tap.there].addcmul_(given[:, :, rows, columns], weight)
-        for (a, b), plane in planes.items():
-            out[:, :, a::stride, b::stride] = plane
-    return dx
-
-
-def _gradient_of_kernel(
-    grad: Tensor, x: Tensor, groups: int, kernel_size: int, stride: int
-) -> Tensor:
-    taps = _taps(kernel_size, stride, x.shape[2], x.shape[3])
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    dk = x.new_empty((len(x), groups * kernel_size**2, *grad.shape[2:]))
-    many = _groups_at_once(grad, groups)
-    parts = (_batch_last(t, groups).split(many) for t in (grad, x, dk))
-    for given, image, out in zip(*parts, strict=True):
-        given, planes = given.to(dtype).contiguous(), _planes(image.to(dtype), stride)
-        total = torch.zeros(out.shape, dtype=dtype, device=x.device)
-        for tap in taps:
-            rows, columns = tap.here
-            product = given[:, :, rows, columns] * planes[tap.plane][:, :, *tap.there]
-            torch.sum(product, 1, out=total[:, tap.number, rows, columns])
-        out.copy_(total)
-    return dk
-
-
-# Operators of their own, so that autograd keeps the two inputs and nothing else, and FLOPs can be
-# counted.
-_forward_op = torch.library.custom_op(
-    "vitdistill::involution",
-    _output,
-    mutates_args=(),
-    schema="(Tensor x, Tensor kernel, SymInt kernel_size, SymInt stride) -> Tensor",
-)
-_input_op = torch.library.custom_op(
-    "vitdistill::involution_gradient_of_input",
-    _gradient_of_input,
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor kernel, SymInt height, SymInt width, SymInt kernel_size, SymInt"
-        " stride) -> Tensor"
-    ),
-)
-_kernel_op = torch.library.custom_op(
-    "vitdistill::involution_gradient_of_kernel",
-    _gradient_of_kernel,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, SymInt groups, SymInt kernel_size, SymInt stride) -> Tensor",
-)
-
-
-@_forward_op.register_fake
-def _fake_output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
-    return x.new_empty(x.shape[:2] + kernel.shape[2:])
-
-
-@_input_op.register_fake
-def _fake_gradient_of_input(
-    grad: Tensor, kernel: Tensor, height: int, width: int, kernel_size: int, stride: int
-) -> Tensor:
-    return grad.new_empty((*grad.shape[:2], height, width))
-
-
-@_kernel_op.register_fake
-def _fake_gradient_of_kernel(
-    grad: Tensor, x: Tensor, groups: int, kernel_size: int, stride: int
-) -> Tensor:
-    return x.new_empty((len(x), groups * kernel_size**2, *grad.shape[2:]))
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
-    x, kernel, ctx.kernel_size, ctx.stride = inputs
-    ctx.save_for_backward(x, kernel)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    x, kernel = ctx.saved_tensors
-    size, stride, ops = ctx.kernel_size, ctx.stride, torch.ops.vitdistill
-    wants_x, wants_kernel = ctx.needs_input_grad[:2]
-    dx = (
-        ops.involution_gradient_of_input(grad, kernel, x.shape[2], x.shape[3], size, stride)
-        if wants_x
-        else None
-    )
-    dk = (
-        ops.involution_gradient_of_kernel(grad, x, kernel.shape[1] // size**2, size, stride)
-        if wants_kernel
-        else None
-    )
-    return dx, dk, None, None
-
-
-_forward_op.register_autograd(_backward, setup_context=_keep)
-
-
-@register_flop_formula(torch.ops.vitdistill.involution)
-def _flops_of_output(
-    x: Any,
-    kernel: Any,
-    kernel_size: int,
-    stride: int,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return 2 * x[0] * x[1] * kernel[2] * kernel[3] * kernel_size**2
-
-
-@register_flop_formula(torch.ops.vitdistill.involution_gradient_of_input)
-def _flops_of_input(
-    grad: Any,
-    kernel: Any,
-    height: int,
-    width: int,
-    kernel_size: int,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return 2 * grad[0] * grad[1] * grad[2] * grad[3] * kernel_size**2
-
-
-@register_flop_formula(torch.ops.vitdistill.involution_gradient_of_kernel)
-def _flops_of_kernel(
-    grad: Any,
-    x: Any,
-    groups: int,
-    kernel_size: int,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    return 2 * grad[0] * grad[1] * grad[2] * grad[3] * kernel_size**2
-
-
-# -- the module -----------------------------------------------------------------------------------
+from .involution_op import involution as involution
 
 
 class Involution(nn.Module):
-    """Involution with kernels made from the pixel they stand on: ``kernel = W2 relu(BN(W1 u)) +
-    b``, then `involution`.
+    """Involution with kernels made from the pixel they stand on: ``W2 relu(BN(W1 u)) + b``.
 
-    ``u`` is the input, under a stride s its means over s x s cells. Where s does not divide a side,
-    the last cell is the mean of the pixels there are, and the output has ``ceil(side / s)`` places,
-    as a convolution's; the authors' module rounds the two down and up and fails. At sizes s divides
-    both are the same. Parameters are named and initialised as the authors' (Kaiming normal, bias
-    0).
+    ``u`` is the input, or under a stride s its means over s x s cells. If s does not divide a side,
+    the last cell is the mean of fewer pixels, and the output has ``ceil(side / s)`` places, as a
+    convolution's (the authors' module fails). Parameters are named and initialised as the authors'
+    (Kaiming normal, bias 0).
 
     Args:
         channels: of input and output.
@@ -385,8 +65,8 @@ class Involution(nn.Module):
                 raise ConfigError(f"Involution: {name} is {value}, and has to be at least 1")
         if kernel_size % 2 == 0:
             raise ConfigError(
-                f"Involution: kernel_size is {kernel_size}; give an odd one, so that a pixel is the"
-                " middle of its neighbours"
+                f"Involution: kernel_size is {kernel_size}, and a pixel has to be the middle of its"
+                " neighbours: give an odd one"
             )
         for name, value in (("group_channels", group_channels), ("reduction", reduction)):
             if channels < 1 or channels % value:
@@ -398,11 +78,9 @@ class Involution(nn.Module):
         self.stride = stride
         narrow = channels // reduction
         kernel_channels = channels // group_channels * kernel_size**2
-        self.pool = (
-            nn.Identity()
-            if stride == 1
-            else nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
-        )
+        self.pool: nn.Module = nn.Identity()
+        if stride > 1:
+            self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
         squeeze = nn.Conv2d(channels, narrow, 1, bias=False)
         spread = nn.Conv2d(narrow, kernel_channels, 1)
         self.conv1 = nn.Sequential(
@@ -419,9 +97,6 @@ class Involution(nn.Module):
         return involution(x, self.conv2(self.conv1(self.pool(x))), self.kernel_size, self.stride)
 
 
-# -- RedNet ---------------------------------------------------------------------------------------
-
-# Blocks of each stage.
 DEPTHS = {
     26: (1, 2, 4, 1),
     38: (2, 3, 5, 2),
@@ -429,12 +104,11 @@ DEPTHS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+"""Blocks of each stage, by layers of the network."""
 
 
 class _Block(Bottleneck):
-    """timm's bottleneck with an involution of 7 x 7 in the place of the 3 x 3 convolution, stride
-    included.
-    """
+    """timm's bottleneck with a 7 x 7 involution as its convolution, stride included."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -444,9 +118,9 @@ class _Block(Bottleneck):
 class RedNet(ResNet):
     """timm's ResNet with involutions: 7 x 7 in the bottlenecks, 3 x 3 in the stem.
 
-    Stages of 256, 512, 1024 and 2048 channels by default, 4, 8, 16 and 32 times smaller than the
-    image. Everything else is timm's ResNet's: ``forward_intermediates``, ``reset_classifier``,
-    stochastic depth, gradient checkpointing.
+    Stages have 256, 512, 1024 and 2048 channels by default and are 4, 8, 16 and 32 times smaller
+    than the image. Everything else is timm's ResNet's: ``forward_intermediates``,
+    ``reset_classifier``, stochastic depth, gradient checkpointing.
 
     Args:
         layers: blocks of each of the four stages, see `DEPTHS`.
@@ -459,9 +133,9 @@ class RedNet(ResNet):
             of 16.
         stem_width: channels of the stem's involution, whose output is twice as wide; a multiple of
             16.
-        small_images: no stride in the stem and no pooling after it, so that the stages are 1, 2, 4
-            and 8 times smaller than the image, for images of about 32 x 32, where the authors'
-            network ends at one pixel. This form is ours.
+        small_images: no stride in the stem and no pooling after it, so that stages are 1, 2, 4 and
+            8 times smaller than the image: for images of about 32 x 32, on which the authors'
+            network ends at one pixel. This form is not the authors'.
 
     Source: arXiv 2103.06255 section 4.1; ``rednet.py`` of d-li14/involution@21c3158.
     """
@@ -491,9 +165,8 @@ class RedNet(ResNet):
             stem_width=stem_width,
             stem_type="deep",
         )
-        stem: Any = (
-            self.conv1
-        )  # timm's deep stem: convolution, norm, act, convolution, norm, act, convolution
+        # timm's deep stem: convolution, norm, act, convolution, norm, act, convolution.
+        stem: Any = self.conv1
         stem[3] = Involution(stem_width, 3)
         if small_images:
             stem[0] = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False)
@@ -504,8 +177,9 @@ class RedNet(ResNet):
 
 
 def rednet(depth: int, num_classes: int = 1000, **options: Any) -> RedNet:
-    """A RedNet of 26, 38, 50, 101 or 152 layers with fresh weights; ``options`` are `RedNet`'s.
-    Raises `ConfigError` for another depth.
+    """Return a RedNet of 26, 38, 50, 101 or 152 layers with fresh weights.
+
+    ``options`` are `RedNet`'s. Raises `ConfigError` for another depth.
     """
     if depth not in DEPTHS:
         raise ConfigError(
@@ -514,7 +188,7 @@ def rednet(depth: int, num_classes: int = 1000, **options: Any) -> RedNet:
     return RedNet(DEPTHS[depth], num_classes, **options)
 
 
-# The authors' names of the stem, and ours; the stages are called the same.
+# The stem's names, the authors' and timm's; those of the stages are the same.
 _STEM = (
     (r"^stem\.0\.conv\.", "conv1.0."),
     (r"^stem\.0\.bn\.", "conv1.1."),
@@ -526,14 +200,12 @@ _STEM = (
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the authors' checkpoints under timm's names; files of ours stay as they
-    are.
-    """
+    """Return a checkpoint under timm's names, from the authors' names or timm's."""
     renamed = {}
     for key, value in state_dict.items():
         key = key.removeprefix("backbone.").removeprefix("head.")
-        for theirs, ours in _STEM:
-            key = re.sub(theirs, ours, key)
+        for pattern, name in _STEM:
+            key = re.sub(pattern, name, key)
         renamed[key] = value
     return renamed
 

@@ -1,5 +1,4 @@
-"""Masked autoencoders: the decoder, the whole network under the names of the public checkpoints,
-its initialisation and its loss.
+"""Masked autoencoders: decoder, whole network, initialisation and loss.
 
 Source: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022, arXiv 2111.06377,
 checked against facebookresearch/mae@efb2a80 and UCSC-VLAA/DMAE@a0f4959. What the authors' code
@@ -26,12 +25,11 @@ _NORMS = (nn.LayerNorm, RmsNorm)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 L {dim}"]:
-    """The fixed table of positions, ``(1, 1 + rows * columns, dim)`` float32: zeros for the class
-    token, then the patches, row-major.
+    """Return the fixed table of positions, ``(1, 1 + rows * columns, dim)``, float32.
 
-    ``e(t) = [sin(t w) | cos(t w)]`` with ``w_i = 10000^(-i / (dim / 4))``; the patch in row y and
-    column x has ``[e(x) | e(y)]``: its first half says the column. Computed in float64. Raises
-    `ConfigError` when ``dim`` is not a multiple of 4.
+    Zeros for the class token, then the patches, row-major: the one in row y and column x has
+    ``[e(x) | e(y)]`` with ``e(t) = [sin(t w) | cos(t w)]`` and ``w_i = 10000^(-i / (dim / 4))``,
+    computed in float64. Raises `ConfigError` if ``dim`` is not a multiple of 4.
 
     Source: ``get_2d_sincos_pos_embed`` of facebookresearch/mae@efb2a80.
     """
@@ -55,8 +53,9 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 L {dim
 def patchify(
     images: Float[Tensor, "B c h w"], patch_size: tuple[int, int]
 ) -> Float[Tensor, "B N pixels"]:
-    """Images as patches: row-major, within each row, column, channel. Raises `ConfigError` when
-    patches do not fill the images.
+    """Cut images into patches, row-major, the pixels of each by row, column, channel.
+
+    Raises `ConfigError` if patches do not fill the images.
     """
     height, width = patch_size
     if images.shape[2] % height or images.shape[3] % width:
@@ -64,19 +63,14 @@ def patchify(
             f"patches of {height} x {width} do not fill images of {images.shape[2]} x"
             f" {images.shape[3]}"
         )
-    return (
-        images.unflatten(3, (-1, width))
-        .unflatten(2, (-1, height))
-        .permute(0, 2, 4, 3, 5, 1)
-        .flatten(3)
-        .flatten(1, 2)
-    )
+    patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(
     patches: Float[Tensor, "B N pixels"], grid: tuple[int, int], patch_size: tuple[int, int]
 ) -> Float[Tensor, "B c h w"]:
-    """Patches as images, the inverse of `patchify`; ``grid`` is rows and columns."""
+    """Put patches together, the inverse of `patchify`; ``grid`` is rows and columns."""
     pixels = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
@@ -88,8 +82,9 @@ def reconstruction_loss(
     patch_size: tuple[int, int],
     norm_pix: bool = False,
 ) -> Float[Tensor, ""]:
-    """``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``, in float32 (float64 stays);
-    0 where nothing is hidden.
+    """Return ``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``.
+
+    In float32 (float64 stays); 0 if nothing is hidden.
 
     Args:
         prediction: pixels of every patch, as `patchify` orders them.
@@ -102,11 +97,8 @@ def reconstruction_loss(
     Source: arXiv 2111.06377 section 3; ``forward_loss`` of facebookresearch/mae@efb2a80.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    error = (
-        (prediction.to(dtype) - pixel_targets(images.to(dtype), patch_size, norm_pix))
-        .square()
-        .mean(-1)
-    )
+    target = pixel_targets(images.to(dtype), patch_size, norm_pix)
+    error = (prediction.to(dtype) - target).square().mean(-1)
     mask = mask.to(dtype)
     return (error * mask).sum() / mask.sum().clamp_min(1)
 
@@ -114,19 +106,16 @@ def reconstruction_loss(
 def pixel_targets(
     images: Float[Tensor, "B c h w"], patch_size: tuple[int, int], norm_pix: bool
 ) -> Float[Tensor, "B N pixels"]:
-    """What is to be predicted of every patch; see `reconstruction_loss`."""
+    """Return the pixels to predict for every patch; see `reconstruction_loss`."""
     target = patchify(images, patch_size)
     if norm_pix:
-        target = (target - target.mean(-1, keepdim=True)) / (
-            target.var(-1, keepdim=True) + 1e-6
-        ).sqrt()
+        deviation = (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        target = (target - target.mean(-1, keepdim=True)) / deviation
     return target
 
 
 class _Decoder:
-    """MAE's decoder, for a module to inherit; the attributes carry the names of the public
-    checkpoints.
-    """
+    """MAE's decoder, for a module to inherit, with the public checkpoints' names."""
 
     decoder_embed: nn.Linear
     mask_token: nn.Parameter
@@ -147,15 +136,13 @@ class _Decoder:
         _check_heads("decoder_dim", decoder_dim, decoder_num_heads)
         if decoder_depth < 0:
             raise ConfigError(
-                f"decoder_depth is {decoder_depth}: give the number of the decoder's blocks, 0 or"
-                " more"
+                f"decoder_depth is {decoder_depth}: give a number of blocks, 0 or more"
             )
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim).normal_(std=0.02))
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_positions(decoder_dim, grid), requires_grad=False
-        )
+        table = sincos_positions(decoder_dim, grid)
+        self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, decoder_num_heads, qkv_bias=True, norm_layer=norm)
             for _ in range(decoder_depth)
@@ -166,24 +153,19 @@ class _Decoder:
     def decode(
         self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
     ) -> Float[Tensor, "B N pixels"]:
-        """The pixels of every patch, predicted from the visible ones.
+        """Predict the pixels of every patch from the visible ones.
 
         Args:
             features: after the encoder's final norm, prefix tokens first (L = P + K).
             keep: row-major places of the K visible patches, in the order of ``features``.
-            num_prefix_tokens: P; they are decoded at the class token's position and dropped at the
-                end.
+            num_prefix_tokens: P; decoded at the class token's position and dropped at the end.
         """
         tokens = self.decoder_embed(features)
         prefix, visible = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
-        places = keep[:, :, None].expand_as(visible)
-        hidden = self.mask_token.to(tokens.dtype).expand(
-            len(tokens), self.decoder_pos_embed.shape[1] - 1, -1
-        )
+        places, positions = keep[:, :, None].expand_as(visible), self.decoder_pos_embed
+        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), positions.shape[1] - 1, -1)
         patches = hidden.scatter(1, places, visible)
-        tokens = torch.cat(
-            [prefix + self.decoder_pos_embed[:, :1], patches + self.decoder_pos_embed[:, 1:]], dim=1
-        )
+        tokens = torch.cat([prefix + positions[:, :1], patches + positions[:, 1:]], dim=1)
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, num_prefix_tokens:]
@@ -191,13 +173,13 @@ class _Decoder:
     def decode_hidden(
         self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
     ) -> tuple[Float[Tensor, "B M pixels"], Int[Tensor, "B M"]]:
-        """The pixels of the M hidden patches alone, and their places: the same numbers as `decode`
-        gives for them, to rounding.
+        """Predict the pixels of the M hidden patches alone, as `decode` does, to rounding.
 
-        Nobody reads what the last block makes of the other tokens, and it is not computed. What
-        enters the first block at a hidden patch is the same for every image, and is projected once
-        for the batch.
+        Returns:
+            The pixels, and the patches' places.
         """
+        # The last block computes no other tokens, which nobody reads. What enters the first block
+        # at a hidden patch is the same for every image, and is projected once for the batch.
         embedded = self.decoder_embed(features)
         positions = self.decoder_pos_embed
         num_patches = positions.shape[1] - 1
@@ -205,25 +187,22 @@ class _Decoder:
         unseen = torch.ones(len(features), num_patches, device=keep.device).scatter(1, keep, 0.0)
         hidden = unseen.argsort(dim=1, descending=True, stable=True)[:, :num_hidden]
         blank = self.mask_token[0].to(embedded.dtype) + positions[0, 1:]
-        visible = embedded[:, num_prefix_tokens:] + gather_patches(
-            positions[:, 1:].expand(len(features), -1, -1), keep
-        )
+        of_patches = positions[:, 1:].expand(len(features), -1, -1)
+        visible = embedded[:, num_prefix_tokens:] + gather_patches(of_patches, keep)
         seen = torch.cat([visible, embedded[:, :num_prefix_tokens] + positions[:, :1]], dim=1)
         tokens = torch.cat([F.embedding(hidden, blank), seen], dim=1)
         blocks: list[Any] = list(self.decoder_blocks)
         for block in blocks[:1]:
-            of_hidden = split_heads(
-                block.attn, F.embedding(hidden, block.attn.qkv(block.norm1(blank))), 3
-            )
+            projected = F.embedding(hidden, block.attn.qkv(block.norm1(blank)))
+            of_hidden = split_heads(block.attn, projected, 3)
             of_seen = project_qkv(block.attn, block.norm1(seen), 0 if len(blocks) == 1 else None)
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_hidden, of_seen, strict=True))
             tokens = _rest_of_block(block, tokens, q, k, v)
         for block in blocks[1:-1]:
             tokens = block(tokens)
         for block in blocks[1:][-1:]:
-            tokens = _rest_of_block(
-                block, tokens, *project_qkv(block.attn, block.norm1(tokens), num_hidden)
-            )
+            q, k, v = project_qkv(block.attn, block.norm1(tokens), num_hidden)
+            tokens = _rest_of_block(block, tokens, q, k, v)
         return self.decoder_pred(self.decoder_norm(tokens[:, :num_hidden])), hidden
 
 
@@ -234,9 +213,7 @@ def _rest_of_block(
     k: Float[Tensor, "B H L d"],
     v: Float[Tensor, "B H L d"],
 ) -> Float[Tensor, "B rows D"]:
-    """What a plain block makes of its first ``rows`` tokens once they are projected; the decoder's
-    have no dropout, scale or q/k norm.
-    """
+    """Finish a plain block for its first ``rows`` tokens; no dropout, scale or q/k norm."""
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     tokens = tokens[:, : q.shape[2]] + block.attn.proj(attended)
     return tokens + block.mlp(block.norm2(tokens))
@@ -255,7 +232,7 @@ class MAEDecoder(_Decoder, nn.Module):
         decoder_num_heads: attention heads.
 
     Raises:
-        ConfigError: for a width that does not divide as said.
+        ConfigError: ``decoder_dim`` does not divide as said.
     """
 
     def __init__(
@@ -280,18 +257,16 @@ class MAEDecoder(_Decoder, nn.Module):
 
 
 class MaskedAutoencoder(_Decoder, VisionTransformer):
-    """A plain ViT and MAE's decoder in one network; its parameters have the names of the public MAE
-    checkpoints.
+    """A plain ViT and MAE's decoder in one network, with the public MAE checkpoints' names.
 
     Args:
         image_size: height and width, or one number for both; pixels.
-        patch_size: height and width, or one number for both; pixels. Patches have to fill the
-            image.
+        patch_size: likewise; patches have to fill the image.
         dim, depth, num_heads: of the encoder.
         decoder_dim, decoder_depth, decoder_num_heads: as for `MAEDecoder`.
 
     Raises:
-        ConfigError: for sizes that do not divide as said.
+        ConfigError: sizes do not divide as said.
     """
 
     def __init__(
@@ -328,22 +303,16 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
     def forward(  # type: ignore[override]  # it learns from hidden patches, and answers with pixels
         self, images: Float[Tensor, "B c h w"], noise: Float[Tensor, "B N"], mask_rate: float = 0.75
     ) -> tuple[Float[Tensor, "B N pixels"], Float[Tensor, "B N"]]:
-        """The predicted pixels of every patch, as `patchify` orders them, and the mask: 1 at hidden
-        patches.
+        """Return the predicted pixels of every patch, and the mask: 1 at hidden patches.
 
-        Raises `ConfigError` for images of another size, for noise of another number of patches, and
-        as `random_masking` does.
+        Raises `ConfigError` for images or noise of another size, and as `random_masking` does.
         """
         size, num_patches = self.patch_embed.img_size, self.patch_embed.num_patches
-        if tuple(images.shape[2:]) != tuple(size):
+        if tuple(images.shape[2:]) != tuple(size) or noise.shape[1] != num_patches:
             raise ConfigError(
-                f"the network is for images of {size[0]} x {size[1]}, and these are"
-                f" {images.shape[2]} x {images.shape[3]}"
-            )
-        if noise.shape[1] != num_patches:
-            raise ConfigError(
-                f"noise has {noise.shape[1]} numbers an image, and the network has {num_patches}"
-                " patches"
+                f"the network is for images of {size[0]} x {size[1]} in {num_patches} patches, and"
+                f" these are {images.shape[2]} x {images.shape[3]}, with noise for"
+                f" {noise.shape[1]} patches"
             )
         keep, _, mask = random_masking(noise, mask_rate)
         encoder = PlainViT(self)
@@ -354,13 +323,12 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
 
 
 def init_mae(model: VisionTransformer) -> None:
-    """Initialise a plain ViT as MAE does, in place, whatever it held; its positions become the
-    sine-cosine table and are not trained.
+    """Initialise a plain ViT as MAE does, in place; positions become the sine-cosine table.
 
-    Xavier-uniform on every linear layer and on the patch projection seen as a matrix ``[out, in *
-    height * width]``; biases 0 except the patch projection's, which has PyTorch's own; norms 1 and
-    0; class token and other prefix tokens N(0, 0.02). Raises `ConfigError` for a network without a
-    table of absolute positions.
+    Positions are not trained. Xavier-uniform on every linear layer and on the patch projection seen
+    as a matrix ``[out, in * height * width]``; biases 0 except the patch projection's, which has
+    PyTorch's own; norms 1 and 0; class token and other prefix tokens N(0, 0.02). Raises
+    `ConfigError` for a network without a table of absolute positions.
 
     Source: ``initialize_weights`` of facebookresearch/mae@efb2a80.
     """
@@ -379,22 +347,20 @@ def init_mae(model: VisionTransformer) -> None:
         if token is not None:
             nn.init.normal_(token, std=0.02)
     table = sincos_positions(positions.shape[2], model.patch_embed.grid_size)
-    num_prefix_tokens = (
-        positions.shape[1] - table.shape[1] + 1
-    )  # 0 where prefix tokens have no position
+    num_prefix_tokens = positions.shape[1] - table.shape[1] + 1  # 0: they have no position
     with torch.no_grad():
         positions[:, :num_prefix_tokens] = 0
         positions[:, num_prefix_tokens:] = table[:, 1:]
 
 
 def hold_positions(model: VisionTransformer) -> None:
-    """Leave a network's table of positions out of training, as MAE's pre-training does; raises
-    `ConfigError` where there is none.
-    """
+    """Leave the table of positions out of training, as MAE does; `ConfigError` if there is none."""
     if model.pos_embed is None:
         raise ConfigError(
             f"{type(model).__name__} has no table of absolute positions, which masked autoencoding"
-            " needs: take a plain ViT with one"
+            " needs",
+            fix="take a plain ViT with one",
+            field="student.model",
         )
     model.pos_embed.requires_grad_(False)
 
@@ -419,6 +385,5 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def _check_heads(name: str, dim: int, num_heads: int) -> None:
     if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ConfigError(
-            f"{name} is {dim}, which {num_heads} attention heads do not divide: give a multiple of"
-            " them"
+            f"{name} is {dim}, which {num_heads} attention heads do not divide", field=name
         )

@@ -7,31 +7,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Set
 
 
 class TokenHeads(nn.Module):
-    """The classifier of a student with several tokens: one linear map each, of the class token and
-    of every teacher's.
+    """The classifier of a student with several tokens: a linear map for each.
 
-    It stands as ``model.head`` of a timm `VisionTransformer` that does not pool
-    (``global_pool=""``), and reads the first 1 + T tokens.
+    It is the ``head`` of a timm `VisionTransformer` that does not pool (``global_pool=""``), and
+    reads the class token and those of T teachers, which follow it.
 
     Args:
         dim: width of the tokens.
         num_classes: at least 1.
         names: of the T teachers, in the order of their tokens.
-        prediction: ``mean``: the mean of all heads' logits; ``class``: the class token's; or one
-            weight for each head, class token first, not negative, which are divided by their sum.
+        prediction: ``mean``: the mean of all heads' logits; ``class``: the class token's; or a
+            weight for each head, class token first, not negative, to be divided by their sum.
 
     Attributes:
-        names: of the heads, "class" first; answering: of those that the prediction is made of.
+        names: of the heads, "class" first.
+        answering: of the heads that the prediction is made of.
 
     Raises:
         ConfigError: the names or the weights make no sense.
 
     Source: ``models.py::DistilledVisionTransformer.forward`` of OliverRensu/co-advise@8049918: the
-        mean of logits, not of probabilities.
+    mean of logits, not of probabilities.
     """
 
     weights: Tensor
@@ -57,11 +57,11 @@ class TokenHeads(nn.Module):
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
 
     def logits(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B heads C"]:
-        """Every head's own answer, in the order of ``names``."""
+        """Return every head's logits, in the order of ``names``."""
         return torch.stack([linear(tokens[:, i]) for i, linear in enumerate(self.linears)], dim=1)
 
     def predict(self, logits: Float[Tensor, "B heads C"]) -> Float[Tensor, "B C"]:
-        """The student's prediction from its heads' logits."""
+        """Return the student's prediction from its heads' logits."""
         if self.prediction == "class":
             return logits[:, 0]
         if self.prediction == "mean":
@@ -73,38 +73,35 @@ class TokenHeads(nn.Module):
 
 
 def teacher_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple; raises `ConfigError` unless they are distinct identifiers that no head
-    has already.
-    """
-    given = (names,) if isinstance(names, str) else tuple(names)
-    taken = ("class", "all", "auto")
-    usable = all(
-        isinstance(name, str) and name.isidentifier() and name not in taken for name in given
-    )
-    if isinstance(names, str) or not given or not usable or len(set(given)) < len(given):
+    """Return the names as a tuple; raise `ConfigError` unless distinct, free identifiers."""
+    given, taken = (names,) if isinstance(names, str) else tuple(names), ("class", "all", "auto")
+    usable = given and all(name.isidentifier() and name not in taken for name in given)
+    if isinstance(names, str) or not usable or len(set(given)) < len(given):
         raise ConfigError(
-            f"the teachers of an advised student are {list(given)!r}: give a list of distinct names"
-            f" of letters, digits and underscores, none of them {' or '.join(taken)}"
+            f"the teachers of an advised student are {list(given)!r}",
+            fix="give a list of distinct names of letters, digits and underscores, none of them"
+            f" {' or '.join(taken)}",
+            field="student.model_args.teachers",
         )
     return given
 
 
 def _prediction_weights(prediction: str | Sequence[float], count: int) -> list[float]:
-    """What each head's logits are multiplied by; raises `ConfigError` for anything else than the
-    three forms.
-    """
     if prediction == "mean":
         return [1 / count] * count
     if prediction == "class":
         return [1.0] + [0.0] * (count - 1)
-    if not isinstance(prediction, str) and len(prediction) == count:
-        numbers = all(
-            isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) and w >= 0
-            for w in prediction
-        )
-        if numbers and sum(prediction) > 0:
-            return [weight / sum(prediction) for weight in prediction]
+    weights = () if isinstance(prediction, str) else prediction
+    usable = all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+    if usable and len(weights) == count:
+        return [weight / sum(weights) for weight in weights]
+    field = "student.model_args.prediction"
     raise ConfigError(
-        f"the prediction of an advised student is {prediction!r}: give mean, class, or {count}"
-        " weights, one for each head with the class token's first, none negative and not all 0"
+        f"the prediction of an advised student is {prediction!r}",
+        fix=(
+            Set(field, "mean"),
+            Set(field, "class"),
+            f"give {count} weights, the class token's first, none negative and not all 0",
+        ),
+        field=field,
     )
