@@ -57,6 +57,13 @@ def test_needs_are_united_and_counted_from_the_front() -> None:
     assert other.student_needs.attention == {3}
 
 
+def test_two_objectives_of_one_teacher_record_what_either_reads() -> None:
+    features = {"vitkd": ViTKD(low_blocks=(0,), reduction="mean")}
+    for objectives in (KD | features, features | KD):
+        plan = make_plan(STUDENT, {"teacher": TEACHER}, objectives)
+        assert plan.live["teacher"].logits and plan.live["teacher"].features
+
+
 def test_without_a_selector_the_teacher_sees_everything() -> None:
     assert make_plan(STUDENT, {"teacher": TEACHER}, KD).num_keep == {"teacher": None}
 

@@ -17,11 +17,13 @@ from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.keyed import Stream
-from vitdistill.methods.base import Objective, TokenSelector
+from vitdistill.methods.base import Masking, Objective, TokenSelector, WeightSchedule
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided, resample_saliency
+from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
+from vitdistill.methods.tokens import TokenFeatures
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
@@ -72,12 +74,11 @@ def build(
     teachers: Mapping[str, Teacher],
     objectives: dict[str, Objective],
     selector: TokenSelector | None = None,
+    masking: Masking | None = None,
 ) -> Distillation:
     network = describe_network(student, "student", "student", (16, 16))
-    plan = make_plan(
-        network, {name: teacher.network for name, teacher in teachers.items()}, objectives, selector
-    )
-    return Distillation(student, plan)
+    known = {name: teacher.network for name, teacher in teachers.items()}
+    return Distillation(student, make_plan(network, known, objectives, selector, masking))
 
 
 class Spy:
@@ -350,3 +351,38 @@ def test_a_step_of_logits_features_and_chosen_patches_is_one_graph() -> None:
     )
     losses["loss"].backward()
     assert all(p.grad is not None for p in distillation.parameters())
+
+
+def test_a_weight_follows_its_schedule() -> None:
+    teacher = teacher_of(vit(1))
+    kd = SoftKD(weight=2.0, schedule=WeightSchedule(to=0.0, shape="linear"))
+    module = build(vit(), {"teacher": teacher}, {"ce": CrossEntropy(), "kd": kd})
+    losses = [module(batch_of(), {"teacher": teacher}, done) for done in (0.0, 0.5, 1.0)]
+    first, middle, last = (found["kd"].item() for found in losses)
+    assert first > 0 and middle == pytest.approx(first / 2, rel=1e-5) and last == 0
+    assert losses[2]["loss"].item() == losses[0]["ce"].item()
+
+
+def test_an_answer_that_is_not_finite_makes_the_sum_nan_whatever_reads_it() -> None:
+    teacher = teacher_of(vit(1))
+    module = build(vit(), {"teacher": teacher}, {"kd": HardKD()})
+    with torch.no_grad():
+        teacher.model.head.bias[0] = torch.nan  # type: ignore[index, union-attr]
+    losses = module(batch_of(), {"teacher": teacher})
+    assert losses["kd"].isfinite() and losses["loss"].isnan()
+
+
+def test_a_teacher_sees_more_of_the_mask_and_is_compared_where_the_student_looks() -> None:
+    teacher, batch = teacher_of(vit(1)), batch_of()
+    spy = Spy(teacher)
+    masking = RandomMasking(mask_rate=0.75, teacher_mask_rate=0.5)
+    tokens = TokenFeatures(class_weight=0)
+    module = build(vit(), {"teacher": teacher}, {"tokens": tokens}, masking=masking)
+    student, answers = module.answer(batch, {"teacher": teacher})
+    ((_, seen),) = spy.passes
+    order = batch.uniforms(16, Stream.PATCHES).argsort(dim=1)
+    assert seen is not None and torch.equal(seen, order[:, :8])
+    assert student.keep is not None and torch.equal(student.keep, order[:, :4])
+    answer = answers["teacher"]
+    assert isinstance(answer, ViTOutput) and answer.features is not None
+    assert answer.features.shape[1] == 1 + 4 and answer.keep is student.keep
