@@ -30,7 +30,7 @@ def test_a_run_goes_on_with_its_weights_file_in_another_place(
     with pytest.raises(Preempted):
         tools.run(recipe, run, prepared=interrupt(recipe.name, 9))
     first.rename(second)
-    with pytest.raises(DataError, match=r"There is no weights file .*a\.safetensors"):
+    with pytest.raises(DataError, match=r"there is no weights file .*a\.safetensors"):
         tools.run(recipe, run)
     moved = replace_fields(recipe, {field: str(second)})
     tools.run(moved, run)

@@ -1,0 +1,200 @@
+"""Weights files are read or refused by name, and nothing in them is ever executed."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import random
+import shlex
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from vitdistill.errors import DataError, UserError
+from vitdistill.weights.create import create_model
+from vitdistill.weights.files import load_state_dict
+
+NAME = "vit_tiny_patch16_224"
+
+
+def torch_bytes(content: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def refused(path: Path, kind: type[UserError] = DataError) -> str:
+    with pytest.raises(kind) as caught:
+        load_state_dict(path)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and str(path) in sentence and sentence.count("Traceback") == 0
+    return sentence
+
+
+STATE = {"blocks.0.weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3)}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_ema", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".tar"])
+def test_wrapped_and_prefixed_files_load(tmp_path, wrapper, prefix, suffix):
+    content = {prefix + key: value for key, value in STATE.items()}
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(torch_bytes(content if wrapper is None else {wrapper: content, "epoch": 3}))
+    assert equal(load_state_dict(path), STATE)
+
+
+def test_the_average_is_preferred_and_compiled_blocks_are_unwrapped(tmp_path):
+    other = {key: value + 1 for key, value in STATE.items()}
+    inner = {key.replace("blocks.0.", "blocks.0._orig_mod."): STATE[key] for key in STATE}
+    (tmp_path / "w.pth").write_bytes(torch_bytes({"state_dict": other, "state_dict_ema": inner}))
+    assert equal(load_state_dict(tmp_path / "w.pth"), STATE)
+    twice = {"a": torch.ones(1), "module.a": torch.ones(1)}
+    (tmp_path / "twice.pth").write_bytes(torch_bytes(twice))
+    assert "twice" in refused(tmp_path / "twice.pth")
+
+
+def test_safetensors_load_under_either_name(tmp_path):
+    for name in ("w.safetensors", "w.bin"):
+        (tmp_path / name).write_bytes(safetensors.torch.save(STATE))
+        assert equal(load_state_dict(tmp_path / name), STATE)
+
+
+def header(entries: dict, size: int) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+def test_files_that_are_no_weights_are_one_sentence(tmp_path):
+    cases: dict[str, tuple[bytes, str]] = {
+        "empty.pth": (b"", "is empty"),
+        "empty.safetensors": (b"", "is empty"),
+        "page.pth": (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+        "page.safetensors": (b"<html>", "web page"),
+        "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        "noise.pth": (random.Random(0).randbytes(3000), "no weights file"),
+        "noise.safetensors": (random.Random(0).randbytes(3000), "no weights file"),
+        "weights.npz": (b"PK\x03\x04", "convert to .safetensors"),
+        "list.pth": (torch_bytes([torch.ones(1)]), "holds no weights"),
+        "numbers.pth": (torch_bytes({"a": 1}), "holds no weights"),
+        "nothing.pth": (torch_bytes({}), "holds no weights"),
+        "huge-header.safetensors": (
+            (2**62).to_bytes(8, "little") + b"{}",
+            "no weights file",
+        ),
+        "overlap.safetensors": (
+            header(
+                {
+                    "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                    "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+                },
+                12,
+            ),
+            "no weights file",
+        ),
+        "wrong-shape.safetensors": (
+            header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 8]}}, 8),
+            "no weights file",
+        ),
+    }
+    for name, (content, sentence) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert sentence in refused(tmp_path / name), name
+    assert "no weights file" in refused(tmp_path / "missing.pth")
+    (tmp_path / "dir.pth").mkdir()
+    assert "is a folder" in refused(tmp_path / "dir.pth")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_every_cut_is_refused_in_one_sentence(tmp_path, kind):
+    state = {"a": torch.randn(50), "b": torch.randn(3, 3)}
+    if kind == "safetensors":
+        data, path = safetensors.torch.save(state), tmp_path / "w.safetensors"
+    else:
+        data, path = (
+            torch_bytes(state, _use_new_zipfile_serialization=kind == "zip"),
+            tmp_path / "w.pth",
+        )
+    rng = random.Random(kind)
+    for cut in [1, 7, 8, 9, 20, len(data) - 1, *(rng.randrange(1, len(data)) for _ in range(40))]:
+        path.write_bytes(data[:cut])
+        refused(path)
+
+
+class Payload:
+    def __init__(self, canary: Path) -> None:
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return (os.system, (f"touch {shlex.quote(self.canary)}",))
+
+
+def malicious(folder: Path, canary: Path) -> list[Path]:
+    payload = Payload(canary)
+    files = {
+        "a.pth": torch_bytes({"model": {"w": torch.ones(1)}, "args": payload}),
+        "b.pt": torch_bytes(payload),
+        "c.bin": torch_bytes({"w": payload}, _use_new_zipfile_serialization=False),
+        "d.tar": pickle.dumps(payload),
+        "e.pth": pickle.dumps({"w": payload}, protocol=0),
+        "f.safetensors": torch_bytes(payload),
+        "g.safetensors": pickle.dumps(payload),
+    }
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("archive/data.pkl", pickle.dumps(payload))
+        zipped.writestr("archive/version", "3\n")
+    files["h.pth"] = archive.getvalue()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def test_a_pickle_is_never_executed(tmp_path):
+    canary = tmp_path / "canary"
+    pickle.loads(pickle.dumps(Payload(canary)))
+    assert canary.exists(), "the payload works"
+    canary.unlink()
+    for path in malicious(tmp_path, canary):
+        refused(path)
+        with pytest.raises(UserError):
+            create_model(NAME, checkpoint=path)
+        folder = tmp_path / f"folder-{path.name}"
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps({"architecture": NAME, "pretrained_cfg": {}})
+        )
+        (
+            folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin")
+        ).write_bytes(path.read_bytes())
+        for name in (str(folder), f"local-dir:{folder}"):
+            for num_classes in (None, 3):
+                with pytest.raises(UserError):
+                    create_model(name, num_classes=num_classes)
+    assert not canary.exists()
+
+
+def test_a_pickle_is_named_and_the_conversion_told(tmp_path):
+    path = tmp_path / "deit.pth"
+    path.write_bytes(torch_bytes({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1)}))
+    sentence = refused(path)
+    assert (
+        "argparse.Namespace" in sentence
+        and "not executed" in sentence
+        and "convert it: python -c" in sentence
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), buffer)
+    (tmp_path / "script.pt").write_bytes(buffer.getvalue())
+    assert "TorchScript" in refused(tmp_path / "script.pt")
