@@ -309,13 +309,13 @@ WRONG = [
     (["explain", "kd"], "the teacher has no model: name one with --teacher-model"),
     (
         ["explain", "kd", "--teacher-model", "deit_smal_patch16_224"],
-        "did you mean deit_small_patch16_224",
+        "did you mean 'deit_small_patch16_224'",
     ),
     (
         ["explain", "--model", "vit_tinny_patch16_224", "--teacher-model", "vit_base_patch16_224"],
-        "did you mean vit_tiny_patch16_224",
+        "did you mean 'vit_tiny_patch16_224'",
     ),
-    (["explain", "--teacher-model", "no/such"], "There is no folder no/such"),
+    (["explain", "--teacher-model", "no/such"], "there is no folder no/such"),
     (
         ["explain", "--teacher-model", "resnet18"],
         "resnet18) cannot be shown a subset of its patches: MaskedKD needs a plain ViT as teacher",
@@ -350,14 +350,14 @@ WRONG = [
     (["export", "runs/teacher"], "nothing to write: give --output FOLDER"),
     (["export", "runs/teacher", "--output", "photos"], "photos"),
     (["export", "runs/teacher", "--onnx", "photos"], "photos exists already"),
-    (["eval", "nowhere/at/all", "--data-dir", "photos"], "There is no folder nowhere/at/all"),
+    (["eval", "nowhere/at/all", "--data-dir", "photos"], "there is no folder nowhere/at/all"),
     (
         ["eval", "vit_tiny_patch16_224", "--data-dir", "photos"],
         "would have random weights: give --model-path FILE, --pretrained",
     ),
     (
         ["eval", "vit_tinny_patch16_224", "--data-dir", "photos"],
-        "did you mean vit_tiny_patch16_224",
+        "did you mean 'vit_tiny_patch16_224'",
     ),
     (
         ["eval", "runs/teacher", "--data-dir", "photos", "--teacher-path", "x.pth"],
@@ -663,7 +663,7 @@ def test_a_pickle_offered_as_weights_is_not_executed(
         (b"", "empty"),
         (b"<html>", "web page"),
         (b"PK\x03\x04 cut", "cut short"),
-        (b"\x80\x02hello", "not a PyTorch file"),
+        (b"\x80\x02hello", "no weights file"),
     ],
 )
 def test_weights_that_are_none(

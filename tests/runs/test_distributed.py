@@ -239,7 +239,7 @@ def test_a_damaged_state_is_named_once_and_refused_together(tmp_path, plain, too
         2,
         lambda rank: tools.run(plain(**{"train.save_every": 3}), tmp_path / "run"),
         DataError,
-        "None of the 3 ",
+        "none of the checkpoints in ",
     )
 
 

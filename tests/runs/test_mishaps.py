@@ -19,7 +19,7 @@ from PIL import Image
 from vitdistill import cli
 from vitdistill.data.order import epoch_order
 from vitdistill.data.sources.open import open_source
-from vitdistill.errors import ConfigError, DataError, OutOfMemory, UserError
+from vitdistill.errors import DataError, DiskError, OutOfMemory, UserError
 from vitdistill.memory import memory_errors
 from vitdistill.storage import checkpoint
 from vitdistill.world import join_world
@@ -226,7 +226,7 @@ def test_where_saving_fails_too_the_first_error_is_said(tmp_path, plain, tools):
 def test_an_export_that_fails_does_not_cost_the_epoch(tmp_path, taught, tools):
     """The scores are there by then, and are neither logged nor taken for the best."""
     recipe, folder = taught(**{"train.save_every": 100}), tmp_path / "run"
-    with pytest.raises(ConfigError, match="last is a file; give the export a folder of its own"):
+    with pytest.raises(DiskError, match="last cannot be"):
         tools.run(
             recipe, folder, prepared=in_training(lambda: (folder / "last").write_text("mine"), 1)
         )
