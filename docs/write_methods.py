@@ -21,6 +21,7 @@ from torch import nn
 
 from vitdistill.distill.plan import Plan, make_plan
 from vitdistill.explain import cost
+from vitdistill.explain.text import describe_needs
 from vitdistill.messages import format_bytes, format_count
 from vitdistill.methods import METHODS, method_class
 from vitdistill.methods.base import (
@@ -34,7 +35,7 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.flops import forward_flops, training_flops
-from vitdistill.vit.needs import Needs, describe_needs
+from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 
 PAGE = Path(__file__).with_name("methods.md")

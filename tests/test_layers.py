@@ -47,7 +47,7 @@ KNOWN_INSIDE = listed(
 )
 KNOWN_FLAGS = listed(
     """
-    data.loader, distill.teacher, evaluate.features, runs.label
+    data.loader, evaluate.features, runs.label
     """
 )
 

@@ -6,13 +6,14 @@ import pytest
 
 from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
+from vitdistill.explain.text import describe_needs
 from vitdistill.methods.base import WeightSchedule
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.vit.needs import Needs, describe_needs
+from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 
 STUDENT = Network(

@@ -78,39 +78,3 @@ class Teacher:
         if self.class_index is not None and output.logits is not None:
             output = replace(output, logits=output.logits[:, self.class_index], head_logits=None)
         return output
-
-
-_FLAGS = {
-    "teacher": {
-        "model": "--teacher-model",
-        "checkpoint": "--teacher-path",
-        "pretrained": "--teacher-pretrained",
-        "image_size": "--teacher-img-size",
-        "precision": "--teacher-precision",
-        "reorder_classes": "--reorder-classes",
-    },
-    "model": {  # that of `eval`
-        "checkpoint": "--model-path",
-        "pretrained": "--pretrained",
-        "image_size": "--img-size",
-        "reorder_classes": "--reorder-classes",
-    },
-}
-
-
-def setting(name: str, field: str, value: str = "") -> str:
-    """How a field of the teacher of this name is given on the command line: flags are for the one
-    called ``teacher``.
-
-    Without a value it is switched on.
-
-    Example:
-        >>> setting("teacher", "checkpoint", "FILE"), setting("conv", "pretrained")
-        ('--teacher-path FILE', '--set teachers.conv.pretrained=true')
-    """
-    flag = _FLAGS.get(name, {}).get(field)
-    return (
-        f"--set teachers.{name}.{field}={value or 'true'}"
-        if flag is None
-        else f"{flag} {value}".rstrip()
-    )

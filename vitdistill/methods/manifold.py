@@ -97,8 +97,8 @@ def _unit(vectors: Tensor) -> Tensor:
 class Manifold(TeacherObjective):
     """Manifold distillation: cosines between patches, with no projection between unequal widths.
 
-    With a teacher that sees some of its patches, those are compared; `sample_gram_loss` says how
-    the term between images then works.
+    With a teacher that sees some of its patches, those are compared; the term between images then
+    compares the images' first kept patches, row by row, their second ones, and so on.
 
     Args:
         blocks: the student's blocks after which patches are compared; negative counts from the end.

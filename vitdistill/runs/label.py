@@ -18,8 +18,7 @@ import torch
 
 from .. import keyed
 from ..data.batch import TeacherBatch
-from ..distill.teacher import setting
-from ..errors import ConfigError, DataError, Give, NonFiniteError, Preempted, UserError
+from ..errors import ConfigError, DataError, Give, NonFiniteError, Preempted, Set, UserError
 from ..labels.encoding import LogitEncoding
 from ..labels.identity import differing, network_to_json, teacher_identity, versions
 from ..labels.layout import Layout, NonFinite
@@ -452,8 +451,9 @@ class _Work:
             key = self.job.loaders.train.source.key(sample)
             raise NonFiniteError(
                 f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be"
-                f" stored ({error}): check its weights, or use"
-                f" {setting(name, 'precision', 'float32')}"
+                f" stored ({error})",
+                ("check its weights", Set(f"teachers.{name}.precision", "float32")),
+                field=f"teachers.{name}.precision",
             ) from error
 
 

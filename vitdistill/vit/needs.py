@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from .network import Network
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -65,37 +63,3 @@ class Needs:
             return depth
         needs = self.resolve(depth)
         return max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
-
-
-def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
-    """Say what a network computes: ``98 of 196 patches; 12 of 12 blocks; records logits``."""
-    parts = []
-    if network.walks:
-        seen = network.num_patches if num_keep is None else num_keep
-        parts.append(f"{seen} of {network.num_patches} patches")
-        parts.append(f"{needs.num_blocks(network.depth)} of {network.depth} blocks")
-    recorded = ["logits"] if needs.logits else []
-    if needs.hidden:
-        recorded.append(f"hidden states after block {_numbers(needs.hidden)}")
-    if needs.features and not network.walks:
-        recorded.append("the last feature map")
-    elif needs.features:
-        before = "features before its norm, which follows the pool"
-        recorded.append("features after the final norm" if network.final_norm else before)
-    if needs.attention:
-        source = {"class": "class-token", "pool": "attention-pool", "mean": "mean"}
-        of = source[network.attention_source or "mean"]
-        recorded.append(f"{of} attention of block {_numbers(needs.attention)}")
-        untrained = network.attention_source == "class" and not network.reads_class_token
-        if untrained and network.depth - 1 in needs.attention:
-            recorded[-1] += (
-                " (whose class token its prediction does not read: that of an earlier block is"
-                " trained)"
-            )
-    if needs.qkv:
-        recorded.append(f"queries, keys and values of block {_numbers(needs.qkv)}")
-    return "; ".join([*parts, "records " + " and ".join(recorded)])
-
-
-def _numbers(blocks: frozenset[int]) -> str:
-    return ", ".join(map(str, sorted(blocks)))
