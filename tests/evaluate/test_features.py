@@ -24,17 +24,10 @@ from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.base import ImageSource
 from vitdistill.data.sources.open import open_source
 from vitdistill.errors import ConfigError, DataError, NonFiniteError
-from vitdistill.evaluate import features
-from vitdistill.evaluate.features import (
-    evenly,
-    extract,
-    fit_logistic,
-    image_features,
-    knn_accuracy,
-    knn_evaluation,
-    knn_votes,
-    linear_probe,
-)
+from vitdistill.evaluate import knn, linear
+from vitdistill.evaluate.features import evenly, extract, image_features
+from vitdistill.evaluate.knn import knn_accuracy, knn_evaluation, knn_votes
+from vitdistill.evaluate.linear import fit_logistic, linear_probe
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
@@ -175,7 +168,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     args = noise(0, 50, 4), classes(0, 50, 7), noise(1, 33, 4), classes(1, 33, 7)
     whole = knn_accuracy(*args)
     for size in (1, 100, 50 * 32):
-        monkeypatch.setattr(features, "_SIMILARITIES", size)
+        monkeypatch.setattr(knn, "_SIMILARITIES", size)
         assert knn_accuracy(*args) == whole
 
 
@@ -265,22 +258,17 @@ def test_unlabelled_images_are_left_out() -> None:
     assert linear_probe(bank, masked[0], queries, masked[1]) == linear_probe(
         bank[some], labels[some], queries[asked], truth[asked]
     )
-    with pytest.raises(DataError, match="No validation image has a label"):
+    with pytest.raises(DataError, match="no validation image has a label"):
         knn_accuracy(bank, labels, queries, torch.full_like(truth, -1))
-    with pytest.raises(DataError, match="No training image has a label"):
+    with pytest.raises(DataError, match="no training image has a label"):
         linear_probe(bank, torch.full_like(labels, -1), queries, truth)
 
 
-@pytest.mark.parametrize(
-    ("k", "sentence"),
-    [
-        (0, "k = 0 has no neighbours"),
-        (41, "k = 41 needs as many training images, and there are 40"),
-    ],
-)
-def test_impossible_neighbours_are_refused(k: int, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+@pytest.mark.parametrize("k", [0, 41])
+def test_impossible_neighbours_are_refused(k: int) -> None:
+    with pytest.raises(ConfigError) as caught:
         knn_accuracy(noise(0, 40, 3), classes(0, 40, 4), noise(1, 20, 3), classes(1, 20, 4), k=k)
+    assert caught.value.field == "knn"
 
 
 # --- linear probe --------------------------------------------------------------------------------
@@ -317,7 +305,7 @@ def test_the_regression_is_at_its_minimum(l2: float) -> None:
 def test_chunks_and_starts_do_not_move_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = noise(0, 200, 6) + F.one_hot(classes(0, 200, 3), 6), classes(0, 200, 3)
     weight, bias = fit_logistic(x, y, 3, 1e-2)
-    monkeypatch.setattr(features, "_LOGITS", 3 * 7)
+    monkeypatch.setattr(linear, "_LOGITS", 3 * 7)
     for start in (None, (noise(1, 6, 3), noise(2, 3))):
         before = None if start is None else [part.clone() for part in start]
         other, shift = fit_logistic(x, y, 3, 1e-2, start)
@@ -357,7 +345,7 @@ def test_the_probe_repeats_itself_and_sees_no_shift_and_no_unit(seed: int) -> No
     )
     found = linear_probe(bank, labels, queries, truth)
     assert linear_probe(bank, labels, queries, truth) == found
-    assert found["linear_l2"] in features.L2_GRID
+    assert found["linear_l2"] in linear.L2_GRID
     units, shift = 2.0 ** torch.arange(5), 8 * noise(seed + 2, 5).round()
     other = linear_probe(bank * units + shift, labels, queries * units + shift, truth)
     assert other["linear_top1"] == pytest.approx(
@@ -381,9 +369,7 @@ def test_the_penalty_is_chosen_by_held_out_images() -> None:
 
 
 def test_too_few_images_for_a_probe_are_refused() -> None:
-    with pytest.raises(
-        DataError, match=r"needs 10 or more labelled training images.*and there are 9"
-    ):
+    with pytest.raises(DataError, match=r"9 labelled training images"):
         linear_probe(noise(0, 9, 3), classes(0, 9, 3), noise(1, 9, 3), classes(1, 9, 3))
 
 
@@ -402,7 +388,7 @@ def test_prefix_tokens_are_left_out_of_the_mean() -> None:
     assert image_features(output, "class").tolist() == [[100.0, 0.0]]
     bare = ViTOutput(features=tokens)
     assert image_features(bare).tolist() == [[38.5, 2.0]]
-    with pytest.raises(ConfigError, match="this network has none: use the mean"):
+    with pytest.raises(ConfigError, match="no class token"):
         image_features(bare, "class")
 
 
@@ -454,7 +440,7 @@ def test_a_whole_data_set_in_sample_order(photos: Path, name: str, pool: str) ->
     loader = EvalLoader(open_source(str(photos), "val"), SPEC, batch_size=7)
     pools = name in ("resnet10t", "gap", "eva", "eva gap")
     if pool == "class" and pools:
-        with pytest.raises(ConfigError, match="this network has none"):
+        with pytest.raises(ConfigError, match="no class token"):
             extract(model, loader, ALONE, pool="class")
         return
     found = extract(model, loader, ALONE, pool=pool)  # type: ignore[arg-type]
@@ -808,10 +794,7 @@ def test_a_class_token_that_is_not_there_is_refused(tmp_path, photos, capsys) ->
         "class",
     ]
     assert main(["eval", str(tmp_path / "gap"), *words]) == 78
-    assert (
-        "this network has none: use the mean of its patches (--pool mean)"
-        in capsys.readouterr().err
-    )
+    assert "no class token" in capsys.readouterr().err
 
 
 def test_a_bank_of_other_classes_is_refused(tmp_path, photos, encoder, capsys) -> None:

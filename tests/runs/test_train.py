@@ -23,7 +23,7 @@ from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.open import open_source
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
-from vitdistill.evaluate.features import knn_evaluation
+from vitdistill.evaluate.knn import knn_evaluation
 from vitdistill.methods.base import Objective, WeightSchedule
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.vitkd import ViTKD

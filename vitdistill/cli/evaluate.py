@@ -16,19 +16,13 @@ from ..data.sources.base import ImageSource
 from ..data.sources.open import open_source
 from ..distill.teacher import Teacher
 from ..errors import ConfigError
-from ..evaluate.features import (
-    TEMPERATURE,
-    K,
-    Pool,
-    check_pool,
-    extract,
-    knn_accuracy,
-    linear_probe,
-)
+from ..evaluate.accuracy import evaluate
+from ..evaluate.features import Pool, check_pool, extract
+from ..evaluate.knn import TEMPERATURE, K, knn_accuracy
+from ..evaluate.linear import linear_probe
 from ..messages import format_count, plural
 from ..recipes.config import TeacherConfig
 from ..runs.networks import amp_dtype_of, build_teacher, build_teacher_model
-from ..runs.train import evaluate
 from ..vit.flops import forward_flops
 from ..vit.needs import Needs
 from ..world import World, join_world

@@ -16,7 +16,8 @@ from ..distill.plan import Plan
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, Drop, MissingSplit, Set
-from ..evaluate.features import K, evenly
+from ..evaluate.features import evenly
+from ..evaluate.knn import K
 from ..labels.reader import LabelReader
 from ..memory import memory_errors
 from ..messages import listed, plural

@@ -22,19 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batch import Batch
 from ..data.loader import EvalLoader
-from ..distill.teacher import Teacher
 from ..errors import NonFiniteError, Preempted, Set, UserError
-from ..evaluate.features import Stopped, batches_together, knn_evaluation
-from ..evaluate.metrics import Metrics
+from ..evaluate.accuracy import evaluate
+from ..evaluate.knn import knn_evaluation
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import plural
 from ..methods.base import Objective
 from ..recipes.config import Recipe
 from ..storage.atomic import require_free, write_atomic
-from ..vit.needs import Needs
-from ..vit.walk import run_vit
 from ..weights.export import export_timm
-from ..world import World, agreed, join_world
+from ..world import agreed, join_world
 from . import state as states
 from .display import Display, Speed
 from .feed import Feed
@@ -474,38 +471,6 @@ def _distributed(prepared: Prepared) -> nn.Module:
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         find_unused_parameters=bool(prepared.unused),
     )
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: EvalLoader,
-    here: World,
-    amp_dtype: torch.dtype | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    teacher: Teacher | None = None,
-) -> dict[str, float] | None:
-    """Exact metrics over all processes, every image once; None if ``stop`` said so to one of them
-    on the way.
-    """
-    training = model.training
-    model.eval()
-    metrics = Metrics(here.device)
-    try:
-        for batch in batches_together(loader, here, stop):
-            with torch.autocast(here.device.type, amp_dtype, enabled=amp_dtype is not None):
-                logits = run_vit(model, batch.images, Needs(logits=True)).logits
-                answer = (
-                    None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
-                )
-            assert logits is not None
-            metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
-    except Stopped:
-        return None
-    finally:
-        model.train(training)
-    metrics.merge_across_processes()
-    return metrics.compute()
 
 
 def _tensorboard(output: Path, step: int) -> Any:

@@ -1,25 +1,29 @@
-"""Evaluation metrics as exact sums: top-1, top-5, log-likelihood, calibration error, agreement with
-a teacher.
-"""
+"""Exact accuracy, log-likelihood, calibration, and agreement with a teacher."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..data.loader import EvalLoader
+from ..distill.teacher import Teacher
 from ..errors import DataError, NonFiniteError
+from ..vit.needs import Needs
+from ..vit.walk import run_vit
+from ..world import World
+from .features import Stopped, batches_together
 
 NUM_BINS = 15
 
 
 class Metrics:
-    """Sums over an evaluation, kept on the device without a host sync; counts int64, the rest
-    float64.
+    """Sums over an evaluation: counts int64, the rest float64, on the device without a host sync.
 
-    Every sample must be given exactly once over all processes (no padding). ``labels`` of -1 mean
-    unlabelled: such rows count for the agreement with a teacher only. All values are fractions in
+    Every sample must be given exactly once over all processes (no padding). Labels of -1 mean
+    unlabelled: such rows count only for the agreement with a teacher. All values are fractions in
     [0, 1] except ``nll`` and ``kl`` (nats a sample).
 
     >>> metrics = Metrics()
@@ -48,23 +52,10 @@ class Metrics:
         labels: Int[Tensor, "B"],
         teacher_logits: Float[Tensor, "B C"] | None = None,
     ) -> None:
-        """Add a batch; ``ValueError`` when the shapes do not belong together (nothing is
-        broadcast).
-        """
-        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not (B, C) and"
-                " (B,)"
-            )
-        if teacher_logits is not None and teacher_logits.shape != logits.shape:
-            raise ValueError(
-                f"student {tuple(logits.shape)} and teacher {tuple(teacher_logits.shape)} answers"
-                " differ in shape"
-            )
-        if self._merged:
-            raise RuntimeError(
-                "these metrics are merged already; make new ones for the next evaluation"
-            )
+        """Add a batch."""
+        assert not self._merged, "merged metrics take no further batch"
+        assert logits.ndim == 2 and labels.shape == logits.shape[:1]
+        assert teacher_logits is None or teacher_logits.shape == logits.shape
         num_classes = logits.shape[1]
         logits = logits.detach().double()
         log_probs = logits.log_softmax(dim=1)
@@ -112,34 +103,33 @@ class Metrics:
         self._kl += torch.where(counted, term, 0).sum()
 
     def merge_across_processes(self) -> None:
-        """Add up the sums of all processes of the default group, once; does nothing without one."""
-        if self._merged:
-            raise RuntimeError(
-                "these metrics are merged already; a second time would count every sample twice"
-            )
+        """Add up the sums of all processes of the default group, once."""
+        assert not self._merged, "a second merge would count every sample twice"
         self._merged = True
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._counts)
             dist.all_reduce(self._sums)
 
     def compute(self) -> dict[str, float]:
-        """The metrics: ``num_samples``; with labels ``top1 top5 nll ece``; with a teacher
-        ``agreement kl``.
+        """Return ``num_samples``, and ``top1 top5 nll ece`` (labels), ``agreement kl`` (teacher).
 
         ``top5`` counts a hit among the best min(5, C). ``ece`` is the expected calibration error
         over 15 equal-width bins of the top probability; ``kl`` is KL(teacher || student) at
-        temperature 1. Raises ``NonFiniteError`` when an answer was NaN or infinite, ``DataError``
-        for labels beyond the classes or no sample. Source: Guo et al. 2017, eq. 3 (ECE).
+        temperature 1. Source: Guo et al. 2017, eq. 3 (ECE).
+
+        Raises:
+            NonFiniteError: an answer is NaN or infinite, or a label is beyond the classes.
+            DataError: there was no sample.
         """
         counts, sums = self._counts.cpu(), self._sums.cpu()
         num, labelled, top1, top5, agree, taught, bad = counts[:7].tolist()
         if bad:
             raise NonFiniteError(
-                f"{bad} of {num} answers are NaN or infinite, or belong to a label beyond the"
-                " network's classes; check the weights, the precision and the class list."
+                f"{bad} of {num} answers are NaN or infinite, or to a label beyond the classes",
+                "check the weights, the precision and the class list",
             )
         if num == 0:
-            raise DataError("The evaluation saw no image; check the validation folder.")
+            raise DataError("there is no image to evaluate", field="data.dir")
         values: dict[str, Any] = {"num_samples": float(num)}
         if labelled:
             bin_right, bin_confidence = counts[7 + NUM_BINS :].double(), sums[2:]
@@ -153,3 +143,36 @@ class Metrics:
         if taught:
             values |= {"agreement": agree / taught, "kl": sums[1].item() / taught}
         return values
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    world: World,
+    amp_dtype: torch.dtype | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    teacher: Teacher | None = None,
+) -> dict[str, float] | None:
+    """Return a classifier's `Metrics` over all processes, every image once.
+
+    None if ``stop`` returned true on one of them on the way.
+    """
+    training = model.training
+    model.eval()
+    metrics = Metrics(world.device)
+    try:
+        for batch in batches_together(loader, world, stop):
+            with torch.autocast(world.device.type, amp_dtype, enabled=amp_dtype is not None):
+                logits = run_vit(model, batch.images, Needs(logits=True)).logits
+                answer = (
+                    None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
+                )
+            assert logits is not None
+            metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
+    except Stopped:
+        return None
+    finally:
+        model.train(training)
+    metrics.merge_across_processes()
+    return metrics.compute()
