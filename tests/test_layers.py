@@ -41,13 +41,14 @@ KNOWN_CIRCLES: set[str] = set()
 KNOWN_INSIDE = listed(
     """
     cli.demo imports runs.train, cli.explain imports explain.measure,
-    cli.label imports runs.label, cli.recipe_flags imports timm, cli.train imports explain.cost,
+    cli.label imports runs.label, cli.label imports runs.label_check,
+    cli.recipe_flags imports timm, cli.train imports explain.cost,
     cli.train imports runs.train, weights.create imports timm
     """
 )
 KNOWN_FLAGS = listed(
     """
-    data.loader, evaluate.features, runs.label
+    data.loader, evaluate.features
     """
 )
 

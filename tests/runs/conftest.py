@@ -15,6 +15,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,25 @@ def taught(images: Path, teacher: Path) -> Callable[..., Recipe]:
             train=base.train,
         )
         return replace_fields(recipe, changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """45 training images: mixing leaves one over."""
+    return write_images(tmp_path_factory.mktemp("odd") / "images", train=15)
+
+
+@pytest.fixture
+def kd(taught: Callable[..., Recipe], odd: Path) -> Callable[..., Recipe]:
+    """``kd(...)``: plain KD on views that are cropped, erased and mixed, two of each image."""
+
+    def make(**changes: Any) -> Recipe:
+        recipe = taught(**{"train.accumulate": 1, "train.log_every": 1, "train.ema_decay": None})
+        hard = Augment(crop="rrc", mixup=0.8, cutmix=1.0, reprob=0.5)
+        data = DataConfig(dir=str(odd), workers=0, augment=hard, views=2)
+        return replace_fields(replace(recipe, selector=None, data=data), changes)
 
     return make
 

@@ -286,12 +286,10 @@ def _status(words: Sequence[str]) -> int:
 
 def _info(words: Sequence[str]) -> int:
     flags = parse_flags(_StoreFlags, words, "vitdistill label info", wrap("What labels are of."))
-    from ..runs.label import describe
-
     for name, store in open_all(flags.store).items():
         manifest = store.manifest
         say(
-            f"{name}: {manifest.about['network']['architecture']}, {describe(store.layout)},"
+            f"{name}: {manifest.about['network']['architecture']}, {store.layout.describe()},"
             f" {store.layout.record_bytes} bytes a record"
         )
         say(
@@ -350,13 +348,12 @@ def _check(words: Sequence[str]) -> int:
     )
     if flags.samples < 1:
         raise UserError(f"--samples is {flags.samples}: give at least 1")
-    from ..runs.label import check
+    from ..runs.label_check import check
 
     wrong = 0
     for name, store in open_all(flags.store).items():
         found = check(
             store,
-            name,
             flags.samples,
             data_dir=flags.data_dir,
             model=flags.teacher_model,

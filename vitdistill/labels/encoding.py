@@ -89,6 +89,18 @@ class LogitEncoding:
         """Whether every class has its own logit, so that any temperature can be asked for."""
         return self.kind != "topk" or self.k == self.num_classes
 
+    def describe(self) -> str:
+        """Say in words what is stored."""
+        count = self.num_classes
+        if self.kind == "float32":
+            return f"{count} logits, exact"
+        if self.kind == "float16":
+            return f"{count} logits in float16"
+        if self.is_complete:
+            return f"all {count} logits in float16, largest first"
+        at = ", ".join(f"{t:g}" for t in self.temperatures)
+        return f"the {self.k} largest of {count} logits and the mass of the others at T = {at}"
+
     def resolve(self, temperature: float | None) -> float:
         """Return the temperature that is meant: None is the only one (1 for complete logits).
 

@@ -83,6 +83,18 @@ class Layout:
         """Size of one record."""
         return self.dtype.itemsize
 
+    def describe(self) -> str:
+        """Say in words what a record holds."""
+        tokens = [
+            f"hidden states after block {block} ({tokens} x {width})"
+            for block, tokens, width in self.hidden
+        ]
+        if self.features is not None:
+            tokens.append("features after the final norm ({} x {})".format(*self.features))
+        if tokens:
+            tokens[-1] += f" in {self.hidden_dtype}"
+        return ", ".join([*([] if self.logits is None else [self.logits.describe()]), *tokens])
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, which `from_json` reads."""
         plain = asdict(self)

@@ -1,0 +1,157 @@
+"""Checking labels: the teacher answers again to some of them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .. import keyed
+from ..errors import DataError, Give
+from ..labels.identity import differing
+from ..labels.layout import Layout, Records
+from ..labels.store import LabelStore
+from ..methods.base import TeacherObjective
+from ..recipes.config import Recipe
+from ..recipes.convert import from_dict
+from ..world import join_world
+from .label import LabelRun, prepare_teachers
+from .prepare import Say
+
+_CHUNK = 32  # records that are checked side by side
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a teacher's answers, made anew, compare with what is stored.
+
+    Both pass through the store's encoding first.
+
+    Attributes:
+        count: records compared.
+        views: of them, how many views have the pixels that were labelled.
+        agreement: how often the most probable class is the same; 1 where no logits are stored.
+        divergence: KL(now || stored) of the probabilities, mean.
+        variation: total variation of the probabilities, half the sum of their differences, mean.
+        hidden: largest difference of hidden states and features, over the largest of them; 0 where
+            none are stored.
+        tolerance: for ``variation`` and ``hidden``, by the arithmetic's precision.
+    """
+
+    count: int
+    views: int
+    agreement: float
+    divergence: float
+    variation: float
+    hidden: float
+    tolerance: float
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the differences are those of rounding."""
+        return self.views == self.count and max(self.variation, self.hidden) <= self.tolerance
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.count} records answered anew: {self.views} views as labelled, top class equal"
+            f" in {self.agreement:.1%}, divergence {self.divergence:.2g}, total variation"
+            f" {self.variation:.2g}"
+        )
+        if self.hidden:
+            text += f", hidden states within {self.hidden:.2g}"
+        if self.as_stored:
+            return f"{text} (at most {self.tolerance:g})"
+        return f"{text}, which is more than rounding ({self.tolerance:g})"
+
+
+def check(
+    store: LabelStore,
+    samples: int,
+    *,
+    data_dir: str | None = None,
+    model: str | None = None,
+    device: str = "auto",
+    say: Say = lambda text: None,
+) -> Check:
+    """Run the teacher again on about ``samples`` stored (view, image), in random places.
+
+    Args:
+        data_dir: where the images are; None: where they were when they were labelled.
+        model: the teacher; None: where it was.
+
+    Raises:
+        DataError: the images, the views or the teacher's weights are not those of the labels; or
+            nothing is stored yet.
+    """
+    about, views = store.manifest.about, range(store.manifest.num_views)
+    sealed = [(view, part) for view in views for part in store.sealed_parts(view)]
+    if not sealed:
+        raise DataError(f"{store.path} has no records yet", "label first")
+    name = str(about["teacher"])
+    recipe = from_dict(about["recipe"], f"the recipe of {store.path}")
+    recipe = _alone(recipe, name, data_dir, model)
+    stored, now = [], []
+    with join_world(device) as world:
+        run = LabelRun(prepare_teachers(recipe, world, say), {name: store.layout})
+        changed = differing(store.manifest.identity, run.identity(name))
+        if changed:
+            raise DataError(
+                f"what made the labels in {store.path} has changed: {'; '.join(changed)}",
+                (Give("data_dir"), Give("teacher_model")),
+            )
+        for view, first, last in _places(store, sealed, samples, recipe.data_seed):
+            for batch, answers in run.answers(view, first, last):
+                stored.append(store.read(np.full(len(batch.ids), view), batch.ids)[0])
+                now.append(run.records(name, view, batch, answers[name]))
+    tolerance = 1e-3 if store.manifest.identity["teacher.precision"] == "float32" else 5e-2
+    return _compare(store.layout, np.concatenate(stored), np.concatenate(now), tolerance)
+
+
+def _places(
+    store: LabelStore, sealed: list[tuple[int, int]], samples: int, seed: int
+) -> list[tuple[int, int, int]]:
+    """Choose (view, first, last) of chunks in all sealed parts, every record once at most."""
+    order = keyed.permutation(seed, 0, len(sealed), keyed.Stream.SUBSET)
+    chunks = -(-store.manifest.part_size // _CHUNK)
+    places = []
+    for number in range(len(sealed) * chunks):
+        turn, start = divmod(number, len(order))
+        view, part = sealed[order[start]]
+        low, high = store.part_range(part)
+        first = low + (turn + int(order[start])) % chunks * _CHUNK
+        last = min(first + min(_CHUNK, samples), high)
+        if samples > 0 and first < high:
+            samples -= last - first
+            places.append((view, first, last))
+    return places
+
+
+def _alone(recipe: Recipe, name: str, data_dir: str | None, model: str | None) -> Recipe:
+    """Return the recipe with this one teacher, and without objectives that read another."""
+    objectives = {
+        # Heads are the student's, and none is to be missed here because its teacher is.
+        key: replace(objective, head="all") if hasattr(objective, "head") else objective  # type: ignore[call-arg]
+        for key, objective in recipe.objectives.items()
+        if not isinstance(objective, TeacherObjective) or objective.teacher == name
+    }
+    teacher = recipe.teachers[name]
+    if model is not None:
+        teacher = replace(teacher, model=model, checkpoint=None, pretrained=False)
+    data = recipe.data if data_dir is None else replace(recipe.data, dir=data_dir)
+    return replace(recipe, teachers={name: teacher}, objectives=objectives, data=data)
+
+
+def _compare(layout: Layout, stored: Records, now: Records, tolerance: float) -> Check:
+    ours, theirs = layout.targets(now), layout.targets(stored)
+    agreement, divergence, variation, hidden = 1.0, 0.0, 0.0, 0.0
+    if layout.logits is not None:
+        t = layout.logits.temperatures[0] if layout.logits.temperatures else 1.0
+        a, b = ((targets.logits(t) / t).double().log_softmax(-1) for targets in (ours, theirs))
+        agreement = float((a.argmax(-1) == b.argmax(-1)).double().mean())
+        divergence = float((a.exp() * (a - b)).sum(-1).clamp(min=0).mean())
+        variation = float((a.exp() - b.exp()).abs().sum(-1).mean() / 2)
+    pairs = [(ours.hidden[i], theirs.hidden[i]) for i in ours.hidden]
+    if ours.features is not None and theirs.features is not None:
+        pairs.append((ours.features, theirs.features))
+    for a, b in pairs:
+        hidden = max(hidden, float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)))
+    views = int((ours.pixels == theirs.pixels).sum())
+    return Check(len(ours), views, agreement, divergence, variation, hidden, tolerance)
