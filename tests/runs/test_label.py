@@ -193,7 +193,11 @@ def test_recipes_whose_answers_cannot_be_stored_are_refused(kd, taught, tmp_path
     for recipe, options, field in (
         (taught(), EXACT, "selector"),
         (alone, EXACT, "teachers"),
-        (kd(**{"data.augment.repeated_aug": 3, "data.views": None}), EXACT, "data.augment.repeated_aug"),
+        (
+            kd(**{"data.augment.repeated_aug": 3, "data.views": None}),
+            EXACT,
+            "data.augment.repeated_aug",
+        ),
         (kd(), LabelOptions(hidden_dtype="float32"), "hidden_dtype"),
     ):
         with pytest.raises(ConfigError) as caught:
