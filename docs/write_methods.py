@@ -1,5 +1,4 @@
-"""Writes docs/methods.md: what every method reads, costs and is for. ``python
-docs/write_methods.py``, or ``make docs``.
+"""Write docs/methods.md: what every method reads, costs and is for (``make docs``).
 
 All of it comes from the code: the table `METHODS`, the classes' docstrings and class variables, and
 FLOPs and bytes counted on networks without weights. A new method needs nothing here.
@@ -51,40 +50,39 @@ INTRO = """# Methods
 
 <!-- Written by `make docs` (docs/write_methods.py) from the code: do not edit. -->
 
-What a run learns from and what that costs are chosen apart. **Objectives** are losses: any number of them add up, each with its weight. A
-**patch selector**, one at most, decides which patches of each image a teacher sees. A **masking** in its place hides patches from the
-student too, for pre-training without labels. Any objective goes with any of them, but where the plan says no in one sentence, and the
-tables below say what each is for and what it costs.
+What a run learns from and what that costs are separate choices. **Objectives** are losses: any number of them add up, each with its
+weight. At most one **patch selector** decides which patches of each image a teacher sees. A **masking** in its place hides patches from the
+student too, for pre-training without labels. Any objective combines with any of them unless the plan refuses; the tables below say what
+each is for and what it costs.
 
 ```
-# add objectives to a recipe; a selector takes the place of the recipe's own
+# add objectives to a recipe; a selector replaces the recipe's own
 vitdistill explain kd --teacher-model {teacher} --with {feature} {selector}
 # one objective in place of another, with its weight, and the fraction of patches the teacher sees
 vitdistill explain kd --teacher-model {teacher} --without kd --with {logit} {selector} \\
   --set objectives.{logit}.weight=2 --keep-rate 0.25
-# a second teacher, of the name after the colon
+# a second teacher, named after the colon
 vitdistill explain kd --teacher-model {teacher} --with kd:second --set teachers.second.model=deit_base_patch16_224
 # a weight that falls to 0 over the second half of the run
 vitdistill explain kd --teacher-model {teacher} --set objectives.kd.schedule='{{to: 0, begin: 0.5}}'
 ```
 
-Each line prints what a run will compute and cost with the networks it names. `vitdistill train` takes the same words, and with images
-(`--data-dir`) and the teacher's weights it runs.
+Each line prints what a run with these networks computes and costs. `vitdistill train` takes the same words and, given images
+(`--data-dir`) and the teacher's weights, runs it.
 
-**Couples images** means that the loss of an image depends on the others in its micro-batch: `--accumulate` and the number of processes then
-change what is learned, and small micro-batches make it weak. All other losses are means over images, whatever shares a batch.
+**Couples images** means that the loss of an image depends on the others in its micro-batch, so `--accumulate` and the number of processes
+change what is learned, and small micro-batches weaken it. All other losses are means over images, whatever shares a batch.
 
 The numbers are for one pair, DeiT-Ti from DeiT-S (`{student}` from `{teacher}`, {size} pixels, {classes} classes), in
-float32, with each method's defaults. An objective is counted beside `ce`, one of masked pre-training beside the methods its paragraph
+float32, with each method's defaults. An objective is counted beside `ce`, a loss of masked pre-training beside the methods its paragraph
 names, a selector with `ce` and `kd`, a masking with `mae` and `dmae`.
 
-- **teacher**: FLOPs of its forward pass, in percent of a whole pass ({teacher_flops} an image). Without a selector too it can be less than
-  100 %: no block runs that nobody reads from, and the last one computes only the tokens that are read.
+- **teacher**: FLOPs of its forward pass, in percent of a whole pass ({teacher_flops} an image). It can be less than 100 % without a
+  selector: blocks nobody reads do not run, and the last one computes only the tokens that are read.
 - **own part**: FLOPs an image of the loss itself, forward and backward. Matrix products are counted, element-wise work is not.
 - **step**: FLOPs of the whole training step, in percent of plain distillation by the networks' own forward passes ({kd_flops} an image).
-- **memory**: bytes kept an image for the backward pass, on top of training with the labels alone ({ce_bytes}); where a method has a
-  trainable adapter, its weights, gradients and AdamW's moments, once. Counted in micro-batches of 64,
-  which matters to methods that couple images and to `mae`.
+- **memory**: bytes kept an image for the backward pass, on top of training with the labels alone ({ce_bytes}), and the weights, gradients
+  and AdamW moments of a trainable adapter, once. Counted in micro-batches of 64, which matters to methods that couple images and to `mae`.
 """
 
 
@@ -102,9 +100,7 @@ class Pair:
         selector: TokenSelector | None = None,
         masking: Masking | None = None,
     ) -> Plan:
-        """The plan of these methods; a teacher whose logits nobody reads is one without a
-        classifier.
-        """
+        """Plan these methods; a teacher whose logits nobody reads has no classifier."""
         reading = [
             objective
             for objective in objectives.values()
@@ -122,7 +118,7 @@ class Pair:
         selector: TokenSelector | None = None,
         masking: Masking | None = None,
     ) -> cost.Cost:
-        """What these methods cost together."""
+        """Count what these methods cost together."""
         plan = self.plan(objectives, selector, masking)
         with counting_once():
             return cost.cost_of(
@@ -132,7 +128,7 @@ class Pair:
 
 @cache
 def the_pair() -> Pair:
-    """DeiT-Ti and DeiT-S."""
+    """Return DeiT-Ti and DeiT-S."""
     with torch.device("meta"):
         student, teacher = timm.create_model(STUDENT), timm.create_model(TEACHER)
     networks = (
@@ -144,7 +140,7 @@ def the_pair() -> Pair:
 
 @cache
 def labels_alone() -> cost.Cost:
-    """What the student costs without a teacher."""
+    """Count what the student costs without a teacher."""
     return the_pair().count({"ce": CrossEntropy()})
 
 
@@ -153,9 +149,7 @@ ONCE = cache(forward_flops), cache(training_flops)
 
 @contextmanager
 def counting_once() -> Iterator[None]:
-    """Within it the passes that many plans share are counted once; of `Cost`, ``activations_plain``
-    is then not to be read.
-    """
+    """Count passes that many plans share once; do not read ``activations_plain`` of a `Cost`."""
     functions = cost.forward_flops, cost.training_flops
     cost.forward_flops, cost.training_flops = ONCE
     try:
@@ -165,7 +159,7 @@ def counting_once() -> Iterator[None]:
 
 
 def plain_kd() -> int:
-    """FLOPs an image of plain distillation by the networks' own forward passes."""
+    """Count FLOPs an image of plain distillation by the networks' own forward passes."""
     pair = the_pair()
     size = pair.student.image_size
     return ONCE[1](pair.models["student"], size) + ONCE[0](pair.models["teacher"], size)
@@ -175,20 +169,20 @@ def plain_kd() -> int:
 
 
 def prose(text: str) -> str:
-    """A docstring's sentence in Markdown."""
+    """Turn a docstring's sentence into Markdown."""
     parts = " ".join(text.split()).replace("``", "`").split("`")
     parts[::2] = [re.sub(r"([*<])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)
 
 
 def table(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is the heading."""
+    """Write a Markdown table; the first row is the heading."""
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def reads(network: Network, needs: Needs, *more: str) -> str:
-    """What a method records of a network, and what else it looks at."""
+    """Say what a method records of a network, and what else it reads."""
     words = (
         [describe_needs(network, needs.resolve(network.depth), None).rpartition("records ")[2]]
         if needs
@@ -198,17 +192,17 @@ def reads(network: Network, needs: Needs, *more: str) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """Without decimals."""
+    """Write a share in percent, without decimals."""
     return f"{part / whole:.0%}".replace("%", " %")
 
 
 def amount(number: int, unit: str, sign: str = "") -> str:
-    """A count with its unit, or 0."""
+    """Write a count with its unit, or 0."""
     return f"{sign}{format_count(number, unit)}" if number else "0"
 
 
 def name_cell(name: str, couples: bool = False) -> str:
-    """The method's name, which leads to its paragraph."""
+    """Write a method's name as a link to its paragraph."""
     return f"[`{name}`](#{name})" + (" (couples images)" if couples else "")
 
 
@@ -216,7 +210,7 @@ def name_cell(name: str, couples: bool = False) -> str:
 
 
 def beside(name: str, cls: type[Objective]) -> tuple[dict[str, Objective], Masking | None]:
-    """An objective with what it is counted beside: the labels, or the methods it goes with."""
+    """Return an objective with the methods it is counted beside."""
     objectives: dict[str, Objective] = {} if cls.goes_with else {"ce": CrossEntropy()}
     masking = None
     for other in cls.goes_with:
@@ -229,11 +223,11 @@ def beside(name: str, cls: type[Objective]) -> tuple[dict[str, Objective], Maski
 
 
 def objective_row(name: str, cls: type[Objective]) -> list[str]:
-    """The row of an objective, counted beside the labels."""
+    """Return the row of an objective."""
     pair, objective = the_pair(), cls()
     objectives, masking = beside(name, cls)
     found = labels_alone() if cls is CrossEntropy else pair.count(objectives, masking=masking)
-    its = found.teachers.get("teacher", 0)
+    of_teacher = found.teachers.get("teacher", 0)
     labels = ("labels",) if objective.reads_labels else ()
     added, adapter = found.activations - labels_alone().activations, found.adapters.get(name, 0)
     return [
@@ -241,7 +235,7 @@ def objective_row(name: str, cls: type[Objective]) -> list[str]:
         objective.paper,
         reads(pair.student, objective.student_needs(pair.student), *labels),
         reads(pair.teacher, objective.teacher_needs(pair.teacher)),
-        percent(its, found.teachers_plain["teacher"]) if its else "none",
+        percent(of_teacher, found.teachers_plain["teacher"]) if of_teacher else "none",
         amount(found.objectives[name], "FLOPs"),
         percent(found.step, plain_kd()),
         (amount(added, "B", "+") if added >= 0 else amount(-added, "B", "-"))
@@ -251,7 +245,7 @@ def objective_row(name: str, cls: type[Objective]) -> list[str]:
 
 
 def selector_row(name: str, cls: type[TokenSelector]) -> list[str]:
-    """The row of a selector, at each of `RATES`."""
+    """Return the row of a selector, at each of `RATES`."""
     pair, selector = the_pair(), cls()
     counts = [
         pair.count({"ce": CrossEntropy(), "kd": SoftKD()}, cls(keep_rate=rate)) for rate in RATES
@@ -276,7 +270,7 @@ def selector_row(name: str, cls: type[TokenSelector]) -> list[str]:
 
 
 def masking_row(name: str, cls: type[Masking]) -> list[str]:
-    """The row of a masking, at each of `MASK_RATES`."""
+    """Return the row of a masking, at each of `MASK_RATES`."""
     objectives = {other: cast(Objective, method_class(other)()) for other in ("mae", "dmae")}
     counts = [the_pair().count(objectives, masking=cls(mask_rate=rate)) for rate in MASK_RATES]  # type: ignore[call-arg]
     return [
@@ -292,7 +286,7 @@ def masking_row(name: str, cls: type[Masking]) -> list[str]:
 
 
 def paragraph(name: str, cls: Method) -> str:
-    """A method's description, formula, and the fields it does not share with all others."""
+    """Write a method's description, formula, and the fields it does not share with others."""
     lines = [f"### `{name}`", "", "\n\n".join(prose(part) for part in description(cls))]
     if issubclass(cls, Objective):
         lines += ["", f"Loss: `{cls.formula}`."]
@@ -309,7 +303,7 @@ def paragraph(name: str, cls: Method) -> str:
 
 
 def description(cls: type) -> list[str]:
-    """The paragraphs of a docstring that come before its sections."""
+    """Return the paragraphs of a docstring that precede its sections."""
     text = re.split(
         r"^(?:Args|Attributes|Source|Example|Raises):",
         inspect.getdoc(cls) or "",
@@ -320,7 +314,7 @@ def description(cls: type) -> list[str]:
 
 
 def field_list(cls: type, without: set[str] | frozenset[str] = frozenset()) -> list[str]:
-    """One line a field: name, default, meaning."""
+    """Write one line a field: name, default, meaning."""
     shown = [field for field in fields(cls) if field.name not in without]
     return [
         f"- `{field.name}` ({default(cls, field.name)}): {prose(meaning(cls, field.name))}"
@@ -329,7 +323,7 @@ def field_list(cls: type, without: set[str] | frozenset[str] = frozenset()) -> l
 
 
 def default(cls: type, name: str) -> str:
-    """A field's default as YAML writes it."""
+    """Return a field's default as YAML writes it."""
     (field,) = (field for field in fields(cls) if field.name == name)
     if field.default is not MISSING:
         value = field.default
@@ -341,9 +335,7 @@ def default(cls: type, name: str) -> str:
 
 
 def meaning(cls: type, name: str) -> str:
-    """What the docstring of the class, or of the base that has the field, says of it under
-    ``Args``.
-    """
+    """Return what the docstring of the class or a base says of a field under ``Args``."""
     for base in cls.__mro__:
         section = re.search(
             r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE
@@ -363,9 +355,7 @@ HEAD = ("method", "paper", "reads of the student", "reads of the teacher")
 
 
 def groups() -> tuple[list[str], list[str], list[str], list[str], list[str]]:
-    """The names of the methods: losses that read logits alone, losses that read more, those of
-    pre-training, selectors, maskings.
-    """
+    """Group methods: losses of logits, of features, of pre-training, selectors, maskings."""
     pair = the_pair()
     logits: list[str] = []
     features: list[str] = []
@@ -387,7 +377,7 @@ def groups() -> tuple[list[str], list[str], list[str], list[str], list[str]]:
 
 
 def introduction() -> str:
-    """What the page is about, and how its numbers are counted."""
+    """Write what the page is about, and how its numbers are counted."""
     pair, (logits, features, _, selectors, _) = the_pair(), groups()
     return INTRO.format(
         student=STUDENT,
@@ -408,27 +398,27 @@ def introduction() -> str:
 
 
 def loss_table(heading: str, names: list[str]) -> str:
-    """A section of objectives."""
+    """Write a section of objectives."""
     head = [*HEAD, "teacher", "own part", "step", "memory an image", "use it"]
     return f"## {heading}\n\n{table([head, *(objective_row(name, cast(type[Objective], method_class(name))) for name in names)])}\n"
 
 
 def selector_table(heading: str, names: list[str]) -> str:
-    """The section of selectors."""
+    """Write the section of selectors."""
     rates = " / ".join(percent(round(rate * 100), 100) for rate in RATES)
     head = [*HEAD, f"teacher at {rates}", f"step at {rates}", "memory an image", "use it"]
     return f"## {heading}\n\n{table([head, *(selector_row(name, cast(type[TokenSelector], method_class(name))) for name in names)])}\n"
 
 
 def masking_table(heading: str, names: list[str]) -> str:
-    """The section of maskings."""
+    """Write the section of maskings."""
     rates = " / ".join(percent(round(rate * 100), 100) for rate in MASK_RATES)
     head = ["method", "paper", f"student at {rates} masked", "teacher", "step", "use it"]
     return f"## {heading}\n\n{table([head, *(masking_row(name, cast(type[Masking], method_class(name))) for name in names)])}\n"
 
 
 def one_by_one(heading: str) -> str:
-    """What all methods have in common, and a paragraph on each."""
+    """Write what all methods have in common, and a paragraph on each."""
     parts = [
         f"## {heading}\n",
         (
@@ -447,7 +437,7 @@ def one_by_one(heading: str) -> str:
 
 
 def sections() -> list[Callable[[], str]]:
-    """What the page is made of, in order; each is counted when it is called."""
+    """Return the writers of the page's sections, in order."""
     logits, features, pretraining, selectors, maskings = groups()
     return [
         introduction,

@@ -203,14 +203,14 @@ def check_masking(
                 field=_model(network),
             )
         if network.grid != student.grid:
-            ours, theirs = (
+            of_student, of_teacher = (
                 f"{n.grid[0]} x {n.grid[1]} patches of {n.patch_size[0]} x {n.patch_size[1]} pixels"
                 for n in (student, network)
             )
             size = f"teachers.{network.name}.image_size"
             raise ConfigError(
-                f"{kind} shows the same patches to all, and the student has {ours}, {where}"
-                f" {theirs}",
+                f"{kind} shows the same patches to all, and the student has {of_student},"
+                f" {where} {of_teacher}",
                 fix=(Set("student.image_size"), Set(size)),
                 field=size,
             )

@@ -58,10 +58,11 @@ def block_pairs(
     field: str, student: tuple[int, ...], teacher: tuple[int, ...] | None
 ) -> list[tuple[int, int]]:
     """Pair the blocks of ``field`` with the teacher's (None: the same numbers)."""
-    theirs = student if teacher is None else teacher
+    if teacher is None:
+        return list(zip(student, student, strict=True))
     wanted = f"as many blocks of the teacher as the {len(student)} in {field}"
-    require(len(theirs) == len(student), f"teacher_{field}", teacher, wanted)
-    return list(zip(student, theirs, strict=True))
+    require(len(teacher) == len(student), f"teacher_{field}", teacher, wanted)
+    return list(zip(student, teacher, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
