@@ -284,7 +284,7 @@ MUTANTS = [
         "numbers: F64 = radius * np.sin(2.0 * np.pi * pairs[..., 1])",
         "return radius * np.cos(2.0 * np.pi * pairs[..., 1])",
         "return radius * np.sin(2.0 * np.pi * pairs[..., 1])",
-        tests="data/test_keyed.py test_keyed.py data/test_mixing.py oracle/test_oracle.py",
+        tests="data/test_keyed.py test_keyed.py data/views/test_mixing.py oracle/test_oracle.py",
     ),
     mutant(
         "keyed: every sample has the same numbers",
@@ -316,19 +316,19 @@ MUTANTS = [
         "mixing: the weight is not that of the area pasted",
         "return np.where(cut, 1.0 - area / float(height * width), lam), cut, boxes",
         "return lam, cut, boxes",
-        tests="data/test_mixing.py",
+        tests="data/views/test_mixing.py",
     ),
     mutant(
         "mixing: the partner's label is the image's own",
         "return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight",
         "return mixed, labels, weight",
-        tests="data/test_mixing.py",
+        tests="data/views/test_mixing.py",
     ),
     mutant(
         "views: mirrored images are off by one pixel",
         "torch.where(flip[:, None] == 1, width - 1 - x, x)",
         "torch.where(flip[:, None] == 1, width - x, x)",
-        tests="data/test_geometry.py data/test_views.py",
+        tests="data/views/test_*.py",
     ),
     # --- labels ---
     mutant(

@@ -1,11 +1,10 @@
-"""Randomness we own: every random number is a pure function of what it is for, never of what was
-drawn before.
+"""Randomness that is addressed, not drawn: every number is a pure function of what it is for.
 
-A number is addressed by ``(seed, view, sample id, stream, index)``. The first four are folded into
-a 64-bit key, and the key is the state of a SplitMix64 generator of which ``index`` picks one
-output. So a sample's view is the same whoever loads it, in whatever order, in any process, and a
-run can start anywhere. Parameters are drawn in numpy on the host (a few numbers an image); pixel
-noise is drawn in torch on the device by the same integer arithmetic.
+The address is ``(seed, view, sample id, stream, index)``. The first four are folded into a 64-bit
+key, the state of a SplitMix64 generator of which ``index`` picks one output. So a sample's view is
+the same in any order and any process, a run can start at any step, and no generator's state is
+saved. Parameters are drawn in numpy on the host (a few numbers an image); pixel noise is drawn in
+torch on the device, by the same integer arithmetic.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the
 mixing function is Stafford's Mix13).
@@ -30,9 +29,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Stream(IntEnum):
-    """What a random number is for; a new purpose gets a new number, and none is ever used again for
-    another.
-    """
+    """What a random number is for. A new purpose gets a new number; no number is ever reused."""
 
     ORDER = 1
     LIBRARIES = 2
@@ -60,42 +57,35 @@ def _fold(state: U64, value: U64) -> U64:
 
 
 def _word(value: int | np.ndarray) -> U64:
-    """``value`` modulo 2**64 as an array of at least one element (numpy scalars would warn on
-    overflow).
-    """
+    """Return ``value`` modulo 2**64 as an array: numpy scalars would warn of overflow."""
     if isinstance(value, int):
         return np.array([value & _MASK], dtype=np.uint64)
     return np.atleast_1d(value).astype(np.int64).view(np.uint64)
 
 
 def keys(seed: int, view: int | np.ndarray, sample_ids: int | np.ndarray, stream: Stream) -> U64:
-    """One 64-bit key a sample, shape (B,); ``view`` and ``sample_ids`` broadcast."""
+    """Return one 64-bit key a sample, shape (B,); ``view`` and ``sample_ids`` broadcast."""
     state = _fold(_fold(_word(0), _word(seed)), _word(int(stream)))
     state = _fold(_fold(state, _word(view)), _word(sample_ids))
     return state
 
 
 def bits(keys: U64, index: int | np.ndarray) -> U64:
-    """SplitMix64's output number ``index`` from the state ``keys``; the two broadcast."""
+    """Return SplitMix64's output number ``index`` from the state ``keys``; the two broadcast."""
     step = (_word(index) + np.uint64(1)) * np.uint64(_GOLDEN)
     return _mix(keys + step)
 
 
 def uniforms(keys: U64, count: int, start: int = 0) -> F64:
-    """Uniform numbers in [0, 1), shape (B, ``count``): indices ``start`` to ``start + count - 1``
-    of every key.
-    """
+    """Return numbers in [0, 1), (B, ``count``): every key's indices from ``start`` on."""
     index = np.arange(start, start + count, dtype=np.int64)
-    numbers: F64 = (bits(keys[:, None], index[None, :]) >> np.uint64(11)).astype(
-        np.float64
-    ) * 2.0**-53
+    words = bits(keys[:, None], index[None, :]) >> np.uint64(11)
+    numbers: F64 = words.astype(np.float64) * 2.0**-53
     return numbers
 
 
 def normals(keys: U64, count: int, start: int = 0) -> F64:
-    """Standard normal numbers, shape (B, ``count``), by Box-Muller; each takes two indices, from
-    ``start`` on.
-    """
+    """Return standard normal numbers, (B, ``count``), by Box-Muller: two indices each."""
     pairs = uniforms(keys, 2 * count, start).reshape(len(keys), count, 2)
     radius = np.sqrt(-2.0 * np.log1p(-pairs[..., 0]))
     numbers: F64 = radius * np.cos(2.0 * np.pi * pairs[..., 1])
@@ -103,10 +93,9 @@ def normals(keys: U64, count: int, start: int = 0) -> F64:
 
 
 def permutation(seed: int, view: int, size: int, stream: Stream = Stream.ORDER) -> I64:
-    """A random order of ``range(size)``: sample ids sorted by their keys."""
-    return np.argsort(
-        keys(seed, view, np.arange(size, dtype=np.int64), stream), kind="stable"
-    ).astype(np.int64)
+    """Return a random order of ``range(size)``: sample ids sorted by their keys."""
+    sample_keys = keys(seed, view, np.arange(size, dtype=np.int64), stream)
+    return np.argsort(sample_keys, kind="stable").astype(np.int64)
 
 
 def library_seeds(seed: int, views: int | np.ndarray, sample_ids: int | np.ndarray) -> list[int]:
@@ -116,7 +105,7 @@ def library_seeds(seed: int, views: int | np.ndarray, sample_ids: int | np.ndarr
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
-    """Logical right shift of the 64-bit pattern in ``x`` (torch's ``>>`` copies the sign)."""
+    """Shift the 64-bit pattern in ``x`` to the right, logically: torch's ``>>`` copies the sign."""
     return (x >> places) & ((1 << (64 - places)) - 1)
 
 
@@ -125,7 +114,7 @@ def _signed(value: int) -> int:
 
 
 def to_torch(keys: U64, device: torch.device | str = "cpu") -> Int[Tensor, " B"]:
-    """Keys as the same 64-bit patterns in an int64 tensor on ``device``."""
+    """Return keys as the same 64-bit patterns in an int64 tensor on ``device``."""
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.int64)).to(device, non_blocking=True)
 
 
@@ -136,14 +125,14 @@ def _torch_mix(x: Tensor) -> Tensor:
 
 
 def torch_bits(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """`bits` in torch: equal 64-bit patterns, on any device."""
+    """Do `bits` in torch: equal 64-bit patterns, on any device."""
     return _torch_mix(keys + (index + 1) * _signed(_GOLDEN))
 
 
 def torch_keys(
     seed: int, views: Int[Tensor, " B"], sample_ids: Int[Tensor, " B"], stream: Stream
 ) -> Int[Tensor, " B"]:
-    """`keys` in torch: equal 64-bit patterns, on the tensors' device."""
+    """Do `keys` in torch: equal 64-bit patterns, on the tensors' device."""
     golden = _signed(_GOLDEN)
     start = _fold_int(_fold_int(0, seed & _MASK), int(stream))
     state = _torch_mix((views ^ _signed(start)) + golden)
@@ -151,7 +140,7 @@ def torch_keys(
 
 
 def _fold_int(state: int, value: int) -> int:
-    """`_fold` of one number, in whole numbers alone, which `torch.compile` takes as a constant."""
+    """Do `_fold` with plain whole numbers, which `torch.compile` takes as a constant."""
     x = ((state ^ value) + _GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
     x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
@@ -159,9 +148,7 @@ def _fold_int(state: int, value: int) -> int:
 
 
 def torch_uniforms(keys: Int[Tensor, " B"], count: int) -> Float[Tensor, "B {count}"]:
-    """Uniform float32 numbers in [0, 1): the first 24 bits of each key's outputs 0 to ``count -
-    1``.
-    """
+    """Return float32 numbers in [0, 1): the first 24 bits of each key's first outputs."""
     index = torch.arange(count, device=keys.device).expand(len(keys), count)
     word = torch_bits(keys[:, None].expand(len(keys), count), index)
     return _shift(word, 40).float() * 2.0**-24
@@ -170,8 +157,9 @@ def torch_uniforms(keys: Int[Tensor, " B"], count: int) -> Float[Tensor, "B {cou
 def torch_normals(
     keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Standard normal float32 numbers, one an address; devices agree up to rounding of log and
-    cos.
+    """Return a standard normal float32 number an address.
+
+    Devices agree up to the rounding of their logarithm and cosine.
     """
     word = torch_bits(keys, index)
     radius = (_shift(word, 40).float() + 0.5) * 2.0**-24

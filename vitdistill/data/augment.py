@@ -4,14 +4,12 @@ import math
 import re
 import sys
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Set
 from ..option import check_options, option
 
 _NUMBER = r"\d+(\.\d+)?"
-
-
 _AA_FORMS = (
     re.compile(rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|tweights|t3a|t3aw))*"),
     re.compile(rf"(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"),
@@ -83,29 +81,24 @@ class Augment:
         )
 
     def _check_combinations(self) -> None:
-        default = _defaults()
-        for name, crop in (("scale", "rrc"), ("ratio", "rrc"), ("crop_padding", "pad")):
-            if self.crop != crop and getattr(self, name) != default[name]:
+        """Refuse settings that would have no effect."""
+        both, crop = self.mixup > 0.0 and self.cutmix > 0.0, f"with crop {self.crop!r}"
+        needs = {
+            "scale": (self.crop == "rrc", crop, _set("crop", "rrc")),
+            "ratio": (self.crop == "rrc", crop, _set("crop", "rrc")),
+            "crop_padding": (self.crop == "pad", crop, _set("crop", "pad")),
+            "color_jitter": (not self.aa or "3a" in self.aa, "together with aa", _set("aa")),
+            "mixup_prob": (self.mixes, "without mixup or cutmix", _set("mixup")),
+            "mixup_switch_prob": (both, "unless both mixup and cutmix are on", _set("mixup")),
+        }
+        for name, (has_effect, why, fix) in needs.items():
+            default = self.__dataclass_fields__[name].default
+            if not has_effect and getattr(self, name) != default:
                 raise ConfigError(
-                    f"{name} has no effect with crop={self.crop!r}; leave it out or use"
-                    f" crop={crop!r}."
+                    f"{name} has no effect {why}",
+                    (fix, _set(name, default)),
+                    field=f"data.augment.{name}",
                 )
-        if self.color_jitter and self.aa and "3a" not in self.aa:
-            raise ConfigError(
-                f"color_jitter has no effect together with aa={self.aa!r}; set one of them only."
-            )
-        if not self.mixes and self.mixup_prob != default["mixup_prob"]:
-            raise ConfigError(
-                "mixup_prob has no effect without mixup or cutmix; set one of those above 0."
-            )
-        if (
-            not (self.mixup and self.cutmix)
-            and self.mixup_switch_prob != default["mixup_switch_prob"]
-        ):
-            raise ConfigError(
-                "mixup_switch_prob has no effect unless both mixup and cutmix are on; set both"
-                " above 0."
-            )
 
     @property
     def mixes(self) -> bool:
@@ -113,8 +106,8 @@ class Augment:
         return self.mixup > 0.0 or self.cutmix > 0.0
 
 
-def _defaults() -> dict[str, Any]:
-    return {name: field.default for name, field in Augment.__dataclass_fields__.items()}
+def _set(name: str, value: object = None) -> Set:
+    return Set(f"data.augment.{name}", value)
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
@@ -132,11 +125,15 @@ AUGMENTS: dict[str, Augment] = {
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network wants to be fed: image size (height, width), normalisation of RGB, and the
-    evaluation crop.
+    """What a network wants to be fed.
 
-    ``crop_pct`` is the fraction of the resized image that the evaluation crop keeps; ``crop_mode``
-    is timm's.
+    Attributes:
+        image_size: (height, width).
+        mean: of RGB, in units of white.
+        std: of RGB, in units of white.
+        interpolation: of the evaluation crop.
+        crop_pct: the fraction of the resized image that the evaluation crop keeps.
+        crop_mode: timm's: ``center``, ``squash`` or ``border``.
     """
 
     image_size: tuple[int, int]
@@ -147,28 +144,16 @@ class InputSpec:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for impossible values."""
-        _require(
-            len(self.image_size) == 2 and min(self.image_size) > 0,
-            "image_size",
-            self.image_size,
-            "two positive numbers",
-        )
+        """Raise `ConfigError` for impossible values: they may come from a model's own file."""
+        size, std = self.image_size, self.std
+        _require(len(size) == 2 and min(size) > 0, "image_size", size, "two positive numbers")
         _require(len(self.mean) == 3, "mean", self.mean, "three numbers")
-        _require(
-            len(self.std) == 3 and min(self.std) > 0, "std", self.std, "three positive numbers"
-        )
-        _require(0.0 < self.crop_pct <= 1.0, "crop_pct", self.crop_pct, "in (0, 1]")
-        _require(
-            self.crop_mode in ("center", "squash", "border"),
-            "crop_mode",
-            self.crop_mode,
-            "'center', 'squash' or 'border'",
-        )
+        _require(len(std) == 3 and min(std) > 0, "std", std, "three positive numbers")
+        _require(0.0 < self.crop_pct <= 1.0, "crop_pct", self.crop_pct, "a number in (0, 1]")
+        modes = ("center", "squash", "border")
+        _require(self.crop_mode in modes, "crop_mode", self.crop_mode, f"one of {modes}")
 
 
 def evaluated_as_trained(spec: InputSpec, augment: Augment) -> InputSpec:
-    """The contract of a network trained with ``augment``: one that was trained on whole images
-    (``pad``) is evaluated on whole images.
-    """
+    """Evaluate on whole images a network that was trained on whole images (``pad``)."""
     return replace(spec, crop_pct=1.0) if augment.crop == "pad" else spec

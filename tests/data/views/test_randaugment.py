@@ -17,7 +17,7 @@ from vitdistill.data.views.randaugment import (
     Kind,
     Operation,
     Policy,
-    apply_operations,
+    apply_operation,
     draw_jitter,
 )
 from vitdistill.data.views.single import posterize
@@ -59,7 +59,7 @@ def test_operations_are_pillows(picture, stack, name: str, interpolation: str) -
     level = np.linspace(0.0, 1.0, len(images))
     sign = np.where(np.arange(len(images)) % 2, 1.0, -1.0)
     value = level_to_value(level, sign)
-    got = apply_operations(
+    got = apply_operation(
         stack(images),
         Operation(np.full(len(images), kind, dtype=np.int64), value),
         FILL_TENSOR,
@@ -99,9 +99,9 @@ def test_an_image_does_not_depend_on_its_company(
     images = stack([picture(number + i, (20, 20)) for i in range(len(kinds))])
     value = np.linspace(0.2, 0.9, len(kinds))
     kind = np.array(kinds, dtype=np.int64)
-    together = apply_operations(images, Operation(kind, value), FILL_TENSOR, "bicubic")
+    together = apply_operation(images, Operation(kind, value), FILL_TENSOR, "bicubic")
     for i in range(len(kinds)):
-        alone = apply_operations(
+        alone = apply_operation(
             images[i : i + 1], Operation(kind[i : i + 1], value[i : i + 1]), FILL_TENSOR, "bicubic"
         )
         assert torch.equal(alone[0], together[i])
@@ -175,7 +175,7 @@ def test_jitter_is_torchvisions(picture, stack) -> None:
     layers = draw_jitter(keyed.keys(0, 0, np.arange(8, dtype=np.int64), Stream.AUGMENT), 0.4)
     got = stack(images)
     for layer in layers:
-        got = apply_operations(got, layer, FILL_TENSOR, "bicubic")
+        got = apply_operation(got, layer, FILL_TENSOR, "bicubic")
         assert layer.value.min() >= 0.6 and layer.value.max() <= 1.4
     for i, image in enumerate(images):
         assert {layer.kind[i] for layer in layers} == set(functions)

@@ -1,14 +1,11 @@
 """Views: settings that mean something, pure functions of their address, and timm's semantics."""
 
 import io
-import math
 import random
-import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -16,8 +13,6 @@ from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
 from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
-from vitdistill.data.model_input import input_spec_of
-from vitdistill.data.views.batched import BatchViews, can_batch
 from vitdistill.data.views.single import (
     eval_view,
     keep_generators,
@@ -25,7 +20,6 @@ from vitdistill.data.views.single import (
     seed_generators,
     train_views,
 )
-from vitdistill.errors import ConfigError
 
 SPEC = InputSpec((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -35,38 +29,6 @@ def train_view(
 ) -> torch.Tensor:
     views, ids = np.array([view], dtype=np.int64), np.array([sample_id], dtype=np.int64)
     return train_views(lambda _: image, augment, spec, seed, views, ids)[0]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"crop": "random"},
-        {"scale": (0.5, 0.2)},
-        {"scale": (0.0, 1.0)},
-        {"ratio": (2.0, 1.0)},
-        {"crop": "pad", "crop_padding": -1},
-        {"hflip": 1.5},
-        {"reprob": -0.1},
-        {"mixup": -1.0},
-        {"mixup": math.nan},
-        {"repeated_aug": 0},
-        {"interpolation": "lanczos"},
-        {"color_jitter": 2.0},
-        {"aa": "rand-m9-foo3"},
-        {"aa": "randm9"},
-        {"aa": "rand-m9-tnothing"},
-        {"aa": ""},
-        {"crop": "pad", "scale": (0.5, 1.0)},
-        {"crop_padding": 2},
-        {"aa": "rand-m9", "color_jitter": 0.3},
-        {"mixup_prob": 0.5},
-        {"mixup": 0.8, "mixup_switch_prob": 0.3},
-    ],
-)
-def test_meaningless_settings_are_refused(settings: dict) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Augment(**settings)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -175,68 +137,6 @@ def test_small_recipe_on_single_images_crops_and_flips(picture) -> None:
     assert len(seen) > 25
 
 
-def batch_of(
-    picture, stack, augment: Augment, count: int = 12, size: tuple[int, int] = (32, 32)
-) -> BatchViews:
-    return BatchViews(stack([picture(i, size) for i in range(count)]), augment, SPEC, seed=5)
-
-
-@pytest.mark.parametrize(
-    "augment", [AUGMENTS["deit"], AUGMENTS["small"], AUGMENTS["none"], Augment(color_jitter=0.4)]
-)
-def test_batched_views_depend_on_their_address_only(picture, stack, augment: Augment) -> None:
-    batched = batch_of(
-        picture, stack, augment, size=(40, 36) if augment.crop == "rrc" else (32, 32)
-    )
-    ids, views = np.arange(12, dtype=np.int64), np.arange(12, dtype=np.int64) % 3
-    together = batched(ids, views)
-    assert together.shape == (12, 3, 32, 32) and together.dtype == torch.uint8
-    order = np.random.default_rng(0).permutation(12)
-    assert torch.equal(batched(ids[order], views[order]), together[torch.from_numpy(order)])
-    for i in range(12):
-        assert torch.equal(batched(ids[i : i + 1], views[i : i + 1])[0], together[i])
-    if augment is not AUGMENTS["none"]:
-        assert not torch.equal(batched(ids, views + 1), together)
-
-
-def test_autocast_does_not_reach_the_views(picture, stack) -> None:
-    batched = batch_of(picture, stack, AUGMENTS["deit"])
-    ids, views = np.arange(12, dtype=np.int64), np.zeros(12, dtype=np.int64)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = normalize(batched(ids, views), SPEC)
-    assert inside.dtype == torch.float32 and torch.equal(
-        inside, normalize(batched(ids, views), SPEC)
-    )
-
-
-def test_batched_small_recipe_is_a_crop_and_a_flip(picture, stack) -> None:
-    batched = batch_of(picture, stack, AUGMENTS["small"])
-    ids, views = np.zeros(400, dtype=np.int64), np.arange(400, dtype=np.int64)
-    padded = TF.pil_to_tensor(TF.pad(picture(0), 4))
-    windows = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
-    windows = torch.cat([windows, windows.flip(-1)]).flatten(1)
-    match = (batched(ids, views).flatten(1)[:, None] == windows[None]).all(2)
-    assert (match.sum(1) == 1).all()
-    where = match.float().argmax(1)
-    assert len(where.unique()) > 130 and 0.4 < (where >= 81).float().mean() < 0.6
-
-
-def test_images_may_have_the_channels_last(picture, stack) -> None:
-    images = stack([picture(i) for i in range(6)])
-    ids, views = np.arange(6, dtype=np.int64), np.zeros(6, dtype=np.int64)
-    first = BatchViews(images, AUGMENTS["deit"], SPEC, 0)(ids, views)
-    last = BatchViews(images.permute(0, 2, 3, 1).contiguous(), AUGMENTS["deit"], SPEC, 0)(
-        ids, views
-    )
-    assert torch.equal(first, last)
-
-
-def test_policies_for_single_images_cannot_be_batched(picture, stack) -> None:
-    assert not can_batch(Augment(aa="v0"), SPEC)
-    with pytest.raises(ConfigError, match="in_memory"):
-        batch_of(picture, stack, Augment(aa="v0"))
-
-
 @pytest.mark.parametrize("size", [(32, 32), (28, 40), (100, 37)])
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("image_size", [(32, 32), (24, 48)])
@@ -253,49 +153,3 @@ def test_the_evaluation_crop_is_timms(
 def test_no_augmentation_is_the_evaluation_crop(picture) -> None:
     image = picture(1, (60, 45))
     assert torch.equal(train_view(image, AUGMENTS["none"], SPEC, 0, 0, 0), eval_view(image, SPEC))
-
-
-def test_the_input_contract_of_a_model() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=1)
-    spec = input_spec_of(model)
-    assert spec == InputSpec((64, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9, "center")
-    resnet = input_spec_of(timm.create_model("resnet18"))
-    assert resnet.image_size == (224, 224) and resnet.mean == pytest.approx((0.485, 0.456, 0.406))
-    with pytest.raises(ConfigError, match="channels"):
-        input_spec_of(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}],
-)
-def test_impossible_contracts_are_refused(change: dict) -> None:
-    with pytest.raises(ConfigError):
-        replace(SPEC, **change)
-
-
-def test_recipes() -> None:
-    deit = AUGMENTS["deit"]
-    assert (deit.crop, deit.scale, deit.hflip, deit.aa, deit.reprob) == (
-        "rrc",
-        (0.08, 1.0),
-        0.5,
-        "rand-m9-mstd0.5-inc1",
-        0.25,
-    )
-    assert (
-        deit.mixup,
-        deit.cutmix,
-        deit.mixup_prob,
-        deit.mixup_switch_prob,
-        deit.repeated_aug,
-    ) == (
-        0.8,
-        1.0,
-        1.0,
-        0.5,
-        3,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert all(can_batch(augment, SPEC) for augment in AUGMENTS.values())

@@ -6,56 +6,42 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ... import keyed
-from ...errors import ConfigError
 from ...keyed import I64, Stream
 from ..augment import Augment, InputSpec
 from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes
-from .randaugment import Operation, Policy, apply_operations, draw_jitter
+from .randaugment import Operation, Policy, apply_operation, draw_jitter
 
 
 def can_batch(augment: Augment, spec: InputSpec) -> bool:
-    """Whether `BatchViews` has every operation of ``augment``: all but AutoAugment, AugMix and
-    timm's ``t`` sets.
-    """
-    return augment.aa is None or Policy.of(augment.aa, spec.mean, augment.interpolation) is not None
+    """Whether `BatchViews` has all of ``augment``: no AutoAugment, AugMix or ``t`` sets of timm."""
+    return augment.aa is None or _policy(augment, spec) is not None
 
 
 class BatchViews:
-    """Training views of images held in memory, made in batches on a device.
+    """Training views of images held in memory, a pure function of (seed, view, sample id).
 
-    ``images`` are what `prepare` gives, all of one size, as uint8 (N, 3, H, W) or (N, H, W, 3) in
-    the host's memory.
+    ``images`` are what `prepare` gives, all of one size, on the host; `can_batch` must hold.
     """
 
     def __init__(
-        self, images: UInt8[Tensor, "N a b c"], augment: Augment, spec: InputSpec, seed: int
+        self, images: UInt8[Tensor, "N 3 H W"], augment: Augment, spec: InputSpec, seed: int
     ) -> None:
-        """Raises `ConfigError` when ``augment`` needs an operation that exists for single images
-        only.
-        """
-        if not can_batch(augment, spec):
-            raise ConfigError(
-                f"aa={augment.aa!r} cannot run on batches in memory; set in_memory to false."
-            )
-        self.images = images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
-        self.augment, self.spec, self.seed = augment, spec, seed
-        self.policy = (
-            Policy.of(augment.aa, spec.mean, augment.interpolation) if augment.aa else None
-        )
-        self.fill = torch.tensor([min(255, round(255 * m)) for m in spec.mean], dtype=torch.uint8)
+        """Hold the images."""
+        assert can_batch(augment, spec)
+        self.images, self.augment, self.spec, self.seed = images, augment, spec, seed
+        self._policy = _policy(augment, spec)
+        self._fill = torch.tensor([min(255, round(255 * m)) for m in spec.mean], dtype=torch.uint8)
 
     def __call__(
         self, sample_ids: I64, views: I64, device: torch.device | str = "cpu"
     ) -> UInt8[Tensor, "B 3 h w"]:
-        """Views of the samples, before normalisation and erasing; ids and views are int64 (B,) on
-        the host.
-        """
+        """Make views on ``device``, before normalisation and erasing; ids and views int64 (B,)."""
         chosen = self.images[torch.from_numpy(sample_ids)]
         if torch.device(device).type == "cuda":
             chosen = chosen.pin_memory()
         images = self._crop(chosen.to(device, non_blocking=True), sample_ids, views)
-        for operations in self._draw_colours(sample_ids, views):
-            images = apply_operations(images, operations, self.fill, self.augment.interpolation)
+        for operation in self._draw_colours(sample_ids, views):
+            images = apply_operation(images, operation, self._fill, self.augment.interpolation)
         return images
 
     def _keys(self, sample_ids: I64, views: I64, stream: Stream) -> keyed.U64:
@@ -67,17 +53,13 @@ class BatchViews:
         augment, device = self.augment, images.device
         flip = keyed.uniforms(self._keys(sample_ids, views, Stream.FLIP), 1)[:, 0] < augment.hflip
         keys = self._keys(sample_ids, views, Stream.CROP)
-        offsets = np.zeros((2, len(sample_ids)), dtype=np.int64)
-        padding = 0
+        offsets, padding = np.zeros((2, len(sample_ids)), dtype=np.int64), 0
         if augment.crop == "rrc":
             draws = keyed.uniforms(keys, CROP_UNIFORMS)
-            boxes = np.stack(
-                random_boxes(draws, images.shape[2], images.shape[3], augment.scale, augment.ratio),
-                axis=1,
-            )
-            images = resize_boxes(
-                images, _send(boxes, device), self.spec.image_size, augment.interpolation
-            )
+            height, width = images.shape[2:]
+            boxes = random_boxes(draws, height, width, augment.scale, augment.ratio)
+            place = _send(np.stack(boxes, axis=1), device)
+            images = resize_boxes(images, place, self.spec.image_size, augment.interpolation)
         elif augment.crop == "pad":
             padding = augment.crop_padding
             offsets = np.floor(keyed.uniforms(keys, 2) * (2 * padding + 1)).astype(np.int64).T
@@ -86,11 +68,16 @@ class BatchViews:
 
     def _draw_colours(self, sample_ids: I64, views: I64) -> list[Operation]:
         keys = self._keys(sample_ids, views, Stream.AUGMENT)
-        if self.policy is not None:
-            return self.policy.draw(keys)
-        if self.augment.color_jitter:
-            return draw_jitter(keys, self.augment.color_jitter)
-        return []
+        if self._policy is not None:
+            return self._policy.draw(keys)
+        strength = self.augment.color_jitter
+        return draw_jitter(keys, strength) if strength else []
+
+
+def _policy(augment: Augment, spec: InputSpec) -> Policy | None:
+    if augment.aa is None:
+        return None
+    return Policy.of(augment.aa, spec.mean, augment.interpolation)
 
 
 def _send(array: I64, device: torch.device) -> Tensor:

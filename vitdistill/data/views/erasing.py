@@ -1,5 +1,4 @@
-"""Random erasing on a normalised batch: one rectangle of standard normal noise in some of the
-images.
+"""Random erasing on a normalised batch: a rectangle of normal noise in some of the images.
 
 Source: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020, in the form of timm's
 ``RandomErasing(mode="pixel", max_count=1)``.
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ... import keyed
-from ...keyed import F64, I64, Stream
+from ...keyed import I64, Stream
 
 _ATTEMPTS = 10
 _AREA = (0.02, 1 / 3)
@@ -23,14 +22,14 @@ _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 def erase(
     images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: I64, views: I64
 ) -> Float[Tensor, "B 3 H W"]:
-    """Fill a keyed rectangle of each chosen image with keyed noise, in place; ids and views are
-    (B,) on the host.
+    """Fill a keyed rectangle of each chosen image with keyed noise, in place.
+
+    Ids and views are int64 (B,) on the host.
     """
     if prob == 0.0:
         return images
     _, channels, height, width = images.shape
-    draws = keyed.uniforms(keyed.keys(seed, views, sample_ids, Stream.ERASE), 3 + 2 * _ATTEMPTS)
-    rows, top, left, h, w = _boxes(draws, prob, height, width)
+    rows, top, left, h, w = _draw(prob, seed, sample_ids, views, height, width)
     if not len(rows):
         return images
     device = images.device
@@ -58,20 +57,21 @@ def erase(
 def erased_boxes(
     prob: float, seed: int, sample_ids: I64, views: I64, height: int, width: int
 ) -> I64:
-    """What `erase` does to each image of this size: ``(top, left, height, width)``, all 0 where
-    nothing is erased.
-    """
+    """Return each image's erased ``(top, left, height, width)``, zeros where nothing is erased."""
     boxes = np.zeros((len(sample_ids), 4), dtype=np.int64)
-    draws = keyed.uniforms(keyed.keys(seed, views, sample_ids, Stream.ERASE), 3 + 2 * _ATTEMPTS)
-    rows, *box = _boxes(draws, prob, height, width)
+    rows, *box = _draw(prob, seed, sample_ids, views, height, width)
     boxes[rows] = np.stack(box, axis=1)
     return boxes
 
 
-def _boxes(draws: F64, prob: float, height: int, width: int) -> tuple[I64, I64, I64, I64, I64]:
-    """Which images are erased, and where: ``(rows, top, left, height, width)``; ten tries, as
-    timm.
+def _draw(
+    prob: float, seed: int, sample_ids: I64, views: I64, height: int, width: int
+) -> tuple[I64, I64, I64, I64, I64]:
+    """Draw which images are erased, and where: ``(rows, top, left, height, width)``.
+
+    A rectangle that does not fit is drawn again, ten times at most, as in timm.
     """
+    draws = keyed.uniforms(keyed.keys(seed, views, sample_ids, Stream.ERASE), 3 + 2 * _ATTEMPTS)
     tries = draws[:, 3:].reshape(-1, _ATTEMPTS, 2)
     area = (_AREA[0] + (_AREA[1] - _AREA[0]) * tries[..., 0]) * (height * width)
     aspect = np.exp(_LOG_ASPECT[0] + (_LOG_ASPECT[1] - _LOG_ASPECT[0]) * tries[..., 1])

@@ -1,5 +1,4 @@
-"""Crops, flips, resizing and affine maps of a whole batch of images, each sample with parameters of
-its own.
+"""Crops, flips, resizing and affine maps of a batch, each image with its own parameters.
 
 The arithmetic is Pillow's, down to its fixed-point coefficients and its rounding to 8 bits after
 each pass: a batch on any device gets the very pixels that Pillow would give one by one (the tests
@@ -21,7 +20,7 @@ from ...keyed import F64, I64
 
 CROP_ATTEMPTS = 10
 CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2
-"""Uniform numbers that `random_boxes` takes a sample."""
+"""Uniform numbers that `random_boxes` takes for a sample."""
 
 _FIXED_POINT = float(1 << 22)
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
@@ -30,8 +29,7 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 def random_boxes(
     uniforms: F64, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[I64, I64, I64, I64]:
-    """RandomResizedCrop's boxes ``(top, left, height, width)``, int64 (B,) each, of a ``height`` x
-    ``width`` image.
+    """Draw RandomResizedCrop's boxes ``(top, left, height, width)``, int64 (B,) each.
 
     ``uniforms`` is (B, `CROP_UNIFORMS`). Ten tries of a random area and a log-uniform aspect ratio,
     then the largest central crop.
@@ -72,9 +70,7 @@ def crop_and_flip(
     flip: Int[Tensor, " B"],
     padding: int,
 ) -> UInt8[Tensor, "B C H W"]:
-    """Pad each side with ``padding`` black pixels, cut out H x W at ``(top, left)``, mirror it
-    where ``flip`` is 1.
-    """
+    """Pad with black pixels, cut out H x W at ``(top, left)``, mirror it where ``flip`` is 1."""
     _, channels, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding)) if padding else images
     x = torch.arange(width, device=images.device)
@@ -91,9 +87,7 @@ def resize_boxes(
     size: tuple[int, int],
     interpolation: str,
 ) -> UInt8[Tensor, "B C h w"]:
-    """Each image's box ``(top, left, height, width)`` resized to ``size``, as by Pillow's
-    ``resize``, antialiased.
-    """
+    """Resize each image's box ``(top, left, height, width)`` to ``size`` as Pillow's ``resize``."""
     top, left, height, width = boxes.unbind(1)
     columns = _coefficients(left, width, images.shape[3], size[1], interpolation)
     rows = _coefficients(top, height, images.shape[2], size[0], interpolation)
@@ -113,14 +107,14 @@ def _coefficients(
     out_size: int,
     interpolation: str,
 ) -> Float[Tensor, "B out in"]:
-    """The weight of each input pixel of one axis in each output pixel, times 2**22, in integers; 0
-    outside the box.
+    """Return the weight of each input pixel of an axis in each output pixel, times 2**22.
+
+    The weights are whole numbers, 0 outside the box.
     """
     device = start.device
     length = length.double()[:, None, None]
-    scale = length / torch.full_like(
-        length, out_size
-    )  # a tensor, as GPUs take division by a number as a product
+    # Divided by a tensor: GPUs take division by a number as a product, which rounds otherwise.
+    scale = length / torch.full_like(length, out_size)
     stretch = scale.clamp(min=1.0)
     support = _SUPPORT[interpolation] * stretch
     centre = (torch.arange(out_size, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
@@ -136,7 +130,7 @@ def _coefficients(
 
 
 def _kernel(x: Float[Tensor, "..."], interpolation: str) -> Float[Tensor, "..."]:
-    """Pillow's resampling kernels; the cubic one has a = -0.5."""
+    """Evaluate Pillow's resampling kernel; the cubic one has a = -0.5."""
     x = x.abs()
     if interpolation == "bilinear":
         return (1.0 - x).clamp(min=0.0)
@@ -151,11 +145,11 @@ def affine(
     fill: UInt8[Tensor, " C"],
     interpolation: str,
 ) -> UInt8[Tensor, "B C H W"]:
-    """Pillow's ``Image.transform(AFFINE)``: output (x, y) shows input (a x + b y + c, d x + e y +
-    f), centres at 0.5.
+    """Do Pillow's ``Image.transform(AFFINE)``.
 
-    ``matrix`` is float64; pixels from outside become ``fill``. The cubic kernel has a = -1 here,
-    unlike in resizing.
+    Output (x, y) shows input (a x + b y + c, d x + e y + f), with pixel centres at 0.5; ``matrix``
+    is float64, and pixels from outside become ``fill``. The cubic kernel has a = -1 here, unlike in
+    resizing.
     """
     _, channels, height, width = images.shape
     x = torch.arange(width, device=images.device, dtype=torch.float64)[None, None, :] + 0.5

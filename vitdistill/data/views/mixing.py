@@ -1,9 +1,7 @@
-"""Mixup and CutMix of neighbours: in an epoch's order positions 2j and 2j + 1 are partners, mixed
-with each other.
+"""Mixup and CutMix of neighbours: positions 2j and 2j + 1 of an epoch's order are partners.
 
-How a pair is mixed is a pure function of (seed, view, the smaller of the two sample ids), so it
-does not depend on the batch, the process or the step at which the pair is seen. (DeiT draws one
-weight for a whole batch; here every pair has its own.)
+How a pair is mixed is a pure function of (seed, view, the smaller sample id), whatever the batch,
+the process or the step. DeiT draws one weight for a whole batch; here every pair has its own.
 
 Source: Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; boxes and the corrected
 weight as in timm's ``Mixup``.
@@ -123,20 +121,18 @@ def _inside(boxes: Int[Tensor, "B 4"], height: int, width: int) -> Tensor:
 
 
 def symmetric_beta(keys: U64, alpha: F64, start: int = 0) -> F64:
-    """Beta(alpha, alpha) numbers, one a key, from keyed uniforms: X / (X + Y) of two gamma numbers,
-    in logarithms.
-    """
+    """Draw a Beta(alpha, alpha) number a key: X / (X + Y) of two gamma numbers, by logarithms."""
     x = _log_gamma_variate(keys, alpha, start)
     y = _log_gamma_variate(keys, alpha, start + _GAMMA_DRAWS)
     return 1.0 / (1.0 + np.exp(np.clip(y - x, -700.0, 700.0)))
 
 
 def _log_gamma_variate(keys: U64, alpha: F64, start: int) -> F64:
-    """Logarithms of Gamma(alpha) numbers.
+    """Draw logarithms of Gamma(alpha) numbers.
 
-    Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000; alpha is
+    Source: Marsaglia and Tsang, "A simple method for generating gamma variables", 2000. Alpha is
     raised by one and the result multiplied by U^(1/alpha), which also serves alpha < 1. An attempt
-    fails with probability below 0.05.
+    fails with a probability below 0.05.
     """
     d = alpha + 1.0 - 1.0 / 3.0
     c = 1.0 / np.sqrt(9.0 * d)

@@ -1,11 +1,9 @@
-"""RandAugment and colour jitter on a batch of uint8 images, each sample with its own operation and
-strength.
+"""RandAugment and colour jitter on a batch of uint8 images, each with its own operation.
 
-A layer gives every image one `Operation`. Eight of them are a look-up table of each image's own
-(from its histogram where need be) and run as one gather; the five affine ones share one resampling;
-colour and sharpness are blends. All equal Pillow's functions pixel for pixel, and which operations
-and strengths exist is read from timm's own transform, so its configuration strings mean the same
-here.
+A layer gives every image one operation. Eight kinds are look-up tables, one an image (from its
+histogram where need be), and run as one gather; the five affine kinds share one resampling; colour
+and sharpness are blends. All equal Pillow's functions pixel for pixel. Which operations and
+strengths exist is read from timm's own transform, so its configuration strings mean the same here.
 
 Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, increasing
 and original sets).
@@ -58,16 +56,14 @@ _LAYER_DRAWS = 6
 
 @dataclass(frozen=True)
 class Operation:
-    """One layer of operations: ``kind`` int64 (B,) of `Kind`, ``value`` float64 (B,); both on the
-    host.
-    """
+    """One layer: ``kind`` int64 (B,) of `Kind`, ``value`` float64 (B,), both on the host."""
 
     kind: I64
     value: F64
 
 
 Level = Callable[[F64, F64], F64]
-"""timm's level over 10 and a sign of +1 or -1, to an operation's value."""
+"""Turns timm's level over 10 and a sign of +1 or -1 into an operation's value."""
 
 
 def _constant(level: F64, sign: F64) -> F64:
@@ -123,9 +119,7 @@ OPERATIONS: dict[str, tuple[Kind, Level]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A RandAugment: ``layers`` times one of ``names``, each applied with ``prob`` at a noisy
-    ``magnitude``.
-    """
+    """A RandAugment: ``layers`` operations of ``names``, each with ``prob`` and noisy strength."""
 
     names: tuple[str, ...]
     layers: int
@@ -137,9 +131,7 @@ class Policy:
     @staticmethod
     @lru_cache(maxsize=16)
     def of(config: str, mean: tuple[float, ...], interpolation: str) -> "Policy | None":
-        """The policy of timm's ``config`` string, or None where it has operations that exist for
-        single images only.
-        """
+        """Read timm's ``config`` string; None where it has operations for single images only."""
         if not config.startswith("rand"):
             return None
         timm_policy: Any = auto_augment.rand_augment_transform(config, {"img_mean": mean})
@@ -157,7 +149,7 @@ class Policy:
         )
 
     def draw(self, keys: U64) -> list[Operation]:
-        """The operations of the samples with these keys, one `Operation` a layer."""
+        """Draw the operations of the samples with these keys, one `Operation` a layer."""
         starts = range(0, _LAYER_DRAWS * self.layers, _LAYER_DRAWS)
         return [
             self._layer(keyed.uniforms(keys, 4, start), keyed.normals(keys, 1, start + 4))
@@ -183,9 +175,7 @@ class Policy:
 
 
 def draw_jitter(keys: U64, strength: float) -> list[Operation]:
-    """Brightness, contrast and saturation in a random order, factors uniform within 1 +-
-    ``strength``.
-    """
+    """Draw brightness, contrast and saturation in random order, by factors 1 +- ``strength``."""
     draws = keyed.uniforms(keys, 6)
     kinds = np.array([Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR], dtype=np.int64)[
         np.argsort(draws[:, :3], axis=1)
@@ -195,13 +185,13 @@ def draw_jitter(keys: U64, strength: float) -> list[Operation]:
     return [Operation(kinds[:, i], factors[:, i]) for i in range(3)]
 
 
-def apply_operations(
+def apply_operation(
     images: UInt8[Tensor, "B 3 H W"],
     operation: Operation,
     fill: UInt8[Tensor, "3"],
     interpolation: str,
 ) -> UInt8[Tensor, "B 3 H W"]:
-    """Apply one layer; ``fill`` is the colour that affine operations show outside the image."""
+    """Apply one layer; affine operations show the colour ``fill`` outside the image."""
     kind = operation.kind
     images = images.clone()
     groups: tuple[tuple[np.ndarray, Callable[[Tensor, I64, F64], Tensor]], ...] = (
@@ -227,7 +217,7 @@ def apply_operations(
 
 
 def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "B 6"]:
-    """Output-to-input matrices as Pillow makes them, its rounding of sine and cosine included."""
+    """Make output-to-input matrices as Pillow does, its rounding of sine and cosine included."""
     matrix = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(kind), 1))
     for one, column, factor in (
         (Kind.SHEAR_X, 1, 1),
@@ -250,9 +240,7 @@ def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "
 def _blend(
     base: Tensor, images: Integer[Tensor, "B *shape"], factor: F64
 ) -> UInt8[Tensor, "B *shape"]:
-    """Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut to an
-    integer.
-    """
+    """Do Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut off."""
     weight = (
         torch.from_numpy(factor).to(images.device, torch.float32).view(-1, *[1] * (images.ndim - 1))
     )
@@ -266,9 +254,7 @@ def _grey(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B H W"]:
 
 
 def _smooth(images: UInt8[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
-    """Pillow's SMOOTH filter, (1 1 1; 1 5 1; 1 1 1) / 13, border unchanged; 13 is odd, so no half
-    is ever rounded.
-    """
+    """Apply Pillow's SMOOTH filter, (1 1 1; 1 5 1; 1 1 1) / 13, which leaves the border alone."""
     x = images.int()
     rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
     sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]

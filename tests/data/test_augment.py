@@ -1,0 +1,101 @@
+"""Settings of views and contracts of networks that mean something."""
+
+import math
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import timm
+
+from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
+from vitdistill.data.model_input import input_spec_of
+from vitdistill.errors import ConfigError
+
+SPEC = InputSpec((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crop": "random"},
+        {"scale": (0.5, 0.2)},
+        {"scale": (0.0, 1.0)},
+        {"ratio": (2.0, 1.0)},
+        {"crop": "pad", "crop_padding": -1},
+        {"hflip": 1.5},
+        {"reprob": -0.1},
+        {"mixup": -1.0},
+        {"mixup": math.nan},
+        {"repeated_aug": 0},
+        {"interpolation": "lanczos"},
+        {"color_jitter": 2.0},
+        {"aa": "rand-m9-foo3"},
+        {"aa": "randm9"},
+        {"aa": "rand-m9-tnothing"},
+        {"aa": ""},
+        {"crop": "pad", "scale": (0.5, 1.0)},
+        {"crop_padding": 2},
+        {"aa": "rand-m9", "color_jitter": 0.3},
+        {"mixup_prob": 0.5},
+        {"mixup": 0.8, "mixup_switch_prob": 0.3},
+    ],
+)
+def test_meaningless_settings_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Augment(**settings)
+    assert caught.value.field.removeprefix("data.augment.") in settings
+
+
+@pytest.mark.whole
+def test_settings_are_read_without_torch() -> None:
+    heavy = "{'torch', 'timm', 'torchvision', 'jaxtyping'}"
+    code = f"import sys, vitdistill.data.augment; sys.exit(len({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_input_contract_of_a_model() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=1)
+    spec = input_spec_of(model)
+    assert spec == InputSpec((64, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9, "center")
+    resnet = input_spec_of(timm.create_model("resnet18"))
+    assert resnet.image_size == (224, 224) and resnet.mean == pytest.approx((0.485, 0.456, 0.406))
+    with pytest.raises(ConfigError, match="channels"):
+        input_spec_of(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}],
+)
+def test_impossible_contracts_are_refused(change: dict) -> None:
+    with pytest.raises(ConfigError):
+        replace(SPEC, **change)
+
+
+def test_recipes() -> None:
+    deit = AUGMENTS["deit"]
+    assert (deit.crop, deit.scale, deit.hflip, deit.aa, deit.reprob) == (
+        "rrc",
+        (0.08, 1.0),
+        0.5,
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+    )
+    assert (
+        deit.mixup,
+        deit.cutmix,
+        deit.mixup_prob,
+        deit.mixup_switch_prob,
+        deit.repeated_aug,
+    ) == (
+        0.8,
+        1.0,
+        1.0,
+        0.5,
+        3,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(can_batch(augment, SPEC) for augment in AUGMENTS.values())
