@@ -1,6 +1,7 @@
 """A setting is described once, where its field is declared: its flag, its help and its bounds."""
 
 import dataclasses
+import math
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +24,7 @@ class Option:
         aliases: other spellings, those of timm, DeiT and MAE.
         stages: which stages of a staged recipe the flag sets.
         metavar: what stands for the value in the help; empty: from the type.
+        alone: what the flag means without a value.
         field: the recipe's field that the argument of a command stands for.
         at_least, above, at_most, below: bounds of a number.
     """
@@ -32,6 +34,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     stages: Scope = "one"
     metavar: str = ""
+    alone: str = ""
     field: str = ""
     at_least: float | None = None
     above: float | None = None
@@ -89,10 +92,48 @@ def check_options(settings: Any, path: str) -> None:
     """
     choices = choices_of(type(settings))
     for name, about in options_of(type(settings)).items():
-        value, field = getattr(settings, name), f"{path}.{name}"
+        value, field = getattr(settings, name), f"{path}.{name}" if path else name
         if name in choices and value not in choices[name]:
             raise ConfigError(f"{field} is {value!r}", suggest(value, choices[name]), field=field)
         if value is not None and about.describe_bounds() and not about.allows(value):
             optional = type(None) in get_args(get_type_hints(type(settings))[name])
             wanted = about.describe_bounds() + (", or null" if optional else "")
             raise ConfigError(f"{field} is {value!r}", f"give {wanted}", field=field)
+
+
+NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def convert_scalar(value: Any, kind: type, name: str, source: str = "") -> Any:
+    """Return ``value`` as an int, a float, a bool or text; numbers are also read from text.
+
+    Raises:
+        ConfigError: it is none; ``name`` in ``source`` is named.
+    """
+    number = _number(value) if kind in (int, float) else None
+    if number is not None and (kind is float or number == int(number)):
+        return kind(number)
+    if isinstance(value, kind) and kind not in (int, float):
+        return value
+    raise refusal(value, f"{NEEDED.get(kind, kind.__name__)} is needed", name, source)
+
+
+def _number(value: Any) -> int | float | None:
+    """Return a finite number; None: it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    for read in (int, float):
+        try:
+            number = read(value) if isinstance(value, str) else value
+            return number if math.isfinite(number) else None
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
+def refusal(value: Any, wanted: str, name: str, source: str = "") -> ConfigError:
+    """Return the error of a value that is not ``wanted``."""
+    text = repr(value)
+    where = " in ".join(part for part in (name, source) if part)
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return ConfigError(f"{where} is {shown}", wanted, field=name)

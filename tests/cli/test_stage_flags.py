@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import pytest
 
-from vitdistill.cli import main
-from vitdistill.cli.explain import ExplainFlags
-from vitdistill.cli.flags import flags_of
-from vitdistill.cli.recipe_flags import EVERY, FIRST, STAGED, TAUGHT, parse
+from vitdistill.cli import main, read_arguments
+from vitdistill.cli.arguments import ExplainArguments, recipe_flags
+from vitdistill.cli.recipe import resolve_recipe
+from vitdistill.cli.render import render
 from vitdistill.data.augment import Augment
 from vitdistill.errors import UserError
 from vitdistill.methods.cross_entropy import CrossEntropy
@@ -63,7 +63,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def composed(*words: str) -> dict[str, dict[str, Any]]:
     """The fields of every stage after the flags."""
-    _, stages = parse("explain", ExplainFlags, ["three.yaml", *words], "")
+    stages = resolve_recipe(read_arguments("explain", ["three.yaml", *words]))
     assert isinstance(stages, Stages)
     return {key: flatten(recipe) for key, recipe in stages.stages.items()}
 
@@ -71,8 +71,9 @@ def composed(*words: str) -> dict[str, dict[str, Any]]:
 def sentence_of(*words: str, code: int) -> str:
     with pytest.raises(UserError) as caught:
         composed(*words)
-    assert caught.value.exit_code == code and "\n" not in str(caught.value)
-    return str(caught.value)
+    sentence = render(caught.value, ExplainArguments)
+    assert caught.value.exit_code == code and "\n" not in sentence
+    return sentence
 
 
 VALUES = {
@@ -91,45 +92,31 @@ VALUES = {
 }
 
 
-def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
+def test_a_flag_is_for_the_stages_its_option_says(bare: Path) -> None:
     plain = composed()
-    for flag in flags_of(ExplainFlags):
-        path = flag.field.metadata.get("path")
-        if path is None:
-            continue
-        scope, choices = STAGED.get(flag.field.name), get_args(flag.value.kind)
+    stages = {"every": [*plain], "first": ["pretrain"], "taught": ["distill"], "one": []}
+    for path, flag in recipe_flags().items():
+        name, choices = flag.name, get_args(flag.value_kind)
         word = VALUES.get(
-            flag.field.name, choices[-1] if choices else "true" if flag.value.kind is bool else "1"
+            name[2:].replace("-", "_"), choices[-1] if choices else flag.alone or "0.5"
         )
+        word = "1" if flag.value_kind is int and word == "0.5" else word
         having = [key for key in plain if path in plain[key]]
         if path in ("teachers.teacher.checkpoint", "teachers.teacher.pretrained"):
-            assert "would take the place of the weights of 'stage:finetune'" in sentence_of(
-                flag.name, word, code=CONFIG
-            )
+            assert "would take the place of the weights" in sentence_of(name, word, code=CONFIG)
         elif not having:
-            assert f"{flag.name} cannot take effect: no stage has " in sentence_of(
-                flag.name, word, code=USAGE
-            )
-        elif scope is None:
-            expected = " or ".join(f"{key}.{path}={word}" for key in having)
-            assert (
-                sentence_of(flag.name, word, code=USAGE)
-                == f"{flag.name} is a setting of one stage: --set {expected}"
-            )
+            assert f"{name} cannot take effect" in sentence_of(name, word, code=USAGE)
+        elif flag.option.stages == "one":
+            sentence = sentence_of(name, word, code=USAGE)
+            assert all(f"give --set {key}.{path}={word}" in sentence for key in having)
         else:
-            changed = composed(flag.name, word)
+            changed = composed(name, word)
             path = "student.model_args.img_size" if path == "student.image_size" else path
             for key in plain:
-                differing = {
-                    p
-                    for p in plain[key].keys() | changed[key].keys()
-                    if plain[key].get(p) != changed[key].get(p)
-                }
-                meant = (
-                    key in {EVERY: [*plain], FIRST: ["pretrain"], TAUGHT: ["distill"]}[scope]
-                    and word != "stage:finetune"
-                )
-                assert differing == ({path} if meant else set()), flag.name
+                fields = plain[key].keys() | changed[key].keys()
+                differing = {p for p in fields if plain[key].get(p) != changed[key].get(p)}
+                meant = key in stages[flag.option.stages] and word != "stage:finetune"
+                assert differing == ({path} if meant else set()), name
 
 
 @pytest.mark.parametrize(
@@ -137,18 +124,18 @@ def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
     [
         (
             ["--epochs", "10"],
-            "--set pretrain.train.epochs=10 or finetune.train.epochs=10 or distill.train.epochs=10",
+            "give --set pretrain.train.epochs=10, or give --set finetune.train.epochs=10, or",
             USAGE,
         ),
         (
             ["--kd-weight", "1"],
-            "--kd-weight is a setting of one stage: --set distill.objectives.kd.weight=1",
+            "--kd-weight is a setting of one stage: give --set distill.objectives.kd.weight=1",
             USAGE,
         ),
-        (["--clip-grad", "none"], "--set pretrain.optim.clip_grad=null or", USAGE),
-        (["--sched", "none"], "--set pretrain.optim.sched=none or", USAGE),
+        (["--clip-grad", "none"], "--set pretrain.optim.clip_grad=null, or", USAGE),
+        (["--sched", "none"], "--set pretrain.optim.sched=none, or", USAGE),
         (["--distillation-alpha", "0.5"], "give the weights themselves", USAGE),
-        (["--keep-rate", "0.5"], "no stage has a patch selector (--with STAGE.maskedkd)", USAGE),
+        (["--keep-rate", "0.5"], "no stage has a patch selector: add --with STAGE.maskedkd", USAGE),
         (
             ["--without", "distill.kd", "distill.teacher", "--teacher-model", "x"],
             "no stage has a teacher",
@@ -156,15 +143,15 @@ def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
         ),
         (
             ["--with", "finetune.kd", "--teacher-precision", "float32"],
-            "--set finetune.teachers.teacher.precision=float32 or distill.",
+            "--set finetune.teachers.teacher.precision=float32, or give --set distill.",
             USAGE,
         ),
         (
             ["--with", "kd"],
-            "--with kd: say which stage it is for (--with pretrain.kd or --with finetune.kd or",
+            "--with kd does not say which stage it is for: write --with pretrain.kd or",
             USAGE,
         ),
-        (["--with", "finetun.kd"], "there is no stage 'finetun': did you mean 'finetune'?", USAGE),
+        (["--with", "finetun.kd"], "which stage it is for: did you mean 'finetune'?", USAGE),
         (
             ["--with", "distill.kd"],
             ("the recipe has an objective of that name already"),
@@ -172,7 +159,7 @@ def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
         ),
         (
             ["--without", "finetune.kd"],
-            "the recipe has no such part, only ce",
+            "the recipe has no such part: choose from ce",
             USAGE,
         ),
         (
@@ -182,10 +169,10 @@ def test_a_flag_is_for_the_stages_the_table_says(bare: Path) -> None:
         ),
         (
             ["--set", "optim.lr=1"],
-            "--set optim.lr=1: say which stage it is for (--set pretrain.optim.lr=1 or",
+            "does not say which stage it is for: write --set pretrain.optim.lr=1 or",
             USAGE,
         ),
-        (["--set", "finetune"], "say which stage it is for", USAGE),
+        (["--set", "finetune"], "does not say which stage it is for", USAGE),
         (["--set", "finetune.optim"], "in the stage 'finetune', --set 'optim' has no '='", USAGE),
         (
             ["--set", "finetune.optim.lrr=1"],
@@ -239,9 +226,8 @@ def test_methods_come_and_go_by_stage(bare: Path) -> None:
         masked["pretrain"]["masking.method"] == "random_masking"
         and masked["finetune"]["masking"] is None
     )
-    _, stages = parse(
-        "explain", ExplainFlags, ["three.yaml", "--with", "pretrain.random_masking"], ""
-    )
+    words = ["three.yaml", "--with", "pretrain.random_masking"]
+    stages = resolve_recipe(read_arguments("explain", words))
     Path("three.yaml").write_text(dump(stages))
     assert composed("--without", "pretrain.masking")["pretrain"]["masking"] is None
 
@@ -271,14 +257,14 @@ def test_the_help_of_a_staged_recipe(
         "The recipe 'three.yaml' has the stages pretrain, finetune, distill." in words
         and errors == ""
     )
-    assert "the first stage by --model, --model-path, --pretrained, --img-size;" in words
+    assert "the first by --model, --model-path, --pretrained, --img-size;" in words
     assert "(default: 16)" in printed and max(map(len, printed.splitlines())) <= 80
 
 
 def test_the_documentation_lists_the_flags_of_every_stage_and_of_the_first() -> None:
     lines = (Path(__file__).parents[2] / "docs" / "stages.md").read_text().splitlines()
-    for scope in (EVERY, FIRST):
-        line = next(line for line in lines if line.startswith("| `--") and scope in line)
-        for flag in flags_of(ExplainFlags):
-            if STAGED.get(flag.field.name) == scope:
+    for scope, words in (("every", "every stage"), ("first", "the first stage")):
+        line = next(line for line in lines if line.startswith("| `--") and words in line)
+        for flag in recipe_flags().values():
+            if flag.option.stages == scope:
                 assert flag.name in line

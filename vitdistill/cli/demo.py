@@ -3,12 +3,12 @@ two cores.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -34,39 +34,23 @@ from ..recipes.config import (
     TrainConfig,
 )
 from ..runs.networks import build_student, build_teacher_model, plan_of
+from ..runs.train import train
 from ..storage.atomic import staged_dir, write_atomic, write_new
 from ..vit.needs import Needs
 from ..vit.patches import num_kept_patches
 from ..vit.walk import run_vit
 from ..weights import create as weights
-from .flags import TEXT, about, parse_flags, wrap
+from .arguments import DemoArguments
 
 NUM_VALIDATION = 360
 KEEP_RATES = (0.75, 0.5)
 
 
-@dataclass
-class DemoFlags:
-    """Flags of ``demo``."""
-
-    output: Annotated[
-        str,
-        TEXT,
-        about("folder for images, runs and picture; finished runs in it are not repeated"),
-    ] = "runs/demo"
-
-
-def main(words: Sequence[str]) -> int:
+def run(args: DemoArguments) -> int:
     """Teacher, student alone, plain distillation, MaskedKD at several keep rates; a table and a
     picture.
     """
-    description = (
-        "The whole job on scikit-learn's 1,797 handwritten digits: train a ViT teacher on the spot,"
-        " then a small ViT alone, by plain distillation, and by MaskedKD; ends with a table and a"
-        " picture of the patches the teacher saw."
-    )
-    flags = parse_flags(DemoFlags, words, "vitdistill demo", wrap(description))
-    output, console = Path(flags.output), Console()
+    output, console = Path(args.output), Console()
     torch.set_num_threads(
         1
     )  # matrices this small lose more to waiting for each other than they gain
@@ -189,8 +173,6 @@ def demo_recipes(images: str, teacher: str) -> dict[str, Recipe]:
 
 
 def _run(recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
-    from ..runs.train import train
-
     quiet = Console(file=console.file, quiet=not console.is_terminal)
     return train(recipe, folder, device="cpu", console=quiet)
 

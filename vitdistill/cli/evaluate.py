@@ -2,14 +2,11 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
 
 from ..data.loader import EvalLoader
 from ..data.sources.base import ImageSource
@@ -18,7 +15,7 @@ from ..distill.teacher import Teacher
 from ..errors import ConfigError
 from ..evaluate.accuracy import evaluate
 from ..evaluate.features import Pool, check_pool, extract
-from ..evaluate.knn import TEMPERATURE, K, knn_accuracy
+from ..evaluate.knn import TEMPERATURE, knn_accuracy
 from ..evaluate.linear import linear_probe
 from ..messages import format_count, plural
 from ..recipes.config import TeacherConfig
@@ -26,151 +23,66 @@ from ..runs.networks import amp_dtype_of, build_teacher, build_teacher_model
 from ..vit.flops import forward_flops
 from ..vit.needs import Needs
 from ..world import World, join_world
-from .flags import COUNT, TEXT, about, one_of, parse_flags, wrap
+from .arguments import EvalArguments
 
 
-@dataclass
-class EvalFlags:
-    """Flags of ``eval``."""
-
-    model: Positional[
-        Annotated[
-            str,
-            TEXT,
-            about("a run or export folder, timm name, or hf-hub:ORG/NAME", metavar="MODEL"),
-        ]
-    ] = field(metadata={"positional": "MODEL"})
-    data_dir: Annotated[
-        str,
-        TEXT,
-        about(
-            "images: a folder or tar with val/, parquet files, hfds/NAME, torchvision/NAME?root=DIR"
-        ),
-    ]
-    model_path: Annotated[str | None, TEXT, about("its weights (.safetensors, .pth)")] = None
-    pretrained: Annotated[bool, about("take timm's pretrained weights")] = False
-    img_size: Annotated[
-        int | None, COUNT, about("side of its square input, pixels; none: its own")
-    ] = None
-    reorder_classes: Annotated[
-        bool, about("accept its classes, and the teacher's, in another order, matched by name")
-    ] = False
-    knn: Annotated[
-        int | None,
-        COUNT,
-        about(
-            f"judge its features by the K nearest training images (Wu et al. 2018); no K: {K}",
-            metavar="[K]",
-        ),
-    ] = None
-    linear_probe: Annotated[
-        bool, about("judge its features by a linear classifier trained on them")
-    ] = False
-    pool: Annotated[
-        str | None,
-        one_of("mean", "class"),
-        about("features of an image: mean of its patches or class token; none: mean"),
-    ] = None
-    teacher_model: Annotated[str | None, TEXT, about("a teacher to compare its answers with")] = (
-        None
-    )
-    teacher_path: Annotated[str | None, TEXT, about("the teacher's weights")] = None
-    teacher_pretrained: Annotated[bool, about("take timm's pretrained weights for the teacher")] = (
-        False
-    )
-    split: Annotated[Literal["val", "train"], one_of("val", "train"), about("which images")] = "val"
-    batch_size: Annotated[int, COUNT, about("images a step and process")] = field(
-        default=256, metadata={"aliases": ("-b",)}
-    )
-    workers: Annotated[int, COUNT, about("loader processes")] = field(
-        default=2, metadata={"aliases": ("-j",)}
-    )
-    amp_dtype: Annotated[
-        str,
-        one_of("auto", "float32", "bfloat16", "float16"),
-        about("precision; auto: bfloat16 on a GPU, float32 on a CPU"),
-    ] = "auto"
-    device: Annotated[str, TEXT, about("auto, cpu, cuda or cuda:N")] = "auto"
-    json: Annotated[bool, about("print one line of JSON instead of a table")] = False
-
-    @property
-    def probes(self) -> bool:
-        """Whether features are judged."""
-        return self.knn is not None or self.linear_probe
-
-    @property
-    def pooled(self) -> Pool:
-        """Which features, with the default."""
-        return "class" if self.pool == "class" else "mean"
-
-
-def main(words: Sequence[str]) -> int:
+def run(args: EvalArguments) -> int:
     """Evaluate one model exactly, on one process or torchrun's many."""
-    description = (
-        "Top-1 and top-5 accuracy, calibration error, agreement with a teacher, parameters, FLOPs"
-        " and speed of a model; k-NN and a linear probe of its features, also where it has no"
-        " classifier."
-    )
-    flags = parse_flags(EvalFlags, _with_k(words), "vitdistill eval", wrap(description))
-    if flags.batch_size < 1:
-        raise ConfigError(f"--batch-size is {flags.batch_size}: give at least 1")
-    _check_probes(flags)
-    with join_world(flags.device) as here:
-        result = _evaluate(flags, here)
+    _check_probes(args)
+    with join_world(args.device) as here:
+        result = _evaluate(args, here)
     if here.is_main:
-        print(json.dumps(result)) if flags.json else _print(flags, result)
+        print(json.dumps(result)) if args.json else _print(args, result)
     return 0
 
 
-def _with_k(words: Sequence[str]) -> list[str]:
-    """The words with the default number of neighbours after a ``--knn`` that names none."""
-    spelled: list[str] = []
-    for word, following in zip(words, (*words[1:], ""), strict=False):
-        spelled += (
-            [word, str(K)] if word == "--knn" and not following.lstrip("+-").isdigit() else [word]
-        )
-    return spelled
+def _probes(args: EvalArguments) -> bool:
+    """Whether features are judged."""
+    return args.knn is not None or args.linear_probe
 
 
-def _check_probes(flags: EvalFlags) -> None:
-    probe = "--knn" if flags.knn is not None else "--linear-probe"
-    if flags.pool is not None and not flags.probes:
+def _pool(args: EvalArguments) -> Pool:
+    """Which features of an image are judged."""
+    return "class" if args.pool == "class" else "mean"
+
+
+def _check_probes(args: EvalArguments) -> None:
+    probe = "--knn" if args.knn is not None else "--linear-probe"
+    if args.pool is not None and not _probes(args):
         raise ConfigError("--pool has no effect without --knn or --linear-probe")
-    if flags.knn is not None and flags.knn < 1:
-        raise ConfigError(f"--knn is {flags.knn}: give at least 1 neighbour")
-    if flags.split == "train" and flags.probes:
+    if args.split == "train" and _probes(args):
         raise ConfigError(
             f"{probe} learns from the training images and cannot be judged on them: leave"
             " --split out"
         )
 
 
-def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
-    source = open_source(flags.data_dir, flags.split)
+def _evaluate(args: EvalArguments, here: World) -> dict[str, Any]:
+    source = open_source(args.data_dir, args.split)
     if not source.classes:
         raise ConfigError(
-            f"the images in {flags.data_dir} have no labels (no class folders): there is nothing to"
+            f"the images in {args.data_dir} have no labels (no class folders): there is nothing to"
             " evaluate against"
         )
-    bank = open_source(flags.data_dir, "train", classes=source.classes) if flags.probes else None
-    if bank is not None and flags.knn is not None and flags.knn > len(bank):
+    bank = open_source(args.data_dir, "train", classes=source.classes) if _probes(args) else None
+    if bank is not None and args.knn is not None and args.knn > len(bank):
         there = (
             f"there {'is' if len(bank) == 1 else 'are'} only {plural(len(bank), 'training image')}"
         )
-        raise ConfigError(f"--knn is {flags.knn}, and {there}: give at most that")
-    amp_dtype = amp_dtype_of(flags.amp_dtype, here.device)
-    model, no_answers = _build(flags, source.classes, here.device)
+        raise ConfigError(f"--knn is {args.knn}, and {there}: give at most that")
+    amp_dtype = amp_dtype_of(args.amp_dtype, here.device)
+    model, no_answers = _build(args, source.classes, here.device)
     spec = model.spec
     teacher = None
-    if flags.teacher_model is not None:
+    if args.teacher_model is not None:
         taught = TeacherConfig(
-            model=flags.teacher_model,
-            checkpoint=flags.teacher_path,
-            pretrained=flags.teacher_pretrained,
-            reorder_classes=flags.reorder_classes,
+            model=args.teacher_model,
+            checkpoint=args.teacher_path,
+            pretrained=args.teacher_pretrained,
+            reorder_classes=args.reorder_classes,
         )
         teacher, _ = build_teacher(taught, "teacher", source.classes, spec, here.device)
-    elif flags.teacher_path is not None or flags.teacher_pretrained:
+    elif args.teacher_path is not None or args.teacher_pretrained:
         raise ConfigError(
             "--teacher-path and --teacher-pretrained have no effect without --teacher-model"
         )
@@ -179,8 +91,8 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
         return EvalLoader(
             images,
             spec,
-            batch_size=flags.batch_size,
-            workers=flags.workers,
+            batch_size=args.batch_size,
+            workers=args.workers,
             world=here,
         )
 
@@ -191,12 +103,12 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
     else:
         scores |= evaluate(_Matched(model), loader, here, amp_dtype, teacher=teacher) or {}
     if bank is not None:
-        scores |= _probe(flags, model, load(bank), loader, here, amp_dtype)
+        scores |= _probe(args, model, load(bank), loader, here, amp_dtype)
     return {
         **scores,
         "num_parameters": model.network.num_parameters,
         "flops": forward_flops(model.model, spec.image_size),
-        "images_per_second": _speed(model, min(flags.batch_size, 64), here.device, amp_dtype),
+        "images_per_second": _speed(model, min(args.batch_size, 64), here.device, amp_dtype),
         "device": (
             torch.cuda.get_device_name(here.device)
             if here.device.type == "cuda"
@@ -206,30 +118,32 @@ def _evaluate(flags: EvalFlags, here: World) -> dict[str, Any]:
     }
 
 
-def _build(flags: EvalFlags, classes: tuple[str, ...], device: torch.device) -> tuple[Teacher, str]:
+def _build(
+    args: EvalArguments, classes: tuple[str, ...], device: torch.device
+) -> tuple[Teacher, str]:
     """The model, and why it has no answers to be counted; empty if it has.
 
     Without a classifier for these classes its features can still be judged, where that is asked
     for.
     """
     config = TeacherConfig(
-        model=flags.model,
-        checkpoint=flags.model_path,
-        pretrained=flags.pretrained,
-        image_size=flags.img_size,
-        reorder_classes=flags.reorder_classes,
+        model=args.model,
+        checkpoint=args.model_path,
+        pretrained=args.pretrained,
+        image_size=args.img_size,
+        reorder_classes=args.reorder_classes,
     )
     built = build_teacher_model(config, "model")
-    if flags.probes:
-        check_pool(flags.pooled, built.network.has_class_token)
+    if _probes(args):
+        check_pool(_pool(args), built.network.has_class_token)
     if built.network.num_classes == 0:
-        reason = f"{flags.model} has no classifier"
-        if not flags.probes:
+        reason = f"{args.model} has no classifier"
+        if not _probes(args):
             raise ConfigError(
                 f"{reason}, so it has no accuracy: give --knn or --linear-probe to judge its"
                 " features"
             )
-        if flags.teacher_model is not None:
+        if args.teacher_model is not None:
             raise ConfigError(
                 f"{reason}, and a teacher's answers cannot be compared with any: leave"
                 " --teacher-model out"
@@ -238,14 +152,14 @@ def _build(flags: EvalFlags, classes: tuple[str, ...], device: torch.device) -> 
         try:
             return build_teacher(config, "model", classes, built.spec, device, built=built)[0], ""
         except ConfigError as error:
-            if not flags.probes or flags.teacher_model is not None:
+            if not _probes(args) or args.teacher_model is not None:
                 raise
             reason = str(error)
     return build_teacher(config, "model", classes, built.spec, device, {}, built)[0], reason
 
 
 def _probe(
-    flags: EvalFlags,
+    args: EvalArguments,
     model: Teacher,
     bank: EvalLoader,
     loader: EvalLoader,
@@ -253,13 +167,13 @@ def _probe(
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """What its features are worth, and how that was judged."""
-    train = extract(model.model, bank, here, amp_dtype, flags.pooled)
-    val = extract(model.model, loader, here, amp_dtype, flags.pooled)
+    train = extract(model.model, bank, here, amp_dtype, _pool(args))
+    val = extract(model.model, loader, here, amp_dtype, _pool(args))
     assert train is not None and val is not None
-    found: dict[str, Any] = {"pool": flags.pooled, "num_train_samples": len(train[1])}
-    if flags.knn is not None:
-        found |= {"knn_k": flags.knn, **knn_accuracy(*train, *val, k=flags.knn)}
-    if flags.linear_probe:
+    found: dict[str, Any] = {"pool": _pool(args), "num_train_samples": len(train[1])}
+    if args.knn is not None:
+        found |= {"knn_k": args.knn, **knn_accuracy(*train, *val, k=args.knn)}
+    if args.linear_probe:
         found |= linear_probe(*train, *val)
     return found
 
@@ -295,9 +209,9 @@ def _speed(
     return batch_size / sorted(times[1:])[len(times[1:]) // 2]
 
 
-def _print(flags: EvalFlags, result: dict[str, Any]) -> None:
+def _print(args: EvalArguments, result: dict[str, Any]) -> None:
     grid = Table(
-        title=f"{flags.model} on {flags.data_dir} ({flags.split})",
+        title=f"{args.model} on {args.data_dir} ({args.split})",
         show_header=False,
         title_justify="left",
     )

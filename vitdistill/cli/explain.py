@@ -1,34 +1,20 @@
 """``vitdistill explain``."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 from ..data.sources.base import check_enough
 from ..data.sources.open import open_source
 from ..errors import UserError
 from ..explain.cost import IMAGENET_TRAIN_IMAGES, cost_of
+from ..explain.measure import measure_step
 from ..explain.text import explain
 from ..messages import format_count, format_table
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, dump, in_stage, sources
 from ..runs.networks import Built, build_blank, plan_of, without_memory
 from ..runs.stages import networks_ahead
-from .flags import TEXT, about, wrap
-from .recipe_flags import RecipeFlags, parse
-
-
-@dataclass
-class ExplainFlags(RecipeFlags):
-    """Flags of ``explain``."""
-
-    time: Annotated[
-        bool, about("run a few steps here (random images and weights), print the hours implied")
-    ] = False
-    device: Annotated[
-        str | None, TEXT, about("for --time: cpu, cuda or cuda:N; none: the best there is")
-    ] = None
-    recipe_yaml: Annotated[bool, about("print the resolved recipe as YAML instead")] = False
+from .arguments import ExplainArguments
+from .recipe import resolve_recipe
 
 
 @dataclass(frozen=True)
@@ -51,20 +37,16 @@ class _Run:
     flops: int
 
 
-def main(words: Sequence[str]) -> int:
+def run(args: ExplainArguments) -> int:
     """Print the plan and its cost; nothing is trained and nothing is written."""
-    about_it = (
-        "What a run will compute and cost, before it runs. No weights are read and nothing is"
-        " written."
-    )
-    flags, recipe = parse("explain", ExplainFlags, words, wrap(about_it))
-    if flags.recipe_yaml and flags.time:
+    recipe = resolve_recipe(args)
+    if args.recipe_yaml and args.time:
         raise UserError(
             "--recipe-yaml prints the recipe and --time measures a step: give one of them"
         )
-    if flags.device is not None and not flags.time:
+    if args.device is not None and not args.time:
         raise UserError("--device cannot take effect: only --time runs anything on a device")
-    if flags.recipe_yaml:
+    if args.recipe_yaml:
         print(dump(recipe), end="")
         return 0
     stages = recipe.stages if isinstance(recipe, Stages) else {"": recipe}
@@ -87,13 +69,11 @@ def main(words: Sequence[str]) -> int:
             )
             print(f"{heading}\n{'=' * len(heading)}\n")
         print(run.text)
-        if flags.time:
-            from ..explain.measure import measure_step
-
+        if args.time:
             print()
             print(
                 measure_step(
-                    run.recipe, run.images.num_classes, run.images.count, flags.device or "auto"
+                    run.recipe, run.images.num_classes, run.images.count, args.device or "auto"
                 )
             )
         if key:

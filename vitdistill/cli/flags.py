@@ -1,24 +1,22 @@
-"""Flags as dataclasses: tyro prints the help and fills them; a mistake is answered here, in one
-sentence with a suggestion.
+"""One parser for every command: argparse, made from options.
+
+A mistake is answered in one sentence with what to write instead, and before torch is imported.
 """
 
-import dataclasses
+import argparse
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-import tyro
-from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, UserError
-from ..recipes.convert import convert
+from ..messages import printable, suggest
+from ..option import Option, convert_scalar, options_of
 
-Flags = TypeVar("Flags")
+Arguments = TypeVar("Arguments")
 
 ELSEWHERE: dict[str, str] = {
     "--accum-iter": "write --accumulate",
@@ -60,82 +58,29 @@ ELSEWHERE: dict[str, str] = {
 """Flags of timm's, DeiT's and MAE's scripts that are not flags here, and what to write instead."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Value(PrimitiveConstructorSpec[Any]):
-    """How a flag's one value is read and shown; ``none`` is None."""
-
-    kind: Any
-
-
-def _value(kind: Any, metavar: str) -> Value:
-    return Value(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: read_value(words[0], kind, "the value"),
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [value if isinstance(value, str) else str(value).lower()],
-        kind=kind,
-    )
-
-
-TEXT = _value(str, "TEXT")
-NUMBER = _value(float, "NUMBER")
-COUNT = _value(int, "N")
-SWITCH = _value(bool, "[true|false]")
-
-
-def one_of(*choices: str) -> Value:
-    """A value that is one of a few words."""
-    return _value(Literal[choices], "|".join(choices))
-
-
-def read_value(word: str, kind: Any, name: str, optional: bool = True) -> Any:
-    """The value of type ``kind`` (a type, or a Literal) that ``word`` spells; raises `UserError`
-    naming ``name``.
-    """
-    if optional and word.lower() in ("none", "null") and "none" not in get_args(kind):
-        return None
-    value = {"true": True, "false": False}.get(word.lower(), word) if kind is bool else word
-    try:
-        return convert(value, kind, name)
-    except ConfigError as error:
-        raise UserError(str(error)) from None
-
-
-def about(text: str, name: str | None = None, metavar: str | None = None) -> Any:
-    """A flag's help."""
-    return arg(name=name, metavar=metavar, help=text, help_behavior_hint=_default_hint)
-
-
-def _default_hint(default: str) -> str:
-    return "" if default in ("''", "") else f"(default: {default})"
-
-
 @dataclass(frozen=True)
-class _Flag:
-    """One flag as the command line spells it, or a word of its own (``metadata={"positional":
-    METAVAR}``).
+class Flag:
+    """A flag, or a word of its own, as the command line takes it.
+
+    Args:
+        dest: the field of the arguments that it fills, or a path of the recipe.
+        kind: the type of its value.
+        option: its description.
+        required: it has no default.
     """
 
-    name: str
-    field: "dataclasses.Field[Any]"
-    value: Value | None
-    optional: bool
-    aliases: tuple[str, ...]
+    dest: str
+    kind: Any
+    option: Option
+    required: bool = False
 
-    @classmethod
-    def of(cls, item: "dataclasses.Field[Any]", hint: Any) -> "_Flag":
-        name = item.metadata.get("positional") or "--" + item.name.rstrip("_").replace("_", "-")
-        value = next(
-            (extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Value)), None
-        )
-        return cls(
-            name,
-            item,
-            value,
-            type(None) in get_args(get_args(hint)[0]),
-            item.metadata.get("aliases", ()),
-        )
+    @property
+    def name(self) -> str:
+        return self.option.flag
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return (self.name, *self.option.aliases)
 
     @property
     def positional(self) -> bool:
@@ -143,71 +88,77 @@ class _Flag:
 
     @property
     def many(self) -> bool:
-        return self.field.default == ()
+        return get_origin(self.kind) is tuple
 
     @property
-    def required(self) -> bool:
-        return self.field.default is MISSING and self.field.default_factory is MISSING
+    def value_kind(self) -> Any:
+        """The type of one value."""
+        args = [arg for arg in get_args(self.kind) if arg not in (type(None), ...)]
+        return args[0] if get_origin(self.kind) in (Union, UnionType, tuple) else self.kind
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in get_args(self.kind)
+
+    @property
+    def alone(self) -> str:
+        """What it means without a value; empty: it needs one."""
+        return self.option.alone or ("true" if self.value_kind is bool else "")
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in the help."""
+        kind = self.value_kind
+        if self.option.metavar or self.positional:
+            return self.option.metavar or self.name
+        if get_origin(kind) is Literal:
+            return "|".join(get_args(kind))
+        return {int: "N", float: "NUMBER", bool: ""}.get(kind, "TEXT")
+
+    def read(self, word: str) -> Any:
+        """Return the value that ``word`` spells; raises `UserError` naming the flag."""
+        kind, choices = self.value_kind, get_args(self.value_kind)
+        if self.optional and word.lower() in ("none", "null") and "none" not in choices:
+            return None
+        if get_origin(kind) is Literal:
+            if word not in choices:
+                raise UserError(f"{self.name} is {printable(word)!r}", suggest(word, choices))
+            return word
+        value = {"true": True, "false": False}.get(word.lower(), word) if kind is bool else word
+        try:
+            number = convert_scalar(value, kind, self.name)
+        except ConfigError as error:
+            raise UserError(error.what, error.fixes) from None
+        bounds = self.option.describe_bounds()
+        if bounds and not self.option.allows(number):
+            raise ConfigError(f"{self.name} is {number!r}", f"give {bounds}", field=self.dest)
+        return number
 
 
-def flags_of(flags: type) -> Iterator[_Flag]:
-    """Every flag of a dataclass, those of nested groups included."""
-    hints = get_type_hints(flags, include_extras=True)
-    for item in dataclasses.fields(flags):
-        hint = hints[item.name]
-        if dataclasses.is_dataclass(hint):
-            yield from flags_of(hint)  # type: ignore[arg-type]
-        else:
-            yield _Flag.of(item, hint)
+def flags_of(arguments: type) -> Iterator[Flag]:
+    """Yield the flags that fill a dataclass of options."""
+    hints, described = get_type_hints(arguments), options_of(arguments)
+    for item in fields(arguments):
+        if item.name in described:
+            required = item.default is MISSING and item.default_factory is MISSING
+            yield Flag(item.name, hints[item.name], described[item.name], required)
 
 
-def normalise(flags: type, words: Sequence[str], prog: str) -> dict[str, list[str]]:
-    """The words after each flag by its field's name: aliases resolved, ``--a=b`` split, a list
-    given twice joined.
+Groups = Mapping[str, Sequence[Flag]]
+"""Flags by the heading they stand under in the help."""
+
+
+def parse_words(groups: Groups, words: Sequence[str], prog: str) -> dict[str, Any]:
+    """Return the values that the words give, by the flags' ``dest``.
 
     Raises:
-        UserError: a flag that does not exist, is given twice, lacks its value or has one of the
-            wrong type.
+        UserError: a flag does not exist, is given twice, lacks its value or has a wrong one.
     """
-    known = {spelling: flag for flag in flags_of(flags) for spelling in (flag.name, *flag.aliases)}
-    given: dict[str, list[str]] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not _is_flag(word):
-            flag = next(
-                (
-                    flag
-                    for flag in known.values()
-                    if flag.positional and flag.field.name not in given
-                ),
-                None,
-            )
-            if flag is None:
-                raise UserError(
-                    f"{word!r} is not expected here: flags begin with --, and '{prog} --help' lists"
-                    " them"
-                )
-            given[flag.field.name] = [word]
-            continue
-        spelling, equals, value = word.partition("=")
-        flag = _find(spelling, known, prog)
-        if flag.field.name in given and not flag.many:
-            raise UserError(f"{flag.name} is given twice: give it once")
-        if equals:
-            items = [value]
-        elif flag.many:
-            count = next((i for i, item in enumerate(rest) if _is_flag(item)), len(rest))
-            items, rest = rest[:count], rest[count:]
-        else:
-            items = [rest.pop(0)] if _takes(flag, rest) else []
-        given[flag.field.name] = given.get(flag.field.name, []) + _checked(flag, items)
-    missing = next(
-        (flag for flag in known.values() if flag.required and flag.field.name not in given), None
-    )
-    if missing is not None:
-        raise UserError(f"{missing.name} is missing: '{prog} --help' says what it is")
-    return given
+    known = {s: flag for flags in groups.values() for flag in flags for s in flag.spellings}
+    spelled = _spell_out(words, known, prog)
+    found = vars(_make_parser(groups, prog).parse_intermixed_args(spelled))
+    absent = {f.dest for flags in groups.values() for f in flags if f.positional and not f.required}
+    return {key: value for key, value in found.items() if value is not None or key not in absent}
 
 
 def _is_flag(word: str) -> bool:
@@ -218,103 +169,142 @@ def _is_flag(word: str) -> bool:
     return False
 
 
-def _find(spelling: str, known: dict[str, _Flag], prog: str) -> _Flag:
-    plain = spelling.replace("_", "-")
-    if plain in known:
-        return known[plain]
-    advice = ELSEWHERE.get(plain)
-    if advice is not None and all(flag in known for flag in re.findall(r"--[\w-]+", advice)):
-        raise UserError(f"there is no flag {spelling}: {advice}")
-    close = get_close_matches(plain, [name for name in known if name.startswith("--")], n=1)
-    raise UserError(
-        f"there is no flag {spelling}: "
-        + (f"did you mean {close[0]}?" if close else f"'{prog} --help' lists them")
-    )
-
-
-def _takes(flag: _Flag, rest: list[str]) -> bool:
-    """Whether the next word is the value of ``flag``; a switch that can also be taken back has one
-    only if that is true or false.
+def _spell_out(words: Sequence[str], known: Mapping[str, Flag], prog: str) -> list[str]:
+    """Return the words with each flag in its own spelling, and a value after one that can stand
+    alone.
     """
-    if flag.value is None or not rest or _is_flag(rest[0]):
+    spelled = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if not _is_flag(word):
+            spelled.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        flag = known.get(name.replace("_", "-"))
+        if flag is None:
+            raise _unknown(name, known, prog)
+        if not equals and flag.alone and not _reads(flag, following):
+            spelled.append(f"{flag.name}={flag.alone}")
+        else:
+            spelled.append(flag.name + equals + value)
+    return spelled
+
+
+def _reads(flag: Flag, word: str) -> bool:
+    try:
+        flag.read(word)
+    except UserError:
         return False
-    return flag.value.kind is not bool or rest[0].lower() in ("true", "false", "none")
+    return True
 
 
-def _checked(flag: _Flag, items: list[str]) -> list[str]:
-    if flag.value is None and not flag.many:
-        if items:
-            raise UserError(f"{flag.name} takes no value: write it alone")
-        return items
-    if not items and flag.value is not None and flag.value.kind is bool:
-        return ["true"]
-    if not items:
-        kind = (
-            f" ({flag.value.metavar})"
-            if flag.value is not None and get_origin(flag.value.kind) is Literal
-            else ""
+def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
+    plain = name.replace("_", "-")
+    advice = ELSEWHERE.get(plain, "")
+    if not all(flag in known for flag in re.findall(r"--[\w-]+", advice)):
+        advice = ""
+    names = [spelling for spelling in known if spelling.startswith("--")]
+    hint = advice or suggest(plain, names, f"'{prog} --help' lists them").replace("'--", "--")
+    return UserError(f"there is no flag {printable(name)}", hint.replace("'?", "?"))
+
+
+# --- argparse ------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        what = message.removeprefix("argument ")
+        raise UserError(printable(what), f"'{self.prog} --help' says more")
+
+
+class _Once(argparse.Action):
+    """Store a value, and refuse a second."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise UserError(f"{self.option_strings[0]} is given twice", "give it once")
+        setattr(namespace, self.dest, values)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """A flag, its short form and its value on one line; aliases stand at the end of the page."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[0] if action.option_strings else ""
+        return f"{name} {action.metavar}".strip()
+
+
+def _make_parser(
+    groups: Groups, prog: str, about: str = "", defaults: Mapping[str, Any] | None = None
+) -> argparse.ArgumentParser:
+    words = [flag.metavar for flags in groups.values() for flag in flags if flag.positional]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *words, "[flags]"]),
+        description=about,
+        formatter_class=_Formatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            default = (defaults or {}).get(flag.dest)
+            group.add_argument(
+                *([flag.dest] if flag.positional else [flag.name]),
+                **_settings(flag, flag.option.help + _format_default(default)),
+            )
+    return parser
+
+
+def _settings(flag: Flag, text: str) -> dict[str, Any]:
+    shared = {"metavar": flag.metavar, "help": text.replace("%", "%%"), "type": flag.read}
+    if flag.positional:
+        return {**shared, "nargs": None if flag.required else "?"}
+    action: dict[str, Any] = {"action": "extend", "nargs": "+"} if flag.many else {"action": _Once}
+    required = {"required": True} if flag.required else {}
+    return {**shared, **action, **required, "dest": flag.dest, "default": argparse.SUPPRESS}
+
+
+def _format_default(value: Any) -> str:
+    if value is None or value is MISSING or value is False or value in ("", (), []):
+        return ""
+    return f" (default: {value if isinstance(value, str) else str(value).lower()})"
+
+
+def format_help(
+    groups: Groups, prog: str, about: str, defaults: Mapping[str, Any] | None = None
+) -> str:
+    """Return the help page; ``defaults`` are values by ``dest``."""
+    page = _make_parser(groups, prog, about, defaults).format_help().rstrip()
+    aliases = [
+        f"{alias} for {flag.name}"
+        for flags in groups.values()
+        for flag in flags
+        for alias in flag.option.aliases
+    ]
+    if aliases:
+        page += "\n\n" + wrap(f"Also understood: {', '.join(aliases)}.")
+    return page
+
+
+def wrap(text: str, indent: str = "") -> str:
+    """Return paragraphs no wider than the terminal."""
+    width = max(shutil.get_terminal_size().columns - 2, 40)
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
-        raise UserError(f"{flag.name} needs a value{kind}")
-    if flag.value is not None:
-        read_value(items[0], flag.value.kind, flag.name, flag.optional)
-    return items
-
-
-def parse_flags(flags: type[Flags], words: Sequence[str], prog: str, description: str) -> Flags:
-    """The flags filled in; ``--help`` prints the help and exits.
-
-    Raises:
-        UserError: one sentence for any mistake.
-        SystemExit: after the help.
-    """
-    return fill(
-        flags, None if asks_help(words) else normalise(flags, words, prog), prog, description
+        for line in text.splitlines()
     )
 
 
 def asks_help(words: Sequence[str]) -> bool:
     """Whether the words ask for help, whatever else they say."""
     return "--help" in words or "-h" in words
-
-
-def fill(
-    flags: type[Flags],
-    given: dict[str, list[str]] | None,
-    prog: str,
-    description: str,
-    default: Flags | None = None,
-) -> Flags:
-    """The dataclass with what `normalise` read in it; None prints the help and exits."""
-    words = ["--help"]
-    if given is not None:
-        names = {flag.field.name: flag for flag in flags_of(flags)}
-        words = [
-            word
-            for key, items in given.items()
-            for word in ([] if names[key].positional else [names[key].name]) + items
-        ]
-    options: dict[str, Any] = {} if default is None else {"default": default}
-    filled: Flags = tyro.cli(
-        flags,
-        args=words,
-        prog=prog,
-        description=description + _aliases(flags),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-        **options,
-    )
-    return filled
-
-
-def _aliases(flags: type) -> str:
-    pairs = [f"{alias} for {flag.name}" for flag in flags_of(flags) for alias in flag.aliases]
-    return "\n\n" + wrap("Also understood: " + ", ".join(pairs) + ".") if pairs else ""
-
-
-def wrap(text: str, indent: str = "  ") -> str:
-    """Lines no wider than the terminal, the second and later ones indented (tyro joins lines that
-    begin with a letter).
-    """
-    width = max(shutil.get_terminal_size().columns - 2, 40)  # some versions of tyro keep a margin
-    return textwrap.fill(
-        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )

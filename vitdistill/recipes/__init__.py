@@ -28,7 +28,7 @@ FAMILIES = (
     Family(
         "any data, student and teacher",
         "plain",
-        ("alone", "kd", "hard_kd", "maskedkd", "nkd", "vitkd", "vitkd_nkd"),
+        ("maskedkd", "kd", "alone", "hard_kd", "nkd", "vitkd", "vitkd_nkd"),
     ),
     Family("DeiT-Ti on ImageNet-1k", "deit", ("deit_tiny", "deit_tiny_distilled")),
     Family(

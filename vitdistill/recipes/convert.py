@@ -11,6 +11,7 @@ from ..errors import Add, ConfigError, Fix, Set
 from ..messages import suggest
 from ..methods import method_class, method_name
 from ..methods.base import Masking, Objective, TokenSelector
+from ..option import convert_scalar, refusal
 from .config import Recipe
 
 METHOD_KINDS: dict[type, str] = {
@@ -18,7 +19,6 @@ METHOD_KINDS: dict[type, str] = {
     TokenSelector: "a patch selector",
     Masking: "a masking",
 }
-NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def to_dict(value: Any) -> Any:
@@ -72,11 +72,11 @@ def convert(value: Any, kind: Any, path: str, source: str = "") -> Any:
         return _convert_union(value, args, path, source)
     if origin is Literal:
         if value not in args:
-            raise _refusal(value, suggest(value, args), path, source)
+            raise refusal(value, suggest(value, args), path, source)
         return value
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise _refusal(value, "a mapping is needed", path, source)
+            raise refusal(value, "a mapping is needed", path, source)
         return {str(key): convert(v, args[1], _join(path, key), source) for key, v in value.items()}
     if origin is tuple:
         return _convert_tuple(value, args, path, source)
@@ -85,34 +85,10 @@ def convert(value: Any, kind: Any, path: str, source: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
         return _convert_dataclass(value, kind, path, source)
-    return _convert_scalar(value, kind, path, source)
-
-
-def _convert_scalar(value: Any, kind: Any, path: str, source: str) -> Any:
     if kind is Any:
         _require_plain(value, path, source)
         return value
-    number = _number(value) if kind in (int, float) else None
-    if kind is float and number is not None:
-        return float(number)
-    if kind is int and number is not None and number == int(number):
-        return int(number)
-    if isinstance(value, kind) and kind not in (int, float):
-        return value
-    raise _refusal(value, f"{NEEDED.get(kind, kind.__name__)} is needed", path, source)
-
-
-def _number(value: Any) -> int | float | None:
-    """Return a finite number, also from text (all the command line has); None: it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    for read in (int, float):
-        try:
-            number = read(value) if isinstance(value, str) else value
-            return number if math.isfinite(number) else None
-        except (ValueError, OverflowError):
-            continue
-    return None
+    return convert_scalar(value, kind, path, source)
 
 
 def _require_plain(value: Any, path: str, source: str) -> None:
@@ -124,9 +100,9 @@ def _require_plain(value: Any, path: str, source: str) -> None:
         for item in value:
             _require_plain(item, path, source)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise _refusal(value, "a finite number is needed", path, source)
+        raise refusal(value, "a finite number is needed", path, source)
     elif value is not None and not isinstance(value, bool | int | float | str):
-        raise _refusal(value, "plain data is needed, such as text or a number", path, source)
+        raise refusal(value, "plain data is needed, such as text or a number", path, source)
 
 
 def _convert_union(value: Any, options: tuple[Any, ...], path: str, source: str) -> Any:
@@ -143,11 +119,11 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str, source: str)
 
 def _convert_tuple(value: Any, args: tuple[Any, ...], path: str, source: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise _refusal(value, "a list is needed, e.g. [0, 1]", path, source)
+        raise refusal(value, "a list is needed, e.g. [0, 1]", path, source)
     if args[-1] is Ellipsis:
         args = (args[0],) * len(value)
     if len(value) != len(args):
-        raise _refusal(value, f"a list of {len(args)} numbers is needed", path, source)
+        raise refusal(value, f"a list of {len(args)} numbers is needed", path, source)
     items = enumerate(zip(value, args, strict=True))
     return tuple(convert(item, arg, f"{path}[{i}]", source) for i, (item, arg) in items)
 
@@ -156,7 +132,7 @@ def _convert_dataclass(value: Any, kind: type, path: str, source: str) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        raise _refusal(value, "a mapping is needed", path, source)
+        raise refusal(value, "a mapping is needed", path, source)
     hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
@@ -177,19 +153,12 @@ def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
         return value
     if not isinstance(value, Mapping) or "method" not in value:
         wanted = "a mapping with the key 'method' is needed, e.g. {method: kd, weight: 0.5}"
-        raise _refusal(value, wanted, path, source)
+        raise refusal(value, wanted, path, source)
     cls = method_class(str(value["method"]))
     if not issubclass(cls, kind):
-        raise _refusal(value["method"], f"it is not {METHOD_KINDS[kind]}", path, source)
+        raise refusal(value["method"], f"it is not {METHOD_KINDS[kind]}", path, source)
     rest = {key: item for key, item in value.items() if key != "method"}
     return _convert_dataclass(rest, cls, path, source)
-
-
-def _refusal(value: Any, wanted: str, path: str, source: str) -> ConfigError:
-    text = repr(value)
-    where = " in ".join(part for part in (path, source) if part)
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    return ConfigError(f"{where} is {shown}", wanted, field=path)
 
 
 def _unknown_field(path: str, name: str, known: Mapping[str, Any], source: str) -> ConfigError:

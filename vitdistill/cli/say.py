@@ -1,0 +1,27 @@
+"""Lines for a terminal."""
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+
+EVERY_S = 10.0
+"""Seconds between the lines about long work."""
+
+
+def say(text: str) -> None:
+    """Print a line as it is, however long."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def now_and_then() -> Callable[[str], None]:
+    """Return a `say` for every part of long work, silent for `EVERY_S` seconds after a line."""
+    told = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= EVERY_S:
+            told = time.monotonic()
+            say(text)
+
+    return tell
