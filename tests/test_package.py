@@ -63,6 +63,7 @@ def test_pinned_versions_have_digests_and_no_addresses() -> None:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry.partition("\n")[0]
 
 
+@pytest.mark.whole
 def test_public_names_are_imported_when_they_are_used():
     code = (
         "import sys, vitdistill; assert 'torch' not in sys.modules;"

@@ -535,6 +535,7 @@ def test_a_recipe_file_with_an_unknown_field(here: Path, refused: Refused) -> No
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "name",
     [name for name in RECIPES if name not in ("kd", "hard_kd", "maskedkd", "deit_tiny_distilled")],
@@ -876,6 +877,7 @@ def in_child(run: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tupl
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 
 
+@pytest.mark.whole
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -336,6 +336,7 @@ def test_a_convolutional_pair_distils_by_logits() -> None:
     assert losses["kd"].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
+@pytest.mark.whole
 def test_a_step_of_logits_features_and_chosen_patches_is_one_graph() -> None:
     student, batch = vit(), batch_of()
     teachers = {"teacher": teacher_of(vit(1, embed_dim=36, depth=3))}

@@ -66,6 +66,7 @@ PAPER = [  # recipe, keep rate, peta-MACs of the teacher over the run (arXiv 230
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("recipe", "keep_rate", "paper"), PAPER)
 def test_explain_reproduces_the_papers_teacher_cost(
     recipe: str, keep_rate: float, paper: int, capsys: pytest.CaptureFixture[str]

@@ -64,6 +64,7 @@ def test_the_bytes_do_not_depend_on_who_writes(
     assert trees[0] == trees[1] == trees[2]
 
 
+@pytest.mark.whole
 def test_kill_9_at_random_moments_leaves_whole_parts(
     made, manifest, tmp_path, make, fork, join, tree, is_right
 ):

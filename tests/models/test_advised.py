@@ -135,6 +135,7 @@ def test_gradients_equal_the_models_own(form: str) -> None:
         ) < 1e-4, name
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", ["three, weighted", "stems"])
 def test_compiles_as_one_graph(form: str) -> None:
     model, images = build(form)
@@ -395,6 +396,7 @@ def test_exports_load_with_the_same_answers(
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", ["two learned tokens", "stems"])
 def test_onnx(form: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

@@ -67,6 +67,7 @@ def test_fine_tuning_is_maes(
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "student", "size"),
     [

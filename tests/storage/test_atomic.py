@@ -310,6 +310,7 @@ def in_child(work: Callable[[], object]) -> int:
     return pid
 
 
+@pytest.mark.whole
 def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
     rng = random.Random(3)
     final = tmp_path / "file"

@@ -237,6 +237,7 @@ def test_foreign_files_are_never_deleted(tmp_path):
 # -- kills and full disks -------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path):
     size = 50_000
     rng = random.Random(5)

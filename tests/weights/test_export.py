@@ -285,6 +285,7 @@ def test_the_config_names_its_writer_and_no_path(tmp_path):
 # -- onnx -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", ["plain", "distilled"])
 def test_onnx_answers_the_same_for_any_batch(tmp_path, case):
