@@ -321,7 +321,7 @@ def test_kill_9_at_random_moments_leaves_a_whole_file(tmp_path):
             os.write(writer, b".")
 
     seen = set()
-    for i in range(40):
+    for i in range(20):
         reader, writer = os.pipe()  # one for each child: nothing that another one said is in it
         pid = in_child(lambda writer=writer: write_for_ever(writer))
         os.close(writer)

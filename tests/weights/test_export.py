@@ -304,6 +304,7 @@ def test_onnx_answers_the_same_for_any_batch(tmp_path, case):
             assert torch.allclose(found, model(batch), atol=1e-5)
 
 
+@pytest.mark.whole
 def test_a_network_that_answers_nan_is_not_exported_to_onnx(tmp_path):
     model, options = make("plain")
     with torch.no_grad():
@@ -313,6 +314,7 @@ def test_a_network_that_answers_nan_is_not_exported_to_onnx(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_onnx_cannot_hold_is_one_sentence(tmp_path):
     class Odd(torch.nn.Module):

@@ -114,10 +114,11 @@ def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] 
     converter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if converter is None:
         return None
-    options = {"adapt_layer_scale": True}  # of another number of blocks' worth, in plain ViTs
+    # DeiT III's files call a layer scale gamma_1; not every family's converter knows of them.
     known = inspect.signature(converter).parameters
+    options = {"adapt_layer_scale": True} if "adapt_layer_scale" in known else {}
     try:
-        return dict(converter(dict(state), model, **{k: options[k] for k in options if k in known}))
+        return dict(converter(dict(state), model, **options))
     # It indexes whatever keys it expects of public files: any failure says that this is none.
     except Exception as error:
         _log.debug("timm's converter refused the file: %s", error)
