@@ -96,7 +96,7 @@ class Augment:
             if not has_effect and getattr(self, name) != default:
                 raise ConfigError(
                     f"{name} has no effect {why}",
-                    (fix, _set(name, default)),
+                    (_set(name, default), fix),
                     field=f"data.augment.{name}",
                 )
 
