@@ -25,9 +25,9 @@ from vitdistill.errors import (
     Preempted,
     UserError,
 )
+from vitdistill.evaluate.accuracy import evaluate
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.runs.prepare import prepare
-from vitdistill.runs.train import evaluate
 from vitdistill.storage import checkpoint
 from vitdistill.weights.create import create_model
 from vitdistill.world import ProcessLost, World, choose_device, join_world

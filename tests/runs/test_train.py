@@ -30,6 +30,7 @@ from vitdistill.errors import (
     NonFiniteError,
     Preempted,
 )
+from vitdistill.evaluate.accuracy import evaluate
 from vitdistill.evaluate.knn import knn_evaluation
 from vitdistill.methods.base import Objective, WeightSchedule
 from vitdistill.methods.kd import HardKD, SoftKD
@@ -38,7 +39,6 @@ from vitdistill.recipes.config import TeacherConfig
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.runs.stop import StopRequest
-from vitdistill.runs.train import evaluate
 from vitdistill.storage import checkpoint
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.walk import run_vit

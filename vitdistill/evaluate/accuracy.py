@@ -163,7 +163,7 @@ def evaluate(
     metrics = Metrics(world.device)
     try:
         for batch in batches_together(loader, world, stop):
-            with torch.autocast(world.device.type, amp_dtype, enabled=amp_dtype is not None):
+            with world.autocast(amp_dtype):
                 logits = run_vit(model, batch.images, Needs(logits=True)).logits
                 answer = (
                     None if teacher is None else teacher(batch.images, Needs(logits=True)).logits

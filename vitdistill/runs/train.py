@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -27,19 +26,17 @@ from ..evaluate.accuracy import evaluate
 from ..evaluate.knn import knn_evaluation
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import plural
-from ..methods.base import Objective
 from ..recipes.config import Recipe
 from ..storage.atomic import require_free, write_atomic
-from ..weights.export import export_timm
 from ..world import agreed, join_world
 from . import state as states
 from .display import Display, Speed
 from .feed import Feed
-from .folder import METRICS, PICTURES, SUMMARY, TIMING, RunFolder, finished, saved_recipe
+from .folder import SUMMARY, RunFolder, finished, saved_recipe
 from .nonfinite import last_good, nonfinite_error
 from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule
-from .pictures import draw_sheet, png
 from .prepare import Prepared, Say, prepare
+from .report import Report
 from .stop import StopRequest
 from .stored import with_views_of_labels
 
@@ -152,7 +149,7 @@ class Trainer:
         self.feed = Feed(steps, self.world.device)
         self.display = Display(console, self.num_steps, self.steps_per_epoch, self.world.is_main)
         self.speed = Speed(self.recipe.train.batch_size)
-        self.board = None if folder is None else _tensorboard(output, self.state.step)
+        self.report = None if folder is None else Report(prepared, folder, self.state.step)
         if found is not None:
             say(f"resuming {output} at step {self.state.step} of {self.num_steps}")
 
@@ -175,8 +172,8 @@ class Trainer:
             stack.enter_context(self.stop)
             stack.enter_context(self.display)
             stack.callback(self.feed.close)
-            if self.board is not None:
-                stack.callback(self.board.close)
+            if self.report is not None:
+                stack.callback(self.report.close)
             with self._memory_of_a_step():
                 self.feed.fetch()
             self.ending, self.feed.waited = self.world.settle(self.feed.error), 0.0
@@ -311,13 +308,8 @@ class Trainer:
             self.display.evaluation(state.step, scores, best)
             self.display.working("")
         with self.world.together():
-            if self.folder is not None:
-                for name in ("last", "best") if best else ("last",):
-                    self._export(name)
-                self._draw()
-                if scores is not None:
-                    self._log(self.folder, METRICS, "eval", scores)
-                    self._show("validation", scores)
+            if self.report is not None:
+                self.report.evaluation(self._evaluated, state.step, scores, best)
         # From here on it counts: what fails before leaves the run as it was.
         if scores is not None:
             state.scores = scores
@@ -339,41 +331,6 @@ class Trainer:
             return evaluate(model, images, self.world, amp_dtype, stop)
         return knn_evaluation(model, bank, images, self.world, amp_dtype, stop)
 
-    def _export(self, name: str) -> None:
-        networks = self.prepared.networks
-        architecture, args = networks.architecture
-        export_timm(
-            self._evaluated,
-            self.output / name,
-            architecture=architecture,
-            model_args=args,
-            classes=networks.classes or None,
-            input_spec=networks.spec,
-            prove=not self.proved,
-        )
-        self.proved = True
-
-    @torch.no_grad()
-    def _draw(self) -> None:
-        """Draw what the objectives have to show of a few images.
-
-        The student is the one that decoders are trained with, not its average.
-        """
-        distillation, objectives = self.prepared.distillation, self.prepared.plan.objectives
-        if all(type(o).pictures is Objective.pictures for o in objectives.values()):
-            return
-        (batch,) = self.prepared.loaders.shown
-        batch.seed = self.recipe.train.seed
-        distillation.eval()
-        with self.world.autocast(self.prepared.amp_dtype):
-            rows = distillation.pictures(batch)
-        if rows:
-            sheet = draw_sheet(rows, self.prepared.networks.spec)
-            write_atomic(self.output / PICTURES, png(sheet))
-            if self.board is not None:
-                step = self.state.step
-                self.board.add_image("pictures", np.array(sheet), step, dataformats="HWC")
-
     def log(self) -> None:
         """Show and write the means since the last log line."""
         state = self.state
@@ -385,29 +342,10 @@ class Trainer:
         self.feed.waited = 0.0
         self.display.step(state.step, means, rates["lr"], self.speed)
         with self.world.together():
-            if self.folder is None:
-                return
-            scale = {} if state.scaler is None else {"loss_scale": state.scaler.get_scale()}
-            self._log(self.folder, METRICS, "train", rates | means | scale)
-            self._show("train", rates | means)
-            if math.isfinite(self.speed.images_per_second):
-                pace = {
-                    "images_per_second": round(self.speed.images_per_second, 1),
-                    "wait_share": round(self.speed.wait_share, 4),
-                }
-                self.folder.log(TIMING, {"step": state.step, **pace})
-                self._show("speed", pace)
-
-    def _log(self, folder: RunFolder, name: str, kind: str, values: dict[str, float]) -> None:
-        step = self.state.step
-        folder.log(
-            name, {"kind": kind, "step": step, "epoch": step / self.steps_per_epoch, **values}
-        )
-
-    def _show(self, group: str, values: dict[str, float]) -> None:
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, self.state.step)
+            if self.report is not None:
+                scale = {} if state.scaler is None else {"loss_scale": state.scaler.get_scale()}
+                self.report.training(state.step, rates | means, scale)
+                self.report.pace(state.step, self.speed)
 
     # --- saving and leaving ----------------------------------------------------------------------
 
@@ -471,12 +409,3 @@ def _distributed(prepared: Prepared) -> nn.Module:
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         find_unused_parameters=bool(prepared.unused),
     )
-
-
-def _tensorboard(output: Path, step: int) -> Any:
-    """Open a TensorBoard writer if the extra is installed; metrics.jsonl holds everything."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(output / "tensorboard"), purge_step=step)
