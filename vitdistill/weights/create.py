@@ -217,7 +217,7 @@ def _cannot_build(name: str, spelled: str, error: Exception) -> ConfigError:
     if asked is not None:
         return ConfigError(
             f"{printable(name)} takes no argument {asked[1]!r}",
-            fix=Drop(f"model_args.{asked[1]}"),
+            fix="leave it out of the model's arguments",
             field=f"model_args.{asked[1]}",
         )
     return ConfigError(
