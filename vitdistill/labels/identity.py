@@ -1,6 +1,4 @@
-"""What labels belong to: the images, the views, and the teacher, as plain values with names that a
-message can show.
-"""
+"""What labels belong to: the images, the views and the teacher, as plain values that have names."""
 
 import dataclasses
 import hashlib
@@ -21,7 +19,7 @@ _OF_VIEWS = ("images.", "classes.", "view.")
 
 
 def images_identity(source: ImageSource, classes: Sequence[str]) -> dict[str, Any]:
-    """Of the images, in their order, and of the classes, in the order of the logits."""
+    """Identify the images, in their order, and the classes, in the order of the logits."""
     digest = hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape")).hexdigest()
     shown = list(classes) if len(classes) <= 20 else [*classes[:3], f"... {len(classes)} classes"]
     return {
@@ -33,7 +31,7 @@ def images_identity(source: ImageSource, classes: Sequence[str]) -> dict[str, An
 
 
 def view_identity(spec: InputSpec, augment: Augment, seed: int, pipeline: str) -> dict[str, Any]:
-    """Of everything that makes view v of sample i, mixing included."""
+    """Identify everything that makes view v of sample i, mixing included."""
     identity: dict[str, Any] = {
         "view.seed": seed,
         "view.random": RANDOM,
@@ -57,8 +55,9 @@ def view_identity(spec: InputSpec, augment: Augment, seed: int, pipeline: str) -
 def teacher_identity(
     weights: str, spec: InputSpec, precision: str, batch_size: int
 ) -> dict[str, Any]:
-    """Of the teacher: its weights and how it was run; the batch size too, on which the last bits of
-    an answer depend.
+    """Identify the teacher's weights and how it ran.
+
+    The last bits of an answer depend on the batch size.
     """
     return {
         "teacher.weights": weights,
@@ -71,20 +70,22 @@ def teacher_identity(
 
 
 def of_views(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The part that a student has to share with the labels it learns from."""
+    """Return the part of an identity that a student shares with the labels it learns from."""
     return {key: value for key, value in identity.items() if key.startswith(_OF_VIEWS)}
 
 
 def network_to_json(network: Network) -> dict[str, Any]:
-    """A `Network` as plain JSON."""
+    """Return a `Network` as plain JSON."""
     plain = dataclasses.asdict(network)
     plain["grids"] = {str(block): list(grid) for block, grid in network.grids.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
 def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
-    """The `Network` that `network_to_json` wrote, under the name that this run gives it; raises
-    `DataError` for anything else.
+    """Read what `network_to_json` returned, under the name that this run gives the network.
+
+    Raises:
+        DataError: it describes no network.
     """
     try:
         values: dict[str, Any] = {
@@ -95,8 +96,8 @@ def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
         return Network(**values)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(
-            f"the labels of the {name} describe no network ({error}): they were written by another"
-            " version"
+            f"the labels of the {name} describe no network ({error})",
+            "use the version of vitdistill that wrote them",
         ) from error
 
 
