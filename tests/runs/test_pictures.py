@@ -181,7 +181,7 @@ def test_validation_images_that_are_there_and_damaged_are_not_passed_over(tmp_pa
     (root / "val" / "dog").rmdir()
     (root / "val" / "cat" / "06.png").unlink()
     (root / "val" / "cat" / "06.png").symlink_to("nowhere")
-    with pytest.raises(DataError, match="is it a broken link"):
+    with pytest.raises(DataError, match=r"06\.png"):
         tools.run(recipe, tmp_path / "run")
     shutil.rmtree(root / "val" / "cat")
     with pytest.raises(DataError, match="it lacks 1 "):
