@@ -94,16 +94,15 @@ def create_model(
             model = _build_saved(saved, build)
         else:
             model = _load_saved(saved, build)
-    if checkpoint is not None:
-        state = load_state_dict(checkpoint)
-        notes = []
-        if source == "timm":
-            answers = 0 if is_headless(model, state) else _num_answers(model, state)
-            if "num_classes" not in build and answers not in (None, model.num_classes):
-                model = _from_registry(place, {**build, "num_classes": answers}, pretrained=False)
-            notes = _set_normalisation(model, state, place)
-        fresh = "num_classes" in build or not getattr(model, "num_classes", 1)
-        load_into(model, state, printable(checkpoint), fresh_head=fresh, notes=notes)
+    if checkpoint is None:
+        return model
+    state = load_state_dict(checkpoint)
+    notes = []
+    if source == "timm":
+        model = _with_its_classes(model, state, place, build)
+        notes = _set_normalisation(model, state, place)
+    fresh = "num_classes" in build or not getattr(model, "num_classes", 1)
+    load_into(model, state, printable(checkpoint), fresh_head=fresh, notes=notes)
     return model
 
 
@@ -288,6 +287,16 @@ def _load_saved(saved: Saved, build: Mapping[str, Any]) -> nn.Module:
     if not same_head:
         model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]
     return model
+
+
+def _with_its_classes(
+    model: nn.Module, state: Mapping[str, Tensor], name: str, build: dict[str, Any]
+) -> nn.Module:
+    """Build the network again with a file's number of classes, if none was asked for."""
+    answers = 0 if is_headless(model, state) else _num_answers(model, state)
+    if "num_classes" in build or answers in (None, model.num_classes):
+        return model
+    return _from_registry(name, {**build, "num_classes": answers}, pretrained=False)
 
 
 def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import is_model
 from timm.models._pretrained import PretrainedCfg
 
@@ -100,13 +102,6 @@ def read_hub(place: str) -> Saved:
 
 
 def _download(place: str, filename: str) -> Path | None:
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ConfigError(
-            "names of the hub need huggingface_hub", fix="pip install huggingface_hub"
-        ) from error
     repo, _, revision = place.partition("@")
     try:
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
