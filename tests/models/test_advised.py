@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vitdistill.cli.export import main as export
+from vitdistill.cli import main
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.distill.plan import make_plan
@@ -388,7 +388,7 @@ def test_exports_load_with_the_same_answers(
     fresh: Any = create_model(str(folder), num_classes=4).eval()
     assert fresh(images).shape == (3, 4) and fresh.head.names == model.head.names
     assert torch.equal(fresh.forward_features(images), model.forward_features(images))
-    assert export([str(folder), "--output", str(tmp_path / "again")]) == 0
+    assert main(["export", str(folder), "--output", str(tmp_path / "again")]) == 0
     said = capsys.readouterr().out
     assert (
         f"after 'import vitdistill.models.advised', because plain timm does not know {name}" in said
@@ -421,7 +421,7 @@ def test_networks_of_timm_need_no_import(
             classes=None,
             input_spec=spec,
         )
-        assert export([str(folder), "--output", str(tmp_path / f"{name}_again")]) == 0
+        assert main(["export", str(folder), "--output", str(tmp_path / f"{name}_again")]) == 0
         assert ("import vitdistill.models.involution" in capsys.readouterr().out) == says
 
 
