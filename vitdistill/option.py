@@ -56,7 +56,7 @@ class Option:
         return " and ".join(
             f"{name.replace('_', ' ')} {bound:g}"
             for name, bound in bounds.items()
-            if bound is not None
+            if bound not in (None, math.inf)
         )
 
 

@@ -142,7 +142,7 @@ def test_the_overview_names_every_command(
 ) -> None:
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in COMMANDS)
+    assert all(f"\n  {name} " in printed for name in COMMANDS if " " not in name)
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +155,7 @@ def test_every_command_has_help_that_fits_80_columns(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     printed, errors = capsys.readouterr()
     assert f"usage: vitdistill {command}" in printed and errors == ""
     assert max(map(len, printed.splitlines())) <= 80
@@ -363,7 +363,7 @@ def test_a_teacher_of_another_class_order_is_refused_unless_asked_for(
     here: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = renamed(here, "other", ["green", "red", "blue"])
-    assert "pass --reorder-classes" in refused(*with_teacher(folder), code=CONFIG)
+    assert "give --reorder-classes" in refused(*with_teacher(folder), code=CONFIG)
     # Taken at its word it answers wrongly now, and the preflight sees that too.
     assert "which is not above chance (33.3% for 3 classes)" in refused(
         *with_teacher(folder, "--reorder-classes"), code=CONFIG
@@ -813,7 +813,7 @@ def test_a_teacher_of_another_class_order_is_compared_by_name(
         "--json",
     ]
     assert "the teacher has the data set's classes in another order" in refused(*words, code=CONFIG)
-    assert "pass --reorder-classes" in refused(*words, code=CONFIG)
+    assert "give --reorder-classes" in refused(*words, code=CONFIG)
     assert main([*words, "--reorder-classes"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert (

@@ -95,7 +95,7 @@ def test_a_mistyped_command_is_one_sentence(
 ) -> None:
     assert main(words) == UserError.exit_code
     printed, errors = capsys.readouterr()
-    assert printed == "" and errors.count("\n") == 1 and errors.startswith("vitdistill ")
+    assert printed == "" and errors.count("\n") == 1 and errors.startswith("vitdistill")
 
 
 def test_out_of_bounds_is_a_wrong_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +175,7 @@ def test_words_are_read_without_torch() -> None:
         (Give("data_dir", "photos"), "", "give --data-dir photos"),
         (Give("output"), "", "give --output"),
         (Add("kd"), "finetune", "add --with finetune.kd"),
-        (Drop("selector"), "", "add --without selector"),
+        (Drop("selector"), "", "give --without selector"),
         ("take a plain ViT", "", "take a plain ViT"),
     ],
 )

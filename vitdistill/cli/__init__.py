@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vitdistill {__version__}")
         return 0
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
-    prog = f"vitdistill {printable(name)}"
+    prog = f"vitdistill {name}" if name in COMMANDS else "vitdistill"
     try:
         return _run(name, words[1 + name.count(" ") :], prog)
     except UserError as error:

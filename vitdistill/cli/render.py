@@ -32,7 +32,7 @@ def _spell(fix: Fix, stage: str, known: dict[str, Flag]) -> str:
     place = f"{stage}." if stage else ""
     if isinstance(fix, Add):
         return f"add --with {place}{fix.method}"
-    return f"add --without {place}{fix.part}" if isinstance(fix, Drop) else fix
+    return f"give --without {place}{fix.part}" if isinstance(fix, Drop) else fix
 
 
 def _spell_field(fix: Set, stage: str, known: dict[str, Flag]) -> str:

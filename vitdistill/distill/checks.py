@@ -115,14 +115,14 @@ def check_stored(
             if chooses:
                 raise ConfigError(
                     f"{where} are its answers to whole images, and {_kind(method)} hides patches",
-                    fix=(Drop(part), Drop(field)),
+                    fix=(Drop(part), f"leave {field} out"),
                     field=field,
                 )
         needs = stored[name]
         if needs.attention or needs.qkv:
             raise ConfigError(
                 f"an objective reads attention of the {name}, which labels do not hold",
-                fix=Drop(field),
+                fix=f"leave {field} out",
                 field=field,
             )
         absent = ["logits"] if needs.logits and layout.logits is None else []
@@ -219,7 +219,7 @@ def check_masking(
         why = "an objective compares their attention" if teachers else "there is no teacher"
         raise ConfigError(
             f"{kind} shows teachers more patches than the student, and {why}",
-            fix=Drop("masking.teacher_mask_rate"),
+            fix="leave masking.teacher_mask_rate out",
             field="masking.teacher_mask_rate",
         )
     for name, objective in objectives.items():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Drop
+from ..errors import ConfigError
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
@@ -152,7 +152,7 @@ class DMAE(TeacherObjective):
         if self.beta != 1.0 and self.distance != "smooth_l1":
             raise ConfigError(
                 f"beta is {self.beta:g}, which only the distance smooth_l1 reads",
-                fix=Drop("beta"),
+                fix="leave beta out",
                 field="beta",
             )
         if self._normalizes and self.beta >= 2:

@@ -28,7 +28,7 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Drop, Set
+from ..errors import ConfigError, Set
 from ..vit.heads import TokenHeads, teacher_names
 from .involution import Involution
 
@@ -49,7 +49,7 @@ class AdvisedViT(VisionTransformer):
         if global_pool:
             raise ConfigError(
                 f"an advised student does not pool, and global_pool is {global_pool!r}",
-                fix=Drop("global_pool"),
+                fix="leave global_pool out",
                 field="student.model_args",
             )
         self.num_classes = num_classes
@@ -71,7 +71,7 @@ def _refuse_own(name: str, options: dict[str, Any], fixed: Sequence[str]) -> Non
         if options.get(key, "") != "":
             raise ConfigError(
                 f"{name} decides {key} itself",
-                fix=Drop(f"student.model_args.{key}"),
+                fix=f"leave student.model_args.{key} out",
                 field="student.model_args",
             )
 

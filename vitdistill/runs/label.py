@@ -222,7 +222,7 @@ def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOpti
     if options.hidden_dtype is not None and not (needs.hidden or needs.features):
         raise ConfigError(
             f"hidden_dtype cannot take effect: the recipe reads only logits of the {name}",
-            Drop("hidden_dtype"),
+            "leave hidden_dtype out",
             field="hidden_dtype",
         )
     if answer.logits is not None:

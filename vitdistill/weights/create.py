@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 
-from ..errors import ConfigError, DataError, Drop, Give
+from ..errors import ConfigError, DataError, Give
 from ..messages import printable, suggest
 from . import hugging_face
 from .files import first_line, load_state_dict
@@ -69,7 +69,7 @@ def create_model(
     if checkpoint is not None and pretrained:
         raise ConfigError(
             f"{printable(name)} has both pretrained weights and a checkpoint",
-            fix=(Drop("pretrained"), Drop("checkpoint")),
+            fix=("leave pretrained out", "leave checkpoint out"),
             field="checkpoint",
         )
     build = {key: value for key, value in model_args.items() if value is not None}
@@ -78,7 +78,8 @@ def create_model(
         ("image_size", "img_size", image_size),
     ):
         if value is not None and timms in build:
-            raise ConfigError(f"{key} and {timms} are the same setting", fix=Drop(timms), field=key)
+            what = f"{key} and {timms} are the same setting"
+            raise ConfigError(what, fix=f"leave {timms} out", field=key)
         if value is not None:
             build[timms] = value
     if num_classes is not None:
