@@ -111,19 +111,7 @@ def test_the_policy_is_timms() -> None:
     policy = Policy.of(DEIT, (0.5, 0.5, 0.5), "bicubic")
     assert policy is not None
     assert policy.names == tuple(auto_augment._RAND_INCREASING_TRANSFORMS)
-    assert (
-        policy.layers,
-        policy.prob,
-        policy.magnitude,
-        policy.magnitude_std,
-        policy.magnitude_max,
-    ) == (
-        2,
-        0.5,
-        9,
-        0.5,
-        10,
-    )
+    assert policy == Policy(policy.names, 2, 0.5, 9.0, 0.5, 10.0)
     other = Policy.of("rand-m5-n3-p0.7-mmax20", (0.5, 0.5, 0.5), "bicubic")
     assert other is not None
     assert other.names == tuple(auto_augment._RAND_TRANSFORMS)
@@ -158,11 +146,8 @@ def test_uniform_magnitudes() -> None:
     assert policy is not None
     layer, _ = policy.draw(keyed.keys(0, 0, np.arange(40000, dtype=np.int64), Stream.AUGMENT))
     strength = np.abs(layer.value[layer.kind == Kind.ROTATE]) / 30
-    assert (
-        abs(strength.mean() - 0.4) < 0.02
-        and strength.max() <= 0.8
-        and abs(strength.std() - 0.8 / 12**0.5) < 0.02
-    )
+    assert abs(strength.mean() - 0.4) < 0.02 and strength.max() <= 0.8
+    assert abs(strength.std() - 0.8 / 12**0.5) < 0.02
 
 
 def test_jitter_is_torchvisions(picture, stack) -> None:
