@@ -1,6 +1,5 @@
 """The weights files a run began from: known by their content, wherever they are when it goes on."""
 
-import json
 import shutil
 
 import pytest
@@ -71,24 +70,3 @@ def test_a_stopped_run_is_not_continued_with_other_weights_under_the_old_name(
     with pytest.raises(ConfigError, match="checkpoint has other weights") as caught:
         tools.run(recipe, tmp_path / "run")
     assert caught.value.field == "output"
-
-
-def test_weights_files_of_a_run_that_noted_none_are_known_by_their_names(
-    tmp_path, taught, teacher, tools, interrupt
-):
-    shutil.copy(teacher / "last" / "model.safetensors", tmp_path / "a.safetensors")
-    recipe = taught(**{STUDENT: str(tmp_path / "a.safetensors")})
-    with pytest.raises(Preempted):
-        tools.run(recipe, tmp_path / "run", prepared=interrupt(recipe.name, 9))
-    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    moved = replace_fields(recipe, {STUDENT: str(tmp_path / "b.safetensors")})
-    noted = tmp_path / "run" / "identity.json"
-    for text in ("[", "[]", "null"):
-        noted.write_text(text)
-        with pytest.raises(DataError, match=r"identity\.json is damaged"):
-            tools.run(moved, tmp_path / "run")
-    noted.unlink()
-    with pytest.raises(ConfigError, match=STUDENT):
-        tools.run(moved, tmp_path / "run")
-    tools.run(recipe, tmp_path / "run")
-    assert json.loads(noted.read_text())[STUDENT]

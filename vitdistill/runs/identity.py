@@ -88,10 +88,14 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
     saved, then, now = load_recipe(folder / RECIPE), read_identity(folder), weights_identity(recipe)
     same = {field: flatten(recipe)[field] for field in now if then.get(field) == now[field]}
     lines = differences(recipe, replace_fields(saved, same) if same else saved)
-    named = {field for field in now if flatten(saved).get(field) == flatten(recipe)[field]}
-    return lines + [
-        f"{field} has other weights than then" for field in sorted(named - {*same}) if field in then
-    ]
+    if has_learnt(folder):
+        replaced = [field for field in now if then.get(field, now[field]) != now[field]]
+        lines += [
+            f"{field} has other weights than then"
+            for field in replaced
+            if flatten(saved).get(field) == flatten(recipe)[field]
+        ]
+    return lines
 
 
 def has_learnt(folder: Path) -> bool:

@@ -1,0 +1,114 @@
+"""What a run depends on is known by content, noted once, and compared in one place."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vitdistill.errors import ConfigError, DataError, Set
+from vitdistill.recipes.config import Recipe
+from vitdistill.recipes.convert import replace_fields
+from vitdistill.runs.folder import RunFolder, check_folder
+from vitdistill.runs.identity import IDENTITY, changes, read_identity, resolve_run, weights_identity
+
+BEGAN = {"training images": "a", "validation images": "b", "labels of the teacher": "c"}
+
+
+def named(file: Path, **fields: object) -> Recipe:
+    return replace_fields(Recipe(), {"student.checkpoint": str(file), **fields})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder whose run began from a.safetensors, and has learnt something."""
+    (tmp_path / "a.safetensors").write_bytes(b"weights")
+    with RunFolder(tmp_path / "run", named(tmp_path / "a.safetensors"), BEGAN):
+        (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def test_weights_are_the_same_wherever_they_are(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    moved = named(tmp_path / "b.safetensors")
+    assert changes(run, moved) == []
+    with RunFolder(run, moved, BEGAN):
+        pass
+    assert read_identity(run)["student.checkpoint"] == weights_identity(moved)["student.checkpoint"]
+    (tmp_path / "b.safetensors").write_bytes(b"others")
+    (line,) = changes(run, moved)
+    assert line.startswith("student.checkpoint is ")
+
+
+def test_other_weights_under_the_old_name_are_noticed_once_something_is_learnt(
+    run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"others")
+    recipe = named(tmp_path / "a.safetensors")
+    assert changes(run, recipe) == ["student.checkpoint has other weights than then"]
+    with pytest.raises(ConfigError):
+        check_folder(run, recipe)
+    (run / "checkpoints" / "step-00000001").rmdir()
+    with RunFolder(run, recipe, {**BEGAN, "training images": "others"}):
+        pass
+    assert read_identity(run)["training images"] == "others"
+    assert (
+        read_identity(run)["student.checkpoint"] == weights_identity(recipe)["student.checkpoint"]
+    )
+
+
+def test_everything_that_changed_is_listed_and_images_may_be_accepted(
+    run: Path, tmp_path: Path
+) -> None:
+    recipe, before = named(tmp_path / "a.safetensors"), (run / IDENTITY).read_bytes()
+    images = {**BEGAN, "training images": "A", "validation images": "B"}
+    accepting = named(tmp_path / "a.safetensors", **{"train.accept_changed_images": True})
+    with pytest.raises(DataError, match="training images, validation images") as caught:
+        RunFolder(run, recipe, images)
+    assert Set("train.accept_changed_images", True) in caught.value.fixes
+    with pytest.raises(DataError, match="labels of the teacher") as caught:
+        RunFolder(run, accepting, {**images, "labels of the teacher": "C"})
+    assert caught.value.field == "labels of the teacher"
+    assert (run / IDENTITY).read_bytes() == before
+    with RunFolder(run, accepting, images):
+        pass
+    assert read_identity(run)["training images"] == "A"
+    with RunFolder(run, recipe, images):  # accepted once is accepted
+        pass
+
+
+def test_a_recipe_that_was_edited_is_refused(run: Path, tmp_path: Path) -> None:
+    other = named(tmp_path / "a.safetensors", **{"optim.lr": 0.5})
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("lr: 0.001", "lr: 0.5", 1))
+    with pytest.raises(DataError) as caught:
+        RunFolder(run, other, BEGAN)
+    assert caught.value.field == "recipe"
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "null", ""])
+def test_a_damaged_note_is_named(run: Path, text: str, tmp_path: Path) -> None:
+    (run / IDENTITY).write_text(text)
+    with pytest.raises(DataError, match=r"identity\.json is damaged"):
+        check_folder(run, named(tmp_path / "a.safetensors"))
+    (run / IDENTITY).unlink()
+    assert check_folder(run, named(tmp_path / "a.safetensors"))
+
+
+def test_weights_files_noted_by_an_earlier_version(run: Path, tmp_path: Path) -> None:
+    noted = {"student.checkpoint": read_identity(run)["student.checkpoint"]}
+    (run / IDENTITY).unlink()
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    with pytest.raises(ConfigError):
+        check_folder(run, named(tmp_path / "b.safetensors"))
+    (run / "weights.json").write_text(json.dumps(noted))
+    assert check_folder(run, named(tmp_path / "b.safetensors"))
+
+
+def test_a_run_stands_for_its_best_weights_or_its_last(run: Path) -> None:
+    with pytest.raises(ConfigError):
+        resolve_run(str(run))
+    for kind in ("last", "best"):
+        (run / kind).mkdir()
+        (run / kind / "config.json").touch()
+        assert resolve_run(str(run)) == str(run / kind)
+    assert resolve_run("deit_tiny_patch16_224") == "deit_tiny_patch16_224"
