@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vitdistill.cli import main
+from vitdistill.data.batch import Batch
 from vitdistill.errors import ConfigError
 from vitdistill.methods.kd import kd_loss
 from vitdistill.vit.network import Network
@@ -174,6 +175,16 @@ def test_it_trains_and_its_recipe_names_it(site: Path) -> None:
     assert len(losses) == 6 and all(math.isfinite(loss) and loss > 0 for loss in losses)
 
 
+def loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
+    method = EXAMPLE_MODULE.LogitStandardisation(temperature=temperature)
+    numbers = torch.arange(len(student))
+    batch = Batch(torch.zeros(len(student), 3, 4, 4), numbers, numbers, numbers, 0)
+    found: torch.Tensor = method.loss(
+        ViTOutput(logits=student), ViTOutput(logits=teacher), batch, None
+    )
+    return found
+
+
 LOGITS = st.lists(st.floats(-20, 20), min_size=12, max_size=12)
 
 
@@ -188,39 +199,25 @@ def test_the_loss_does_not_see_scale_and_shift(
         )  # rows that are (nearly) constant have no scale
         if (logits.std(-1) < 1).any():
             return
-    method = EXAMPLE_MODULE.LogitStandardisation()
-
-    def loss(student: torch.Tensor, teacher: torch.Tensor) -> float:
-        value: float = method.loss(
-            ViTOutput(logits=student), ViTOutput(logits=teacher), None, None
-        ).item()
-        return value
-
-    expected = loss(student, teacher)
-    assert expected >= -1e-6
-    assert loss(student * scale + shift, teacher) == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert loss(student, teacher * scale + shift) == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert loss(teacher * scale + shift, teacher) == pytest.approx(0, abs=1e-4)
+    expected = pytest.approx(loss(student, teacher).item(), rel=1e-3, abs=1e-4)
+    assert loss(student, teacher).item() >= -1e-6
+    assert loss(student * scale + shift, teacher).item() == expected
+    assert loss(student, teacher * scale + shift).item() == expected
+    assert loss(teacher * scale + shift, teacher).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_the_loss_by_hand() -> None:
-    method = EXAMPLE_MODULE.LogitStandardisation(temperature=4.0)
     student, teacher = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[10.0, 20.0, 60.0]])
-    found = method.loss(ViTOutput(logits=student), ViTOutput(logits=teacher), None, None)
     z = [(row - row.mean()) / row.std(correction=0) for row in (student, teacher)]
-    torch.testing.assert_close(found, kd_loss(z[0], z[1], 4.0), rtol=1e-4, atol=1e-5)
+    expected = kd_loss(z[0], z[1], 4.0)
+    torch.testing.assert_close(loss(student, teacher, 4.0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_that_answers_nothing_yet_gets_a_finite_gradient() -> None:
     student = torch.zeros(2, 5, requires_grad=True)
-    EXAMPLE_MODULE.LogitStandardisation().loss(
-        ViTOutput(logits=student), ViTOutput(logits=torch.randn(2, 5)), None, None
-    ).backward()
-    assert (
-        student.grad is not None
-        and student.grad.isfinite().all()
-        and student.grad.abs().max() < 1e3
-    )
+    loss(student, torch.randn(2, 5)).backward()
+    assert student.grad is not None and student.grad.isfinite().all()
+    assert student.grad.abs().max() < 1e3
 
 
 def test_what_it_cannot_compare_is_refused() -> None:
