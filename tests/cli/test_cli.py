@@ -526,7 +526,7 @@ def test_a_finished_run_is_left_as_it_is(here: Path, capsys: pytest.CaptureFixtu
 
 def test_a_recipe_file_with_an_unknown_field(here: Path, refused: Refused) -> None:
     (here / "mine.yaml").write_text("optim: {lr: 1e-3}\nselektor: {method: maskedkd}\n")
-    assert "mine.yaml has an unknown field 'selektor' (did you mean 'selector'?)" in refused(
+    assert "mine.yaml has no field 'selektor': did you mean 'selector'?" in refused(
         "train", "mine.yaml", code=CONFIG
     )
     (here / "mine.yaml").write_text("selector: {method: maskedkd, keep_rate: half}\n")
@@ -647,10 +647,7 @@ def test_unlabelled_images_teach_by_the_teacher_alone(
         "runs/new",
         *SHORT,
     ]
-    assert (
-        "(no class folders), and the objective 'ce' needs them: leave it out (--without ce)"
-        in refused(*words, code=CONFIG)
-    )
+    assert "--without ce" in refused(*words, code=CONFIG)
     assert main([*words, "--without", "ce"]) == 0
     assert "done: weights in runs/new/last" in capsys.readouterr().out
 
@@ -917,7 +914,7 @@ def test_ctrl_c_before_anything_happened(
     def interrupted(words: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vitdistill.cli.train.main", interrupted)
+    monkeypatch.setattr("vitdistill.cli.train.run", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "vitdistill train: interrupted\n"
 
