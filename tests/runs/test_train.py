@@ -832,7 +832,7 @@ def test_weights_follow_their_schedule_also_after_a_resume(tmp_path, taught, too
     assert kd[6] > 1.5 * kd[4]  # four times the weight from step 5 on, after which 4 of 9 are done
     with pytest.raises(
         ConfigError,
-        match=r"another recipe \(objectives\.kd\.schedule\.to is 1\.0 here and 2\.0 there",
+        match=r"objectives\.kd\.schedule\.to is 1\.0 here and 2\.0 there",
     ):
         tools.run(replace_fields(recipe, {"objectives.kd.schedule.to": 1.0}), tmp_path / "whole")
 

@@ -30,7 +30,7 @@ class Proof:
 
 @torch.no_grad()
 def prove_teacher(
-    teacher: Teacher, batches: Iterable[Batch], classes: Sequence[str], here: World
+    teacher: Teacher, batches: Iterable[Batch], classes: Sequence[str], world: World
 ) -> Proof:
     """Prove a teacher on this process's share of labelled images it has not been trained on; call
     it on every process.
@@ -47,7 +47,7 @@ def prove_teacher(
     """
     name = f"the {teacher.network.name} ({teacher.network.architecture})"
     pairs: list[tuple[int, int]] = []
-    with here.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
+    with world.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
         for batch in batches:
             logits = teacher(batch.images, Needs(logits=True)).logits
             assert logits is not None
@@ -57,65 +57,42 @@ def prove_teacher(
                     " and precision"
                 )
             pairs += zip(batch.labels.tolist(), logits.argmax(-1).tolist(), strict=True)
-    pairs = [pair for part in here.gather(pairs) for pair in part]
+    return _judge(teacher, [pair for part in world.gather(pairs) for pair in part], classes)
+
+
+def _judge(teacher: Teacher, pairs: Sequence[tuple[int, int]], classes: Sequence[str]) -> Proof:
+    """Compare answers with labels, the same (label, answer) pairs on every process."""
+    count, right = len(pairs), sum(label == answer for label, answer in pairs)
+    proof = Proof(right / max(count, 1), chance_accuracy(pairs), count)
+    if proof.accuracy > chance_level(proof.chance, count):
+        return proof
     reason = (
         "its weights are not loaded, its classes are in another order, or its normalisation is not"
         " its own"
     )
-    return judge(name, pairs, classes, images="validation images", reason=reason)
-
-
-def judge(
-    who: str,
-    pairs: Sequence[tuple[int, int]],
-    classes: Sequence[str],
-    *,
-    images: str,
-    reason: str,
-    reorder: str = "",
-) -> Proof:
-    """Compare a teacher's answers with labels; call it with the same pairs on every process.
-
-    Args:
-        who: the sentence's subject, such as ``the teacher (deit_small)``.
-        pairs: (label, answer) of every image.
-        classes: of the data set, in the order of the labels.
-        images: what they are of, such as ``validation images``.
-        reason: what may be wrong where no other order of its classes explains the answers.
-        reorder: what to do where one does.
-
-    Raises:
-        ConfigError: the accuracy is not above that of chance.
-    """
-    count = len(pairs)
-    proof = Proof(
-        sum(label == answer for label, answer in pairs) / max(count, 1),
-        chance_accuracy(pairs),
-        count,
-    )
-    if proof.accuracy > chance_level(proof.chance, count):
-        return proof
     order = best_order(pairs)
     reordered = sum(order.get(answer) == label for label, answer in pairs) / max(count, 1)
-    # Half of the way from chance to perfection: luck and the freedom to choose an order do not
-    # reach that.
+    # Half the way from chance to perfection: luck and the freedom to choose an order stay below.
     moved = sorted((answer, label) for answer, label in order.items() if answer != label)
     if moved and count >= 5 * len(classes) and reordered > (1 + proof.chance) / 2:
         answer, label = moved[0]
         reason = (
             f"its classes look permuted: in another order it would be right on {reordered:.1%} (its"
-            f" class {answer} is the data set's {label},"
-            f" {classes[label]!r}){reorder and ': '}{reorder}"
+            f" class {answer} is the data set's {label}, {classes[label]!r})"
         )
-    error = ConfigError(
-        f"{who} is right on {proof.accuracy:.1%} of {count} {images}, which is not above chance"
-        f" ({proof.chance:.1%} for {len(classes)} classes): {reason}"
+    name = teacher.network.name
+    raise agreed(
+        ConfigError(
+            f"the {name} ({teacher.network.architecture}) is right on {proof.accuracy:.1%} of"
+            f" {count} validation images, which is not above chance ({proof.chance:.1%} for"
+            f" {len(classes)} classes): {reason}",
+            field=f"teachers.{name}",
+        )
     )
-    raise agreed(error)
 
 
 @torch.no_grad()
-def prove_features(teacher: Teacher, needs: Needs, batches: Iterable[Batch], here: World) -> None:
+def prove_features(teacher: Teacher, needs: Needs, batches: Iterable[Batch], world: World) -> None:
     """Check what is recorded of a teacher without a classifier to judge it by; call it on every
     process.
 
@@ -124,7 +101,7 @@ def prove_features(teacher: Teacher, needs: Needs, batches: Iterable[Batch], her
         ConfigError: it is the same for every image, which no trained network gives.
     """
     name = f"the {teacher.network.name} ({teacher.network.architecture})"
-    with here.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
+    with world.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
         for batch in batches:
             for recorded in teacher(batch.images, needs).tensors():
                 if not bool(recorded.isfinite().all()):
