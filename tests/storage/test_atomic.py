@@ -494,6 +494,13 @@ def test_the_first_writer_wins(tmp_path):
     assert tree(tmp_path) == {"part": b"me"}
 
 
+def test_a_new_file_replaces_none(tmp_path):
+    write_new(tmp_path / "file", OLD)
+    with pytest.raises(DiskError):
+        write_new(tmp_path / "file", NEW)
+    assert tree(tmp_path) == {"file": OLD}
+
+
 def test_a_published_folder_is_not_overwritten(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "mine").write_bytes(b"x")

@@ -315,3 +315,17 @@ def test_a_full_disk_changes_nothing(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(save), 0)[1]) == 0
     assert steps_in(tmp_path) == ["step-00000001"]
     assert same(checkpoint.save(tmp_path, 2, *state_of(2, 100_000)), 2, 100_000)
+
+
+def test_a_disk_that_writes_something_else_costs_no_checkpoint(tmp_path, monkeypatch):
+    """Fails where a save does not read back what it wrote."""
+    checkpoint.save(tmp_path, 1, *state_of(1))
+    write = os.write
+
+    def flip(fd, data):
+        return write(fd, bytes([data[0] ^ 1, *data[1:]]) if len(data) > 1000 else data)
+
+    monkeypatch.setattr(os, "write", flip)
+    with pytest.raises(DiskError, match="reads back changed"):
+        checkpoint.save(tmp_path, 2, *state_of(2), keep=1)
+    assert steps_in(tmp_path) == ["step-00000001"]
