@@ -32,6 +32,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from beartype._check.code import codemain
 
 # What a terminal or a launcher sets changes what is printed and how many processes there are.
 _TERMINAL = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
@@ -57,6 +58,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("default")
+
+# beartype checks one random item of a tuple: drawn from a generator of its own, a run repeats itself
+# and a test of who draws random numbers sees its own alone.
+codemain.getrandbits = random.Random(0).getrandbits  # type: ignore[attr-defined]
 
 _check = jaxtyping.jaxtyped
 _tower = beartype.beartype(
