@@ -286,11 +286,11 @@ def command(words):
 @pytest.mark.parametrize(
     ("word", "first", "second"),
     [
-        ("together", "vitdistill fail: cat/05.png is damaged\n", ""),
+        ("together", "vitdistill: cat/05.png is damaged\n", ""),
         (
             "alone",
-            "vitdistill fail: another process of this run died or does not answer .*\n",
-            r"vitdistill fail \(process 1\): mine alone" + "\n",
+            "vitdistill: another process of this run died or does not answer .*\n",
+            r"vitdistill \(process 1\): mine alone" + "\n",
         ),
     ],
 )
