@@ -10,8 +10,10 @@ import inspect
 import os
 import random
 import signal
+import traceback
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch and huggingface_hub are imported, and inherited by the processes that tests start.
@@ -132,6 +134,41 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """``tree(folder)``: every file's content."""
+    return lambda folder: {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def fork() -> Callable[[Callable[[], object]], int]:
+    """``fork(work)``: the pid of a child that does it and leaves with 0, or with 1 if it raised."""
+
+    def start(work: Callable[[], object]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            signal.alarm(120)  # none is left behind by a test that fails
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return pid
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def join() -> Callable[[int], int]:
+    """``join(pid)``: how the child left."""
+    return lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 Prepared = Callable[[Any], None]

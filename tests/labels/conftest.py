@@ -1,10 +1,5 @@
-"""Small stores whose records say which sample and view they are of, and processes to write them
-with.
-"""
+"""Small stores whose records say which sample and view they are of."""
 
-import os
-import signal
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,40 +108,3 @@ def is_right() -> Callable[[LabelStore], int]:
         return count
 
     return check
-
-
-@pytest.fixture(scope="session")
-def tree() -> Callable[[Path], dict[str, bytes]]:
-    """``tree(folder)``: every file's content."""
-    return lambda folder: {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
-
-
-@pytest.fixture(scope="session")
-def fork() -> Callable[[Callable[[], object]], int]:
-    """``fork(work)``: the pid of a child that does it and leaves with 0, or with 1 on an
-    exception.
-    """
-
-    def start(work: Callable[[], object]) -> int:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            signal.alarm(120)  # none is left behind by a test that fails
-            try:
-                work()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        return pid
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def join() -> Callable[[int], int]:
-    """``join(pid)``: how the child left."""
-    return lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -192,6 +192,8 @@ def _spell_out(words: Sequence[str], known: Mapping[str, Flag], prog: str) -> li
 def _reads(flag: Flag, word: str) -> bool:
     try:
         flag.read(word)
+    except ConfigError:  # it is a value, out of bounds
+        return True
     except UserError:
         return False
     return True
