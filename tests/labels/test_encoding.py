@@ -130,9 +130,7 @@ def test_what_float16_cannot_reach_is_clamped() -> None:
         st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0, 10.0]), min_size=1, max_size=3
     ),
 )
-def test_the_mass_of_the_tail_is_right_at_every_temperature(
-    seed: int, k: int, ties: bool, temperatures: list[float]
-) -> None:
+def test_the_mass_of_the_tail_is_right_at_every_temperature(seed, k, ties, temperatures):
     z = gaussian(seed, classes=12, ties=ties)
     encoding, ids = topk(12, k, *temperatures), order(z)
     for t in temperatures:
@@ -264,12 +262,14 @@ def test_a_smaller_head_keeps_all_mass(seed: int, k: int, fewer: int, ties: bool
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-12)
 
 
-def test_converting_twice_is_converting_once() -> None:
-    z, big = gaussian(0, batch=20, classes=30), topk(30, 12, 1.0, 4.0)
-    middle, small = topk(30, 7, 1.0, 4.0), topk(30, 3, 1.0, 4.0)
+def test_converting_twice_is_converting_once():
+    z = gaussian(0, batch=20, classes=30)
+    big, middle, small = (topk(30, k, 1.0, 4.0) for k in (12, 7, 3))
     records = encode(big, z)
-    twice = convert(middle, convert(big, records, middle), small)
-    once = convert(big, records, small)
+    twice, once = (
+        convert(middle, convert(big, records, middle), small),
+        convert(big, records, small),
+    )
     assert np.array_equal(twice["ids"], once["ids"])
     np.testing.assert_allclose(twice["tails"], once["tails"], rtol=1e-6, atol=1e-6)
     one = convert(big, records, topk(30, 3, 4.0))
@@ -297,9 +297,7 @@ def test_complete_records_become_smaller_ones(target: LogitEncoding) -> None:
         (dense("float16", 9), dense("float32", 9), "encoding"),
     ],
 )
-def test_what_is_not_there_cannot_be_made(
-    source: LogitEncoding, target: LogitEncoding, field: str
-) -> None:
+def test_what_is_not_there_cannot_be_made(source, target, field):
     with pytest.raises(ConfigError) as caught:
         convert(source, encode(source, gaussian(0, classes=9)), target)
     assert caught.value.field == field

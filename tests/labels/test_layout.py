@@ -3,7 +3,6 @@
 import json
 import math
 import pickle
-from typing import Any
 
 import numpy as np
 import pytest
@@ -123,9 +122,7 @@ def test_answers_of_another_shape_are_refused() -> None:
     number=st.sampled_from(["float16", "float32"]),
     logits=st.sampled_from([None, EXACT, TOPK]),
 )
-def test_hidden_states_and_features_come_back(
-    seed: int, number: Any, logits: LogitEncoding | None
-) -> None:
+def test_hidden_states_and_features_come_back(seed, number, logits):
     layout = Layout(
         logits=logits, hidden=((0, 2, 3), (4, 5, 1)), features=(2, 3), hidden_dtype=number
     )

@@ -125,16 +125,10 @@ def test_a_damaged_part_is_not_exported(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
 
 
-def test_other_files_are_not_written(tmp_path: Path) -> None:
+def test_other_files_are_not_written_and_without_pyarrow_none(tmp_path, monkeypatch):
     store, _ = make_store(tmp_path, "float32")
     with pytest.raises(ConfigError):
         export_labels(store, tmp_path / "labels.npz")
-
-
-def test_without_pyarrow_the_install_line_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, _ = make_store(tmp_path, "float32")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"vitdistill\[data\]"):
         export_labels(store, tmp_path / "labels.parquet")

@@ -8,14 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitdistill.errors import ConfigError, DataError
-from vitdistill.labels.encoding import LogitEncoding
-from vitdistill.labels.layout import Layout
-from vitdistill.labels.manifest import Manifest
 from vitdistill.labels.store import LabelStore
 from vitdistill.labels.tools import merge, prune
 
@@ -95,21 +91,23 @@ def test_stores_of_more_and_fewer_views_are_merged(made, manifest, tmp_path):
     made(tmp_path / "a")
     LabelStore.create(tmp_path / "b", manifest(num_views=3))
     united = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
-    assert (
-        united.manifest.num_views == 3
-        and united.status().sealed == LabelStore.open(tmp_path / "a").status().sealed
-    )
+    assert united.manifest.num_views == 3
+    assert united.status().sealed == LabelStore.open(tmp_path / "a").status().sealed
 
 
 @pytest.mark.parametrize("position", [3, -50, -1])
-def test_a_damaged_part_is_not_copied(made, tmp_path, position):
+@pytest.mark.parametrize("tool", ["merge", "prune"])
+def test_a_damaged_part_is_not_copied(made, layout, tmp_path, tool, position):
     made(tmp_path / "a", without=[(1, 3)])
     path = made(tmp_path / "b").part_path(1, 3)
     data = bytearray(path.read_bytes())
     data[position] ^= 4
     path.write_bytes(data)
     with pytest.raises(DataError, match=re.escape(f"{path} is damaged")):
-        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
+        if tool == "merge":
+            merge([tmp_path / "a", tmp_path / "b"], tmp_path / "target")
+        else:
+            prune(tmp_path / "b", tmp_path / "target", encoding=layout(1).logits)
     target = LabelStore.open(tmp_path / "target")
     assert not target.is_sealed(1, 3) and target.verify() == []
 
@@ -127,10 +125,7 @@ def test_a_pruned_store_holds_the_same_in_less(made, manifest, layout, records, 
     with tempfile.TemporaryDirectory() as name:
         source = made(Path(name) / "source", without)
         pruned = prune(
-            source.path,
-            Path(name) / "target",
-            num_views=views,
-            encoding=layout(k).logits,
+            source.path, Path(name) / "target", num_views=views, encoding=layout(k).logits
         )
         assert pruned.manifest.identity == source.manifest.identity and pruned.layout == layout(k)
         assert pruned.manifest.num_views == views and pruned.manifest.num_samples == 37
@@ -170,27 +165,6 @@ def test_a_pruned_store_gets_what_its_source_gets(made, records, layout, tmp_pat
     np.testing.assert_allclose(found["tails"], expected["tails"], rtol=1e-4, atol=1e-6)
 
 
-def test_dense_labels_become_sparse_ones(tmp_path):
-    torch.manual_seed(0)
-    dense = Layout(logits=LogitEncoding(kind="float32", num_classes=30), hidden=((2, 3, 4),))
-    small = Layout(logits=LogitEncoding(kind="topk", num_classes=30, k=4, temperatures=(1.0, 4.0)))
-    logits, ids = torch.randn(10, 30), np.arange(10)
-    hidden = {2: torch.randn(10, 3, 4)}
-    rows = dense.encode(logits, hidden, None, ids.astype(np.uint32))
-    source = LabelStore.create(
-        tmp_path / "source", Manifest(identity={"a": 1}, layout=dense, num_samples=10, num_views=1)
-    )
-    source.seal(0, 0, rows)
-    pruned = prune(tmp_path / "source", tmp_path / "target", encoding=small.logits)
-    expected = small.targets(small.encode(logits, {}, None, ids.astype(np.uint32)))
-    found = pruned.records(0, ids)
-    assert torch.equal(found.hidden[2], hidden[2].half().float()) and torch.equal(
-        found.pixels, expected.pixels
-    )
-    for temperature in (1.0, 4.0):
-        torch.testing.assert_close(found.logits(temperature), expected.logits(temperature))
-
-
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(made, layout, tmp_path):
     made(tmp_path / "source")
     for wrong in ({}, {"num_views": 3}, {"num_views": 0}, {"encoding": layout(4).logits}):
@@ -200,14 +174,3 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(made, layou
     made(tmp_path / "other", identity={"teacher": "another"})
     with pytest.raises(DataError):
         prune(tmp_path / "source", tmp_path / "other", encoding=layout(2).logits)
-
-
-def test_a_damaged_part_is_not_pruned(made, layout, tmp_path):
-    path = made(tmp_path / "source").part_path(0, 3)
-    data = bytearray(path.read_bytes())
-    data[9] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=re.escape(f"{path} is damaged")):
-        prune(tmp_path / "source", tmp_path / "target", encoding=layout(1).logits)
-    target = LabelStore.open(tmp_path / "target")
-    assert target.verify() == [] and not target.is_sealed(0, 3)
