@@ -63,15 +63,9 @@ def test_without_network_pretrained_is_one_sentence(monkeypatch):
 
 def test_convolutional_folders_without_classes_get_a_head_from_timm(tmp_path):
     model = create_model("resnet18", num_classes=0).eval()
-    export_timm(
-        model,
-        tmp_path / "cnn",
-        architecture="resnet18",
-        model_args={},
-        classes=None,
-        input_spec=input_spec_of(model),
-    )
-    student = create_model(str(tmp_path / "cnn"), num_classes=3)
+    options = {"architecture": "resnet18", "model_args": {}, "classes": None}
+    folder = export_timm(model, tmp_path / "cnn", input_spec=input_spec_of(model), **options)
+    student = create_model(str(folder), num_classes=3)
     assert student.fc.weight.shape == (3, 512)
     assert torch.equal(student.conv1.weight, model.conv1.weight)
 

@@ -102,25 +102,14 @@ def features_of(
 
     def norm(name: str, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return (
-            centred
-            / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
-            * state[f"{name}.weight"]
-            + state[f"{name}.bias"]
-        )
+        deviation = (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+        return centred / deviation * state[f"{name}.weight"] + state[f"{name}.bias"]
 
     projection = "embeddings.patch_embeddings.projection"
-    x = (
-        F.conv2d(
-            images.double(), state[f"{projection}.weight"], state[f"{projection}.bias"], stride=8
-        )
-        .flatten(2)
-        .transpose(1, 2)
-    )
-    x = (
-        torch.cat([state["embeddings.cls_token"].expand(len(x), -1, -1), x], dim=1)
-        + state["embeddings.position_embeddings"]
-    )
+    filters = state[f"{projection}.weight"], state[f"{projection}.bias"]
+    x = F.conv2d(images.double(), *filters, stride=8).flatten(2).transpose(1, 2)
+    x = torch.cat([state["embeddings.cls_token"].expand(len(x), -1, -1), x], dim=1)
+    x = x + state["embeddings.position_embeddings"]
     for i in range(2):
         layer = f"encoder.layer.{i}"
         y = norm(f"{layer}.layernorm_before", x)
@@ -197,25 +186,22 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
 
 @pytest.mark.parametrize("from_hub", [False, True])
 @pytest.mark.parametrize("decoder", [False, True])
-def test_a_vitmae_is_built_from_its_own_config(
-    tmp_path: Path, hub: Hub, caplog: Any, decoder: bool, from_hub: bool
-) -> None:
+def test_a_vitmae_is_built_from_its_own_config(tmp_path, hub, caplog, decoder, from_hub):
     state = autoencoder() if decoder else encoder("")
     folder = written(tmp_path / "vit-mae", state, "vit_mae", architectures=["ViTMAEForPreTraining"])
     name = hub(folder) if from_hub else str(folder)
     model = create_model(name)
     images = torch.randn(2, 3, 32, 32)
     expected = features_of(state, images, "vit." if decoder else "")
-    assert (
-        torch.allclose(recorded(model, images).double(), expected, atol=1e-4)
-        and expected.std() > 0.3
-    )
+    assert torch.allclose(recorded(model, images).double(), expected, atol=1e-4)
+    assert expected.std() > 0.3
     spec = input_spec_of(model)
     assert (spec.mean, spec.std, spec.image_size) == (
         IMAGENET_DEFAULT_MEAN,
         IMAGENET_DEFAULT_STD,
         (32, 32),
-    ) and model.num_classes == 0
+    )
+    assert model.num_classes == 0
     (note,) = caplog.messages
     said = "its names are Hugging Face's, and were translated"
     assert said + "; 4 tensors of its decoder are not used" * decoder in note
@@ -230,21 +216,13 @@ def test_a_vitmae_starts_a_student_that_exports(tmp_path: Path, caplog: Any) -> 
         {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
     )
     student = create_model(f"local-dir:{folder}", num_classes=7, global_pool="avg", image_size=64)
-    assert (
-        "head.weight, head.bias start fresh; its final norm is not used" in caplog.text
-        and "from 4 x 4 patches to 8 x 8" in caplog.text
-    )
+    assert "head.weight, head.bias start fresh; its final norm is not used" in caplog.text
+    assert "from 4 x 4 patches to 8 x 8" in caplog.text
     spec = input_spec_of(student)
     assert (spec.mean, spec.std, spec.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (64, 64))
     architecture, args = describe(str(folder), {"global_pool": "avg", "img_size": 64})
-    export_timm(
-        student,
-        tmp_path / "out",
-        architecture=architecture,
-        model_args=args,
-        classes=None,
-        input_spec=spec,
-    )
+    options = {"architecture": architecture, "model_args": args, "classes": None}
+    export_timm(student, tmp_path / "out", input_spec=spec, **options)
     again = create_model(str(tmp_path / "out"))
     assert torch.equal(again(torch.ones(1, 3, 64, 64)), student.eval()(torch.ones(1, 3, 64, 64)))
 
@@ -254,9 +232,7 @@ def test_a_vitmae_starts_a_student_that_exports(tmp_path: Path, caplog: Any) -> 
 
 @torch.no_grad()
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_a_classifier_answers_as_by_its_definition(
-    tmp_path: Path, hub: Hub, caplog: Any, qkv_bias: bool
-) -> None:
+def test_a_classifier_answers_as_by_its_definition(tmp_path, hub, caplog, qkv_bias):
     state, images = classifier(qkv_bias=qkv_bias), torch.randn(2, 3, 32, 32)
     folder = written(tmp_path / "vit", state, "vit", qkv_bias=qkv_bias, **labelled(LABELS))
     expected = F.linear(
@@ -272,26 +248,14 @@ def test_a_classifier_answers_as_by_its_definition(
 
 
 @torch.no_grad()
-def test_a_classifiers_file_alone_is_taken_under_a_timm_name(tmp_path: Path, caplog: Any) -> None:
-    state = classifier()
-    folder = written(tmp_path / "vit", state, "vit", **labelled(LABELS))
-    shape = {
-        "image_size": 32,
-        "patch_size": 8,
-        "embed_dim": 24,
-        "num_heads": 3,
-        "depth": 2,
-        "mlp_ratio": 2.5,
-    }
-    model = create_model(
-        "vit_base_patch16_224", checkpoint=folder / "model.safetensors", **shape
-    ).eval()
+def test_a_classifiers_file_alone_is_taken_under_a_timm_name(tmp_path):
+    folder = written(tmp_path / "vit", classifier(), "vit", **labelled(LABELS))
+    shape = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
+    options = {"checkpoint": folder / "model.safetensors", "mlp_ratio": 2.5, **shape}
+    model = create_model("vit_base_patch16_224", **options).eval()
     images = torch.randn(2, 3, 32, 32)
-    assert (
-        torch.equal(model(images), create_model(str(folder)).eval()(images))
-        and model.num_classes == 5
-    )
-    assert caplog.messages[0].startswith(f"{folder / 'model.safetensors'}: its names are Hugging")
+    assert torch.equal(model(images), create_model(str(folder)).eval()(images))
+    assert model.num_classes == 5
 
 
 def test_a_classifier_becomes_a_student_of_other_classes(tmp_path: Path, caplog: Any) -> None:
@@ -305,10 +269,8 @@ def test_a_classifier_becomes_a_student_of_other_classes(tmp_path: Path, caplog:
 def test_the_pooler_of_a_vitmodel_is_left_out(tmp_path: Path, caplog: Any) -> None:
     pooler = {"pooler.dense.weight": torch.randn(24, 24), "pooler.dense.bias": torch.randn(24)}
     folder = written(tmp_path / "vit", {**encoder(""), **pooler}, "vit", architectures=["ViTModel"])
-    assert (
-        create_model(str(folder)).num_classes == 0
-        and "; its pooler is not used; its norms" in caplog.text
-    )
+    assert create_model(str(folder)).num_classes == 0
+    assert "; its pooler is not used; its norms" in caplog.text
 
 
 def test_imagenets_classes_are_known_under_their_descriptions(tmp_path: Path) -> None:
@@ -323,39 +285,31 @@ def test_imagenets_classes_are_known_under_their_descriptions(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "num_classes", "names"),
     [
-        (
-            {"architectures": ["ViTForImageClassification"]},
-            2,
-            None,
-        ),  # two classes are their default, and not written
+        # Two classes are transformers' default, and not written.
+        ({"architectures": ["ViTForImageClassification"]}, 2, None),
         (labelled(("LABEL_0", "LABEL_1", "LABEL_2")), 3, None),
         ({"id2label": {"1": "b", "0": "a"}}, 2, ("a", "b")),
         ({"architectures": ["ViTModel"], "id2label": {"0": "a"}}, 0, None),
         ({}, 0, None),
     ],
 )
-def test_how_many_classes_a_config_speaks_of(
-    tmp_path: Path, changes: dict[str, Any], num_classes: int, names: Any
-) -> None:
+def test_how_many_classes_a_config_speaks_of(tmp_path, changes, num_classes, names):
     model = create_model(str(written(tmp_path / "vit", {}, "vit", **changes)), pretrained=False)
     assert model.num_classes == num_classes and class_names(model) == names
+
+
+MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
 
 @pytest.mark.parametrize(
     ("preprocessor", "mean", "std"),
     [
-        (
-            {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
-            (0.1, 0.2, 0.3),
-            (0.4, 0.5, 0.6),
-        ),
-        ({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        ({"image_mean": MEAN, "image_std": STD}, tuple(MEAN), tuple(STD)),
+        ({"do_normalize": False, "image_mean": MEAN}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         ({"do_resize": True}, HALF, HALF),
     ],
 )
-def test_the_preprocessor_says_the_normalisation(
-    tmp_path: Path, hub: Hub, preprocessor: Any, mean: Any, std: Any
-) -> None:
+def test_the_preprocessor_says_the_normalisation(tmp_path, hub, preprocessor, mean, std):
     folder = written(tmp_path / "vit", {}, "vit", preprocessor)
     for name in (str(folder), hub(folder)):
         spec = input_spec_of(create_model(name, pretrained=False))
@@ -386,9 +340,7 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
         ({"id2label": ["a"]}, "is not a ViT's"),
     ],
 )
-def test_other_configurations_are_one_sentence(
-    tmp_path: Path, changes: dict[str, Any], sentence: str
-) -> None:
+def test_other_configurations_are_one_sentence(tmp_path, changes, sentence):
     folder = written(tmp_path / "vit", encoder(""), **{"model_type": "vit", **changes})
     with pytest.raises(DataError, match=sentence) as caught:
         create_model(str(folder))
@@ -396,7 +348,7 @@ def test_other_configurations_are_one_sentence(
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", '{"image_mean": 0.5}', '{"image_std": ["a"]}'])
-def test_a_damaged_preprocessor_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_a_damaged_preprocessor_is_one_sentence(tmp_path, text):
     folder = written(tmp_path / "vit", encoder(""), "vit")
     (folder / "preprocessor_config.json").write_text(text)
     with pytest.raises(DataError, match=r"preprocessor_config\.json"):
@@ -413,40 +365,23 @@ def test_a_network_of_the_hub_is_described_with_its_own_arguments(tmp_path: Path
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
     torch.manual_seed(0)
     model = create_model("vit_tiny_patch16_224", num_classes=5, **shape).eval()
-    spec = input_spec_of(model)
-    export_timm(
-        model,
-        tmp_path / "first",
-        architecture="vit_tiny_patch16_224",
-        model_args=shape,
-        classes=None,
-        input_spec=spec,
-    )
+    options = {"classes": None, "input_spec": input_spec_of(model)}
+    timm_name = "vit_tiny_patch16_224"
+    export_timm(model, tmp_path / "first", architecture=timm_name, model_args=shape, **options)
     name = hub(tmp_path / "first")
     student = create_model(name, num_classes=3, global_pool="avg")
     architecture, args = describe(name, {"global_pool": "avg"})
-    assert (
-        architecture == "vit_tiny_patch16_224"
-        and {**shape, "img_size": [32, 32]}.items() <= args.items()
-    )
+    assert architecture == "vit_tiny_patch16_224"
+    assert {**shape, "img_size": [32, 32]}.items() <= args.items()
     assert describe(name, {"depth": 1})[1]["depth"] == 1
-    export_timm(
-        student,
-        tmp_path / "second",
-        architecture=architecture,
-        model_args=args,
-        classes=None,
-        input_spec=spec,
-    )
+    export_timm(student, tmp_path / "second", architecture=architecture, model_args=args, **options)
     assert torch.equal(
         create_model(str(tmp_path / "second")).blocks[0].attn.qkv.weight,
         model.blocks[0].attn.qkv.weight,
     )
 
 
-def test_what_the_hub_does_not_have_is_one_sentence(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_hub_does_not_have_is_one_sentence(tmp_path, hub, monkeypatch):
     (tmp_path / "empty").mkdir()
     name = hub(tmp_path / "empty")
     for ask in (lambda: create_model(name), lambda: describe(name, {})):
