@@ -28,20 +28,14 @@ def test_vectors_are_frozen() -> None:
     """These values may never change: stored labels and resumed runs rest on them."""
     ids = np.array([0, 1, 2**40], dtype=np.int64)
     got = keyed.keys(7, np.array([0, 3, 5], dtype=np.int64), ids, Stream.CROP)
-    assert got.tolist() == FROZEN_KEYS
-    assert keyed.uniforms(got, 2).tolist() == FROZEN_UNIFORMS
-    assert keyed.permutation(7, 2, 10).tolist() == FROZEN_ORDER
-    assert keyed.library_seeds(7, 2, 3) == [FROZEN_SEED]
-
-
-FROZEN_KEYS = [3827544751006511609, 13285345916972662703, 24369918317814308]
-FROZEN_UNIFORMS = [
-    [0.5836614568354661, 0.7105363300174491],
-    [0.9609784181460005, 0.9055100151110584],
-    [0.26092825322636326, 0.7313736493701295],
-]
-FROZEN_ORDER = [3, 6, 0, 5, 8, 1, 9, 7, 4, 2]
-FROZEN_SEED = 9187612033851577075
+    assert got.tolist() == [3827544751006511609, 13285345916972662703, 24369918317814308]
+    assert keyed.uniforms(got, 2).tolist() == [
+        [0.5836614568354661, 0.7105363300174491],
+        [0.9609784181460005, 0.9055100151110584],
+        [0.26092825322636326, 0.7313736493701295],
+    ]
+    assert keyed.permutation(7, 2, 10).tolist() == [3, 6, 0, 5, 8, 1, 9, 7, 4, 2]
+    assert keyed.library_seeds(7, 2, 3) == [9187612033851577075]
 
 
 @given(state=st.lists(WORDS, min_size=1, max_size=8), index=st.integers(0, 2**62))
@@ -65,9 +59,7 @@ SEEDS = st.one_of(
     addresses=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8),
     stream=st.sampled_from(Stream),
 )
-def test_torch_gives_the_same_keys(
-    seed: int, addresses: list[tuple[int, int]], stream: Stream
-) -> None:
+def test_torch_gives_the_same_keys(seed, addresses, stream):
     views, ids = np.array(addresses, dtype=np.int64).T
     ours = keyed.keys(seed, views, ids, stream)
     theirs = keyed.torch_keys(
@@ -142,9 +134,3 @@ def test_normals_are_normal(where: str) -> None:
     assert np.isfinite(z).all()
     assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01
     assert abs((np.abs(z) > 1.959964).mean() - 0.05) < 0.003 and abs((z**4).mean() - 3) < 0.15
-
-
-@given(size=st.integers(0, 300), view=st.integers(0, 5))
-def test_permutation(size: int, view: int) -> None:
-    order = keyed.permutation(3, view, size)
-    assert sorted(order.tolist()) == list(range(size))

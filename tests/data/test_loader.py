@@ -62,8 +62,8 @@ def test_workers_do_not_change_anything(make_folder, in_memory: bool, sizes) -> 
 @pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (1, 2), (3, 2)])
 def test_processes_and_micro_batches_share_one_global_batch(
-    make_folder, in_memory: bool, repeats: int, size: int, accumulate: int
-) -> None:
+    make_folder, in_memory, repeats, size, accumulate
+):
     source = open_source(str(make_folder(train=26)), "train")
     augment = replace(FULL, repeated_aug=repeats)
     options = {"batch_size": 12, "in_memory": in_memory}

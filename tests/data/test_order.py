@@ -32,14 +32,11 @@ def test_epoch_order(size: int, repeats: int, epoch: int, seed: int) -> None:
     later=st.integers(0, 9),
     seed=st.integers(-(2**70), 2**70),
 )
-def test_views_come_back_in_the_same_pairs(
-    size: int, num_views: int, later: int, seed: int
-) -> None:
+def test_views_come_back_in_the_same_pairs(size, num_views, later, seed):
     def pairs(epoch: int) -> list[list[int]]:
         ids, views = epoch_order(size, seed, epoch, num_views=num_views)
-        assert sorted(ids.tolist()) == list(range(size)) and set(views.tolist()) == {
-            epoch % num_views
-        }
+        assert sorted(ids.tolist()) == list(range(size))
+        assert set(views.tolist()) == {epoch % num_views}
         return ids[: size // 2 * 2].reshape(-1, 2).tolist()
 
     first = pairs(later % num_views)

@@ -29,9 +29,9 @@ def write_mnist(root: Path) -> np.ndarray:
 def test_grey_images(tmp_path: Path) -> None:
     images = write_mnist(tmp_path)
     source = open_source(f"torchvision/MNIST?root={tmp_path}", "train")
-    assert (
-        len(source) == 6 and source.labels.tolist() == list(range(6)) and len(source.classes) == 10
-    )
+    assert len(source) == 6
+    assert source.labels.tolist() == list(range(6))
+    assert len(source.classes) == 10
     assert np.array_equal(np.asarray(source.load(3)), np.repeat(images[3][..., None], 3, axis=2))
     assert source.image_size(0) == (28, 28) and source.key(3) == "train/000003"
     assert (

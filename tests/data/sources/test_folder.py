@@ -104,25 +104,10 @@ def test_what_is_no_source(tmp_path: Path) -> None:
         assert name in refused(tmp_path / name)
 
 
-def test_a_place_without_splits_is_right_once_its_advice_is_followed(
-    make_folder, tmp_path: Path
-) -> None:
+def test_class_folders_without_splits_are_told_where_to_go(make_folder, tmp_path):
     photos = tmp_path / "photos"
     (make_folder() / "train").rename(photos)
-    sentence = refused(photos, kind=MissingSplit)
-    assert "'class0'" in sentence and f"{photos}/train/ and" in sentence and "CLASS" in sentence
-    for folder in sorted(photos.iterdir()):
-        (photos / "train").mkdir(exist_ok=True)
-        folder.rename(photos / "train" / folder.name)
-    assert len(open_source(str(photos), "train")) == 24
-    refused(photos, "val", MissingSplit)
-    for folder in sorted((photos / "train").iterdir()):
-        (photos / "val" / folder.name).mkdir(parents=True)
-        first = sorted(folder.iterdir())[0]
-        first.rename(photos / "val" / folder.name / first.name)
-    assert len(open_source(str(photos), "val")) == 3
-    (photos / "train").rename(tmp_path / "class_folders")
-    assert refused(photos, kind=MissingSplit).endswith(f"into {photos}/train/")
+    assert f"{photos}/train/" in refused(photos, kind=MissingSplit)
 
 
 def test_what_is_wrong_with_the_images(make_folder) -> None:

@@ -41,9 +41,8 @@ def test_autocast_does_not_reach_the_views(picture, stack) -> None:
     ids, views = np.arange(12, dtype=np.int64), np.zeros(12, dtype=np.int64)
     with torch.autocast("cpu", torch.bfloat16):
         inside = normalize(batched(ids, views), SPEC)
-    assert inside.dtype == torch.float32 and torch.equal(
-        inside, normalize(batched(ids, views), SPEC)
-    )
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, normalize(batched(ids, views), SPEC))
 
 
 def test_batched_small_recipe_is_a_crop_and_a_flip(picture, stack) -> None:

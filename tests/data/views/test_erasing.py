@@ -42,20 +42,13 @@ def test_frequency_and_areas_are_timms() -> None:
     assert abs(ours.max() - theirs.max()) < 0.03
 
 
-def test_an_image_does_not_depend_on_its_company() -> None:
-    together = erased(40, 0.5)
-    assert torch.equal(erased(10, 0.5, start=13), together[13:23])
-    assert torch.equal(erased(40, 0.5), together)
-
-
-def test_seed_view_and_probability_count() -> None:
+def test_an_image_depends_on_its_address_and_not_on_its_company():
+    assert torch.equal(erased(10, 0.5, start=13), erased(40, 0.5)[13:23])
     ids, views = np.arange(50, dtype=np.int64), np.zeros(50, dtype=np.int64)
     blank = torch.full((50, 3, 16, 16), 7.0)
     base = erase(blank.clone(), 0.5, 1, ids, views)
     assert not torch.equal(base, erase(blank.clone(), 0.5, 2, ids, views))
     assert not torch.equal(base, erase(blank.clone(), 0.5, 1, ids, views + 1))
     assert torch.equal(erase(blank.clone(), 0.0, 1, ids, views), blank)
-
-
-def test_images_too_small_for_any_rectangle() -> None:
-    assert torch.equal(erased(50, 1.0, (1, 1)), torch.full((50, 3, 1, 1), 7.0))
+    tiny = torch.full((50, 3, 1, 1), 7.0)  # too small for any rectangle
+    assert torch.equal(erased(50, 1.0, (1, 1)), tiny)

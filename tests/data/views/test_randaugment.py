@@ -93,9 +93,7 @@ def test_posterize_is_pillows_and_black_at_zero_bits(picture) -> None:
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from(sorted(Kind)), min_size=1, max_size=9), st.integers(0, 100))
-def test_an_image_does_not_depend_on_its_company(
-    picture, stack, kinds: list[Kind], number: int
-) -> None:
+def test_an_image_does_not_depend_on_its_company(picture, stack, kinds, number):
     images = stack([picture(number + i, (20, 20)) for i in range(len(kinds))])
     value = np.linspace(0.2, 0.9, len(kinds))
     kind = np.array(kinds, dtype=np.int64)
