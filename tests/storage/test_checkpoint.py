@@ -2,10 +2,8 @@
 since.
 """
 
-import math
 import os
 import random
-import resource
 import select
 import shutil
 import signal
@@ -56,19 +54,9 @@ def steps_in(run: Path) -> list[str]:
     return sorted(os.listdir(run / "checkpoints"))
 
 
-def in_child(work) -> int:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
 def test_round_trip_and_pruning(tmp_path):
+    assert checkpoint.latest(tmp_path) is None and checkpoint.latest(tmp_path / "no") is None
+    assert list(tmp_path.iterdir()) == []
     for step in (1, 2, 30, 400):
         folder = checkpoint.save(tmp_path, step, *state_of(step))
         assert folder == checkpoint.latest(tmp_path) == checkpoint.folder_of(tmp_path, step)
@@ -77,15 +65,9 @@ def test_round_trip_and_pruning(tmp_path):
     assert sorted(os.listdir(folder)) == ["manifest.json", "state.json", "state.safetensors"]
 
 
-def test_none_when_there_is_none(tmp_path):
-    assert checkpoint.latest(tmp_path) is None
-    assert checkpoint.latest(tmp_path / "no" / "run") is None
-    assert list(tmp_path.iterdir()) == []
-
-
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
         max_leaves=8,
     )
@@ -93,7 +75,6 @@ def test_none_when_there_is_none(tmp_path):
 def test_state_comes_back_exactly(tmp_path_factory, value):
     run = tmp_path_factory.mktemp("run")
     _, state = checkpoint.load(checkpoint.save(run, 0, {}, {"value": value}))
-    assert state == {"value": value}
     assert repr(state["value"]) == repr(value)
 
 
@@ -102,13 +83,6 @@ def test_what_json_would_change_is_refused(tmp_path, value):
     with pytest.raises(TypeError, match=r"state\['x'\]"):
         checkpoint.save(tmp_path, 0, {}, {"x": value})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_not_a_number_survives_in_a_state(tmp_path):
-    _, state = checkpoint.load(
-        checkpoint.save(tmp_path, 0, {}, {"best": -math.inf, "last": math.nan})
-    )
-    assert state["best"] == -math.inf and math.isnan(state["last"])
 
 
 # -- damage ---------------------------------------------------------------------------------------
@@ -136,64 +110,41 @@ def two(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(checkpoint.FILES))
-def test_every_flipped_bit_is_found_and_the_one_before_used(two, name):
+def test_every_flipped_bit_and_cut_is_found_and_the_one_before_used(two, name):
     rng = random.Random(name)
     path = checkpoint.folder_of(two, 2) / name
     data = path.read_bytes()
+    bad = []
     for _ in range(30):
-        bad = bytearray(data)
-        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
-        damage_is_found(two, checkpoint.folder_of(two, 1), path, bytes(bad))
-
-
-@pytest.mark.parametrize("name", sorted(checkpoint.FILES))
-def test_every_cut_is_found(two, name):
-    path = checkpoint.folder_of(two, 2) / name
-    data = path.read_bytes()
-    cuts = {
-        0,
-        1,
-        7,
-        8,
-        9,
-        len(data) - 1,
-        *(random.Random(name).randrange(len(data)) for _ in range(20)),
-    }
-    for cut in cuts:
-        damage_is_found(two, checkpoint.folder_of(two, 1), path, data[:cut])
-        damage_is_found(
-            two, checkpoint.folder_of(two, 1), path, data[:cut] + bytes(len(data) - cut + 1)
-        )
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        bad.append(bytes(flipped))
+    for cut in {0, 1, 7, 8, 9, len(data) - 1, *(rng.randrange(len(data)) for _ in range(20))}:
+        bad += [data[:cut], data[:cut] + bytes(len(data) - cut + 1)]
+    for content in bad:
+        damage_is_found(two, checkpoint.folder_of(two, 1), path, content)
 
 
 def test_missing_swapped_and_renamed_files_are_found(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, *state_of(step))
     one, newest = checkpoint.folder_of(tmp_path, 1), checkpoint.folder_of(tmp_path, 2)
-    shutil.copytree(newest, tmp_path / "copy")
     for name in checkpoint.FILES - {MANIFEST}:
+        good = (newest / name).read_bytes()
         shutil.copy(one / name, newest / name)
         assert checkpoint.latest(tmp_path, lambda _: None) == one
         (newest / name).unlink()
         with pytest.raises(DataError, match=f"{name} is missing"):
             checkpoint.load(newest)
-        shutil.copy(tmp_path / "copy" / name, newest / name)
+        (newest / name).write_bytes(good)
     assert checkpoint.latest(tmp_path, pytest.fail) == newest
     os.rename(one, checkpoint.folder_of(tmp_path, 9))
-    with pytest.raises(DataError, match="name"):
-        checkpoint.load(checkpoint.folder_of(tmp_path, 9))
-
-
-def test_all_damaged_is_an_error_naming_the_folder(tmp_path):
-    folder = checkpoint.save(tmp_path, 1, *state_of(1))
-    (folder / checkpoint.STATE).write_bytes(b"{}")
+    for folder in (checkpoint.folder_of(tmp_path, 9), tmp_path / "nothing"):
+        with pytest.raises(DataError):
+            checkpoint.load(folder)
+    (newest / checkpoint.STATE).write_bytes(b"{}")
     with pytest.raises(DataError, match="none of the checkpoints"):
         checkpoint.latest(tmp_path, lambda _: None)
-
-
-def test_an_explicit_path_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(DataError, match=r"manifest\.json is missing"):
-        checkpoint.load(tmp_path / "nothing")
 
 
 def test_pruning_keeps_a_good_one_when_the_newer_is_damaged(tmp_path):
@@ -238,7 +189,7 @@ def test_foreign_files_are_never_deleted(tmp_path):
 
 
 @pytest.mark.whole
-def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path):
+def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path, fork):
     size = 50_000
     rng = random.Random(5)
     reader, writer = os.pipe()
@@ -250,7 +201,7 @@ def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path):
 
     done, leftovers = 0, 0
     for _ in range(15):
-        pid = in_child(lambda start=done + 1: save_for_ever(start))
+        pid = fork(lambda start=done + 1: save_for_ever(start))
         # However busy the machine: one save is done and the next begun when the clock starts.
         returned = int.from_bytes(os.read(reader, 4), "little")
         time.sleep(rng.uniform(0, 0.03))
@@ -302,19 +253,6 @@ def test_a_failing_system_call_costs_no_checkpoint(tmp_path, monkeypatch, name):
         assert len(steps_in(tmp_path)) == 2
         step += 1
     assert failed
-
-
-def test_a_full_disk_changes_nothing(tmp_path):
-    checkpoint.save(tmp_path, 1, *state_of(1))
-
-    def save() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        with pytest.raises(DiskError, match="disk is full"):
-            checkpoint.save(tmp_path, 2, *state_of(2, 100_000))
-
-    assert os.waitstatus_to_exitcode(os.waitpid(in_child(save), 0)[1]) == 0
-    assert steps_in(tmp_path) == ["step-00000001"]
-    assert same(checkpoint.save(tmp_path, 2, *state_of(2, 100_000)), 2, 100_000)
 
 
 def test_a_disk_that_writes_something_else_costs_no_checkpoint(tmp_path, monkeypatch):

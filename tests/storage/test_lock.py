@@ -15,7 +15,7 @@ from vitdistill.storage.lock import LOCK, held, lock_folder, try_lock, wait_lock
 
 
 class Holder:
-    """A process that runs ``take`` and then sleeps until it is killed."""
+    """A process that runs ``take`` and then waits until it is killed."""
 
     def __init__(self, take: Callable[[], object]) -> None:
         ready, tell = os.pipe()
@@ -24,7 +24,7 @@ class Holder:
             try:
                 kept = take()
                 os.write(tell, b"x" if kept else b"-")
-                time.sleep(60)
+                signal.pause()
             finally:
                 os._exit(1)
         os.close(tell)
@@ -96,23 +96,18 @@ def test_a_forked_child_neither_keeps_nor_releases_the_lock(tmp_path, hold):
     assert not held(path), "its living child does not keep it"
 
 
-def test_waiters_get_it_one_after_another(tmp_path):
+def test_waiters_get_it_one_after_another(tmp_path, fork, join):
     """A waiter may be given the lock of a file that its holder has removed: that is no lock."""
     path, counter = tmp_path / "lease", tmp_path / "counter"
     counter.write_text("0")
-    pids = []
-    for _ in range(8):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for _ in range(25):
-                    with wait_lock(path):
-                        counter.write_text(str(int(counter.read_text()) + 1))
-            finally:
-                os._exit(0)
-        pids.append(pid)
-    for pid in pids:
-        os.waitpid(pid, 0)
+
+    def count():
+        for _ in range(25):
+            with wait_lock(path):
+                counter.write_text(str(int(counter.read_text()) + 1))
+
+    pids = [fork(count) for _ in range(8)]
+    assert [join(pid) for pid in pids] == [0] * 8
     assert counter.read_text() == "200"
 
 

@@ -1,7 +1,6 @@
 """Logs keep whole lines, and a resumed run's are not there twice."""
 
 import json
-import os
 import resource
 
 import pytest
@@ -34,7 +33,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
     assert path.read_bytes()[70_000:] == b"\nwhole\nnext\n"
 
 
-def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path):
+def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path, fork, join):
     path = tmp_path / "log"
 
     def write():
@@ -44,12 +43,5 @@ def test_a_full_disk_leaves_whole_lines_in_the_log(tmp_path):
             for _ in range(100):
                 log.append("x" * 29)
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            write()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert join(fork(write)) == 0
     assert path.read_bytes() == (b"x" * 29 + b"\n") * 33

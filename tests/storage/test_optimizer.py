@@ -54,12 +54,10 @@ def bits(tensor: torch.Tensor) -> bytes:
 def assert_identical(a, b) -> None:
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
-        assert (
-            a.dtype == b.dtype
-            and a.shape == b.shape
-            and a.stride() == b.stride()
-            and bits(a) == bits(b)
-        )
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert a.stride() == b.stride()
+        assert bits(a) == bits(b)
     elif isinstance(a, dict):
         assert list(a) == list(b)
         for key in a:
