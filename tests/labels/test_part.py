@@ -4,6 +4,9 @@ import json
 import random
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +29,17 @@ def refused(store: LabelStore) -> list[str]:
     said = store.verify()
     assert str(caught.value) in said
     return said
+
+
+@contextmanager
+def replaced(path: Path, data: bytes) -> Iterator[None]:
+    """Give a file another content for a while."""
+    good = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        yield
+    finally:
+        path.write_bytes(good)
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +72,17 @@ def test_the_bytes_of_a_part(made, tmp_path, records):
 @settings(deadline=None, max_examples=120)
 @given(position=st.integers(0, 10**9), bit=st.integers(0, 7), footer=st.booleans())
 def test_every_flipped_bit_is_found(large, position, bit, footer):
-    path = large.path / NAME
-    good = path.read_bytes()
-    data = bytearray(good)
-    data[-1 - position % 300 if footer else position % len(good)] ^= 1 << bit
-    path.write_bytes(data)
-    try:
+    data = bytearray((large.path / NAME).read_bytes())
+    data[-1 - position % 300 if footer else position % len(data)] ^= 1 << bit
+    with replaced(large.path / NAME, data):
         (said,) = refused(large)
-        assert NAME in said
-    finally:
-        path.write_bytes(good)
-    assert large.verify() == []
+    assert NAME in said and large.verify() == []
 
 
 def test_undamaged_blocks_are_read_beside_a_damaged_one(large, records):
-    path = large.path / NAME
-    good = path.read_bytes()
-    data = bytearray(good)
+    data = bytearray((large.path / NAME).read_bytes())
     data[5000 * 20] ^= 1
-    path.write_bytes(data)
-    try:
+    with replaced(large.path / NAME, data):
         store = LabelStore.open(large.path)
         ids = np.r_[4095, 0, 8192, 9999]
         found, _ = store.read(np.ones_like(ids), ids)
@@ -85,8 +90,6 @@ def test_undamaged_blocks_are_read_beside_a_damaged_one(large, records):
         for _ in range(2):
             with pytest.raises(DataError, match=r"part-00000.bin is damaged: block 1"):
                 store.records(1, [4096])
-    finally:
-        path.write_bytes(good)
 
 
 def test_large_records_have_blocks_of_a_mebibyte(tmp_path):
@@ -116,13 +119,10 @@ def test_cut_grown_and_shuffled_parts_are_refused(large):
         good[4096 * 20 : 8192 * 20] + good[: 4096 * 20] + good[8192 * 20 :],
         good[:end] + (2**63).to_bytes(8, "little") + good[-12:],
     ]
-    try:
-        for data in bad:
-            path.write_bytes(data)
+    for data in bad:
+        with replaced(path, data):
             (said,) = refused(large)
-            assert said.startswith(str(path)) and "is damaged" in said
-    finally:
-        path.write_bytes(good)
+        assert said.startswith(str(path)) and "is damaged" in said
 
 
 def test_parts_under_another_name_are_refused(made, tmp_path):

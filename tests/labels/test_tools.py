@@ -153,16 +153,6 @@ def test_a_pruned_store_gets_what_its_source_gets(made, records, layout, tmp_pat
     prune(source.path, tmp_path / "target", encoding=layout(2).logits, say=said.append)
     assert len(said) == 10 and before.items() < tree(pruned.path).items()
     assert pruned.records(0, [9]).pixels.tolist() == [9] and pruned.verify() == []
-    # A pruned store is pruned again, to the same bytes as at once.
-    again = prune(pruned.path, tmp_path / "again", encoding=layout(1).logits, num_views=1)
-    once = prune(source.path, tmp_path / "once", encoding=layout(1).logits, num_views=1)
-    (found, _), (expected, _) = (
-        store.read(np.zeros(37, np.int64), np.arange(37)) for store in (again, once)
-    )
-    np.testing.assert_array_equal(
-        found[["pixels", "ids", "values"]], expected[["pixels", "ids", "values"]]
-    )
-    np.testing.assert_allclose(found["tails"], expected["tails"], rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(made, layout, tmp_path):

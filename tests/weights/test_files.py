@@ -74,36 +74,31 @@ def header(entries: dict, size: int) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(size)
 
 
+def floats(count: int, *offsets: int) -> dict:
+    return {"dtype": "F32", "shape": [count], "data_offsets": list(offsets)}
+
+
+OVERLAP = header({"a": floats(2, 0, 8), "b": floats(2, 4, 12)}, 12)
+NO_WEIGHTS = {
+    "empty.pth": (b"", "is empty"),
+    "empty.safetensors": (b"", "is empty"),
+    "page.pth": (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+    "page.safetensors": (b"<html>", "web page"),
+    "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    "noise.pth": (random.Random(0).randbytes(3000), "no weights file"),
+    "noise.safetensors": (random.Random(0).randbytes(3000), "no weights file"),
+    "weights.npz": (b"PK\x03\x04", "convert to .safetensors"),
+    "list.pth": (torch_bytes([torch.ones(1)]), "holds no weights"),
+    "numbers.pth": (torch_bytes({"a": 1}), "holds no weights"),
+    "nothing.pth": (torch_bytes({}), "holds no weights"),
+    "huge.safetensors": ((2**62).to_bytes(8, "little") + b"{}", "no weights file"),
+    "overlap.safetensors": (OVERLAP, "no weights file"),
+    "shape.safetensors": (header({"a": floats(9, 0, 8)}, 8), "no weights file"),
+}
+
+
 def test_files_that_are_no_weights_are_one_sentence(tmp_path):
-    cases: dict[str, tuple[bytes, str]] = {
-        "empty.pth": (b"", "is empty"),
-        "empty.safetensors": (b"", "is empty"),
-        "page.pth": (b"\n<!DOCTYPE html><html>404</html>", "web page"),
-        "page.safetensors": (b"<html>", "web page"),
-        "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-        "noise.pth": (random.Random(0).randbytes(3000), "no weights file"),
-        "noise.safetensors": (random.Random(0).randbytes(3000), "no weights file"),
-        "weights.npz": (b"PK\x03\x04", "convert to .safetensors"),
-        "list.pth": (torch_bytes([torch.ones(1)]), "holds no weights"),
-        "numbers.pth": (torch_bytes({"a": 1}), "holds no weights"),
-        "nothing.pth": (torch_bytes({}), "holds no weights"),
-        "huge-header.safetensors": ((2**62).to_bytes(8, "little") + b"{}", "no weights file"),
-        "overlap.safetensors": (
-            header(
-                {
-                    "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-                    "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
-                },
-                12,
-            ),
-            "no weights file",
-        ),
-        "wrong-shape.safetensors": (
-            header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 8]}}, 8),
-            "no weights file",
-        ),
-    }
-    for name, (content, sentence) in cases.items():
+    for name, (content, sentence) in NO_WEIGHTS.items():
         (tmp_path / name).write_bytes(content)
         assert sentence in refused(tmp_path / name), name
     assert "no weights file" in refused(tmp_path / "missing.pth")

@@ -228,11 +228,8 @@ def test_averaging_the_patches_leaves_the_final_norm_out(tmp_path, caplog, num_c
     state, encoder = student.state_dict(), encoder_of(source)
     kept = {key: value for key, value in encoder.items() if not key.startswith("norm.")}
     assert equal({key: state[key] for key in kept}, kept)
-    fresh = [
-        "fc_norm.weight",
-        "fc_norm.bias",
-        *(["head.weight", "head.bias"] if num_classes else []),
-    ]
+    head = ["head.weight", "head.bias"] if num_classes else []
+    fresh = ["fc_norm.weight", "fc_norm.bias", *head]
     assert state.keys() - kept.keys() == set(fresh)
     assert (state["fc_norm.weight"] == 1).all() and (state["fc_norm.bias"] == 0).all()
     assert (
@@ -341,9 +338,8 @@ def test_a_folder_without_classes_starts_a_student(tmp_path, caplog, num_classes
     )
     kept = {key: value for key, value in source.items() if not (pool and key.startswith("norm."))}
     state = student.state_dict()
-    fresh = (["fc_norm.weight", "fc_norm.bias"] if pool else []) + (
-        ["head.weight", "head.bias"] if num_classes else []
-    )
+    head = ["head.weight", "head.bias"] if num_classes else []
+    fresh = [*(["fc_norm.weight", "fc_norm.bias"] if pool else []), *head]
     assert state.keys() - kept.keys() == set(fresh)
     assert equal({key: state[key] for key in kept}, kept)
     assert student.num_classes == (num_classes or 0) and student.global_pool == (pool or "token")
