@@ -376,10 +376,13 @@ def test_umask_is_honoured(tmp_path, umask, file_mode, dir_mode):
     before = os.umask(umask)
     try:
         write_atomic(tmp_path / "sub" / "file", NEW)
+        with staged_dir(tmp_path / "published") as temp:
+            write_new(temp / "file", NEW)
     finally:
         os.umask(before)
-    assert (tmp_path / "sub" / "file").stat().st_mode & 0o777 == file_mode
-    assert (tmp_path / "sub").stat().st_mode & 0o777 == dir_mode
+    for folder in (tmp_path / "sub", tmp_path / "published"):
+        assert (folder / "file").stat().st_mode & 0o777 == file_mode
+        assert folder.stat().st_mode & 0o777 == dir_mode
 
 
 def test_unusable_paths_are_disk_errors(tmp_path):
