@@ -40,12 +40,14 @@ class Tree:
     def __init__(self, root: Path, setting: str) -> None:
         script = str(root / "benchmarks" / "step_cost.py")
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        # Python looks into the current folder first, so that is the tree itself.
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, script, setting],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=root,
         )
         self.steps = self._answer().split("|")
 
