@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from vitdistill.cli import demo
+from vitdistill.cli import demo, main
 from vitdistill.data.sources.open import open_source
 from vitdistill.recipes.config import Recipe
 
@@ -37,7 +37,7 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "demo_recipes", _short)
-    assert demo.main(["--output", str(tmp_path / "demo")]) == 0
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     text = capsys.readouterr().out
     for words in ("teacher, 64 wide", "+ plain distillation", "8 of 16 patches", "top-1", "MFLOPs"):
         assert words in text
@@ -49,7 +49,7 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     before = {
         path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()
     }
-    assert demo.main(["--output", str(tmp_path / "demo")]) == 0
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed <= {"what_the_teacher_saw.png"}, "a second demo repeats nothing"
 
