@@ -19,7 +19,9 @@ from vitdistill.vit.needs import Needs
 from vitdistill.vit.walk import run_vit
 from vitdistill.weights.create import class_names, create_model
 from vitdistill.weights.export import export_timm
-from vitdistill.weights.load import load_weights
+from vitdistill.weights.files import load_state_dict
+from vitdistill.weights.load import load_into
+from vitdistill.weights.vit_checkpoints import Target
 
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}
 NAME = "vit_tiny_patch16_224"
@@ -28,6 +30,10 @@ NAME = "vit_tiny_patch16_224"
 def tiny(seed: int = 0, **changes) -> torch.nn.Module:
     torch.manual_seed(seed)
     return create_model(NAME, **{"num_classes": 5, **TINY, **changes}).eval()
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    load_into(Target(model, str(path)), load_state_dict(path))
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

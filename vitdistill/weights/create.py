@@ -22,7 +22,7 @@ from . import hugging_face
 from .files import first_line, load_state_dict
 from .folder import Saved, read_folder, read_hub
 from .load import load_into
-from .vit_checkpoints import is_headless, is_pretraining
+from .vit_checkpoints import Target, is_headless, is_pretraining
 
 # What networks of timm's raise for arguments they cannot be built with.
 _BUILD_ERRORS = (
@@ -47,17 +47,15 @@ def create_model(
     image_size: int | tuple[int, int] | None = None,
     **model_args: Any,
 ) -> nn.Module:
-    """Build a timm network by name, with its weights if asked for.
-
-    What was made of the weights is logged, in one note a file.
+    """Build a timm network by name, with its weights if asked for; log what was made of them.
 
     Args:
         name: timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json``:
             timm's, which `export_timm` writes, or Hugging Face's of a ViT or ViTMAE.
         num_classes: another number than the weights' gives a fresh head.
         checkpoint: a weights file, loaded strictly in place of the network's own. Without
-            ``num_classes``, a plain timm name gets the file's number of classes. A plain ViT's file
-            without a classifier gives a network without one, or with a fresh head.
+            ``num_classes``, a plain timm name gets the file's number of classes; a plain ViT's
+            file without a classifier then gives a network without one.
         pretrained: None: load the weights of a folder or the hub, none for timm's plain names;
             False: never; True: always, so that a plain name downloads.
         image_size: height and width, or one number, pixels; the input size in ``pretrained_cfg``.
@@ -86,31 +84,30 @@ def create_model(
         build["num_classes"] = num_classes
     if in_chans != 3:
         build["in_chans"] = in_chans
-    source, place = _split(name)
-    if source == "timm":
-        model = _from_registry(place, build, pretrained=bool(pretrained))
+    saved = _read_saved(name)
+    if saved is None:
+        model = _from_registry(name, build, pretrained=bool(pretrained))
+    elif pretrained is False or checkpoint is not None:
+        model = _build_saved(saved, build)
     else:
-        saved = _read_saved(source, place)
-        if pretrained is False or checkpoint is not None:
-            model = _build_saved(saved, build)
-        else:
-            model = _load_saved(saved, build)
+        model = _load_saved(saved, build)
     if checkpoint is None:
         return model
-    state = load_state_dict(checkpoint)
-    notes = []
-    if source == "timm":
-        model = _with_its_classes(model, state, place, build)
-        notes = _set_normalisation(model, state, place)
+    state, notes = load_state_dict(checkpoint), []
+    if saved is None:
+        num_classes = _num_answers(model, state)
+        if "num_classes" not in build and num_classes not in (None, model.num_classes):
+            model = _from_registry(name, {**build, "num_classes": num_classes}, pretrained=False)
+        notes = _set_normalisation(model, state, name)
     fresh = "num_classes" in build or not getattr(model, "num_classes", 1)
-    load_into(model, state, printable(checkpoint), fresh_head=fresh, notes=notes)
+    load_into(Target(model, printable(checkpoint), fresh), state, notes)
     return model
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
-    """Return the classes a network answers in, in order; None where they are not known.
+    """Return a network's classes as saved with it, or ImageNet's synsets for timm's own heads.
 
-    They are those saved with it, or ImageNet's synsets for timm's own heads.
+    None: they are not known.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     num_classes = getattr(model, "num_classes", None)
@@ -129,10 +126,9 @@ def carries_weights(name: str) -> bool:
 
 def describe(name: str, model_args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return timm's architecture and arguments of ``create_model(name, **model_args)``."""
-    source, place = _split(name)
-    if source == "timm":
-        return place, dict(model_args)
-    saved = _read_saved(source, place)
+    saved = _read_saved(name)
+    if saved is None:
+        return name, dict(model_args)
     return saved.architecture, {**saved.args, **model_args}
 
 
@@ -146,17 +142,15 @@ def _split(name: str) -> tuple[str, str]:
     # A plain timm name stays one, even where a folder happens to be called the same.
     is_path = os.sep in name or name.startswith(("~", "."))
     if is_path or (not is_model(name.partition(".")[0]) and Path(name).is_dir()):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(
-                f"there is no folder {printable(name)}",
-                fix=f"for a network of the Hugging Face hub, hf-hub:{printable(name)}",
-            )
-        return "folder", str(folder)
+        return "folder", name
     return "timm", name
 
 
-def _read_saved(source: str, place: str) -> Saved:
+def _read_saved(name: str) -> Saved | None:
+    """Return what is saved in a folder or on the hub; None for a plain timm name."""
+    source, place = _split(name)
+    if source == "timm":
+        return None
     return read_folder(Path(place)) if source == "folder" else read_hub(place)
 
 
@@ -270,15 +264,14 @@ def _load_saved(saved: Saved, build: Mapping[str, Any]) -> nn.Module:
     if same_chans and (same_head or not saved.num_classes or has_positions):
         model = _build_saved(saved, build)
     if model is not None and (same_head or isinstance(model, VisionTransformer)):
-        load_into(
+        target = Target(
             model,
-            state,
             f"{saved.place}/{file.name}",
             fresh_head=not (same_head and saved.num_classes),
             other_classes=not same_head,
             image_size=saved.image_size,
-            notes=saved.notes,
         )
+        load_into(target, state, saved.notes)
     else:
         # timm drops the head of other classes and folds input channels. It is handed the tensors:
         # its own reader of files stays out of it.
@@ -290,18 +283,13 @@ def _load_saved(saved: Saved, build: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _with_its_classes(
-    model: nn.Module, state: Mapping[str, Tensor], name: str, build: dict[str, Any]
-) -> nn.Module:
-    """Build the network again with a file's number of classes, if none was asked for."""
-    answers = 0 if is_headless(model, state) else _num_answers(model, state)
-    if "num_classes" in build or answers in (None, model.num_classes):
-        return model
-    return _from_registry(name, {**build, "num_classes": answers}, pretrained=False)
-
-
 def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """Return how many classes a file's head answers in; None where it has no head as timm's has."""
+    """Return how many classes a file's head answers in, 0 for a ViT's file without one.
+
+    None: it has no head as timm's has.
+    """
+    if isinstance(model, VisionTransformer) and is_headless(state):
+        return 0
     head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     if hugging_face.has_its_names(state):
         head = "classifier"
@@ -328,7 +316,7 @@ def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str)
         return [
             f"images are normalised as ImageNet's, as for masked autoencoders, not as for {name}"
         ]
-    if not is_headless(model, state):
+    if not is_headless(state):
         return []
     return [
         f"images are normalised as for {name} (mean {cfg['mean']}, std {cfg['std']}); if it was"

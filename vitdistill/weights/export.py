@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from timm.models import is_model
 from torch import Tensor, nn
 
+from .. import __version__
 from ..data.augment import InputSpec
 from ..errors import ConfigError, DataError, DiskError, Give
 from ..messages import printable
@@ -39,7 +39,7 @@ from .folder import CONFIG, WEIGHTS_FILES
 WEIGHTS = WEIGHTS_FILES[0]
 FILES = frozenset({CONFIG, WEIGHTS})
 
-# Arguments of training that say nothing about the weights.
+# Arguments of training, which a network that is only asked does not need.
 _TRAINING_ARGS = (
     "drop_path_rate",
     "drop_rate",
@@ -64,10 +64,10 @@ def export_timm(
     """Write ``config.json`` and ``model.safetensors`` for timm, and return the folder.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the same answers bit for
-    bit.
+    bit. An earlier export is replaced as a whole or not at all.
 
     Args:
-        architecture: timm's name; a tag is dropped.
+        architecture: timm's name, with or without a tag.
         model_args: what the network was built with besides.
         classes: the names in the order of the logits, if known.
         prove: load what was written and compare answers before it gets its name. False where an
@@ -76,7 +76,6 @@ def export_timm(
     Raises:
         ConfigError: the folder holds something else, or the arguments do not rebuild the network.
         DataError: the weights do not load, or load as others.
-        DiskError, PermissionDenied: the folder cannot be written; an earlier export is untouched.
     """
     final = Path(folder)
     name, _, tag = architecture.partition(".")
@@ -92,7 +91,7 @@ def export_timm(
     content = tensor_bytes(state, {"format": "pt"})
     digest = hashlib.sha256(content).hexdigest()
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
-    config["vitdistill"] = {"version": _version(), "weights_sha256": digest}
+    config["vitdistill"] = {"version": __version__, "weights_sha256": digest}
     old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
     with staged_dir(final, aside=old) as temporary:
         write_new(temporary / WEIGHTS, content)
@@ -109,24 +108,17 @@ def export_timm(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile and DistributedDataParallel."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, nn.parallel.DistributedDataParallel | nn.DataParallel
-        ):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    """Return the network inside torch.compile and DistributedDataParallel."""
+    wrappers = nn.parallel.DistributedDataParallel | nn.DataParallel
+    inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _refuse_foreign(folder: Path) -> None:
     """Refuse a folder with anything in it but an earlier export, and hidden files."""
-    names = set()
-    if folder.exists():
-        with disk_errors(folder):
-            names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    with disk_errors(folder):
+        found = folder.iterdir() if folder.exists() else ()
+        names = {entry.name for entry in found if not entry.name.startswith(".")}
     if not names:
         return
     try:
@@ -150,15 +142,11 @@ def _config(
     classes: Sequence[str] | None,
     spec: InputSpec,
 ) -> dict[str, Any]:
-    cfg = copy.deepcopy(getattr(network, "pretrained_cfg", None) or {})
+    cfg = getattr(network, "pretrained_cfg", None) or {}
     num_classes = int(network.num_classes)  # type: ignore[arg-type]
-    args = {
-        key: value for key, value in args.items() if value is not None and key not in _TRAINING_ARGS
-    }
-    height, width = (int(side) for side in spec.image_size)
+    args = {k: v for k, v in args.items() if v is not None and k not in _TRAINING_ARGS}
     dynamic = bool(args.get("dynamic_img_size")) or args.get("strict_img_size") is False
-    # Convolutional networks take any size and have no such argument, whatever size they were
-    # trained at.
+    # Convolutional networks have no such argument: they take any size.
     args.pop("img_size", None)
     embed_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     if embed_size is not None and (cfg.get("fixed_input_size") or dynamic):
@@ -167,7 +155,7 @@ def _config(
     pretrained_cfg = {
         "tag": tag or "vitdistill",
         "custom_load": False,
-        "input_size": [3, height, width],
+        "input_size": [3, *map(int, spec.image_size)],
         "fixed_input_size": bool(cfg.get("fixed_input_size", False)) and not dynamic,
         "interpolation": spec.interpolation,
         "crop_pct": float(spec.crop_pct),
@@ -175,9 +163,7 @@ def _config(
         "mean": [float(value) for value in spec.mean],
         "std": [float(value) for value in spec.std],
         "num_classes": num_classes,
-        "pool_size": cfg.get("pool_size"),
-        "first_conv": cfg.get("first_conv"),
-        "classifier": cfg.get("classifier"),
+        **{key: cfg.get(key) for key in ("pool_size", "first_conv", "classifier")},
     }
     if cfg.get("license"):
         pretrained_cfg["license"] = cfg["license"]
@@ -199,13 +185,6 @@ def _json(config: Mapping[str, Any]) -> bytes:
         raise ConfigError(
             f"a model argument is not plain JSON ({error}), as export needs", field="model_args"
         ) from error
-
-
-def _version() -> str:
-    try:
-        return version("vitdistill")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _check_reload(
@@ -247,12 +226,8 @@ def _probe(spec: InputSpec) -> Tensor:
 
 @torch.no_grad()
 def _answers(network: nn.Module, images: Tensor) -> Tensor:
-    was_training = network.training
-    try:
-        answer: Tensor = network.eval()(images)
-        return answer
-    finally:
-        network.train(was_training)
+    answer: Tensor = network.eval()(images)
+    return answer
 
 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputSpec) -> float:

@@ -83,13 +83,13 @@ def read_folder(folder: Path) -> Saved:
         ConfigError: there is no folder, no config.json, or no such architecture.
         DataError: the config.json is damaged, or of a network that cannot be built.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {printable(folder)}")
-
-    def fetch(name: str) -> Path | None:
-        return folder / name if (folder / name).is_file() else None
-
-    return _read(printable(folder), fetch)
+    place = folder.expanduser()
+    if not place.is_dir():
+        raise ConfigError(
+            f"there is no folder {printable(folder)}",
+            fix=f"for a network of the Hugging Face hub, hf-hub:{printable(folder)}",
+        )
+    return _read(printable(place), lambda name: place / name if (place / name).is_file() else None)
 
 
 def read_hub(place: str) -> Saved:

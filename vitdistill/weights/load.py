@@ -2,57 +2,31 @@
 
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import DataError, Set
-from ..messages import listed, plural, printable
-from .files import load_state_dict
-from .vit_checkpoints import Target, convert, is_headless
+from ..messages import listed, plural
+from .vit_checkpoints import State, Target, convert
 
 _log = logging.getLogger(__name__)
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a weights file into a network.
+def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
+    """Load a file's tensors into a network; log what was done to them, and ``notes``, in one line.
 
     A file in another public layout of the same network goes through the converter that timm has for
     its family. A plain ViT takes the encoder of a masked autoencoder's checkpoint and Hugging
-    Face's ViT; positions of another grid, which is taken to be square, are resampled. A
-    `MaskedAutoencoder` takes all of a checkpoint. What was done is logged in one note.
+    Face's ViT; positions of another grid are resampled. A `MaskedAutoencoder` takes all of a
+    checkpoint.
 
     Raises:
-        DataError: the file cannot be read, or does not fit; the first keys that differ are named.
+        DataError: the file does not fit; the first keys that differ are named.
     """
-    load_into(model, load_state_dict(path), printable(path))
-
-
-def load_into(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    name: str,
-    *,
-    fresh_head: bool = False,
-    other_classes: bool = False,
-    image_size: tuple[int, int] | None = None,
-    notes: Sequence[str] = (),
-) -> None:
-    """Load a file's tensors as `load_weights` does, and log in one note what was made of them.
-
-    Args:
-        name: of the file, for messages.
-        fresh_head, other_classes, image_size: as in `vit_checkpoints.Target`.
-        notes: what is to be said besides.
-    """
-    said: list[str] = []
-    if isinstance(model, VisionTransformer):
-        headless = is_headless(model, state)
-        target = Target(model, name, headless, fresh_head, other_classes, image_size)
-        state, said = convert(target, state)
+    model, name = target.model, target.name
+    state, said = convert(target, state)
     if difference(model, state):
         converted = _converted(model, state)
         if converted is None or difference(model, converted):
@@ -87,20 +61,17 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> DataErr
 def difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     """Describe how a file's keys differ from a network's; empty when nothing does."""
     own = model.state_dict()
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
     parts = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
-        "of another shape": shapes,
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
     }
     return "; ".join(
-        f"{plural(len(keys), 'key')} {kind} ({listed(keys)})"
-        for kind, keys in parts.items()
-        if keys
+        f"{plural(len(x), 'key')} {kind} ({listed(x)})" for kind, x in parts.items() if x
     )
 
 
@@ -109,7 +80,7 @@ def _name_of(model: nn.Module) -> str:
     return str(cfg.get("architecture") or type(model).__name__)
 
 
-def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def _converted(model: nn.Module, state: State) -> State | None:
     """Return what timm's converter for public files of this family makes; None if it refuses."""
     converter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if converter is None:
@@ -120,6 +91,5 @@ def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] 
     try:
         return dict(converter(dict(state), model, **options))
     # It indexes whatever keys it expects of public files: any failure says that this is none.
-    except Exception as error:
-        _log.debug("timm's converter refused the file: %s", error)
+    except Exception:
         return None

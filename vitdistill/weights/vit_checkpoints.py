@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -35,31 +34,28 @@ class Target:
     """The network that a file is to fit, and what is known of the file besides its tensors.
 
     Attributes:
-        model: a plain ViT, or a masked autoencoder.
+        model: any network; only a plain ViT's files are converted.
         name: of the file, for messages.
-        headless: the file has no classifier.
-        fresh_head: the network's own new head is used where the file has none.
+        fresh_head: the network's own new head is used where the file has none,
         other_classes: and where the file has one.
         image_size: height and width of the images it was trained on, pixels; None: not known.
     """
 
-    model: VisionTransformer
+    model: nn.Module
     name: str
-    headless: bool
     fresh_head: bool = False
     other_classes: bool = False
     image_size: tuple[int, int] | None = None
 
 
-Conversion = Callable[[Target, State], tuple[State, str] | None]
+Converted = tuple[State, str] | None
+Conversion = Callable[[VisionTransformer, Target, State], Converted]
 
 
-def is_headless(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Return whether the network is a plain ViT and the file one without any classifier."""
-    return (
-        isinstance(model, VisionTransformer)
-        and any(key in state for key in (_PATCHES, *hugging_face.PATCHES))
-        and not any(key.startswith(_CLASSIFIER) for key in state)
+def is_headless(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a file is of a plain ViT without any classifier."""
+    return any(key in state for key in (_PATCHES, *hugging_face.PATCHES)) and not any(
+        key.startswith(_CLASSIFIER) for key in state
     )
 
 
@@ -74,9 +70,11 @@ def convert(target: Target, state: State) -> tuple[State, list[str]]:
     Raises:
         DataError: the file is of a ViT of another form, or does not say how its patches lie.
     """
-    notes = []
-    for conversion in CONVERSIONS:
-        done = conversion(target, state)
+    notes: list[str] = []
+    if not isinstance(target.model, VisionTransformer):
+        return state, notes
+    for conversion in _CONVERSIONS:
+        done = conversion(target.model, target, state)
         if done is not None:
             state, note = done
             notes += [note] if note else []
@@ -87,15 +85,15 @@ def _without(state: State, prefixes: str | tuple[str, ...]) -> State:
     return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
 
-def _rename(target: Target, state: State) -> tuple[State, str] | None:
+def _rename(model: VisionTransformer, target: Target, state: State) -> Converted:
     if not hugging_face.has_its_names(state):
         return None
     return hugging_face.timm_names(state), "its names are Hugging Face's, and were translated"
 
 
-def _drop_decoder(target: Target, state: State) -> tuple[State, str] | None:
+def _drop_decoder(model: VisionTransformer, target: Target, state: State) -> Converted:
     # A mask token alone is DINOv2's, which timm's converter knows by it.
-    if hasattr(target.model, "decoder_pred") or not any(k.startswith("decoder_") for k in state):
+    if hasattr(model, "decoder_pred") or not any(key.startswith("decoder_") for key in state):
         return None
     encoder = _without(state, _PRETRAINING)
     if _PATCHES not in encoder:
@@ -103,100 +101,93 @@ def _drop_decoder(target: Target, state: State) -> tuple[State, str] | None:
     return encoder, f"{plural(len(state) - len(encoder), 'tensor')} of its decoder are not used"
 
 
-def _drop_pooler(target: Target, state: State) -> tuple[State, str] | None:
+def _drop_pooler(model: VisionTransformer, target: Target, state: State) -> Converted:
     kept = _without(state, "pooler.")
     return (kept, "its pooler is not used") if len(kept) < len(state) else None
 
 
-def _check_form(target: Target, state: State) -> None:
+def _check_form(model: VisionTransformer, target: Target, state: State) -> Converted:
     """Refuse a plain ViT of another width or depth and, without a classifier, of other patches.
 
     The patches of a classifier's file go through timm's converter.
     """
-    theirs, own = state.get(_PATCHES), target.model.state_dict().get(_PATCHES)
+    theirs, own = state.get(_PATCHES), model.state_dict().get(_PATCHES)
     if theirs is None or own is None or theirs.ndim != 4 or own.ndim != 4:
-        return
+        return None
     blocks = {found[1] for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
     facts = [
         ("width", len(theirs), len(own)),
-        ("depth", len(blocks) or len(target.model.blocks), len(target.model.blocks)),
+        ("depth", len(blocks) or len(model.blocks), len(model.blocks)),
         ("patch size", *("x".join(map(str, kernel.shape[2:])) for kernel in (theirs, own))),
     ]
-    for what, its, ours in facts if target.headless else facts[:2]:
+    for what, its, ours in facts if is_headless(state) else facts[:2]:
         if its != ours:
             raise DataError(
                 f"{target.name} is of a ViT of {what} {its}, and the network has {ours}",
                 fix="name the network it belongs to",
             )
+    return None
 
 
-def _start_head(target: Target, state: State) -> tuple[State, str] | None:
+def _start_head(model: VisionTransformer, target: Target, state: State) -> Converted:
     """Use the network's new head, and the norm in it, as far as the file has none."""
-    if not target.headless and not target.other_classes:
+    headless, own = is_headless(state), model.state_dict()
+    if not headless and not target.other_classes:
         return None
     if target.other_classes:
         state = _without(state, _CLASSIFIER)
-    fresh = {
-        key: value
-        for key, value in target.model.state_dict().items()
-        if key.startswith(_HEAD) and key not in state
-    }
+    fresh = {key: own[key] for key in own if key.startswith(_HEAD) and key not in state}
     if not target.fresh_head or not fresh:
         return state, ""
-    what = "it has no classifier" if target.headless else "its classifier is of other classes"
+    what = "it has no classifier" if headless else "its classifier is of other classes"
     note = f"{what}: {', '.join(fresh)} start fresh"
-    # A network that norms what it pools (fc_norm) has no place for the norm of every token.
-    moved = "norm.weight" not in target.model.state_dict() and "fc_norm.weight" in fresh
-    if moved and "norm.weight" in state:
+    # The network norms after pooling (fc_norm), so it has no place for a norm of every token.
+    if "norm.weight" not in own and "fc_norm.weight" in fresh and "norm.weight" in state:
         state = _without(state, "norm.")
         note += "; its final norm is not used"
     return {**state, **fresh}, note
 
 
-def _drop_attention_pool(target: Target, state: State) -> tuple[State, str] | None:
+def _drop_attention_pool(model: VisionTransformer, target: Target, state: State) -> Converted:
     kept = _without(state, "attn_pool.")
-    if target.model.attn_pool is not None or len(kept) == len(state):
+    if model.attn_pool is not None or len(kept) == len(state):
         return None
     return kept, "its attention pool is not used"
 
 
-def _resample_positions(target: Target, state: State) -> tuple[State, str] | None:
+def _resample_positions(model: VisionTransformer, target: Target, state: State) -> Converted:
     """Resample positions to the network's grid of patches, as timm does, if theirs is another."""
-    own, grid = target.model.pos_embed, getattr(target.model.patch_embed, "grid_size", None)
+    own, grid = model.pos_embed, getattr(model.patch_embed, "grid_size", None)
     table = state.get("pos_embed")
-    if state.keys() != target.model.state_dict().keys() or table is None or grid is None:
+    if state.keys() != model.state_dict().keys() or table is None or grid is None:
         return None  # of another network; timm's converter or an error is next
     if own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
         return None
     grid = (int(grid[0]), int(grid[1]))
     num_prefix_tokens = own.shape[1] - grid[0] * grid[1]
-    theirs = _grid_of(target, state, grid, table.shape[1] - num_prefix_tokens)
+    prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    theirs = _grid_of(model, target, state, grid, patches.shape[1])
     if theirs == grid:
         return None
-    prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    moved = torch.cat([prefix, _resampled(patches, theirs, grid)], dim=1)
-    return {**state, "pos_embed": moved}, (
+    image = patches.float().reshape(1, *theirs, -1).permute(0, 3, 1, 2)
+    moved = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+    moved = moved.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
+    return {**state, "pos_embed": torch.cat([prefix, moved], dim=1)}, (
         f"its positions were resampled from {theirs[0]} x {theirs[1]} patches to"
         f" {grid[0]} x {grid[1]}"
     )
 
 
-def _resampled(
-    patches: Float[Tensor, "1 N D"], theirs: tuple[int, int], grid: tuple[int, int]
-) -> Float[Tensor, "1 M D"]:
-    image = patches.float().reshape(1, *theirs, -1).permute(0, 3, 1, 2)
-    moved = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
-    return moved.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
+def _grid_of(
+    model: VisionTransformer, target: Target, state: State, grid: tuple[int, int], count: int
+) -> tuple[int, int]:
+    """Return the rows and columns in which a file's ``count`` patches lie.
 
-
-def _grid_of(target: Target, state: State, grid: tuple[int, int], count: int) -> tuple[int, int]:
-    """Return in what rows and columns a file's ``count`` patches lie.
-
-    By the size of its images where that is known, else a square. A number of patches that could be
-    a square and the network's own oblong as well is refused rather than guessed.
+    The size of its images tells where it is known; else they are a square. A number of patches
+    that could be a square and the network's own oblong as well is refused rather than guessed.
     """
-    kernels = [weights.get(_PATCHES) for weights in (state, target.model.state_dict())]
-    embed = target.model.patch_embed
+    kernels = [weights.get(_PATCHES) for weights in (state, model.state_dict())]
+    embed = model.patch_embed
     if target.image_size is not None and getattr(embed, "img_size", None):
         sizes = [(1, 1) if kernel is None else kernel.shape[2:] for kernel in kernels]
         rows, columns = (
@@ -220,16 +211,12 @@ def _grid_of(target: Target, state: State, grid: tuple[int, int], count: int) ->
     )
 
 
-def _check(target: Target, state: State) -> tuple[State, str] | None:
-    _check_form(target, state)
-    return None
-
-
-CONVERSIONS: tuple[Conversion, ...] = (
+# In this order: timm's names first, and positions last, when every other key is in its place.
+_CONVERSIONS: tuple[Conversion, ...] = (
     _rename,
     _drop_decoder,
     _drop_pooler,
-    _check,
+    _check_form,
     _start_head,
     _drop_attention_pool,
     _resample_positions,
