@@ -25,10 +25,10 @@ def test_each_key_of_the_identity_is_compared(manifest, tmp_path, tree, key):
     store = LabelStore.create(tmp_path / "s", manifest())
     before = tree(tmp_path)
     wanted = manifest(identity={**manifest().identity, key: value})
-    assert wanted.digest != store.digest
-    assert store.manifest.differences(wanted, "there", "here") == [
+    assert wanted.digest != store.manifest.digest
+    assert store.manifest.differences(wanted, "there", "here") == (
         f"{key} is {theirs} there and {ours} here"
-    ]
+    )
     with pytest.raises(DataError, match=key) as caught:
         LabelStore.create(tmp_path / "s", wanted)
     assert caught.value.field == "output"
@@ -39,7 +39,8 @@ def test_each_key_of_the_identity_is_compared(manifest, tmp_path, tree, key):
 def test_sizes_and_layout_are_compared(manifest, layout, field):
     wanted = manifest(**{field: layout(4) if field == "layout" else 17})
     assert wanted.digest != manifest().digest
-    assert len(manifest().differences(wanted, "there", "here")) == 1
+    different = manifest().differences(wanted, "there", "here")
+    assert different and ";" not in different
 
 
 def test_many_and_long_differences_are_shortened(manifest, tmp_path):

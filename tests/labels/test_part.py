@@ -61,7 +61,7 @@ def test_the_bytes_of_a_part(made, tmp_path, records):
         "item": 20,
         "lo": 8,
         "part": 1,
-        "store": store.digest,
+        "store": store.manifest.digest,
         "view": 1,
     }
     text = json.dumps(footer, sort_keys=True, separators=(",", ":")).encode()

@@ -74,7 +74,7 @@ def test_a_store_of_version_0_1_is_read(kind):
     store = LabelStore.open(RECORDED / kind)
     assert store.verify() == [] and store.manifest.about["versions"] == {"vitdistill": "0.1.0"}
     start = {"float32": "47d3b11092a4", "topk": "2f56f87a0bfe"}[kind]
-    assert store.digest.startswith(start)
+    assert store.manifest.digest.startswith(start)
     for view in range(2):
         targets = store.records(view, [2, 0, 1])
         true = z[view, [2, 0, 1]]
@@ -174,7 +174,7 @@ def test_views_may_be_added_and_what_was_written_stays(made, manifest, tree, tmp
     small = made(tmp_path / "s")
     before = {name: data for name, data in tree(tmp_path).items() if "manifest" not in name}
     grown = LabelStore.create(tmp_path / "s", manifest(num_views=4))
-    assert (grown.manifest.num_views, grown.digest) == (4, small.digest)
+    assert (grown.manifest.num_views, grown.manifest.digest) == (4, small.manifest.digest)
     assert sorted({view for view, _ in grown.missing_parts()}) == [2, 3] and not grown.verify()
     after = tree(tmp_path)
     assert {name: data for name, data in after.items() if "manifest" not in name} == before

@@ -14,7 +14,8 @@ from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.convert import replace_fields
-from vitdistill.runs.label import LabelOptions, LabelRun, label, logit_encoding, prepare_teachers
+from vitdistill.runs.answers import LabelRun, prepare_teachers
+from vitdistill.runs.label import LabelOptions, label, logit_encoding
 from vitdistill.runs.label_check import check
 from vitdistill.vit.network import Network
 from vitdistill.world import join_world
@@ -170,7 +171,7 @@ def test_views_can_be_added_later(kd, tmp_path):
     few = written(kd(), tmp_path / "labels")
     before = parts(few.path)
     more = written(kd(**{"data.views": 3}), tmp_path / "labels")
-    assert more.manifest.num_views == 3 and more.digest == few.digest
+    assert more.manifest.num_views == 3 and more.manifest.digest == few.manifest.digest
     assert before.items() < parts(few.path).items() and len(parts(few.path)) == 3 * 6
 
 

@@ -12,29 +12,30 @@ from ..data.sources.base import ImageSource
 from ..errors import DataError
 from ..vit.network import Network
 
-RANDOM = "splitmix64/1"
-"""Name and version of the arithmetic behind every view (`vitdistill.keyed`)."""
-
 _OF_VIEWS = ("images.", "classes.", "view.")
 
 
-def images_identity(source: ImageSource, classes: Sequence[str]) -> dict[str, Any]:
-    """Identify the images, in their order, and the classes, in the order of the logits."""
+def views_identity(
+    source: ImageSource,
+    classes: Sequence[str],
+    spec: InputSpec,
+    augment: Augment,
+    seed: int,
+    pipeline: str,
+) -> dict[str, Any]:
+    """Identify the images in their order, the classes in that of the logits, and all views.
+
+    That is everything which makes view v of sample i, mixing included.
+    """
     digest = hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape")).hexdigest()
     shown = list(classes) if len(classes) <= 20 else [*classes[:3], f"... {len(classes)} classes"]
-    return {
+    identity: dict[str, Any] = {
         "images.count": len(source),
         "images.fingerprint": source.fingerprint(),
         "classes.names": shown,
         "classes.digest": digest if classes else "",
-    }
-
-
-def view_identity(spec: InputSpec, augment: Augment, seed: int, pipeline: str) -> dict[str, Any]:
-    """Identify everything that makes view v of sample i, mixing included."""
-    identity: dict[str, Any] = {
         "view.seed": seed,
-        "view.random": RANDOM,
+        "view.random": "splitmix64/1",  # name and version of the arithmetic of `vitdistill.keyed`
         "view.pipeline": pipeline,
         "view.image_size": list(spec.image_size),
         "view.mean": list(spec.mean),
@@ -52,23 +53,6 @@ def view_identity(spec: InputSpec, augment: Augment, seed: int, pipeline: str) -
     return identity
 
 
-def teacher_identity(
-    weights: str, spec: InputSpec, precision: str, batch_size: int
-) -> dict[str, Any]:
-    """Identify the teacher's weights and how it ran.
-
-    The last bits of an answer depend on the batch size.
-    """
-    return {
-        "teacher.weights": weights,
-        "teacher.image_size": list(spec.image_size),
-        "teacher.mean": list(spec.mean),
-        "teacher.std": list(spec.std),
-        "teacher.precision": precision,
-        "teacher.batch_size": batch_size,
-    }
-
-
 def of_views(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of an identity that a student shares with the labels it learns from."""
     return {key: value for key, value in identity.items() if key.startswith(_OF_VIEWS)}
@@ -82,11 +66,7 @@ def network_to_json(network: Network) -> dict[str, Any]:
 
 
 def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
-    """Read what `network_to_json` returned, under the name that this run gives the network.
-
-    Raises:
-        DataError: it describes no network.
-    """
+    """Read what `network_to_json` returned, under the name that this run gives the network."""
     try:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
@@ -124,18 +104,22 @@ def differing(
     ours: Mapping[str, Any],
     there: str = "in the labels",
     here: str = "here",
-) -> list[str]:
-    """Return a phrase with both values for each key of ``theirs`` that is another in ``ours``."""
-    return [
-        f"{key} is {_brief(theirs, key)} {there} and {_brief(ours, key)} {here}"
+) -> str:
+    """Name the keys whose values differ, with both values; "" if none does."""
+    keys = [
+        key
         for key in dict.fromkeys([*theirs, *ours])
-        if _brief(theirs, key, 0) != _brief(ours, key, 0)
+        if _brief(theirs, key, None) != _brief(ours, key, None)
     ]
+    found = [
+        f"{key} is {_brief(theirs, key)} {there} and {_brief(ours, key)} {here}" for key in keys
+    ]
+    more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+    return "; ".join([*found[:5], *more])
 
 
-def _brief(values: Mapping[str, Any], key: str, most: int = 80) -> str:
-    """Write a value, cut to ``most`` characters; 0: all of it."""
+def _brief(values: Mapping[str, Any], key: str, most: int | None = 80) -> str:
     if key not in values:
         return "absent"
     text = json.dumps(values[key], sort_keys=True)
-    return text if not most or len(text) <= most else f"{text[: most - 3]}..."
+    return text if most is None or len(text) <= most else f"{text[: most - 3]}..."

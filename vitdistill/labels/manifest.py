@@ -49,13 +49,9 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The sha256 (hex) of all but ``num_views``, which may grow, and ``about``."""
-        text = json.dumps(
-            {**self._fixed(), "format": FORMAT},
-            sort_keys=True,
-            separators=(",", ":"),
-            ensure_ascii=True,
-        )
+        """The sha256 (hex) of what may not change: all but ``num_views`` and ``about``."""
+        fixed = {k: v for k, v in self.to_json().items() if k not in ("kind", "num_views", "about")}
+        text = json.dumps(fixed, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -68,29 +64,24 @@ class Manifest:
         lo = part * self.part_size
         return lo, min(lo + self.part_size, self.num_samples)
 
-    def differences(self, wanted: "Manifest", there: str, here: str) -> list[str]:
-        """Return a phrase for each compared field in which ``wanted`` is not as this."""
-        return differing(self._flat(), wanted._flat(), there, here)
+    def differences(self, wanted: "Manifest", there: str, here: str) -> str:
+        """Name the compared fields in which ``wanted`` is not as this; "" if there are none."""
+        return differing(self._compared(), wanted._compared(), there, here)
 
-    def _flat(self) -> dict[str, Any]:
+    def _compared(self) -> dict[str, Any]:
         sizes = {"num_samples": self.num_samples, "part_size": self.part_size}
         return {**self.identity, **self.layout.to_json(), **sizes}
-
-    def _fixed(self) -> dict[str, Any]:
-        return {
-            "identity": self.identity,
-            "layout": self.layout.to_json(),
-            "num_samples": self.num_samples,
-            "part_size": self.part_size,
-        }
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, which `read_store_manifest` reads from a folder's manifest."""
         return {
             "kind": _KIND,
             "format": FORMAT,
-            **self._fixed(),
+            "identity": self.identity,
+            "layout": self.layout.to_json(),
+            "num_samples": self.num_samples,
             "num_views": self.num_views,
+            "part_size": self.part_size,
             "about": self.about,
         }
 

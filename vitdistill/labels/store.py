@@ -30,8 +30,6 @@ from .layout import Records, Targets
 from .manifest import Manifest, read_store_manifest
 from .part import Part, write_part
 
-_VIEW_NAME = re.compile(r"view-([0-9]{5,})")
-_PART_NAME = re.compile(r"part-([0-9]{5,})\.bin")
 _LEASE_NAME = re.compile(r"part-[0-9]{5,}\.lease")  # of killed writers of version 0.1
 
 Ids = Sequence[int] | npt.NDArray[Any] | Tensor
@@ -39,14 +37,10 @@ Ids = Sequence[int] | npt.NDArray[Any] | Tensor
 
 @dataclass(frozen=True)
 class Status:
-    """How far a store is.
+    """How far a store is: its views, the parts of all views, and what is sealed.
 
     Attributes:
-        views: views of every sample.
-        parts: parts of all views.
-        sealed: parts that are there.
-        records: records in them.
-        bytes: size of their files.
+        sealed: parts that are there, with so many ``records`` and ``bytes``.
         writing: (view, part) of those that a process is writing now.
     """
 
@@ -68,15 +62,13 @@ class LabelStore:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self.layout, self.digest, self.num_parts = (
-            manifest.layout,
-            manifest.digest,
-            manifest.num_parts,
-        )
+        self.layout, self.num_parts = manifest.layout, manifest.num_parts
         self._open: dict[tuple[int, int], Part] = {}  # the one used longest ago comes first
-        # A map holds a file descriptor, of which a process has few.
+        # A map holds a file descriptor, of which a process has few: with more parts than this,
+        # some are closed and opened again. Which blocks are intact is remembered by file, or each
+        # opening would read whole blocks for their checksums again.
         self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._checked: dict[tuple[int, ...], npt.NDArray[np.bool_]] = {}  # blocks, by file
+        self._checked: dict[tuple[int, ...], npt.NDArray[np.bool_]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LabelStore, (self.path, self.manifest)
@@ -86,13 +78,12 @@ class LabelStore:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest) -> "LabelStore":
-        """Make an empty store, or open the one that is there, which gets more views if it has few.
+        """Make an empty store, or open the one there, which gets more views if it has few.
 
         Raises:
-            DataError: the store there has another manifest (the differing fields are named), or a
-                damaged one.
+            DataError: the store there is damaged or of other labels; the differing fields are
+                named.
             ConfigError: the folder holds something else.
-            DiskError: it cannot be written.
         """
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
@@ -109,10 +100,8 @@ class LabelStore:
         there = read_store_manifest(folder)
         different = there.differences(manifest, "in the store", "here")
         if different:
-            more = f", and {len(different) - 5} more" if len(different) > 5 else ""
             raise DataError(
-                f"{printable(folder)} holds labels of something else"
-                f" ({'; '.join(different[:5])}{more})",
+                f"{printable(folder)} holds labels of something else ({different})",
                 (Give("output"), "delete it, or give the very files that were labelled"),
                 field="output",
             )
@@ -122,12 +111,7 @@ class LabelStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "LabelStore":
-        """Open a teacher's folder, or a folder with exactly one teacher's folder in it.
-
-        Raises:
-            DataError: there is no store, or its manifest is damaged or of another format.
-            ConfigError: there are several teachers' folders.
-        """
+        """Open a teacher's folder, or a folder with exactly one teacher's folder in it."""
         folder = Path(path)
         if not (folder / MANIFEST).exists():
             with disk_errors(folder):
@@ -162,24 +146,26 @@ class LabelStore:
         return self.view_path(view) / f"part-{part:05d}.bin"
 
     def lock_path(self, view: int, part: int) -> Path:
-        """Return the file that whoever writes a part has locked."""
+        """Return the file that the writer of a part locks."""
         return self.view_path(view) / f".part-{part:05d}.lock"
 
     def is_sealed(self, view: int, part: int) -> bool:
         """Whether the part is there."""
         return self.part_path(view, part).exists()
 
-    def sealed_parts(self, view: int) -> list[int]:
-        """Return the parts of a view that are there, in order."""
-        matches = map(_PART_NAME.fullmatch, self._names(view))
-        found = {int(match[1]) for match in matches if match}
-        return [part for part in sorted(found) if part < self.num_parts]
+    def sealed_parts(self) -> Iterator[tuple[int, int]]:
+        """Yield the (view, part) that are there, in order."""
+        return (place for place, is_there in self._places() if is_there)
 
     def missing_parts(self) -> Iterator[tuple[int, int]]:
         """Yield the (view, part) that are not there, in order."""
+        return (place for place, is_there in self._places() if not is_there)
+
+    def _places(self) -> Iterator[tuple[tuple[int, int], bool]]:
         for view in range(self.manifest.num_views):
-            sealed = set(self.sealed_parts(view))
-            yield from ((view, part) for part in range(self.num_parts) if part not in sealed)
+            names = set(self._names(view))  # one listing a view, not one question a part
+            for part in range(self.num_parts):
+                yield (view, part), self.part_path(view, part).name in names
 
     def _names(self, view: int) -> list[str]:
         folder = self.view_path(view)
@@ -189,11 +175,7 @@ class LabelStore:
     # -- reading --
 
     def records(self, view: int, sample_ids: Ids) -> Targets:
-        """Return the answers about these samples in one view.
-
-        Raises:
-            DataError: one is not there, or its part is damaged.
-        """
+        """Return the answers about these samples in one view; `DataError` if one is missing."""
         ids = _whole(sample_ids)
         records, present = self.read(np.full(len(ids), view, dtype=np.int64), ids)
         if not present.all():
@@ -250,12 +232,7 @@ class LabelStore:
         return found
 
     def load(self, view: int, part: int) -> Part:
-        """Open a part anew, its footer checked.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            DataError: it is damaged.
-        """
+        """Open a part anew and check its footer; `FileNotFoundError` if it is not there."""
         return Part(self.part_path(view, part), self.manifest, view, part)
 
     # -- writing and looking after --
@@ -263,9 +240,7 @@ class LabelStore:
     def seal(self, view: int, part: int, records: Records) -> bool:
         """Write a part, whole and for good; return False if another writer was first.
 
-        Raises:
-            ValueError: the records are not of the layout, or not as many as the part has samples.
-            DiskError: there is no room; then the store is as it was.
+        After a `DiskError` the store is as it was.
         """
         if not (0 <= view < self.manifest.num_views and 0 <= part < self.num_parts):
             raise ValueError(f"{self.path} has no part {part} of view {view}")
@@ -277,12 +252,11 @@ class LabelStore:
 
     def status(self) -> Status:
         """Say how far the store is; reads names and sizes only."""
-        views = range(self.manifest.num_views)
-        sealed = [(view, part) for view in views for part in self.sealed_parts(view)]
+        sealed = list(self.sealed_parts())
         ranges = [self.part_range(part) for _, part in sealed]
         return Status(
-            views=len(views),
-            parts=len(views) * self.num_parts,
+            views=self.manifest.num_views,
+            parts=self.manifest.num_views * self.num_parts,
             sealed=len(sealed),
             records=sum(hi - lo for lo, hi in ranges),
             bytes=sum(self.part_path(*place).stat().st_size for place in sealed),
@@ -292,27 +266,22 @@ class LabelStore:
     def verify(self) -> list[str]:
         """Read every part anew and return a sentence for each file that is damaged or foreign.
 
-        Parts that are not written yet are no damage; neither are hidden files, which are unfinished
-        ones or the operating system's.
+        Missing parts are no damage. Hidden files are unfinished parts or the operating system's.
         """
-        wrong: list[str] = []
-        views = {self.view_path(view) for view in range(self.manifest.num_views)}
+        views = [self.view_path(view) for view in range(self.manifest.num_views)]
         with disk_errors(self.path):
-            wrong += [
-                _foreign(entry)
-                for entry in sorted(self.path.iterdir())
-                if entry not in views and entry.name[0] != "." and entry.name != MANIFEST
-            ]
-        for view in range(self.manifest.num_views):
+            entries = sorted(entry for entry in self.path.iterdir() if entry.name[0] != ".")
+        wrong = [_foreign(e) for e in entries if e not in views and e.name != MANIFEST]
+        for view, folder in enumerate(views):
             parts = {self.part_path(view, part).name: part for part in range(self.num_parts)}
             for name in self._names(view):
                 try:
                     if name in parts:
                         self.load(view, parts[name]).read_all()
                     elif name[0] != "." and not _LEASE_NAME.fullmatch(name):
-                        wrong.append(_foreign(self.view_path(view) / name))
-                except FileNotFoundError:
-                    wrong.append(_foreign(self.view_path(view) / name))
+                        wrong.append(_foreign(folder / name))
+                except FileNotFoundError:  # a folder of that name
+                    wrong.append(_foreign(folder / name))
                 except DataError as error:
                     wrong.append(str(error))
         return wrong

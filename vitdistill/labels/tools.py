@@ -18,26 +18,22 @@ def merge(
 ) -> LabelStore:
     """Unite the parts of stores of the same answers in ``target``, which may have parts already.
 
-    Every part is compared with its checksums on the way. What is copied stays when this is stopped;
-    running again copies the rest.
+    What is copied stays when this is stopped; running again copies the rest.
 
     Raises:
-        ConfigError: no source is named.
-        DataError: the stores are not of the same answers (the differing fields are named), a part
-            is damaged, or two stores have different records in a part. Parts that differ are found
-            before anything is written.
-        DiskError: there is no room.
+        DataError: the stores are not of the same answers, two have different records in a part
+            (found before anything is written), or a part is damaged.
     """
     if not sources:
         raise ConfigError("there is nothing to merge", Give("from"), field="from")
     stores = [LabelStore.open(path) for path in sources]
     first, *others = stores
     for store in others:
-        lines = store.manifest.differences(first.manifest, "in the former", "in the latter")
-        if lines:
+        different = store.manifest.differences(first.manifest, "in the former", "in the latter")
+        if different:
             raise DataError(
                 f"{printable(store.path)} and {printable(first.path)} hold labels of different"
-                f" things ({'; '.join(lines[:5])})",
+                f" things ({different})",
                 "leave one of them out",
                 field="from",
             )
@@ -45,7 +41,7 @@ def merge(
     united = LabelStore.create(target, replace(first.manifest, num_views=num_views))
     origin: dict[tuple[int, int], LabelStore] = {}
     for store in [united, *stores]:
-        for place in _sealed(store):
+        for place in store.sealed_parts():
             other = origin.setdefault(place, store)
             if other is not store and other.load(*place).crcs != store.load(*place).crcs:
                 raise _conflict(other, store, place)
@@ -53,8 +49,8 @@ def merge(
     require_free(united.path, sum(s.part_path(*place).stat().st_size for place, s in todo))
     for number, (place, store) in enumerate(todo, 1):
         records = store.load(*place).read_all().view(store.layout.dtype)
-        sealed_by_another = not united.seal(*place, records)  # which was faster
-        if sealed_by_another and united.load(*place).crcs != store.load(*place).crcs:
+        # Another process may have sealed it meanwhile.
+        if not united.seal(*place, records) and united.load(*place).crcs != store.load(*place).crcs:
             raise _conflict(united, store, place)
         say(f"{number} of {len(todo)} parts copied: {printable(store.part_path(*place))}")
     return united
@@ -68,11 +64,6 @@ def _conflict(first: LabelStore, second: LabelStore, place: tuple[int, int]) -> 
     )
 
 
-def _sealed(store: LabelStore) -> list[tuple[int, int]]:
-    views = range(store.manifest.num_views)
-    return [(view, part) for view in views for part in store.sealed_parts(view)]
-
-
 def prune(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -81,16 +72,14 @@ def prune(
     encoding: LogitEncoding | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> LabelStore:
-    """Write a smaller store of the same answers: the first ``num_views`` views, and logits in
-    another ``encoding``.
+    """Write a smaller store of the same answers: fewer views, or logits in another encoding.
 
-    Parts that the source lacks are missing in the target too. What is written stays when this is
-    stopped; running again writes the rest.
+    The first ``num_views`` views are kept. Parts that the source lacks are missing in the target
+    too. What is written stays when this is stopped; running again writes the rest.
 
     Raises:
         ConfigError: nothing would become smaller, or the source does not hold what is asked for.
         DataError: a part is damaged, or the target holds other labels.
-        DiskError: there is no room.
     """
     store = LabelStore.open(source)
     manifest = store.manifest
@@ -110,7 +99,9 @@ def prune(
     pruned = LabelStore.create(
         target, replace(manifest, layout=layout, num_views=views, about=about)
     )
-    todo = [place for place in _sealed(store) if place[0] < views and not pruned.is_sealed(*place)]
+    todo = [
+        place for place in store.sealed_parts() if place[0] < views and not pruned.is_sealed(*place)
+    ]
     for number, (view, part) in enumerate(todo, 1):
         records = store.load(view, part).read_all().view(manifest.layout.dtype)
         if encoding is not None:

@@ -2,44 +2,32 @@
 
 import os
 import secrets
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import torch
-
-from ..data.batch import TeacherBatch
-from ..errors import Add, ConfigError, Drop, Give, NonFiniteError, Preempted, Set, UserError
+from ..errors import Add, ConfigError, Drop, Give, Preempted, Set, UserError
 from ..labels.encoding import LogitEncoding
-from ..labels.identity import network_to_json, teacher_identity, versions
-from ..labels.layout import Layout, NonFinite, Records
+from ..labels.layout import Layout
 from ..labels.manifest import Manifest
 from ..labels.store import LabelStore
-from ..labels.writing import Unit, write_missing
+from ..labels.writing import write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import format_bytes, format_duration, listed, printable
 from ..methods.base import TeacherObjective
 from ..recipes.config import Recipe
-from ..recipes.convert import to_dict
 from ..storage.atomic import disk_errors, require_free, write_atomic
 from ..storage.manifest import MANIFEST
-from ..vit.flops import forward_flops
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from ..weights import create as weights
-from ..world import World, agreed, join_world
-from .identity import resolve_run
-from .networks import amp_dtype_of, build_networks
-from .prepare import Prepared, Say, make_loaders, open_images, prove_teachers
+from ..world import agreed, join_world
+from .answers import LabelRun, prepare_teachers
+from .prepare import Prepared, Say
 from .stop import StopRequest
-from .stored import identity_of_views
 
 COMPLETE_CLASSES = 256
 """Up to so many classes ``auto`` stores all logits; above, the largest and the mass of the rest."""
@@ -122,20 +110,6 @@ def label(
             }
             stores = _open_stores(output, manifests, speed, say)
         return Labelled(stores, _write(run, stores, output, _Progress(say)))
-
-
-def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
-    """Build and prove a recipe's teachers, and the views of its student, on this process."""
-    with world.together(), memory_errors("while the teachers were built", SMALLER_EVALUATION):
-        images = open_images(recipe, say)
-        networks = build_networks(recipe, images.classes, world.device, say, student_weights=False)
-        # Labelling makes batches of its own: any that divide among the processes will do.
-        small = replace(recipe.train, batch_size=2 * world.size, accumulate=1)
-        loaders = make_loaders(replace(recipe, train=small), images, networks, world, say)
-        amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
-        prepared = Prepared(recipe, world, images, networks, loaders, amp_dtype, {}, ())
-    prove_teachers(prepared, say)
-    return prepared
 
 
 def _without_labels(recipe: Recipe) -> Recipe:
@@ -238,7 +212,7 @@ def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOpti
 
 def _try_teachers(
     prepared: Prepared, options: LabelOptions
-) -> tuple["LabelRun", dict[str, Network], float]:
+) -> tuple[LabelRun, dict[str, Network], float]:
     """Label two batches to nowhere, to see what there is to store and how fast it is made.
 
     Returns:
@@ -256,110 +230,6 @@ def _try_teachers(
         now = time.perf_counter()
         speed, begun = len(batch.ids) / (now - begun), now
     return run, networks, speed
-
-
-class LabelRun:
-    """A recipe's teachers on this process, and how their answers become records.
-
-    Attributes:
-        layouts: of the records of each teacher, by name.
-    """
-
-    def __init__(self, prepared: Prepared, layouts: dict[str, Layout]) -> None:
-        self.prepared, self.layouts = prepared, layouts
-        self.batch_size = prepared.recipe.train.eval_batch_size
-        self.num_images = len(prepared.images.train)
-
-    def answers(
-        self, view: int, first: int, last: int
-    ) -> Iterator[tuple[TeacherBatch, dict[str, ViTOutput]]]:
-        """Yield batches of samples ``first`` to ``last - 1`` in a view, and the answers to them."""
-        prepared = self.prepared
-        for batch in prepared.loaders.train.teacher_batches(view, first, last, self.batch_size):
-            with prepared.world.autocast(prepared.amp_dtype):
-                yield (
-                    batch,
-                    {
-                        name: teacher(batch.images, prepared.plan.live[name])
-                        for name, teacher in prepared.teachers.items()
-                    },
-                )
-
-    def records(self, name: str, view: int, batch: TeacherBatch, answer: ViTOutput) -> Records:
-        """Return a teacher's answer to a batch as records.
-
-        Raises:
-            NonFiniteError: it cannot be stored.
-        """
-        try:
-            return self.layouts[name].encode(
-                answer.logits, answer.hidden, answer.features, batch.checksums
-            )
-        except NonFinite as error:
-            sample = int(batch.ids[error.index])
-            key = self.prepared.images.train.key(sample)
-            raise NonFiniteError(
-                f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be"
-                f" stored ({error})",
-                ("check its weights", Set(f"teachers.{name}.precision", "float32")),
-                field=f"teachers.{name}.precision",
-            ) from error
-
-    def make(self, unit: Unit, stop: Callable[[], bool]) -> list[Records] | None:
-        """Return the records of a part for each of its stores; None when asked to stop."""
-        names = [store.path.name for store in unit.stores]
-        made: dict[str, list[Records]] = {name: [] for name in names}
-        for batch, answers in self.answers(unit.view, unit.lo, unit.hi):
-            if stop():
-                return None
-            for name in names:
-                made[name].append(self.records(name, unit.view, batch, answers[name]))
-        return [np.concatenate(made[name]) for name in names]
-
-    def identity(self, name: str) -> dict[str, Any]:
-        """Return what the labels of this teacher belong to."""
-        prepared, recipe = self.prepared, self.prepared.recipe
-        teacher, networks = prepared.teachers[name], prepared.networks
-        precision = str(teacher.dtype or prepared.amp_dtype or torch.float32).partition(".")[2]
-        on_gpu = prepared.world.device.type == "cuda"
-        if precision == "float32" and on_gpu and torch.backends.cuda.matmul.allow_tf32:
-            precision = "tf32"
-        config = recipe.teachers[name]
-        architecture, args = weights.describe(resolve_run(config.model), config.model_args)
-        index = teacher.class_index
-        return {
-            **identity_of_views(
-                recipe,
-                prepared.images.train,
-                networks.classes,
-                networks.spec,
-                prepared.loaders.train.pipeline,
-            ),
-            "teacher.architecture": architecture.partition(".")[0],
-            "teacher.model_args": args,
-            "teacher.classes_taken": None if index is None else index.tolist(),
-            **teacher_identity(networks.digests[name], teacher.spec, precision, self.batch_size),
-        }
-
-    def manifest(self, name: str, network: Network, part_size: int) -> Manifest:
-        """Return the manifest of the labels of a teacher, which ``network`` describes."""
-        teacher, recipe = self.prepared.teachers[name], self.prepared.recipe
-        flops = forward_flops(teacher.model, teacher.spec.image_size)
-        return Manifest(
-            identity=self.identity(name),
-            layout=self.layouts[name],
-            num_samples=self.num_images,
-            num_views=recipe.data.views or recipe.train.epochs,
-            part_size=part_size,
-            about={
-                "teacher": name,
-                "versions": versions(),
-                "network": network_to_json(replace(network, flops=flops)),
-                "recipe": to_dict(recipe),
-                "classes": list(self.prepared.networks.classes),
-                "command": shlex.join(["vitdistill", *sys.argv[1:]]),
-            },
-        )
 
 
 # -- writing --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..methods.base import TeacherObjective
 from ..recipes.config import Recipe
 from ..recipes.convert import from_dict
 from ..world import join_world
-from .label import LabelRun, prepare_teachers
+from .answers import LabelRun, prepare_teachers
 from .prepare import Say
 
 _CHUNK = 32  # records that are checked side by side
@@ -81,8 +81,7 @@ def check(
         DataError: the images, the views or the teacher's weights are not those of the labels; or
             nothing is stored yet.
     """
-    about, views = store.manifest.about, range(store.manifest.num_views)
-    sealed = [(view, part) for view in views for part in store.sealed_parts(view)]
+    about, sealed = store.manifest.about, list(store.sealed_parts())
     if not sealed:
         raise DataError(f"{store.path} has no records yet", "label first")
     name = str(about["teacher"])
@@ -94,7 +93,7 @@ def check(
         changed = differing(store.manifest.identity, run.identity(name))
         if changed:
             raise DataError(
-                f"what made the labels in {store.path} has changed: {'; '.join(changed)}",
+                f"what made the labels in {store.path} has changed: {changed}",
                 (Give("data_dir"), Give("teacher_model")),
             )
         for view, first, last in _places(store, sealed, samples, recipe.data_seed):

@@ -23,6 +23,7 @@ class Report:
         self.prepared, self.folder = prepared, folder
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
         self.board = _tensorboard(folder, step)
+        self._proved = False
 
     def close(self) -> None:
         """Close TensorBoard's files."""
@@ -58,7 +59,9 @@ class Report:
                 model_args=args,
                 classes=networks.classes or None,
                 input_spec=networks.spec,
+                prove=not self._proved,
             )
+            self._proved = True
         self._draw(step)
         if scores is not None:
             self._log("eval", step, scores)

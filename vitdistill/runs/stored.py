@@ -7,13 +7,7 @@ from typing import Any
 from ..data.augment import InputSpec
 from ..data.sources.base import ImageSource
 from ..errors import ConfigError, DataError, Set
-from ..labels.identity import (
-    differing,
-    images_identity,
-    network_from_json,
-    of_views,
-    view_identity,
-)
+from ..labels.identity import differing, network_from_json, of_views, views_identity
 from ..labels.store import LabelStore
 from ..messages import plural
 from ..recipes.config import Recipe, TeacherConfig
@@ -88,9 +82,7 @@ def identity_of_views(
     recipe: Recipe, source: ImageSource, classes: tuple[str, ...], spec: InputSpec, pipeline: str
 ) -> dict[str, Any]:
     """Return what labels for a run have to share with it."""
-    return images_identity(source, classes) | view_identity(
-        spec, recipe.data.augment, recipe.data_seed, pipeline
-    )
+    return views_identity(source, classes, spec, recipe.data.augment, recipe.data_seed, pipeline)
 
 
 def check_labels(
@@ -115,8 +107,7 @@ def check_labels(
         changed = differing(labels, run)
         if changed:
             raise DataError(
-                f"the labels of the {name} ({store.path}) are not for this run:"
-                f" {'; '.join(changed)}",
+                f"the labels of the {name} ({store.path}) are not for this run: {changed}",
                 ("make the recipe agree", "label again"),
                 field=f"teachers.{name}.labels",
             )

@@ -1,0 +1,148 @@
+"""A recipe's teachers answer on this process, and their answers become records."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.batch import TeacherBatch
+from ..errors import NonFiniteError, Set
+from ..labels.identity import network_to_json, versions
+from ..labels.layout import Layout, NonFinite, Records
+from ..labels.manifest import Manifest
+from ..labels.writing import Unit
+from ..memory import SMALLER_EVALUATION, memory_errors
+from ..recipes.config import Recipe
+from ..recipes.convert import to_dict
+from ..vit.flops import forward_flops
+from ..vit.network import Network
+from ..vit.output import ViTOutput
+from ..weights import create as weights
+from ..world import World
+from .identity import resolve_run
+from .networks import amp_dtype_of, build_networks
+from .prepare import Prepared, Say, make_loaders, open_images, prove_teachers
+from .stored import identity_of_views
+
+
+def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
+    """Build and prove a recipe's teachers, and the views of its student, on this process."""
+    with world.together(), memory_errors("while the teachers were built", SMALLER_EVALUATION):
+        images = open_images(recipe, say)
+        networks = build_networks(recipe, images.classes, world.device, say, student_weights=False)
+        # Labelling makes batches of its own: any that divide among the processes will do.
+        small = replace(recipe.train, batch_size=2 * world.size, accumulate=1)
+        loaders = make_loaders(replace(recipe, train=small), images, networks, world, say)
+        amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
+        prepared = Prepared(recipe, world, images, networks, loaders, amp_dtype, {}, ())
+    prove_teachers(prepared, say)
+    return prepared
+
+
+@dataclass
+class LabelRun:
+    """Teachers that answer, and the layout of each one's records, by its name."""
+
+    prepared: Prepared
+    layouts: dict[str, Layout]
+
+    @property
+    def batch_size(self) -> int:
+        """Images that a teacher answers together; the last bits of an answer depend on it."""
+        return self.prepared.recipe.train.eval_batch_size
+
+    @property
+    def num_images(self) -> int:
+        """Images that are labelled."""
+        return len(self.prepared.images.train)
+
+    def answers(
+        self, view: int, first: int, last: int
+    ) -> Iterator[tuple[TeacherBatch, dict[str, ViTOutput]]]:
+        """Yield batches of samples ``first`` to ``last - 1`` in a view, and the answers to them."""
+        prepared = self.prepared
+        for batch in prepared.loaders.train.teacher_batches(view, first, last, self.batch_size):
+            with prepared.world.autocast(prepared.amp_dtype):
+                answers = {
+                    name: teacher(batch.images, prepared.plan.live[name])
+                    for name, teacher in prepared.teachers.items()
+                }
+            yield batch, answers
+
+    def records(self, name: str, view: int, batch: TeacherBatch, answer: ViTOutput) -> Records:
+        """Return a teacher's answer to a batch as records; `NonFiniteError` if it is no numbers."""
+        try:
+            return self.layouts[name].encode(
+                answer.logits, answer.hidden, answer.features, batch.checksums
+            )
+        except NonFinite as error:
+            sample = int(batch.ids[error.index])
+            key = self.prepared.images.train.key(sample)
+            raise NonFiniteError(
+                f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be"
+                f" stored ({error})",
+                ("check its weights", Set(f"teachers.{name}.precision", "float32")),
+                field=f"teachers.{name}.precision",
+            ) from error
+
+    def make(self, unit: Unit, stop: Callable[[], bool]) -> list[Records] | None:
+        """Return the records of a part for each of its stores; None when asked to stop."""
+        names = [store.path.name for store in unit.stores]
+        made: dict[str, list[Records]] = {name: [] for name in names}
+        for batch, answers in self.answers(unit.view, unit.lo, unit.hi):
+            if stop():
+                return None
+            for name in names:
+                made[name].append(self.records(name, unit.view, batch, answers[name]))
+        return [np.concatenate(made[name]) for name in names]
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """Return what the labels of this teacher belong to."""
+        prepared, recipe = self.prepared, self.prepared.recipe
+        teacher, networks = prepared.teachers[name], prepared.networks
+        pipeline = prepared.loaders.train.pipeline
+        precision = str(teacher.dtype or prepared.amp_dtype or torch.float32).partition(".")[2]
+        on_gpu = prepared.world.device.type == "cuda"
+        if precision == "float32" and on_gpu and torch.backends.cuda.matmul.allow_tf32:
+            precision = "tf32"
+        config = recipe.teachers[name]
+        architecture, args = weights.describe(resolve_run(config.model), config.model_args)
+        index = teacher.class_index
+        return {
+            **identity_of_views(
+                recipe, prepared.images.train, networks.classes, networks.spec, pipeline
+            ),
+            "teacher.architecture": architecture.partition(".")[0],
+            "teacher.model_args": args,
+            "teacher.classes_taken": None if index is None else index.tolist(),
+            "teacher.weights": networks.digests[name],
+            "teacher.image_size": list(teacher.spec.image_size),
+            "teacher.mean": list(teacher.spec.mean),
+            "teacher.std": list(teacher.spec.std),
+            "teacher.precision": precision,
+            "teacher.batch_size": self.batch_size,
+        }
+
+    def manifest(self, name: str, network: Network, part_size: int) -> Manifest:
+        """Return the manifest of a teacher's labels; ``network`` describes the teacher."""
+        teacher, recipe = self.prepared.teachers[name], self.prepared.recipe
+        flops = forward_flops(teacher.model, teacher.spec.image_size)
+        return Manifest(
+            identity=self.identity(name),
+            layout=self.layouts[name],
+            num_samples=self.num_images,
+            num_views=recipe.data.views or recipe.train.epochs,
+            part_size=part_size,
+            about={
+                "teacher": name,
+                "versions": versions(),
+                "network": network_to_json(replace(network, flops=flops)),
+                "recipe": to_dict(recipe),
+                "classes": list(self.prepared.networks.classes),
+                "command": shlex.join(["vitdistill", *sys.argv[1:]]),
+            },
+        )
