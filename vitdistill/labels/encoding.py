@@ -40,12 +40,8 @@ class LogitEncoding:
     Args:
         kind: one of the above.
         num_classes: C.
-        k: classes that topk keeps, at most C (a higher number is C); 0 otherwise.
-        temperatures: at which the distribution of topk can be asked for, at least one; empty
-            otherwise.
-
-    Raises:
-        ConfigError: the settings do not fit together.
+        k: classes that topk keeps; more than C means C.
+        temperatures: at which the distribution of topk can be asked for, at least one.
     """
 
     kind: Literal["float32", "float16", "topk"]
@@ -104,8 +100,7 @@ class LogitEncoding:
     def resolve(self, temperature: float | None) -> float:
         """Return the temperature that is meant: None is the only one (1 for complete logits).
 
-        Raises:
-            ConfigError: the distribution at this temperature is not known.
+        `ConfigError` if the distribution at this temperature is not known.
         """
         if self.is_complete:
             return 1.0 if temperature is None else float(temperature)
@@ -163,11 +158,7 @@ class LogitEncoding:
     def unpack(
         self, fields: Mapping[str, Tensor], temperature: float | None
     ) -> Float[Tensor, "B C"]:
-        """Return float32 logits z such that ``softmax(z / T)`` is the distribution stored for T.
-
-        Raises:
-            ConfigError: the distribution at this temperature is not known.
-        """
+        """Return float32 logits z such that ``softmax(z / T)`` is the distribution stored for T."""
         known = self.resolve(temperature)
         if self.kind != "topk":
             return self._every_logit(fields, torch.float32)
@@ -207,10 +198,7 @@ class LogitEncoding:
                 self.resolve(t)
 
     def repack(self, fields: Mapping[str, Tensor], other: "LogitEncoding") -> dict[str, Tensor]:
-        """Return the fields of ``other`` from stored ones, where `check_repack` raises nothing.
-
-        Of topk, what leaves the head joins the tail, in float64 from the stored values.
-        """
+        """Return the fields of ``other`` from stored ones, where `check_repack` raises nothing."""
         if self == other:
             return {field[0]: fields[field[0]] for field in self.fields()}
         if self.kind != "topk":
@@ -218,6 +206,7 @@ class LogitEncoding:
         kept = {name: fields[name][:, : other.k] for name in ("ids", "values")}
         if other.is_complete:
             return kept
+        # What leaves the head joins the tail, in float64 from the stored values.
         dropped = fields["values"][:, other.k :].double()
         tails = []
         for t in other.temperatures:
@@ -244,7 +233,7 @@ def _largest(logits: Float[Tensor, "B C"], k: int) -> Int[Tensor, "B {k}"]:
     """
     bound = logits.topk(k, dim=1).values[:, -1:]
     chosen = logits >= bound
-    if bool((chosen.sum(1) > k).any()):
+    if bool((chosen.sum(1) > k).any()):  # a tie at the bound
         above, equal = logits > bound, logits == bound
         room = k - above.sum(1, keepdim=True)
         chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))

@@ -60,11 +60,7 @@ class Layout:
         if self.logits is None and not self.hidden and self.features is None:
             raise ConfigError("labels without logits, hidden states and features hold nothing")
         if self.hidden_dtype not in _HIDDEN_DTYPES:
-            raise ConfigError(
-                f"hidden states cannot be stored as {self.hidden_dtype!r}",
-                "choose float16 or float32",
-                field="hidden_dtype",
-            )
+            raise ValueError(self.hidden_dtype)
         blocks = [block for block, _, _ in self.hidden]
         assert blocks == sorted(set(blocks)), blocks
 
@@ -106,12 +102,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Layout":
-        """Read what `to_json` returned.
-
-        Raises:
-            DataError: the logits have an encoding that this version does not read.
-            KeyError, TypeError: this is no layout.
-        """
+        """Read what `to_json` returned; `DataError` names an encoding that is not read any more."""
         logits, features = plain["logits"], plain["features"]
         if logits is not None:
             if logits["kind"] not in KINDS:
@@ -138,14 +129,13 @@ class Layout:
         """Return one record a row; answers that the layout does not ask for are ignored.
 
         Args:
-            logits: the teacher's, of any floating-point format; taken as float32.
-            hidden: block index to hidden states.
+            logits: of any floating-point format; taken as float32.
+            hidden: by block.
             features: tokens after the final norm.
             pixels: checksum of each view's pixels.
 
         Raises:
             NonFinite: an answer is NaN or infinite, or a hidden state is beyond float16.
-            ValueError: something is missing or of another shape than the layout says.
         """
         given = {"features": features, **{f"hidden_{block}": x for block, x in hidden.items()}}
         dtype = _HIDDEN_DTYPES[self.hidden_dtype]
@@ -165,16 +155,11 @@ class Layout:
         if records.dtype != self.dtype or records.ndim != 1:
             raise ValueError(f"{records.dtype} of shape {records.shape} are no records")
         fields = {name: _tensor(records[name]) for name in self.dtype.names or ()}
-        return Targets(
-            self, fields, torch.from_numpy(np.zeros(0, np.int64) if missing is None else missing)
-        )
+        rows = torch.from_numpy(np.zeros(0, np.int64) if missing is None else missing)
+        return Targets(self, fields, rows)
 
     def convert(self, records: Records, logits: LogitEncoding) -> Records:
-        """Return records of the layout `with_logits` that hold the same answers.
-
-        Raises:
-            ConfigError: the logits cannot become such ones (`LogitEncoding.check_repack`).
-        """
+        """Return the same answers as records of the layout `with_logits`."""
         other, fields = self.with_logits(logits), self.targets(records).fields
         assert self.logits is not None
         tokens = {name: fields[name] for name in self._tokens()}
@@ -188,7 +173,7 @@ class Layout:
         return replace(self, logits=logits)
 
     def _tokens(self) -> dict[str, tuple[int, int]]:
-        """Field name to (tokens, width) of hidden states and features."""
+        """Map the fields of hidden states and features to (tokens, width)."""
         states = {f"hidden_{block}": (tokens, width) for block, tokens, width in self.hidden}
         return states if self.features is None else {**states, "features": self.features}
 
@@ -205,8 +190,7 @@ class Targets:
     """The stored answers of a batch, as tensors.
 
     Attributes:
-        layout: what is stored.
-        fields: the records' fields, as stored; floating-point numbers are widened when read.
+        fields: of the records, as stored; floating-point numbers are widened when read.
         missing: the rows of the batch that have no record.
     """
 
@@ -242,9 +226,6 @@ class Targets:
 
         Complete encodings give the teacher's logits at any temperature. Those of topk have the
         right distribution at the temperature asked for alone, which must be one of the stored ones.
-
-        Raises:
-            ConfigError: no logits are stored, or not for this temperature.
         """
         if self.layout.logits is None:
             raise ConfigError("the labels hold no logits", "label again with logits")
@@ -268,7 +249,5 @@ def _check_finite(values: Mapping[str, Tensor]) -> None:
 
 def _tensor(field: np.ndarray) -> Tensor:
     """Copy a field; unsigned numbers become int64, which torch computes with."""
-    wide = field.dtype.kind == "u"
-    return torch.from_numpy(
-        field.astype(np.int64 if wide else field.dtype.newbyteorder("="), order="C")
-    )
+    dtype = np.dtype(np.int64) if field.dtype.kind == "u" else field.dtype.newbyteorder("=")
+    return torch.from_numpy(field.astype(dtype, order="C"))

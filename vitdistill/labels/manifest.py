@@ -87,21 +87,15 @@ class Manifest:
 
 
 def read_store_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a store.
-
-    Raises:
-        DataError: it is missing, damaged, of something else or of another version.
-    """
+    """Read the manifest of a store; `DataError` if it is missing, damaged or of something else."""
     body: Mapping[str, Any] = read_manifest(folder)["identity"]
     if body.get("kind") != _KIND:
         raise DataError(f"{printable(folder)} holds no labels, but something else")
     try:
         if body["format"] == FORMAT:
             numbers = {name: body[name] for name in ("num_samples", "num_views", "part_size")}
-            layout = Layout.from_json(body["layout"])
-            return Manifest(
-                identity=body["identity"], layout=layout, about=body["about"], **numbers
-            )
+            layout, about = Layout.from_json(body["layout"]), body["about"]
+            return Manifest(identity=body["identity"], layout=layout, about=about, **numbers)
     except (KeyError, TypeError, ValueError):
         pass
     raise DataError(

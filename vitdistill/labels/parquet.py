@@ -32,17 +32,7 @@ def export_labels(
 ) -> tuple[int, int]:
     """Write the logits of a store as a new ``.parquet`` file; return its rows and its size.
 
-    Args:
-        store: has to be complete in these views.
-        path: of the file.
-        views: those to write; None: all.
-
-    Raises:
-        ConfigError: the file exists, or is to be of another kind; there is no such view, or no
-            logits.
-        DataError: parts of the store are missing or damaged.
-        DiskError: there is no room.
-        UserError: pyarrow is not installed.
+    The store has to be complete in ``views``; None: all of its views.
     """
     file, manifest = Path(path), store.manifest
     if file.suffix.lower() != ".parquet":
@@ -56,8 +46,9 @@ def export_labels(
             Give("views"),
             field="views",
         )
+    exists = ConfigError(f"{printable(file)} exists already", Give("to"), field="to")
     if os.path.lexists(file):
-        raise ConfigError(f"{printable(file)} exists already", Give("to"), field="to")
+        raise exists
     missing = [place for place in store.missing_parts() if place[0] in chosen]
     if missing:
         raise DataError(
@@ -68,7 +59,7 @@ def export_labels(
     count = manifest.num_samples * len(chosen)
     require_free(file, count * sum(c.dtype.itemsize * c[0].size for c in _blank(store).values()))
     if not write_first(file, lambda opened: _write(arrow, opened, store, chosen)):
-        raise ConfigError(f"{printable(file)} exists already", Give("to"), field="to")
+        raise exists
     return count, file.stat().st_size
 
 

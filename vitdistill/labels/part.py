@@ -35,18 +35,13 @@ class Part:
     """A part's file, mapped into memory; a block's checksum is compared when it is first touched.
 
     Attributes:
-        file: which file it is; its times too, as a new file may get the number of a deleted one.
+        file: which file it is.
         crcs: the crc32 of every block.
         checked: which blocks are known to be intact.
     """
 
     def __init__(self, path: Path, manifest: Manifest, view: int, part: int) -> None:
-        """Map the file and check its footer.
-
-        Raises:
-            FileNotFoundError: there is none.
-            DataError: it is not that part, whole.
-        """
+        """Map the file, if it is that part, whole; `FileNotFoundError` if there is none."""
         self._path = path
         data, self.file = _mapped(path)
         footer, start = self._footer(data)
@@ -115,16 +110,13 @@ def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
         s = os.fstat(file.fileno())
         if not s.st_size:
             raise DataError(f"{printable(path)} is damaged: it is empty", _REMEDY)
+        # With its times: a new file may get the number of a deleted one.
         which = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), which
 
 
 def write_part(path: Path, manifest: Manifest, view: int, part: int, records: Raw) -> bool:
-    """Write a part, whole and for good; return False if there is one, which stays.
-
-    Raises:
-        DiskError: there is no room.
-    """
+    """Write a part, whole and for good; return False if there is one, which stays."""
     item = manifest.layout.record_bytes
     raw = np.ascontiguousarray(records).view(np.dtype((np.void, item)))
     lo, hi = manifest.part_range(part)
@@ -137,7 +129,7 @@ def write_part(path: Path, manifest: Manifest, view: int, part: int, records: Ra
         "lo": lo,
         "hi": hi,
         "item": item,
-        "block": block,
+        "block": block,  # records
         "crc32": [zlib.crc32(raw[i : i + block].data) for i in range(0, hi - lo, block)],
     }
     text = json.dumps(footer, sort_keys=True, separators=(",", ":")).encode()

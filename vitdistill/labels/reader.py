@@ -1,14 +1,10 @@
-"""Stored answers on their way into training: read a batch at a time, and checked against the views
-that the student sees.
-"""
+"""Stored answers in training: a batch at a time, checked against the views the student sees."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ..errors import DataError, Set
 from ..keyed import I64
@@ -23,10 +19,7 @@ from .store import LabelStore
 class LabelReader:
     """Reads one teacher's records for the batches of a run, as `TrainLoader` asks for them.
 
-    Attributes:
-        name: of the teacher.
-        store: its labels.
-        online: rows without a record are left to the teacher itself; otherwise they are an error.
+    ``online``: rows without a record are left to the teacher itself; else they are an error.
     """
 
     name: str
@@ -79,10 +72,7 @@ class LabelReader:
 class StoredAnswer:
     """What a teacher with labels says of one batch.
 
-    Attributes:
-        targets: its records.
-        network: its description.
-        live: its own answer to the rows that have no record, ``targets.missing``.
+    ``live`` is its own answer to the rows that have no record, ``targets.missing``.
     """
 
     targets: Targets
@@ -97,8 +87,11 @@ class StoredAnswer:
         encoding, or no logits.
         """
         if temperature not in self._read:
+            stored = self.targets.layout.logits
+            # Without a temperature, nobody reads the logits of topk.
+            unread = stored is None or (temperature is None and not stored.is_complete)
             output = ViTOutput(
-                logits=self._logits(temperature),
+                logits=None if unread else self.targets.logits(temperature),
                 hidden=dict(self.targets.hidden),
                 features=self.targets.features,
                 grid=self.network.grid,
@@ -110,12 +103,6 @@ class StoredAnswer:
             self._read[temperature] = output
         return self._read[temperature]
 
-    def _logits(self, temperature: float | None) -> Float[Tensor, "B C"] | None:
-        logits = self.targets.layout.logits
-        if logits is None or (temperature is None and not logits.is_complete):
-            return None  # nobody reads them
-        return self.targets.logits(temperature)
-
     def _fill(self, output: ViTOutput, live: ViTOutput) -> None:
         """Write the live answers into their rows of the stored ones."""
         pairs = [(output.logits, live.logits), (output.features, live.features)]
@@ -125,7 +112,7 @@ class StoredAnswer:
                 stored[self.targets.missing] = answer.to(stored.dtype)
 
 
-def blank_targets(layout: Layout, count: int, device: torch.device | str = "cpu") -> Targets:
+def blank_targets(layout: Layout, count: int, device: torch.device | str) -> Targets:
     """Return ``count`` equal records of zeros on ``device``, to try a plan without any labels."""
     one = layout.targets(np.zeros(1, layout.dtype)).to(device)
     fields = {name: value.expand(count, *value.shape[1:]) for name, value in one.fields.items()}

@@ -150,7 +150,7 @@ class LabelStore:
         return self.view_path(view) / f".part-{part:05d}.lock"
 
     def is_sealed(self, view: int, part: int) -> bool:
-        """Whether the part is there."""
+        """Return whether the part is there."""
         return self.part_path(view, part).exists()
 
     def sealed_parts(self) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 from ..errors import UserError
 from ..storage.atomic import make_dirs, remove_temporaries
@@ -26,9 +25,8 @@ class Unit:
     """A part to be made.
 
     Attributes:
-        view, part: which.
         lo, hi: its samples: ``lo`` to ``hi - 1``.
-        stores: those that lack it, in the order of ``write_missing``'s.
+        stores: those that lack it, in the order of `write_missing`'s.
     """
 
     view: int
@@ -51,23 +49,17 @@ def write_missing(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write what is missing in these stores of equal shape, together with whoever else does.
+    """Write what is missing in these stores of equal shape; return how many parts were sealed.
 
     The processes of one run divide the parts by rank, and each helps the others when its own are
     done. A part that another process has locked is left to it; this function returns when all are
-    there, whoever wrote them, or when it is to stop.
+    there, whoever wrote them, or when it is to stop. What is sealed stays, and running again
+    writes the rest.
 
     Args:
         make: makes the records; when it returns None, this function returns.
         stop: asked before every part and while waiting for others.
         progress: told how many (view, part) are there, and of how many.
-
-    Returns:
-        How many parts this process sealed.
-
-    Raises:
-        DiskError: a part cannot be written; what is sealed stays, and running again writes the
-            rest.
     """
     places = sorted(set(chain.from_iterable(store.missing_parts() for store in stores)))
     pending = places[rank::world_size]
@@ -90,7 +82,7 @@ def write_missing(
                         return sealed
                     for store, records in zip(lacking, made, strict=True):
                         sealed += store.seal(*place, records)
-        if len(left) == len(pending):
+        if len(left) == len(pending):  # nothing to do but to wait for the others
             time.sleep(_POLL_S)
         pending = left
     _clean(stores)
@@ -124,6 +116,5 @@ def _clean(stores: Sequence[LabelStore]) -> None:
             folder = store.view_path(view)
             with suppress(UserError, OSError):  # nothing depends on it
                 remove_temporaries(folder)
-                leftovers: list[Path] = [*folder.glob(".part-*.lock"), *folder.glob("part-*.lease")]
-                for path in leftovers:
+                for path in (*folder.glob(".part-*.lock"), *folder.glob("part-*.lease")):
                     path.unlink(missing_ok=True)

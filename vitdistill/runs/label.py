@@ -41,7 +41,7 @@ class LabelOptions:
 
     Args:
         encoding: of the logits, see `LogitEncoding`; ``auto``: float16 up to 256 classes and
-            wherever an objective needs all of them, else topk.
+            wherever an objective reads all of them, else topk.
         k: classes that topk keeps; None: 10.
         temperatures: at which topk is right; empty: those of the recipe's objectives.
         hidden_dtype: of hidden states and features; None: float16.
@@ -89,11 +89,8 @@ def label(
     """Write the labels of every teacher of the recipe into ``output/NAME``, or go on with them.
 
     Every view that the recipe's student will see is labelled: ``data.views`` of each image, or one
-    an epoch. Any number of processes, under torchrun or not, may run this at the same time.
-
-    Raises:
-        UserError: what can be known before is raised before anything is written.
-        Preempted: it was asked to stop; what is written stays, and the same command goes on.
+    an epoch. Any number of processes, under torchrun or not, may run this at the same time. After
+    `Preempted`, what is written stays, and the same command goes on.
     """
     output = Path(output)
     with join_world(device) as world:
@@ -104,20 +101,14 @@ def label(
         prepared = prepare_teachers(recipe, world, say)
         with world.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
             run, networks, speed = _try_teachers(prepared, options)
-            manifests = {
-                name: run.manifest(name, network, options.part_size)
-                for name, network in networks.items()
-            }
+            part_size = options.part_size
+            manifests = {name: run.manifest(name, n, part_size) for name, n in networks.items()}
             stores = _open_stores(output, manifests, speed, say)
         return Labelled(stores, _write(run, stores, output, _Progress(say)))
 
 
 def _without_labels(recipe: Recipe) -> Recipe:
-    """Return the recipe as its teachers are to run it.
-
-    Raises:
-        ConfigError: it has no teacher, or one whose answers depend on more than a view.
-    """
+    """Return the recipe as its teachers run it; refuse answers that depend on more than a view."""
     if not recipe.teachers:
         raise ConfigError("the recipe has no teacher to label with", Add("kd"), field="teachers")
     if recipe.selector is not None:
@@ -264,12 +255,8 @@ def _write(
 ) -> int:
     """Write what is missing, and return how many parts this process sealed.
 
-    When one process fails or is asked to stop, all of torchrun's stop: the others see the note that
-    it leaves, because they do not meet before all is written.
-
-    Raises:
-        UserError: of the first process that failed, on every one.
-        Preempted: one was asked to stop.
+    When one process fails or is asked to stop, all of torchrun's stop and raise its error. They do
+    not meet before all is written, so the one leaves a note, a file that the others look for.
     """
     world = run.prepared.world
     note = output / f".stop-{world.from_main(partial(secrets.token_hex, 8))}"

@@ -21,16 +21,14 @@ _CHUNK = 32  # records that are checked side by side
 
 @dataclass(frozen=True)
 class Check:
-    """How a teacher's answers, made anew, compare with what is stored.
-
-    Both pass through the store's encoding first.
+    """How a teacher's answers, made anew and encoded, compare with what is stored.
 
     Attributes:
         count: records compared.
         views: of them, how many views have the pixels that were labelled.
         agreement: how often the most probable class is the same; 1 where no logits are stored.
         divergence: KL(now || stored) of the probabilities, mean.
-        variation: total variation of the probabilities, half the sum of their differences, mean.
+        variation: half the sum of the probabilities' differences, mean.
         hidden: largest difference of hidden states and features, over the largest of them; 0 where
             none are stored.
         tolerance: for ``variation`` and ``hidden``, by the arithmetic's precision.
@@ -73,13 +71,8 @@ def check(
 ) -> Check:
     """Run the teacher again on about ``samples`` stored (view, image), in random places.
 
-    Args:
-        data_dir: where the images are; None: where they were when they were labelled.
-        model: the teacher; None: where it was.
-
-    Raises:
-        DataError: the images, the views or the teacher's weights are not those of the labels; or
-            nothing is stored yet.
+    ``data_dir`` and ``model`` say where the images and the teacher are if they have moved.
+    `DataError` if the images, the views or the teacher's weights are not those of the labels.
     """
     about, sealed = store.manifest.about, list(store.sealed_parts())
     if not sealed:

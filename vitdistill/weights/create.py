@@ -24,7 +24,7 @@ from .folder import Saved, read_folder, read_hub
 from .load import load_into
 from .vit_checkpoints import Target, is_headless, is_pretraining
 
-# What networks of timm's raise for arguments they cannot be built with.
+# What timm's networks raise for arguments they cannot be built with.
 _BUILD_ERRORS = (
     AssertionError,
     TypeError,
@@ -42,7 +42,6 @@ def create_model(
     num_classes: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool | None = None,
-    in_chans: int = 3,
     drop_path: float | None = None,
     image_size: int | tuple[int, int] | None = None,
     **model_args: Any,
@@ -82,8 +81,6 @@ def create_model(
             build[timms] = value
     if num_classes is not None:
         build["num_classes"] = num_classes
-    if in_chans != 3:
-        build["in_chans"] = in_chans
     saved = _read_saved(name)
     if saved is None:
         model = _from_registry(name, build, pretrained=bool(pretrained))
@@ -184,7 +181,7 @@ def _build(
     cfg: Mapping[str, Any] | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """Build by timm, with its failures as errors, and the image size put into the configuration."""
+    """Have timm build a network, and put the image size into its configuration."""
     size = build.get("img_size")
     fixed = cfg.get("fixed_input_size", False) if cfg else _default_cfg(name).fixed_input_size
     if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
@@ -300,7 +297,7 @@ def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str) -> list[str]:
     """Normalise as ImageNet where the file is a masked autoencoder's; return what to say of it.
 
-    timm's names decide the normalisation, and a plain ViT's file without a classifier need not be
+    A timm name decides the normalisation, but a plain ViT's file without a classifier need not be
     of the network that the name stands for.
     """
     cfg = getattr(model, "pretrained_cfg", None)

@@ -30,10 +30,8 @@ _PICKLES = (".pth", ".pt", ".bin", ".tar")
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a weights file, on the CPU, without a training script's wrappers.
 
-    Reads ``.safetensors``, and ``.pth .pt .bin .tar`` as far as they hold tensors only.
-
-    Raises:
-        DataError: the file is missing, no weights file, cut, or holds code.
+    Reads ``.safetensors``, and ``.pth .pt .bin .tar`` as far as they hold tensors only. Raises
+    `DataError` for anything else.
     """
     check_is_file(path)
     file = Path(path)
@@ -46,13 +44,16 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
     # Some publish safetensors under a name of PyTorch's: the content tells.
     is_safe = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size - 8
-    if file.suffix == ".safetensors" or is_safe:
-        return _unwrapped(file, _read_safetensors(file))
-    return _unwrapped(file, _read_pickle(file))
+    if file.suffix != ".safetensors" and not is_safe:
+        return _unwrapped(file, _read_pickle(file))
+    try:
+        return _unwrapped(file, safetensors.torch.load_file(file))
+    except safetensors.SafetensorError as error:
+        raise _unreadable(file, error) from error
 
 
 def check_is_file(path: str | os.PathLike[str]) -> None:
-    """Raise ``DataError`` where there is no file."""
+    """Raise `DataError` where there is no file."""
     if Path(path).is_dir():
         raise DataError(
             f"{printable(path)} is a folder, not a weights file",
@@ -72,13 +73,6 @@ def _refuse_failed_download(file: Path, head: bytes) -> None:
         what = "a Git LFS pointer"
     if what:
         raise DataError(f"{printable(file)} is {what}, not weights", fix="download the file itself")
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise _unreadable(file, error) from error
 
 
 def _read_pickle(file: Path) -> Any:

@@ -34,9 +34,9 @@ class Saved:
         architecture: timm's name of it.
         args: what it was built with besides.
         cfg: its ``pretrained_cfg``.
+        fetch: gets another file of the same place; None: it has no such file.
         digest: sha256 of the weights, if we exported them.
         notes: what to say when its weights are loaded.
-        fetch: gets another file of the same place; None: it has no such file.
     """
 
     place: str
@@ -61,7 +61,7 @@ class Saved:
         return (int(size[0]), int(size[1])) if len(size) == 2 else None
 
     def weights_file(self) -> Path:
-        """Return its weights file; ``DataError`` if there is none, or another than it was."""
+        """Return its weights file; `DataError` if there is none, or another than was exported."""
         for name in (self.cfg.get("hf_hub_filename"), *WEIGHTS_FILES):
             file = self.fetch(name) if name else None
             if file is None:
@@ -77,12 +77,7 @@ class Saved:
 
 
 def read_folder(folder: Path) -> Saved:
-    """Read the network saved in a folder, in timm's form or Hugging Face's of a ViT.
-
-    Raises:
-        ConfigError: there is no folder, no config.json, or no such architecture.
-        DataError: the config.json is damaged, or of a network that cannot be built.
-    """
+    """Read the network saved in a folder, in timm's form or Hugging Face's of a ViT."""
     place = folder.expanduser()
     if not place.is_dir():
         raise ConfigError(
@@ -93,11 +88,7 @@ def read_folder(folder: Path) -> Saved:
 
 
 def read_hub(place: str) -> Saved:
-    """Read a network of the Hugging Face hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
-
-    Files come from the cache where they are there. Raises as `read_folder`, and ``DataError`` where
-    the hub cannot be reached.
-    """
+    """Read a network of Hugging Face's hub or its cache, ``ORG/NAME`` or ``ORG/NAME@REVISION``."""
     return _read(f"hf-hub:{printable(place)}", lambda name: _download(place, name))
 
 

@@ -98,19 +98,13 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def timm_config(
     path: Path, config: Mapping[str, Any], preprocessor: Path | None
 ) -> tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """Translate a config.json of Hugging Face's.
+    """Translate what Hugging Face's config.json at ``path`` holds, for ``vit`` or ``vit_mae``.
 
-    Args:
-        path: of the config.json, for messages.
-        config: what it holds; its ``model_type`` must be ``vit`` or ``vit_mae``.
-        preprocessor: the preprocessor_config.json, which has the normalisation; None: there is
-            none, and it is ImageNet's for ``vit_mae`` and 0.5 for ``vit``.
+    The ``preprocessor`` file has the normalisation; without one it is ImageNet's for ``vit_mae``
+    and 0.5 for ``vit``.
 
     Returns:
         timm's architecture, its arguments, its ``pretrained_cfg``, and notes for the user.
-
-    Raises:
-        DataError: it is of another network, or damaged.
     """
     kind = config["model_type"]
     said = _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None}

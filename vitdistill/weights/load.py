@@ -27,9 +27,9 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
     """
     model, name = target.model, target.name
     state, said = convert(target, state)
-    if difference(model, state):
+    if _difference(model, state):
         converted = _converted(model, state)
-        if converted is None or difference(model, converted):
+        if converted is None or _difference(model, converted):
             # A sentence about the file as it is says more than one about a failed conversion.
             raise _misfit(model, state, name)
         said.append(f"timm's converter for {_name_of(model)} was applied")
@@ -53,12 +53,12 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> DataErr
             fix=(Set("model_args.global_pool", "avg"), "give what it was fine-tuned from"),
         )
     return DataError(
-        f"{name} does not fit {_name_of(model)}: {difference(model, state)}",
+        f"{name} does not fit {_name_of(model)}: {_difference(model, state)}",
         fix="use its own file, or its number of classes and image size",
     )
 
 
-def difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     """Describe how a file's keys differ from a network's; empty when nothing does."""
     own = model.state_dict()
     parts = {
