@@ -9,6 +9,7 @@ from hypothesis import given
 
 from tests.recipes.strategies import RECIPES
 from vitdistill.errors import Add, ConfigError, Set
+from vitdistill.methods.base import WeightSchedule
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
 from vitdistill.recipes.config import Recipe
@@ -66,6 +67,31 @@ def test_wrong_data_is_refused_by_field(data: dict[str, Any], field: str) -> Non
         from_dict(data, "mine.yaml")
     assert caught.value.field == field and "mine.yaml" in caught.value.what
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("objectives.kd", {"temperature": -1}, "objectives.kd.temperature"),
+        ("objectives.kd", {"schedule": {"to": -1}}, "objectives.kd.schedule.to"),
+        ("selector", {"method": "maskedkd", "keep_rate": 2}, "selector.keep_rate"),
+        ("masking", {"method": "random_masking", "mask_rate": 1}, "masking.mask_rate"),
+    ],
+)
+def test_a_wrong_setting_of_a_method_is_named_from_the_root(
+    path: str, value: dict[str, Any], field: str
+) -> None:
+    section, _, name = path.partition(".")
+    whole: dict[str, Any] = {"method": "kd", **value}
+    with pytest.raises(ConfigError) as caught:
+        from_dict({section: {name: whole} if name else whole})
+    assert caught.value.field == field
+    recipe = Recipe(objectives={"kd": SoftKD(schedule=WeightSchedule(to=1.0))}, selector=MaskedKD())
+    leaves = {f"{path}.{key}": part for key, part in value.items()}
+    if path != "masking":
+        with pytest.raises(ConfigError) as caught:
+            replace_fields(recipe, leaves)
+        assert caught.value.field == field
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -158,7 +159,22 @@ def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
     if not issubclass(cls, kind):
         raise refusal(value["method"], f"it is not {METHOD_KINDS[kind]}", path, source)
     rest = {key: item for key, item in value.items() if key != "method"}
-    return _convert_dataclass(rest, cls, path, source)
+    with _fields_below(path):
+        return _convert_dataclass(rest, cls, path, source)
+
+
+@contextmanager
+def _fields_below(path: str) -> Iterator[None]:
+    """Name the field of a `ConfigError` from the root of the recipe: a method knows its own part.
+
+    An empty ``path`` changes nothing.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if path and error.field and not error.field.startswith(f"{path}."):
+            error.field = f"{path}.{error.field}"
+        raise
 
 
 def _unknown_field(path: str, name: str, known: Mapping[str, Any], source: str) -> ConfigError:
@@ -212,13 +228,14 @@ def _replaced(node: Any, kind: Any, changes: Changes, path: str, source: str) ->
         known, hints = {}, {}
     open_ended = isinstance(node, dict) and get_origin(kind) is dict and get_args(kind)[1] is Any
     new = {}
-    for name, inner in below.items():
-        if name not in known and not (open_ended and () in inner):
-            raise _unknown_field(_join(path, name), name, known, source)
-        new[name] = again(known.get(name), hints[name], inner, path=_join(path, name))
-    if isinstance(node, dict):
-        return {**node, **new}
-    return dataclasses.replace(node, **new)
+    with _fields_below(path if isinstance(node, tuple(METHOD_KINDS)) else ""):
+        for name, inner in below.items():
+            if name not in known and not (open_ended and () in inner):
+                raise _unknown_field(_join(path, name), name, known, source)
+            new[name] = again(known.get(name), hints[name], inner, path=_join(path, name))
+        if isinstance(node, dict):
+            return {**node, **new}
+        return dataclasses.replace(node, **new)
 
 
 def _kind_of(kind: Any) -> Any:
