@@ -38,19 +38,3 @@ def test_losses() -> None:
     )
     assert low.item() == pytest.approx(EXPECTED["vitkd low"], rel=1e-5)
     assert high.item() == pytest.approx(EXPECTED["vitkd high"], rel=1e-5)
-
-
-@torch.no_grad()
-def test_other_noise_masks_other_patches() -> None:
-    """The numbers above depend on which patches are masked, and not on those alone that are
-    compared.
-    """
-    _, high = vitkd_loss(
-        adapter(),
-        DATA["low_s"],
-        DATA["high_s"],
-        DATA["low_t"],
-        DATA["high_t"],
-        noise=1 - DATA["noise"],
-    )
-    assert abs(high.item() / EXPECTED["vitkd high"] - 1) > 1e-3

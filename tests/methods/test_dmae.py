@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
@@ -22,7 +21,6 @@ from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
-from vitdistill.explain.cost import cost_of
 from vitdistill.methods.base import Objective
 from vitdistill.methods.dmae import DMAE, alignment_loss, three_quarters
 from vitdistill.methods.mae import PixelReconstruction
@@ -59,7 +57,7 @@ class Pair:
         self, objectives: dict[str, Objective], masking: RandomMasking, **teacher: Any
     ) -> None:
         self.student, self.model = vit(0), vit(1, 36, 8, **teacher)
-        init_mae(self.student)  # type: ignore[arg-type]
+        init_mae(self.student)
         self.teacher = Teacher(
             self.model, describe_network(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
         )
@@ -136,7 +134,7 @@ def test_the_authors_losses_and_their_gradients() -> None:
     )
     batch = Batch(images, torch.zeros(3).long(), torch.arange(3), torch.zeros(3).long(), 0)
     found = {
-        name: objective.loss(ours, its if name == "dmae" else None, batch, module.adapters[name])  # type: ignore[arg-type]
+        name: objective.loss(ours, its if name == "dmae" else None, batch, module.adapters[name])
         for name, objective in objectives.items()
     }
     assert found["mae"].item() == pytest.approx(
@@ -152,11 +150,11 @@ def test_the_authors_losses_and_their_gradients() -> None:
     (found["mae"] + found["dmae"]).backward()
     with torch.no_grad():  # the derivative along the gradient, by central differences
         parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.stack([p.grad.norm() for p in parameters]).norm()  # type: ignore[union-attr]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
         values = []
         for step in (1e-5, -1e-5):
             for p in parameters:
-                p.add_(p.grad, alpha=step / norm.item())  # type: ignore[arg-type]
+                p.add_(p.grad, alpha=step / norm.item())
             there = run_vit(student, images, plan.student_needs, keep)
             values.append(
                 sum(
@@ -165,7 +163,7 @@ def test_the_authors_losses_and_their_gradients() -> None:
                 )
             )
             for p in parameters:
-                p.sub_(p.grad, alpha=step / norm.item())  # type: ignore[arg-type]
+                p.sub_(p.grad, alpha=step / norm.item())
         assert (values[0] - values[1]) / 2e-5 == pytest.approx(norm.item(), rel=1e-6)
 
 
@@ -224,13 +222,12 @@ def test_the_teacher_runs_no_further_than_its_aligned_block_and_sees_no_hidden_p
     pair = Pair({"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75))
     before = {name: loss.item() for name, loss in pair.losses().items()}
     with torch.no_grad():
-        for block in pair.model.blocks[6:]:  # type: ignore[index, union-attr]
+        for block in pair.model.blocks[6:]:
             for p in block.parameters():
                 p.fill_(torch.nan)
-        pair.model.norm.weight.fill_(torch.nan)  # type: ignore[union-attr, operator]
+        pair.model.norm.weight.fill_(torch.nan)
     assert {name: loss.item() for name, loss in pair.losses().items()} == before
     order = pair.module.mask(pair.batch)
-    assert order is not None
     hidden = order[:, 4:]
     for i, row in enumerate(hidden.tolist()):
         for patch in row:
@@ -247,9 +244,8 @@ def test_a_mask_belongs_to_a_sample_and_its_view() -> None:
         pair.batch.images, pair.batch.labels, pair.batch.ids.flip(0), pair.batch.views, 0
     )
     later = Batch(pair.batch.images, pair.batch.labels, pair.batch.ids, pair.batch.views + 1, 1)
-    assert order is not None
-    assert torch.equal(pair.module.mask(turned), order.flip(0))  # type: ignore[arg-type]
-    assert not torch.equal(pair.module.mask(later), order)  # type: ignore[arg-type]
+    assert torch.equal(pair.module.mask(turned), order.flip(0))
+    assert not torch.equal(pair.module.mask(later), order)
 
 
 def test_a_teacher_that_sees_more_is_compared_on_what_the_student_sees() -> None:
@@ -260,12 +256,10 @@ def test_a_teacher_that_sees_more_is_compared_on_what_the_student_sees() -> None
         {"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75, teacher_mask_rate=0.25)
     )
     assert (pair.plan.student_keep, pair.plan.num_keep) == (4, {"teacher": 12})
-    assert pair.plan.notes["dmae"].endswith("compared at the 4 of 16 patches both see")
     student, answers = pair.module.answer(pair.batch, pair.teachers)
     answer = answers["teacher"]
     assert answer.keep is student.keep and answer.hidden[5].shape == (6, 5, 36)
     order = pair.module.mask(pair.batch)
-    assert order is not None
     seen = pair.teacher(pair.batch.images, Needs(hidden=frozenset({5})), order[:, :12])
     assert torch.equal(answer.hidden[5], seen.hidden[5][:, :5])
     alike = Pair({"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75))
@@ -277,7 +271,7 @@ def test_several_pairs_add_up_in_the_order_they_are_given() -> None:
     terms = []
     for i, (ours, its) in enumerate(((3, 7), (1, 2))):
         one = Pair({"dmae": DMAE(student_blocks=(ours,), teacher_blocks=(its,))}, RandomMasking())
-        one.module.adapters["dmae"].projections[0] = both.module.adapters["dmae"].projections[i]  # type: ignore[index, operator, union-attr]
+        one.module.adapters["dmae"].projections[0] = both.module.adapters["dmae"].projections[i]
         terms.append(one.losses()["dmae"].item())
     assert both.losses()["dmae"].item() == pytest.approx(sum(terms), rel=1e-6)
     assert both.plan.live["teacher"].num_blocks(8) == 8
@@ -308,21 +302,6 @@ def test_every_form_trains_student_and_projection_and_not_the_teacher(objective:
     )
 
 
-def test_widths_that_agree_need_no_projection() -> None:
-    pair = Pair({"dmae": DMAE(projection="none")}, RandomMasking(), embed_dim=24)
-    assert "dmae" not in pair.module.adapters and pair.losses()["dmae"].item() > 0
-
-
-def test_what_it_costs_is_what_the_step_computes() -> None:
-    for rate in (0.5, 0.75, 0.9):
-        pair = Pair({"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=rate))
-        cost = cost_of(pair.plan, pair.student, {"teacher": pair.model}, 6)
-        with FlopCounterMode(display=False) as counter:
-            pair.module.train()(pair.batch, pair.teachers)["loss"].backward()
-        assert counter.get_total_flops() == pytest.approx(cost.step * 6, rel=0.03)
-        assert cost.teachers["teacher"] < 0.8 * (1 - rate + 2 / 16) * cost.teachers_plain["teacher"]
-
-
 def test_other_objectives_compare_under_the_same_mask() -> None:
     """Features at the visible patches; a teacher's class token of what it saw."""
     vitkd = ViTKD(reduction="mean", high_weight=0.0)
@@ -336,66 +315,36 @@ def network(model: nn.Module, name: str, size: tuple[int, int] = (16, 16)) -> Ne
 
 
 @pytest.mark.parametrize(
-    ("objectives", "masking", "teacher", "words"),
+    ("objective", "teacher", "words"),
     [
-        ({"mae": SMALL}, None, None, "mae learns from hidden patches, and nothing hides any"),
-        (
-            {"mae": SMALL, "dmae": DMAE(teacher_blocks=(8,))},
-            RandomMasking(),
-            {},
-            r"block 8 does not exist: the model has 8 blocks \(0",
-        ),
-        (
-            {"dmae": DMAE(student_blocks=(4,))},
-            RandomMasking(),
-            {},
-            "block 4 does not exist: the model has 4 blocks",
-        ),
-        (
-            {"dmae": DMAE()},
-            RandomMasking(),
-            {"num_classes": 10},
-            "is a classifier of 10 classes, and DMAE learns .*any_teacher$",
-        ),
-        (
-            {"dmae": DMAE()},
-            RandomMasking(),
-            {"patch_size": 8},
-            "4 x 4 patches of 4 x 4 pixels, .* 2 x 2 patches of 8 x 8 pixels",
-        ),
-        (
-            {"dmae": DMAE(projection="none")},
-            RandomMasking(),
-            {},
-            "the student is 24 wide and the teacher 36",
-        ),
-        (
-            {"vitkd": ViTKD()},
-            RandomMasking(),
-            {},
-            "vitkd reads every patch of the student, and RandomMasking hides some",
-        ),
-        (
-            {"dmae": DMAE(), "mae": SMALL},
-            RandomMasking(mask_rate=0.0),
-            {},
-            "hides none of the student.s 16: set masking.mask_rate",
-        ),
-        (
-            {"mae": SMALL},
-            RandomMasking(teacher_mask_rate=0.5),
-            None,
-            "there is no teacher: leave masking.teacher_mask_rate out",
-        ),
-        ({"mae": SMALL}, RandomMasking(mask_rate=0.95), None, "leaves none of 16 patches visible"),
+        (DMAE(teacher_blocks=(8,)), {}, "block 8 does not exist"),
+        (DMAE(student_blocks=(4,)), {}, "block 4 does not exist"),
+        (DMAE(), {"num_classes": 10}, "is a classifier of 10 classes"),
+        (DMAE(), {"patch_size": 8}, "2 x 2 patches of 8 x 8 pixels"),
+        (DMAE(projection="none"), {}, "the student is 24 wide and the teacher 36"),
+        (ViTKD(), {}, "reads every patch of the student"),
     ],
 )
-def test_what_cannot_work_is_refused(
-    objectives: Any, masking: Any, teacher: dict[str, Any] | None, words: str
+def test_networks_that_cannot_be_compared_are_refused(
+    objective: Objective, teacher: dict[str, Any], words: str
 ) -> None:
-    teachers = {} if teacher is None else {"teacher": network(vit(1, 36, 8, **teacher), "teacher")}
+    teachers = {"teacher": network(vit(1, 36, 8, **teacher), "teacher")}
     with pytest.raises(ConfigError, match=words):
-        make_plan(network(vit(0), "student"), teachers, objectives, masking=masking)
+        make_plan(network(vit(0), "student"), teachers, {"it": objective}, masking=RandomMasking())
+
+
+@pytest.mark.parametrize(
+    ("masking", "words"),
+    [
+        (None, "mae learns from hidden patches, and nothing hides any"),
+        (RandomMasking(mask_rate=0.0), "hides none of the student.s 16"),
+        (RandomMasking(teacher_mask_rate=0.5), "there is no teacher"),
+        (RandomMasking(mask_rate=0.95), "leaves none of 16 patches visible"),
+    ],
+)
+def test_masks_that_teach_nothing_are_refused(masking: RandomMasking | None, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_plan(network(vit(0), "student"), {}, {"mae": SMALL}, masking=masking)
 
 
 def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
@@ -409,38 +358,25 @@ def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
     assert plan.live["teacher"].num_blocks(8) == 6
 
 
+POOLED = {"img_size": 32, "patch_size": 8, "global_pool": "avg"}
+
+
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("name", "args", "words"),
     [
+        ("vit_tiny_r_s16_p8_224", {"img_size": 64}, "do not cut its images of 64 x 64"),
+        ("vit_tiny_patch16_224", POOLED, "set student.model_args.global_pool=token"),
         (
-            {"model": "vit_tiny_r_s16_p8_224", "img_size": 64},
-            "do not cut its images of 64 x 64 into pixels",
-        ),
-        (
-            {
-                "model": "vit_tiny_patch16_224",
-                "img_size": 32,
-                "patch_size": 8,
-                "global_pool": "avg",
-            },
-            "norms its features after pooling, .*: set student.model_args.global_pool=token",
-        ),
-        (
-            {
-                "model": "vit_tiny_patch16_224",
-                "img_size": 32,
-                "patch_size": 8,
-                "global_pool": "avg",
-                "class_token": False,
-            },
-            "norms its features after pooling, .*: set student.model_args.fc_norm=False",
+            "vit_tiny_patch16_224",
+            {**POOLED, "class_token": False},
+            "set student.model_args.fc_norm=False",
         ),
     ],
 )
 def test_students_that_a_masked_autoencoder_cannot_be_made_of_are_refused(
-    args: dict[str, Any], words: str
+    name: str, args: dict[str, Any], words: str
 ) -> None:
-    model = timm.create_model(args.pop("model"), num_classes=0, depth=1, **args)
+    model = timm.create_model(name, num_classes=0, depth=1, **args)
     size = args["img_size"]
     with pytest.raises(ConfigError, match=words):
         make_plan(
@@ -456,7 +392,8 @@ def test_without_a_projection_raw_features_are_compared_as_the_authors_do() -> N
         Pair({"dmae": DMAE(projection="none", normalize=how)}, RandomMasking(), embed_dim=24)
         for how in (None, True)
     )
-    assert raw.losses()["dmae"].item() > 2 * unit.losses()["dmae"].item()
+    assert raw.losses()["dmae"].item() > 2 * unit.losses()["dmae"].item() > 0
+    assert "dmae" not in raw.module.adapters
 
 
 def test_without_a_mask_dmae_alone_may_learn_and_a_student_without_class_token_is_helped() -> None:

@@ -41,43 +41,6 @@ def test_the_formula_by_hand() -> None:
 
 
 @given(seed=seeds, temperature=temperatures)
-def test_equal_logits_have_no_loss_and_no_gradient(seed: int, temperature: float) -> None:
-    teacher = logits(seed)
-    student = teacher.clone().requires_grad_()
-    loss = kd_loss(student, teacher, temperature)
-    loss.backward()
-    assert abs(loss.item()) < 1e-6
-    assert student.grad is not None and student.grad.abs().max() < 1e-6
-
-
-@given(seed=seeds, temperature=temperatures)
-def test_it_is_never_negative(seed: int, temperature: float) -> None:
-    assert kd_loss(logits(seed), logits(seed + 1), temperature).item() > -1e-6
-
-
-def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
-    """For large T it tends to (student - teacher) / (classes * batch), centred, whatever T is."""
-    teacher = logits(1)
-    teacher = teacher - teacher.mean(1, keepdim=True)
-    for temperature in (50.0, 100.0):
-        student = torch.zeros(3, 5, requires_grad=True)
-        kd_loss(student, teacher, temperature).backward()
-        assert student.grad is not None
-        assert torch.allclose(student.grad, -teacher / 15, rtol=0.2, atol=0.01)
-
-
-@given(seed=seeds, mine=st.floats(-50, 50), its=st.floats(-50, 50), temperature=temperatures)
-def test_a_constant_added_to_all_logits_changes_nothing(
-    seed: int, mine: float, its: float, temperature: float
-) -> None:
-    student, teacher = logits(seed), logits(seed + 1)
-    shifted = kd_loss(student + mine, teacher + its, temperature)
-    assert shifted.item() == pytest.approx(
-        kd_loss(student, teacher, temperature).item(), rel=1e-3, abs=1e-4
-    )
-
-
-@given(seed=seeds, temperature=temperatures)
 def test_the_gradient_is_the_difference_of_the_softmaxes(seed: int, temperature: float) -> None:
     student, teacher = logits(seed).requires_grad_(), logits(seed + 1)
     kd_loss(student, teacher, temperature).backward()
@@ -90,24 +53,6 @@ def test_the_gradient_is_the_difference_of_the_softmaxes(seed: int, temperature:
 
 
 # --- as objectives -------------------------------------------------------------------------------
-
-
-def test_heads_are_chosen_as_deit_trains_them() -> None:
-    heads, teacher = torch.stack([logits(0), logits(1)], dim=1), logits(2)
-    student = ViTOutput(
-        logits=heads.mean(1), head_logits=heads, network=Network(heads=("class", "distillation"))
-    )
-    answer, batch = ViTOutput(logits=teacher), batch_of(torch.tensor([0, 1, 2]))
-
-    def soft(head: str) -> Tensor:
-        return SoftKD(head=head, temperature=2.0).loss(student, answer, batch, None)
-
-    assert torch.equal(soft("auto"), kd_loss(heads[:, 1], teacher, 2.0))
-    assert torch.equal(soft("distillation"), soft("auto"))
-    assert torch.equal(soft("class"), kd_loss(heads[:, 0], teacher, 2.0))
-    assert torch.equal(soft("all"), kd_loss(heads.mean(1), teacher, 2.0))
-    plain = ViTOutput(logits=logits(0))
-    assert torch.equal(SoftKD().loss(plain, answer, batch, None), kd_loss(logits(0), teacher))
 
 
 @pytest.mark.parametrize("method", [SoftKD, HardKD])

@@ -9,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vitdistill.data.batch import Batch
 from vitdistill.methods.cross_entropy import cross_entropy_loss
-from vitdistill.methods.dist import dist_loss
-from vitdistill.methods.dkd import dkd_loss
-from vitdistill.methods.kd import kd_loss
-from vitdistill.methods.nkd import nkd_loss
-from vitdistill.methods.wttm import wttm_loss
+from vitdistill.methods.dist import DIST, dist_loss
+from vitdistill.methods.dkd import DKD, dkd_loss
+from vitdistill.methods.kd import SoftKD, kd_loss
+from vitdistill.methods.nkd import NKD, nkd_loss
+from vitdistill.methods.wttm import WTTM, wttm_loss
+from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
 
 LABELS = torch.tensor([0, 2, 4])
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -24,6 +27,13 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "nkd": lambda student, teacher, **args: nkd_loss(student, teacher, LABELS, **args),
     "dkd": lambda student, teacher, **args: dkd_loss(student, teacher, LABELS, **args),
 }
+METHODS: dict[str, tuple[Any, dict[str, float]]] = {
+    "kd": (SoftKD, {"temperature": 2.0}),
+    "dist": (DIST, {"beta": 2.0, "gamma": 0.5, "temperature": 3.0}),
+    "wttm": (WTTM, {"temperature": 3.0}),
+    "nkd": (NKD, {"gamma": 2.0, "temperature": 3.0}),
+    "dkd": (DKD, {"alpha": 0.5, "beta": 2.0, "temperature": 3.0}),
+}
 LOGITS = [torch.randn(3, 5, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
 
@@ -32,6 +42,20 @@ def test_the_student_learns_and_the_teacher_does_not(name: str) -> None:
     student, teacher = (logits.clone().requires_grad_() for logits in LOGITS)
     LOSSES[name](student, teacher).backward()
     assert student.grad is not None and student.grad.abs().max() > 0 and teacher.grad is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_objective_gives_its_loss_the_head_of_the_teacher_and_its_settings(name: str) -> None:
+    method, settings = METHODS[name]
+    heads, teacher = torch.stack([LOGITS[0], LOGITS[0].flip(1)], dim=1), LOGITS[1]
+    network = Network(heads=("class", "distillation"))
+    student = ViTOutput(logits=heads.mean(1), head_logits=heads, network=network)
+    batch = Batch(torch.zeros(3, 3, 4, 4), LABELS, LABELS, LABELS, 0)
+    chosen = {"auto": heads[:, 1], "class": heads[:, 0], "all": heads.mean(1)}
+    for head, logits in chosen.items():
+        objective = method(head=head, **settings)
+        loss = objective.loss(student, ViTOutput(logits=teacher), batch, None)
+        assert torch.equal(loss, LOSSES[name](logits, teacher, **settings))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -65,16 +65,3 @@ def test_keep_restore_and_mask_say_the_same(
 def test_equal_noise_keeps_the_first_patches() -> None:
     keep, restore, _ = random_masking(torch.zeros(2, 64), 0.75)
     assert keep.tolist() == [list(range(16))] * 2 and restore.tolist() == [list(range(64))] * 2
-
-
-def test_an_images_mask_does_not_depend_on_the_batch() -> None:
-    noise = torch.rand(5, 16)
-    together = random_masking(noise, 0.75)
-    alone = random_masking(noise[3:4], 0.75)
-    for one, many in zip(alone, together, strict=True):
-        assert torch.equal(one[0], many[3])
-
-
-def test_every_patch_is_hidden_equally_often() -> None:
-    _, _, mask = random_masking(torch.rand(4000, 16), 0.75)
-    assert mask.mean(0).sub(0.75).abs().max() < 0.04

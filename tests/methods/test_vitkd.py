@@ -12,32 +12,22 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_vits import batch_of, randn, vit
 from torch import Tensor, nn
 
 from vitdistill.data.augment import InputSpec
-from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.distill.teacher import Teacher
-from vitdistill.methods.base import TokenSelector, WeightSchedule
+from vitdistill.methods.base import TokenSelector
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
-from vitdistill.methods.vitkd import (
-    ViTKD,
-    ViTKDAdapter,
-    generation_loss,
-    mimicking_loss,
-    vitkd_loss,
-)
+from vitdistill.methods.vitkd import ViTKD, ViTKDAdapter, mimicking_loss, vitkd_loss
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.patches import resample_patches
 from vitdistill.vit.walk import run_vit
 
 Reduction = Literal["sum", "mean"]
-
-
-def random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def adapter_of(
@@ -51,7 +41,7 @@ def adapter_of(
     adapter = ViTKDAdapter(student, teacher, low_dims, **args)
     with torch.no_grad():
         for i, parameter in enumerate(adapter.parameters()):
-            parameter.copy_(0.5 * random(seed + i, *parameter.shape))
+            parameter.copy_(0.5 * randn(seed + i, *parameter.shape))
     return adapter
 
 
@@ -80,11 +70,14 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         )
     return {
         "adapter": adapter_of(seed, ours, its, [(ours, its)] * blocks),
-        "student_low": random(seed + 100, batch, blocks, count, ours),
-        "student_high": random(seed + 101, batch, count, ours),
-        "teacher_low": random(seed + 102, batch, blocks, seen, its),
-        "teacher_high": random(seed + 103, batch, seen, its),
-        "noise": torch.rand(batch, count, generator=generator),
+        "student_low": randn(seed + 100, batch, blocks, count, ours),
+        "student_high": randn(seed + 101, batch, count, ours),
+        "teacher_low": randn(seed + 102, batch, blocks, seen, its),
+        "teacher_high": randn(seed + 103, batch, seen, its),
+        # Also with ties, of which the first patch is the visible one.
+        "noise": torch.rand(batch, count, generator=generator).round(
+            decimals=draw(st.sampled_from([1, 6]))
+        ),
         "grid": grid,
         "keep": keep,
         "mask_rate": draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 0.99])),
@@ -101,7 +94,6 @@ def linear(vector: list[float], layer: nn.Linear) -> list[float]:
 
 def convolution(image: list[list[list[float]]], layer: nn.Conv2d) -> list[list[list[float]]]:
     """A 3 x 3 convolution of ``image[row][column][channel]``, zeros around it."""
-    assert layer.bias is not None
     rows, columns = len(image), len(image[0])
     weight, bias = layer.weight.tolist(), layer.bias.tolist()
     result = [[list(bias) for _ in range(columns)] for _ in range(rows)]
@@ -125,7 +117,7 @@ def by_hand(case: dict[str, Any]) -> tuple[float, float]:
     for b in range(batch):
         for block, (k, patch) in itertools.product(range(blocks), enumerate(keep[b].tolist())):
             mine = case["student_low"][b, block, patch].tolist()
-            mine = linear(mine, adapter.align_low[block]) if aligned else mine  # type: ignore[arg-type]
+            mine = linear(mine, adapter.align_low[block]) if aligned else mine
             low += sum(
                 (s - t) ** 2
                 for s, t in zip(mine, case["teacher_low"][b, block, k].tolist(), strict=True)
@@ -142,9 +134,9 @@ def by_hand(case: dict[str, Any]) -> tuple[float, float]:
         features = [token if patch in hidden else v for patch, v in enumerate(features)]
         image = convolution(
             [features[r * columns : (r + 1) * columns] for r in range(rows)], adapter.generation[0]
-        )  # type: ignore[arg-type]
+        )
         image = [[[max(x, 0.0) for x in v] for v in row] for row in image]
-        generated = [v for row in convolution(image, adapter.generation[2]) for v in row]  # type: ignore[arg-type]
+        generated = [v for row in convolution(image, adapter.generation[2]) for v in row]
         for k, patch in enumerate(keep[b].tolist()):
             if patch in hidden or rate == 0:
                 high += sum(
@@ -171,47 +163,18 @@ def test_the_formula_by_hand(case: dict[str, Any]) -> None:
     assert high.item() == pytest.approx(2 * by_high, rel=1e-4, abs=1e-5)
 
 
-@given(case=cases())
-@torch.no_grad()
-def test_the_mean_is_the_sum_divided_by_what_was_summed(case: dict[str, Any]) -> None:
-    sums, means = (vitkd_loss(**{**case, "reduction": reduction}) for reduction in ("sum", "mean"))
-    _, blocks, _, width = case["teacher_low"].shape
-    count, rate = case["student_high"].shape[1], case["mask_rate"]
-    masked = count - int(count * (1 - rate)) if rate else count
-    assert means[0].item() == pytest.approx(sums[0].item() / (blocks * count * width), rel=1e-4)
-    assert means[1].item() == pytest.approx(
-        sums[1].item() * (rate or 1) / (masked * width), rel=1e-4, abs=1e-12
-    )
-
-
-def test_weights_are_the_published_ones() -> None:
-    case = {
-        "adapter": adapter_of(0, 3, 3),
-        "student_low": random(1, 2, 2, 4, 3),
-        "student_high": random(2, 2, 4, 3),
-        "teacher_low": random(3, 2, 2, 4, 3),
-        "teacher_high": random(4, 2, 4, 3),
-        "noise": torch.rand(2, 4),
-    }
-    low, high = vitkd_loss(**case)  # type: ignore[arg-type]
-    one, two = vitkd_loss(**case, low_weight=1.0, high_weight=1.0)  # type: ignore[arg-type]
-    assert low.item() == pytest.approx(
-        3e-5 * one.item(), rel=1e-6
-    ) and high.item() == pytest.approx(3e-6 * two.item(), rel=1e-6)
-
-
 @torch.no_grad()
 def test_mean_weights_are_worth_the_published_ones_at_224() -> None:
     """A teacher 768 wide with 196 patches; both losses of one pair of features, to 0.5 %."""
-    student, teacher = random(0, 1, 2, 196, 4), random(1, 1, 2, 196, 768)
+    student, teacher = randn(0, 1, 2, 196, 4), randn(1, 1, 2, 196, 768)
     adapter = adapter_of(2, 4, 768, masks=True)
     adapter.generation = nn.Sequential(
         nn.Identity()
     )  # what is generated does not matter here, and 768 channels take long
-    adapter.generation.forward = lambda image: image  # type: ignore[method-assign, assignment]
+    adapter.generation.forward = lambda image: image
     losses = {}
     for reduction in ("sum", "mean"):
-        objective = ViTKD(reduction=reduction)  # type: ignore[arg-type]
+        objective = ViTKD(reduction=reduction)
         low, high = objective._weights
         noise = torch.rand(1, 196, generator=torch.Generator().manual_seed(3))
         losses[reduction] = vitkd_loss(
@@ -232,53 +195,6 @@ def test_mean_weights_are_worth_the_published_ones_at_224() -> None:
 # --- masking -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
-@given(
-    count=st.integers(1, 60),
-    rate=st.floats(0, 1, exclude_min=True, exclude_max=True),
-    seed=st.integers(0, 10**6),
-)
-@torch.no_grad()
-def test_as_many_patches_are_visible_as_published(count: int, rate: float, seed: int) -> None:
-    """The whole part of N times what is left, those of the smallest numbers, in every image; ties
-    included.
-    """
-    adapter, seen = ViTKDAdapter(1, 1, []), []
-    adapter.generation.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    adapter.mask_token.fill_(-7.0)
-    noise = torch.rand(2, count, generator=torch.Generator().manual_seed(seed))
-    noise[1] = noise[1].round(decimals=1)
-    generation_loss(
-        adapter, torch.ones(2, count, 1), torch.zeros(2, count, 1), (1, count), None, rate, noise
-    )
-    (image,) = seen
-    visible = (image == 1).flatten(1)
-    assert ((image == 1) | (image == -7)).all()
-    for row, numbers in zip(visible, noise, strict=True):
-        assert int(row.sum()) == int(count * (1 - rate))
-        if row.any() and not row.all():
-            assert numbers[row].max() <= numbers[~row].min()
-
-
-@given(case=cases(), other=st.integers(0, 10**6))
-@torch.no_grad()
-def test_the_teacher_is_compared_at_masked_patches_alone(case: dict[str, Any], other: int) -> None:
-    case["mask_rate"] = 0.5
-    whole = vitkd_loss(**case)[1]
-    count = case["student_high"].shape[1]
-    hidden = case["noise"].argsort(1).argsort(1) >= int(count * 0.5)
-    hidden = hidden if case["keep"] is None else hidden.gather(1, case["keep"])
-    moved = torch.where(
-        hidden[:, :, None],
-        case["teacher_high"],
-        case["teacher_high"] + random(other, *case["teacher_high"].shape),
-    )
-    assert torch.equal(vitkd_loss(**{**case, "teacher_high": moved})[1], whole)
-    if hidden.any():
-        moved = torch.where(hidden[:, :, None], case["teacher_high"] + 1, case["teacher_high"])
-        assert not torch.equal(vitkd_loss(**{**case, "teacher_high": moved})[1], whole)
-
-
 @given(case=cases())
 @torch.no_grad()
 def test_what_is_masked_cannot_be_read(case: dict[str, Any]) -> None:
@@ -293,63 +209,14 @@ def test_what_is_masked_cannot_be_read(case: dict[str, Any]) -> None:
 
 
 @given(case=cases())
-def test_without_masking_every_patch_counts_and_nothing_is_divided_by_zero(
+def test_without_masking_no_number_is_drawn_and_nothing_is_divided_by_zero(
     case: dict[str, Any],
 ) -> None:
-    adapter = case["adapter"]
-    width = case["teacher_high"].shape[2]
-    count = case["student_high"].shape[1]
+    case["mask_rate"] = 0.0
     student = case["student_high"].requires_grad_()
-    high = vitkd_loss(**{**case, "mask_rate": 0.0, "noise": None, "high_weight": 1.0})[1]
-    generated = adapter.generate(student, None, case["grid"])
-    if case["keep"] is not None:
-        generated = generated.gather(1, case["keep"][:, :, None].expand(-1, -1, width))
-    expected = (generated - case["teacher_high"]).square().mean()
-    expected = expected if case["reduction"] == "mean" else expected * count * width
-    assert high.item() == pytest.approx(expected.item(), rel=1e-4)
+    high = vitkd_loss(**{**case, "noise": None})[1]
+    assert torch.equal(vitkd_loss(**case)[1], high)
     assert torch.autograd.grad(high, student)[0].isfinite().all()
-    assert torch.equal(
-        vitkd_loss(**{**case, "mask_rate": 0.0, "high_weight": 1.0})[1], high
-    )  # no number is drawn
-
-
-# --- kept patches --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.5])
-@pytest.mark.parametrize("kept", [1, 2, 4, 6])
-@torch.no_grad()
-def test_sums_keep_their_scale_whatever_the_teacher_sees(kept: int, rate: float) -> None:
-    """The mean over every choice of K of six patches is the loss of all six."""
-    adapter, noise = (
-        adapter_of(0, 3, 4),
-        torch.rand(2, 6, generator=torch.Generator().manual_seed(1)),
-    )
-    ours, its = random(1, 2, 2, 6, 3), random(2, 2, 2, 6, 4)
-    whole = vitkd_loss(
-        adapter, ours, ours[:, 1], its, its[:, 1], noise=noise, mask_rate=rate, grid=(2, 3)
-    )
-    choices = [
-        torch.tensor(choice).expand(2, -1) for choice in itertools.combinations(range(6), kept)
-    ]
-    losses = [
-        vitkd_loss(
-            adapter,
-            ours,
-            ours[:, 1],
-            its[:, :, choice[0]],
-            its[:, 1, choice[0]],
-            noise=noise,
-            mask_rate=rate,
-            grid=(2, 3),
-            keep=choice.contiguous(),
-        )
-        for choice in choices
-    ]
-    for term in (0, 1):
-        assert sum(loss[term].item() for loss in losses) / len(losses) == pytest.approx(
-            whole[term].item(), rel=1e-4
-        )
 
 
 # --- precision, gradients ------------------------------------------------------------------------
@@ -358,7 +225,7 @@ def test_sums_keep_their_scale_whatever_the_teacher_sees(kept: int, rate: float)
 @torch.no_grad()
 def test_half_precision_is_summed_in_float32() -> None:
     """About 1e5 from 1e5 squares: a sum in bfloat16 would stop at a few hundred."""
-    ours, its = (3 * random(seed, 1, 2, 64, 8).bfloat16() for seed in (0, 1))
+    ours, its = (3 * randn(seed, 1, 2, 64, 8).bfloat16() for seed in (0, 1))
     adapter = adapter_of(2, 8, 8).bfloat16()
     noise = torch.rand(1, 64, generator=torch.Generator().manual_seed(1))
     args: dict[str, Any] = {"low_weight": 1.0, "high_weight": 1.0, "noise": noise}
@@ -387,44 +254,33 @@ def test_sums_do_not_overflow_float16() -> None:
     assert total.item() == 400.0**2 * ours.numel()
 
 
-CONFIGURATIONS = [
-    (ours, its, rate, generates)
-    for ours, its, rate, generates in itertools.product((3, 4), (4,), (0.0, 0.5), (True, False))
-    if generates or rate == 0.5
-]
-
-
 def parts(adapter: nn.Module) -> set[str]:
     return {key.rpartition(".")[0] or key for key in adapter.state_dict()}
 
 
-def test_an_adapter_has_the_parts_it_needs_and_no_others() -> None:
-    generator = {"generation.0", "generation.2"}
-    assert (
-        parts(ViTKDAdapter(3, 4))
-        == {"align_low.0", "align_low.1", "align_high", "mask_token"} | generator
-    )
-    same = ViTKDAdapter(4, 4)
-    assert (
-        parts(same) == {"mask_token"} | generator
-        and not hasattr(same, "align_low")
-        and not hasattr(same, "align_high")
-    )
-    assert (
-        parts(ViTKDAdapter(3, 4, masks=False))
-        == {"align_low.0", "align_low.1", "align_high"} | generator
-    )
-    assert parts(ViTKDAdapter(3, 4, generates=False)) == {"align_low.0", "align_low.1"}
-    assert parts(ViTKDAdapter(3, 4, [])) == {"align_high", "mask_token"} | generator
-    assert parts(ViTKDAdapter(4, 4, [(4, 4), (3, 4), (4, 2)], generates=False)) == {
-        "align_low.1",
-        "align_low.2",
-    }
-    assert not torch.any(ViTKDAdapter(3, 4).mask_token) and ViTKDAdapter(3, 4).mask_token.shape == (
-        1,
-        1,
-        4,
-    )
+PROJECTIONS = {"align_low.0", "align_low.1", "align_high"}
+GENERATOR = {"mask_token", "generation.0", "generation.2"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "owned"),
+    [
+        (ViTKDAdapter(3, 4), PROJECTIONS | GENERATOR),
+        (ViTKDAdapter(4, 4), GENERATOR),
+        (ViTKDAdapter(3, 4, masks=False), (PROJECTIONS | GENERATOR) - {"mask_token"}),
+        (ViTKDAdapter(3, 4, generates=False), {"align_low.0", "align_low.1"}),
+        (ViTKDAdapter(3, 4, []), {"align_high"} | GENERATOR),
+        (
+            ViTKDAdapter(4, 4, [(4, 4), (3, 4), (4, 2)], generates=False),
+            {"align_low.1", "align_low.2"},
+        ),
+    ],
+)
+def test_an_adapter_has_the_parts_it_needs_and_no_others(
+    adapter: ViTKDAdapter, owned: set[str]
+) -> None:
+    assert parts(adapter) == owned
+    assert "mask_token" not in owned or not torch.any(adapter.mask_token)
 
 
 @pytest.mark.parametrize(
@@ -439,64 +295,34 @@ def test_an_adapter_is_as_large_as_the_authors(ours: int, its: int, millions: fl
 
 # --- refusals ------------------------------------------------------------------------------------
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"mask_rate": 1.0}, "mask_rate is 1.0: give the fraction of patches to hide"),
-    ({"mask_rate": -0.1}, "mask_rate is -0.1"),
-    ({"mask_rate": float("nan")}, "mask_rate is nan"),
-    ({"low_weight": -1.0}, "low_weight is -1.0: give a number that is not negative"),
-    ({"high_weight": float("inf")}, "high_weight is inf"),
-    ({"low_weight": float("nan")}, "low_weight is nan"),
-    (
-        {"teacher_low_blocks": (0,)},
-        "low_blocks names 2 blocks of the student and teacher_low_blocks 1 of the teacher",
-    ),
-    ({"low_blocks": (), "high_weight": 0.0}, "nothing to compare"),
-    ({"low_weight": 0.0, "high_weight": 0.0}, "nothing to compare"),
-    ({"weight": 0.0}, "the weight of ViTKD is 0.0"),
-]
 
-
-SHAPES: list[tuple[dict[str, Any], str]] = [
-    ({"student_high": torch.zeros(1, 5, 2)}, "5 patches are not a grid of 2 x 2: give grid"),
-    ({"grid": (3, 2)}, "4 patches are not a grid of 3 x 2"),
-    ({"mask_rate": 1.0}, "mask_rate is 1.0"),
-    ({"mask_rate": -0.5}, "mask_rate is -0.5"),
-    ({"teacher_high": torch.zeros(1, 3, 2)}, "the teacher 4 and 3, where 4 were seen"),
-    ({"teacher_low": torch.zeros(1, 2, 1, 2)}, "the teacher 1 and 4, where 4 were seen"),
-    ({"student_low": torch.zeros(1, 2, 9, 2)}, "the student has 9 and 4 patches"),
-    ({"keep": torch.tensor([[0, 1]])}, "where 2 were seen"),
-]
-
-
-@pytest.mark.parametrize(("changed", "sentence"), SHAPES)
-def test_shapes_that_would_broadcast_are_refused(changed: dict[str, Any], sentence: str) -> None:
-    low, high = torch.zeros(1, 2, 4, 2), torch.zeros(1, 4, 2)
-    fitting: dict[str, Any] = {
-        "student_low": low,
-        "student_high": high,
-        "teacher_low": low,
-        "teacher_high": high,
-    }
-    unchecked = inspect.unwrap(
-        vitkd_loss
-    )  # as a user has it, without the type checks of these tests
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"student_high": torch.zeros(1, 5, 2)},
+        {"grid": (3, 2)},
+        {"mask_rate": 1.0},
+        {"mask_rate": -0.5},
+        {"teacher_high": torch.zeros(1, 3, 2)},
+        {"teacher_low": torch.zeros(1, 2, 1, 2)},
+        {"student_low": torch.zeros(1, 2, 9, 2)},
+        {"keep": torch.tensor([[0, 1]])},
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(changed: dict[str, Any]) -> None:
+    names = ("student_low", "student_high", "teacher_low", "teacher_high")
+    fitting: dict[str, Any] = dict(
+        zip(names, 2 * (torch.zeros(1, 2, 4, 2), torch.zeros(1, 4, 2)), strict=True)
+    )
+    unchecked = inspect.unwrap(vitkd_loss)  # as a user has it, without these tests' type checks
     unchecked(ViTKDAdapter(2, 2), **fitting)
-    with pytest.raises(ValueError, match=sentence) as caught:
+    with pytest.raises(ValueError):
         unchecked(ViTKDAdapter(2, 2), **{**fitting, **changed})
-    assert "\n" not in str(caught.value)
 
 
 # --- as an objective -----------------------------------------------------------------------------
 
 MEAN = STD = (0.5, 0.5, 0.5)
-SMALL = {
-    "img_size": 16,
-    "patch_size": 4,
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 2,
-    "num_classes": 5,
-}
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -516,19 +342,11 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def network(form: str, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
     name, args = NETWORKS[form]
-    if "resnet" in name:
-        return timm.create_model(name, num_classes=5, **args).eval()
-    model = timm.create_model(name, **{**SMALL, **args}).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def batch_of(size: int = 3) -> Batch:
-    ids = torch.arange(size)
-    return Batch(random(0, size, 3, 16, 16), ids, ids, torch.zeros(size, dtype=torch.int64), 0)
+    if "resnet" not in name:
+        return vit(seed, name, std=0.2, **args)
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=5, **args).eval()
 
 
 class Pair:
@@ -726,53 +544,3 @@ def test_a_term_that_is_left_out_reads_and_owns_nothing(case: str) -> None:
         assert parts(pair.adapter) == owned
         pair.loss().backward()
         assert all(p.grad is not None for p in pair.adapter.parameters())
-
-
-def test_terms_add_up_and_equal_widths_need_no_projection() -> None:
-    both = Pair("plain", "plain", ViTKD(low_weight=1.0, high_weight=1.0))
-    assert parts(both.adapter) == {"mask_token", "generation.0", "generation.2"}
-    low, high = (
-        Pair("plain", "plain", ViTKD(low_weight=1.0, high_weight=0.0)),
-        Pair("plain", "plain", ViTKD(low_weight=0.0, high_weight=1.0)),
-    )
-    assert not list(low.adapter.parameters())
-    high.module.adapters = both.module.adapters
-    assert both.loss().item() == pytest.approx((low.loss() + high.loss()).item(), rel=1e-5)
-
-
-def test_the_plan_says_what_it_does() -> None:
-    whole = Pair("plain", "wider, deeper").plan.notes["vitkd"]
-    assert whole == "low_weight 3e-05, high_weight 3e-06 on sums"
-    kept = Pair(
-        "two prefix tokens, coarser", "wider, deeper", selector=RandomPatches(keep_rate=0.5)
-    ).plan.notes["vitkd"]
-    assert (
-        "compared at the 8 of 16 patches both see, the student's patches resampled from 2 x 2 to"
-        " 4 x 4" in kept
-    )
-    assert "sums times 2 to keep their scale" in kept
-    mean = Pair(
-        "plain", "plain", ViTKD(reduction="mean", low_weight=4.0), RandomPatches(keep_rate=0.5)
-    ).plan.notes["vitkd"]
-    assert mean.startswith("low_weight 4, high_weight 0.45 on means") and "sums" not in mean
-    assert (
-        "resampled to the teacher's map by position" in Pair("plain", "resnet").plan.notes["vitkd"]
-    )
-
-
-@torch.no_grad()
-def test_its_weight_follows_the_progress_of_the_run() -> None:
-    schedule = WeightSchedule(to=6.0, begin=0.25, end=0.75)
-    plain, pair = (
-        Pair("plain", "plain"),
-        Pair("plain", "plain", ViTKD(weight=2.0, schedule=schedule)),
-    )
-    pair.module.adapters = plain.module.adapters
-    loss = plain.loss().item()
-    for progress, weight in ((0.0, 2.0), (0.25, 2.0), (0.5, 4.0), (0.75, 6.0), (1.0, 6.0)):
-        losses = pair.module(pair.batch, {"teacher": pair.teacher}, progress)
-        assert (
-            losses["vitkd"].item()
-            == losses["loss"].item()
-            == pytest.approx(weight * loss, rel=1e-5)
-        )

@@ -1,5 +1,6 @@
 """ViTs of a few thousand random weights on 16 x 16 images, for tests of methods on two networks."""
 
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -18,13 +19,33 @@ NO_CLASS = {"class_token": False, "global_pool": "avg"}
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
 
-def vit(seed: int, name: str = "vit_tiny_patch16_224", std: float = 0.3, **args: Any) -> nn.Module:
+def vit(
+    seed: int = 0, name: str = "vit_tiny_patch16_224", std: float = 0.3, **args: Any
+) -> nn.Module:
     """Three blocks on 4 x 4 patches, 5 classes; ``args`` replace timm's."""
     torch.manual_seed(seed)
     model = timm.create_model(name, **{**SETTINGS, "num_classes": 5, **args}).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=std)
     return model
+
+
+STUDENT = Network(
+    name="student",
+    architecture="tiny",
+    image_size=(224, 224),
+    depth=12,
+    dim=192,
+    num_classes=10,
+    num_parameters=5,
+    grid=(14, 14),
+    patch_size=(16, 16),
+    num_prefix_tokens=1,
+    walks=True,
+    attention_source="class",
+)
+TEACHER = replace(STUDENT, name="teacher", architecture="small", dim=384, grid=(16, 16), depth=8)
+CNN = Network("teacher", "resnet18", (224, 224), 5, 512, num_classes=10, num_parameters=9)
 
 
 def network(model: nn.Module, name: str = "teacher") -> Network:
