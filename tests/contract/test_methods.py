@@ -4,13 +4,15 @@ nothing to add here for a new one.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import timm
+import small_vits
 import torch
 import yaml
+from small_vits import DISTILLED, network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,7 +32,6 @@ from vitdistill.methods.masking import RandomMasking
 from vitdistill.recipes.config import Recipe, TeacherConfig
 from vitdistill.recipes.convert import from_dict, to_dict
 from vitdistill.recipes.yaml import dump_recipe, load_recipe
-from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.output import QKV, ViTOutput
 from vitdistill.vit.walk import run_vit
@@ -47,19 +48,7 @@ SEEN = ["whole", "kept", "masked"]
 def vit(
     seed: int, dim: int, depth: int, name: str = "vit_tiny_patch16_224", **args: Any
 ) -> nn.Module:
-    torch.manual_seed(seed)
-    settings = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": dim,
-        "depth": depth,
-        "num_heads": 2,
-        "num_classes": NUM_CLASSES,
-    }
-    model = timm.create_model(name, **{**settings, **args}).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
+    return small_vits.vit(seed, name, std=0.2, embed_dim=dim, depth=depth, **args)
 
 
 class Case:
@@ -76,70 +65,37 @@ class Case:
         is_objective = isinstance(self.method, Objective)
         if is_objective and self.method.needs_masking:
             seen = "masked"
-        masking = (
-            self.method
-            if isinstance(self.method, Masking)
-            else RandomMasking(mask_rate=0.5)
-            if seen == "masked"
-            else None
-        )
+        masking = self.method if isinstance(self.method, Masking) else None
+        if seen == "masked" and masking is None:
+            masking = RandomMasking(mask_rate=0.5)
         self.student, self.model = vit(0, 24, 4), vit(1, 36, 5)
-        if (
-            is_objective
-            and not self.method.teacher_needs(
-                describe_network(self.model, "teacher", "big", (16, 16))
-            ).logits
-        ):
+        if is_objective and not self.method.teacher_needs(network(self.model)).logits:
             self.model = vit(1, 36, 5, num_classes=0)
         if unlike:  # under a mask both have to have the same patches
-            self.student = vit(
-                0,
-                24,
-                4,
-                "deit_tiny_distilled_patch16_224",
-                **({} if masking else {"patch_size": 8}),
-            )
-            self.model = vit(
-                1, 36, 5, reg_tokens=2, num_heads=3, num_classes=self.model.num_classes
-            )
-        self.teacher = Teacher(
-            self.model, describe_network(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
-        )
+            grid = {} if masking else {"patch_size": 8}
+            self.student = vit(0, 24, 4, DISTILLED, **grid)
+            classes = self.model.num_classes
+            self.model = vit(1, 36, 5, reg_tokens=2, num_heads=3, num_classes=classes)
+        self.teacher = Teacher(self.model, network(self.model), SPEC, SPEC)
         objectives = {"it": self.method} if is_objective else {"kd": SoftKD()}
         if unlike:
             objectives |= {"both": CrossEntropy(head="all")}
-        teachers = (
-            {"teacher": self.teacher}
-            if any(isinstance(o, TeacherObjective) for o in objectives.values())
-            else {}
-        )
-        selector = (
-            self.method
-            if isinstance(self.method, TokenSelector)
-            else RandomPatches(keep_rate=0.5)
-            if seen == "kept" and teachers
-            else None
-        )
-        student = describe_network(self.student, "student", "small", (16, 16))
+        taught = any(isinstance(o, TeacherObjective) for o in objectives.values())
+        self.teachers = {"teacher": self.teacher} if taught else {}
+        selector = self.method if isinstance(self.method, TokenSelector) else None
+        if seen == "kept" and taught and selector is None:
+            selector = RandomPatches(keep_rate=0.5)
+        student, networks = network(self.student, "student"), {"teacher": self.teacher.network}
         self.plan: Plan = make_plan(
-            student, {key: t.network for key, t in teachers.items()}, objectives, selector, masking
+            student, networks if taught else {}, objectives, selector, masking
         )
         self._keep: Tensor | None = None
-        self.teachers = teachers
         self.module = Distillation(self.student, self.plan)
-        labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
-        self.batch = Batch(
-            torch.randn(NUM_IMAGES, 3, 16, 16),
-            labels,
-            torch.arange(NUM_IMAGES),
-            torch.zeros(NUM_IMAGES).long(),
-            0,
-        )
+        ids = torch.arange(NUM_IMAGES)
+        self.batch = Batch(torch.randn(NUM_IMAGES, 3, 16, 16), ids % NUM_CLASSES, ids, ids * 0, 0)
         if mixed:
-            self.batch.mixed_labels, self.batch.lam = (
-                labels.flip(0),
-                torch.linspace(0.1, 0.9, NUM_IMAGES),
-            )
+            self.batch.mixed_labels = self.batch.labels.flip(0)
+            self.batch.lam = torch.linspace(0.1, 0.9, NUM_IMAGES)
 
     @property
     def adapter(self) -> nn.Module | None:
@@ -150,42 +106,31 @@ class Case:
         """The patches that are left of a masking: the same tensor at every call."""
         if self._keep is None and self.plan.masking is not None:
             order = self.module.mask(self.batch)
-            assert order is not None
             self._keep = order[:, : self.plan.student_keep]
         return self._keep
 
     def student_output(self, needs: Needs | None = None) -> ViTOutput:
-        return run_vit(
-            self.student,
-            self.batch.images,
-            self.plan.student_needs if needs is None else needs,
-            self.keep,
-        )
+        needs = self.plan.student_needs if needs is None else needs
+        return run_vit(self.student, self.batch.images, needs, self.keep)
 
     def teacher_output(self, needs: Needs | None = None) -> ViTOutput | None:
         if not self.teachers:
             return None
-        return self.teacher(
-            self.batch.images, self.plan.live["teacher"] if needs is None else needs, self.keep
-        )
+        needs = self.plan.live["teacher"] if needs is None else needs
+        return self.teacher(self.batch.images, needs, self.keep)
 
     def loss(
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Batch | None = None
     ) -> Tensor:
         torch.manual_seed(5)  # a method that draws random numbers draws the same ones
-        answer: Tensor = self.method.loss(student, teacher, batch or self.batch, self.adapter)
-        return answer
+        return self.method.loss(student, teacher, batch or self.batch, self.adapter)
 
     def select(self, student: ViTOutput, teacher: ViTOutput | None, noise: Tensor | None) -> Tensor:
-        answer: Tensor = self.method.select(GRID, 5, student, teacher, noise)
-        return answer
+        return self.method.select(GRID, 5, student, teacher, noise)
 
     def noise(self) -> Tensor | None:
-        return (
-            torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2))
-            if self.method.reads_noise
-            else None
-        )
+        noise = torch.rand(NUM_IMAGES, 16, generator=torch.Generator().manual_seed(2))
+        return noise if self.method.reads_noise else None
 
 
 def case_if_possible(
@@ -207,66 +152,50 @@ def everything(depth: int) -> Needs:
     return Needs(logits=True, hidden=blocks, attention=blocks, qkv=blocks, features=True)
 
 
+def changed(output: ViTOutput, change: Callable[[str, int, Tensor], Tensor]) -> ViTOutput:
+    """``output`` with every recorded tensor changed: ``change(kind, block, tensor)``."""
+    single = {
+        kind: None if value is None else change(kind, 0, value)
+        for kind in ("logits", "head_logits", "features")
+        for value in (getattr(output, kind),)
+    }
+    blocks = {
+        kind: {i: change(kind, i, value) for i, value in getattr(output, kind).items()}
+        for kind in ("hidden", "attention")
+    }
+    qkv = {i: QKV(*(change("qkv", i, t) for t in value)) for i, value in output.qkv.items()}
+    return replace(output, **single, **blocks, qkv=qkv)
+
+
+def spoilt(output: ViTOutput, is_spoilt: Callable[[str, int], bool]) -> ViTOutput:
+    """``output`` with NaN for what ``is_spoilt(kind, block)`` says."""
+    return changed(output, lambda kind, i, t: t * torch.nan if is_spoilt(kind, i) else t)
+
+
 def poisoned(full: ViTOutput, declared: Needs) -> ViTOutput:
     """``full`` with NaN for everything that is not declared."""
-    declared = declared.resolve(full.depth)
+    needs = declared.resolve(full.depth)
 
-    def bad(value: Tensor) -> Tensor:
-        return torch.full_like(value, torch.nan)
+    def unread(kind: str, block: int) -> bool:
+        asked = getattr(needs, kind, True)  # the heads' logits come with the logits
+        return not (asked if isinstance(asked, bool) else block in asked)
 
-    return replace(
-        full,
-        logits=full.logits if declared.logits or full.logits is None else bad(full.logits),
-        hidden={
-            i: value if i in declared.hidden else bad(value) for i, value in full.hidden.items()
-        },
-        attention={
-            i: value if i in declared.attention else bad(value)
-            for i, value in full.attention.items()
-        },
-        qkv={
-            i: value if i in declared.qkv else QKV(*map(bad, value))
-            for i, value in full.qkv.items()
-        },
-        features=(
-            full.features if declared.features or full.features is None else bad(full.features)
-        ),
-    )
+    return spoilt(full, unread)
 
 
 def spoilt_one_by_one(output: ViTOutput) -> list[ViTOutput]:
     """Copies of ``output`` with another one of its recorded tensors NaN in each."""
-    copies = [] if output.logits is None else [replace(output, logits=output.logits * torch.nan)]
-    copies += (
-        [] if output.features is None else [replace(output, features=output.features * torch.nan)]
-    )
-    copies += [
-        replace(output, qkv={**output.qkv, i: QKV(*(t * torch.nan for t in value))})
-        for i, value in output.qkv.items()
-    ]
-    copies += [
-        replace(output, hidden={**output.hidden, i: value * torch.nan})
-        for i, value in output.hidden.items()
-    ]
-    return copies + [
-        replace(output, attention={**output.attention, i: value * torch.nan})
-        for i, value in output.attention.items()
-    ]
+    places: set[tuple[str, int]] = set()
+    changed(output, lambda kind, i, t: places.add((kind, i)) or t)
+    places -= {("head_logits", 0)}
+    return [spoilt(output, lambda kind, i, at=at: (kind, i) == at) for at in sorted(places)]
 
 
 def permuted(output: ViTOutput | None, order: Tensor) -> ViTOutput | None:
     if output is None:
         return None
-    return replace(
-        output,
-        logits=None if output.logits is None else output.logits[order],
-        head_logits=None if output.head_logits is None else output.head_logits[order],
-        hidden={i: value[order] for i, value in output.hidden.items()},
-        attention={i: value[order] for i, value in output.attention.items()},
-        qkv={i: QKV(*(t[order] for t in value)) for i, value in output.qkv.items()},
-        features=None if output.features is None else output.features[order],
-        keep=None if output.keep is None else output.keep[order],
-    )
+    keep = None if output.keep is None else output.keep[order]
+    return replace(changed(output, lambda _, __, t: t[order]), keep=keep)
 
 
 def permuted_batch(batch: Batch, order: Tensor) -> Batch:
@@ -349,11 +278,9 @@ def test_a_loss_reads_all_that_it_declares_and_nothing_else(name: str) -> None:
     rest = case.teacher_output(everything(5))
     again = case.loss(whole, None if rest is None else poisoned(rest, case.plan.live["teacher"]))
     assert again.item() == pytest.approx(loss.item(), rel=1e-4)
-    for spoilt in spoilt_one_by_one(student):
-        assert case.loss(spoilt, teacher).isnan()
+    assert all(case.loss(bad, teacher).isnan() for bad in spoilt_one_by_one(student))
     if case.method.reads_teacher and not isinstance(case.method, _HARD):
-        assert teacher is not None
-        assert all(case.loss(student, spoilt).isnan() for spoilt in spoilt_one_by_one(teacher))
+        assert all(case.loss(student, bad).isnan() for bad in spoilt_one_by_one(teacher))
 
 
 _HARD = (
@@ -381,7 +308,7 @@ def test_the_order_of_the_images_does_not_change_a_loss(name: str, mixed: bool) 
     student, teacher = case.student_output(), case.teacher_output()
     moved = case.loss(
         permuted(student, order), permuted(teacher, order), permuted_batch(case.batch, order)
-    )  # type: ignore[arg-type]
+    )
     assert moved.item() == pytest.approx(case.loss(student, teacher).item(), rel=1e-4)
 
 
@@ -398,9 +325,9 @@ def test_a_loss_is_a_mean_over_the_batch(name: str) -> None:
             case.loss(
                 permuted(student, part), permuted(teacher, part), permuted_batch(case.batch, part)
             )
-        )  # type: ignore[arg-type]
+        )
     whole = case.loss(student, teacher).item()
-    same = (sum(halves) / 2).item() == pytest.approx(whole, rel=1e-4)  # type: ignore[union-attr]
+    same = (sum(halves) / 2).item() == pytest.approx(whole, rel=1e-4)
     assert same != case.method.couples_images
     assert (
         "it" in case.plan.notes and "micro-batch" in case.plan.notes["it"]
@@ -408,31 +335,20 @@ def test_a_loss_is_a_mean_over_the_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_order_of_the_patches_a_teacher_sees_does_not_change_a_loss(name: str) -> None:
-    case = Case(name)
-    if not case.teachers or case.plan.masking is not None:
-        return
-    keep = torch.stack(
-        [
-            torch.randperm(16, generator=torch.Generator().manual_seed(i))[:7]
-            for i in range(NUM_IMAGES)
-        ]
-    )
-    needs, student = case.plan.live["teacher"], case.student_output()
-    loss = case.loss(student, case.teacher(case.batch.images, needs, keep))
-    turned = case.loss(student, case.teacher(case.batch.images, needs, keep.flip(1)))
-    assert turned.item() == pytest.approx(loss.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_all_patches_kept_is_the_whole_image(name: str) -> None:
+def test_a_teacher_may_see_its_patches_in_any_order(name: str) -> None:
+    """And all of them are the whole image."""
     case = Case(name)
     if not case.teachers or case.plan.masking is not None:
         return
     needs, student = case.plan.live["teacher"], case.student_output()
-    everything = torch.arange(16).expand(NUM_IMAGES, 16).contiguous()
-    kept = case.loss(student, case.teacher(case.batch.images, needs, everything))
-    assert kept.item() == pytest.approx(case.loss(student, case.teacher_output()).item(), rel=1e-4)
+
+    def loss(keep: Tensor | None) -> float:
+        return case.loss(student, case.teacher(case.batch.images, needs, keep)).item()
+
+    everything = torch.stack([torch.randperm(16) for _ in range(NUM_IMAGES)])
+    assert loss(everything) == pytest.approx(loss(None), rel=1e-4)
+    some = everything[:, :7].contiguous()
+    assert loss(some.flip(1)) == pytest.approx(loss(some), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -508,7 +424,9 @@ def test_a_choice_is_of_different_patches_of_the_grid(name: str, dtype: torch.dt
         losses = case.module(case.batch, case.teachers)
     assert keep.shape == (NUM_IMAGES, 5) and keep.dtype is torch.int64
     assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 16 for row in keep.tolist())
-    assert losses["loss"].isfinite()
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and all(p.grad is not None for p in case.student.parameters())
+    assert all(p.grad is None for p in case.model.parameters())
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -527,7 +445,6 @@ def test_a_choice_reads_all_that_it_declares_and_nothing_else(name: str) -> None
     assert any(read) or case.method.reads_noise
     for output, needs, is_student in ((student, read[0], True), (guide, read[1], False)):
         for block in needs.resolve(output.depth).attention if output is not None else ():
-            assert output is not None
             turned = replace(
                 output, attention={**output.attention, block: output.attention[block].flip(-1)}
             )
@@ -547,7 +464,7 @@ def test_each_image_has_its_own_choice(name: str) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     moved = case.select(
         permuted(student, order), permuted(guide, order), None if noise is None else noise[order]
-    )  # type: ignore[arg-type]
+    )
     keep = case.select(student, guide, noise)
     assert torch.equal(moved, keep[order])
     assert len({frozenset(row) for row in keep.tolist()}) > 1
@@ -566,14 +483,6 @@ def test_a_choice_carries_no_gradient_and_is_traced_without_a_graph_break(name: 
         backend="eager",
     )
     assert torch.equal(compiled(student, guide, noise), keep) and not keep.requires_grad
-
-
-@pytest.mark.parametrize("name", SELECTORS)
-def test_a_selector_does_not_keep_the_gradient_from_the_student(name: str) -> None:
-    case = Case(name)
-    case.module(case.batch, case.teachers)["loss"].backward()
-    assert all(p.grad is not None for p in case.student.parameters())
-    assert all(p.grad is None for p in case.model.parameters())
 
 
 # --- maskings ------------------------------------------------------------------------------------
@@ -610,10 +519,10 @@ def test_under_a_masking_student_and_teacher_see_the_same_and_nothing_else(name:
     losses["loss"].backward()
     assert losses["loss"].isfinite() and all(p.grad is not None for p in case.student.parameters())
     hidden = torch.ones(NUM_IMAGES, 16).scatter(1, student.keep, 0.0).bool().unflatten(1, GRID)
-    spoilt = case.batch.images.masked_fill(
+    images = case.batch.images.masked_fill(
         hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None], 1e4
     )
-    again = case.module(replace(case.batch, images=spoilt), case.teachers)
+    again = case.module(replace(case.batch, images=images), case.teachers)
     assert again["loss"].item() == losses["loss"].item()
 
 
@@ -636,10 +545,7 @@ def test_a_method_survives_json_and_yaml(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_immutable_and_documented(name: str) -> None:
-    method = method_class(name)()
-    with pytest.raises(Exception, match="cannot assign"):
-        method.weight = 2.0  # type: ignore[misc, union-attr]
-    assert hash(method) == hash(method_class(name)())
-    documented = "".join(base.__doc__ or "" for base in type(method).__mro__)
+def test_every_setting_of_a_method_is_documented(name: str) -> None:
+    method = method_class(name)
+    documented = "".join(base.__doc__ or "" for base in method.__mro__)
     assert all(f"{field.name}:" in documented for field in dataclasses.fields(method))

@@ -22,14 +22,6 @@ def permutation(seed: int, batch: int, count: int, kept: int) -> Tensor:
     return torch.stack([torch.randperm(count, generator=generator)[:kept] for _ in range(batch)])
 
 
-def centres(grid: tuple[int, int]) -> Tensor:
-    """Row and column of every patch's centre, as fractions of the image, ``(1, N, 2)``."""
-    rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
-    return torch.stack([rows[:, None].expand(grid), columns[None].expand(grid)], dim=-1).flatten(
-        0, 1
-    )[None]
-
-
 # --- another grid --------------------------------------------------------------------------------
 
 
@@ -67,43 +59,6 @@ def test_every_patch_is_a_mean_of_those_near_it(
     )
 
 
-@given(
-    grid=st.tuples(st.integers(2, 6), st.integers(2, 6)),
-    factors=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    seed=seeds,
-)
-def test_a_linear_ramp_keeps_its_value_away_from_the_border(
-    grid: tuple[int, int], factors: tuple[int, int], seed: int
-) -> None:
-    """A vector that is a linear function of the position is the same function on a finer grid, and
-    on a coarser one.
-    """
-    fine = grid[0] * factors[0], grid[1] * factors[1]
-    slopes, offset = random(seed, 2, 4), random(seed + 1, 4)
-    for source, to in ((grid, fine), (fine, grid)):
-        moved, places = resample_patches(centres(source) @ slopes + offset, source, to), centres(to)
-        inside = torch.ones(places.shape[1], dtype=torch.bool)
-        for axis in (
-            0,
-            1,
-        ):  # between the outermost centres of the coarser grid, one of its patches further in where it averages
-            margin = (0.5 if to[axis] >= source[axis] else 1.0) / grid[axis]
-            inside &= (places[0, :, axis] >= margin - 1e-6) & (
-                places[0, :, axis] <= 1 - margin + 1e-6
-            )
-        expected = places @ slopes + offset
-        assert torch.allclose(moved[:, inside], expected[:, inside], atol=1e-4)
-        if min(grid) >= 3:
-            assert inside.any()
-
-
-def test_a_grid_twice_as_coarse_averages_and_does_not_pick() -> None:
-    """A checkerboard is grey from afar; every second patch of it would be all ones."""
-    board = ((torch.arange(8)[:, None] + torch.arange(8)) % 2).float().view(1, 64, 1)
-    coarse = resample_patches(board, (8, 8), (4, 4))
-    assert (coarse - 0.5).abs().max() < 0.02
-
-
 def test_rows_and_columns_are_not_exchanged() -> None:
     stripes = torch.tensor([0.0, 1.0]).repeat_interleave(3).view(1, 6, 1)  # two rows of three
     assert torch.equal(
@@ -134,12 +89,6 @@ def test_rows_are_gathered_in_the_order_of_the_choice(
         for image in range(batch):
             for place, patch in enumerate(keep[image].tolist()):
                 assert torch.equal(rows[image, place], values[image, patch])
-
-
-def test_a_gradient_reaches_the_kept_rows_alone() -> None:
-    values = random(0, 1, 4, 2).requires_grad_()
-    gather_patches(values, torch.tensor([[3, 1]])).sum().backward()
-    assert values.grad is not None and values.grad[0, :, 0].tolist() == [0, 1, 0, 1]
 
 
 # --- maps ----------------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from vitdistill.errors import ConfigError
 from vitdistill.vit.families import family_of
 from vitdistill.vit.flops import forward_flops
 from vitdistill.vit.needs import Needs
+from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
 
 SMALL: dict[str, Any] = {
@@ -94,38 +93,6 @@ def test_shortened_last_block_equals_timm_to_rounding(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_keeping_all_patches_in_any_order_changes_nothing(form: str) -> None:
-    model, images = build(form)
-    whole = run_vit(model, images, Needs(logits=True, hidden=frozenset({1})))
-    num_patches = whole.grid[0] * whole.grid[1]
-    keep = torch.stack([torch.randperm(num_patches) for _ in images])
-    output = run_vit(model, images, Needs(logits=True, hidden=frozenset({1})), keep)
-    assert (output.logits - whole.logits).abs().max() < 1e-5
-    prefix = whole.num_prefix_tokens
-    index = keep[:, :, None].expand(-1, -1, whole.hidden[1].shape[-1])
-    assert torch.allclose(
-        output.hidden[1][:, prefix:], whole.hidden[1][:, prefix:].gather(1, index), atol=1e-4
-    )
-    assert torch.equal(output.keep, keep)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_kept_subset_equals_running_the_model_on_those_tokens_alone(form: str) -> None:
-    model, images = build(form)
-    num_patches = family_of(model).grid(images)[0] * family_of(model).grid(images)[1]
-    num_keep = max(num_patches // 2, 1)
-    keep = torch.stack([torch.randperm(num_patches)[:num_keep] for _ in images])
-    tokens = model._pos_embed(model.patch_embed(images))
-    prefix = tokens.shape[1] - num_patches
-    index = keep[:, :, None].expand(-1, -1, tokens.shape[-1])
-    tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
-    alone = model.forward_head(model.norm(model.blocks(model.norm_pre(tokens))))
-    assert (run_vit(model, images, Needs(logits=True), keep).logits - alone).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
 def test_attention_is_that_of_the_block(form: str) -> None:
     """Against a hook on the blocks' own softmax, with timm's explicit attention."""
     model, images = build(form)
@@ -182,32 +149,6 @@ def test_gradients_equal_timms(form: str) -> None:
                 assert (parameter.grad - expected[name]).abs().max() / scale < 1e-4, name
 
 
-def test_blocks_nobody_reads_do_not_run_and_no_head_is_computed() -> None:
-    model, images = build("class token")
-    ran: list[str] = []
-    for name, module in model.named_modules():
-        if name in ("blocks.0", "blocks.1", "blocks.2", "norm", "head"):
-            module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    run_vit(model, images, Needs(hidden=frozenset({0})))
-    assert ran == ["blocks.0"]
-
-
-@given(seed=st.integers(0, 2**31), num_keep=st.integers(1, 16))
-def test_images_do_not_see_each_others_choice(seed: int, num_keep: int) -> None:
-    model, images = build("class token")
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.stack([torch.randperm(16, generator=generator)[:num_keep] for _ in images])
-    with torch.no_grad():
-        together = run_vit(model, images, Needs(logits=True), keep).logits
-        alone = torch.cat(
-            [
-                run_vit(model, images[i : i + 1], Needs(logits=True), keep[i : i + 1]).logits
-                for i in range(3)
-            ]
-        )
-    assert torch.allclose(together, alone, atol=1e-5)
-
-
 def test_distilled_heads_are_recorded_apart() -> None:
     model, images = build("two tokens")
     output = run_vit(model, images, Needs(logits=True))
@@ -216,19 +157,6 @@ def test_distilled_heads_are_recorded_apart() -> None:
     by_class, by_distillation = model.train()(images)
     assert torch.allclose(output.head_logits[:, 0], by_class, atol=1e-5)
     assert torch.allclose(output.head_logits[:, 1], by_distillation, atol=1e-5)
-
-
-def test_other_networks_give_logits_and_feature_maps_only() -> None:
-    model = timm.create_model("resnet10t", num_classes=5).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        output = run_vit(model, images, Needs(logits=True, hidden=frozenset({-1})))
-        assert torch.allclose(output.logits, model(images), atol=1e-6)
-        assert output.hidden[4].shape == (2, 4, 512)
-        with pytest.raises(ConfigError, match="no patches"):
-            run_vit(model, images, Needs(logits=True), torch.zeros(2, 1, dtype=torch.int64))
-        with pytest.raises(ConfigError, match="attention"):
-            run_vit(model, images, Needs(attention=frozenset({0})))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -351,7 +279,7 @@ def test_a_subclass_with_its_own_forward_is_not_walked_by_hand() -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     class Doubled(VisionTransformer):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
     model = Doubled(
@@ -488,7 +416,10 @@ def test_on_kept_patches_they_are_those_of_a_run_on_those_tokens_alone(form: str
     num_patches, prefix = whole.grid[0] * whole.grid[1], whole.num_prefix_tokens
     keep = torch.stack([torch.randperm(num_patches)[: max(num_patches // 2, 1)] for _ in images])
     output = run_vit(
-        model, images, Needs(qkv=frozenset({0, 2}), hidden=frozenset({1}), features=True), keep
+        model,
+        images,
+        Needs(logits=True, qkv=frozenset({0, 2}), hidden=frozenset({1}), features=True),
+        keep,
     )
     embedded = model._pos_embed(model.patch_embed(images))
     rows = torch.cat([torch.arange(prefix).expand(len(images), -1), prefix + keep], dim=1)
@@ -513,6 +444,10 @@ def test_on_kept_patches_they_are_those_of_a_run_on_those_tokens_alone(form: str
         if i == 1:
             assert torch.allclose(output.patches(-2).vectors, tokens[:, prefix:], atol=1e-4)
     assert torch.allclose(output.features, model.norm(tokens), atol=1e-4)
+    alone = model.forward_head(model.norm(tokens))
+    assert torch.allclose(output.logits, alone, atol=1e-4)
+    short = run_vit(model, images, Needs(logits=True), keep).logits
+    assert torch.allclose(short, alone, atol=1e-4)
     assert (
         output.feature_patches.keep is keep
         and output.patches(1).keep is keep
@@ -527,6 +462,15 @@ def test_on_kept_patches_they_are_those_of_a_run_on_those_tokens_alone(form: str
             all_of_them.gather(2, index.expand(-1, ours.shape[1], -1, ours.shape[3])),
             atol=1e-4,
         )
+
+
+def recorded(output: ViTOutput) -> dict[object, torch.Tensor]:
+    """Every tensor by its kind, block and part."""
+    single = {kind: getattr(output, kind) for kind in ("logits", "head_logits", "features")}
+    found: dict[object, torch.Tensor] = {k: t for k, t in single.items() if t is not None}
+    for kind in ("hidden", "attention"):
+        found |= {(kind, i): t for i, t in getattr(output, kind).items()}
+    return found | {(i, part): t for i, qkv in output.qkv.items() for part, t in enumerate(qkv)}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -554,28 +498,12 @@ def test_recording_more_changes_no_number(form: str) -> None:
         Needs(logits=True, qkv=blocks),
     ):
         alone = run_vit(model, images, needs)
-        pairs = [(alone.logits, everything.logits), (alone.features, everything.features)]
-        pairs += [(value, everything.hidden[i]) for i, value in alone.hidden.items()]
-        pairs += [(value, everything.attention[i]) for i, value in alone.attention.items()]
-        pairs += [
-            (a, b)
-            for i, qkv in alone.qkv.items()
-            for a, b in zip(qkv, everything.qkv[i], strict=True)
-        ]
-        for value, other in pairs:
-            if value is not None:
-                assert torch.allclose(value, other, atol=2e-5)
-                assert torch.equal(value, other) or not exact or needs.logits or needs.attention
-    numbers = [
-        everything.logits,
-        everything.features,
-        *everything.hidden.values(),
-        *everything.attention.values(),
-    ]
-    numbers += [part for qkv in everything.qkv.values() for part in qkv]
-    if everything.head_logits is not None:
-        numbers.append(everything.head_logits)
-    assert sorted(map(id, everything.tensors())) == sorted(map(id, numbers))
+        found, whole = recorded(alone), recorded(everything)
+        for place, value in found.items():
+            assert torch.allclose(value, whole[place], atol=2e-5)
+            same = torch.equal(value, whole[place])
+            assert same or not exact or needs.logits or needs.attention
+    assert {id(t) for t in everything.tensors()} == {id(t) for t in whole.values()}
 
 
 def test_gradients_of_queries_keys_and_values_reach_what_made_them() -> None:
@@ -599,22 +527,14 @@ def test_gradients_of_queries_keys_and_values_reach_what_made_them() -> None:
 def test_feature_maps_of_other_networks_know_where_their_patches_are() -> None:
     model = timm.create_model("resnet10t", num_classes=5).eval()
     images = torch.randn(2, 3, 64, 96)
-    output = run_vit(model, images, Needs(features=True))
-    assert (
-        torch.equal(output.features, model.forward_features(images).flatten(2).transpose(1, 2))
-        and output.logits is None
-    )
-    assert output.feature_patches.grid == (2, 3) and output.feature_patches.vectors.shape == (
-        2,
-        6,
-        512,
-    )
-    stages = run_vit(model, images, Needs(hidden=frozenset({1, -1})))
-    assert (
-        stages.patches(1).grid == (16, 24)
-        and stages.patches(1).vectors.shape == (2, 384, 64)
-        and stages.patches(-1).grid == (2, 3)
-    )
-    assert torch.equal(stages.hidden[4], output.features)
-    with pytest.raises(ConfigError, match="attention"):
-        run_vit(model, images, Needs(qkv=frozenset({0})))
+    output = run_vit(model, images, Needs(features=True, hidden=frozenset({1, -1})))
+    assert output.logits is None and output.feature_patches.grid == (2, 3)
+    assert torch.equal(output.features, model.forward_features(images).flatten(2).mT)
+    assert torch.equal(output.hidden[4], output.features)
+    assert output.patches(-1).grid == (2, 3) and output.patches(1).grid == (16, 24)
+    assert output.patches(1).vectors.shape == (2, 384, 64)
+    for needs in (Needs(qkv=frozenset({0})), Needs(attention=frozenset({0}))):
+        with pytest.raises(ConfigError, match="attention"):
+            run_vit(model, images, needs)
+    with pytest.raises(ConfigError, match="no patches"):
+        run_vit(model, images, Needs(logits=True), torch.zeros(2, 1, dtype=torch.int64))
