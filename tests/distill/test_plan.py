@@ -3,42 +3,17 @@
 from dataclasses import replace
 
 import pytest
+from small_vits import CNN, STUDENT, TEACHER
 
 from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
-from vitdistill.methods.base import WeightSchedule
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
 
-STUDENT = Network(
-    name="student",
-    architecture="tiny",
-    image_size=(224, 224),
-    depth=12,
-    dim=192,
-    num_classes=10,
-    num_parameters=5,
-    grid=(14, 14),
-    patch_size=(16, 16),
-    num_prefix_tokens=1,
-    walks=True,
-    attention_source="class",
-)
-TEACHER = replace(STUDENT, name="teacher", architecture="small", dim=384, grid=(16, 16), depth=8)
-CNN = Network(
-    name="teacher",
-    architecture="resnet18",
-    image_size=(224, 224),
-    depth=5,
-    dim=512,
-    num_classes=10,
-    num_parameters=9,
-)
 CE, KD = {"ce": CrossEntropy()}, {"kd": SoftKD()}
 
 
@@ -64,10 +39,6 @@ def test_two_objectives_of_one_teacher_record_what_either_reads() -> None:
         assert plan.live["teacher"].logits and plan.live["teacher"].features
 
 
-def test_without_a_selector_the_teacher_sees_everything() -> None:
-    assert make_plan(STUDENT, {"teacher": TEACHER}, KD).num_keep == {"teacher": None}
-
-
 def test_a_guide_is_an_extra_pass_of_the_teacher() -> None:
     plan = make_plan(STUDENT, {"teacher": TEACHER}, KD, TeacherGuided(keep_rate=0.25))
     assert plan.guides == {"teacher": Needs(attention=frozenset({7}))}
@@ -81,15 +52,6 @@ def test_random_patches_need_nothing_of_anybody() -> None:
         and plan.guides == {}
         and plan.num_keep == {"teacher": 128}
     )
-
-
-def test_two_teachers_keep_their_own_counts() -> None:
-    teachers = {"a": replace(TEACHER, name="a"), "b": replace(STUDENT, name="b")}
-    objectives = {"x": SoftKD(teacher="a"), "y": HardKD(teacher="b")}
-    assert make_plan(STUDENT, teachers, objectives, MaskedKD(keep_rate=0.75)).num_keep == {
-        "a": 192,
-        "b": 144,
-    }
 
 
 SELECTED = "selector.teachers"
@@ -284,18 +246,3 @@ def test_notes_are_those_of_the_objectives_own_teacher() -> None:
     assert "128 of 256 patches" in notes["a"] and "from 14 x 14 to 16 x 16" in notes["a"]
     assert notes["b"] == "low_weight 3e-05, high_weight 3e-06 on sums"
     assert "ce" not in notes
-
-
-def test_a_changing_weight_is_in_the_notes() -> None:
-    schedule = WeightSchedule(to=0.0, begin=0.25, end=0.5, shape="cosine")
-    objectives = {
-        "ce": CrossEntropy(weight=0.5, schedule=schedule),
-        "vitkd": ViTKD(schedule=WeightSchedule(to=2.0)),
-    }
-    notes = make_plan(STUDENT, {"teacher": STUDENT}, objectives).notes
-    assert notes["ce"] == "weight 0.5 until 25% of the run, cosine to 0 at 50%"
-    assert (
-        notes["vitkd"]
-        == "low_weight 3e-05, high_weight 3e-06 on sums; weight 1 until 0% of the run, linear to 2"
-        " at 100%"
-    )

@@ -2,34 +2,10 @@
 
 from dataclasses import replace
 
+from small_vits import CNN, STUDENT, TEACHER
+
 from vitdistill.explain.text import describe_needs
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
-
-STUDENT = Network(
-    name="student",
-    architecture="tiny",
-    image_size=(224, 224),
-    depth=12,
-    dim=192,
-    num_classes=10,
-    num_parameters=5,
-    grid=(14, 14),
-    patch_size=(16, 16),
-    num_prefix_tokens=1,
-    walks=True,
-    attention_source="class",
-)
-TEACHER = replace(STUDENT, name="teacher", architecture="small", dim=384, grid=(16, 16), depth=8)
-CNN = Network(
-    name="teacher",
-    architecture="resnet18",
-    image_size=(224, 224),
-    depth=5,
-    dim=512,
-    num_classes=10,
-    num_parameters=9,
-)
 
 
 def test_plans_are_described_in_words() -> None:
