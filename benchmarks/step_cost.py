@@ -10,7 +10,9 @@ CPU time of this process. Random images and weights, float32, no drop path, the 
 step.
 """
 
+import argparse
 import datetime
+import inspect
 import os
 import platform
 import random
@@ -22,12 +24,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import timm
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from vitdistill.data.batch import Batch
@@ -355,11 +356,41 @@ def keep(name: str, parts: list[str]) -> None:
 
 def start(command: Callable[..., None]) -> None:
     """Run a benchmark from the command line; a user's mistake is one sentence."""
+    given = vars(make_parser(command).parse_args())
+    words = [given.pop(name) for name in _positional(command)]
     try:
-        tyro.cli(command)
+        command(*words, **given)
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def make_parser(command: Callable[..., None]) -> argparse.ArgumentParser:
+    """Return the parser of a function: its signature, and the ``Args:`` of its docstring."""
+    about, _, args = inspect.getdoc(command).partition("Args:\n")  # type: ignore[union-attr]
+    helps = dict(re.findall(r"^    (\w+): ((?:.|\n     )+)", args, re.MULTILINE))
+    parser = argparse.ArgumentParser(description=about)
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind: Any = parameter.annotation
+        options: dict[str, Any] = {"default": parameter.default}
+        inner = [arg for arg in get_args(kind) if arg not in (type(None), ...)]
+        positional = name in _positional(command)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            options["choices"] = inner
+        else:
+            options["type"] = inner[0] if inner else kind
+        if positional or get_origin(kind) is tuple:
+            options["nargs"] = "?" if positional else "+"
+        flag = name if positional else f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, help=" ".join(helps.get(name, "").split()), **options)
+    return parser
+
+
+def _positional(command: Callable[..., None]) -> list[str]:
+    parameters = inspect.signature(command).parameters.items()
+    return [name for name, each in parameters if each.kind is each.POSITIONAL_ONLY]
 
 
 if __name__ == "__main__":

@@ -10,34 +10,34 @@ import timm
 import torch
 from PIL import Image
 
-from vitdistill.cli import demo, main
+from tests.cli.home import run
+from vitdistill.cli import demo
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.open import open_source
 from vitdistill.recipes.config import Recipe
+from vitdistill.recipes.demo import KEEP_RATES, demo_recipes
+from vitdistill.runs.pictures import draw_choices, png
+from vitdistill.weights.export import export_timm
 
 pytestmark = pytest.mark.whole
 
 
-def _short(images: str, teacher: str) -> dict[str, Recipe]:
-    recipes = _RECIPES(images, teacher)
-    epochs = {"teacher": 4}
+def short(images: str, teacher: str) -> dict[str, Recipe]:
     return {
         name: replace(
             recipe,
-            train=replace(recipe.train, epochs=epochs.get(name, 1)),
+            train=replace(recipe.train, epochs=4 if name == "teacher" else 1),
             optim=replace(recipe.optim, warmup_epochs=0),
         )
-        for name, recipe in recipes.items()
+        for name, recipe in demo_recipes(images, teacher).items()
     }
-
-
-_RECIPES, _PNG = demo.demo_recipes, demo._png
 
 
 def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "demo_recipes", _short)
-    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
+    monkeypatch.setattr(demo, "demo_recipes", short)
+    assert run(f"demo --output {tmp_path}/demo") == 0
     text = capsys.readouterr().out
     for words in ("teacher, 64 wide", "+ plain distillation", "8 of 16 patches", "top-1", "MFLOPs"):
         assert words in text
@@ -49,7 +49,7 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     before = {
         path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()
     }
-    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
+    assert run(f"demo --output {tmp_path}/demo") == 0
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed <= {"what_the_teacher_saw.png"}, "a second demo repeats nothing"
 
@@ -75,13 +75,13 @@ def test_an_interruption_leaves_no_half_of_the_digits(
     """Ctrl-C, when the first hundred images are there."""
     found: list[int] = []
 
-    def png(image: Image.Image) -> bytes:
+    def interrupted(image: Image.Image) -> bytes:
         if len(list(tmp_path.glob(".tmp-*/*/*/*.png"))) == 100:
             found.append(100)
             raise KeyboardInterrupt
-        return _PNG(image)
+        return png(image)
 
-    monkeypatch.setattr(demo, "_png", png)
+    monkeypatch.setattr(demo, "png", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.write_digits(tmp_path / "images")
     assert found and list(tmp_path.iterdir()) == []
@@ -94,11 +94,8 @@ def test_the_picture_hides_what_the_teacher_does_not_see(tmp_path: Path) -> None
     """In the row of a keep rate, the share of covered area is one minus that rate."""
     torch.manual_seed(0)
     demo.write_digits(tmp_path / "images")
-    args = demo.demo_recipes("", "")["alone"].student.model_args
+    args = demo_recipes("", "")["alone"].student.model_args
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **args)
-    from vitdistill.data.model_input import input_spec_of
-    from vitdistill.weights.export import export_timm
-
     export_timm(
         model,
         tmp_path / "student",
@@ -107,11 +104,11 @@ def test_the_picture_hides_what_the_teacher_does_not_see(tmp_path: Path) -> None
         classes=tuple("0123456789"),
         input_spec=input_spec_of(model),
     )
-    sheet = demo.draw_choices(tmp_path / "student", tmp_path / "images", scale=12)
+    sheet = draw_choices(tmp_path / "student", str(tmp_path / "images"), KEEP_RATES)
     cover = torch.tensor([0xD8, 0xDD, 0xE6])
     pixels = torch.from_numpy(np.array(sheet)).long()
     size, gap, margin = 96, 8, 190
-    for row, rate in enumerate((1.0, *demo.KEEP_RATES)):
+    for row, rate in enumerate((1.0, *KEEP_RATES)):
         top = gap + row * (size + gap)
         band = pixels[top : top + size, margin:]
         covered = (band == cover).all(-1).sum().item()

@@ -1,7 +1,7 @@
 """What a run is: its settings, how they are read and written, and the named recipes.
 
-A named recipe is a function of its name that returns a `Recipe` or `Stages`, in the file of its
-family; `FAMILIES` is the table of them. Importing it imports no torch.
+A named recipe is what ``make(name)`` in the file of its family returns, a `Recipe` or `Stages`;
+`FAMILIES` is the table of them. Importing it imports no torch.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Family:
     Args:
         about: what they are, for the help.
         module: the file in this folder.
-        names: of the recipes, each that of its function.
-        variants: keyword arguments the functions take, given as ``NAME:VARIANT``.
+        names: of the recipes.
+        variants: keyword arguments that its ``make`` takes, given as ``NAME:VARIANT``.
     """
 
     about: str

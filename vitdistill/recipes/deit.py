@@ -17,7 +17,7 @@ from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfi
 
 
 def deit_tiny() -> Recipe:
-    """DeiT-Ti alone on ImageNet-1k, 300 epochs (72.2 % in the DeiT paper)."""
+    """Return DeiT's recipe, on which other families stand."""
     return Recipe(
         name="deit_tiny",
         description="DeiT-Ti alone, ImageNet-1k, 300 epochs; the DeiT paper reports 72.2 % top-1",
@@ -37,13 +37,13 @@ def deit_tiny() -> Recipe:
     )
 
 
-def deit_tiny_distilled() -> Recipe:
-    """DeiT-Ti with a distillation token, hard labels from RegNetY-16GF (74.5 % in the DeiT
-    paper).
-    """
+def make(name: str) -> Recipe:
+    """Return a recipe of this family."""
+    if name == "deit_tiny":
+        return deit_tiny()
     return replace(
         deit_tiny(),
-        name="deit_tiny_distilled",
+        name=name,
         description=(
             "DeiT-Ti with distillation token, hard labels of RegNetY-16GF; the DeiT paper reports"
             " 74.5 % top-1"

@@ -34,15 +34,13 @@ from ..methods.masking import RandomMasking
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from .stages import Stages
 
-_TEACHERS = {"large": "vit_large_patch16_224.mae", "base": "vit_base_patch16_224.mae"}
-
 
 def pretraining(size: str, teacher: str, mask_rate: float, first: bool) -> Recipe:
-    """The first stage; ``first``: as first released."""
+    """Return the first stage; ``first``: as first released."""
     return Recipe(
         name="pretrain",
         student=StudentConfig(model=f"deit_{size}_patch16_224", init="mae"),
-        teachers={"teacher": TeacherConfig(model=_TEACHERS[teacher])},
+        teachers={"teacher": TeacherConfig(model=f"vit_{teacher}_patch16_224.mae")},
         objectives={"mae": PixelReconstruction(norm_pix=first), "dmae": DMAE()},
         masking=RandomMasking(mask_rate=mask_rate),
         data=DataConfig(workers=8, augment=Augment(scale=(0.2, 1.0))),
@@ -61,7 +59,7 @@ def pretraining(size: str, teacher: str, mask_rate: float, first: bool) -> Recip
 
 
 def fine_tuning(first: bool) -> Recipe:
-    """The second stage, of a student of any size; ``first``: as first released."""
+    """Return the second stage, of a student of any size; ``first``: as first released."""
     return Recipe(
         name="finetune",
         student=StudentConfig(
@@ -86,48 +84,31 @@ def fine_tuning(first: bool) -> Recipe:
     )
 
 
-def _pair(size: str, teacher: str, top1: str, first: bool, mask_rate: float = 0.75) -> Stages:
-    name = f"dmae_{size}_from_mae_{teacher}" + (
-        "" if mask_rate == 0.75 else f"_{mask_rate:.0%}".rstrip("%")
-    )
-    release = "first release" if first else "last release"
+_PAPER = {
+    "dmae_base_from_mae_large": (0.75, "84.0 % top-1 in the paper"),
+    "dmae_base_from_mae_large_90": (0.9, "no number is known"),
+    "dmae_base_from_mae_large_95": (0.95, "83.6 % top-1 in the paper"),
+    "dmae_base_from_mae_large_98": (0.98, "82.4 % top-1 in the paper"),
+    "dmae_small_from_mae_base": (
+        0.75,
+        "79.3 % top-1 in the paper, which others could not reproduce",
+    ),
+    "dmae_tiny_from_mae_base": (0.75, "no number is known"),
+}
+"""The rate of masking, and what was published."""
+
+
+def make(name: str, first_release: bool = False) -> Stages:
+    """Return the recipe ``dmae_SIZE_from_mae_TEACHER``, at 75 % masked where it names no rate."""
+    mask_rate, top1 = _PAPER[name]
+    _, size, _, _, teacher, *_ = name.split("_")
+    release = "first release" if first_release else "last release"
     pair = f"ViT-{size[0].upper()} from MAE ViT-{teacher[0].upper()}"
     return Stages(
-        name=name + ("_first_release" if first else ""),
+        name=name + ("_first_release" if first_release else ""),
         description=f"DMAE at {mask_rate:.0%} masked: {pair}, then fine-tuned; {top1}; {release}",
         stages={
-            "pretrain": pretraining(size, teacher, mask_rate, first),
-            "finetune": fine_tuning(first),
+            "pretrain": pretraining(size, teacher, mask_rate, first_release),
+            "finetune": fine_tuning(first_release),
         },
     )
-
-
-def dmae_base_from_mae_large(first_release: bool = False) -> Stages:
-    """ViT-B from MAE ViT-L at 75 %."""
-    return _pair("base", "large", "84.0 % top-1 in the paper", first_release)
-
-
-def dmae_base_from_mae_large_90(first_release: bool = False) -> Stages:
-    """ViT-B from MAE ViT-L at 90 %."""
-    return _pair("base", "large", "no number is known", first_release, 0.9)
-
-
-def dmae_base_from_mae_large_95(first_release: bool = False) -> Stages:
-    """ViT-B from MAE ViT-L at 95 %."""
-    return _pair("base", "large", "83.6 % top-1 in the paper", first_release, 0.95)
-
-
-def dmae_base_from_mae_large_98(first_release: bool = False) -> Stages:
-    """ViT-B from MAE ViT-L at 98 %."""
-    return _pair("base", "large", "82.4 % top-1 in the paper", first_release, 0.98)
-
-
-def dmae_small_from_mae_base(first_release: bool = False) -> Stages:
-    """ViT-S from MAE ViT-B at 75 %."""
-    top1 = "79.3 % top-1 in the paper, which others could not reproduce"
-    return _pair("small", "base", top1, first_release)
-
-
-def dmae_tiny_from_mae_base(first_release: bool = False) -> Stages:
-    """ViT-Ti from MAE ViT-B at 75 %."""
-    return _pair("tiny", "base", "no number is known", first_release)

@@ -27,8 +27,10 @@ from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfi
 
 
 def losses() -> dict[str, Objective]:
-    """Co-advise's: labels for the class token, each teacher's soft answers for its own, all of
-    weight 1 at temperature 1.
+    """Return Co-advise's objectives.
+
+    Labels are for the class token, each teacher's soft answers for its own; all have weight 1 and
+    temperature 1.
     """
     return {
         "ce": CrossEntropy(smoothing=0.1),
@@ -37,15 +39,17 @@ def losses() -> dict[str, Objective]:
     }
 
 
-def libkd_cit_tiny() -> Recipe:
-    """CiT-Ti from RegNetY-4GF and RedNet-101."""
-    return Recipe(
-        name="libkd_cit_tiny",
+def make(name: str) -> Recipe:
+    """Return a recipe of this family."""
+    size = "small" if name == "libkd_cit_small" else "tiny"
+    short = "S" if size == "small" else "Ti"
+    recipe = Recipe(
+        name=name,
         description=(
-            "Co-advise's CiT-Ti from RegNetY-4GF (timm's weights) and RedNet-101 (give its weights:"
-            " teachers.inv.checkpoint)"
+            f"Co-advise's CiT-{short} from RegNetY-4GF (timm's"
+            " weights) and RedNet-101 (give its weights: teachers.inv.checkpoint)"
         ),
-        student=StudentConfig(model="cit_tiny_patch16_224", drop_path=0.1),
+        student=StudentConfig(model=f"cit_{size}_patch16_224", drop_path=0.1),
         teachers={
             "conv": TeacherConfig(model="regnety_040.ra3_in1k", pretrained=True, image_size=224),
             "inv": TeacherConfig(model="rednet101"),
@@ -63,31 +67,12 @@ def libkd_cit_tiny() -> Recipe:
         ),
         train=TrainConfig(epochs=300, batch_size=1024),
     )
-
-
-def libkd_cit_small() -> Recipe:
-    """CiT-S from RegNetY-4GF and RedNet-101."""
+    if name != "libkd":
+        return recipe
+    args = {"base": "deit_tiny_patch16_224", "teachers": ["conv", "inv"]}
     return replace(
-        libkd_cit_tiny(),
-        name="libkd_cit_small",
-        description=(
-            "Co-advise's CiT-S from RegNetY-4GF (timm's weights) and RedNet-101 (give its weights:"
-            " teachers.inv.checkpoint)"
-        ),
-        student=StudentConfig(model="cit_small_patch16_224", drop_path=0.1),
-    )
-
-
-def libkd() -> Recipe:
-    """DeiT-Ti with a learned token for each of two teachers, which are yours to name."""
-    return replace(
-        libkd_cit_tiny(),
-        name="libkd",
-        description=("DeiT-Ti with a token for each of two teachers, conv and inv"),
-        student=StudentConfig(
-            model="advised_vit",
-            drop_path=0.1,
-            model_args={"base": "deit_tiny_patch16_224", "teachers": ["conv", "inv"]},
-        ),
+        recipe,
+        description="DeiT-Ti with a token for each of two teachers, conv and inv",
+        student=StudentConfig(model="advised_vit", drop_path=0.1, model_args=args),
         teachers={"conv": TeacherConfig(), "inv": TeacherConfig()},
     )

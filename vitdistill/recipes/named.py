@@ -24,9 +24,9 @@ def named_recipe(name: str) -> Recipe | Stages:
     if variant and variant not in family.variants:
         fix = suggest(variant, family.variants, f"write {plain} alone")
         raise ConfigError(f"{plain} has no variant {printable(variant)!r}", fix, field="recipe")
-    module = import_module(f".{family.module}", __package__)
-    make: Callable[..., Recipe | Stages] = getattr(module, plain)
-    return make(**{variant: True}) if variant else make()
+    make: Callable[..., Recipe | Stages]
+    make = import_module(f".{family.module}", __package__).make
+    return make(plain, **{variant: True}) if variant else make(plain)
 
 
 def find_recipe(name: str) -> Recipe | Stages:

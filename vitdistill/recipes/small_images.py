@@ -5,6 +5,7 @@ spot, and a student half as wide.
 from dataclasses import replace
 
 from ..data.augment import AUGMENTS
+from ..methods.base import Objective
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.dmae import DMAE
 from ..methods.kd import SoftKD
@@ -22,179 +23,36 @@ def _vit(dim: int, depth: int, heads: int) -> dict[str, int]:
     return {"img_size": 32, "patch_size": 4, "embed_dim": dim, "depth": depth, "num_heads": heads}
 
 
-def small_images_alone() -> Recipe:
-    """A ViT of width 96 and 6 blocks on 8 x 8 patches, alone."""
-    return Recipe(
-        name="small_images_alone",
-        description="ViT 96 wide, 6 deep, on 32 x 32 images, alone, 30 epochs",
-        student=StudentConfig(model="vit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
-        objectives={"ce": CrossEntropy(smoothing=0.1)},
-        data=DataConfig(workers=0, augment=AUGMENTS["small"]),
-        optim=OptimConfig(
-            opt="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2.0, min_lr=1e-5, clip_grad=1.0
-        ),
-        train=TrainConfig(epochs=30, batch_size=128, log_every=20),
-    )
+_CE: dict[str, Objective] = {"ce": CrossEntropy(smoothing=0.1)}
+_SOFT: dict[str, Objective] = {
+    "ce": CrossEntropy(weight=0.5, smoothing=0.1),
+    "kd": SoftKD(weight=0.5, temperature=2.0),
+}
+# The paper's weights of ViTKD are for sums over 196 patches; here they are on means.
+_VITKD: dict[str, Objective] = {"vitkd": ViTKD(reduction="mean")}
+_TAUGHT: dict[str, tuple[str, dict[str, Objective]]] = {
+    "kd": ("plain KD", _SOFT),
+    "maskedkd": ("MaskedKD", _SOFT),
+    "nkd": ("NKD", {**_CE, "nkd": NKD()}),
+    "vitkd": ("ViTKD (features)", {**_CE, **_VITKD}),
+    "vitkd_nkd": ("ViTKD and NKD", {**_CE, "nkd": NKD(), **_VITKD}),
+    "masked_vitkd_nkd": ("ViTKD and NKD under MaskedKD", {**_CE, "nkd": NKD(), **_VITKD}),
+}
+"""What the student learns by from a teacher run, and its objectives."""
 
-
-def small_images_teacher() -> Recipe:
-    """The teacher: twice as wide, four times the compute."""
-    recipe = small_images_alone()
-    return replace(
-        recipe,
-        name="small_images_teacher",
-        description=(
-            "ViT 192 wide, 6 deep, on 32 x 32 images: a teacher for the other small_images recipes"
-        ),
-        student=StudentConfig(
-            model="vit_tiny_patch16_224", drop_path=0.1, model_args=_vit(192, 6, 3)
-        ),
-    )
-
-
-def small_images_kd() -> Recipe:
-    """The same student by plain KD from a teacher run."""
-    return replace(
-        small_images_alone(),
-        name="small_images_kd",
-        description=("the small_images student by plain KD from a teacher run"),
-        teachers={"teacher": TeacherConfig()},
-        objectives={
-            "ce": CrossEntropy(weight=0.5, smoothing=0.1),
-            "kd": SoftKD(weight=0.5, temperature=2.0),
-        },
-    )
-
-
-def small_images_maskedkd() -> Recipe:
-    """The same student by MaskedKD, half of the teacher's patches."""
-    return replace(
-        small_images_kd(),
-        name="small_images_maskedkd",
-        description=("the small_images student by MaskedKD from a teacher run"),
-        selector=MaskedKD(keep_rate=0.5),
-    )
-
-
-def small_images_nkd() -> Recipe:
-    """The same student by NKD."""
-    return replace(
-        small_images_kd(),
-        name="small_images_nkd",
-        description=("the small_images student by NKD from a teacher run"),
-        objectives={"ce": CrossEntropy(smoothing=0.1), "nkd": NKD()},
-    )
-
-
-def small_images_vitkd() -> Recipe:
-    """The same student by ViTKD, with weights on means: the published ones are meant for 196
-    patches.
-    """
-    return replace(
-        small_images_kd(),
-        name="small_images_vitkd",
-        description=("the small_images student by ViTKD (features) from a teacher run"),
-        objectives={"ce": CrossEntropy(smoothing=0.1), "vitkd": ViTKD(reduction="mean")},
-    )
-
-
-def small_images_vitkd_nkd() -> Recipe:
-    """The same student by ViTKD and NKD."""
-    return replace(
-        small_images_kd(),
-        name="small_images_vitkd_nkd",
-        description=("the small_images student by ViTKD and NKD from a teacher run"),
-        objectives={
-            "ce": CrossEntropy(smoothing=0.1),
-            "nkd": NKD(),
-            "vitkd": ViTKD(reduction="mean"),
-        },
-    )
-
-
-def small_images_masked_vitkd_nkd() -> Recipe:
-    """ViTKD and NKD with half of the teacher's patches."""
-    return replace(
-        small_images_vitkd_nkd(),
-        name="small_images_masked_vitkd_nkd",
-        description=("the small_images student by ViTKD and NKD under MaskedKD from a teacher run"),
-        selector=MaskedKD(keep_rate=0.5),
-    )
-
-
-def small_images_mae() -> Recipe:
-    """The same student, pre-trained as a masked autoencoder; a teacher for small_images_dmae when
-    it is made wider.
-    """
-    recipe = small_images_alone()
-    return replace(
-        recipe,
-        name="small_images_mae",
-        description=(
-            "the small_images student pre-trained by MAE at 75 % masked: no labels, 30 epochs"
-        ),
-        student=replace(recipe.student, init="mae"),
-        objectives={
-            "mae": PixelReconstruction(
-                decoder_dim=64, decoder_depth=1, decoder_num_heads=4, norm_pix=True
-            )
-        },
-        masking=RandomMasking(mask_rate=0.75),
-        data=DataConfig(
-            workers=0, augment=replace(AUGMENTS["small"], crop="rrc", scale=(0.2, 1.0))
-        ),
-        optim=replace(
-            recipe.optim, opt_args={"betas": [0.9, 0.95]}, min_lr=0.0, warmup_prefix=True
-        ),
-        train=replace(recipe.train, eval_every=5),
-    )
-
-
-def small_images_mae_finetuned() -> Stages:
-    """MAE, then fine-tuning: what DMAE is compared with."""
-    fine = replace(small_images_alone(), name="finetune", description="")
-    fine = replace(
-        fine, student=StudentConfig(model="stage:pretrain", model_args={"global_pool": "avg"})
-    )
-    fine = replace(fine, optim=replace(fine.optim, layer_decay=0.75))
-    return Stages(
-        name="small_images_mae_finetuned",
-        description="the small_images student pre-trained by MAE, then fine-tuned, 30 epochs each",
-        stages={
-            "pretrain": replace(small_images_mae(), name="pretrain", description=""),
-            "finetune": fine,
-        },
-    )
-
-
-def small_images_dmae() -> Stages:
-    """DMAE, then fine-tuning from the run of a wider MAE."""
-    plain = small_images_mae_finetuned()
-    pretrain = plain.stages["pretrain"]
-    taught = replace(
-        pretrain,
-        teachers={"teacher": TeacherConfig()},
-        objectives={**pretrain.objectives, "dmae": DMAE()},
-    )
-    return replace(
-        plain,
-        name="small_images_dmae",
-        description=("the same by DMAE from the run of a wider small_images_mae"),
-        stages={**plain.stages, "pretrain": taught},
-    )
-
-
-def small_images_conv_teacher() -> Recipe:
-    """A convolutional teacher: a narrow ResNet of 1.2 M parameters that sees 64 x 64 pixels, half
-    the compute of the student.
-    """
-    return replace(
-        small_images_alone(),
-        name="small_images_conv_teacher",
-        description=(
-            "a narrow ResNet at 64 x 64, 30 epochs: the convolutional teacher of small_images_libkd"
-        ),
-        student=StudentConfig(
+_ALONE: dict[str, tuple[str, StudentConfig]] = {
+    "alone": (
+        "ViT 96 wide, 6 deep, on 32 x 32 images, alone, 30 epochs",
+        StudentConfig(model="vit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
+    ),
+    "teacher": (
+        "ViT 192 wide, 6 deep, on 32 x 32 images: a teacher for the other small_images recipes",
+        StudentConfig(model="vit_tiny_patch16_224", drop_path=0.1, model_args=_vit(192, 6, 3)),
+    ),
+    # 1.2 M parameters each, on 64 x 64 pixels: half the compute of the student.
+    "conv_teacher": (
+        "a narrow ResNet at 64 x 64, 30 epochs: the convolutional teacher of small_images_libkd",
+        StudentConfig(
             model="resnet18",
             image_size=64,
             model_args={
@@ -204,36 +62,20 @@ def small_images_conv_teacher() -> Recipe:
                 "stem_width": 16,
             },
         ),
-    )
-
-
-def small_images_inv_teacher() -> Recipe:
-    """An involutional teacher: a narrow RedNet of 1.2 M parameters that sees 64 x 64 pixels."""
-    return replace(
-        small_images_alone(),
-        name="small_images_inv_teacher",
-        description=(
-            "a narrow RedNet at 64 x 64, 30 epochs: the involutional teacher of small_images_libkd"
-        ),
-        student=StudentConfig(
+    ),
+    "inv_teacher": (
+        "a narrow RedNet at 64 x 64, 30 epochs: the involutional teacher of small_images_libkd",
+        StudentConfig(
             model="rednet26",
             image_size=64,
             model_args={"layers": [1, 2, 2, 1], "channels": [32, 64, 128, 192], "stem_width": 16},
         ),
-    )
-
-
-def small_images_libkd() -> Recipe:
-    """The same student with a learned token for each of two teachers, by Co-advise's losses."""
-    recipe = small_images_alone()
-    return replace(
-        recipe,
-        name="small_images_libkd",
-        description=(
-            "the small_images student with a token for each of two teachers, conv and inv"
-        ),
-        student=replace(
-            recipe.student,
+    ),
+}
+_ADVISED: dict[str, tuple[str, StudentConfig]] = {
+    "libkd": (
+        "the small_images student with a token for each of two teachers, conv and inv",
+        StudentConfig(
             model="advised_vit",
             model_args={
                 "base": "vit_tiny_patch16_224",
@@ -241,20 +83,94 @@ def small_images_libkd() -> Recipe:
                 **_vit(96, 6, 3),
             },
         ),
-        teachers={"conv": TeacherConfig(), "inv": TeacherConfig()},
-        objectives=losses(),
+    ),
+    "cit": (
+        "small_images_libkd with Co-advise's convolutional and involutional stems in the place of"
+        " the patch embedding",
+        StudentConfig(model="cit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
+    ),
+}
+
+
+def make(name: str) -> Recipe | Stages:
+    """Return a recipe of this family."""
+    key = name.removeprefix("small_images_")
+    if key in ("mae_finetuned", "dmae"):
+        return _in_stages(name)
+    recipe = _mae() if key == "mae" else _alone("alone")
+    if key in _ALONE:
+        recipe = _alone(key)
+    elif key in _TAUGHT:
+        method, objectives = _TAUGHT[key]
+        recipe = replace(
+            recipe,
+            description=f"the small_images student by {method} from a teacher run",
+            teachers={"teacher": TeacherConfig()},
+            objectives=dict(objectives),
+            selector=MaskedKD(keep_rate=0.5) if key.startswith("masked") else None,
+        )
+    elif key in _ADVISED:
+        description, student = _ADVISED[key]
+        recipe = replace(
+            recipe,
+            description=description,
+            student=student,
+            teachers={"conv": TeacherConfig(), "inv": TeacherConfig()},
+            objectives=losses(),
+        )
+    return replace(recipe, name=name)
+
+
+def _alone(key: str) -> Recipe:
+    description, student = _ALONE[key]
+    return Recipe(
+        description=description,
+        student=student,
+        objectives=dict(_CE),
+        data=DataConfig(workers=0, augment=AUGMENTS["small"]),
+        optim=OptimConfig(
+            opt="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2.0, min_lr=1e-5, clip_grad=1.0
+        ),
+        train=TrainConfig(epochs=30, batch_size=128, log_every=20),
     )
 
 
-def small_images_cit() -> Recipe:
-    """The same with Co-advise's two stems, whose tokens' means are the teachers' tokens."""
-    recipe = small_images_libkd()
+def _mae() -> Recipe:
+    recipe = _alone("alone")
+    mae = PixelReconstruction(decoder_dim=64, decoder_depth=1, decoder_num_heads=4, norm_pix=True)
+    augment = replace(AUGMENTS["small"], crop="rrc", scale=(0.2, 1.0))
     return replace(
         recipe,
-        name="small_images_cit",
         description=(
-            "small_images_libkd with Co-advise's convolutional and involutional stems in the place"
-            " of the patch embedding"
+            "the small_images student pre-trained by MAE at 75 % masked: no labels, 30 epochs"
         ),
-        student=StudentConfig(model="cit_tiny_patch16_224", model_args=_vit(96, 6, 3)),
+        student=replace(recipe.student, init="mae"),
+        objectives={"mae": mae},
+        masking=RandomMasking(mask_rate=0.75),
+        data=DataConfig(workers=0, augment=augment),
+        optim=replace(
+            recipe.optim, opt_args={"betas": [0.9, 0.95]}, min_lr=0.0, warmup_prefix=True
+        ),
+        train=replace(recipe.train, eval_every=5),
+    )
+
+
+def _in_stages(name: str) -> Stages:
+    """Return MAE, or DMAE from the run of a wider MAE, then fine-tuning."""
+    pretrain, fine = replace(_mae(), description=""), replace(_alone("alone"), description="")
+    description = "the small_images student pre-trained by MAE, then fine-tuned, 30 epochs each"
+    if name == "small_images_dmae":
+        description = "the same by DMAE from the run of a wider small_images_mae"
+        pretrain = replace(
+            pretrain,
+            teachers={"teacher": TeacherConfig()},
+            objectives={**pretrain.objectives, "dmae": DMAE()},
+        )
+    fine = replace(
+        fine,
+        student=StudentConfig(model="stage:pretrain", model_args={"global_pool": "avg"}),
+        optim=replace(fine.optim, layer_decay=0.75),
+    )
+    return Stages(
+        name=name, description=description, stages={"pretrain": pretrain, "finetune": fine}
     )

@@ -19,28 +19,44 @@ from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 
-_OBJECTIVES: dict[str, dict[str, Objective]] = {
-    "nkd": {"nkd": NKD(gamma=1.0, temperature=1.0)},
-    "vitkd": {"vitkd": ViTKD()},
-    "vitkd_nkd": {"nkd": NKD(gamma=1.0, temperature=1.0), "vitkd": ViTKD()},
+_TEACHERS = {"tiny": ("small", "74.4"), "small": ("base", "80.6"), "base": ("large", "81.8")}
+"""The teacher of each student, and what the student reaches alone."""
+_TOP1 = {
+    "deit_tiny_nkd": "76.7",
+    "deit_tiny_vitkd": "76.1",
+    "deit_tiny_vitkd_nkd": "77.8",
+    "deit_small_vitkd": "82.0",
+    "deit_small_vitkd_nkd": "83.6",
+    "deit_base_nkd": "85.0",
+    "deit_base_vitkd": "83.5",
+    "deit_base_vitkd_nkd": "85.4",
 }
+"""Published accuracies."""
 
 
-def _pair(size: str, method: str, teacher: str, top1: str) -> Recipe:
-    base = size == "base"
+def make(name: str) -> Recipe:
+    """Return the recipe ``deit_SIZE_METHOD``."""
+    _, size, method = name.split("_", 2)
+    teacher, alone = _TEACHERS[size]
     losses = method.replace("_", " + ").replace("vitkd", "ViTKD").replace("nkd", "NKD")
+    pair = f"DeiT-{size[0].upper()} from DeiT III-{teacher[0].upper()} (21k)"
+    top1 = f"{_TOP1[name]} % top-1 in the paper" if name in _TOP1 else "no number was published"
+    objectives: dict[str, Objective] = {"ce": CrossEntropy(smoothing=0.1)}
+    if "nkd" in method.split("_"):
+        objectives["nkd"] = NKD(gamma=1.0, temperature=1.0)
+    if "vitkd" in method:
+        objectives["vitkd"] = ViTKD()
+    base = size == "base"
     return Recipe(
-        name=f"deit_{size}_{method}",
-        description=(
-            f"{losses}: DeiT-{size[0].upper()} from DeiT III-{teacher[0].upper()} (21k); {top1}"
-        ),
+        name=name,
+        description=f"{losses}: {pair}; {top1}, {alone} % alone",
         student=StudentConfig(model=f"deit_{size}_patch16_224", drop_path=0.1 if base else 0.0),
         teachers={
             "teacher": TeacherConfig(
                 model=f"deit3_{teacher}_patch16_224.fb_in22k_ft_in1k", pretrained=True
             )
         },
-        objectives={"ce": CrossEntropy(smoothing=0.1), **_OBJECTIVES[method]},
+        objectives=objectives,
         data=DataConfig(workers=8, augment=replace(AUGMENTS["deit"], repeated_aug=1)),
         optim=OptimConfig(
             opt="adamw",
@@ -55,48 +71,3 @@ def _pair(size: str, method: str, teacher: str, top1: str) -> Recipe:
         ),
         train=TrainConfig(epochs=300, batch_size=1024, ema_decay=1 - 4e-5 if base else None),
     )
-
-
-def deit_tiny_nkd() -> Recipe:
-    """DeiT-T from DeiT III-S by NKD."""
-    return _pair("tiny", "nkd", "small", "76.7 % top-1 in the paper, 74.4 % alone")
-
-
-def deit_tiny_vitkd() -> Recipe:
-    """DeiT-T from DeiT III-S by ViTKD."""
-    return _pair("tiny", "vitkd", "small", "76.1 % top-1 in the paper, 74.4 % alone")
-
-
-def deit_tiny_vitkd_nkd() -> Recipe:
-    """DeiT-T from DeiT III-S by ViTKD and NKD."""
-    return _pair("tiny", "vitkd_nkd", "small", "77.8 % top-1 in the paper, 74.4 % alone")
-
-
-def deit_small_nkd() -> Recipe:
-    """DeiT-S from DeiT III-B by NKD."""
-    return _pair("small", "nkd", "base", "no number was published, 80.6 % alone")
-
-
-def deit_small_vitkd() -> Recipe:
-    """DeiT-S from DeiT III-B by ViTKD."""
-    return _pair("small", "vitkd", "base", "82.0 % top-1 in the paper, 80.6 % alone")
-
-
-def deit_small_vitkd_nkd() -> Recipe:
-    """DeiT-S from DeiT III-B by ViTKD and NKD."""
-    return _pair("small", "vitkd_nkd", "base", "83.6 % top-1 in the paper, 80.6 % alone")
-
-
-def deit_base_nkd() -> Recipe:
-    """DeiT-B from DeiT III-L by NKD."""
-    return _pair("base", "nkd", "large", "85.0 % top-1 in the paper, 81.8 % alone")
-
-
-def deit_base_vitkd() -> Recipe:
-    """DeiT-B from DeiT III-L by ViTKD."""
-    return _pair("base", "vitkd", "large", "83.5 % top-1 in the paper, 81.8 % alone")
-
-
-def deit_base_vitkd_nkd() -> Recipe:
-    """DeiT-B from DeiT III-L by ViTKD and NKD."""
-    return _pair("base", "vitkd_nkd", "large", "85.4 % top-1 in the paper, 81.8 % alone")

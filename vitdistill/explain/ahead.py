@@ -1,0 +1,77 @@
+"""What the runs of a recipe will compute and cost, before any of them has run."""
+
+from dataclasses import dataclass
+
+from ..data.sources.base import check_enough
+from ..data.sources.open import open_source
+from ..distill.plan import Plan
+from ..recipes.config import Recipe
+from ..recipes.stages import Stages, in_stage
+from ..runs.networks import Built, build_blank, plan_of, without_memory
+from ..runs.stages import networks_ahead
+from .cost import IMAGENET_TRAIN_IMAGES, Cost, cost_of
+from .text import explain
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One run as it will be.
+
+    Args:
+        recipe: of the run, with networks that can be built.
+        num_images: training images an epoch.
+        num_classes: of the images.
+        text: the page about it.
+        flops: of the whole run.
+    """
+
+    recipe: Recipe
+    num_images: int
+    num_classes: int
+    text: str
+    flops: int
+
+
+def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
+    """Return every run by its stage, whether or not the ones before it have run."""
+    if isinstance(recipe, Recipe):
+        num_images, num_classes = _count_images(recipe)
+        with without_memory():
+            student, teachers = build_blank(recipe, num_classes)
+        return {"": _forecast(recipe, student, teachers, (num_images, num_classes))}
+    before: dict[str, int] = {}
+    found = {}
+    for key, stage in recipe.stages.items():
+        with in_stage(key):
+            counts = _count_images(stage)
+        resolved, student, teachers = networks_ahead(recipe, key, counts[1], before)
+        with in_stage(key):
+            found[key] = _forecast(resolved, student, teachers, counts)
+    return found
+
+
+def plan_and_cost(recipe: Recipe, student: Built, teachers: dict[str, Built]) -> tuple[Plan, Cost]:
+    """Return what the networks of a recipe compute in a step of one process, and its cost."""
+    networks = {name: built.network for name, built in teachers.items()}
+    plan = plan_of(recipe, student.network, networks)
+    models = {name: built.model for name, built in teachers.items()}
+    micro_batch = recipe.train.batch_size // recipe.train.accumulate
+    return plan, cost_of(plan, student.model, models, micro_batch)
+
+
+def _count_images(recipe: Recipe) -> tuple[int, int]:
+    """Return the training images an epoch and their classes; those of ImageNet-1k without data."""
+    if not recipe.data.dir:
+        return IMAGENET_TRAIN_IMAGES, 1000
+    source = open_source(recipe.data.dir, "train")
+    check_enough(source, recipe.train.batch_size)
+    count = len(source) // recipe.train.batch_size * recipe.train.batch_size
+    return count, len(source.classes) or 1000
+
+
+def _forecast(
+    recipe: Recipe, student: Built, teachers: dict[str, Built], counts: tuple[int, int]
+) -> Forecast:
+    plan, cost = plan_and_cost(recipe, student, teachers)
+    text = explain(plan, cost, counts[0], recipe.train.epochs)
+    return Forecast(recipe, *counts, text, cost.step * counts[0] * recipe.train.epochs)

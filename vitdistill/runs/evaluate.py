@@ -1,0 +1,189 @@
+"""What a model answers, what its features are worth, and what it costs."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..data.loader import EvalLoader
+from ..data.sources.base import ImageSource
+from ..data.sources.open import open_source
+from ..distill.teacher import Teacher
+from ..errors import ConfigError, Give
+from ..evaluate.accuracy import evaluate
+from ..evaluate.features import Pool, check_pool, extract
+from ..evaluate.knn import knn_accuracy
+from ..evaluate.linear import linear_probe
+from ..messages import plural
+from ..recipes.config import TeacherConfig
+from ..vit.flops import forward_flops
+from ..vit.needs import Needs
+from ..world import World
+from .networks import amp_dtype_of, build_teacher, build_teacher_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is to be found out about a model.
+
+    Args:
+        model: the model.
+        teacher: one to compare its answers with.
+        data_dir: the images.
+        split: which of them.
+        knn: judge its features by so many nearest training images.
+        linear_probe: judge its features by a linear classifier.
+        pool: which features of an image.
+        batch_size: images a step and process.
+        workers: loader processes.
+        amp_dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+    """
+
+    model: TeacherConfig
+    teacher: TeacherConfig | None = None
+    data_dir: str
+    split: Literal["val", "train"] = "val"
+    knn: int | None = None
+    linear_probe: bool = False
+    pool: Pool = "mean"
+    batch_size: int = 256
+    workers: int = 2
+    amp_dtype: str = "auto"
+
+    @property
+    def probes(self) -> bool:
+        """Whether features are judged."""
+        return self.knn is not None or self.linear_probe
+
+
+def evaluate_model(job: Evaluation, world: World) -> dict[str, Any]:
+    """Return the scores of a model, its size, FLOPs and speed, by name.
+
+    Without a classifier for these classes its features can still be judged; ``no_top1`` says then
+    why there is no accuracy.
+
+    Raises:
+        ConfigError: the images have no labels, or there is nothing to judge the model by.
+    """
+    source, bank = _open_images(job)
+    amp_dtype = amp_dtype_of(job.amp_dtype, world.device)
+    model, no_answers = _build(job, source.classes, world.device)
+    spec, teacher = model.spec, None
+    if job.teacher is not None:
+        teacher, _ = build_teacher(job.teacher, "teacher", source.classes, spec, world.device)
+
+    def load(images: ImageSource) -> EvalLoader:
+        return EvalLoader(images, spec, batch_size=job.batch_size, workers=job.workers, world=world)
+
+    loader = load(source)
+    scores: dict[str, Any] = {"num_samples": float(len(source))}
+    if no_answers:
+        scores["no_top1"] = no_answers
+    else:
+        scores |= evaluate(_Logits(model), loader, world, amp_dtype, teacher=teacher) or {}
+    if bank is not None:
+        scores |= _judge_features(job, model.model, (load(bank), loader), world, amp_dtype)
+    on_gpu = world.device.type == "cuda"
+    return {
+        **scores,
+        "num_parameters": model.network.num_parameters,
+        "flops": forward_flops(model.model, spec.image_size),
+        "images_per_second": measure_speed(model, min(job.batch_size, 64), world, amp_dtype),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else str(world.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _open_images(job: Evaluation) -> tuple[ImageSource, ImageSource | None]:
+    """Return the images, and those that probes learn from."""
+    source = open_source(job.data_dir, job.split)
+    if not source.classes:
+        raise ConfigError(
+            f"the images in {job.data_dir} have no labels (no class folders): there is nothing to"
+            " evaluate against"
+        )
+    if not job.probes:
+        return source, None
+    bank = open_source(job.data_dir, "train", classes=source.classes)
+    if job.knn is not None and job.knn > len(bank):
+        what = f"{job.knn} neighbours are asked for, of {plural(len(bank), 'training image')}"
+        raise ConfigError(what, Give("knn", len(bank)), field="knn")
+    return source, bank
+
+
+def _build(job: Evaluation, classes: tuple[str, ...], device: torch.device) -> tuple[Teacher, str]:
+    """Return the model, and why it has no answers to be counted; empty if it has."""
+    built = build_teacher_model(job.model, "model")
+    reason = ""
+    if job.probes:
+        check_pool(job.pool, built.network.has_class_token)
+    if built.network.num_classes == 0:
+        reason = f"{job.model.model} has no classifier"
+        if not job.probes:
+            fixes = (Give("knn"), Give("linear_probe"))
+            raise ConfigError(f"{reason}, so it has no accuracy", fixes, field="model")
+        if job.teacher is not None:
+            what = f"{reason}, and a teacher's answers cannot be compared with any"
+            raise ConfigError(what, "leave the teacher out", field="teacher_model")
+    else:
+        try:
+            return build_teacher(job.model, "model", classes, built.spec, device, built=built)[
+                0
+            ], ""
+        except ConfigError as error:
+            if not job.probes or job.teacher is not None:
+                raise
+            reason = str(error)
+    return build_teacher(job.model, "model", classes, built.spec, device, {}, built)[0], reason
+
+
+def _judge_features(
+    job: Evaluation,
+    model: nn.Module,
+    loaders: tuple[EvalLoader, EvalLoader],
+    world: World,
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Return what the features are worth, learnt from the first loader and tried on the second."""
+    train, val = (extract(model, loader, world, amp_dtype, job.pool) for loader in loaders)
+    assert train is not None and val is not None
+    found: dict[str, Any] = {"pool": job.pool, "num_train_samples": len(train[1])}
+    if job.knn is not None:
+        found |= {"knn_k": job.knn, **knn_accuracy(*train, *val, k=job.knn)}
+    if job.linear_probe:
+        found |= linear_probe(*train, *val)
+    return found
+
+
+class _Logits(nn.Module):
+    """A model that answers in the data set's classes, as `evaluate` runs it."""
+
+    def __init__(self, matched: Teacher) -> None:
+        super().__init__()
+        self.matched = matched
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+        logits = self.matched(images, Needs(logits=True)).logits
+        assert logits is not None
+        return logits
+
+
+@torch.no_grad()
+def measure_speed(
+    model: Teacher, batch_size: int, world: World, amp_dtype: torch.dtype | None
+) -> float:
+    """Return images a second of the forward pass alone, the median over two seconds."""
+    images = torch.randn(batch_size, 3, *model.spec.image_size, device=world.device)
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 4 or (time.perf_counter() - begun < 2 and len(times) < 50):
+        start = time.perf_counter()
+        with world.autocast(amp_dtype):
+            model(images, Needs(logits=True))
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        times.append(time.perf_counter() - start)
+    return batch_size / sorted(times[1:])[len(times[1:]) // 2]
