@@ -49,7 +49,7 @@ def evaluate(home, monkeypatch):
     """Run ``eval`` in the folder of `home`, and return its exit code."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr("vitdistill.cli.evaluate._speed", lambda *args: 1.0)
+    monkeypatch.setattr("vitdistill.runs.evaluate.measure_speed", lambda *args: 1.0)
     words = ["--workers", "0", "--device", "cpu"]
     return lambda model, *more, data="photos": main(
         ["eval", model, "--data-dir", str(data), *words, *more]
@@ -113,7 +113,7 @@ REFUSED = [
     (["--knn", "37"], "36 training images"),
     (["--knn", "--split", "train"], "--knn"),
     (["--linear-probe", "--split", "train"], "--linear-probe"),
-    (["--knn", "--teacher-model", "classifier"], "--teacher-model"),
+    (["--knn", "--teacher-model", "classifier"], "teacher"),
 ]
 
 

@@ -31,7 +31,8 @@ def _job(args: EvalArguments) -> Evaluation:
     if args.pool is not None and not probes:
         raise ConfigError("--pool has no effect without --knn or --linear-probe", field="pool")
     if args.split == "train" and probes:
-        what = "features learn from the training images and cannot be judged on them"
+        probe = "--knn" if args.knn is not None else "--linear-probe"
+        what = f"{probe} learns from the training images and cannot be judged on them"
         raise ConfigError(what, "leave --split out", field="split")
     teacher = None
     if args.teacher_model is not None:

@@ -6,7 +6,7 @@ from ..errors import ConfigError, DataError, UserError
 from ..labels.encoding import LogitEncoding
 from ..labels.layout import Layout
 from ..labels.parquet import export_labels
-from ..labels.store import LabelStore
+from ..labels.store import LabelStore, Status
 from ..labels.tools import merge, prune
 from ..messages import format_bytes, plural
 from ..recipes.stages import Stages
@@ -56,28 +56,20 @@ def write(args: LabelArguments) -> int:
 
 
 def open_all(folder: str) -> dict[str, LabelStore]:
-    """Every store in a folder by its name, or the one that the folder itself is."""
+    """Return every store in a folder by its name, or the one that the folder itself is."""
     path = Path(folder)
     if (path / "manifest.json").exists() or not path.is_dir():
         return {path.name: LabelStore.open(path)}
     inside = sorted(child for child in path.iterdir() if (child / "manifest.json").exists())
-    return {child.name: LabelStore.open(child) for child in inside} or {
-        path.name: LabelStore.open(path)
-    }
+    return {child.name: LabelStore.open(child) for child in inside or [path]}
 
 
 def status(args: StoreArguments) -> int:
     for name, store in open_all(args.store).items():
         status = store.status()
-        state = (
-            "complete"
-            if status.sealed == status.parts
-            else f"{100 * status.sealed // status.parts} %"
-        )
-        say(
-            f"{name}: {state}, {status.sealed} of {status.parts} parts, {status.records:,} records,"
-            f" {format_bytes(status.bytes)}"
-        )
+        done = status.sealed == status.parts
+        state = "complete" if done else f"{100 * status.sealed // status.parts} %"
+        say(f"{name}: {state}, {_amount(status)}")
         for view, part in status.writing:
             say(f"  part {part} of view {view} is being written")
     return 0
@@ -154,36 +146,28 @@ def check(args: CheckArguments) -> int:
 
 def merge_stores(args: MergeArguments) -> int:
     store = merge(args.from_, args.target, say=now_and_then())
-    status = store.status()
-    say(
-        f"{args.target}: {status.sealed} of {status.parts} parts, {status.records:,} records,"
-        f" {format_bytes(status.bytes)}"
-    )
+    say(f"{args.target}: {_amount(store.status())}")
     return 0
 
 
+def _amount(status: Status) -> str:
+    parts = f"{status.sealed} of {status.parts} parts"
+    return f"{parts}, {status.records:,} records, {format_bytes(status.bytes)}"
+
+
 def prune_store(args: PruneArguments) -> int:
-    source = LabelStore.open(args.store)
+    source, tell = LabelStore.open(args.store), now_and_then()
     encoding = _encoding(source.layout, args.encoding, args.k, args.temperatures)
-    store = prune(
-        args.store,
-        args.to,
-        num_views=args.views,
-        encoding=encoding,
-        say=now_and_then(),
-    )
-    before, after = source.status(), store.status()
-    say(
-        f"{args.to}: {after.records:,} records, {format_bytes(after.bytes)} (from"
-        f" {format_bytes(before.bytes)})"
-    )
+    store = prune(args.store, args.to, num_views=args.views, encoding=encoding, say=tell)
+    after, before = store.status(), format_bytes(source.status().bytes)
+    say(f"{args.to}: {after.records:,} records, {format_bytes(after.bytes)} (from {before})")
     return 0
 
 
 def _encoding(
     layout: Layout, kind: str | None, k: int | None, temperatures: tuple[float, ...]
 ) -> LogitEncoding | None:
-    """The encoding that the flags ask for; what they leave out is as stored."""
+    """Return the encoding that the flags ask for; what they leave out is as stored."""
     if kind is None and k is None and not temperatures:
         return None
     stored = layout.logits

@@ -15,10 +15,10 @@ def named_recipe(name: str) -> Recipe | Stages:
     """Return the recipe ``NAME`` or ``NAME:VARIANT``; raises `ConfigError` with a suggestion."""
     plain, _, variant = name.partition(":")
     if plain not in RECIPES:
-        old = next((v for v in ("first_release",) if plain.endswith(f"_{v}")), "")
-        known = plain.removesuffix(f"_{old}")
-        renamed = f"write {known}:{old}" if old and known in RECIPES else ""
-        fix = renamed or suggest(plain, RECIPES, "'vitdistill recipes' lists them")
+        fix = suggest(plain, RECIPES, "'vitdistill recipes' lists them")
+        known = plain.removesuffix("_first_release")
+        if known in RECIPES:  # as the variant was called before
+            fix = f"write {known}:first_release"
         raise ConfigError(f"there is no recipe {printable(name)!r}", fix, field="recipe")
     family = RECIPES[plain]
     if variant and variant not in family.variants:

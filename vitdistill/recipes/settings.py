@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
 from ..data.augment import Augment
-from ..option import Option, option, options_of
+from ..option import Option, Scope, option, options_of
 
 SEEDS: dict[str, Any] = {"at_least": -(2**63), "below": 2**64}
 """What torch takes as a seed."""
@@ -248,57 +248,51 @@ PARTS: dict[str, type] = {
 }
 """Where settings stand in a recipe; flags of a teacher are for the one called ``teacher``."""
 
+
+def _setting(
+    path: str, kind: Any, help: str, flag: str, *aliases: str, stages: Scope = "one"
+) -> Setting:
+    return Setting(path, kind, Option(help=help, flag=flag, aliases=aliases, stages=stages))
+
+
 METHOD_SETTINGS = (
-    Setting(
+    _setting(
         "selector.keep_rate",
         float,
-        Option(
-            help="fraction of its patches it sees, above 0 to 1",
-            flag="--keep-rate",
-            stages="taught",
-        ),
+        "fraction of its patches it sees, above 0 to 1",
+        "--keep-rate",
+        stages="taught",
     ),
-    Setting(
+    _setting(
         "selector.num_keep",
         int | None,
-        Option(
-            help="number of patches it sees, instead of a fraction",
-            flag="--num-keep",
-            aliases=("--len-num-keep",),
-            stages="taught",
-        ),
+        "number of patches it sees, instead of a fraction",
+        "--num-keep",
+        "--len-num-keep",
+        stages="taught",
     ),
-    Setting(
+    _setting(
         "objectives.ce.weight",
         float,
-        Option(
-            help="weight of the cross-entropy with the labels",
-            flag="--ce-weight",
-            aliases=("--task-loss-weight",),
-        ),
+        "weight of the cross-entropy with the labels",
+        "--ce-weight",
+        "--task-loss-weight",
     ),
-    Setting(
-        "objectives.ce.smoothing",
-        float,
-        Option(help="label smoothing, 0 to below 1", flag="--smoothing"),
-    ),
-    Setting(
+    _setting("objectives.ce.smoothing", float, "label smoothing, 0 to below 1", "--smoothing"),
+    _setting(
         "objectives.kd.weight",
         float,
-        Option(
-            help="weight of the distillation loss",
-            flag="--kd-weight",
-            aliases=("--distill-loss-weight",),
-        ),
+        "weight of the distillation loss",
+        "--kd-weight",
+        "--distill-loss-weight",
     ),
-    Setting(
+    _setting(
         "objectives.kd.temperature",
         float,
-        Option(
-            help="T of soft distillation, whose loss carries T^2",
-            flag="--temperature",
-            aliases=("--distillation-tau", "--kd-temperature"),
-        ),
+        "T of soft distillation, whose loss carries T^2",
+        "--temperature",
+        "--distillation-tau",
+        "--kd-temperature",
     ),
 )
 """The fields of methods that have a flag: those of a selector, and of objectives of these names."""

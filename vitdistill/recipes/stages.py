@@ -12,7 +12,7 @@ from ..errors import ConfigError, Set, UserError
 from ..messages import suggest
 from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name
 from .convert import convert, from_dict, to_dict
-from .yaml import dump_yaml, load_recipe, read_mapping
+from .yaml import dump_yaml, in_file, read_mapping
 
 STAGES = "stages.yaml"
 """The staged recipe, in the folder that holds the stages' own."""
@@ -207,14 +207,9 @@ def load(path: str | Path) -> Recipe | Stages:
         ConfigError: it cannot be read; the line or the field that is wrong is named.
     """
     data = read_mapping(path)
-    if "stages" not in data:
-        return load_recipe(path)
-    try:
-        return from_data(data, str(path))
-    except ConfigError as error:
-        if str(path) not in error.what:
-            error.what = f"{path}: {error.what}"
-        raise
+    with in_file(path):
+        read = from_data if "stages" in data else from_dict
+        return read(data, str(path))
 
 
 def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:

@@ -1,6 +1,8 @@
 """YAML 1.2 as recipe files need it: plain data, no aliases, no tags, no key twice."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,15 @@ def load_recipe(path: str | Path) -> Recipe:
             f"the recipe {path} has stages, and that of one run is needed",
             "name the recipe.yaml in a stage's folder",
         )
-    try:
+    with in_file(path):
         return from_dict(data, str(path))
+
+
+@contextmanager
+def in_file(path: str | Path) -> Iterator[None]:
+    """Let every `ConfigError` raised inside name the file."""
+    try:
+        yield
     except ConfigError as error:
         if str(path) not in error.what:
             error.what = f"{path}: {error.what}"
