@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
 from ..data.augment import Augment
-from ..option import Option, Scope, option, options_of
+from ..option import Option, option, options_of
 
 SEEDS: dict[str, Any] = {"at_least": -(2**63), "below": 2**64}
 """What torch takes as a seed."""
@@ -248,51 +248,57 @@ PARTS: dict[str, type] = {
 }
 """Where settings stand in a recipe; flags of a teacher are for the one called ``teacher``."""
 
-
-def _setting(
-    path: str, kind: Any, help: str, flag: str, *aliases: str, stages: Scope = "one"
-) -> Setting:
-    return Setting(path, kind, Option(help=help, flag=flag, aliases=aliases, stages=stages))
-
-
 METHOD_SETTINGS = (
-    _setting(
+    Setting(
         "selector.keep_rate",
         float,
-        "fraction of its patches it sees, above 0 to 1",
-        "--keep-rate",
-        stages="taught",
+        Option(
+            help="fraction of its patches it sees, above 0 to 1",
+            flag="--keep-rate",
+            stages="taught",
+        ),
     ),
-    _setting(
+    Setting(
         "selector.num_keep",
         int | None,
-        "number of patches it sees, instead of a fraction",
-        "--num-keep",
-        "--len-num-keep",
-        stages="taught",
+        Option(
+            help="number of patches it sees, instead of a fraction",
+            flag="--num-keep",
+            aliases=("--len-num-keep",),
+            stages="taught",
+        ),
     ),
-    _setting(
+    Setting(
         "objectives.ce.weight",
         float,
-        "weight of the cross-entropy with the labels",
-        "--ce-weight",
-        "--task-loss-weight",
+        Option(
+            help="weight of the cross-entropy with the labels",
+            flag="--ce-weight",
+            aliases=("--task-loss-weight",),
+        ),
     ),
-    _setting("objectives.ce.smoothing", float, "label smoothing, 0 to below 1", "--smoothing"),
-    _setting(
+    Setting(
+        "objectives.ce.smoothing",
+        float,
+        Option(help="label smoothing, 0 to below 1", flag="--smoothing"),
+    ),
+    Setting(
         "objectives.kd.weight",
         float,
-        "weight of the distillation loss",
-        "--kd-weight",
-        "--distill-loss-weight",
+        Option(
+            help="weight of the distillation loss",
+            flag="--kd-weight",
+            aliases=("--distill-loss-weight",),
+        ),
     ),
-    _setting(
+    Setting(
         "objectives.kd.temperature",
         float,
-        "T of soft distillation, whose loss carries T^2",
-        "--temperature",
-        "--distillation-tau",
-        "--kd-temperature",
+        Option(
+            help="T of soft distillation, whose loss carries T^2",
+            flag="--temperature",
+            aliases=("--distillation-tau", "--kd-temperature"),
+        ),
     ),
 )
 """The fields of methods that have a flag: those of a selector, and of objectives of these names."""
