@@ -46,6 +46,13 @@ def test_views_come_back_in_the_same_pairs(size, num_views, later, seed):
         assert again != first
 
 
+def test_views_come_back_in_an_order_of_each_epoch() -> None:
+    orders = {
+        tuple(epoch_order(40, 3, epoch, num_views=2)[0].tolist()) for epoch in range(0, 12, 2)
+    }
+    assert len(orders) == 6
+
+
 def test_repeats_follow_the_documented_order() -> None:
     ids, views = epoch_order(12, 7, 2, 3)
     p = ids[[0, 1, 6, 7]]
