@@ -195,7 +195,8 @@ def permuted(output: ViTOutput | None, order: Tensor) -> ViTOutput | None:
     if output is None:
         return None
     keep = None if output.keep is None else output.keep[order]
-    return replace(changed(output, lambda _, __, t: t[order]), keep=keep)
+    tensors = changed(replace(output, keep=None), lambda _, __, t: t[order])
+    return replace(tensors, keep=keep)
 
 
 def permuted_batch(batch: Batch, order: Tensor) -> Batch:
