@@ -335,7 +335,7 @@ MUTANTS = [
         "labels: another view's labels are taken",
         "wrong = np.flatnonzero(present & (records['pixels'] != checksums))".replace("'", '"'),
         "wrong = np.flatnonzero(present & False)",
-        tests="labels/test_store.py labels/test_*.py train/test_labelling.py runs/test_label.py",
+        tests="labels/test_store.py labels/test_*.py train/test_labelling.py runs/test_label.py runs/test_stored.py",
     ),
     mutant(
         "labels: the live answer is not put in its rows",
@@ -343,7 +343,7 @@ MUTANTS = [
         "stored[rows] = stored[rows]",
         "stored[self.targets.missing] = answer.to(stored.dtype)",
         "pass",
-        tests=STEP + " train/test_labelling.py runs/test_label.py " + LABELS,
+        tests=STEP + " train/test_labelling.py runs/test_label.py runs/test_stored.py " + LABELS,
     ),
     mutant(
         "labels: a tail of one class too many",
@@ -501,8 +501,8 @@ MUTANTS = [
         "weights: resampled positions stand in reverse",
         "torch.cat([prefix, moved.to(table.dtype)], dim=1)",
         "torch.cat([prefix, moved.flip(1).to(table.dtype)], dim=1)",
-        "torch.cat([prefix, _resampled(patches, theirs, grid)], dim=1)",
-        "torch.cat([prefix, _resampled(patches, theirs, grid).flip(1)], dim=1)",
+        "torch.cat([prefix, moved], dim=1)",
+        "torch.cat([prefix, moved.flip(1)], dim=1)",
         tests=WEIGHTS,
     ),
     # --- recipes, explain ---
@@ -512,7 +512,7 @@ MUTANTS = [
         "return path in VOLATILE",
         tests="test_recipe.py recipes/test_*.py "
         + FOLDER
-        + " train/test_labelling.py runs/test_label.py",
+        + " train/test_labelling.py runs/test_label.py runs/test_stored.py",
     ),
     mutant(
         "explain: objectives are counted twice",
