@@ -41,19 +41,11 @@ class Needs:
 
     def resolve(self, depth: int) -> "Needs":
         """Return the same needs with blocks in ``0 .. depth-1``; raise `IndexError` beyond."""
-
-        def absolute(blocks: frozenset[int]) -> frozenset[int]:
-            for block in blocks:
-                if not -depth <= block < depth:
-                    has = "1 block (0)" if depth == 1 else f"{depth} blocks (0 to {depth - 1})"
-                    raise IndexError(f"block {block} does not exist: the model has {has}")
-            return frozenset(block % depth for block in blocks)
-
         return Needs(
             self.logits,
-            absolute(self.hidden),
-            absolute(self.attention),
-            absolute(self.qkv),
+            _absolute(self.hidden, depth),
+            _absolute(self.attention, depth),
+            _absolute(self.qkv, depth),
             self.features,
         )
 
@@ -63,3 +55,12 @@ class Needs:
             return depth
         needs = self.resolve(depth)
         return max(needs.hidden | needs.attention | needs.qkv, default=-1) + 1
+
+
+# Not inside `resolve`: torch.compile of torch 2.10 cannot trace a nested function's annotations.
+def _absolute(blocks: frozenset[int], depth: int) -> frozenset[int]:
+    for block in blocks:
+        if not -depth <= block < depth:
+            has = "1 block (0)" if depth == 1 else f"{depth} blocks (0 to {depth - 1})"
+            raise IndexError(f"block {block} does not exist: the model has {has}")
+    return frozenset(block % depth for block in blocks)
