@@ -42,6 +42,7 @@ from vitdistill.runs.stop import StopRequest
 from vitdistill.storage import checkpoint
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.walk import run_vit
+from vitdistill.weights import export
 from vitdistill.world import World
 
 pytestmark = pytest.mark.whole
@@ -84,6 +85,13 @@ def test_a_run_repeats_itself(tmp_path, whole, taught, tools):
     ]  # fmt: skip
     assert records[0].keys() == {"kind", "step", "epoch", "lr", "ce", "kd", "loss", "grad_norm"}
     assert records[-1]["num_samples"] == 21
+
+
+def test_an_export_is_proved_once_a_run(tmp_path, plain, tools, monkeypatch):
+    proofs, prove = [], export._check_reload
+    monkeypatch.setattr(export, "_check_reload", lambda *args: (proofs.append(1), prove(*args))[1])
+    tools.run(plain(**{"train.eval_every": 1}), tmp_path / "run")
+    assert len(proofs) == 1
 
 
 @pytest.mark.parametrize("step", range(1, 10))
