@@ -59,19 +59,17 @@ def build(form: str) -> tuple[Any, Tensor]:
     torch.manual_seed(1)
     model: Any = create_model(name, **{**SMALL, **args}).eval()
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # weights that start at zero or one would hide mistakes
+        # Weights that start at zero or one would hide mistakes.
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         for buffer in model.buffers():
             if buffer.is_floating_point() and buffer.ndim == 1 and len(buffer) > 4:
                 buffer.add_(torch.rand_like(buffer))
-    return model, torch.randn(
-        3, 3, *((48, 32) if form == "dynamic size" else model.patch_embed.img_size)
-    )
+    size = (48, 32) if form == "dynamic size" else model.patch_embed.img_size
+    return model, torch.randn(3, 3, *size)
 
 
-def grid_of(model: nn.Module, images: Tensor) -> int:
+def num_patches(model: nn.Module, images: Tensor) -> int:
     rows, columns = family_of(model).grid(images)
     return rows * columns
 
@@ -83,23 +81,16 @@ def grid_of(model: nn.Module, images: Tensor) -> int:
 @torch.no_grad()
 def test_equals_the_models_own_forward(form: str) -> None:
     model, images = build(form)
-    whole = model(images)
-    output = run_vit(model, images, Needs(logits=True, hidden=frozenset({0, -1})))
+    whole, names = model(images), ("class", *model.teachers)
+    output = run_vit(model, images, Needs(logits=True, hidden=frozenset({1}), features=True))
     assert torch.equal(output.logits, whole)
-    assert torch.equal(
-        run_vit(model, images, Needs(features=True)).features, model.forward_features(images)
-    )
+    assert torch.equal(output.features, model.forward_features(images))
     short = run_vit(model, images, Needs(logits=True, attention=frozenset({-1})))
-    assert (short.logits - whole).abs().max() < 1e-5 and (
-        short.head_logits - output.head_logits
-    ).abs().max() < 1e-5
-    assert output.heads == family_of(model).network.heads == ("class", *model.teachers)
-    assert output.num_prefix_tokens == len(output.heads) and output.head_logits.shape == (
-        3,
-        len(output.heads),
-        7,
-    )
-    assert output.hidden[1].shape[1] == len(output.heads) + grid_of(model, images)
+    assert (short.logits - whole).abs().max() < 1e-5
+    assert (short.head_logits - output.head_logits).abs().max() < 1e-5
+    assert output.heads == names and output.head_logits.shape == (3, len(names), 7)
+    assert output.num_prefix_tokens == len(names)
+    assert output.hidden[1].shape[1] == len(names) + num_patches(model, images)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -107,19 +98,14 @@ def test_equals_the_models_own_forward(form: str) -> None:
 def test_some_patches_are_those_tokens_alone(form: str) -> None:
     """The teachers' tokens come from the whole image, whatever patches are kept."""
     model, images = build(form)
-    count = grid_of(model, images)
+    count, prefix = num_patches(model, images), len(model.teachers) + 1
     tokens = model._pos_embed(model.patch_embed(images))
-    prefix = len(model.teachers) + 1
-    assert tokens.shape[1] == prefix + count
-    for kept in (max(1, count // 2), count):
-        keep = torch.stack([torch.randperm(count)[:kept] for _ in images])
-        index = keep[:, :, None].expand(-1, -1, tokens.shape[-1])
-        alone = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
-        expected = model.forward_head(model.norm(model.blocks(model.norm_pre(alone))))
-        assert (
-            run_vit(model, images, Needs(logits=True), keep).logits - expected
-        ).abs().max() < 1e-5
-    assert (expected - model(images)).abs().max() < 1e-5
+    keep = torch.stack([torch.randperm(count)[: max(1, count // 2)] for _ in images])
+    index = keep[:, :, None].expand(-1, -1, tokens.shape[-1])
+    alone = torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, index)], dim=1)
+    expected = model.forward_head(model.norm(model.blocks(model.norm_pre(alone))))
+    found = run_vit(model, images, Needs(logits=True), keep).logits
+    assert (found - expected).abs().max() < 1e-5
 
 
 @pytest.mark.whole
@@ -129,40 +115,25 @@ def test_compiles_as_one_graph(form: str) -> None:
     needs, keep = Needs(logits=True, attention=frozenset({-1})), torch.arange(4).expand(3, -1)
     compiled = torch.compile(run_vit, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.allclose(
-            compiled(model, images, needs, keep).logits,
-            run_vit(model, images, needs, keep).logits,
-            atol=1e-5,
-        )
+        found, expected = (run(model, images, needs, keep).logits for run in (compiled, run_vit))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 # --- heads ---------------------------------------------------------------------------------------
 
 
-@given(
-    seed=st.integers(0, 10**6),
-    weights=st.lists(st.integers(0, 8), min_size=3, max_size=3).filter(any),
-)
+@given(weights=st.lists(st.integers(0, 8), min_size=3, max_size=3).filter(any))
 @torch.no_grad()
-def test_the_prediction_is_made_of_logits(seed: int, weights: list[int]) -> None:
-    torch.manual_seed(seed)
+def test_the_prediction_is_made_of_logits(weights: list[int]) -> None:
     tokens = torch.randn(2, 5, 6)
-    for prediction in ("mean", "class", weights):
+    for prediction, share in (("mean", [1, 1, 1]), ("class", [1, 0, 0]), (weights, weights)):
         heads = TokenHeads(6, 4, ["conv", "inv"], prediction)
-        each = torch.stack(
-            [tokens[:, i] @ heads.linears[i].weight.T + heads.linears[i].bias for i in range(3)]
-        )
-        share = {"mean": [1, 1, 1], "class": [1, 0, 0]}.get(str(prediction), weights)
-        expected = sum(w * logits for w, logits in zip(share, each, strict=True)) / sum(share)
-        assert torch.allclose(heads(tokens), expected, atol=1e-5) and torch.allclose(
-            heads.logits(tokens), each.transpose(0, 1), atol=1e-6
-        )
-        assert heads.answering == tuple(
-            name for name, w in zip(("class", "conv", "inv"), share, strict=True) if w
-        )
-    assert set(heads.state_dict()) == {
-        f"linears.{i}.{part}" for i in range(3) for part in ("weight", "bias")
-    }
+        each = torch.stack([linear(tokens[:, i]) for i, linear in enumerate(heads.linears)])
+        expected = torch.einsum("h,hbc->bc", torch.tensor(share) / sum(share), each)
+        assert torch.allclose(heads(tokens), expected, atol=1e-5)
+        assert torch.equal(heads.logits(tokens), each.transpose(0, 1))
+        named = zip(("class", "conv", "inv"), share, strict=True)
+        assert heads.answering == tuple(name for name, weight in named if weight)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +149,9 @@ def test_a_prediction_that_means_nothing_is_refused(prediction: Any) -> None:
     "names", [[], "conv", ["a", "a"], ["class"], ["all"], ["auto"], ["a b"], ["1st"], [""]]
 )
 def test_names_that_are_none_are_refused(names: Any) -> None:
-    with pytest.raises(ConfigError, match="give a list of distinct names"):
+    with pytest.raises(ConfigError) as caught:
         create_model("advised_vit", teachers=names, **SMALL)
+    assert caught.value.field == "student.model_args.teachers"
 
 
 @pytest.mark.parametrize("form", ["three, weighted", "stems"])
@@ -187,27 +159,12 @@ def test_names_that_are_none_are_refused(names: Any) -> None:
 def test_another_number_of_classes(form: str) -> None:
     model, images = build(form)
     names = model.head.names
-    model.reset_classifier(4)
-    assert (
-        model(images).shape == (3, 4)
-        and model.head.names == family_of(model).network.heads == names
-        and model.num_classes == 4
-    )
     model.train().reset_classifier(0)
-    assert (
-        model.head.training
-        and model.eval()(images).shape == model.forward_features(images).shape
-        and family_of(model).network.heads == ("class",)
-    )
-    assert torch.equal(
-        run_vit(model, images, Needs(features=True)).features, model.forward_features(images)
-    )
-    model.reset_classifier(3)
-    assert model(images).shape == (3, 3) and model.head.names == names
-    with pytest.raises(ConfigError, match="does not pool"):
-        model.reset_classifier(3, "avg")
-    name, args = FORMS[form]
-    assert create_model(name, **{**SMALL, **args, "num_classes": 0}).num_classes == 0
+    assert model.head.training and family_of(model).network.heads == ("class",)
+    assert torch.equal(model.eval()(images), model.forward_features(images))
+    model.reset_classifier(4)
+    assert model(images).shape == (3, 4) and model.num_classes == 4
+    assert model.head.names == family_of(model).network.heads == names
 
 
 def test_tokens_and_heads_start_as_deits() -> None:
@@ -237,21 +194,13 @@ def test_sizes_are_the_authors(size: str, parameters: int, gmacs: float) -> None
 @torch.no_grad()
 def test_the_teachers_tokens_are_means_of_the_stems() -> None:
     model, images = build("stems, oblong")
-    conv, inv = (
-        stem(images).flatten(2).transpose(1, 2)
-        for stem in (model.patch_embed.conv, model.patch_embed.inv)
-    )
-    rest = [
-        model.cls_token.expand(3, -1, -1),
-        conv.mean(1, keepdim=True),
-        inv.mean(1, keepdim=True),
-        conv + inv,
-    ]
-    assert conv.shape == inv.shape == (3, 4 * 6, 48) and model.pos_embed.shape == (1, 4 * 6 + 3, 48)
-    assert torch.equal(
-        model._pos_embed(model.patch_embed(images)), torch.cat(rest, dim=1) + model.pos_embed
-    )
-    assert model.reg_token is None and model.patch_embed.grid_size == (4, 6)
+    stems = (model.patch_embed.conv, model.patch_embed.inv)
+    conv, inv = (stem(images).flatten(2).transpose(1, 2) for stem in stems)
+    cls = model.cls_token.expand(3, -1, -1)
+    means = [conv.mean(1, keepdim=True), inv.mean(1, keepdim=True)]
+    expected = torch.cat([cls, *means, conv + inv], dim=1) + model.pos_embed
+    assert torch.equal(model._pos_embed(model.patch_embed(images)), expected)
+    assert expected.shape[1] == 4 * 6 + 3 and model.patch_embed.grid_size == (4, 6)
 
 
 def test_stems_start_by_kaiming() -> None:
@@ -277,17 +226,16 @@ CIT, ADVISED = "cit_tiny_patch16_224", "advised_vit"
     [
         (CIT, {"img_size": 35, "patch_size": 7}, "even patch size"),
         (CIT, {"img_size": 36, "patch_size": 8}, "36 x 36 pixels into patches of 8 x 8"),
-        (CIT, {"dynamic_img_size": True}, "decides dynamic_img_size itself"),
-        (CIT, {"class_token": False}, "decides class_token itself"),
-        (CIT, {"global_pool": "avg"}, "decides global_pool itself"),
+        (CIT, {"class_token": False}, "takes no argument 'class_token'"),
         (CIT, {"colour": 1}, "takes no argument 'colour'"),
-        (ADVISED, {"reg_tokens": 4}, "decides reg_tokens itself"),
+        (ADVISED, {"reg_tokens": 4}, "takes no argument 'reg_tokens'"),
         (ADVISED, {"base": "resnet18"}, "is no plain ViT"),
         (ADVISED, {"base": "vit_gigantic"}, "is no plain ViT"),
         (ADVISED, {"base": "advised_vit"}, "is no plain ViT"),
-        (ADVISED, {"base": "deit_tiny_distilled_patch16_224"}, "is a VisionTransformerDistilled"),
-        (ADVISED, {"base": "vit_small_patch14_reg4_dinov2"}, "has register tokens"),
-        (ADVISED, {"base": "vit_base_patch16_siglip_224"}, "has no class token"),
+        (ADVISED, {"base": "deit_tiny_distilled_patch16_224"}, "is no plain ViT"),
+        (ADVISED, {"base": "vit_base_patch16_siglip_224"}, "is no plain ViT with a class token"),
+        (ADVISED, {"pretrained": True}, "no pretrained weights"),
+        (CIT, {"pretrained": True}, "no pretrained weights"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name: str, args: dict[str, Any], words: str) -> None:
@@ -295,19 +243,10 @@ def test_what_cannot_be_built_is_refused(name: str, args: dict[str, Any], words:
         create_model(name, **{**SMALL, **args})
 
 
-def test_weights_that_are_not_there_and_images_of_another_size_are_refused() -> None:
-    for name in ("advised_vit", "cit_tiny_patch16_224"):
-        with pytest.raises(ConfigError, match="no pretrained weights"):
-            create_model(name, pretrained=True)
-    with pytest.raises(ConfigError, match="no pretrained weights"):
-        timm.create_model("advised_vit", pretrained=True)
+def test_stems_can_be_given_another_image_size() -> None:
     model, _ = build("stems")
-    with pytest.raises(ConfigError, match="images are 40 x 32, and the student takes 32 x 32"):
-        model(torch.randn(1, 3, 40, 32))
     model.set_input_size((40, 48))
     assert model(torch.randn(1, 3, 40, 48)).shape == (1, 7) and model.pos_embed.shape[1] == 33
-    with pytest.raises(ConfigError, match="cannot be given another"):
-        model.set_input_size(patch_size=4)
 
 
 # --- exported ------------------------------------------------------------------------------------
@@ -352,27 +291,6 @@ def test_onnx(form: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, _ = build(form)
     assert export_onnx(model, tmp_path / "model.onnx", input_spec_of(model)) < 1e-4
-
-
-def test_networks_of_timm_need_no_import(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, args, says in (
-        ("vit_tiny_patch16_224", SMALL, False),
-        ("rednet26", {"channels": [16, 16, 16, 16], "stem_width": 16, "num_classes": 7}, True),
-    ):
-        model = create_model(name, **args)
-        spec = InputSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-        folder = export_timm(
-            model,
-            tmp_path / name,
-            architecture=name,
-            model_args=args,
-            classes=None,
-            input_spec=spec,
-        )
-        assert main(["export", str(folder), "--output", str(tmp_path / f"{name}_again")]) == 0
-        assert ("import vitdistill.models.involution" in capsys.readouterr().out) == says
 
 
 def test_stems_have_a_line_in_the_costs() -> None:

@@ -10,12 +10,11 @@ checked against OliverRensu/co-advise@8049918. What the authors' code cannot do:
 224 x 224, stochastic depth, and teachers other than one convolutional and one involutional.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import (
     build_model_with_cfg,
@@ -46,12 +45,7 @@ class AdvisedViT(VisionTransformer):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make new heads; with 0 classes the network gives its normed tokens."""
-        if global_pool:
-            raise ConfigError(
-                f"an advised student does not pool, and global_pool is {global_pool!r}",
-                fix="leave global_pool out",
-                field="student.model_args",
-            )
+        assert not global_pool, "every head reads its own token: there is nothing to pool"
         self.num_classes = num_classes
         if num_classes > 0:
             heads: Any = TokenHeads(self.embed_dim, num_classes, self.teachers, self.prediction)
@@ -59,43 +53,6 @@ class AdvisedViT(VisionTransformer):
         else:
             heads = nn.Identity()
         self.head = heads.train(self.training)
-
-
-_BASES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # timm's files of plain ViTs
-_OURS = ("reg_tokens", "class_token", "global_pool")
-
-
-def _refuse_own(name: str, options: dict[str, Any], fixed: Sequence[str]) -> None:
-    """Raise `ConfigError` for an argument that the form of the student decides."""
-    for key in fixed:
-        if options.get(key, "") != "":
-            raise ConfigError(
-                f"{name} decides {key} itself",
-                fix=f"leave student.model_args.{key} out",
-                field="student.model_args",
-            )
-
-
-def _refuse_base(base: str, options: dict[str, Any]) -> None:
-    """Raise `ConfigError` for a base that teacher tokens cannot be added to."""
-    fault = "is no plain ViT of timm's"
-    if is_model_in_modules(base, _BASES):
-        probe = model_entrypoint(base.partition(".")[0])(
-            pretrained=False, **{**options, "depth": 1, "num_classes": 0}
-        )
-        if type(probe) is not VisionTransformer:
-            fault = f"is a {type(probe).__name__} and no plain ViT"
-        elif probe.cls_token is None:
-            fault = "has no class token for the labels to train"
-        elif probe.num_reg_tokens:
-            fault = "has register tokens, whose place the teachers' tokens take"
-        else:
-            return
-    raise ConfigError(
-        f"the base {base!r} of advised_vit {fault}",
-        fix=Set("student.model_args.base", "vit_tiny_patch16_224"),
-        field="student.model_args",
-    )
 
 
 def _bn_relu(channels: int) -> list[nn.Module]:
@@ -110,14 +67,10 @@ class TwoStems(nn.Module):
     inv stem's tokens, sum of both stems' tokens]``.
 
     Args:
-        img_size: height and width, or one number for both.
-        patch_size: likewise; even, and a divisor of the image's side.
-        in_chans: channels of the image.
-        embed_dim: width of the tokens.
-        bias: of the two projections.
-        dynamic_img_pad: has to be False.
-        device: of the parameters.
-        dtype: of the parameters.
+        img_size, patch_size: height and width, or one number for both; patches are even and fill
+            the image.
+        in_chans, embed_dim, bias, dynamic_img_pad, device, dtype: as timm's `PatchEmbed`'s; images
+            cannot be padded.
 
     Raises:
         ConfigError: the patch size is odd or does not divide the image's side.
@@ -168,11 +121,8 @@ class TwoStems(nn.Module):
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Take another image size, as timm's `PatchEmbed` does; the patch size stays."""
+        assert patch_size is None, "the stems' strides are made for their patch size"
         size = self.img_size if img_size is None else tuple(map(int, to_2tuple(img_size)))
-        if patch_size is not None and tuple(to_2tuple(patch_size)) != self.patch_size:
-            raise ConfigError(
-                f"two stems of patch size {self.patch_size} cannot be given another ({patch_size})"
-            )
         for side, step in zip(size, self.patch_size, strict=True):
             if step < 2 or step % 2 or side % step:
                 raise ConfigError(
@@ -182,23 +132,15 @@ class TwoStems(nn.Module):
                     field="student.model_args",
                 )
         self.img_size: tuple[int, int] = (size[0], size[1])
-        self.grid_size = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
+        self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Return the pixels a patch, as timm's `PatchEmbed` does."""
-        return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of patches for images of this size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, images: Float[Tensor, "B c h w"]) -> Float[Tensor, "B L D"]:
-        if tuple(images.shape[-2:]) != self.img_size:
-            raise ConfigError(
-                f"images are {images.shape[-2]} x {images.shape[-1]}, and the student takes"
-                f" {self.img_size[0]} x {self.img_size[1]}"
-            )
+        assert tuple(images.shape[-2:]) == self.img_size, "images are of another size"
         conv = self.conv(images).flatten(2).transpose(1, 2)
         inv = self.inv(images).flatten(2).transpose(1, 2)
         return torch.cat([conv.mean(1, keepdim=True), inv.mean(1, keepdim=True), conv + inv], dim=1)
@@ -214,57 +156,45 @@ class CiT(AdvisedViT):
         prediction: see `TokenHeads`.
         options: those of timm's `VisionTransformer`, except what makes the form.
 
-    Raises:
-        ConfigError: an argument is given that the form decides.
-
     Source: ``models.py::DistilledVisionTransformer`` of OliverRensu/co-advise@8049918, whose
         stochastic depth never reaches its blocks.
     """
 
     def __init__(self, prediction: str | Sequence[float] = "mean", **options: Any) -> None:
-        fixed = (
-            "embed_layer",
-            "embed_norm_layer",
-            "dynamic_img_size",
-            "dynamic_img_pad",
-            "no_embed_class",
-            "pos_embed",
-            "pre_norm",
+        stems: Any = TwoStems
+        # Whoever gives one of these too is told so by Python.
+        super().__init__(
+            embed_layer=stems,
+            embed_norm_layer=None,
+            class_token=True,
+            reg_tokens=2,
+            pos_embed="learn",
+            no_embed_class=False,
+            dynamic_img_size=False,
+            dynamic_img_pad=False,
+            global_pool="",
+            **options,
         )
-        _refuse_own("a cit student", options, _OURS + fixed)
-        embed: Any = TwoStems
-        super().__init__(**{**options, "embed_layer": embed, "reg_tokens": 2, "global_pool": ""})
         self.reg_token = None  # the stems' tokens take its places in the position table
         self.advise(("conv", "inv"), prediction)
 
 
-def _classifiers(count: int) -> tuple[str, ...]:
-    return tuple(f"head.linears.{i}" for i in range(count))
-
-
-def _cfg(first_conv: tuple[str, ...] | str, num_heads: int) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": _classifiers(num_heads),
-    }
-
+# --- timm's registry -----------------------------------------------------------------------------
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
-_STEMS = ("patch_embed.conv.0", "patch_embed.inv.0")
+_PLAIN = ("vision_transformer", "vision_transformer_hybrid", "deit")  # timm's files of plain ViTs
+
+
+def _heads(count: int) -> dict[str, Any]:
+    return {"classifier": tuple(f"head.linears.{i}" for i in range(count))}
+
+
+_CIT = {"first_conv": ("patch_embed.conv.0", "patch_embed.inv.0"), "fixed_input_size": True}
 
 default_cfgs = generate_default_cfgs(
     {
-        "advised_vit": _cfg("patch_embed.proj", 3),
-        **{f"cit_{size}_patch16_224": _cfg(_STEMS, 3) for size in _SIZES},
+        "advised_vit": {"first_conv": "patch_embed.proj", "fixed_input_size": True, **_heads(3)},
+        **{f"cit_{size}_patch16_224": {**_CIT, **_heads(3)} for size in _SIZES},
     }
 )
 
@@ -283,8 +213,8 @@ def advised_vit(
 
     Args:
         pretrained: timm sets it to load an export; there are no other pretrained weights.
-        base: timm's name of a plain ViT with a class token and without registers; a tag gives its
-            normalisation, not its weights.
+        base: timm's name of a plain ViT with a class token; a tag gives its normalisation, not its
+            weights. Teachers' tokens take the place of its registers.
         teachers: names of the tokens, in order.
         prediction: see `TokenHeads`.
         options: those of the base.
@@ -293,26 +223,32 @@ def advised_vit(
         ConfigError: no such base, or names or a prediction that make no sense.
     """
     names = teacher_names(teachers)
-    _refuse_own("advised_vit", options, _OURS)
-    kept = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    given = {key: options.pop(key, None) for key in kept}
-    _refuse_base(base, options)
     architecture, _, tag = base.partition(".")
-    saved = given["pretrained_cfg"] is not None
-    if pretrained and not saved:
+    saved, cache_dir = options.pop("pretrained_cfg", None), options.pop("cache_dir", None)
+    probe: Any = None
+    if is_model_in_modules(base, _PLAIN):
+        one_block = {**options, "depth": 1, "num_classes": 0}
+        probe = model_entrypoint(architecture)(pretrained=False, **one_block)
+    is_plain = type(probe) is VisionTransformer and probe.cls_token is not None
+    if not is_plain:
         raise ConfigError(
-            "there are no pretrained weights of advised_vit, only those of exports",
-            fix=Set("student.pretrained", False),
-            field="student.pretrained",
+            f"the base {base!r} of advised_vit is no plain ViT with a class token",
+            fix=Set("student.model_args.base", "vit_tiny_patch16_224"),
+            field="student.model_args",
         )
-    given["pretrained_cfg"] = given["pretrained_cfg"] or tag or None
-    form = {**options, **given, "reg_tokens": len(names), "global_pool": ""}
-    model: Any = model_entrypoint(architecture)(pretrained=False, **form)
+    model: Any = model_entrypoint(architecture)(
+        pretrained=False,
+        reg_tokens=len(names),
+        global_pool="",
+        pretrained_cfg=saved or tag or None,
+        **options,
+    )
+    # timm makes a network by calling a function, which has no place for a class of ours.
     model.__class__ = AdvisedViT
     nn.init.trunc_normal_(model.reg_token, std=0.02)  # as DeiT's distillation token
     model.advise(names, prediction)
-    model.pretrained_cfg.update(architecture="advised_vit", classifier=_classifiers(1 + len(names)))
-    if not saved:  # the base's own weights are not this network's
+    model.pretrained_cfg.update(architecture="advised_vit", **_heads(1 + len(names)))
+    if saved is None:  # the base's own weights are not this network's
         for key in ("url", "hf_hub_id", "file", "custom_load"):
             model.pretrained_cfg.pop(key, None)
     if pretrained:
@@ -322,39 +258,32 @@ def advised_vit(
             num_classes=model.num_classes,
             in_chans=options.get("in_chans", 3),
             filter_fn=checkpoint_filter_fn,
-            cache_dir=given["cache_dir"],
+            cache_dir=cache_dir,
         )
     advised: AdvisedViT = model
     return advised
 
 
-def _create(size: str, pretrained: bool, options: dict[str, Any]) -> CiT:
+def _registered(size: str) -> Callable[..., CiT]:
+    """Register a network under timm's rules: what it is called is the function's name."""
+    name = f"cit_{size}_patch16_224"
     width, heads = _SIZES[size]
-    shape = {"patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
-    made: CiT = build_model_with_cfg(
-        CiT,
-        f"cit_{size}_patch16_224",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **{**shape, **options},
-    )
-    return made
+
+    def create(pretrained: bool = False, **options: Any) -> CiT:
+        shape = {"patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
+        made: CiT = build_model_with_cfg(
+            CiT,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **{**shape, **options},
+        )
+        return made
+
+    create.__name__ = name
+    return register_model(create)
 
 
-@register_model
-def cit_tiny_patch16_224(pretrained: bool = False, **options: Any) -> CiT:
-    """CiT-Ti, 7.6 M parameters; ``options`` are `CiT`'s. There are no pretrained weights."""
-    return _create("tiny", pretrained, options)
-
-
-@register_model
-def cit_small_patch16_224(pretrained: bool = False, **options: Any) -> CiT:
-    """CiT-S, 25.8 M parameters; see `cit_tiny_patch16_224`."""
-    return _create("small", pretrained, options)
-
-
-@register_model
-def cit_base_patch16_224(pretrained: bool = False, **options: Any) -> CiT:
-    """CiT-B, 93.9 M parameters; see `cit_tiny_patch16_224`."""
-    return _create("base", pretrained, options)
+cit_tiny_patch16_224 = _registered("tiny")
+cit_small_patch16_224 = _registered("small")
+cit_base_patch16_224 = _registered("base")

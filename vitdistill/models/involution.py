@@ -9,13 +9,12 @@ Source: "Involution: Inverting the Inherence of Convolution for Visual Recogniti
 sizes that the strides do not divide, and half precision.
 """
 
-import re
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
@@ -29,19 +28,17 @@ class Involution(nn.Module):
 
     ``u`` is the input, or under a stride s its means over s x s cells. If s does not divide a side,
     the last cell is the mean of fewer pixels, and the output has ``ceil(side / s)`` places, as a
-    convolution's (the authors' module fails). Parameters are named and initialised as the authors'
-    (Kaiming normal, bias 0).
+    convolution's (the authors' module fails). Parameters are named and initialised as the authors'.
 
     Args:
-        channels: of input and output.
+        channels: of input and output; a multiple of ``group_channels`` and ``reduction``.
         kernel_size: K, odd.
         stride: s, 1 or more.
         group_channels: channels that share a kernel; the authors' is 16.
         reduction: the kernel is made from ``channels / reduction`` numbers; the authors' is 4.
 
     Raises:
-        ConfigError: channels are not a multiple of ``group_channels`` and of ``reduction``, K is
-            even, or a number is not positive.
+        ConfigError: sizes are not as said.
 
     Source: arXiv 2103.06255 section 3.2; ``involution_naive.py`` of d-li14/involution@21c3158.
     """
@@ -55,25 +52,14 @@ class Involution(nn.Module):
         reduction: int = 4,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("kernel_size", kernel_size),
-            ("stride", stride),
-            ("group_channels", group_channels),
-            ("reduction", reduction),
-        ):
-            if value < 1:
-                raise ConfigError(f"Involution: {name} is {value}, and has to be at least 1")
-        if kernel_size % 2 == 0:
+        positive = min(channels, kernel_size, stride, group_channels, reduction) >= 1
+        if not positive or kernel_size % 2 == 0 or channels % math.lcm(group_channels, reduction):
             raise ConfigError(
-                f"Involution: kernel_size is {kernel_size}, and a pixel has to be the middle of its"
-                " neighbours: give an odd one"
+                f"no involution has {channels} channels in groups of {group_channels}, reduction"
+                f" {reduction}, kernel size {kernel_size} and stride {stride}",
+                fix="give an odd kernel size, and channels that are a multiple of the group's and"
+                " of the reduction",
             )
-        for name, value in (("group_channels", group_channels), ("reduction", reduction)):
-            if channels < 1 or channels % value:
-                raise ConfigError(
-                    f"Involution: {channels} channels are not a multiple of {name}, which is"
-                    f" {value}: change one of them"
-                )
         self.kernel_size = kernel_size
         self.stride = stride
         narrow = channels // reduction
@@ -119,16 +105,11 @@ class RedNet(ResNet):
     """timm's ResNet with involutions: 7 x 7 in the bottlenecks, 3 x 3 in the stem.
 
     Stages have 256, 512, 1024 and 2048 channels by default and are 4, 8, 16 and 32 times smaller
-    than the image. Everything else is timm's ResNet's: ``forward_intermediates``,
-    ``reset_classifier``, stochastic depth, gradient checkpointing.
+    than the image. Everything else is timm's.
 
     Args:
         layers: blocks of each of the four stages, see `DEPTHS`.
-        num_classes: 0: no classifier.
-        in_chans: channels of the image.
-        global_pool: timm's name of the pooling before the classifier.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; earlier ones have less, in proportion.
+        num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as timm's ResNet's.
         channels: of the 7 x 7 involutions of each stage, whose output is 4 times as wide; multiples
             of 16.
         stem_width: channels of the stem's involution, whose output is twice as wide; a multiple of
@@ -140,6 +121,7 @@ class RedNet(ResNet):
     Source: arXiv 2103.06255 section 4.1; ``rednet.py`` of d-li14/involution@21c3158.
     """
 
+    # Not timm's whole list of arguments: involutions have no dilation, groups or second pooling.
     def __init__(
         self,
         layers: Sequence[int],
@@ -189,14 +171,14 @@ def rednet(depth: int, num_classes: int = 1000, **options: Any) -> RedNet:
 
 
 # The stem's names, the authors' and timm's; those of the stages are the same.
-_STEM = (
-    (r"^stem\.0\.conv\.", "conv1.0."),
-    (r"^stem\.0\.bn\.", "conv1.1."),
-    (r"^stem\.1\.", "conv1.3."),
-    (r"^stem\.2\.", "conv1.4."),
-    (r"^stem\.4\.conv\.", "conv1.6."),
-    (r"^stem\.4\.bn\.", "bn1."),
-)
+_STEM = {
+    "stem.0.conv.": "conv1.0.",
+    "stem.0.bn.": "conv1.1.",
+    "stem.1.": "conv1.3.",
+    "stem.2.": "conv1.4.",
+    "stem.4.conv.": "conv1.6.",
+    "stem.4.bn.": "bn1.",
+}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -204,95 +186,51 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     renamed = {}
     for key, value in state_dict.items():
         key = key.removeprefix("backbone.").removeprefix("head.")
-        for pattern, name in _STEM:
-            key = re.sub(pattern, name, key)
+        for theirs, ours in _STEM.items():
+            if key.startswith(theirs):
+                key = ours + key.removeprefix(theirs)
         renamed[key] = value
     return renamed
 
 
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1.0",
-        "classifier": "fc",
-        **changes,
-    }
+# --- timm's registry -----------------------------------------------------------------------------
 
-
-_SMALL = {
-    "input_size": (3, 32, 32),
-    "pool_size": (4, 4),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-}
+_LAYERS = {"first_conv": "conv1.0", "classifier": "fc"}
+_LARGE = {**_LAYERS, "pool_size": (7, 7), "interpolation": "bilinear"}
+_SMALL = {**_LAYERS, "pool_size": (4, 4), "input_size": (3, 32, 32), "crop_pct": 1.0}
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"rednet{depth}": _cfg() for depth in DEPTHS},
-        **{f"rednet{depth}_small": _cfg(**_SMALL) for depth in (26, 38, 50)},
+        **{f"rednet{depth}": _LARGE for depth in DEPTHS},
+        **{f"rednet{depth}_small": _SMALL for depth in (26, 38, 50)},
     }
 )
 
 
-def _create(name: str, pretrained: bool, options: dict[str, Any]) -> RedNet:
-    depth, _, small = name.removeprefix("rednet").partition("_")
-    shape = {"layers": DEPTHS[int(depth)], "small_images": bool(small)}
-    made: RedNet = build_model_with_cfg(
-        RedNet, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**shape, **options}
-    )
-    return made
+def _registered(depth: int, small_images: bool = False) -> Callable[..., RedNet]:
+    """Register a network under timm's rules: what it is called is the function's name."""
+    name = f"rednet{depth}_small" if small_images else f"rednet{depth}"
+
+    def create(pretrained: bool = False, **options: Any) -> RedNet:
+        shape = {"layers": DEPTHS[depth], "small_images": small_images}
+        made: RedNet = build_model_with_cfg(
+            RedNet,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **{**shape, **options},
+        )
+        return made
+
+    create.__name__ = name
+    return register_model(create)
 
 
-@register_model
-def rednet26(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-26, 9.2 M parameters; ``options`` are `RedNet`'s. There are no pretrained weights."""
-    return _create("rednet26", pretrained, options)
-
-
-@register_model
-def rednet38(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-38, 12.4 M parameters; see `rednet26`."""
-    return _create("rednet38", pretrained, options)
-
-
-@register_model
-def rednet50(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-50, 15.5 M parameters; see `rednet26`."""
-    return _create("rednet50", pretrained, options)
-
-
-@register_model
-def rednet101(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-101, 25.7 M parameters; see `rednet26`."""
-    return _create("rednet101", pretrained, options)
-
-
-@register_model
-def rednet152(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-152, 34.0 M parameters; see `rednet26`."""
-    return _create("rednet152", pretrained, options)
-
-
-@register_model
-def rednet26_small(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-26 for images of about 32 x 32; see `RedNet`."""
-    return _create("rednet26_small", pretrained, options)
-
-
-@register_model
-def rednet38_small(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-38 for images of about 32 x 32; see `RedNet`."""
-    return _create("rednet38_small", pretrained, options)
-
-
-@register_model
-def rednet50_small(pretrained: bool = False, **options: Any) -> RedNet:
-    """RedNet-50 for images of about 32 x 32; see `RedNet`."""
-    return _create("rednet50_small", pretrained, options)
+rednet26 = _registered(26)
+rednet38 = _registered(38)
+rednet50 = _registered(50)
+rednet101 = _registered(101)
+rednet152 = _registered(152)
+rednet26_small = _registered(26, small_images=True)
+rednet38_small = _registered(38, small_images=True)
+rednet50_small = _registered(50, small_images=True)

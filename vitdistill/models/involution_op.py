@@ -1,6 +1,9 @@
 """The involution operator: forward, backward, FLOPs, and a form for exporters."""
 
+import math
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -117,22 +120,21 @@ def _reads(kernel_size: int, stride: int, size: int) -> list[tuple[int, int, sli
     return found
 
 
-def _batch_last(x: Tensor, groups: int) -> Tensor:
-    """View ``(B, groups * n, rows, columns)`` as ``(groups, n, rows, columns, B)``."""
+def _parts(groups: int, sized: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors a few groups at a time, ``(groups, channels a group, rows, columns, B)``.
+
+    How many at a time follows from the size of ``sized``.
+    """
+    most = _AT_ONCE.get(sized.device.type, _AT_ONCE_ELSEWHERE)
+    many = max(1, most * groups // max(1, sized.numel()))
     # The batch innermost makes long loops of rows of 4 pixels.
-    return x.unflatten(1, (groups, -1)).permute(1, 2, 3, 4, 0)
+    batch_last = (t.unflatten(1, (groups, -1)).permute(1, 2, 3, 4, 0) for t in tensors)
+    return zip(*(t.split(many) for t in batch_last), strict=True)
 
 
 def _planes(x: Tensor, stride: int) -> dict[tuple[int, int], Tensor]:
-    return {
-        (a, b): x[:, :, a::stride, b::stride].contiguous()
-        for a in range(stride)
-        for b in range(stride)
-    }
-
-
-def _groups_at_once(out: Tensor, groups: int) -> int:
-    return max(1, _AT_ONCE.get(out.device.type, _AT_ONCE_ELSEWHERE) * groups // max(1, out.numel()))
+    """View every ``stride``-th pixel, from each place to begin at."""
+    return {(a, b): x[:, :, a::stride, b::stride] for a, b in product(range(stride), repeat=2)}
 
 
 def _output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
@@ -140,10 +142,9 @@ def _output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
     taps = _taps(kernel_size, stride, x.shape[2], x.shape[3])
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(x.shape[:2] + kernel.shape[2:])
-    many = _groups_at_once(y, groups)
-    parts = (_batch_last(t, groups).split(many) for t in (x, kernel, y))
-    for image, weights, out in zip(*parts, strict=True):
-        planes, weights = _planes(image.to(dtype), stride), weights.to(dtype).contiguous()
+    for image, weights, out in _parts(groups, y, x, kernel, y):
+        planes = {at: t.contiguous() for at, t in _planes(image.to(dtype), stride).items()}
+        weights = weights.to(dtype).contiguous()
         total = torch.zeros(out.shape, dtype=dtype, device=x.device)
         for tap in taps:
             rows, columns = tap.here
@@ -160,23 +161,19 @@ def _gradient_of_input(
     taps = _taps(kernel_size, stride, height, width)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     dx = grad.new_empty((*grad.shape[:2], height, width))
-    many = _groups_at_once(dx, groups)
-    parts = (_batch_last(t, groups).split(many) for t in (grad, kernel, dx))
-    for given, weights, out in zip(*parts, strict=True):
+    for given, weights, out in _parts(groups, dx, grad, kernel, dx):
         given, weights = given.to(dtype).contiguous(), weights.to(dtype).contiguous()
+        views = _planes(out, stride)
         planes = {
-            (a, b): torch.zeros(
-                out[:, :, a::stride, b::stride].shape, dtype=dtype, device=grad.device
-            )
-            for a in range(stride)
-            for b in range(stride)
+            at: torch.zeros(view.shape, dtype=dtype, device=grad.device)
+            for at, view in views.items()
         }
         for tap in taps:
             rows, columns = tap.here
             weight = weights[:, tap.number, None, rows, columns]
             planes[tap.plane][:, :, *tap.there].addcmul_(given[:, :, rows, columns], weight)
-        for (a, b), plane in planes.items():
-            out[:, :, a::stride, b::stride] = plane
+        for at, view in views.items():
+            view.copy_(planes[at])
     return dx
 
 
@@ -186,60 +183,42 @@ def _gradient_of_kernel(
     taps = _taps(kernel_size, stride, x.shape[2], x.shape[3])
     dtype = torch.promote_types(x.dtype, torch.float32)
     dk = x.new_empty((len(x), groups * kernel_size**2, *grad.shape[2:]))
-    many = _groups_at_once(grad, groups)
-    parts = (_batch_last(t, groups).split(many) for t in (grad, x, dk))
-    for given, image, out in zip(*parts, strict=True):
-        given, planes = given.to(dtype).contiguous(), _planes(image.to(dtype), stride)
+    for given, image, out in _parts(groups, grad, grad, x, dk):
+        given = given.to(dtype).contiguous()
+        planes = {at: t.contiguous() for at, t in _planes(image.to(dtype), stride).items()}
         total = torch.zeros(out.shape, dtype=dtype, device=x.device)
         for tap in taps:
             rows, columns = tap.here
-            product = given[:, :, rows, columns] * planes[tap.plane][:, :, *tap.there]
-            torch.sum(product, 1, out=total[:, tap.number, rows, columns])
+            summands = given[:, :, rows, columns] * planes[tap.plane][:, :, *tap.there]
+            torch.sum(summands, 1, out=total[:, tap.number, rows, columns])
         out.copy_(total)
     return dk
 
 
+# --- what torch has to know of them --------------------------------------------------------------
+
 # Registered operators, so that autograd keeps the two inputs alone and FLOPs can be counted.
-_forward_op = torch.library.custom_op(
-    "vitdistill::involution",
-    _output,
-    mutates_args=(),
-    schema="(Tensor x, Tensor kernel, SymInt kernel_size, SymInt stride) -> Tensor",
-)
+_forward_op = torch.library.custom_op("vitdistill::involution", _output, mutates_args=())
 _input_op = torch.library.custom_op(
-    "vitdistill::involution_gradient_of_input",
-    _gradient_of_input,
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor kernel, SymInt height, SymInt width, SymInt kernel_size, SymInt"
-        " stride) -> Tensor"
-    ),
+    "vitdistill::involution_gradient_of_input", _gradient_of_input, mutates_args=()
 )
 _kernel_op = torch.library.custom_op(
-    "vitdistill::involution_gradient_of_kernel",
-    _gradient_of_kernel,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, SymInt groups, SymInt kernel_size, SymInt stride) -> Tensor",
+    "vitdistill::involution_gradient_of_kernel", _gradient_of_kernel, mutates_args=()
 )
+_ops = torch.ops.vitdistill
 
-
-@_forward_op.register_fake
-def _fake_output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:
-    return x.new_empty(x.shape[:2] + kernel.shape[2:])
-
-
-@_input_op.register_fake
-def _fake_gradient_of_input(
-    grad: Tensor, kernel: Tensor, height: int, width: int, kernel_size: int, stride: int
-) -> Tensor:
-    return grad.new_empty((*grad.shape[:2], height, width))
-
-
-@_kernel_op.register_fake
-def _fake_gradient_of_kernel(
-    grad: Tensor, x: Tensor, groups: int, kernel_size: int, stride: int
-) -> Tensor:
-    return x.new_empty((len(x), groups * kernel_size**2, *grad.shape[2:]))
+# Shapes without numbers, for torch.compile and the meta device.
+_forward_op.register_fake(
+    lambda x, kernel, kernel_size, stride: x.new_empty(x.shape[:2] + kernel.shape[2:])
+)
+_input_op.register_fake(
+    lambda grad, kernel, height, width, *_: grad.new_empty((*grad.shape[:2], height, width))
+)
+_kernel_op.register_fake(
+    lambda grad, x, groups, kernel_size, stride: x.new_empty(
+        (len(x), groups * kernel_size**2, *grad.shape[2:])
+    )
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
@@ -249,34 +228,25 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, kernel = ctx.saved_tensors
-    size, stride, ops = ctx.kernel_size, ctx.stride, torch.ops.vitdistill
-    wants_x, wants_kernel = ctx.needs_input_grad[:2]
+    size, stride = ctx.kernel_size, ctx.stride
     height, width, groups = x.shape[2], x.shape[3], kernel.shape[1] // size**2
     dx = dk = None
-    if wants_x:
-        dx = ops.involution_gradient_of_input(grad, kernel, height, width, size, stride)
-    if wants_kernel:
-        dk = ops.involution_gradient_of_kernel(grad, x, groups, size, stride)
+    if ctx.needs_input_grad[0]:
+        dx = _ops.involution_gradient_of_input(grad, kernel, height, width, size, stride)
+    if ctx.needs_input_grad[1]:
+        dk = _ops.involution_gradient_of_kernel(grad, x, groups, size, stride)
     return dx, dk, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.vitdistill.involution)
-def _flops_of_output(x: Any, kernel: Any, kernel_size: int, *args: Any, **kwargs: Any) -> int:
-    return 2 * x[0] * x[1] * kernel[2] * kernel[3] * kernel_size**2
+@register_flop_formula(_ops.involution)
+def _flops(x: Any, kernel: Any, kernel_size: int, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * kernel_size**2
 
 
-@register_flop_formula(torch.ops.vitdistill.involution_gradient_of_input)
-def _flops_of_input(
-    grad: Any, kernel: Any, height: int, width: int, kernel_size: int, *args: Any, **kwargs: Any
-) -> int:
-    return 2 * grad[0] * grad[1] * grad[2] * grad[3] * kernel_size**2
-
-
-@register_flop_formula(torch.ops.vitdistill.involution_gradient_of_kernel)
-def _flops_of_kernel(
-    grad: Any, x: Any, groups: int, kernel_size: int, *args: Any, **kwargs: Any
-) -> int:
-    return 2 * grad[0] * grad[1] * grad[2] * grad[3] * kernel_size**2
+@register_flop_formula([_ops.involution_gradient_of_input, _ops.involution_gradient_of_kernel])
+def _flops_of_gradient(grad: Any, *args: Any, **_: Any) -> int:
+    kernel_size = args[-2]
+    return 2 * math.prod(grad) * kernel_size**2

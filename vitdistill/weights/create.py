@@ -204,7 +204,7 @@ def _build(
 
 
 def _cannot_build(name: str, spelled: str, error: Exception) -> ConfigError:
-    asked = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    asked = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
     if asked is not None:
         return ConfigError(
             f"{printable(name)} takes no argument {asked[1]!r}",
