@@ -2,9 +2,8 @@
 together, whatever one of them meets.
 """
 
-import json
 import os
-import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,21 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from small_runs import (
+    environment,
+    losses,
+    ranks,
+    result,
+    run,
+    said,
+    spare_vit,
+    start_ranks,
+    steps_saved,
+    tree,
+    unfinished,
+    until,
+    write_images,
+)
 
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
@@ -30,137 +44,103 @@ from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.runs.prepare import prepare
 from vitdistill.storage import checkpoint
 from vitdistill.weights.create import create_model
-from vitdistill.world import ProcessLost, World, choose_device, join_world
+from vitdistill.world import ALONE, ProcessLost, choose_device, join_world
 
 pytestmark = pytest.mark.whole
 
 # Nothing random in the student, whose draws depend on the number of processes.
 CALM = {"student.drop_path": 0.0, "train.log_every": 1, "train.ema_decay": None}
+ENDLESS = {"train.epochs": 2000, "train.eval_every": 2000, "train.log_every": 1}
 
 
 @pytest.fixture(scope="module")
-def folder_of_one(tmp_path_factory):
-    return tmp_path_factory.mktemp("one") / "run"
+def one(tmp_path_factory, taught):
+    """The folder of one process's run, and its summary."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    return folder, run(taught(**CALM), folder)
 
 
-@pytest.fixture
-def one(folder_of_one, taught, tools):
-    """The folder of one process's run."""
-    if not (folder_of_one / "summary.json").exists():
-        tools.run(taught(**CALM), folder_of_one)
-    return folder_of_one
-
-
-def same_numbers(ours, theirs, rel):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
+def same_losses(ours, theirs, rel=1e-4):
+    for a, b in zip(losses(ours), losses(theirs), strict=True):
         assert a == pytest.approx(b, rel=rel)
 
 
 # -- the same run ---------------------------------------------------------------------------------
 
 
-def test_two_processes_see_the_samples_and_views_of_one(taught, tools):
+def test_two_processes_see_the_samples_and_views_of_one(taught):
     """Every pixel, label and mixing weight, micro-batches included, in the order of the
     processes.
     """
-    recipe = taught()
 
     def batches(count):
         with join_world("cpu") as here:
-            job = prepare(recipe, here, lambda text: None)
+            job = prepare(taught(), here, lambda text: None)
             parts = [batch for step in job.loaders.train.batches(1, 4) for batch in step]
         return [(b.ids.tolist(), b.views.tolist(), b.lam.tolist(), b.images.numpy()) for b in parts]
 
-    one, two = batches(1), tools.ranks(2, batches)
+    one, two = batches(1), ranks(2, batches)
     assert len(one) == len(two[0]) == len(two[1]) == 8
-    for step in range(4):
-        whole = [one[2 * step + i] for i in range(2)]
-        parts = [two[rank][2 * step + i] for rank in range(2) for i in range(2)]
+    for step in (0, 2, 4, 6):
+        whole = one[step : step + 2]
+        parts = [batch for rank in two for batch in rank[step : step + 2]]
         for column in range(3):
-            assert [x for batch in whole for x in batch[column]] == [
-                x for batch in parts for x in batch[column]
-            ]
-        images = [torch.from_numpy(batch[3]) for batch in parts]
-        assert torch.equal(
-            torch.cat([torch.from_numpy(batch[3]) for batch in whole]), torch.cat(images)
-        )
+            ours, theirs = ([x for b in half for x in b[column]] for half in (whole, parts))
+            assert ours == theirs
+        ours, theirs = ([x.tobytes() for b in half for x in b[3]] for half in (whole, parts))
+        assert ours == theirs
 
 
-@pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (2, 4)])
-def test_losses_are_those_of_one_process(tmp_path, one, taught, tools, count, accumulate):
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_losses_are_those_of_one_process(tmp_path, one, taught, accumulate):
     recipe = taught(**CALM, **{"train.accumulate": accumulate})
-    answers = tools.ranks(count, lambda rank: tools.run(recipe, tmp_path / "many"))
-    assert [answer["processes"] for answer in answers] == [count] * count
-    assert all(answer == answers[0] for answer in answers)
-    same_numbers(tools.losses(one), tools.losses(tmp_path / "many"), rel=1e-4)
-    a, b = (
-        json.loads((folder / "summary.json").read_text()) for folder in (one, tmp_path / "many")
-    )
-    assert b["scores"]["num_samples"] == 21 and a["scores"] == pytest.approx(b["scores"], rel=1e-4)
+    first, second = ranks(2, lambda rank: run(recipe, tmp_path / "many"))
+    assert first == second and first["processes"] == 2 and first["scores"]["num_samples"] == 21
+    same_losses(one[0], tmp_path / "many")
+    assert first["scores"] == pytest.approx(one[1]["scores"], rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_evaluation_is_exact_on_odd_sizes(images, teacher, tools, count):
+@pytest.mark.parametrize("count", [2, 5])
+def test_evaluation_is_exact_on_odd_sizes(images, teacher, count):
     """21 images in batches of 4: no process has as many as another, and none is counted twice."""
     model = create_model(str(teacher / "last"))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        model.head.weight += 0.3 * torch.randn(
-            model.head.weight.shape, generator=torch.Generator().manual_seed(0)
-        )
-    spec = input_spec_of(model)
+        model.head.weight += 0.3 * torch.randn(model.head.weight.shape, generator=generator)
+    spec, source = input_spec_of(model), open_source(str(images), "val")
 
     def scores(rank):
         with join_world("cpu") as here:
-            loader = EvalLoader(
-                open_source(str(images), "val"),
-                spec,
-                batch_size=4,
-                world=here,
-            )
-            return evaluate(model, loader, here)
+            return evaluate(model, EvalLoader(source, spec, batch_size=4, world=here), here)
 
-    alone = evaluate(
-        model,
-        EvalLoader(open_source(str(images), "val"), spec, batch_size=4),
-        World(0, 1, torch.device("cpu")),
-    )
+    alone = evaluate(model, EvalLoader(source, spec, batch_size=4), ALONE)
     assert alone["num_samples"] == 21 and alone["top1"] < 1.0
-    for found in tools.ranks(count, scores):
+    for found in ranks(count, scores):
         assert found == pytest.approx(alone, rel=1e-6)
 
 
-def test_two_processes_repeat_themselves_and_resume_exactly(tmp_path, taught, tools):
+def test_two_processes_repeat_themselves_and_resume_exactly(tmp_path, taught):
     """Stochastic depth, moving average and micro-batches included; the interruption is in the
     middle of an epoch and of a log window.
     """
-    recipe = taught(**{"student.drop_path": 0.3})
-    tools.ranks(2, lambda rank: tools.run(recipe, tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    for step in range(6, 10):
-        shutil.rmtree(checkpoint.folder_of(tmp_path / "run", step))
-    said = tools.ranks(2, lambda rank: tools.said(recipe, tmp_path / "run"))
-    assert f"resuming {tmp_path / 'run'} at step 5 of 9" in said[0] and said[1] == []
-    assert tools.result(tmp_path / "run") == tools.result(tmp_path / "whole")
+    recipe = taught()
+    ranks(2, lambda rank: run(recipe, tmp_path / "whole"))
+    folder = unfinished(tmp_path / "whole", tmp_path / "run", 5)
+    first, second = ranks(2, lambda rank: said(recipe, folder))
+    assert f"resuming {folder} at step 5 of 9" in first and second == []
+    assert result(folder) == result(tmp_path / "whole")
 
 
-def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path, one, taught, tools):
-    recipe, folder = taught(**CALM), shutil.copytree(one, tmp_path / "run")
-    (folder / "summary.json").unlink()
-    for step in range(5, 10):
-        shutil.rmtree(checkpoint.folder_of(folder, step))
-    said = tools.ranks(2, lambda rank: tools.said(recipe, folder))[0]
-    assert (
-        "this run goes on with processes 1 before, 2 now: same samples and views, numbers may"
-        " differ in their last bits" in said
-    )
-    same_numbers(tools.losses(one), tools.losses(folder), rel=1e-4)
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path, one, taught):
+    recipe, folder = taught(**CALM), unfinished(one[0], tmp_path / "run", 4)
+    lines = ranks(2, lambda rank: said(recipe, folder))[0]
+    assert any("processes 1 before, 2 now: same samples and views" in line for line in lines)
+    same_losses(one[0], folder)
 
 
-def test_a_parameter_without_a_gradient_does_not_stop_processes(tmp_path, plain, tools):
-    recipe = plain(**{"student.model": tools.spare_vit()})
-    answers = tools.ranks(2, lambda rank: tools.run(recipe, tmp_path / "run"))
+def test_a_parameter_without_a_gradient_does_not_stop_processes(tmp_path, plain):
+    recipe = plain(**{"student.model": spare_vit()})
+    answers = ranks(2, lambda rank: run(recipe, tmp_path / "run"))
     assert [answer["steps"] for answer in answers] == [9, 9]
     tensors, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 9))
     assert torch.equal(tensors["distillation.student.spare"], torch.ones(3))
@@ -169,81 +149,57 @@ def test_a_parameter_without_a_gradient_does_not_stop_processes(tmp_path, plain,
 # -- stopping together ----------------------------------------------------------------------------
 
 
-def together(tools, count, work, kind, sentence):
-    """Every process leaves by itself, with the same sentence."""
-    errors = tools.ranks(count, work)
-    assert [type(error) for error in errors] == [kind] * count and len(
-        {str(error) for error in errors}
-    ) == 1
-    assert sentence in str(errors[0]) and "\n" not in str(errors[0])
+def together(recipe, folder, kind, sentence, prepared=None):
+    """Both processes leave by themselves, with the same sentence."""
+    errors = ranks(2, lambda rank: run(recipe, folder, prepared=prepared))
+    assert [type(error) for error in errors] == [kind] * 2
+    assert str(errors[0]) == str(errors[1]) and "\n" not in str(errors[0])
+    assert sentence in str(errors[0])
 
 
-def broken_images(tmp_path, tools, place):
-    root = tools.write_images(tmp_path / "images")
-    path = root / place
+@pytest.mark.parametrize(
+    ("place", "workers"), [("train/bee/03.png", 0), ("train/bee/03.png", 1), ("val/cat/05.png", 0)]
+)
+def test_an_image_only_one_process_meets(tmp_path, plain, place, workers):
+    path = write_images(tmp_path / "images") / place
     path.write_bytes(path.read_bytes()[:-40])
-    return {"data.dir": str(root), "data.in_memory": False}
+    images = {"data.dir": str(tmp_path / "images"), "data.in_memory": False}
+    recipe = plain(**images, **{"data.workers": workers})
+    together(recipe, tmp_path / "run", DataError, place[-10:])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_only_one_process_meets(tmp_path, plain, tools, workers):
-    recipe = plain(
-        **broken_images(tmp_path, tools, "train/bee/03.png"), **{"data.workers": workers}
-    )
-    together(tools, 2, lambda rank: tools.run(recipe, tmp_path / "run"), DataError, "bee/03.png")
-    assert not (tmp_path / "run" / "in_use.json").exists()
-
-
-def test_a_validation_image_only_one_process_meets(tmp_path, plain, tools):
-    recipe = plain(**broken_images(tmp_path, tools, "val/cat/05.png"))
-    together(tools, 2, lambda rank: tools.run(recipe, tmp_path / "run"), DataError, "cat/05.png")
-
-
-def test_a_validation_image_in_the_preflight(tmp_path, taught, tools):
-    recipe = taught(**broken_images(tmp_path, tools, "val/cat/05.png"))
-    together(tools, 2, lambda rank: tools.run(recipe, tmp_path / "run"), DataError, "cat/05.png")
+def test_a_validation_image_in_the_preflight(tmp_path, taught):
+    path = write_images(tmp_path / "images") / "val" / "cat" / "05.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    recipe = taught(**{"data.dir": str(tmp_path / "images")})
+    together(recipe, tmp_path / "run", DataError, "cat/05.png")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_only_the_first_process_looks_at(tmp_path, plain, tools):
+def test_a_folder_only_the_first_process_looks_at(tmp_path, plain, taught, whole):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    together(tools, 2, lambda rank: tools.run(plain(), tmp_path / "run"), ConfigError, "thesis.txt")
-    shutil.rmtree(tmp_path / "run")
-    tools.run(plain(), tmp_path / "run")
-    before = tools.tree(tmp_path / "run")
-    answers = tools.ranks(2, lambda rank: tools.run(plain(), tmp_path / "run"))
-    assert answers[0] == answers[1] == json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert tools.tree(tmp_path / "run") == before
+    together(plain(), tmp_path / "run", ConfigError, "thesis.txt")
+    before = tree(whole)
+    first, second = ranks(2, lambda rank: run(taught(), whole))
+    assert first == second and first["steps"] == 9 and tree(whole) == before
 
 
-def test_a_disk_that_is_full_for_the_process_that_writes(tmp_path, plain, tools):
-    def work(rank):
-        import resource
+def test_a_disk_that_is_full_for_the_process_that_writes(tmp_path, plain):
+    def fill(job):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
-        def fill(job):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
-        return tools.run(plain(), tmp_path / "run", prepared=fill)
-
-    together(tools, 2, work, DiskError, "/checkpoints/")
+    together(plain(), tmp_path / "run", DiskError, "/checkpoints/", prepared=fill)
 
 
-def test_a_damaged_state_is_named_once_and_refused_together(tmp_path, plain, tools):
-    tools.run(plain(**{"train.save_every": 3}), tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
+def test_a_damaged_state_is_refused_together(tmp_path, whole, taught):
+    folder = unfinished(whole, tmp_path / "run", 3)
+    for path in (folder / "checkpoints").iterdir():
         (path / "state.json").write_text("{}")
-    together(
-        tools,
-        2,
-        lambda rank: tools.run(plain(**{"train.save_every": 3}), tmp_path / "run"),
-        DataError,
-        "none of the checkpoints in ",
-    )
+    together(taught(), folder, DataError, "none of the checkpoints in ")
 
 
-def test_a_number_that_is_none_on_one_process(tmp_path, plain, tools):
+def test_a_number_that_is_none_on_one_process(tmp_path, plain):
     """The other process names it too, and not its own share of the gradients."""
 
     def fault(job):
@@ -251,44 +207,27 @@ def test_a_number_that_is_none_on_one_process(tmp_path, plain, tools):
             lambda module, inputs, output: output * torch.nan if module.training else output
         )
 
-    together(
-        tools,
-        2,
-        lambda rank: tools.run(plain(), tmp_path / "run", prepared=fault),
-        NonFiniteError,
-        "the loss 'ce' (samples",
-    )
+    together(plain(), tmp_path / "run", NonFiniteError, "the loss 'ce' (samples", prepared=fault)
 
 
 @pytest.mark.parametrize("told", [0, 1])
-def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, plain, tools, told):
-    endless = {
-        "train.epochs": 2000,
-        "train.eval_every": 2000,
-        "train.save_every": 100_000,
-        "train.log_every": 1,
-    }
-    recipe, folder = plain(**endless), tmp_path / "run"
-    children = tools.start_ranks(2, lambda rank: tools.run(recipe, folder))
-    tools.until(
-        lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size
-    )
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, plain, told):
+    folder, recipe = tmp_path / "run", plain(**ENDLESS, **{"train.save_every": 100_000})
+    children = start_ranks(2, lambda rank: run(recipe, folder))
+    until(lambda: (folder / "metrics.jsonl").exists() and losses(folder))
     children[told].kill(signal.SIGTERM)
     errors = [child.wait() for child in children]
-    assert [type(error) for error in errors] == [Preempted] * 2 and [
-        child.code for child in children
-    ] == [75, 75]
-    (saved,) = (folder / "checkpoints").iterdir()
-    assert all(
-        f"at step {int(saved.name.removeprefix('step-'))} of 6000" in str(error) for error in errors
-    )
+    assert [type(error) for error in errors] == [Preempted] * 2
+    assert [child.code for child in children] == [75, 75]
+    (saved,) = steps_saved(folder)
+    assert all(f"at step {saved} of 6000" in str(error) for error in errors)
     assert f"stopped by {('SIGTERM', 'another process')[told]} at" in str(errors[0])
 
 
-def test_a_process_that_dies_does_not_leave_the_others_hanging(tmp_path, plain, tools):
-    recipe, folder = plain(**{"train.epochs": 2000, "train.eval_every": 2000}), tmp_path / "run"
-    children = tools.start_ranks(2, lambda rank: tools.run(recipe, folder))
-    tools.until(lambda: any((folder / "checkpoints").glob("step-*")))
+def test_a_process_that_dies_does_not_leave_the_others_hanging(tmp_path, plain):
+    recipe, folder = plain(**ENDLESS), tmp_path / "run"
+    children = start_ranks(2, lambda rank: run(recipe, folder))
+    until(lambda: steps_saved(folder))
     children[1].kill()
     error = children[0].wait(30)
     assert children[1].wait() is None
@@ -300,7 +239,11 @@ def test_a_process_that_dies_does_not_leave_the_others_hanging(tmp_path, plain, 
 # -- the world itself -----------------------------------------------------------------------------
 
 
-def test_meeting(tools):
+def fail(error):
+    raise error
+
+
+def test_meeting():
     def work(rank):
         with join_world("cpu") as here:
             seen = [
@@ -316,20 +259,16 @@ def test_meeting(tools):
             with here.together():
                 pass
             with pytest.raises(ConfigError, match="main"):
-                here.from_main(lambda: (_ for _ in ()).throw(ConfigError("main")))
+                here.from_main(lambda: fail(ConfigError("main")))
         assert not dist.is_initialized()
         return seen
 
-    for found in tools.ranks(3, work):
+    for found in ranks(3, work):
         assert found == [[True, False], 20, ["r0", "r1", "r2"], "main 0", [1.0, 1.0]]
-    alone = World(0, 1, torch.device("cpu"))
-    assert (
-        alone.any(True, False) == [True, False]
-        and alone.most(3) == 3
-        and alone.from_main(lambda: 5) == 5
-    )
+    assert ALONE.any(True, False) == [True, False]
+    assert ALONE.most(3) == 3 and ALONE.from_main(lambda: 5) == 5
     with pytest.raises(UserError, match="mine"):
-        alone.agree(UserError("mine"))
+        ALONE.agree(UserError("mine"))
 
 
 def test_devices():
@@ -345,44 +284,35 @@ def test_devices():
         assert caught.value.fixes == (Give("device", "cpu"),)
 
 
-def test_torchrun(tmp_path, plain, tools):
+def test_torchrun(tmp_path, plain):
     """The real launcher: Ctrl-C to the whole group, as a terminal sends it and the launcher once
     more; then on from there.
     """
-    recipe = plain(
-        **{"name": "run", "train.epochs": 8, "train.eval_every": 8, "train.save_every": 100}
-    )
+    changes = {"train.epochs": 8, "train.eval_every": 8, "train.save_every": 100}
+    recipe, folder = plain(name="run", **changes), tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    folder = tmp_path / "run"
     words = ["train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
-    launch = [
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        "--nproc-per-node=2",
-    ]  # not every host knows an address of its own name
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *launch,
-        "-m",
-        "vitdistill.cli",
-        *words,
-    ]
-
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # Not every host knows an address of its own name.
+    launch = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vitdistill.cli"]
     with subprocess.Popen(
-        command, env=tools.environment(), start_new_session=True, **pipes
+        [*command, *words],
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as launcher:
-        said = ""
+        printed = ""
+        assert launcher.stdout is not None
         for line in launcher.stdout:
-            said += line
+            printed += line
             if line.startswith("step 6/"):
                 os.killpg(launcher.pid, signal.SIGINT)
-    assert launcher.returncode != 0 and "stopped by SIGINT at step " in said
-    newest = checkpoint.latest(folder)
-    assert newest is not None and 6 <= int(newest.name.removeprefix("step-")) < 24
-    said = tools.ranks(2, lambda rank: tools.said(recipe, folder))[0]
-    assert f"resuming {folder} at step {int(newest.name.removeprefix('step-'))} of 24" in said
-    tools.run(recipe, tmp_path / "one")
-    same_numbers(tools.losses(tmp_path / "one"), tools.losses(folder), rel=2e-3)
+    assert launcher.returncode != 0 and "stopped by SIGINT at step " in printed
+    (step,) = steps_saved(folder)
+    assert 6 <= step < 24
+    lines = ranks(2, lambda rank: said(recipe, folder))[0]
+    assert f"resuming {folder} at step {step} of 24" in lines
+    run(recipe, tmp_path / "one")
+    same_losses(tmp_path / "one", folder, rel=2e-3)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from small_runs import Child, tree
 
 from vitdistill.errors import ConfigError, DiskError, PermissionDenied
 from vitdistill.recipes.config import Recipe
@@ -36,7 +37,7 @@ def test_a_run_is_recognised_by_its_recipe(tmp_path):
     assert finished(tmp_path / "run", RECIPE) == {"steps": 3}
 
 
-def test_other_fields_are_named_and_nothing_changes(tmp_path, tools):
+def test_other_fields_are_named_and_nothing_changes(tmp_path):
     with RunFolder(tmp_path, RECIPE, {}):
         pass
     other = replace(
@@ -44,14 +45,14 @@ def test_other_fields_are_named_and_nothing_changes(tmp_path, tools):
         train=replace(RECIPE.train, seed=1, epochs=7),
         optim=replace(RECIPE.optim, lr=0.5, opt="sgd"),
     )
-    before = tools.tree(tmp_path)
+    before = tree(tmp_path)
     for attempt in (check_folder, finished, partial(RunFolder, identity={})):
         with pytest.raises(
             ConfigError,
             match=r"optim\.lr is 0\.5 here and 0\.001 there; optim\.opt is 'sgd' .* and 1 more",
         ):
             attempt(tmp_path, other)
-    assert tools.tree(tmp_path) == before
+    assert tree(tmp_path) == before
 
 
 def test_somebody_elses_files_are_refused(tmp_path):
@@ -69,7 +70,7 @@ def test_somebody_elses_files_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_no_permission_is_said(tmp_path, tools):
+def test_no_permission_is_said(tmp_path):
     tmp_path.chmod(0o555)
     # pytest's own folders above it are closed to other users
     fd = os.open(tmp_path, os.O_RDONLY)
@@ -84,11 +85,11 @@ def test_no_permission_is_said(tmp_path, tools):
 
         return check_folder(Path("run"), RECIPE)
 
-    error = tools.Child(attempt).wait()
+    error = Child(attempt).wait()
     assert type(error) is PermissionDenied and "no permission" in str(error)
 
 
-def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools, monkeypatch):
+def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, monkeypatch):
     """Killed after the folder is locked, in the middle of writing the recipe."""
     run = tmp_path / "run"
 
@@ -96,7 +97,7 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, tools, monkeypa
         monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         RunFolder(run, RECIPE, {})
 
-    tools.Child(begin).wait()
+    Child(begin).wait()
     (run / ".tmp-host.01234567-17-0123456789ab").write_text("an earlier version's")
     assert len(list(run.iterdir())) == 3
     assert not check_folder(run, RECIPE)
@@ -133,7 +134,7 @@ def test_an_export_that_was_replaced_is_cleared_away_once_the_new_one_is_there(t
 # -- locks ----------------------------------------------------------------------------------------
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, tools):
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     ready, go = os.pipe()
 
     def hold():
@@ -141,13 +142,13 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, tools):
             os.write(go, b"x")
             time.sleep(60)
 
-    holder = tools.Child(hold)
+    holder = Child(hold)
     os.read(ready, 1)
-    before = tools.tree(tmp_path)
+    before = tree(tmp_path)
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"is in use by process {holder.pid} "):
             RunFolder(tmp_path, RECIPE, {})
-    assert tools.tree(tmp_path) == before
+    assert tree(tmp_path) == before
     holder.kill()
     holder.wait()
     for _ in range(2):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from small_runs import VIT, Child, ranks, run, start_ranks, until, write_images
 
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.labels.store import LabelStore
@@ -50,7 +51,7 @@ def leftovers(folder):
 # -- the same bytes -------------------------------------------------------------------------------
 
 
-def test_bytes_do_not_depend_on_workers_or_processes(kd, tools, tmp_path):
+def test_bytes_do_not_depend_on_workers_or_processes(kd, tmp_path):
     recipe = kd(**{"data.in_memory": False})  # views are made one by one, in workers if any
     written(recipe, tmp_path / "0")
     expected = parts(tmp_path / "0")
@@ -61,14 +62,14 @@ def test_bytes_do_not_depend_on_workers_or_processes(kd, tools, tmp_path):
     def work(name):
         return label(recipe, tmp_path / name, EXACT, device="cpu").parts
 
-    done = tools.ranks(3, lambda rank: work("p"))
+    done = ranks(3, lambda rank: work("p"))
     assert sum(done) == 12 and min(done) > 0 and parts(tmp_path / "p") == expected
     # Without torchrun too: separate commands on one folder.
-    children = [tools.Child(lambda: work("c")) for _ in range(2)]
+    children = [Child(lambda: work("c")) for _ in range(2)]
     assert sum(child.wait() for child in children) == 12 and parts(tmp_path / "c") == expected
 
 
-def test_bytes_do_not_depend_on_being_killed(kd, tools, tmp_path):
+def test_bytes_do_not_depend_on_being_killed(kd, tmp_path):
     recipe = kd(**{"train.eval_batch_size": 2})
     options = replace(EXACT, part_size=4)
     written(recipe, tmp_path / "whole", options)
@@ -89,8 +90,8 @@ def test_bytes_do_not_depend_on_being_killed(kd, tools, tmp_path):
 
     while (before := sealed(folder)) < len(expected):
         enough = min(before + int(random.integers(1, 3)), len(expected))
-        child = tools.Child(work)
-        tools.until(lambda enough=enough: sealed(folder) >= enough)
+        child = Child(work)
+        until(lambda enough=enough: sealed(folder) >= enough)
         time.sleep(0.02 * random.random())  # anywhere in the next part
         child.kill()
         child.wait()
@@ -100,11 +101,11 @@ def test_bytes_do_not_depend_on_being_killed(kd, tools, tmp_path):
     assert killed >= 5 and parts(folder) == expected and leftovers(folder) == []
 
 
-def test_labelling_stops_when_asked_and_goes_on(kd, tools, tmp_path):
+def test_labelling_stops_when_asked_and_goes_on(kd, tmp_path):
     recipe = kd(**{"train.eval_batch_size": 1, "data.views": 8, "train.epochs": 8})
     options = replace(EXACT, part_size=4)
-    child = tools.Child(lambda: label(recipe, tmp_path / "labels", options, device="cpu").parts)
-    tools.until(lambda: sealed(tmp_path / "labels") > 2)
+    child = Child(lambda: label(recipe, tmp_path / "labels", options, device="cpu").parts)
+    until(lambda: sealed(tmp_path / "labels") > 2)
     child.kill(signal.SIGTERM)
     stopped = child.wait()
     assert isinstance(stopped, Preempted) and child.code == 75 and "SIGTERM" in str(stopped)
@@ -114,7 +115,7 @@ def test_labelling_stops_when_asked_and_goes_on(kd, tools, tmp_path):
     assert before.items() <= parts(tmp_path / "labels").items()
 
 
-def test_what_one_process_cannot_do_stops_all(kd, tools, tmp_path):
+def test_what_one_process_cannot_do_stops_all(kd, tmp_path):
     """Its files may not be larger than a note; without being told, the other would write every
     part before it asks.
     """
@@ -129,7 +130,7 @@ def test_what_one_process_cannot_do_stops_all(kd, tools, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
         return label(recipe, tmp_path / "labels", options, device="cpu").parts
 
-    errors = tools.ranks(2, work)
+    errors = ranks(2, work)
     assert [type(error) for error in errors] == [DiskError] * 2 and str(errors[0]) == str(errors[1])
     assert "/view-000" in str(errors[0])
     there = parts(tmp_path / "labels")
@@ -139,20 +140,20 @@ def test_what_one_process_cannot_do_stops_all(kd, tools, tmp_path):
     assert there.items() < after.items() and len(after) == 24
 
 
-def test_a_signal_to_one_process_stops_all(kd, tools, tmp_path):
+def test_a_signal_to_one_process_stops_all(kd, tmp_path):
     recipe = kd(**MANY, **{"train.eval_batch_size": 1})
-    children = tools.start_ranks(
+    children = start_ranks(
         2, lambda rank: label(recipe, tmp_path / "labels", EXACT, device="cpu").parts
     )
-    tools.until(lambda: sealed(tmp_path / "labels") > 2)
+    until(lambda: sealed(tmp_path / "labels") > 2)
     children[1].kill(signal.SIGTERM)
     errors = [child.wait() for child in children]
     assert [type(error) for error in errors] == [Preempted] * 2
     assert len(parts(tmp_path / "labels")) < 24 * 6
 
 
-def test_an_image_that_was_replaced_makes_other_labels(kd, tools, tmp_path):
-    root = tools.write_images(tmp_path / "images", train=15)
+def test_an_image_that_was_replaced_makes_other_labels(kd, tmp_path):
+    root = write_images(tmp_path / "images", train=15)
     path = root / "train" / "cat" / "14.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
@@ -175,10 +176,10 @@ def test_views_can_be_added_later(kd, tmp_path):
     assert before.items() < parts(few.path).items() and len(parts(few.path)) == 3 * 6
 
 
-def test_which_of_a_teachers_classes_are_labelled_is_part_of_what_labels_are(kd, tools, tmp_path):
+def test_which_of_a_teachers_classes_are_labelled_is_part_of_what_labels_are(kd, tmp_path):
     found = []
     for gone in (None, "bee"):
-        root = tools.write_images(tmp_path / str(gone))
+        root = write_images(tmp_path / str(gone))
         for split in ("train", "val") if gone else ():
             shutil.rmtree(root / split / gone)
         store = written(kd(**{"data.dir": str(root)}), tmp_path / f"labels_{gone}")
@@ -259,7 +260,7 @@ def test_the_encoding_follows_classes_and_objectives(kd):
 # -- checking -------------------------------------------------------------------------------------
 
 
-def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, plain, tools, tmp_path):
+def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, plain, tmp_path):
     for encoding in ("float32", "topk"):
         store = written(kd(), tmp_path / encoding, LabelOptions(encoding=encoding, part_size=8))
         found = check(store, 40, device="cpu")
@@ -268,14 +269,14 @@ def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, plain, too
     empty = LabelStore.create(tmp_path / "empty", store.manifest)
     with pytest.raises(DataError, match="no records"):
         check(empty, 4, device="cpu")
-    tools.run(plain(**{"train.epochs": 2, "train.seed": 6}), tmp_path / "other")
+    run(plain(**{"train.epochs": 2, "train.seed": 6}), tmp_path / "other")
     with pytest.raises(DataError, match=r"teacher.weights"):
         check(store, 4, model=str(tmp_path / "other" / "last"), device="cpu")
 
 
-def test_labels_of_several_teachers_are_written_and_checked_together(kd, tools, tmp_path):
+def test_labels_of_several_teachers_are_written_and_checked_together(kd, tmp_path):
     recipe = kd()
-    heads = {"base": "vit_tiny_patch16_224", "teachers": ["a", "b"], **tools.VIT}
+    heads = {"base": "vit_tiny_patch16_224", "teachers": ["a", "b"], **VIT}
     taught = {name: replace(recipe.teachers["teacher"]) for name in ("a", "b")}
     objectives = {
         "ce": recipe.objectives["ce"],
@@ -289,5 +290,5 @@ def test_labels_of_several_teachers_are_written_and_checked_together(kd, tools, 
     for store in stores.values():
         assert check(store, 20, device="cpu").as_stored
     changes = {f"teachers.{name}.labels": str(store.path) for name, store in stores.items()}
-    tools.run(replace_fields(recipe, changes), tmp_path / "run")
+    run(replace_fields(recipe, changes), tmp_path / "run")
     assert "kd_b" in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_runs import run, tree
 from timm.models import create_model
 
 from vitdistill.data.loader import EvalLoader
@@ -123,14 +124,14 @@ def test_an_answer_that_is_no_number_is_refused(tmp_path, teacher, images, value
         prove(folder, images)
 
 
-def test_a_refusal_changes_no_file(tmp_path, taught, teacher, images, tools):
+def test_a_refusal_changes_no_file(tmp_path, taught, teacher, images):
     folder = changed(teacher, tmp_path / "random", lambda model: model.init_weights("reset"))
-    before = tools.tree(tmp_path)
+    before = tree(tmp_path)
     with pytest.raises(ConfigError, match="chance"):
-        tools.run(taught(**{"teachers.teacher.model": str(folder)}), tmp_path / "run")
+        run(taught(**{"teachers.teacher.model": str(folder)}), tmp_path / "run")
     with pytest.raises(ConfigError, match="would have random weights"):
-        tools.run(taught(**{"teachers.teacher.model": "vit_tiny_patch16_224"}), tmp_path / "run")
-    assert tools.tree(tmp_path) == before and not (tmp_path / "run").exists()
+        run(taught(**{"teachers.teacher.model": "vit_tiny_patch16_224"}), tmp_path / "run")
+    assert tree(tmp_path) == before and not (tmp_path / "run").exists()
 
 
 # -- features -------------------------------------------------------------------------------------

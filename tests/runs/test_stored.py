@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import ranks, run, said, write_images
 
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.labels import identity
@@ -64,13 +65,13 @@ def stored(kd, labels):
     ],
     ids=lambda options: getattr(options, "encoding", ""),
 )
-def test_training_from_labels_is_training_with_the_teacher(kd, tools, tmp_path, options, rel):
+def test_training_from_labels_is_training_with_the_teacher(kd, tmp_path, options, rel):
     """Three epochs on two views, so that one is shown twice; batches are made of other images than
     those that were labelled together.
     """
-    tools.run(kd(), tmp_path / "live")
+    run(kd(), tmp_path / "live")
     store = written(kd(), tmp_path / "labels", options)
-    tools.run(from_labels(kd(**{"teachers.teacher.model": ""}), store), tmp_path / "stored")
+    run(from_labels(kd(**{"teachers.teacher.model": ""}), store), tmp_path / "stored")
     live, found = metrics(tmp_path / "live"), metrics(tmp_path / "stored")
     assert [line["step"] for line in live] == [line["step"] for line in found]
     for ours, theirs in zip(live, found, strict=True):
@@ -102,14 +103,14 @@ def test_stored_answers_give_the_very_loss_of_live_ones(kd, tmp_path):
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_hidden_states_and_features_are_stored_where_the_plan_reads_them(kd, tools, tmp_path):
+def test_hidden_states_and_features_are_stored_where_the_plan_reads_them(kd, tmp_path):
     vitkd = {"vitkd": ViTKD(low_blocks=(0,), reduction="mean")}
     recipe = replace(kd(), objectives=vitkd)
     store = written(recipe, tmp_path / "labels", LabelOptions(hidden_dtype="float32"))
     assert [block for block, _, _ in store.layout.hidden] == [0]
     assert store.layout.features == (17, 24) and store.layout.logits is None
-    tools.run(recipe, tmp_path / "live")
-    tools.run(from_labels(recipe, store), tmp_path / "stored")
+    run(recipe, tmp_path / "live")
+    run(from_labels(recipe, store), tmp_path / "stored")
     live, found = metrics(tmp_path / "live"), metrics(tmp_path / "stored")
     for ours, theirs in zip(live, found, strict=True):
         if ours["kind"] == "train":
@@ -131,14 +132,14 @@ def test_every_record_is_of_the_view_that_training_shows(kd, tmp_path):
     assert seen == set(range(5)) and prepared.loaders.train.steps_per_epoch == 2
 
 
-def test_two_processes_read_the_labels_of_one(stored, tools):
+def test_two_processes_read_the_labels_of_one(stored):
     def read(count):
         with join_world("cpu") as world:
             prepared = prepare(stored(), world, lambda text: None)
             batches = [batch for step in prepared.loaders.train.batches(0, 4) for batch in step]
         return [(b.ids.tolist(), b.targets["teacher"].logits().tolist()) for b in batches]
 
-    one, (first, second) = read(1), tools.ranks(2, read)
+    one, (first, second) = read(1), ranks(2, read)
     for step in range(4):
         assert all(one[step][i] == first[step][i] + second[step][i] for i in (0, 1))
 
@@ -146,9 +147,9 @@ def test_two_processes_read_the_labels_of_one(stored, tools):
 # -- nothing that does not belong -----------------------------------------------------------------
 
 
-def refused(recipe, tools, folder, words=None):
+def refused(recipe, folder, words=None):
     with pytest.raises((ConfigError, DataError), match=words) as caught:
-        tools.run(recipe, folder)
+        run(recipe, folder)
     assert not folder.exists()
     return caught.value.field
 
@@ -163,41 +164,41 @@ def refused(recipe, tools, folder, words=None):
         ({"data.in_memory": False}, r"view.pipeline"),
     ],
 )
-def test_labels_of_other_views_are_refused_by_name(stored, tools, tmp_path, changes, words):
-    field = refused(stored(**changes), tools, tmp_path / "run", words)
+def test_labels_of_other_views_are_refused_by_name(stored, tmp_path, changes, words):
+    field = refused(stored(**changes), tmp_path / "run", words)
     assert field == "teachers.teacher.labels"
 
 
-def test_labels_of_too_few_views_are_refused(stored, tools, tmp_path):
-    assert refused(stored(**{"data.views": 3}), tools, tmp_path / "run") == "data.views"
+def test_labels_of_too_few_views_are_refused(stored, tmp_path):
+    assert refused(stored(**{"data.views": 3}), tmp_path / "run") == "data.views"
 
 
-def test_labels_of_other_images_or_classes_are_refused(stored, tools, tmp_path):
-    other = tools.write_images(tmp_path / "images", train=15)
+def test_labels_of_other_images_or_classes_are_refused(stored, tmp_path):
+    other = write_images(tmp_path / "images", train=15)
     (other / "train" / "bee" / "14.png").rename(other / "train" / "bee" / "99.png")
     changes = {"data.dir": str(other)}
-    refused(stored(**changes), tools, tmp_path / "run", r"images.fingerprint")
-    renamed = tools.write_images(tmp_path / "renamed", train=15)
+    refused(stored(**changes), tmp_path / "run", r"images.fingerprint")
+    renamed = write_images(tmp_path / "renamed", train=15)
     for split in ("train", "val"):
         (renamed / split / "cat").rename(renamed / split / "cow")
     changes = {"data.dir": str(renamed), "teachers.teacher.model": ""}
-    refused(stored(**changes), tools, tmp_path / "run", r"classes.names")
+    refused(stored(**changes), tmp_path / "run", r"classes.names")
 
 
-def test_labels_of_other_weights_are_refused(stored, kd, plain, tools, labels, tmp_path):
+def test_labels_of_other_weights_are_refused(stored, kd, plain, labels, tmp_path):
     """Also when labelling is to go on."""
-    tools.run(plain(**{"train.epochs": 8, "optim.lr": 5e-3, "train.seed": 6}), tmp_path / "other")
+    run(plain(**{"train.epochs": 8, "optim.lr": 5e-3, "train.seed": 6}), tmp_path / "other")
     changes = {"teachers.teacher.model": str(tmp_path / "other" / "last")}
-    refused(stored(**changes), tools, tmp_path / "run", r"teacher.weights")
+    refused(stored(**changes), tmp_path / "run", r"teacher.weights")
     with pytest.raises(DataError, match=r"teacher.weights"):
         written(kd(**changes), labels / "all")
 
 
-def test_a_view_of_other_pixels_is_an_error_and_not_noise(kd, tools, tmp_path, monkeypatch):
+def test_a_view_of_other_pixels_is_an_error_and_not_noise(kd, tmp_path, monkeypatch):
     """As when another version of a library decodes or resamples: names, sizes and settings are all
     the same.
     """
-    root = tools.write_images(tmp_path / "images", train=15)
+    root = write_images(tmp_path / "images", train=15)
     for path in root.rglob("*.png"):  # all of one size in bytes
         Image.open(path).save(path.with_suffix(".bmp"))
         path.unlink()
@@ -208,44 +209,44 @@ def test_a_view_of_other_pixels_is_an_error_and_not_noise(kd, tools, tmp_path, m
     pixels[4:12, 4:12] ^= 1
     Image.fromarray(pixels).save(changed)
     with pytest.raises(DataError, match=r"view \d of sample 18") as caught:
-        tools.run(from_labels(recipe, store), tmp_path / "run")
+        run(from_labels(recipe, store), tmp_path / "run")
     assert caught.value.field == "teachers.teacher.labels"
     monkeypatch.setattr(identity, "versions", lambda: {"Pillow": "99.0"})
     with pytest.raises(DataError, match=r"Pillow \(.*, now 99.0\)"):
-        tools.run(from_labels(recipe, store), tmp_path / "again")
+        run(from_labels(recipe, store), tmp_path / "again")
 
 
-def test_a_missing_record_is_an_error_or_the_teachers_own_answer(stored, kd, tools, tmp_path):
+def test_a_missing_record_is_an_error_or_the_teachers_own_answer(stored, kd, tmp_path):
     store = written(kd(), tmp_path / "labels")
     store.part_path(1, 2).unlink()
     broken = {"teachers.teacher.labels": str(store.path)}
-    field = refused(stored(**broken), tools, tmp_path / "run")
+    field = refused(stored(**broken), tmp_path / "run")
     assert field == "teachers.teacher.labels"
-    tools.run(stored(**broken, **{"data.views": 1}), tmp_path / "one_view")  # that view is whole
+    run(stored(**broken, **{"data.views": 1}), tmp_path / "one_view")  # that view is whole
     online = {"teachers.teacher.missing": "online"}
-    tools.run(stored(**broken, **online), tmp_path / "online")
-    tools.run(stored(), tmp_path / "whole")
+    run(stored(**broken, **online), tmp_path / "online")
+    run(stored(), tmp_path / "whole")
     whole, found = metrics(tmp_path / "whole"), metrics(tmp_path / "online")
     for ours, theirs in zip(whole, found, strict=True):
         key = "loss" if "loss" in ours else "nll"
         assert theirs[key] == pytest.approx(ours[key], rel=1e-5)
-    tools.run(stored(**online, **{"data.views": 3}), tmp_path / "more")  # one without any labels
-    tools.run(kd(**{"data.views": 3}), tmp_path / "live")
+    run(stored(**online, **{"data.views": 3}), tmp_path / "more")  # one without any labels
+    run(kd(**{"data.views": 3}), tmp_path / "live")
     live, found = metrics(tmp_path / "live"), metrics(tmp_path / "more")
     assert found[-2]["loss"] == pytest.approx(live[-2]["loss"], rel=1e-4)
 
 
-def test_damage_is_an_error_when_it_is_read(kd, tools, tmp_path):
+def test_damage_is_an_error_when_it_is_read(kd, tmp_path):
     store = written(kd(), tmp_path / "labels")
     path = store.part_path(0, 1)
     data = bytearray(path.read_bytes())
     data[5] ^= 4
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"part-00001\.bin"):
-        tools.run(from_labels(kd(), store), tmp_path / "run")
+        run(from_labels(kd(), store), tmp_path / "run")
 
 
-def test_labels_without_what_an_objective_reads_are_refused(kd, taught, tools, tmp_path):
+def test_labels_without_what_an_objective_reads_are_refused(kd, taught, tmp_path):
     sparse = written(kd(), tmp_path / "sparse", LabelOptions(encoding="topk", k=2))
     assert sparse.layout.logits.temperatures == (2.0,)
     for objectives in (
@@ -253,8 +254,8 @@ def test_labels_without_what_an_objective_reads_are_refused(kd, taught, tools, t
         {"kd": SoftKD(temperature=3.0)},
         {"vitkd": ViTKD(low_blocks=(0,))},
     ):
-        refused(from_labels(replace(kd(), objectives=objectives), sparse), tools, tmp_path / "run")
-    refused(from_labels(taught(), sparse), tools, tmp_path / "run")  # MaskedKD
+        refused(from_labels(replace(kd(), objectives=objectives), sparse), tmp_path / "run")
+    refused(from_labels(taught(), sparse), tmp_path / "run")  # MaskedKD
 
 
 # -- views, seeds and teachers --------------------------------------------------------------------
@@ -269,39 +270,37 @@ def test_views_and_their_seed_come_from_the_labels_where_the_recipe_does_not_say
     assert with_views_of_labels(stored()).data.seed is None
 
 
-def test_one_set_of_labels_serves_students_of_any_seed(stored, tools, tmp_path):
-    tools.run(stored(), tmp_path / "one")
-    tools.run(stored(**{"train.seed": 4}), tmp_path / "two")
+def test_one_set_of_labels_serves_students_of_any_seed(stored, tmp_path):
+    run(stored(), tmp_path / "one")
+    run(stored(**{"train.seed": 4}), tmp_path / "two")
     assert metrics(tmp_path / "one")[0]["ce"] != metrics(tmp_path / "two")[0]["ce"]
 
 
-def test_the_same_command_resumes_whatever_was_labelled_since(kd, tools, tmp_path):
+def test_the_same_command_resumes_whatever_was_labelled_since(kd, tmp_path):
     store = written(kd(), tmp_path / "labels")
     recipe = from_labels(kd(**{"data.views": None}), store)
-    tools.run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "run")
     written(kd(**{"data.views": 3}), tmp_path / "labels")
-    assert "finished already" in "\n".join(tools.said(recipe, tmp_path / "run"))
+    assert "finished already" in "\n".join(said(recipe, tmp_path / "run"))
     assert with_views_of_labels(recipe).data.views is None  # of a new run
 
 
-def test_other_labels_do_not_continue_a_run(stored, kd, tools, tmp_path):
-    tools.run(stored(**{"train.save_every": 1}), tmp_path / "run")
+def test_other_labels_do_not_continue_a_run(stored, kd, tmp_path):
+    run(stored(**{"train.save_every": 1}), tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     other = written(kd(), tmp_path / "other", LabelOptions(encoding="float16"))
     with pytest.raises(DataError, match="labels of the teacher"):
-        tools.run(from_labels(kd(), other), tmp_path / "run")
+        run(from_labels(kd(), other), tmp_path / "run")
 
 
-def test_training_from_labels_needs_no_teacher_even_where_the_recipe_names_it(
-    kd, plain, tools, tmp_path
-):
-    tools.run(plain(**{"train.epochs": 6, "optim.lr": 5e-3, "train.seed": 6}), tmp_path / "teacher")
+def test_training_from_labels_needs_no_teacher_even_where_the_recipe_names_it(kd, plain, tmp_path):
+    run(plain(**{"train.epochs": 6, "optim.lr": 5e-3, "train.seed": 6}), tmp_path / "teacher")
     named = {"teachers.teacher.model": str(tmp_path / "teacher" / "last")}
     store = written(kd(**named), tmp_path / "labels")
     (tmp_path / "teacher").rename(tmp_path / "gone")
-    tools.run(from_labels(kd(**named), store), tmp_path / "run")
+    run(from_labels(kd(**named), store), tmp_path / "run")
     # Another one that is named is looked for, and compared.
     moved = {"teachers.teacher.model": str(tmp_path / "gone" / "last")}
-    tools.run(from_labels(kd(**moved), store), tmp_path / "moved")
+    run(from_labels(kd(**moved), store), tmp_path / "moved")
     assert metrics(tmp_path / "moved") == metrics(tmp_path / "run")
     assert LabelStore.open(store.path).verify() == []

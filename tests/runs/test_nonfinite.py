@@ -1,0 +1,100 @@
+"""A number that is none stops a run before the step is applied; without the fault the same command
+ends as it should.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_runs import records, result, run, steps_saved
+
+from vitdistill.errors import NonFiniteError
+from vitdistill.methods.kd import HardKD, SoftKD
+from vitdistill.storage import checkpoint
+
+pytestmark = pytest.mark.whole
+
+LAST = r"is NaN or infinite at step 4; .* last good checkpoint is .*/checkpoints/step-00000004: "
+
+
+def after(calls, change):
+    """A hook that applies ``change`` from the ``calls``-th call on."""
+    count = 0
+
+    def hook(value):
+        nonlocal count
+        count += 1
+        return change(value) if count >= calls else value
+
+    return hook
+
+
+def gradient(job):
+    hook = after(5, lambda gradient: gradient * torch.nan)
+    job.student.blocks[0].norm2.weight.register_hook(hook)
+
+
+def loss(job):
+    """In the first of two micro-batches of step 4, in one of two terms."""
+    hook = after(9, lambda output: output * torch.inf)
+    job.student.norm.register_forward_hook(
+        lambda module, inputs, output: hook(output) if module.training else output
+    )
+
+
+def answer(job):
+    """The preflight, which would refuse it, is over when this is set."""
+    hook = after(9, lambda output: output * torch.nan)
+    head = job.teachers["teacher"].model.head
+    head.register_forward_hook(lambda module, inputs, output: hook(output))
+
+
+@pytest.mark.parametrize(
+    ("fault", "objectives", "match"),
+    [
+        (gradient, None, r"the gradient of student\.blocks\.0\.norm2\.weight "),
+        (loss, None, r"the loss 'ce' .*"),
+        (answer, {"kd": SoftKD()}, r"the answer of the teacher \(samples .*"),
+        # The objective would not notice: the top class of NaN is a class.
+        (answer, {"kd": HardKD()}, r"the answer of the teacher \(samples .*"),
+    ],
+)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_run_stops_before_the_step_and_goes_on(tmp_path, taught, fault, objectives, match, clip):
+    accumulate = 1 if fault is gradient else 2
+    recipe = taught(**{"optim.clip_grad": clip, "train.accumulate": accumulate})
+    if objectives is not None:
+        recipe = replace(recipe, objectives=objectives)
+    folder = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match=match + LAST) as stopped:
+        run(recipe, folder, prepared=fault)
+    assert "\n" not in str(stopped.value) and stopped.value.exit_code == 70
+    assert steps_saved(folder)[-1] == 4
+    tensors, _ = checkpoint.load(checkpoint.folder_of(folder, 4))
+    assert all(value.isfinite().all() for value in tensors.values())
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    run(recipe, folder)
+    run(recipe, tmp_path / "whole")
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def test_float16_that_never_becomes_finite_stops(tmp_path, plain):
+    """The scaler leaves out a step that overflows; it may not do so for ever without a word."""
+
+    def broken(job):
+        object.__setattr__(job, "amp_dtype", torch.float16)
+        job.student.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+
+    recipe = plain(**{"train.epochs": 20, "train.eval_every": 20, "train.save_every": 60})
+    with pytest.raises(NonFiniteError, match=r"the gradient of student\.norm\.weight is NaN"):
+        run(recipe, tmp_path / "run", prepared=broken)
+    assert all(line["loss_scale"] < 65536 for line in records(tmp_path / "run")[1:])
+
+
+def test_an_explosion_is_seen_before_it_is_saved(tmp_path, plain):
+    recipe = plain(**{"optim.lr": 1e30, "optim.opt": "sgd"})
+    with pytest.raises(NonFiniteError, match=r"the (loss 'ce'|gradient of) .*last good checkpoint"):
+        run(recipe, tmp_path / "run")
+    for step in steps_saved(tmp_path / "run"):
+        tensors, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", step))
+        assert all(value.isfinite().all() for value in tensors.values())
