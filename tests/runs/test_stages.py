@@ -204,7 +204,7 @@ def test_one_stage_at_a_time(here):
     assert {path.name for path in Path("runs/p").iterdir()} == {"pretrain", STAGES}
     assert result(Path("runs/p/pretrain")) == result(DONE / "pretrain")
     before = written(here)
-    with pytest.raises(ConfigError, match="runs/p/distill, has not begun"):
+    with pytest.raises(ConfigError, match="runs/p/distill"):
         resolve_run("runs/p")
     run("runs/p", until="pretrain")
     with pytest.raises(ConfigError, match="'finetune'") as caught:
@@ -270,7 +270,7 @@ def test_a_changed_stage_does_not_repeat_the_one_before(here):
     run(DONE, both, until="pretrain")  # nothing runs: the folder is of its old recipe
     assert resolve_run("runs/o") == "runs/o/distill/best"
     run(DONE, both, until="finetune")
-    with pytest.raises(ConfigError, match="runs/o/distill_b, has not begun"):
+    with pytest.raises(ConfigError, match="runs/o/distill_b"):
         resolve_run("runs/o")
     run(DONE, both)
     assert stages_written() == before and resolve_run("runs/o") == "runs/o/distill_b/best"

@@ -249,7 +249,7 @@ def test_a_student_of_features_alone_has_no_classifier_and_is_judged_by_knn(
 ):
     folder, lines = tmp_path / "run", []
     summary = run(features(), folder, lines)
-    assert any(line.endswith("its features are judged by k-NN") for line in lines)
+    assert any("no objective trains the student's classifier" in line for line in lines)
     assert any("the 20 nearest of 48 training images" in line for line in lines)
     assert not any("no gradient reaches" in line for line in lines)
     assert summary["best_top1"] is summary["best_epoch"] is None and not (folder / "best").exists()
@@ -283,7 +283,6 @@ def test_knn_over_processes_is_that_of_one(tmp_path, features):
 
 
 def test_features_without_labels_are_not_judged(tmp_path, images, features):
-    recipe, lines = features(**{"data.dir": str(flat(images, tmp_path / "flat"))}), []
-    assert run(recipe, tmp_path / "run", lines)["scores"] == {}
-    assert any("no labels to judge its features by" in line for line in lines)
+    recipe = features(**{"data.dir": str(flat(images, tmp_path / "flat"))})
+    assert run(recipe, tmp_path / "run")["scores"] == {}
     assert records(tmp_path / "run", "eval") == []
