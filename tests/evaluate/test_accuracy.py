@@ -105,11 +105,6 @@ def test_labels_beyond_the_classes_and_no_images_are_errors():
         metrics.compute()
     with pytest.raises(DataError):
         Metrics().compute()
-    for shape, teacher in (((1,), None), ((4,), (1, 3)), ((4,), (4, 1))):  # nothing is broadcast
-        with pytest.raises(Exception):  # noqa: B017  (shapes are checked twice, in tests)
-            Metrics().update(
-                torch.zeros(4, 3), torch.zeros(shape).long(), teacher and torch.zeros(teacher)
-            )
 
 
 def test_unlabelled_images_count_for_the_teacher_only():
@@ -136,10 +131,6 @@ def test_two_processes_give_what_one_gives(tmp_path, fork, join):
         metrics.update(logits[part], labels[part], teacher[part])
         metrics.merge_across_processes()
         assert metrics.compute() == pytest.approx(expected, rel=1e-12)
-        with pytest.raises(AssertionError, match="twice"):
-            metrics.merge_across_processes()
-        with pytest.raises(AssertionError, match="merged"):
-            metrics.update(logits, labels)
         dist.destroy_process_group()
 
     children = [fork(lambda rank=rank: shard(rank)) for rank in range(2)]

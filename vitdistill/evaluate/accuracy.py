@@ -43,7 +43,6 @@ class Metrics:
         self._bin_num, self._bin_right = self._counts[7:].view(2, NUM_BINS).unbind()
         self._nll, self._kl = self._sums[:2].unbind()
         self._bin_confidence = self._sums[2:]
-        self._merged = False
 
     @torch.no_grad()
     def update(
@@ -53,25 +52,20 @@ class Metrics:
         teacher_logits: Float[Tensor, "B C"] | None = None,
     ) -> None:
         """Add a batch."""
-        assert not self._merged, "merged metrics take no further batch"
-        assert logits.ndim == 2 and labels.shape == logits.shape[:1]
-        assert teacher_logits is None or teacher_logits.shape == logits.shape
         num_classes = logits.shape[1]
         logits = logits.detach().double()
         log_probs = logits.log_softmax(dim=1)
         # A row with NaN compares false with everything: without this it would count as right.
-        finite = log_probs.isfinite().all(dim=1) | logits.isneginf().any(
-            dim=1
-        ) & ~log_probs.isnan().any(dim=1)
+        # Infinity gives NaN too; minus infinity only rules a class out.
+        finite = ~log_probs.isnan().any(dim=1)
         known = labels >= 0
         usable = finite & (labels < num_classes)
         self._num += logits.shape[0]
         self._bad += (~usable).sum()
         self._add_labelled(logits, log_probs, labels.clamp(0, num_classes - 1), known & usable)
         if teacher_logits is not None:
-            self._add_teacher(
-                log_probs, teacher_logits.detach().double().log_softmax(dim=1), finite
-            )
+            of_teacher = teacher_logits.detach().double().log_softmax(dim=1)
+            self._add_teacher(log_probs, of_teacher, finite)
 
     def _add_labelled(
         self, logits: Tensor, log_probs: Tensor, labels: Tensor, counted: Tensor
@@ -103,9 +97,7 @@ class Metrics:
         self._kl += torch.where(counted, term, 0).sum()
 
     def merge_across_processes(self) -> None:
-        """Add up the sums of all processes of the default group, once."""
-        assert not self._merged, "a second merge would count every sample twice"
-        self._merged = True
+        """Add up the sums of all processes of the default group; call it once, at the end."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._counts)
             dist.all_reduce(self._sums)
@@ -113,9 +105,8 @@ class Metrics:
     def compute(self) -> dict[str, float]:
         """Return ``num_samples``, and ``top1 top5 nll ece`` (labels), ``agreement kl`` (teacher).
 
-        ``top5`` counts a hit among the best min(5, C). ``ece`` is the expected calibration error
-        over 15 equal-width bins of the top probability; ``kl`` is KL(teacher || student) at
-        temperature 1. Source: Guo et al. 2017, eq. 3 (ECE).
+        ``ece`` is the expected calibration error over 15 equal-width bins of the top probability
+        (Guo et al. 2017, eq. 3); ``kl`` is KL(teacher || student) at temperature 1.
 
         Raises:
             NonFiniteError: an answer is NaN or infinite, or a label is beyond the classes.
@@ -133,13 +124,9 @@ class Metrics:
         values: dict[str, Any] = {"num_samples": float(num)}
         if labelled:
             bin_right, bin_confidence = counts[7 + NUM_BINS :].double(), sums[2:]
-            ece = (bin_right - bin_confidence).abs().sum().item() / labelled
-            values |= {
-                "top1": top1 / labelled,
-                "top5": top5 / labelled,
-                "nll": sums[0].item() / labelled,
-                "ece": ece,
-            }
+            off = (bin_right - bin_confidence).abs().sum().item()
+            values |= {"top1": top1 / labelled, "top5": top5 / labelled}
+            values |= {"nll": sums[0].item() / labelled, "ece": off / labelled}
         if taught:
             values |= {"agreement": agree / taught, "kl": sums[1].item() / taught}
         return values
@@ -163,11 +150,11 @@ def evaluate(
     metrics = Metrics(world.device)
     try:
         for batch in batches_together(loader, world, stop):
+            answer = None
             with world.autocast(amp_dtype):
                 logits = run_vit(model, batch.images, Needs(logits=True)).logits
-                answer = (
-                    None if teacher is None else teacher(batch.images, Needs(logits=True)).logits
-                )
+                if teacher is not None:
+                    answer = teacher(batch.images, Needs(logits=True)).logits
             assert logits is not None
             metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
     except Stopped:

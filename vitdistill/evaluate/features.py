@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
@@ -33,11 +32,9 @@ def image_features(output: ViTOutput, pool: Pool = "mean") -> Float[Tensor, "B D
     """
     assert output.features is not None
     check_pool(pool, output.has_class_token)
-    return (
-        output.features[:, 0].float()
-        if pool == "class"
-        else output.features[:, output.num_prefix_tokens :].float().mean(1)
-    )
+    if pool == "class":
+        return output.features[:, 0].float()
+    return output.features[:, output.num_prefix_tokens :].float().mean(1)
 
 
 def check_pool(pool: Pool, has_class_token: bool) -> None:
@@ -100,7 +97,7 @@ def extract(
     labels: list[Tensor] = []
     try:
         for batch in batches_together(loader, world, stop):
-            with torch.autocast(world.device.type, amp_dtype, enabled=amp_dtype is not None):
+            with world.autocast(amp_dtype):
                 output = run_vit(model, batch.images, Needs(features=True))
             pooled = image_features(output, pool)
             features.append(pooled if after_pool is None else after_pool(pooled))
@@ -128,20 +125,17 @@ def _in_sample_order(
     known = torch.cat([*labels, torch.empty(0, dtype=torch.int64, device=world.device)])
     if world.size == 1:
         return rows, known
-    counts = world.gather(len(rows))
-    missing = max(counts) - len(rows)  # the last rounds may lack some
-
-    def gathered(values: Tensor) -> Tensor:
-        padded = torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.stack(parts, 1).flatten(0, 1)[: sum(counts)]
-
-    return gathered(rows), gathered(known)
+    parts = world.gather((rows.cpu(), known.cpu()))
+    count = sum(len(truth) for _, truth in parts)
+    rows, known = rows.new_empty(count, width), known.new_empty(count)
+    for rank, (some, truth) in enumerate(parts):
+        rows[rank :: world.size] = some.to(rows)
+        known[rank :: world.size] = truth.to(known)
+    return rows, known
 
 
 class _Part(ImageSource):
-    """Some images of a source, in the order of their numbers tworld."""
+    """Some images of a source, in its order."""
 
     def __init__(self, source: ImageSource, ids: keyed.I64) -> None:
         self._source, self._ids = source, ids
@@ -159,14 +153,11 @@ class _Part(ImageSource):
 
 
 def evenly(source: ImageSource, count: int) -> ImageSource:
-    """Return at most ``count`` images, each class with its share, always the same ones.
-
-    The images are laid out class by class, shuffled within each, and taken at equal steps: so a
-    class is never missed that holds one in ``count`` of the images, however the source is ordered.
-    """
+    """Return at most ``count`` images, each class with its share, always the same ones."""
     size = len(source)
     if size <= count:
         return source
+    # Laid out class by class, shuffled within each, and taken at equal steps.
     shuffled = keyed.permutation(0, 0, size, keyed.Stream.SUBSET)
     by_class = shuffled[np.argsort(source.labels[shuffled], kind="stable")]
     return _Part(source, np.sort(by_class[np.arange(count, dtype=np.int64) * size // count]))

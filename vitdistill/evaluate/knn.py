@@ -6,6 +6,7 @@ Labels are needed only to judge by, so k-NN can follow a pre-training whose loss
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -33,23 +34,17 @@ def knn_votes(
 ) -> Float[Tensor, "Q {num_classes}"]:
     """Count the classes' votes among each query's ``k`` nearest images of the bank, in float64.
 
-    votes_c = sum over the k nearest i of class c of exp((s_i - s_1) / T), s the cosine similarity:
-    the nearest image weighs 1.
+    votes_c = sum over the k nearest i of class c of exp((s_i - s_1) / T), s the cosine similarity.
     Images that are equally near at the k-th place share the places that are left, so the order of
-    the bank does not matter.
+    the bank does not matter. Raises `ConfigError` unless ``k`` is from 1 to the bank's size.
 
-    Raises:
-        ConfigError: ``k`` is not between 1 and the size of the bank.
     Source: Wu et al. 2018 (instance discrimination), section 3.4, with T = 0.07; k = 20 as DINO
         (Caron et al. 2021) reports.
     """
     if not 1 <= k <= len(bank):
-        raise ConfigError(
-            f"k-NN cannot ask {k} of {plural(len(bank), 'training image')}",
-            Give("knn"),
-            field="knn",
-        )
-    similar = _unit(queries) @ _unit(bank).T
+        what = f"k-NN cannot ask {k} of {plural(len(bank), 'training image')}"
+        raise ConfigError(what, Give("knn"), field="knn")
+    similar = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
     top, index = similar.topk(k)
     weights = ((top - top[:, :1]).double() / temperature).exp()
     votes = weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[index], weights)
@@ -75,11 +70,7 @@ def knn_accuracy(
     """Return ``knn_top1``, and with more than 5 classes ``knn_top5``, of `knn_votes`.
 
     Equal votes go to the lower class; a class without a vote is never right. Images of label -1 are
-    left out. Memory is bounded: a chunk of queries at a time.
-
-    Raises:
-        ConfigError: ``k`` is not between 1 and the number of labelled training images.
-        DataError: no validation image, or no training image, has a label.
+    left out; raises `DataError` if no others are left.
     """
     bank, labels = labelled(train_features, train_labels, "training")
     queries, truth = labelled(val_features, val_labels, "validation")
@@ -95,13 +86,6 @@ def knn_accuracy(
         right += torch.stack([(voted & (rank == 0)).sum(), (voted & (rank < 5)).sum()])
     top1, top5 = (right.double() / len(truth)).tolist()
     return {"knn_top1": top1, "knn_top5": top5} if num_classes > 5 else {"knn_top1": top1}
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Scale rows to length 1, also where squares would overflow; a row of zeros stays one."""
-    features = features.float()
-    largest = features.abs().amax(1, keepdim=True)
-    return nn.functional.normalize(features / torch.where(largest > 0, largest, 1), dim=1)
 
 
 def knn_evaluation(

@@ -20,17 +20,12 @@ def linear_probe(
     val_features: Float[Tensor, "Q D"],
     val_labels: Int[Tensor, " Q"],
 ) -> dict[str, float]:
-    """Return ``linear_top1``, the accuracy of logistic regression on frozen features, and its
-    ``linear_l2``.
+    """Return ``linear_top1`` and ``linear_l2`` of logistic regression on standardised features.
 
-    Features are standardised with the training images' mean and deviation. The L2 penalty is the
-    one of `L2_GRID` that is right most often on a held-out tenth of the training images (every
-    tenth, class by class; equals go to the stronger); the regression is then fitted to all of them.
-    Nothing is drawn at random, and the validation images choose nothing. Images of label -1 are
-    left out.
-
-    Raises:
-        DataError: no validation image has a label, or fewer than ten training images.
+    The L2 penalty is the one of `L2_GRID` that is right most often on a held-out tenth of the
+    training images (every tenth, class by class; equals go to the stronger); the regression is then
+    fitted to all of them. Nothing is drawn at random. Images of label -1 are left out; raises
+    `DataError` if no validation images are left, or fewer than ten to learn from.
     """
     features, labels = labelled(train_features, train_labels, "training")
     queries, truth = labelled(val_features, val_labels, "validation")
@@ -43,7 +38,7 @@ def linear_probe(
     num_classes = int(max(labels.max(), truth.max())) + 1
     features, queries = features.float(), queries.float()
     deviation, mean = torch.std_mean(features, 0, correction=0)
-    # What is constant but for rounding says nothing.
+    # A feature that is constant but for rounding says nothing, and would be blown up.
     stretch = torch.where(deviation > 1e-6 * features.abs().amax(0), 1 / deviation, 0)
     features, queries = (features - mean) * stretch, (queries - mean) * stretch
     held_out = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)

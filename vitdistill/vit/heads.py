@@ -25,7 +25,7 @@ class TokenHeads(nn.Module):
 
     Attributes:
         names: of the heads, "class" first.
-        answering: of the heads that the prediction is made of.
+        answering: the heads that the prediction is made of.
 
     Raises:
         ConfigError: the names or the weights make no sense.
@@ -74,13 +74,13 @@ class TokenHeads(nn.Module):
 
 def teacher_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names as a tuple; raise `ConfigError` unless distinct, free identifiers."""
-    given, taken = (names,) if isinstance(names, str) else tuple(names), ("class", "all", "auto")
-    usable = given and all(name.isidentifier() and name not in taken for name in given)
-    if isinstance(names, str) or not usable or len(set(given)) < len(given):
+    given = () if isinstance(names, str) else tuple(names)
+    free = {name for name in given if name.isidentifier()} - {"class", "all", "auto"}
+    if not given or len(free) < len(given):
         raise ConfigError(
-            f"the teachers of an advised student are {list(given)!r}",
+            f"the teachers of an advised student are {names!r}",
             fix="give a list of distinct names of letters, digits and underscores, none of them"
-            f" {' or '.join(taken)}",
+            " class, all or auto",
             field="student.model_args.teachers",
         )
     return given
@@ -98,10 +98,6 @@ def _prediction_weights(prediction: str | Sequence[float], count: int) -> list[f
     field = "student.model_args.prediction"
     raise ConfigError(
         f"the prediction of an advised student is {prediction!r}",
-        fix=(
-            Set(field, "mean"),
-            Set(field, "class"),
-            f"give {count} weights, the class token's first, none negative and not all 0",
-        ),
+        (Set(field, "mean"), Set(field, "class"), f"give {count} weights, none negative"),
         field=field,
     )

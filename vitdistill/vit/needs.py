@@ -61,6 +61,5 @@ class Needs:
 def _absolute(blocks: frozenset[int], depth: int) -> frozenset[int]:
     for block in blocks:
         if not -depth <= block < depth:
-            has = "1 block (0)" if depth == 1 else f"{depth} blocks (0 to {depth - 1})"
-            raise IndexError(f"block {block} does not exist: the model has {has}")
+            raise IndexError(f"there is no block {block}: the model has {depth}, counted from 0")
     return frozenset(block % depth for block in blocks)

@@ -70,10 +70,9 @@ def num_kept_patches(num_patches: int, keep_rate: float) -> int:
 
     The rate times N, rounded to the nearest multiple of 8 on grids of 128 patches and more, where a
     fraction of a percent is not worth an odd shape, and to the nearest whole number on smaller
-    ones. Rounding never crosses a divisor of N (a half, a third, ... of the patches): such a
-    fraction is exact, and a higher rate never keeps fewer. A rate below 1 drops at least one patch,
-    and at least one is kept. So 196 patches at 75 / 50 / 40 / 25 % keep 144 / 98 / 80 / 49, and 256
-    at 75 / 50 % keep 192 / 128.
+    ones. Rounding never crosses a divisor of N: a half or a third of the patches is exact, and a
+    higher rate never keeps fewer. A rate below 1 drops at least one patch, and at least one is
+    kept.
 
     Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there,
     not 147; "40 %" is 80, not 78).
@@ -100,7 +99,7 @@ def num_visible(num_patches: int, mask_rate: float) -> int:
     so 100 patches at 0.8 leave 19, not 20.
 
     Raises:
-        ConfigError: ``mask_rate`` is not from 0 to below 1, or no patch is left.
+        ConfigError: no patch is left.
 
     Source: ``random_masking`` of facebookresearch/mae@efb2a80.
 
@@ -108,28 +107,15 @@ def num_visible(num_patches: int, mask_rate: float) -> int:
         >>> [num_visible(196, rate) for rate in (0.75, 0.9, 0.95, 0.98)]
         [49, 19, 9, 3]
     """
-    field = "masking.mask_rate"
-    if not 0 <= mask_rate < 1:
-        raise ConfigError(
-            f"mask_rate is {mask_rate!r}", fix="give a fraction from 0 to below 1", field=field
-        )
     visible = int(num_patches * (1 - mask_rate))
     if visible < 1:
+        field = "masking.mask_rate"
         raise ConfigError(
             f"mask_rate {mask_rate!r} leaves none of {num_patches} patches visible",
-            fix=Set(field, _highest_rate(num_patches)),
+            fix=Set(field, max(math.floor(1e4 * (1 - 1.01 / num_patches)) / 1e4, 0.0)),
             field=field,
         )
     return visible
-
-
-def _highest_rate(num_patches: int) -> float:
-    """Return the highest mask rate that leaves a patch, to one digit more than N has."""
-    scale = 10 ** (len(str(num_patches)) + 1)
-    steps = math.floor(scale * (1 - 1 / max(num_patches, 1)))
-    while steps > 0 and int(num_patches * (1 - steps / scale)) < 1:
-        steps -= 1
-    return steps / scale
 
 
 def random_masking(

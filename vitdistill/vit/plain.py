@@ -1,7 +1,4 @@
-"""The plain ViT in timm's forms.
-
-Class, distillation and register tokens or none, any pooling, layer scale, q/k norm, dynamic sizes.
-"""
+"""The plain ViT in timm's forms: any prefix tokens, pooling, norms and sizes."""
 
 from typing import Any, TypeGuard
 
@@ -23,9 +20,11 @@ from .output import QKV, BlockRun
 class PlainViT:
     """timm's `VisionTransformer` and `VisionTransformerDistilled`, and students with `TokenHeads`.
 
-    Class-token attention is recomputed from a block's own q and k, so that every block keeps its
-    fastest attention kernel. See `Network.attention_source` for networks without a class token, and
-    `vitdistill.vit.families.Walker` for the methods.
+    `run_vit` walks it: embed patches, run blocks one by one, norm, answer.
+
+    Attributes:
+        network: the description of the model.
+        num_head_tokens: the head reads only the first so many tokens; None: it may read all.
     """
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -49,21 +48,19 @@ class PlainViT:
         )
 
     def grid(self, images: Tensor) -> tuple[int, int]:
+        """Return rows and columns of the patch grid for images of this size."""
         return patch_grid(self.model.patch_embed, images)
 
     def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
+        """Return the tokens before block 0, ``(B, P+K, D)``."""
         model, prefix = self.model, self.network.num_prefix_tokens
         if keep is None:
             return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         if model.training and not isinstance(model.patch_drop, nn.Identity):
-            raise ConfigError(
-                "patch_drop_rate drops patches at random, which a masking or a patch selector does"
-                " already",
-                fix=Set("student.model_args.patch_drop_rate", 0),
-                field="student.model_args",
-            )
-        # Dropout of positions draws a mask for all tokens, so it needs the whole image embedded, as
-        # does any patch embedding but the linear one.
+            field = "student.model_args.patch_drop_rate"
+            raise ConfigError("patches are both chosen and dropped", Set(field, 0), field=field)
+        # Kept patches are embedded alone where that gives the same numbers. Dropout of positions
+        # draws a mask for all tokens, and a stem of several convolutions looks beyond its patch.
         drops_positions = model.training and model.pos_drop.p > 0
         if type(model.patch_embed) is PatchEmbed and not drops_positions:
             positions = self._positions(images)
@@ -87,13 +84,15 @@ class PlainViT:
     def run_block(
         self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False
     ) -> BlockRun:
+        """Run block ``i``, for its first ``rows`` output tokens or (None) for all.
+
+        ``attention`` and ``qkv`` ask for the record of these. Attention is float32, computed from
+        the block's own q and k; see `Network.attention_source` for what stands for the class token.
+        """
         block: Any = self.model.blocks[i]
         source = self.network.attention_source
         if (attention or qkv) and source is None:
-            raise ConfigError(
-                f"the attention of {type(block).__name__} cannot be recorded",
-                fix="choose a network of standard blocks",
-            )
+            raise ConfigError(f"the attention of {type(block).__name__} cannot be recorded")
         if attention and source == "pool" and i == self.network.depth - 1:
             ran = self.run_block(i, tokens, None, qkv=qkv)  # the pool reads the finished block
             return BlockRun(ran.tokens, self._pool_attention(ran.tokens), ran.qkv)
@@ -113,8 +112,8 @@ class PlainViT:
         q, k, v = project_qkv(attn, x, None if rows is None or mean_row or qkv else max(rows, 1))
         recorded = QKV(q, k, v) if qkv else None
         # A whole block keeps the fused kernel, so that it equals the model's own bit for bit, and
-        # computes the class token's row a second time; a shortened one is explicit, and the row is
-        # a by-product.
+        # computes the class token's row a second time. A shortened block is cheaper explicitly,
+        # and the row is a by-product.
         fused = rows is None and not mean_row and attn.fused_attn
         weights = row = None
         if attention or (rows != 0 and not fused):
@@ -155,11 +154,13 @@ class PlainViT:
         return F.pad(scores.float().softmax(-1)[:, :, 0], (skipped, 0))
 
     def norm(self, tokens: Tensor) -> Tensor:
+        """Apply the final norm to the last block's output, token by token."""
         return self.model.norm(tokens)
 
     def head(
         self, features: Tensor
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B heads C"] | None]:
+        """Return the logits, and each head's own if there are several."""
         model = self.model
         if isinstance(model, VisionTransformerDistilled):
             by_class = model.head(model.head_drop(features[:, 0]))
@@ -176,18 +177,18 @@ def _describe(model: VisionTransformer) -> Network:
     has_class_token = model.cls_token is not None and prefix > 0
     pools = model.attn_pool is not None or model.global_pool not in ("token", "")
     heads: tuple[str, ...] = ("class",)
-    answering = heads
     if isinstance(model, VisionTransformerDistilled):
-        heads = answering = ("class", "distillation")
-    elif isinstance(model.head, TokenHeads):
+        heads = ("class", "distillation")
+    answering = heads
+    if isinstance(model.head, TokenHeads):
         heads, answering = model.head.names, model.head.answering
     source: AttentionSource | None = None
     num_heads = 0
+    # We repeat the arithmetic of these classes exactly; a subclass may compute something else.
     if all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
         num_heads = int(model.blocks[0].attn.num_heads)  # type: ignore[arg-type, union-attr]
-        source = "pool" if type(model.attn_pool) is AttentionPoolLatent else "mean"
-        if has_class_token:
-            source = "class"
+        pool: AttentionSource = "pool" if type(model.attn_pool) is AttentionPoolLatent else "mean"
+        source = "class" if has_class_token else pool
     height, width = model.patch_embed.patch_size
     return Network(
         depth=depth,

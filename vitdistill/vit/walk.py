@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .families import Walker, family_of
+from .families import family_of
 from .needs import Needs
 from .output import ViTOutput
+from .plain import PlainViT
 from .whole import Whole
 
 
@@ -24,8 +25,7 @@ def run_vit(
 
     Only kept patches are embedded; blocks nobody reads do not run; the last block computes only the
     tokens that are read; no head runs unless logits are needed. When every token is read the result
-    equals ``model(images)`` bit for bit; the shortened last block and the gathered patch embedding
-    agree with it to rounding.
+    equals ``model(images)`` bit for bit; otherwise it agrees to rounding.
 
     Args:
         model: a timm model, left as it is. Models outside the families give logits and hidden
@@ -49,7 +49,7 @@ def run_vit(
     return family.run(images, needs)
 
 
-def _walk(family: Walker, images: Tensor, needs: Needs, keep: Tensor | None) -> ViTOutput:
+def _walk(family: PlainViT, images: Tensor, needs: Needs, keep: Tensor | None) -> ViTOutput:
     network = family.network
     last = needs.num_blocks(network.depth) - 1
     hidden, attention, qkv = {}, {}, {}
