@@ -36,5 +36,5 @@ def test_the_blocks_that_run_end_with_the_last_that_is_read(asked: Needs) -> Non
 @pytest.mark.parametrize("kind", ["hidden", "attention", "qkv"])
 @pytest.mark.parametrize("block", [4, -5])
 def test_a_block_that_does_not_exist_is_refused(kind: str, block: int) -> None:
-    with pytest.raises(IndexError, match=f"no block {block}: the model has 4"):
+    with pytest.raises(IndexError, match=f"block {block} does not exist: the model has 4"):
         Needs(**{kind: frozenset({block})}).resolve(4)

@@ -61,5 +61,5 @@ class Needs:
 def _absolute(blocks: frozenset[int], depth: int) -> frozenset[int]:
     for block in blocks:
         if not -depth <= block < depth:
-            raise IndexError(f"there is no block {block}: the model has {depth}, counted from 0")
+            raise IndexError(f"block {block} does not exist: the model has {depth}, counted from 0")
     return frozenset(block % depth for block in blocks)
