@@ -18,11 +18,11 @@ from ..explain.ahead import plan_and_cost
 from ..explain.cost import Cost
 from ..messages import format_count
 from ..recipes.config import Recipe
-from ..recipes.demo import KEEP_RATES, demo_recipes
+from ..recipes.demo import demo_recipes
 from ..runs.networks import build_student, build_teacher_model
-from ..runs.pictures import draw_choices, png
+from ..runs.pictures import png
 from ..runs.train import train
-from ..storage.atomic import staged_dir, write_atomic, write_new
+from ..storage.atomic import staged_dir, write_new
 from .arguments import DemoArguments
 from .say import say
 
@@ -30,9 +30,7 @@ NUM_VALIDATION = 360
 
 
 def run(args: DemoArguments) -> int:
-    """Teacher, student alone, plain distillation, MaskedKD at several keep rates; then a table and
-    a picture.
-    """
+    """Teacher, student alone, plain distillation, MaskedKD at several keep rates; then a table."""
     output, console = Path(args.output), Console()
     # Matrices this small lose more to waiting for each other than they gain.
     torch.set_num_threads(1)
@@ -47,14 +45,13 @@ def run(args: DemoArguments) -> int:
         rows.append((recipe.description, summary, _cost(recipe)))
     console.print()
     console.print(_table(rows))
-    picture = output / "what_the_teacher_saw.png"
-    sheet = draw_choices(output / "maskedkd_50" / "last", str(images), KEEP_RATES)
-    write_atomic(picture, png(sheet))
     say(
-        f"The patches the teacher saw: {picture}\nTop-1 is on {NUM_VALIDATION} images: differences"
-        " under about 2 points are noise. Times include start-up and evaluation.\nA student for"
-        f" timm: timm.create_model('local-dir:{output}/maskedkd_50/last', pretrained=True)\nYour"
-        " own: vitdistill train maskedkd --data-dir PHOTOS --model deit_tiny_patch16_224"
+        f"The patches the teacher saw: {output}/maskedkd_50/pictures.png\n"
+        f"Top-1 is on {NUM_VALIDATION} images: differences under about 2 points are noise. Times"
+        " include start-up and evaluation.\n"
+        f"A student for timm: timm.create_model('local-dir:{output}/maskedkd_50/last',"
+        " pretrained=True)\n"
+        "Your own: vitdistill train maskedkd --data-dir PHOTOS --model deit_tiny_patch16_224"
         " --teacher-model TEACHER --teacher-path WEIGHTS"
     )
     return 0

@@ -12,6 +12,7 @@ from ..labels.layout import Targets
 from ..labels.reader import StoredAnswer, blank_targets
 from ..methods.base import TeacherObjective
 from ..vit.output import ViTOutput
+from ..vit.patches import show_patches
 from ..vit.walk import run_vit
 from .plan import Plan
 from .teacher import Teacher
@@ -112,10 +113,19 @@ class Distillation(nn.Module):
         return run(self.student, batch.images, self.plan.student_needs, keep)
 
     @torch.no_grad()
-    def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """Return what the objectives show of a batch, the input first; {} if they show nothing."""
-        output = self._student(batch, self.mask(batch), run_vit)
+    def pictures(
+        self, batch: Batch, teachers: Mapping[str, Teacher]
+    ) -> dict[str, Float[Tensor, "B 3 h w"]]:
+        """Return what objectives and selector show of a batch, the input first; {} for nothing."""
+        order = self.mask(batch)
+        output = self._student(batch, order, run_vit)
         shown: dict[str, Tensor] = {}
+        for name, teacher in teachers.items():
+            keep = self.choose(name, teacher, batch, output) if order is None else None
+            if keep is not None:
+                grid, number = self.plan.teachers[name].grid, keep.shape[1]
+                row = f"{name}\nsees {number} of {grid[0] * grid[1]}"
+                shown[row] = show_patches(batch.images, keep, grid)
         for name, objective in self.plan.objectives.items():
             pictures = objective.pictures(output, batch, self._adapter(name))
             shown |= {f"{name}: {what}": images for what, images in pictures.items()}

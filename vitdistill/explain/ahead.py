@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ..data.sources.base import check_enough
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, in_stage
-from ..runs.networks import Built, build_blank, plan_of, without_memory
+from ..runs.networks import Built, build_blank, plan_of
 from ..runs.stages import networks_ahead
 from .cost import IMAGENET_TRAIN_IMAGES, Cost, cost_of
 from .text import explain
@@ -36,7 +38,7 @@ def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
     """Return every run by its stage, whether or not the ones before it have run."""
     if isinstance(recipe, Recipe):
         num_images, num_classes = _count_images(recipe)
-        with without_memory():
+        with torch.device("meta"):
             student, teachers = build_blank(recipe, num_classes)
         return {"": _forecast(recipe, student, teachers, (num_images, num_classes))}
     before: dict[str, int] = {}

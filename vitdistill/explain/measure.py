@@ -13,10 +13,10 @@ from ..runs.networks import (
     PRECISIONS,
     amp_dtype_of,
     build_blank,
+    compile_networks,
     plan_of,
-    prefer_explicit_attention,
 )
-from ..runs.optim import clip_gradients, make_optimizer
+from ..runs.optim import clip_gradients, gradient_norm, make_optimizer
 from ..world import World, choose_device
 from .cost import stand_in
 
@@ -72,19 +72,15 @@ class _Step:
         networks = {name: built.network for name, built in teachers.items()}
         plan = plan_of(recipe, student.network, networks)
         self.module = Distillation(student.model, plan).to(world.device).train()
-        prefer_explicit_attention(self.module, amp_dtype, world.device)
         self.teachers = {}
         for name, built in teachers.items():
             dtype = PRECISIONS[recipe.teachers[name].precision]
-            prefer_explicit_attention(built.model, dtype or amp_dtype, world.device)
             self.teachers[name] = stand_in(
                 built.model, built.network, self.module, world.device, dtype
             )
         self.optimizer = make_optimizer(self.module, recipe.optim)
         if recipe.train.compile:
-            self.module.run = torch.compile(self.module.run)
-            for teacher in self.teachers.values():
-                teacher.run = torch.compile(teacher.run)
+            compile_networks(self.module, self.teachers)
 
     def __call__(self, size: int) -> float:
         """Take a step on ``size`` images; return its seconds."""
@@ -101,7 +97,7 @@ class _Step:
         with self.world.autocast(self.amp_dtype):
             loss = self.module(batch, self.teachers)["loss"]
         loss.backward()
-        clip_gradients(self.module, self.clip_grad)
+        clip_gradients(self.module, self.clip_grad, gradient_norm(self.module))
         self.optimizer.step()
         _wait(device)
         return time.perf_counter() - begun

@@ -24,21 +24,15 @@ from ..vit.output import ViTOutput
 from ..weights import create as weights
 from ..world import World
 from .identity import resolve_run
-from .networks import amp_dtype_of, build_networks
-from .prepare import Prepared, Say, make_loaders, open_images, prove_teachers
-from .stored import identity_of_views
+from .prepare import Prepared, Say, build, prove_teachers
 
 
 def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
     """Build and prove a recipe's teachers, and the views of its student, on this process."""
+    # Labelling makes batches of its own: any that divide among the processes will do.
+    small = replace(recipe.train, batch_size=2 * world.size, accumulate=1)
     with world.together(), memory_errors("while the teachers were built", SMALLER_EVALUATION):
-        images = open_images(recipe, say)
-        networks = build_networks(recipe, images.classes, world.device, say, student_weights=False)
-        # Labelling makes batches of its own: any that divide among the processes will do.
-        small = replace(recipe.train, batch_size=2 * world.size, accumulate=1)
-        loaders = make_loaders(replace(recipe, train=small), images, networks, world, say)
-        amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
-        prepared = Prepared(recipe, world, images, networks, loaders, amp_dtype, {}, ())
+        prepared = replace(build(replace(recipe, train=small), world, say), recipe=recipe)
     prove_teachers(prepared, say)
     return prepared
 
@@ -102,24 +96,17 @@ class LabelRun:
 
     def identity(self, name: str) -> dict[str, Any]:
         """Return what the labels of this teacher belong to."""
-        prepared, recipe = self.prepared, self.prepared.recipe
-        teacher, networks = prepared.teachers[name], prepared.networks
-        pipeline = prepared.loaders.train.pipeline
+        prepared, config = self.prepared, self.prepared.recipe.teachers[name]
+        teacher = prepared.teachers[name]
         precision = str(teacher.dtype or prepared.amp_dtype or torch.float32).partition(".")[2]
-        on_gpu = prepared.world.device.type == "cuda"
-        if precision == "float32" and on_gpu and torch.backends.cuda.matmul.allow_tf32:
-            precision = "tf32"
-        config = recipe.teachers[name]
         architecture, args = weights.describe(resolve_run(config.model), config.model_args)
         index = teacher.class_index
         return {
-            **identity_of_views(
-                recipe, prepared.images.train, networks.classes, networks.spec, pipeline
-            ),
+            **prepared.identity_of_views(),
             "teacher.architecture": architecture.partition(".")[0],
             "teacher.model_args": args,
             "teacher.classes_taken": None if index is None else index.tolist(),
-            "teacher.weights": networks.digests[name],
+            "teacher.weights": prepared.networks.digests[name],
             "teacher.image_size": list(teacher.spec.image_size),
             "teacher.mean": list(teacher.spec.mean),
             "teacher.std": list(teacher.spec.std),

@@ -17,7 +17,6 @@ from ..evaluate.accuracy import evaluate
 from ..evaluate.features import Pool, check_pool, extract
 from ..evaluate.knn import knn_accuracy
 from ..evaluate.linear import linear_probe
-from ..messages import plural
 from ..recipes.config import TeacherConfig
 from ..vit.flops import forward_flops
 from ..vit.needs import Needs
@@ -30,15 +29,10 @@ class Evaluation:
     """What is to be found out about a model.
 
     Args:
-        model: the model.
-        teacher: one to compare its answers with.
-        data_dir: the images.
-        split: which of them.
+        teacher: one to compare the model's answers with.
         knn: judge its features by so many nearest training images.
         linear_probe: judge its features by a linear classifier.
-        pool: which features of an image.
         batch_size: images a step and process.
-        workers: loader processes.
         amp_dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
     """
 
@@ -107,37 +101,32 @@ def _open_images(job: Evaluation) -> tuple[ImageSource, ImageSource | None]:
         )
     if not job.probes:
         return source, None
-    bank = open_source(job.data_dir, "train", classes=source.classes)
-    if job.knn is not None and job.knn > len(bank):
-        what = f"{job.knn} neighbours are asked for, of {plural(len(bank), 'training image')}"
-        raise ConfigError(what, Give("knn", len(bank)), field="knn")
-    return source, bank
+    return source, open_source(job.data_dir, "train", classes=source.classes)
 
 
 def _build(job: Evaluation, classes: tuple[str, ...], device: torch.device) -> tuple[Teacher, str]:
     """Return the model, and why it has no answers to be counted; empty if it has."""
     built = build_teacher_model(job.model, "model")
-    reason = ""
+    about = "model", classes, built.spec, device
     if job.probes:
         check_pool(job.pool, built.network.has_class_token)
-    if built.network.num_classes == 0:
-        reason = f"{job.model.model} has no classifier"
-        if not job.probes:
-            fixes = (Give("knn"), Give("linear_probe"))
-            raise ConfigError(f"{reason}, so it has no accuracy", fixes, field="model")
-        if job.teacher is not None:
-            what = f"{reason}, and a teacher's answers cannot be compared with any"
-            raise ConfigError(what, "leave the teacher out", field="teacher_model")
-    else:
+    must_answer = not job.probes or job.teacher is not None
+    if built.network.num_classes:
         try:
-            return build_teacher(job.model, "model", classes, built.spec, device, built=built)[
-                0
-            ], ""
+            return build_teacher(job.model, *about, built=built)[0], ""
         except ConfigError as error:
-            if not job.probes or job.teacher is not None:
+            if must_answer:
                 raise
             reason = str(error)
-    return build_teacher(job.model, "model", classes, built.spec, device, {}, built)[0], reason
+    else:
+        reason = f"{job.model.model} has no classifier"
+        if must_answer:
+            raise ConfigError(
+                f"{reason}, so it has neither accuracy nor agreement with a teacher",
+                (Give("knn"), Give("linear_probe")),
+                field="model",
+            )
+    return build_teacher(job.model, *about, objectives={}, built=built)[0], reason
 
 
 def _judge_features(

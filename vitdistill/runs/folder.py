@@ -13,7 +13,6 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import timm
@@ -22,82 +21,63 @@ import torchvision
 from PIL import Image
 
 from .. import __version__
-from ..errors import ConfigError, Give, PermissionDenied, UserError
+from ..errors import ConfigError, Fix, Give, UserError
 from ..recipes.config import Recipe
 from ..recipes.yaml import dump_recipe, load_recipe
-from ..storage.atomic import clear_aside, disk_errors, remove_temporaries, write_atomic
+from ..storage.atomic import disk_errors, remove_temporaries, write_atomic
 from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
 from ..weights import export
 from .identity import RECIPE, SUMMARY, changes, note_identity
 
-METRICS, TIMING, ENVIRONMENT, PICTURES = (
-    "metrics.jsonl",
-    "timing.jsonl",
-    "environment.json",
-    "pictures.png",
-)
-CLAIM = "in_use.json"
-"""What earlier versions wrote where a lock is today."""
+METRICS, TIMING, ENVIRONMENT = "metrics.jsonl", "timing.jsonl", "environment.json"
+PICTURES = "pictures.png"
 
 
-def check_folder(path: Path, recipe: Recipe) -> bool:
+def check_folder(path: Path, recipe: Recipe, fix: Fix = "") -> bool:
     """Return whether ``path`` holds this run already; write nothing.
 
     Raises:
-        ConfigError: it holds something else, or a run of another recipe.
-        PermissionDenied: it cannot be written.
+        ConfigError: it holds something else, or a run of another recipe (``fix``: what to do then,
+            besides another output), or cannot be written.
         DiskError: it cannot be the name of a folder.
     """
     with disk_errors(path):
-        _refuse_unwritable(path)
-        found = contents(path)
+        parent = next(place for place in (path, *path.absolute().parents) if place.exists())
+        found = contents(path) if parent == path and path.is_dir() else []
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"the output {path} cannot be made: {parent} is a file, or may not be written",
+            Give("output"),
+            field="output",
+        )
     if not found:
         return False
     if not (path / RECIPE).is_file():
         raise ConfigError(
             f"the output {path} is not empty ({found[0]} is in it) and holds no run",
-            fix=Give("output"),
+            Give("output"),
             field="output",
         )
     lines = changes(path, recipe)
     if lines:
+        more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
+        first = "; ".join([*lines[:3], *more])
         raise ConfigError(
-            f"the output {path} holds another run ({first_of(lines)})",
-            fix=(Give("output"), f"go on with that one by 'vitdistill train {path}'"),
+            f"the output {path} holds another run ({first})",
+            (Give("output"), fix or f"go on with that one by 'vitdistill train {path}'"),
             field="output",
         )
     return True
 
 
-def _refuse_unwritable(path: Path) -> None:
-    """Raise `ConfigError` or `PermissionDenied` where no folder can be made or written."""
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ConfigError(
-            f"the output {path} needs a folder where the file {parent} is",
-            fix=Give("output"),
-            field="output",
-        )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionDenied(f"the output {path} cannot be written: no permission in {parent}")
-
-
 def contents(path: Path) -> list[str]:
     """Return the names in a folder, [] where there is none.
 
-    Locks and temporaries of a killed process and a system's own files (.DS_Store) do not count.
+    Hidden ones do not count: locks and temporaries of a killed process, a system's own files.
     """
     names = os.listdir(path) if path.exists() else []
-    return sorted(name for name in names if name != CLAIM and not name.startswith("."))
-
-
-def first_of(lines: list[str]) -> str:
-    """Join the first three of what differs."""
-    more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
-    return "; ".join([*lines[:3], *more])
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def saved_recipe(path: Path) -> Recipe | None:
@@ -134,23 +114,11 @@ class RunFolder:
             # Another process may have begun a run here since the folder was first looked at.
             if not check_folder(path, recipe):
                 write_atomic(path / RECIPE, dump_recipe(recipe).encode())
-            if not (path / SUMMARY).is_file():
-                note_identity(path, recipe, identity)
-            self._clear_leftovers()
+            note_identity(path, recipe, identity)
+            remove_temporaries(path, export.FILES)
         except BaseException:
             self._lock.release()
             raise
-
-    def _clear_leftovers(self) -> None:
-        """Remove what a killed process left: unfinished files, and an old export whose replacement
-        is in place.
-        """
-        (self.path / CLAIM).unlink(missing_ok=True)
-        remove_temporaries(self.path, export.FILES)
-        for old in self.path.glob(".replaced-*-*"):
-            new = self.path / old.name.split("-")[1]
-            if (new / export.CONFIG).is_file():
-                clear_aside(old, new, export.FILES)
 
     def open_logs(self, offsets: Mapping[str, int]) -> None:
         """Open the logs, cut back to where the resumed checkpoint was."""
@@ -166,9 +134,7 @@ class RunFolder:
         return {name: log.sync() for name, log in self._logs.items()}
 
     def record_environment(self, step: int, processes: int) -> list[str]:
-        """Note what the run runs on from ``step`` on; return what changed of what can change the
-        last bits of a number.
-        """
+        """Note what the run runs on from ``step`` on; return what changed and can matter."""
         path, now = self.path / ENVIRONMENT, {**environment(), "processes": processes}
         known = dict(json.loads(path.read_bytes())) if path.is_file() else {}
         before = known[max(known, key=int)] if known else now
@@ -176,20 +142,15 @@ class RunFolder:
             kept = {begun: found for begun, found in known.items() if int(begun) < step}
             write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
         return [
-            f"{key} {before.get(key)} before, {now[key]} now"
-            for key in _DECISIVE
-            if now[key] != before.get(key)
+            f"{key} {before.get(key)} before, {value} now"
+            for key, value in now.items()
+            if value != before.get(key) and key not in _HARMLESS
         ]
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             for log in self._logs.values():
                 log.close()
@@ -197,19 +158,9 @@ class RunFolder:
             self._lock.release()
 
 
-# These may change numbers in their last bits (processes: dropout's draws too), but neither samples
-# nor views.
-_DECISIVE = (
-    "vitdistill",
-    "torch",
-    "torchvision",
-    "timm",
-    "pillow",
-    "processor",
-    "gpus",
-    "threads",
-    "processes",
-)
+# All else may change numbers in their last bits (processes: dropout's draws too), but neither
+# samples nor views.
+_HARMLESS = ("python", "platform", "command")
 
 
 def environment() -> dict[str, Any]:

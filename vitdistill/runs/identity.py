@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError, DataError, Fix, Give, Set
 from ..recipes.config import Recipe
@@ -20,7 +19,6 @@ from ..recipes.fingerprint import differences, fingerprint
 from ..recipes.settings import StudentConfig, TeacherConfig
 from ..recipes.stages import STAGES, Stages, load
 from ..recipes.yaml import load_recipe
-from ..storage import checkpoint
 from ..storage.atomic import sha256_file, write_atomic
 
 RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
@@ -75,7 +73,7 @@ def _sha256(file: Path) -> str:
     return _sha256_of_version(str(file.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
-@lru_cache
+@lru_cache  # a stage's weights are compared several times before it runs
 def _sha256_of_version(file: str, *version: int) -> str:
     return sha256_file(file)
 
@@ -105,26 +103,7 @@ def has_learnt(folder: Path) -> bool:
 
 def read_identity(folder: Path) -> dict[str, str]:
     """Read what the run in this folder began with; {} if that was not noted."""
-    if (folder / IDENTITY).is_file():
-        return _read(folder / IDENTITY)
-    # Before there was this file: weights files, the checkpoints, and the stages' folder had parts.
-    found: dict[str, str] = {}
-    with suppress(DataError):
-        newest = checkpoint.latest(folder, warn=lambda text: None)
-        state = {} if newest is None else _read(newest / checkpoint.STATE)
-        found |= state.get("identity", {})
-        found |= {"recipe": state["recipe"]} if "recipe" in state else {}
-    began = _read(folder.parent / "starts.json").get(folder.name, {})
-    if "images/train" in began:
-        found["training images"] = began["images/train"]
-    if (folder / RECIPE).is_file():
-        for field, value in flatten(load_recipe(folder / RECIPE)).items():
-            if field.endswith(".model") and Path(value).name in began:
-                found[field] = began[Path(value).name]
-    return found | _read(folder / "weights.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
+    path = folder / IDENTITY
     if not path.is_file():
         return {}
     with suppress(ValueError):

@@ -16,7 +16,7 @@ from ..world import join_world
 from .answers import LabelRun, prepare_teachers
 from .prepare import Say
 
-_CHUNK = 32  # records that are checked side by side
+_CHUNK = 32  # records of a part that are checked before another part is opened
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Check:
         count: records compared.
         views: of them, how many views have the pixels that were labelled.
         agreement: how often the most probable class is the same; 1 where no logits are stored.
-        divergence: KL(now || stored) of the probabilities, mean.
         variation: half the sum of the probabilities' differences, mean.
         hidden: largest difference of hidden states and features, over the largest of them; 0 where
             none are stored.
@@ -37,7 +36,6 @@ class Check:
     count: int
     views: int
     agreement: float
-    divergence: float
     variation: float
     hidden: float
     tolerance: float
@@ -48,16 +46,12 @@ class Check:
         return self.views == self.count and max(self.variation, self.hidden) <= self.tolerance
 
     def __str__(self) -> str:
-        text = (
+        limit = "at most" if self.as_stored else "more than rounding,"
+        return (
             f"{self.count} records answered anew: {self.views} views as labelled, top class equal"
-            f" in {self.agreement:.1%}, divergence {self.divergence:.2g}, total variation"
-            f" {self.variation:.2g}"
+            f" in {self.agreement:.1%}, total variation {self.variation:.2g}, hidden states within"
+            f" {self.hidden:.2g} ({limit} {self.tolerance:g})"
         )
-        if self.hidden:
-            text += f", hidden states within {self.hidden:.2g}"
-        if self.as_stored:
-            return f"{text} (at most {self.tolerance:g})"
-        return f"{text}, which is more than rounding ({self.tolerance:g})"
 
 
 def check(
@@ -100,19 +94,16 @@ def check(
 def _places(
     store: LabelStore, sealed: list[tuple[int, int]], samples: int, seed: int
 ) -> list[tuple[int, int, int]]:
-    """Choose (view, first, last) of chunks in all sealed parts, every record once at most."""
-    order = keyed.permutation(seed, 0, len(sealed), keyed.Stream.SUBSET)
-    chunks = -(-store.manifest.part_size // _CHUNK)
+    """Choose (view, first, last) of about ``samples`` records, in as many sealed parts as go."""
+    chunk = min(_CHUNK, store.manifest.part_size)
+    order = keyed.permutation(seed, 0, len(sealed), keyed.Stream.SUBSET)[: -(-samples // chunk)]
+    each = -(-samples // len(order))
     places = []
-    for number in range(len(sealed) * chunks):
-        turn, start = divmod(number, len(order))
-        view, part = sealed[order[start]]
+    for number in map(int, order):
+        view, part = sealed[number]
         low, high = store.part_range(part)
-        first = low + (turn + int(order[start])) % chunks * _CHUNK
-        last = min(first + min(_CHUNK, samples), high)
-        if samples > 0 and first < high:
-            samples -= last - first
-            places.append((view, first, last))
+        first = low + number * each % max(high - low - each + 1, 1)
+        places.append((view, first, min(first + each, high)))
     return places
 
 
@@ -133,17 +124,16 @@ def _alone(recipe: Recipe, name: str, data_dir: str | None, model: str | None) -
 
 def _compare(layout: Layout, stored: Records, now: Records, tolerance: float) -> Check:
     ours, theirs = layout.targets(now), layout.targets(stored)
-    agreement, divergence, variation, hidden = 1.0, 0.0, 0.0, 0.0
+    agreement, variation, hidden = 1.0, 0.0, 0.0
     if layout.logits is not None:
         t = layout.logits.temperatures[0] if layout.logits.temperatures else 1.0
-        a, b = ((targets.logits(t) / t).double().log_softmax(-1) for targets in (ours, theirs))
+        a, b = ((targets.logits(t) / t).double().softmax(-1) for targets in (ours, theirs))
         agreement = float((a.argmax(-1) == b.argmax(-1)).double().mean())
-        divergence = float((a.exp() * (a - b)).sum(-1).clamp(min=0).mean())
-        variation = float((a.exp() - b.exp()).abs().sum(-1).mean() / 2)
+        variation = float((a - b).abs().sum(-1).mean() / 2)
     pairs = [(ours.hidden[i], theirs.hidden[i]) for i in ours.hidden]
     if ours.features is not None and theirs.features is not None:
         pairs.append((ours.features, theirs.features))
     for a, b in pairs:
         hidden = max(hidden, float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)))
     views = int((ours.pixels == theirs.pixels).sum())
-    return Check(len(ours), views, agreement, divergence, variation, hidden, tolerance)
+    return Check(len(ours), views, agreement, variation, hidden, tolerance)

@@ -1,8 +1,7 @@
 """From a recipe to networks: the student, its teachers, and the plan that ties them."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,44 +41,25 @@ class Built:
 
 
 def amp_dtype_of(name: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast precision of a run; None: none.
-
-    Raises:
-        ConfigError: float16 on a CPU, where torch has no loss scaling for it.
-    """
+    """Return the autocast precision of a run; None: none."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    if name == "float16" and device.type != "cuda":
-        raise ConfigError(
-            f"float16 needs a GPU, and this run is on {device.type}",
-            (Set("train.amp_dtype", "bfloat16"), Set("train.amp_dtype", "float32")),
-            field="train.amp_dtype",
-        )
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-@contextmanager
-def without_memory() -> Iterator[None]:
-    """Build networks on the meta device: they have shapes and no numbers."""
-    with torch.device("meta"):
-        yield
 
 
 def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:
     """Build the student with a head for ``num_classes``; 0: without a head."""
     drop_path = config.drop_path or None
     built = _build(config, "student", num_classes, with_weights, drop_path=drop_path)
-    if config.init == "mae":
-        if not isinstance(built.model, VisionTransformer):
-            raise ConfigError(
-                f"init mae is for plain ViTs, and {config.model} is none",
-                (Set("student.init", "model"), Set("student.model")),
-                field="student.init",
-            )
-        if _has_weights(config):
-            hold_positions(built.model)
-        else:
-            init_mae(built.model)
+    if config.init == "model":
+        return built
+    if not isinstance(built.model, VisionTransformer):
+        raise ConfigError(
+            f"init mae is for plain ViTs, and {config.model} is none",
+            (Set("student.init", "model"), Set("student.model")),
+            field="student.init",
+        )
+    (hold_positions if _has_weights(config) else init_mae)(built.model)
     return built
 
 
@@ -100,24 +80,15 @@ def _build(
     field = "student" if isinstance(config, StudentConfig) else f"teachers.{name}"
     if not config.model:
         raise ConfigError(f"the {name} has no model", Set(f"{field}.model"), field=f"{field}.model")
-    try:
-        model = weights.create_model(
-            resolve_run(config.model),
-            num_classes=num_classes,
-            checkpoint=config.checkpoint if with_weights else None,
-            pretrained=(config.pretrained or None) if with_weights else False,
-            image_size=config.image_size,
-            **extra,
-            **config.model_args,
-        )
-    except (TypeError, AssertionError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(
-            f"the {name} {config.model} cannot be built with model_args {config.model_args}"
-            f" ({first})",
-            Set(f"{field}.model_args"),
-            field=f"{field}.model_args",
-        ) from error
+    model = weights.create_model(
+        resolve_run(config.model),
+        num_classes=num_classes,
+        checkpoint=config.checkpoint if with_weights else None,
+        pretrained=(config.pretrained or None) if with_weights else False,
+        image_size=config.image_size,
+        **extra,
+        **config.model_args,
+    )
     spec = input_spec_of(model)
     if config.image_size is not None:
         spec = replace(spec, image_size=(config.image_size, config.image_size))
@@ -164,30 +135,6 @@ def reads_logits(objectives: Mapping[str, Objective], teacher: Network) -> bool:
     )
 
 
-def build_blank_teacher(
-    config: TeacherConfig, name: str, objectives: Mapping[str, Objective]
-) -> Built:
-    """Build a teacher without its weights, as far as it is known without them.
-
-    We cannot know before loading whether a checkpoint has a head. If no objective reads logits,
-    assume it has none.
-    """
-    built = build_teacher_model(config, name, with_weights=False)
-    if config.checkpoint and not reads_logits(objectives, built.network):
-        built = with_classes(built, 0)
-    return built
-
-
-def with_classes(built: Built, num_classes: int) -> Built:
-    """Give a network another head, in place; unchanged where it cannot have another."""
-    if not hasattr(built.model, "reset_classifier"):
-        return built
-    built.model.reset_classifier(num_classes)  # type: ignore[operator]
-    old = built.network
-    network = describe_network(built.model, old.name, old.architecture, built.spec.image_size)
-    return replace(built, network=network)
-
-
 def build_blank(
     recipe: Recipe, num_classes: int, heads: Mapping[str, int] | None = None
 ) -> tuple[Built, dict[str, Built]]:
@@ -196,20 +143,35 @@ def build_blank(
     Teachers answer for ``num_classes``, as if matched to the data set's. ``heads`` replaces the
     number of classes of a teacher's own head, by name.
     """
+    objectives, heads = recipe.objectives, heads or {}
     student = build_student(recipe.student, num_classes, with_weights=False)
-    if not trains_classifier(recipe.objectives, student.network):
+    if not trains_classifier(objectives, student.network):
         student = build_student(recipe.student, 0, with_weights=False)
     teachers = {}
     for name, config in recipe.teachers.items():
         if config.labels is not None:
             continue
-        built = build_blank_teacher(config, name, recipe.objectives)
-        if heads is not None and name in heads:
-            built = with_classes(built, heads[name])
-        if built.network.num_classes and reads_logits(recipe.objectives, built.network):
+        built = build_teacher_model(config, name, with_weights=False)
+        if name in heads:
+            built = _with_classes(built, heads[name])
+        elif config.checkpoint and not reads_logits(objectives, built.network):
+            # We cannot know before loading whether a checkpoint has a head. If no objective reads
+            # logits, assume it has none.
+            built = _with_classes(built, 0)
+        if built.network.num_classes and reads_logits(objectives, built.network):
             built = replace(built, network=replace(built.network, num_classes=num_classes))
         teachers[name] = built
     return student, teachers
+
+
+def _with_classes(built: Built, num_classes: int) -> Built:
+    """Give a network another head, in place; unchanged where it cannot have another."""
+    if not hasattr(built.model, "reset_classifier"):
+        return built
+    built.model.reset_classifier(num_classes)  # type: ignore[operator]
+    old = built.network
+    network = describe_network(built.model, old.name, old.architecture, built.spec.image_size)
+    return replace(built, network=network)
 
 
 def build_teacher(
@@ -223,9 +185,9 @@ def build_teacher(
 ) -> tuple[Teacher, ClassMatch]:
     """Build a frozen teacher that answers for ``classes`` in their order.
 
-    Without ``classes`` (unlabelled images) it answers in its own. Its classes need not match, and
-    it may have none, where none of ``objectives`` reads its logits (None: they are read).
-    ``built``: its network, if that exists already.
+    Without ``classes`` (unlabelled images) it answers in its own. They need not match, and it may
+    have none, where none of ``objectives`` reads its logits (None: they are read). ``built`` is its
+    network, if that exists already.
     """
     built = built or build_teacher_model(config, name)
     names = weights.class_names(built.model)
@@ -278,23 +240,20 @@ def build_networks(
     classes: tuple[str, ...],
     device: torch.device,
     say: Callable[[str], None],
-    *,
-    student_weights: bool = True,
 ) -> Networks:
     """Build the networks of a recipe and resolve its plan.
 
     The student answers for ``classes``; where the images are unlabelled, for those of its teachers;
-    and has no classifier where no objective trains one. Whoever reads nothing but the student's
-    input can do without ``student_weights``.
+    and has no classifier where no objective trains one.
     """
     num_classes = max(len(classes), 1)
-    with without_memory():
+    # Only a built network says which of its heads an objective trains: ask one without numbers, so
+    # that the student's weights are the first that the seed gives.
+    with torch.device("meta"):
         blank = build_student(recipe.student, num_classes, with_weights=False)
     trained = trains_classifier(recipe.objectives, blank.network)
     torch.manual_seed(recipe.train.seed)
-    student = build_student(
-        recipe.student, num_classes if trained else 0, with_weights=student_weights
-    )
+    student = build_student(recipe.student, num_classes if trained else 0)
     state = torch.get_rng_state()
     teachers, answers = _build_teachers(recipe, classes, student.spec, device, say)
     if not trained:
@@ -304,26 +263,25 @@ def build_networks(
             else "the images have no labels to judge its features by"
         )
         say(f"no objective trains the student's classifier: it is built without one, and {judged}")
-        torch.set_rng_state(state)  # adapters begin alike, whatever the teachers are
+        # Building teachers drew numbers; adapters begin alike, whatever the teachers are.
+        torch.set_rng_state(state)
         classes = ()
     elif not classes:
         count, classes = _common_classes(answers)
         torch.manual_seed(recipe.train.seed)
-        student = build_student(recipe.student, count, with_weights=student_weights)
+        student = build_student(recipe.student, count)
     networks = {name: teacher.network for name, teacher in teachers.items()}
     plan = plan_of(recipe, student.network, networks)
     distillation = Distillation(student.model, plan).to(device)
-    amp_dtype = amp_dtype_of(recipe.train.amp_dtype, device)
-    prefer_explicit_attention(distillation, amp_dtype, device)
-    for teacher in teachers.values():
-        prefer_explicit_attention(teacher.model, teacher.dtype or amp_dtype, device)
+    size = recipe.student.image_size
+    args = recipe.student.model_args | ({} if size is None else {"img_size": size})
     return Networks(
         distillation,
         {name: teacher for name, teacher in teachers.items() if runs(recipe.teachers[name])},
         {name: weights_digest(teacher.model) for name, teacher in teachers.items()},
         evaluated_as_trained(student.spec, recipe.data.augment),
         classes,
-        weights.describe(resolve_run(recipe.student.model), _model_args(recipe.student)),
+        weights.describe(resolve_run(recipe.student.model), args),
     )
 
 
@@ -388,6 +346,13 @@ def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -
     return make_plan(student, known, recipe.objectives, recipe.selector, recipe.masking, layouts)
 
 
+def compile_networks(distillation: Distillation, teachers: Mapping[str, Teacher]) -> None:
+    """Compile how the networks run; their modules and their weights' names stay as they are."""
+    distillation.run = torch.compile(distillation.run)
+    for teacher in teachers.values():
+        teacher.run = torch.compile(teacher.run)
+
+
 def weights_digest(model: nn.Module) -> str:
     """Return the sha256 of everything a network computes with."""
     digest = hashlib.sha256()
@@ -395,22 +360,3 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _model_args(config: StudentConfig) -> dict[str, Any]:
-    size = {} if config.image_size is None else {"img_size": config.image_size}
-    return {**config.model_args, **size}
-
-
-def prefer_explicit_attention(
-    model: nn.Module, dtype: torch.dtype | None, device: torch.device
-) -> None:
-    """Let timm's blocks compute attention explicitly in bfloat16 on a CPU.
-
-    The fused kernel is slower there: the explicit one takes 0.6 to 0.75 of its time.
-    """
-    if device.type != "cpu" or dtype is not torch.bfloat16:
-        return
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", False)  # noqa: B010  (mypy takes it for a submodule)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,21 +18,21 @@ from ..distill.teacher import Teacher
 from ..errors import ConfigError, Drop, MissingSplit, Set
 from ..evaluate.features import evenly
 from ..evaluate.knn import K
+from ..labels.identity import views_identity
 from ..labels.reader import LabelReader
 from ..memory import memory_errors
 from ..messages import listed, plural
 from ..recipes.config import Recipe
 from ..world import World
-from .networks import Networks, amp_dtype_of, build_networks
+from .networks import Networks, amp_dtype_of, build_networks, compile_networks
 from .optim import make_optimizer
 from .pictures import NUM_PICTURES
 from .preflight import NUM_IMAGES, prove_features, prove_teacher
-from .stored import check_labels, identity_of_views, open_labels
+from .stored import check_labels, open_labels
 
+# Images a k-NN evaluation during training looks at: the standard error of 2000 answers is at most
+# 1.1 points, and the bank has 5 images of each of 1000 classes.
 NUM_BANK, NUM_QUERIES = 5000, 2000
-"""How many images a k-NN evaluation during training looks at: enough to tell accuracies 2 points
-apart (the standard error of 2000 answers is at most 1.1 points) and 5 of each of 1000 classes, for
-7000 forward passes and a third of a second on one core."""
 
 Say = Callable[[str], None]
 
@@ -42,20 +42,13 @@ class Images:
     """The images of a run.
 
     Attributes:
-        train: training images.
-        val: validation images; None where there are none to judge the student by.
-        classes: that the run tells apart, in the order of the logits; () where it has none.
+        val: None where there are none to judge the student by.
+        classes: those that the run tells apart, in the order of the logits; () where it has none.
     """
 
     train: ImageSource
     val: ImageSource | None
     classes: tuple[str, ...]
-
-    @property
-    def sources(self) -> dict[str, ImageSource]:
-        """The images by the name they have in a run's identity."""
-        found = {"training images": self.train}
-        return found if self.val is None else {**found, "validation images": self.val}
 
 
 @dataclass(frozen=True)
@@ -63,11 +56,8 @@ class Loaders:
     """The batches of one process.
 
     Attributes:
-        train: training views.
-        val: images of an evaluation, at most `NUM_QUERIES` for a student without a classifier;
-            None for unlabelled images.
-        bank: training images, at most `NUM_BANK`, by which k-NN judges the features of a student
-            without a classifier.
+        val: images of an evaluation; None for unlabelled ones.
+        bank: training images by which k-NN judges the features of a student without a classifier.
         proof: validation images that the teachers are proved on.
         shown: the few images that pictures are made of.
     """
@@ -85,8 +75,6 @@ class Prepared:
 
     Attributes:
         amp_dtype: autocast precision; None: none.
-        identity: what decides the result besides the recipe; a resume with anything else is
-            refused.
         unused: parameters no gradient reaches.
     """
 
@@ -96,8 +84,7 @@ class Prepared:
     networks: Networks
     loaders: Loaders
     amp_dtype: torch.dtype | None
-    identity: dict[str, str]
-    unused: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
     @property
     def distillation(self) -> Distillation:
@@ -106,18 +93,35 @@ class Prepared:
 
     @property
     def student(self) -> nn.Module:
-        """The network that is trained."""
         return self.distillation.student
 
     @property
     def plan(self) -> Plan:
-        """What every network computes."""
         return self.distillation.plan
 
     @property
     def teachers(self) -> dict[str, Teacher]:
-        """The teachers that run, by name."""
         return self.networks.teachers
+
+    def identity(self) -> dict[str, str]:
+        """Return what decides the result besides the recipe, by content."""
+        train, val = self.images.train, self.images.val
+        found = {
+            "training images": train.fingerprint(),
+            "validation images": "" if val is None else val.fingerprint(),
+            "image pipeline": self.loaders.train.pipeline,
+        }
+        for name in self.teachers:
+            found[f"weights of the {name}"] = self.networks.digests[name]
+        for name, store in open_labels(self.recipe).items():
+            found[f"labels of the {name}"] = store.manifest.digest
+        return found
+
+    def identity_of_views(self) -> dict[str, Any]:
+        """Return what labels have to share with the run that reads them."""
+        images, networks, data = self.images.train, self.networks, self.recipe.data
+        given = images, networks.classes, networks.spec, data.augment
+        return views_identity(*given, self.recipe.data_seed, self.loaders.train.pipeline)
 
     @contextmanager
     def in_micro_batch(self, step: int, number: int) -> Iterator[None]:
@@ -140,16 +144,29 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Prepared:
     """
     less = (Set("train.batch_size"), "end what else runs here", "choose a smaller network")
     with world.together(), memory_errors("before the first step", less):
-        images = open_images(recipe, say)
-        networks = build_networks(recipe, images.classes, world.device, say)
-        loaders = make_loaders(recipe, images, networks, world, say)
-        prepared = check_together(recipe, world, images, networks, loaders, say)
+        prepared = build(recipe, world, say)
+        networks = prepared.networks
+        make_optimizer(networks.distillation, recipe.optim)  # raises for a wrong name or argument
+        check_labels(recipe, prepared.identity_of_views(), networks.digests, say)
+        unused = unused_parameters(networks, world.device)
+        if unused:
+            say(
+                f"no gradient reaches {plural(len(unused), 'parameter')} of the student"
+                f" ({listed(unused)}): no objective reads {'it' if len(unused) == 1 else 'them'}"
+            )
     prove_teachers(prepared, say)
     if recipe.train.compile:
-        networks.distillation.run = torch.compile(networks.distillation.run)
-        for teacher in networks.teachers.values():
-            teacher.run = torch.compile(teacher.run)
-    return prepared
+        compile_networks(networks.distillation, networks.teachers)
+    return replace(prepared, unused=unused)
+
+
+def build(recipe: Recipe, world: World, say: Say) -> Prepared:
+    """Open the images, build the networks, and make the batches of this process."""
+    images = open_images(recipe, say)
+    networks = build_networks(recipe, images.classes, world.device, say)
+    loaders = make_loaders(recipe, images, networks, world, say)
+    amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
+    return Prepared(recipe, world, images, networks, loaders, amp_dtype)
 
 
 def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
@@ -161,111 +178,76 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     Raises:
         ConfigError: the images lack labels that the recipe needs, or are all of one class.
     """
-    if not recipe.data.dir:
+    folder = recipe.data.dir
+    if not folder:
         raise ConfigError("no images are named", Set("data.dir", "FOLDER"), field="data.dir")
     reading = [name for name, objective in recipe.objectives.items() if objective.reads_labels]
-    train, val = open_source(recipe.data.dir, "train"), None
-    if train.classes and (reading or len(train.classes) > 1):
+    train, val = open_source(folder, "train"), None
+    if reading and len(train.classes) < 2:
+        found = "have no labels (no class folders)"
+        if train.classes:
+            found = f"are all of one class ({train.classes[0]!r})"
+        raise ConfigError(
+            f"the images in {folder} {found}, and the objective {reading[0]!r} reads them",
+            (Set("data.dir"), Drop(reading[0])),
+            field="data.dir",
+        )
+    if len(train.classes) > 1:
         try:
-            val = open_source(recipe.data.dir, "val", classes=train.classes)
+            val = open_source(folder, "val", classes=train.classes)
         except MissingSplit:
             if reading:
                 raise
-    elif reading:
-        raise ConfigError(
-            f"the images in {recipe.data.dir} have no labels (no class folders), and the objective"
-            f" {reading[0]!r} reads them",
-            (Drop(reading[0]), Set("data.dir")),
-            field="data.dir",
-        )
-    classes = train.classes if val is not None else ()
-    if len(classes) == 1:
-        raise ConfigError(
-            f"the images in {recipe.data.dir} are all of one class ({classes[0]!r})",
-            Set("data.dir"),
-            field="data.dir",
-        )
-    if train.classes and not classes:
-        say(
-            "there are no validation images, or one class alone, and no objective reads labels:"
-            " nothing is evaluated"
-        )
-    return Images(train, val, classes)
+    if train.classes and val is None:
+        say("no validation images, or one class alone: nothing is evaluated")
+    return Images(train, val, train.classes if val is not None else ())
 
 
 def make_loaders(
     recipe: Recipe, images: Images, networks: Networks, world: World, say: Say
 ) -> Loaders:
     """Make the batches of this process."""
-    spec, val, bank, proof = networks.spec, None, None, None
+    spec, data, train = networks.spec, recipe.data, recipe.train
     loading = Loading(
-        recipe.train.batch_size,
+        train.batch_size,
         recipe.data_seed,
-        recipe.train.accumulate,
-        recipe.data.workers,
-        recipe.data.in_memory,
-        recipe.data.views,
+        train.accumulate,
+        data.workers,
+        data.in_memory,
+        data.views,
         world,
     )
     labels = {
         name: LabelReader(name, store, recipe.teachers[name].missing == "online")
         for name, store in open_labels(recipe).items()
     }
-    train = TrainLoader(images.train, recipe.data.augment, spec, loading, labels)
+
+    def judge(source: ImageSource, limit: int | None = None) -> EvalLoader:
+        size = train.eval_batch_size
+        return EvalLoader(
+            source, spec, batch_size=size, workers=data.workers, world=world, limit=limit
+        )
+
+    val, bank, proof = None, None, None
     if images.val is not None:
-        process: dict[str, Any] = {
-            "batch_size": recipe.train.eval_batch_size,
-            "workers": recipe.data.workers,
-            "world": world,
-        }
-        judged = images.val
+        proof, judged = judge(images.val, NUM_IMAGES), images.val
         if not networks.classes:
             nearest, judged = evenly(images.train, NUM_BANK), evenly(images.val, NUM_QUERIES)
-            bank = EvalLoader(nearest, spec, **process)
+            bank = judge(nearest)
             say(
                 f"evaluations ask the {min(K, len(nearest))} nearest of {len(nearest)} training"
                 f" images for the class of {len(judged)} validation images (k-NN on the mean of the"
                 " patches' features)"
             )
-        val = EvalLoader(judged, spec, **process)
-        proof = EvalLoader(images.val, spec, limit=NUM_IMAGES, **process)
-    few = evenly(images.val or images.train, NUM_PICTURES)
-    alone = World(0, 1, world.device)
-    shown = EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone)
-    return Loaders(train, val, bank, proof, shown)
-
-
-def check_together(
-    recipe: Recipe,
-    world: World,
-    images: Images,
-    networks: Networks,
-    loaders: Loaders,
-    say: Say,
-) -> Prepared:
-    """Check what has been built against each other, and give it its identity."""
-    make_optimizer(networks.distillation, recipe.optim)  # raises for a wrong name or argument
-    pipeline = loaders.train.pipeline
-    views = identity_of_views(recipe, images.train, networks.classes, networks.spec, pipeline)
-    check_labels(recipe, views, networks.digests, say)
-    unused = unused_parameters(networks, world.device)
-    if unused:
-        say(
-            f"no gradient reaches {plural(len(unused), 'parameter')} of the student"
-            f" ({listed(unused)}): no objective reads {'it' if len(unused) == 1 else 'them'}"
-        )
-    identity = {
-        "training images": images.train.fingerprint(),
-        "validation images": images.val.fingerprint() if images.val is not None else "",
-        "image pipeline": pipeline,
-        **{f"weights of the {name}": networks.digests[name] for name in networks.teachers},
-        **{
-            f"labels of the {name}": store.manifest.digest
-            for name, store in open_labels(recipe).items()
-        },
-    }
-    amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
-    return Prepared(recipe, world, images, networks, loaders, amp_dtype, identity, unused)
+        val = judge(judged)
+    few, alone = evenly(images.val or images.train, NUM_PICTURES), World(0, 1, world.device)
+    return Loaders(
+        TrainLoader(images.train, data.augment, spec, loading, labels),
+        val,
+        bank,
+        proof,
+        shown=EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone),
+    )
 
 
 def prove_teachers(prepared: Prepared, say: Say) -> None:
@@ -288,19 +270,12 @@ def prove_teachers(prepared: Prepared, say: Say) -> None:
 
 
 def unused_parameters(networks: Networks, device: torch.device) -> tuple[str, ...]:
-    """Name the trainable parameters no loss reaches.
-
-    One backward pass over two blank images in evaluation mode finds them.
-    """
-    distillation = networks.distillation
-    training = distillation.training
+    """Name the trainable parameters no loss reaches, by a backward pass over two blank images."""
+    distillation, training = networks.distillation, networks.distillation.training
     distillation.eval()
     named = {name: p for name, p in distillation.named_parameters() if p.requires_grad}
     loss = distillation(blank_batch(distillation.plan, 2, device), networks.teachers)["loss"]
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     distillation.train(training)
-    return tuple(
-        name.removeprefix("student.")
-        for name, grad in zip(named, grads, strict=True)
-        if grad is None
-    )
+    reached = zip(named, grads, strict=True)
+    return tuple(name.removeprefix("student.") for name, grad in reached if grad is None)

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..methods.base import Objective
 from ..storage.atomic import write_atomic
 from ..weights.export import export_timm
 from .display import Speed
@@ -23,20 +22,16 @@ class Report:
         self.prepared, self.folder = prepared, folder
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
         self.board = _tensorboard(folder, step)
-        self._proved = False
+        self._proved = False  # an export of this network, by loading it
 
     def close(self) -> None:
         """Close TensorBoard's files."""
         if self.board is not None:
             self.board.close()
 
-    def training(self, step: int, values: dict[str, float], scale: dict[str, float]) -> None:
-        """Log what was computed since the last line; ``scale``: of the loss, for float16."""
-        self._log("train", step, values | scale)
-        self._show("train", step, values)
-
-    def pace(self, step: int, speed: Speed) -> None:
-        """Log how fast it went."""
+    def training(self, step: int, values: dict[str, float], speed: Speed) -> None:
+        """Log what was computed since the last line, and how fast it went."""
+        self._write("train", step, values)
         if math.isfinite(speed.images_per_second):
             pace = {
                 "images_per_second": round(speed.images_per_second, 1),
@@ -64,33 +59,30 @@ class Report:
             self._proved = True
         self._draw(step)
         if scores is not None:
-            self._log("eval", step, scores)
-            self._show("validation", step, scores)
+            self._write("eval", step, scores)
 
     @torch.no_grad()
     def _draw(self, step: int) -> None:
-        """Draw what the objectives have to show of a few images.
+        """Draw what the objectives have to show of a few images, and what a selector leaves.
 
         The student is the one that decoders are trained with, not its average.
         """
         prepared, distillation = self.prepared, self.prepared.distillation
-        objectives = distillation.plan.objectives.values()
-        if all(type(objective).pictures is Objective.pictures for objective in objectives):
-            return
         (batch,) = prepared.loaders.shown
         batch.seed = prepared.recipe.train.seed
         distillation.eval()
         with prepared.world.autocast(prepared.amp_dtype):
-            rows = distillation.pictures(batch)
+            rows = distillation.pictures(batch, prepared.teachers)
         if rows:
             sheet = draw_sheet(rows, prepared.networks.spec)
             write_atomic(self.folder.path / PICTURES, png(sheet))
             if self.board is not None:
                 self.board.add_image("pictures", np.array(sheet), step, dataformats="HWC")
 
-    def _log(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         at = {"kind": kind, "step": step, "epoch": step / self.steps_per_epoch}
         self.folder.log(METRICS, {**at, **values})
+        self._show("validation" if kind == "eval" else kind, step, values)
 
     def _show(self, group: str, step: int, values: dict[str, float]) -> None:
         if self.board is not None:

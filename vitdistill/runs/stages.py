@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ..data.loader import check_batches
-from ..data.sources.open import open_source
 from ..distill.step import Distillation
-from ..errors import ConfigError, Fix, Give, Set, UserError
+from ..errors import ConfigError, Give, Set
 from ..messages import suggest
 from ..recipes.config import Recipe
 from ..recipes.stages import (
@@ -33,9 +33,10 @@ from ..recipes.stages import (
 from ..storage.atomic import disk_errors, write_atomic
 from ..weights.files import check_is_file
 from ..world import join_world
-from .folder import check_folder, contents, first_of, saved_recipe
-from .identity import SUMMARY, changes, has_learnt, read_identity
-from .networks import Built, build_blank, check_has_weights, plan_of, without_memory
+from .display import Display
+from .folder import check_folder, contents, saved_recipe
+from .identity import SUMMARY
+from .networks import Built, build_blank, check_has_weights, plan_of
 from .optim import make_optimizer
 from .prepare import open_images
 from .stored import open_labels, stored_network, with_views_of_labels
@@ -63,10 +64,9 @@ def train_stages(
 
     Raises:
         UserError: as `vitdistill.runs.train.train`; before anything runs also for what is wrong
-            with a later stage, and for a folder that holds a stage with other settings, weights or
-            images.
+            with a later stage, and for a folder that holds a stage with other settings or weights.
     """
-    output, console = Path(output), console or Console()
+    output = Path(output)
     stages = replace(stages, name=output.absolute().name or stages.name)
     keys = [*stages.stages]
     if until is not None and until not in keys:
@@ -80,25 +80,15 @@ def train_stages(
 
     summaries = {}
     with join_world(device) as world:
+        say = Display(console or Console(), world.is_main).say
         world.from_main(partial(_check, stages, chosen, output, world.size))
         for number, key in enumerate(chosen, 1):
             folder = output / stages.stages[key].name
-            if world.is_main:
-                console.print(
-                    f"stage {key} ({number} of {len(keys)}): {folder}",
-                    highlight=False,
-                    markup=False,
-                    soft_wrap=True,
-                )
+            say(f"stage {key} ({number} of {len(keys)}): {folder}")
             with in_stage(key):
-                # An earlier stage may have just been trained anew, and to other weights.
-                world.from_main(partial(_check_stage, stages, key, output))
+                recipe = resolved(stages, key, output)
                 summaries[key] = train(
-                    resolved(stages, key, output),
-                    folder,
-                    device=device,
-                    console=console,
-                    prepared=begin,
+                    recipe, folder, device=device, console=console, prepared=begin
                 )
             if world.is_main and done is not None:
                 done(key, folder, summaries[key])
@@ -139,44 +129,11 @@ def _check(stages: Stages, chosen: list[str], output: Path, num_processes: int) 
         )
     for key in chosen:
         with in_stage(key):
-            _check_stage(stages, key, output)
+            folder, recipe = output / stages.stages[key].name, resolved(stages, key, output)
+            check_folder(folder, with_views_of_labels(recipe, saved_recipe(folder)), Set("name"))
     pending = [key for key in chosen if not (output / stages.stages[key].name / SUMMARY).is_file()]
     if len(pending) > 1:  # a single one finds its own mistakes
         _check_ahead(stages, pending, num_processes)
-
-
-def _check_stage(stages: Stages, key: str, output: Path) -> None:
-    """Raise `ConfigError` if a stage's folder holds anything but this stage, as it is now."""
-    folder, recipe = output / stages.stages[key].name, resolved(stages, key, output)
-    saved = saved_recipe(folder)
-    if saved is not None:
-        recipe = with_views_of_labels(recipe, saved)
-        lines = changes(folder, recipe)
-        fixes: tuple[Fix, ...] = (Set("name"), Give("output"))
-        if not lines and _has_other_images(folder, recipe):
-            lines.append(f"the training images in {recipe.data.dir} are others than then")
-            fixes = (Set("data.dir"), Set("train.accept_changed_images", True), *fixes)
-        if lines:
-            raise ConfigError(
-                f"{folder} holds this stage as it was before ({first_of(lines)})",
-                fix=fixes,
-                field="name",
-            )
-    check_folder(folder, recipe)
-
-
-def _has_other_images(folder: Path, recipe: Recipe) -> bool:
-    """Whether a run has learnt from other images than the recipe names.
-
-    Nothing is known where images are gone, which a finished run does not need.
-    """
-    then = read_identity(folder).get("training images")
-    if then is None or not has_learnt(folder) or recipe.train.accept_changed_images:
-        return False
-    try:
-        return open_source(recipe.data.dir, "train").fingerprint() != then
-    except UserError:
-        return False
 
 
 def _check_ahead(stages: Stages, pending: list[str], num_processes: int) -> None:
@@ -186,28 +143,22 @@ def _check_ahead(stages: Stages, pending: list[str], num_processes: int) -> None
         with in_stage(key):
             stores = open_labels(stage)
             stored = [stored_network(store, name).num_classes for name, store in stores.items()]
-            recipe, student, teachers = networks_ahead(
-                stages, key, max(stored, default=1000), num_classes
-            )
+            most = max(stored, default=1000)
+            recipe, student, teachers = networks_ahead(stages, key, most, num_classes)
             if key not in pending:
                 continue
-            described = {name: built.network for name, built in teachers.items()}
-            plan = plan_of(recipe, student.network, described)
-            if key == pending[0]:
+            plan = plan_of(recipe, student.network, {n: t.network for n, t in teachers.items()})
+            if key == pending[0]:  # the rest of it is found when it begins, which is at once
                 continue
-            check_batches(
-                open_images(stage).train,
-                stage.data.augment,
-                stage.train.batch_size,
-                num_processes,
-                stage.train.accumulate,
-            )
+            train, images = stage.train, open_images(stage).train
+            sizes = train.batch_size, num_processes, train.accumulate
+            check_batches(images, stage.data.augment, *sizes)
             if stage.student.checkpoint:
                 check_is_file(stage.student.checkpoint)
             for name, config in stage.teachers.items():
                 if config.labels is None and not config.model.startswith(PREFIX):
                     check_has_weights(config, name)
-            with without_memory():
+            with torch.device("meta"):
                 make_optimizer(Distillation(student.model, plan), stage.optim)
 
 
@@ -220,7 +171,7 @@ def networks_ahead(
     """
     recipe = foreseen(stages, key)
     heads = {name: before[source] for name, source in teaching(stages.stages[key]).items()}
-    with in_stage(key), without_memory():
+    with in_stage(key), torch.device("meta"):
         student, teachers = build_blank(recipe, num_classes, heads)
     before[key] = student.network.num_classes
     return recipe, student, teachers

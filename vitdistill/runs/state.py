@@ -70,9 +70,10 @@ def begin(prepared: Prepared, num_values: int) -> State:
 
 
 def save(state: State, prepared: Prepared, folder: RunFolder | None) -> None:
-    """Save the state and where the logs end; call it on every process.
+    """Save the state; call it on every process, with a ``folder`` on the one that writes.
 
-    ``folder``: None on processes that write nothing.
+    The logs are synced first, and their ends are part of the checkpoint: a resume cuts them back to
+    it, so that they hold every step once.
     """
     world = prepared.world
     sums = world.gather(state.sums.tolist())
@@ -114,15 +115,13 @@ def load(state: State, world: World, saved: Saved) -> dict[str, int]:
         DataError: it does not fit the networks or the optimizer.
     """
     found, (tensors, numbers) = saved
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in state.modules}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = tensor
     try:
         for name, module in state.modules.items():
-            module.load_state_dict(
-                {
-                    key.removeprefix(f"{name}."): tensor
-                    for key, tensor in tensors.items()
-                    if key.startswith(f"{name}.")
-                }
-            )
+            module.load_state_dict(parts[name])
         state.optimizer.load_state_dict(unpack_optimizer(tensors, numbers["optimizer"]))
         if state.scaler is not None:
             state.scaler.load_state_dict(numbers["scaler"])

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..data.augment import InputSpec
-from ..data.sources.base import ImageSource
 from ..errors import ConfigError, DataError, Set
-from ..labels.identity import differing, network_from_json, of_views, views_identity
+from ..labels.identity import differing, network_from_json, of_views
 from ..labels.store import LabelStore
 from ..messages import plural
 from ..recipes.config import Recipe, TeacherConfig
@@ -49,20 +47,16 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     else:
         views = fewest if fewest < recipe.train.epochs else None
         seeds = [store.manifest.identity.get("view.seed") for store in stores.values()]
-        other = (seed for seed in seeds if isinstance(seed, int) and seed != recipe.train.seed)
-        seed = next(other, None)
-    data = replace(
-        data,
-        views=views if data.views is None else data.views,
-        seed=seed if data.seed is None else data.seed,
-    )
-    if needed and data.views is not None and data.views > fewest:
+        seed = next((s for s in seeds if s not in (None, recipe.train.seed)), None)
+    views = views if data.views is None else data.views
+    if needed and views is not None and views > fewest:
         raise ConfigError(
-            f"the recipe shows {data.views} views of each image, and {fewest} are labelled",
+            f"the recipe shows {views} views of each image, and {fewest} are labelled",
             (Set("data.views", fewest), "label more"),
             field="data.views",
         )
-    return replace(recipe, data=data)
+    seed = seed if data.seed is None else data.seed
+    return replace(recipe, data=replace(data, views=views, seed=seed))
 
 
 def made_by(store: LabelStore, config: TeacherConfig) -> bool:
@@ -78,26 +72,13 @@ def made_by(store: LabelStore, config: TeacherConfig) -> bool:
     )
 
 
-def identity_of_views(
-    recipe: Recipe, source: ImageSource, classes: tuple[str, ...], spec: InputSpec, pipeline: str
-) -> dict[str, Any]:
-    """Return what labels for a run have to share with it."""
-    return views_identity(source, classes, spec, recipe.data.augment, recipe.data_seed, pipeline)
-
-
 def check_labels(
-    recipe: Recipe,
-    views: dict[str, Any],
-    digests: dict[str, str],
-    say: Callable[[str], None],
+    recipe: Recipe, views: dict[str, Any], digests: dict[str, str], say: Callable[[str], None]
 ) -> None:
     """Raise `DataError` unless every label store is of these views and these teachers.
 
-    Args:
-        recipe: of the run.
-        views: `identity_of_views` of the run.
-        digests: of the weights of the teachers that are to be compared.
-        say: called with a line on each store.
+    ``views``: the identity of the run's views. ``digests``: of the weights of the teachers that are
+    to be compared. ``say`` is told a line about each store.
     """
     for name, store in open_labels(recipe).items():
         run, labels = dict(views), of_views(store.manifest.identity)
@@ -124,10 +105,9 @@ def check_labels(
 def _refuse_missing(name: str, store: LabelStore, num_views: int) -> None:
     absent = [(view, part) for view, part in store.missing_parts() if view < num_views]
     if absent:
-        view, part = absent[0]
         raise DataError(
             f"the labels of the {name} lack {plural(len(absent), 'part')} of"
-            f" {num_views * store.num_parts} (the first: view {view}, part {part})",
+            f" {num_views * store.num_parts}",
             ("label the rest", Set("data.views"), Set(f"teachers.{name}.missing", "online")),
             field=f"teachers.{name}.labels",
         )

@@ -8,8 +8,8 @@ processes and micro-batches.
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batch import Batch
-from ..data.loader import EvalLoader
 from ..errors import NonFiniteError, Preempted, Set, UserError
 from ..evaluate.accuracy import evaluate
 from ..evaluate.knn import knn_evaluation
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import plural
 from ..recipes.config import Recipe
-from ..storage.atomic import require_free, write_atomic
+from ..storage.atomic import write_atomic
 from ..world import agreed, join_world
 from . import state as states
 from .display import Display, Speed
 from .feed import Feed
-from .folder import SUMMARY, RunFolder, finished, saved_recipe
+from .folder import RunFolder, finished, saved_recipe
+from .identity import SUMMARY
 from .nonfinite import last_good, nonfinite_error
 from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule
-from .prepare import Prepared, Say, prepare
+from .prepare import Prepared, prepare
 from .report import Report
 from .stop import StopRequest
 from .stored import with_views_of_labels
@@ -67,67 +67,58 @@ def train(
         Preempted: the run was asked to stop, and has saved its state.
     """
     output = Path(output)
-    console = console or Console()
     recipe = with_views_of_labels(recipe, saved_recipe(output))
     with join_world(device) as world, ExitStack() as stack:
-
-        def say(text: str) -> None:
-            if world.is_main:
-                console.print(text, highlight=False, markup=False, soft_wrap=True)
-
+        display = Display(console or Console(), world.is_main)
         summary = world.from_main(partial(finished, output, recipe))
-        if summary is None:
-            run = prepare(recipe, world, say)
-            folder = None
-            with world.together():
-                if world.is_main:
-                    require_free(output, _bytes_to_write(run))
-                    if prepared is not None:
-                        prepared(run)
-                    folder = stack.enter_context(RunFolder(output, recipe, run.identity))
-            # Until the folder was ours, another process may have finished the same run.
-            summary = world.from_main(partial(finished, output, recipe))
-            if summary is None:
-                return Trainer(run, output, folder, console, say).finish()
-        say(f"{output} is finished already: nothing to do")
-        return summary
-
-
-def _bytes_to_write(prepared: Prepared) -> int:
-    """Return the size of two training states (weights, moments, average) and two exports."""
-    state = prepared.distillation.state_dict()
-    size = sum(value.numel() * value.element_size() for value in state.values())
-    return 2 * size * (4 if prepared.recipe.train.ema_decay is None else 5)
+        if summary is not None:
+            display.say(f"{output} is finished already: nothing to do")
+            return summary
+        run = prepare(recipe, world, display.say)
+        folder = None
+        with world.together():
+            if world.is_main:
+                if prepared is not None:
+                    prepared(run)
+                folder = stack.enter_context(RunFolder(output, recipe, run.identity()))
+        return Trainer(run, output, folder, display).finish()
 
 
 class Trainer:
     """A running run."""
 
     def __init__(
-        self,
-        prepared: Prepared,
-        output: Path,
-        folder: RunFolder | None,
-        console: Console,
-        say: Say,
+        self, prepared: Prepared, output: Path, folder: RunFolder | None, display: Display
     ) -> None:
         """Make the state of the run, or load the one that ``output`` holds.
 
         ``folder`` is its open folder on the main process, None on the others.
         """
-        self.prepared, self.output, self.folder, self.say = prepared, output, folder, say
+        self.prepared, self.output, self.folder = prepared, output, folder
+        self.display, self.say = display, display.say
         self.world, self.recipe = prepared.world, prepared.recipe
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
         self.num_steps = self.steps_per_epoch * self.recipe.train.epochs
         self.names = [*prepared.plan.objectives, "loss", "grad_norm"]
         self.stop = StopRequest()
         self.unsaved = False
-        self.proved = False  # an export of this network, by loading it
         self.ending: UserError | None = None  # ends the run after a save, on every process
-        found = states.find(output, self.world, say)
+        self._resume()
+        # Weights are loaded by now: DistributedDataParallel sends rank 0's to all when it is made.
+        self.module = _distributed(prepared)
+        left = self.num_steps - self.state.step
+        steps = prepared.loaders.train.batches(self.state.step, left)
+        self.feed = Feed(steps, self.world.device)
+        self.speed = Speed(self.recipe.train.batch_size)
+        self.report = None if folder is None else Report(prepared, folder, self.state.step)
+        display.begin(self.state.step, self.num_steps, self.steps_per_epoch)
+
+    def _resume(self) -> None:
+        """Make the state, and load what was saved of it."""
+        found = states.find(self.output, self.world, self.say)
         with self.world.together():
-            self.state = states.begin(prepared, len(self.names))
-            # Before loading: a new schedule sets the rates of step 0.
+            self.state = states.begin(self.prepared, len(self.names))
+            # A new schedule sets the learning rates of step 0, so loading comes after it.
             self.schedule = make_schedule(
                 self.state.optimizer,
                 self.recipe.optim,
@@ -135,28 +126,22 @@ class Trainer:
                 self.steps_per_epoch,
             )
             offsets = {} if found is None else states.load(self.state, self.world, found)
-            if folder is not None:
-                folder.open_logs(offsets)
-                changed = folder.record_environment(self.state.step, self.world.size)
+            if self.folder is not None:
+                # Lines beyond the checkpoint are of steps that will be taken again.
+                self.folder.open_logs(offsets)
+                changed = self.folder.record_environment(self.state.step, self.world.size)
                 if changed:
-                    say(
+                    self.say(
                         f"this run goes on with {'; '.join(changed)}: same samples and views,"
                         " numbers may differ in their last bits"
                     )
-        self.module = _distributed(prepared)
-        left = self.num_steps - self.state.step
-        steps = prepared.loaders.train.batches(self.state.step, left)
-        self.feed = Feed(steps, self.world.device)
-        self.display = Display(console, self.num_steps, self.steps_per_epoch, self.world.is_main)
-        self.speed = Speed(self.recipe.train.batch_size)
-        self.report = None if folder is None else Report(prepared, folder, self.state.step)
         if found is not None:
-            say(f"resuming {output} at step {self.state.step} of {self.num_steps}")
+            self.say(f"resuming {self.output} at step {self.state.step} of {self.num_steps}")
 
     # --- the loop --------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """Train to the end, or until asked to stop.
+        """Train to the end, or until asked to stop; return the summary.
 
         Between two steps, in this order:
 
@@ -171,11 +156,11 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self.stop)
             stack.enter_context(self.display)
+            stack.enter_context(self._errors())
             stack.callback(self.feed.close)
             if self.report is not None:
                 stack.callback(self.report.close)
-            with self._memory_of_a_step():
-                self.feed.fetch()
+            self.feed.fetch()
             self.ending, self.feed.waited = self.world.settle(self.feed.error), 0.0
             while True:
                 if self.ending is None and self._evaluation_is_due():
@@ -190,8 +175,7 @@ class Trainer:
                     self.save()
                 if done:
                     return self._summarise()
-                with self._memory_of_a_step():
-                    self.step()
+                self.step()
                 if state.step % train.log_every == 0 or state.step % self.steps_per_epoch == 0:
                     self.log()
 
@@ -207,20 +191,23 @@ class Trainer:
         state.optimizer.zero_grad()
         finite = self._backward(micro_batches)
         if state.scaler is not None:
+            # Gradients are clipped and judged at their own scale.
             state.scaler.unscale_(state.optimizer)
         norm = gradient_norm(prepared.distillation)
         # float16 gradients overflow now and then, and the scaler skips such a step. Once its scale
         # is used up, they are not finite for another reason.
         if state.scaler is None or state.scaler.get_scale() < 1:
             finite &= norm.isfinite()
-        self.feed.fetch()  # while the device computes
-        # bool(finite) is the one wait for the device, and the processes meet here once.
+        # The device has all its work by now: the host fetches the next batches meanwhile.
+        self.feed.fetch()
+        # bool(finite) is the one wait for the device, and the processes meet here once. What only
+        # one of them knows (a signal, a damaged image) is known to all after it.
         not_finite, stopped, failed = self.world.any(
             not bool(finite), bool(self.stop), self.feed.error is not None
         )
         if not_finite:
             progress = state.step / self.num_steps
-            raise nonfinite_error(prepared, micro_batches, state.step, progress, self.output)
+            raise nonfinite_error(prepared, micro_batches, state.step, progress)
         clip_gradients(prepared.distillation, self.recipe.optim.clip_grad, norm)
         if state.scaler is None:
             state.optimizer.step()
@@ -234,6 +221,8 @@ class Trainer:
             state.ema.update(prepared.student, step=state.step)
         self.unsaved = True
         self.speed.tick()
+        self.display.tick(state.step)
+        # The step counts: an error of the next batch, or a signal, ends the run after it is saved.
         if failed:
             self.ending = self.world.settle(self.feed.error)
         elif stopped:
@@ -252,19 +241,27 @@ class Trainer:
                     losses = self.module(batch, self.prepared.teachers, state.step / self.num_steps)
                 loss = losses["loss"] / count
                 (loss if state.scaler is None else state.scaler.scale(loss)).backward()
+            # Sums stay on the device; a log line reads them.
             values = torch.stack([losses[name].detach() for name in self.names[:-1]])
             finite &= values.isfinite().all()
             state.sums[: len(values)] += values / count
         return finite
 
-    def _memory_of_a_step(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Say of an error where it happened, and what is left."""
         train = self.recipe.train
         size = train.batch_size // (train.accumulate * self.world.size)
-        return memory_errors(
-            f"in a training step of {plural(size, 'image')} at once; the batch size is part of"
-            " what a run computes, so another one needs another output",
-            (Set("train.accumulate"), Set("train.batch_size")),
+        where = (
+            f"in a training step of {plural(size, 'image')} at once; the batch size is part of what"
+            " a run computes, so another one needs another output"
         )
+        try:
+            with memory_errors(where, (Set("train.accumulate"), Set("train.batch_size"))):
+                yield
+        except NonFiniteError as error:
+            what = f"at step {self.state.step}, {error.what}; {last_good(self.output)}"
+            raise agreed(NonFiniteError(what, error.fixes, field=error.field)) from error
 
     # --- what is due between steps ---------------------------------------------------------------
 
@@ -280,56 +277,43 @@ class Trainer:
             NonFiniteError: the state is not worth saving.
             UserError: of this process alone, so that none can save.
         """
+        begun = time.perf_counter()
+        self.display.working("evaluating")
         try:
             with memory_errors("in an evaluation", SMALLER_EVALUATION):
                 self._evaluate()
-        except NonFiniteError as error:
-            raise agreed(
-                NonFiniteError(
-                    f"evaluation at step {self.state.step}: {error.what}; {last_good(self.output)}",
-                    error.fixes,
-                )
-            ) from error
+        except NonFiniteError:
+            raise
         except UserError as error:
             if self.world.size > 1 and not error.agreed:
                 raise
             self.ending = error
+        self.speed.pause(time.perf_counter() - begun)
 
     def _evaluate(self) -> None:
-        state, begun = self.state, time.perf_counter()
+        state, loaders = self.state, self.prepared.loaders
+        model = self.prepared.student if state.ema is None else state.ema.module
         scores, best = None, False
-        if self.prepared.loaders.val is not None:
-            self.display.working("evaluating")
-            scores = self._scores(self.prepared.loaders.val)
+        if loaders.val is not None:
+            how = self.world, self.prepared.amp_dtype, lambda: bool(self.stop)
+            if loaders.bank is None:
+                scores = evaluate(model, loaders.val, *how)
+            else:
+                scores = knn_evaluation(model, loaders.bank, loaders.val, *how)
             if scores is None:
                 self.ending = self._preempted()
                 return
             best = scores.get("top1", -math.inf) > (-math.inf if state.best is None else state.best)
             self.display.evaluation(state.step, scores, best)
-            self.display.working("")
         with self.world.together():
             if self.report is not None:
-                self.report.evaluation(self._evaluated, state.step, scores, best)
+                self.report.evaluation(model, state.step, scores, best)
         # From here on it counts: what fails before leaves the run as it was.
         if scores is not None:
             state.scores = scores
             if best:
                 state.best, state.best_step = scores["top1"], state.step
         state.evaluated_at, self.unsaved = state.step, True
-        self.speed.pause(time.perf_counter() - begun)
-
-    @property
-    def _evaluated(self) -> nn.Module:
-        """The weights that are evaluated and exported: the moving average if there is one."""
-        return self.prepared.student if self.state.ema is None else self.state.ema.module
-
-    def _scores(self, images: EvalLoader) -> dict[str, float] | None:
-        """Return the classifier's accuracy, or k-NN's without one; None if asked to stop."""
-        bank, amp_dtype = self.prepared.loaders.bank, self.prepared.amp_dtype
-        model, stop = self._evaluated, lambda: bool(self.stop)
-        if bank is None:
-            return evaluate(model, images, self.world, amp_dtype, stop)
-        return knn_evaluation(model, bank, images, self.world, amp_dtype, stop)
 
     def log(self) -> None:
         """Show and write the means since the last log line."""
@@ -337,15 +321,14 @@ class Trainer:
         sums = self.world.mean(state.sums)
         means = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
         state.sums.zero_()
-        rates = {"lr": learning_rate(state.optimizer)}
+        rate = learning_rate(state.optimizer)
         self.speed.read(self.feed.waited)
         self.feed.waited = 0.0
-        self.display.step(state.step, means, rates["lr"], self.speed)
+        self.display.step(state.step, means, rate, self.speed)
         with self.world.together():
             if self.report is not None:
                 scale = {} if state.scaler is None else {"loss_scale": state.scaler.get_scale()}
-                self.report.training(state.step, rates | means, scale)
-                self.report.pace(state.step, self.speed)
+                self.report.training(state.step, {"lr": rate, **means, **scale}, self.speed)
 
     # --- saving and leaving ----------------------------------------------------------------------
 
@@ -354,7 +337,6 @@ class Trainer:
         begun = time.perf_counter()
         self.display.working("saving")
         states.save(self.state, self.prepared, self.folder)
-        self.display.working("")
         self.unsaved = False
         self.speed.pause(time.perf_counter() - begun)
 

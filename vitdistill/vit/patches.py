@@ -65,6 +65,14 @@ def gather_patches(
     return values[torch.arange(len(values), device=values.device)[:, None], keep]
 
 
+def show_patches(
+    images: Float[Tensor, "B 3 H W"], keep: Int[Tensor, "B K"], grid: tuple[int, int]
+) -> Float[Tensor, "B 3 H W"]:
+    """Return the images with all but the patches in ``keep`` grey (0)."""
+    seen = images.new_zeros(len(images), grid[0] * grid[1]).scatter(1, keep, 1.0)
+    return images * F.interpolate(seen.view(-1, 1, *grid), images.shape[-2:])
+
+
 def num_kept_patches(num_patches: int, keep_rate: float) -> int:
     """Return how many of N patches a keep rate means: the paper's counts.
 
