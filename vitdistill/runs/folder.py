@@ -1,10 +1,6 @@
 """A run's folder: who may write it, its recipe, logs, weights and environment.
 
-``recipe.yaml`` (runnable again), ``identity.json`` (what else the result depends on, by content),
-``metrics.jsonl`` (what the run computed: equal after a resume), ``timing.jsonl`` (how fast it
-went), ``environment.json`` (by the step from which it held), ``checkpoints/`` (training state),
-``last/`` and ``best/`` (the student, for timm), ``pictures.png``, ``tensorboard/``,
-``summary.json`` (only when the run is finished).
+``docs/design.md`` lists its files.
 """
 
 import json
@@ -133,19 +129,13 @@ class RunFolder:
         """Where the logs end, on disk."""
         return {name: log.sync() for name, log in self._logs.items()}
 
-    def record_environment(self, step: int, processes: int) -> list[str]:
-        """Note what the run runs on from ``step`` on; return what changed and can matter."""
+    def record_environment(self, step: int, processes: int) -> None:
+        """Note what the run runs on from ``step`` on."""
         path, now = self.path / ENVIRONMENT, {**environment(), "processes": processes}
         known = dict(json.loads(path.read_bytes())) if path.is_file() else {}
-        before = known[max(known, key=int)] if known else now
-        if now != before or not known:
+        if not known or now != known[max(known, key=int)]:
             kept = {begun: found for begun, found in known.items() if int(begun) < step}
             write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
-        return [
-            f"{key} {before.get(key)} before, {value} now"
-            for key, value in now.items()
-            if value != before.get(key) and key not in _HARMLESS
-        ]
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -156,11 +146,6 @@ class RunFolder:
                 log.close()
         finally:
             self._lock.release()
-
-
-# All else may change numbers in their last bits (processes: dropout's draws too), but neither
-# samples nor views.
-_HARMLESS = ("python", "platform", "command")
 
 
 def environment() -> dict[str, Any]:

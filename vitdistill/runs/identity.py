@@ -1,9 +1,7 @@
 """What a run's result depends on besides its settings: weights, images and labels, by content.
 
-``identity.json`` in the run's folder holds a digest by what it is of: ``student.checkpoint`` and
-other fields of the recipe that name weights, ``training images``, ``labels of the teacher``, ...
-It is written before the first step, so that a resumed run, and a later stage, can tell whether
-anything changed; a file or a folder that moved has not.
+``identity.json`` holds a digest of each, from before the first step on, so that a resumed run can
+tell whether anything changed; a file or a folder that moved has not.
 """
 
 import json
@@ -35,20 +33,17 @@ def resolve_run(name: str) -> str:
     Raises:
         ConfigError: the run has no weights yet.
     """
-    if (Path(name) / STAGES).is_file():
-        stages = load(Path(name) / STAGES)
+    folder = Path(name)
+    if (folder / STAGES).is_file():
+        stages = load(folder / STAGES)
         assert isinstance(stages, Stages)
-        name = str(Path(name) / stages.last.name)
-        if not (Path(name) / RECIPE).is_file():
-            raise ConfigError(
-                f"the last stage, {name}, has not begun", fix="name the folder of an earlier stage"
-            )
-    if not (Path(name) / RECIPE).is_file():
+        folder /= stages.last.name
+    elif not (folder / RECIPE).is_file():
         return name
     for kind in ("best", "last"):
-        if (Path(name) / kind / "config.json").is_file():
-            return str(Path(name) / kind)
-    raise ConfigError(f"the run {name} has no weights yet", fix="train it to its first evaluation")
+        if (folder / kind / "config.json").is_file():
+            return str(folder / kind)
+    raise ConfigError(f"the run {folder} has no weights yet", "train it to its first evaluation")
 
 
 def weights_identity(recipe: Recipe) -> dict[str, str]:
@@ -87,12 +82,10 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
     same = {field: flatten(recipe)[field] for field in now if then.get(field) == now[field]}
     lines = differences(recipe, replace_fields(saved, same) if same else saved)
     if has_learnt(folder):
-        replaced = [field for field in now if then.get(field, now[field]) != now[field]]
-        lines += [
-            f"{field} has other weights than then"
-            for field in replaced
-            if flatten(saved).get(field) == flatten(recipe)[field]
-        ]
+        before, after = flatten(saved), flatten(recipe)
+        for field in now:
+            if then.get(field, now[field]) != now[field] and before.get(field) == after[field]:
+                lines.append(f"{field} has other weights than then")
     return lines
 
 
@@ -130,11 +123,8 @@ def note_identity(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -> 
             fixes: tuple[Fix, ...] = ("restore what was there", Give("output"))
             if {*changed} <= {*IMAGES}:
                 fixes += (Set("train.accept_changed_images", True),)
-            raise DataError(
-                f"the {', '.join(changed)} of this run have changed since {folder} began",
-                fix=fixes,
-                field=changed[0],
-            )
+            what = f"the {', '.join(changed)} of this run have changed since {folder} began"
+            raise DataError(what, fixes, field=changed[0])
     now = then | now | weights_identity(recipe)
     if now != then or not (folder / IDENTITY).is_file():
         write_atomic(folder / IDENTITY, json.dumps(now, indent=2, sort_keys=True).encode())

@@ -109,13 +109,10 @@ def check_has_weights(config: TeacherConfig, name: str) -> None:
     # An unknown name is left to the error of building it.
     if is_model(config.model.partition(".")[0]) and not _has_weights(config):
         field = f"teachers.{name}"
+        file, pretrained = Set(f"{field}.checkpoint", "FILE"), Set(f"{field}.pretrained", True)
         raise ConfigError(
             f"the {name} {config.model} would have random weights",
-            (
-                Set(f"{field}.checkpoint", "FILE"),
-                Set(f"{field}.pretrained", True),
-                Set(f"{field}.model", "RUN"),
-            ),
+            (file, pretrained, Set(f"{field}.model", "RUN")),
             field=f"{field}.checkpoint",
         )
 
@@ -236,10 +233,7 @@ class Networks:
 
 
 def build_networks(
-    recipe: Recipe,
-    classes: tuple[str, ...],
-    device: torch.device,
-    say: Callable[[str], None],
+    recipe: Recipe, classes: tuple[str, ...], device: torch.device, say: Callable[[str], None]
 ) -> Networks:
     """Build the networks of a recipe and resolve its plan.
 
@@ -257,12 +251,7 @@ def build_networks(
     state = torch.get_rng_state()
     teachers, answers = _build_teachers(recipe, classes, student.spec, device, say)
     if not trained:
-        judged = (
-            "its features are judged by k-NN"
-            if classes
-            else "the images have no labels to judge its features by"
-        )
-        say(f"no objective trains the student's classifier: it is built without one, and {judged}")
+        say("no objective trains the student's classifier: it is built without one")
         # Building teachers drew numbers; adapters begin alike, whatever the teachers are.
         torch.set_rng_state(state)
         classes = ()
@@ -323,10 +312,8 @@ def _common_classes(answers: list[tuple[int, tuple[str, ...]]]) -> tuple[int, tu
     counts = {count for count, _ in answers}
     names = {names for _, names in answers if names}
     if len(counts) != 1 or len(names) > 1:
-        raise ConfigError(
-            "unlabelled images need teachers that all answer in the same classes",
-            field="teachers",
-        )
+        what = "unlabelled images need teachers that all answer in the same classes"
+        raise ConfigError(what, field="teachers")
     return counts.pop(), names.pop() if names else ()
 
 

@@ -129,12 +129,9 @@ class Trainer:
             if self.folder is not None:
                 # Lines beyond the checkpoint are of steps that will be taken again.
                 self.folder.open_logs(offsets)
-                changed = self.folder.record_environment(self.state.step, self.world.size)
-                if changed:
-                    self.say(
-                        f"this run goes on with {'; '.join(changed)}: same samples and views,"
-                        " numbers may differ in their last bits"
-                    )
+                # A resume elsewhere sees the same samples and views; other libraries, processors or
+                # numbers of processes may change the last bits of what is computed.
+                self.folder.record_environment(self.state.step, self.world.size)
         if found is not None:
             self.say(f"resuming {self.output} at step {self.state.step} of {self.num_steps}")
 
