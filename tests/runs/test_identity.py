@@ -1,6 +1,5 @@
 """What a run depends on is known by content, noted once, and compared in one place."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -92,16 +91,6 @@ def test_a_damaged_note_is_named(run: Path, text: str, tmp_path: Path) -> None:
         check_folder(run, named(tmp_path / "a.safetensors"))
     (run / IDENTITY).unlink()
     assert check_folder(run, named(tmp_path / "a.safetensors"))
-
-
-def test_weights_files_noted_by_an_earlier_version(run: Path, tmp_path: Path) -> None:
-    noted = {"student.checkpoint": read_identity(run)["student.checkpoint"]}
-    (run / IDENTITY).unlink()
-    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
-    with pytest.raises(ConfigError):
-        check_folder(run, named(tmp_path / "b.safetensors"))
-    (run / "weights.json").write_text(json.dumps(noted))
-    assert check_folder(run, named(tmp_path / "b.safetensors"))
 
 
 def test_a_run_stands_for_its_best_weights_or_its_last(run: Path) -> None:

@@ -13,10 +13,7 @@ from vitdistill.labels.store import LabelStore
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe, TeacherConfig, TrainConfig
 from vitdistill.recipes.convert import replace_fields
-from vitdistill.runs.networks import (
-    build_blank_teacher,
-    build_teacher_model,
-)
+from vitdistill.runs.networks import build_teacher_model
 from vitdistill.runs.stored import with_views_of_labels
 
 # -- views of labels ------------------------------------------------------------------------------
@@ -65,7 +62,7 @@ def test_as_many_views_as_all_labels_have(
 
 def test_a_teacher_needs_a_model_and_weights() -> None:
     with pytest.raises(ConfigError) as caught:
-        build_blank_teacher(TeacherConfig(), "conv", {})
+        build_teacher_model(TeacherConfig(), "conv", with_weights=False)
     assert caught.value.field == "teachers.conv.model"
     with pytest.raises(ConfigError) as caught:
         build_teacher_model(TeacherConfig(model="resnet18"), "conv")

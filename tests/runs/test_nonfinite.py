@@ -14,7 +14,7 @@ from vitdistill.storage import checkpoint
 
 pytestmark = pytest.mark.whole
 
-LAST = r"is NaN or infinite at step 4; .* last good checkpoint is .*/checkpoints/step-00000004: "
+LAST = r"is NaN or infinite; the last good checkpoint is .*/checkpoints/step-00000004: "
 
 
 def after(calls, change):

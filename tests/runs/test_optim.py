@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitdistill.distill.step import Distillation
@@ -105,7 +104,6 @@ def test_layer_decay_needs_no_schedule():
         )
 
 
-@pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize(
     "name",
     [
@@ -114,15 +112,7 @@ def test_layer_decay_needs_no_schedule():
         "deit_tiny_distilled_patch16_224",
     ],
 )
-def test_all_of_the_embedding_has_its_rate_and_its_tokens_no_decay(name, old, monkeypatch):
-    """Register tokens and a norm before the blocks too, with the groups of timm 1.0.20 (old) as
-    with those of later versions.
-    """
-    if old:
-        exempt, stem = {"pos_embed", "cls_token", "dist_token"}, r"^cls_token|pos_embed|patch_embed"
-        layers = {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-        monkeypatch.setattr(VisionTransformer, "no_weight_decay", lambda self: exempt)
-        monkeypatch.setattr(VisionTransformer, "group_matcher", lambda self, coarse=False: layers)
+def test_all_of_the_embedding_has_its_rate_and_its_tokens_no_decay(name):
     student_of = StudentConfig(model=name, model_args={**VIT, "patch_size": 8})
     recipe = Recipe(student=student_of, objectives={"ce": CrossEntropy(head="all")})
     student = build_student(recipe.student, 3)
@@ -145,10 +135,6 @@ def test_all_of_the_embedding_has_its_rate_and_its_tokens_no_decay(name, old, mo
         found["norm.weight"]["lr"] == found["blocks.1.norm1.weight"]["lr"] == 0.5
         and found["head.weight"]["lr"] == 1.0
     )
-    assert student.model.group_matcher().keys() == {
-        "stem",
-        "blocks",
-    } and "group_matcher" not in vars(student.model)
 
 
 def test_no_schedule_leaves_the_rate_alone():
@@ -212,44 +198,34 @@ def test_an_optimizer_goes_on_exactly(name):
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "field"),
     [
-        ({"opt": "adamv"}, r"there is no optimizer 'adamv': did you mean 'adam"),
-        (
-            {"opt": "adamw", "opt_args": {"bettas": [0.9, 0.99]}},
-            r"the optimizer adamw cannot be made with optim\.opt_args .*bettas",
-        ),
-        (
-            {"opt": "adamw", "opt_args": {"betas": [2.0, 0.99]}},
-            r"the optimizer adamw cannot be made with .*Invalid beta",
-        ),
-        ({"opt": "adahessian"}, r"second derivatives"),
+        ({"opt": "adamv"}, "optim.opt"),
+        ({"opt_args": {"bettas": [0.9, 0.99]}}, "optim.opt_args"),
+        ({"opt_args": {"betas": [2.0, 0.99]}}, "optim.opt_args"),
+        ({"opt": "adahessian"}, "optim.opt_args"),
+        ({"layer_decay": 0.5}, "optim.layer_decay"),
     ],
 )
-def test_an_impossible_optimizer_is_one_sentence(config, sentence):
-    with pytest.raises(ConfigError, match=sentence) as refused:
-        make_optimizer(tiny(), OptimConfig(**config))
-    assert "\n" not in str(refused.value)
-
-
-def test_layer_decay_needs_layers():
+def test_an_impossible_optimizer_is_one_sentence(config, field):
     module = tiny()
-    module.student = nn.Linear(3, 3)
-    with pytest.raises(
-        ConfigError, match=r"layer_decay needs a timm model that names its layers: Linear does not"
-    ):
-        make_optimizer(module, OptimConfig(layer_decay=0.5))
+    if "layer_decay" in config:
+        module.student = nn.Linear(3, 3)
+    with pytest.raises(ConfigError) as refused:
+        make_optimizer(module, OptimConfig(**config))
+    assert refused.value.field == field and "\n" not in str(refused.value)
 
 
 def test_clipping():
     module = nn.Linear(2, 1, bias=False)
-    module.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clip_gradients(module, None) == 5.0 and module.weight.grad.tolist() == [[3.0, 4.0]]
-    assert clip_gradients(module, 10.0) == 5.0 and module.weight.grad.tolist() == [[3.0, 4.0]]
-    assert clip_gradients(module, 1.0, gradient_norm(module)) == 5.0
-    torch.testing.assert_close(module.weight.grad, torch.tensor([[0.6, 0.8]]))
+    for largest, expected in ((None, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
+        module.weight.grad = torch.tensor([[3.0, 4.0]])
+        norm = gradient_norm(module)
+        clip_gradients(module, largest, norm)
+        assert norm == 5.0
+        torch.testing.assert_close(module.weight.grad, torch.tensor([expected]))
     module.weight.grad[0, 0] = torch.nan
-    assert gradient_norm(module).isnan() and module.weight.grad.isnan().tolist() == [[True, False]]
+    assert gradient_norm(module).isnan()
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(10, 4), (10, 2.5), (100, 40), (3, 1)])

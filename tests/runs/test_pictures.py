@@ -46,7 +46,7 @@ def test_visible_patches_are_the_inputs_and_hidden_ones_predicted(tmp_path, mask
     (job,) = seen
     (batch,) = list(job.loaders.shown)
     job.distillation.eval()
-    rows = job.distillation.pictures(batch)
+    rows = job.distillation.pictures(batch, job.teachers)
     assert list(rows) == ["input", "mae: visible", "mae: predicted"]
     shown, visible, predicted = (
         images.unfold(2, 4, 4).unfold(3, 4, 4).movedim(1, 3).flatten(3) for images in rows.values()
@@ -99,8 +99,24 @@ def test_a_masked_autoencoder_learns_resumes_and_is_fine_tuned(tmp_path, masked,
         assert torch.equal(begun[name], given[name])
 
 
-def test_a_run_without_pictures_has_none(whole):
-    assert not (whole / "pictures.png").exists()
+def test_what_a_selector_leaves_its_teacher_is_shown(tmp_path, taught):
+    """MaskedKD at a keep rate of 0.5: half of the 16 patches are grey, the others as they are."""
+    jobs = []
+    run(taught(**{"train.epochs": 2}), tmp_path / "run", prepared=jobs.append)
+    (batch,) = jobs[0].loaders.shown
+    rows = jobs[0].distillation.eval().pictures(batch, jobs[0].teachers)
+    assert list(rows) == ["input", "teacher\nsees 8 of 16"]
+    given, seen = (
+        images.unfold(2, 4, 4).unfold(3, 4, 4).movedim(1, 3).flatten(3) for images in rows.values()
+    )
+    shown = (given == seen).all(3)
+    assert shown.flatten(1).sum(1).tolist() == [8] * len(shown) and not seen[~shown].any()
+    with Image.open(tmp_path / "run" / "pictures.png") as sheet:
+        assert sheet.height == 2 * (96 + 6) + 6
+
+
+def test_a_run_without_pictures_has_none(teacher):
+    assert not (teacher / "pictures.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["no val", "one class", "tar"])

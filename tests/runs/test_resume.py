@@ -309,11 +309,3 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_work_since(tmp_path, whole, 
     assert tree(folder / "checkpoints") == before
     run(taught(), folder)
     assert result(folder) == result(whole)
-
-
-def test_too_little_room_is_seen_before_anything_is_written(tmp_path, plain, monkeypatch):
-    blocks = os.statvfs_result((4096, 4096, 1000, 20, 20, 1000, 1000, 1000, 0, 255))
-    monkeypatch.setattr(os, "statvfs", lambda path: blocks)
-    with pytest.raises(DiskError, match="the disk is full"):
-        run(plain(), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []

@@ -104,12 +104,6 @@ def test_the_average_follows_the_weights(tmp_path, plain):
         torch.testing.assert_close(tensors["ema.head.weight"], average, rtol=1e-5, atol=1e-7)
 
 
-def test_float16_is_refused_on_a_cpu(tmp_path, plain):
-    with pytest.raises(ConfigError) as caught:
-        run(plain(**{"train.amp_dtype": "float16"}), tmp_path / "run")
-    assert caught.value.field == "train.amp_dtype" and not (tmp_path / "run").exists()
-
-
 def test_unlabelled_images_are_learnt_from_the_teacher_alone(tmp_path, images, taught):
     recipe = taught(**{"data.dir": str(flat(images, tmp_path / "flat"))})
     with pytest.raises(ConfigError) as caught:
