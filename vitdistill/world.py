@@ -138,30 +138,21 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise ConfigError(
-            f"cannot train on the device {name!r}",
-            Give("device", "auto, cpu, cuda or cuda:N"),
-            field="device",
-        )
+        choices = Give("device", "auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"cannot train on the device {name!r}", choices, field="device")
     if kind == "cpu":
         return torch.device("cpu")
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if num_processes > 1 and number:
-        raise ConfigError(
-            f"{name!r} is one device, and each of {num_processes} processes needs its own",
-            Give("device", "cuda"),
-            field="device",
-        )
+        what = f"{name!r} is one device, and each of {num_processes} processes needs its own"
+        raise ConfigError(what, Give("device", "cuda"), field="device")
     index = int(number or os.environ.get("LOCAL_RANK", "0"))
     # Every process checks the largest index, so that all of them stop and not only those without
     # a GPU.
     largest, num_gpus = max(index, num_processes - 1), torch.cuda.device_count()
     if largest >= num_gpus:
-        raise ConfigError(
-            f"the device cuda:{largest} is needed, and torch sees {plural(num_gpus, 'GPU')}",
-            Give("device", "cpu"),
-            field="device",
-        )
+        what = f"the device cuda:{largest} is needed, and torch sees {plural(num_gpus, 'GPU')}"
+        raise ConfigError(what, Give("device", "cpu"), field="device")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

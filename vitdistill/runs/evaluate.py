@@ -95,10 +95,8 @@ def _open_images(job: Evaluation) -> tuple[ImageSource, ImageSource | None]:
     """Return the images, and those that probes learn from."""
     source = open_source(job.data_dir, job.split)
     if not source.classes:
-        raise ConfigError(
-            f"the images in {job.data_dir} have no labels (no class folders): there is nothing to"
-            " evaluate against"
-        )
+        what = f"the images in {job.data_dir} have no labels (no class folders) to evaluate against"
+        raise ConfigError(what, field="data.dir")
     if not job.probes:
         return source, None
     return source, open_source(job.data_dir, "train", classes=source.classes)

@@ -7,7 +7,6 @@ tell whether anything changed; a file or a folder that moved has not.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, Fix, Give, Set
@@ -60,17 +59,7 @@ def weights_identity(recipe: Recipe) -> dict[str, str]:
         elif config.model:
             with suppress(ConfigError):  # a run without weights yet
                 files[f"{path}.model"] = Path(resolve_run(config.model), WEIGHTS)
-    return {field: _sha256(file) for field, file in files.items() if file.is_file()}
-
-
-def _sha256(file: Path) -> str:
-    stat = file.stat()
-    return _sha256_of_version(str(file.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache  # a stage's weights are compared several times before it runs
-def _sha256_of_version(file: str, *version: int) -> str:
-    return sha256_file(file)
+    return {field: sha256_file(file) for field, file in files.items() if file.is_file()}
 
 
 def changes(folder: Path, recipe: Recipe) -> list[str]:

@@ -91,11 +91,9 @@ def label(
                     Give("output"),
                     field="output",
                 )
-        prepared = prepare_teachers(recipe, world, say)
+        run = LabelRun(prepare_teachers(recipe, world, say), {})
         with world.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
-            run, networks = _try_teachers(prepared, options)
-            part_size = options.part_size
-            manifests = {name: run.manifest(name, n, part_size) for name, n in networks.items()}
+            manifests = _manifests(run, options)
             stores = _open_stores(output, manifests, say)
         # From here on processes do not meet: each writes parts of its own. The launcher stops the
         # others when one fails, and passes a signal on to all.
@@ -166,17 +164,11 @@ def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> L
 def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOptions) -> Layout:
     needs, logits = prepared.plan.live[name], None
     if needs.attention or needs.qkv:
-        raise ConfigError(
-            f"the recipe reads attention of the {name}, which is too large to be stored",
-            "leave out the objective that does",
-            field="objectives",
-        )
+        what = f"the recipe reads attention of the {name}, which is too large to be stored"
+        raise ConfigError(what, "leave out the objective that does", field="objectives")
     if options.hidden_dtype is not None and not (needs.hidden or needs.features):
-        raise ConfigError(
-            f"hidden_dtype cannot take effect: the recipe reads only logits of the {name}",
-            "leave hidden_dtype out",
-            field="hidden_dtype",
-        )
+        what = f"hidden_dtype cannot take effect: the recipe reads only logits of the {name}"
+        raise ConfigError(what, "leave hidden_dtype out", field="hidden_dtype")
     if answer.logits is not None:
         logits = logit_encoding(prepared.recipe, prepared.plan.teachers[name], options)
     states, features = sorted(answer.hidden.items()), answer.features
@@ -188,20 +180,16 @@ def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOpti
     )
 
 
-def _try_teachers(prepared: Prepared, options: LabelOptions) -> tuple[LabelRun, dict[str, Network]]:
-    """Label a batch to nowhere, to see what there is to store.
-
-    Returns:
-        The run, and each teacher with the grids of its answers.
-    """
-    run = LabelRun(prepared, {})
-    networks: dict[str, Network] = {}
+def _manifests(run: LabelRun, options: LabelOptions) -> dict[str, Manifest]:
+    """Label a batch to nowhere, to see what there is to store of each teacher."""
+    prepared, manifests = run.prepared, {}
     batch, answers = next(run.answers(0, 0, min(run.batch_size, run.num_images)))
     for name, answer in answers.items():
         run.layouts[name] = _layout(prepared, name, answer, options)
-        networks[name] = replace(prepared.plan.teachers[name], grids=dict(answer.grids))
         run.records(name, 0, batch, answer)
-    return run, networks
+        network = replace(prepared.plan.teachers[name], grids=dict(answer.grids))
+        manifests[name] = run.manifest(name, network, options.part_size)
+    return manifests
 
 
 # -- writing --------------------------------------------------------------------------------------

@@ -208,15 +208,8 @@ def make_loaders(
 ) -> Loaders:
     """Make the batches of this process."""
     spec, data, train = networks.spec, recipe.data, recipe.train
-    loading = Loading(
-        train.batch_size,
-        recipe.data_seed,
-        train.accumulate,
-        data.workers,
-        data.in_memory,
-        data.views,
-        world,
-    )
+    sizes = train.batch_size, recipe.data_seed, train.accumulate
+    loading = Loading(*sizes, data.workers, data.in_memory, data.views, world)
     labels = {
         name: LabelReader(name, store, recipe.teachers[name].missing == "online")
         for name, store in open_labels(recipe).items()
@@ -236,8 +229,7 @@ def make_loaders(
             bank = judge(nearest)
             say(
                 f"evaluations ask the {min(K, len(nearest))} nearest of {len(nearest)} training"
-                f" images for the class of {len(judged)} validation images (k-NN on the mean of the"
-                " patches' features)"
+                f" images for the class of {len(judged)} validation images"
             )
         val = judge(judged)
     few, alone = evenly(images.val or images.train, NUM_PICTURES), World(0, 1, world.device)

@@ -90,10 +90,7 @@ class Trainer:
     def __init__(
         self, prepared: Prepared, output: Path, folder: RunFolder | None, display: Display
     ) -> None:
-        """Make the state of the run, or load the one that ``output`` holds.
-
-        ``folder`` is its open folder on the main process, None on the others.
-        """
+        """Make the state, or load the one in ``output``; ``folder`` is None on other processes."""
         self.prepared, self.output, self.folder = prepared, output, folder
         self.display, self.say = display, display.say
         self.world, self.recipe = prepared.world, prepared.recipe
@@ -119,12 +116,8 @@ class Trainer:
         with self.world.together():
             self.state = states.begin(self.prepared, len(self.names))
             # A new schedule sets the learning rates of step 0, so loading comes after it.
-            self.schedule = make_schedule(
-                self.state.optimizer,
-                self.recipe.optim,
-                self.recipe.train.epochs,
-                self.steps_per_epoch,
-            )
+            length = self.recipe.train.epochs, self.steps_per_epoch
+            self.schedule = make_schedule(self.state.optimizer, self.recipe.optim, *length)
             offsets = {} if found is None else states.load(self.state, self.world, found)
             if self.folder is not None:
                 # Lines beyond the checkpoint are of steps that will be taken again.
@@ -348,15 +341,13 @@ class Trainer:
 
     def _leave(self, ending: UserError) -> NoReturn:
         """Save what was learnt, and raise the error that all processes met."""
+        step = f"step {self.state.step} of {self.num_steps}"
         if self.unsaved and isinstance(ending, Preempted):
             self.save()
         elif self.unsaved:
             with suppress(UserError):  # the first error is the one to raise
                 self.save()
-                self.say(
-                    f"the state of step {self.state.step} of {self.num_steps} is saved in"
-                    f" {self.output}"
-                )
+                self.say(f"the state of {step} is saved in {self.output}")
         raise ending
 
     def _summarise(self) -> dict[str, Any]:
