@@ -26,24 +26,16 @@ from .networks import amp_dtype_of, build_teacher, build_teacher_model
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is to be found out about a model.
-
-    Args:
-        teacher: one to compare the model's answers with.
-        knn: judge its features by so many nearest training images.
-        linear_probe: judge its features by a linear classifier.
-        batch_size: images a step and process.
-        amp_dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-    """
+    """What is to be found out about a model."""
 
     model: TeacherConfig
-    teacher: TeacherConfig | None = None
+    teacher: TeacherConfig | None = None  # whose answers are compared with the model's
     data_dir: str
     split: Literal["val", "train"] = "val"
-    knn: int | None = None
+    knn: int | None = None  # judge its features by so many nearest training images
     linear_probe: bool = False
     pool: Pool = "mean"
-    batch_size: int = 256
+    batch_size: int = 256  # images a step and process
     workers: int = 2
     amp_dtype: str = "auto"
 

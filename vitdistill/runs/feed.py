@@ -10,18 +10,12 @@ from ..errors import UserError
 
 
 class Feed:
-    """The next step's batches, fetched while the device computes this one.
-
-    Attributes:
-        batches: micro-batches of the next step; None: there is none.
-        error: what prevents them on this process, until all processes meet.
-        waited: seconds the device stood still for data.
-    """
+    """The next step's batches, fetched while the device computes this one."""
 
     def __init__(self, steps: Iterator[tuple[Batch, ...]], device: torch.device) -> None:
-        self.batches: tuple[Batch, ...] | None = None
-        self.error: UserError | None = None
-        self.waited = 0.0
+        self.batches: tuple[Batch, ...] | None = None  # of the next step; None: there is none
+        self.error: UserError | None = None  # prevents them here, until all processes meet
+        self.waited = 0.0  # seconds the device stood still for data
         self._steps = steps
         self._on_gpu = device.type == "cuda"
 

@@ -94,12 +94,9 @@ def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
 class RunFolder:
     """The open folder of a running run, locked for this process until the block is left.
 
-    Args:
-        identity: what the run's result depends on besides the recipe, as `note_identity` takes it.
-
     Raises:
         ConfigError: another process is writing it; or as `check_folder`.
-        DataError: the run that is resumed began with something else.
+        DataError: the run that is resumed began with something else, see `note_identity`.
     """
 
     def __init__(self, path: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:

@@ -35,21 +35,13 @@ _EVERY_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions:
-    """How answers are stored.
+    """How answers are stored."""
 
-    Args:
-        encoding: of the logits, see `LogitEncoding`; ``auto``: float16 up to 256 classes and
-            wherever an objective reads all of them, else topk.
-        k: classes that topk keeps; None: 10.
-        temperatures: at which topk is right; empty: those of the recipe's objectives.
-        hidden_dtype: of hidden states and features; None: float16.
-        part_size: samples of a part, the unit of writing and resuming.
-    """
-
+    # ``auto``: float16 up to 256 classes and wherever an objective reads all logits, else topk.
     encoding: Literal["auto", "float32", "float16", "topk"] = "auto"
-    k: int | None = None
-    temperatures: tuple[float, ...] = ()
-    hidden_dtype: Literal["float16", "float32"] | None = None
+    k: int | None = None  # classes that topk keeps; None: 10
+    temperatures: tuple[float, ...] = ()  # at which topk is right; (): those of the objectives
+    hidden_dtype: Literal["float16", "float32"] | None = None  # None: float16
     part_size: int = option(16384, "images a part", at_least=1)
 
     def __post_init__(self) -> None:
@@ -223,10 +215,8 @@ class _Progress:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.perf_counter()
-        if self._start is None:
+        if self._start is None:  # some parts may have been there already
             self._start = done
-            if done:
-                self._say(f"{done} of {total} parts are there already")
         elif done > self._start and (now - self._shown > _EVERY_S or done == total):
             self._shown = now
             left = (now - self._begun) / (done - self._start) * (total - done)

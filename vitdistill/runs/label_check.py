@@ -21,24 +21,14 @@ _CHUNK = 32  # records of a part that are checked before another part is opened
 
 @dataclass(frozen=True)
 class Check:
-    """How a teacher's answers, made anew and encoded, compare with what is stored.
+    """How a teacher's answers, made anew and encoded, compare with what is stored."""
 
-    Attributes:
-        count: records compared.
-        views: of them, how many views have the pixels that were labelled.
-        agreement: how often the most probable class is the same; 1 where no logits are stored.
-        variation: half the sum of the probabilities' differences, mean.
-        hidden: largest difference of hidden states and features, over the largest of them; 0 where
-            none are stored.
-        tolerance: for ``variation`` and ``hidden``, by the arithmetic's precision.
-    """
-
-    count: int
-    views: int
-    agreement: float
-    variation: float
-    hidden: float
-    tolerance: float
+    count: int  # records compared
+    views: int  # of them, how many views have the pixels that were labelled
+    agreement: float  # how often the most probable class is the same
+    variation: float  # half the sum of the probabilities' differences, mean
+    hidden: float  # largest difference of hidden states and features, over the largest of them
+    tolerance: float  # for the last two, by the arithmetic's precision
 
     @property
     def as_stored(self) -> bool:

@@ -137,8 +137,7 @@ def build_blank(
 ) -> tuple[Built, dict[str, Built]]:
     """Build the student and the teachers that run, without their weights.
 
-    Teachers answer for ``num_classes``, as if matched to the data set's. ``heads`` replaces the
-    number of classes of a teacher's own head, by name.
+    Teachers answer for ``num_classes``; ``heads``: classes of a teacher's own head, by name.
     """
     objectives, heads = recipe.objectives, heads or {}
     student = build_student(recipe.student, num_classes, with_weights=False)
@@ -212,24 +211,16 @@ def build_teacher(
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a run, on its device.
-
-    Attributes:
-        distillation: student and adapters.
-        teachers: those that run, by name.
-        digests: sha256 of each teacher's weights, also of those built only to be compared with the
-            teacher that made the labels.
-        spec: the student's input.
-        classes: what the student answers, in order; () for one without a classifier.
-        architecture: timm name and arguments that rebuild the student.
-    """
+    """The networks of a run, on its device."""
 
     distillation: Distillation
-    teachers: dict[str, Teacher]
+    teachers: dict[str, Teacher]  # those that run
+    # sha256 of each teacher's weights, also of those built only to be compared with the teacher
+    # that made the labels.
     digests: dict[str, str]
-    spec: InputSpec
-    classes: tuple[str, ...]
-    architecture: tuple[str, dict[str, Any]]
+    spec: InputSpec  # the student's
+    classes: tuple[str, ...]  # what the student answers, in order; () without a classifier
+    architecture: tuple[str, dict[str, Any]]  # timm name and arguments that rebuild the student
 
 
 def build_networks(

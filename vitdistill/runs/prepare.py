@@ -39,52 +39,35 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a run.
-
-    Attributes:
-        val: None where there are none to judge the student by.
-        classes: those that the run tells apart, in the order of the logits; () where it has none.
-    """
+    """The images of a run."""
 
     train: ImageSource
-    val: ImageSource | None
-    classes: tuple[str, ...]
+    val: ImageSource | None  # None where there are none to judge the student by
+    classes: tuple[str, ...]  # in the order of the logits; () where the run tells none apart
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """The batches of one process.
-
-    Attributes:
-        val: images of an evaluation; None for unlabelled ones.
-        bank: training images by which k-NN judges the features of a student without a classifier.
-        proof: validation images that the teachers are proved on.
-        shown: the few images that pictures are made of.
-    """
+    """The batches of one process."""
 
     train: TrainLoader
-    val: EvalLoader | None
-    bank: EvalLoader | None
-    proof: EvalLoader | None
-    shown: EvalLoader
+    val: EvalLoader | None  # images of an evaluation
+    bank: EvalLoader | None  # those by which k-NN judges a student without a classifier
+    proof: EvalLoader | None  # validation images that the teachers are proved on
+    shown: EvalLoader  # the few that pictures are made of
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run on one process, ready for its first step.
-
-    Attributes:
-        amp_dtype: autocast precision; None: none.
-        unused: parameters no gradient reaches.
-    """
+    """A run on one process, ready for its first step."""
 
     recipe: Recipe
     world: World
     images: Images
     networks: Networks
     loaders: Loaders
-    amp_dtype: torch.dtype | None
-    unused: tuple[str, ...] = ()
+    amp_dtype: torch.dtype | None  # of autocast; None: none
+    unused: tuple[str, ...] = ()  # parameters no gradient reaches
 
     @property
     def distillation(self) -> Distillation:

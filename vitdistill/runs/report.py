@@ -1,6 +1,7 @@
 """What a run writes of itself, on the main process: logs, exports, pictures and TensorBoard."""
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,11 @@ class Report:
     def __init__(self, prepared: Prepared, folder: RunFolder, step: int) -> None:
         self.prepared, self.folder = prepared, folder
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
-        self.board = _tensorboard(folder, step)
+        self.board: Any = None
+        with suppress(ImportError):  # an extra; metrics.jsonl holds everything
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)
         self._proved = False  # an export of this network, by loading it
 
     def close(self) -> None:
@@ -88,12 +93,3 @@ class Report:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{group}/{name}", value, step)
-
-
-def _tensorboard(folder: RunFolder, step: int) -> Any:
-    """Open a TensorBoard writer if the extra is installed; metrics.jsonl holds everything."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)

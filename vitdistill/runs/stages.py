@@ -1,8 +1,7 @@
 """Running a staged recipe: one run after the other, each in a folder of its own.
 
-Every stage is an ordinary run: resumed, skipped once it is finished, evaluated and exported like
-any other. It names earlier stages by their folders, and its ``identity.json`` knows their weights
-by content.
+A stage is a run like any other. It names earlier ones by their folders, and its ``identity.json``
+knows their weights by content.
 """
 
 from collections.abc import Callable
@@ -63,8 +62,8 @@ def train_stages(
         until: the stage to stop after.
 
     Raises:
-        UserError: as `vitdistill.runs.train.train`; before anything runs also for what is wrong
-            with a later stage, and for a folder that holds a stage with other settings or weights.
+        UserError: as `train`; before anything runs also for what is wrong with a later stage, and
+            for a folder that holds a stage with other settings or weights.
     """
     output = Path(output)
     stages = replace(stages, name=output.absolute().name or stages.name)

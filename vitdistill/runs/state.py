@@ -24,30 +24,21 @@ class State:
     """Everything that changes while a run trains.
 
     A new number is a field here and a name in ``_NUMBERS``; new weights are a line of `modules`.
-
-    Attributes:
-        distillation: student and adapters.
-        ema: the moving average of the student's weights, if there is one.
-        scaler: of the loss, for float16.
-        sums: sums of the logged values since the last log line, float64, on the device; the last
-            one counts the steps.
-        step: optimizer steps taken.
-        evaluated_at: the step of the last evaluation, -1 before the first; ``scores``: its result.
-        best: the highest top-1 accuracy, after step ``best_step``; None before the first one.
-        seconds: spent in all sessions of the run.
     """
 
     distillation: Distillation
-    ema: ModelEmaV3 | None
+    ema: ModelEmaV3 | None  # moving average of the student's weights
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
+    scaler: torch.amp.GradScaler | None  # of the loss, for float16
+    # Sums of the logged values since the last log line, float64, on the device; the last one counts
+    # the steps.
     sums: Tensor
-    step: int = 0
-    evaluated_at: int = -1
-    scores: dict[str, float] = field(default_factory=dict)
-    best: float | None = None
+    step: int = 0  # optimizer steps taken
+    evaluated_at: int = -1  # the step of the last evaluation
+    scores: dict[str, float] = field(default_factory=dict)  # its result
+    best: float | None = None  # highest top-1 accuracy, after step best_step
     best_step: int = -1
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent in all sessions of the run
 
     @property
     def modules(self) -> dict[str, nn.Module]:

@@ -11,13 +11,10 @@ class StopRequest:
 
     Signals within ``patience`` seconds are one request, because a launcher passes on what the whole
     process group was sent already.
-
-    Attributes:
-        name: the signal that came, such as ``SIGTERM``; empty as long as none has.
     """
 
     def __init__(self, patience: float = 3.0) -> None:
-        self.name = ""
+        self.name = ""  # of the signal that came
         self._patience, self._asked_at = patience, 0.0
         self._before: dict[int, Any] = {}
 

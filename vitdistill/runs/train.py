@@ -62,8 +62,7 @@ def train(
         The run's summary, which is also in ``summary.json``.
 
     Raises:
-        UserError: the same on every process; before the run folder is touched for everything that
-            can be known before.
+        UserError: the same on every process; before the run folder is touched where that can be.
         Preempted: the run was asked to stop, and has saved its state.
     """
     output = Path(output)
