@@ -89,7 +89,7 @@ def declared_flags(tree: ast.Module) -> set[ast.AST]:
         for call in calls
         if isinstance(call.func, ast.Name) and call.func.id.lower() == "option"
         for part in ast.walk(call)
-        if isinstance(part, ast.Constant) and re.fullmatch(r"--[a-z-]+", str(part.value))
+        if isinstance(part, ast.Constant) and re.fullmatch(r"--[a-z-]+( .+)?", str(part.value))
     }
 
 

@@ -64,9 +64,8 @@ class UserError(Exception):
         fix: what would set it right; of several, any one will do.
         field: the field of the recipe, or the argument, that is wrong.
 
-    Attributes:
-        stage: the stage of a staged recipe whose fields are meant; "" for a recipe of one run.
-        agreed: every process of a run raises it, so that the first one says it for all.
+    ``stage`` is the stage of a staged recipe whose fields are meant, "" for a recipe of one run.
+    ``agreed``: every process of a run raises it, so that the first one says it for all.
     """
 
     exit_code = 64
@@ -100,33 +99,25 @@ class MissingSplit(DataError):
 
 
 class NonFiniteError(UserError):
-    """A loss, a gradient or a teacher's answer is NaN or infinite."""
-
-    exit_code = 70
+    exit_code = 70  # a loss, a gradient or a teacher's answer is NaN or infinite
 
 
 class OutOfMemory(UserError):
-    """The memory of the GPU or of the machine is used up."""
-
-    exit_code = 71
+    exit_code = 71  # the memory of the GPU or of the machine is used up
 
 
 class DiskError(UserError):
-    """A file could not be written: no room, or an I/O error."""
-
-    exit_code = 74
+    exit_code = 74  # a file could not be written: no room, or an I/O error
 
 
 class Preempted(UserError):
-    """The run was asked to stop, saved its state, and can be resumed by the same command."""
-
-    exit_code = 75
+    exit_code = (
+        75  # the run was asked to stop, has saved its state, and the same command resumes it
+    )
 
 
 class PermissionDenied(UserError):
-    """A path may not be read or written."""
-
-    exit_code = 77
+    exit_code = 77  # a path may not be read or written
 
 
 class ConfigError(UserError):

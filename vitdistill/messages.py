@@ -32,7 +32,7 @@ def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     close = get_close_matches(str(word), known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return otherwise or f"choose from {', '.join(known)}"
+    return otherwise or (f"choose from {', '.join(known)}" if known else "")
 
 
 def format_count(count: int | float, unit: str = "FLOPs") -> str:

@@ -2,28 +2,29 @@
 
 import dataclasses
 import math
+import operator
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 from .messages import suggest
 
-Scope = Literal["every", "first", "taught", "one"]
-"""Which stages of a staged recipe a flag sets: all, the first, the only one with a teacher, or none
-(then the stage has to be named)."""
+BOUNDS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Option:
     """What people and the command line know of a field.
 
     Args:
         help: one line, without a full stop.
-        flag: how the command line spells it; a name without dashes is a word of its own; empty: it
-            has no flag.
-        aliases: other spellings, those of timm, DeiT and MAE.
-        stages: which stages of a staged recipe the flag sets.
-        metavar: what stands for the value in the help; empty: from the type.
+        flag: how the command line spells it, other spellings, and what stands for its value in the
+            help. A name without dashes is a word of its own; empty: it has none.
         alone: what the flag means without a value.
         field: the recipe's field that the argument of a command stands for.
         at_least, above, at_most, below: bounds of a number.
@@ -31,9 +32,6 @@ class Option:
 
     help: str
     flag: str = ""
-    aliases: tuple[str, ...] = ()
-    stages: Scope = "one"
-    metavar: str = ""
     alone: str = ""
     field: str = ""
     at_least: float | None = None
@@ -41,23 +39,23 @@ class Option:
     at_most: float | None = None
     below: float | None = None
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The flag's name, and its other spellings: those of timm, DeiT and MAE."""
+        words = self.flag.split()
+        return tuple(word for word in words if word.startswith("-")) or tuple(words)
+
     def allows(self, value: Any) -> bool:
         """Whether a number is within the bounds."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
+        return all(BOUNDS[name](value, bound) for name, bound in self._bounds().items())
 
     def describe_bounds(self) -> str:
         """Return ``at least 0 and below 1``; empty without bounds."""
-        bounds = {name: getattr(self, name) for name in ("at_least", "above", "at_most", "below")}
-        return " and ".join(
-            f"{name.replace('_', ' ')} {bound:g}"
-            for name, bound in bounds.items()
-            if bound not in (None, math.inf)
-        )
+        bounds = {name: bound for name, bound in self._bounds().items() if bound != math.inf}
+        return " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+
+    def _bounds(self) -> dict[str, float]:
+        return {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
 
 
 def option(default: Any, help: str, flag: str = "", **facts: Any) -> Any:
@@ -65,7 +63,7 @@ def option(default: Any, help: str, flag: str = "", **facts: Any) -> Any:
 
     ``default`` may be a function that makes it (``dict``), or `MISSING` for a required argument.
     """
-    described = {"option": Option(help=help, flag=flag, **facts)}
+    described = {"option": Option(help, flag, **facts)}
     if default is not MISSING and callable(default):
         return dataclasses.field(default_factory=default, metadata=described)
     return dataclasses.field(default=default, metadata=described)
@@ -87,8 +85,9 @@ def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
 
 
 def check_options(settings: Any, path: str) -> None:
-    """Raise `ConfigError` for a field of a dataclass at ``path`` of the recipe that is out of its
-    bounds or none of its choices.
+    """Raise `ConfigError` for a field that is out of its bounds or none of its choices.
+
+    ``settings`` is a dataclass that stands at ``path`` of the recipe.
     """
     choices = choices_of(type(settings))
     for name, about in options_of(type(settings)).items():
@@ -110,10 +109,11 @@ def convert_scalar(value: Any, kind: type, name: str, source: str = "") -> Any:
     Raises:
         ConfigError: it is none; ``name`` in ``source`` is named.
     """
-    number = _number(value) if kind in (int, float) else None
-    if number is not None and (kind is float or number == int(number)):
-        return kind(number)
-    if isinstance(value, kind) and kind not in (int, float):
+    if kind in (int, float):
+        number = _number(value)
+        if number is not None and (kind is float or number == int(number)):
+            return kind(number)
+    elif isinstance(value, kind):
         return value
     raise refusal(value, f"{NEEDED.get(kind, kind.__name__)} is needed", name, source)
 
@@ -122,7 +122,7 @@ def _number(value: Any) -> int | float | None:
     """Return a finite number; None: it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    for read in (int, float):
+    for read in (int, float):  # a whole number may have more digits than a float
         try:
             number = read(value) if isinstance(value, str) else value
             return number if math.isfinite(number) else None

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -14,7 +13,6 @@ from vitdistill.cli import demo
 from vitdistill.data.sources.open import open_source
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.demo import demo_recipes
-from vitdistill.runs.pictures import png
 
 pytestmark = pytest.mark.whole
 
@@ -34,53 +32,38 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "demo_recipes", short)
-    assert run(f"demo --output {tmp_path}/demo") == 0
+    output = tmp_path / "demo"
+    assert run(f"demo --output {output}") == 0
     text = capsys.readouterr().out
     for words in ("teacher, 64 wide", "+ plain distillation", "8 of 16 patches", "top-1", "MFLOPs"):
         assert words in text
-    assert f"{tmp_path}/demo/maskedkd_50/pictures.png" in text
-    student = timm.create_model(f"local-dir:{tmp_path}/demo/maskedkd_50/last", pretrained=True)
+    assert f"{output}/maskedkd_50/pictures.png" in text
+    student = timm.create_model(f"local-dir:{output}/maskedkd_50/last", pretrained=True)
     assert student(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
 
-    before = {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()
-    }
-    assert run(f"demo --output {tmp_path}/demo") == 0
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert run(f"demo --output {output}") == 0
     for path, time in before.items():
         assert path.stat().st_mtime_ns == time, "a second demo repeats nothing"
 
 
-def test_digits_are_written_once_and_whole(tmp_path: Path) -> None:
-    demo.write_digits(tmp_path / "images")
-    train, val = (
-        open_source(str(tmp_path / "images"), "train"),
-        open_source(str(tmp_path / "images"), "val"),
-    )
-    assert len(train) + len(val) == 1797 and len(val) == demo.NUM_VALIDATION
-    assert train.classes == tuple("0123456789")
-    assert {train.load(i).size for i in range(0, len(train), 97)} == {(8, 8)}
-    names: set[Any] = {Path(train.key(i)).name for i in range(len(train))} & {
-        Path(val.key(i)).name for i in range(len(val))
-    }
-    assert not names, "no digit is in both"
-
-
-def test_an_interruption_leaves_no_half_of_the_digits(
+def test_digits_are_written_once_and_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C, when the first hundred images are there."""
-    found: list[int] = []
+    saved: list[Path] = []
 
-    def interrupted(image: Image.Image) -> bytes:
-        if len(list(tmp_path.glob(".tmp-*/*/*/*.png"))) == 100:
-            found.append(100)
+    def interrupted(image: Image.Image, path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 100:
             raise KeyboardInterrupt
-        return png(image)
 
-    monkeypatch.setattr(demo, "png", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", interrupted)
         demo.write_digits(tmp_path / "images")
-    assert found and list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
+    assert len(saved) == 100 and list(tmp_path.iterdir()) == []
     demo.write_digits(tmp_path / "images")
-    assert len(open_source(str(tmp_path / "images"), "val")) == demo.NUM_VALIDATION
+    train, val = (open_source(str(tmp_path / "images"), split) for split in ("train", "val"))
+    assert len(train) + len(val) == 1797 and len(val) == demo.NUM_VALIDATION
+    assert train.classes == tuple("0123456789") and train.load(0).size == (8, 8)
+    names = [{Path(source.key(i)).name for i in range(len(source))} for source in (train, val)]
+    assert not names[0] & names[1], "no digit is in both"

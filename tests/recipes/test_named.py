@@ -21,13 +21,15 @@ def test_a_named_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
         assert to_dict(named_recipe(f"{name}:{variant}")) != to_dict(recipe)
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     for name in (str(tmp_path / "no.yaml"), "no.yaml", "a/b", str(tmp_path / "folder.yaml")):
         with pytest.raises(ConfigError, match="no recipe file"):
             find_recipe(name)
-    with pytest.raises(ConfigError, match="did you mean 'maskedkd'"):
-        find_recipe("maskdkd")
+    for name in ("maskdkd", "maskedkd:first_release", "dmae_tiny_from_mae_base:first"):
+        with pytest.raises(ConfigError) as caught:
+            find_recipe(name)
+        assert caught.value.field == "recipe" and caught.value.fixes != ("",)
 
 
 def test_a_run_folder_stands_for_its_recipe(tmp_path: Path) -> None:

@@ -2,27 +2,21 @@
 two cores.
 """
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from ..errors import ConfigError
-from ..explain.ahead import plan_and_cost
+from ..explain.ahead import forecast
 from ..explain.cost import Cost
-from ..messages import format_count
-from ..recipes.config import Recipe
+from ..messages import format_count, format_table
 from ..recipes.demo import demo_recipes
-from ..runs.networks import build_student, build_teacher_model
-from ..runs.pictures import png
 from ..runs.train import train
-from ..storage.atomic import staged_dir, write_new
 from .arguments import DemoArguments
 from .say import say
 
@@ -38,13 +32,14 @@ def run(args: DemoArguments) -> int:
     write_digits(images)
     recipes = demo_recipes(str(images), str(output / "teacher" / "last"))
     quiet = Console(file=console.file, quiet=not console.is_terminal)
-    rows = []
+    rows: list[tuple[str, ...]] = [
+        ("Handwritten digits", "top-1", "teacher, an image", "whole step", "time")
+    ]
     for i, (name, recipe) in enumerate(recipes.items()):
         say(f"[{i + 1}/{len(recipes)}] {recipe.description}")
         summary = train(recipe, output / name, device="cpu", console=quiet)
-        rows.append((recipe.description, summary, _cost(recipe)))
-    console.print()
-    console.print(_table(rows))
+        rows.append(_row(recipe.description, summary, forecast(recipe)[""].cost))
+    say("\n".join(["", *format_table(rows)]))
     say(
         f"The patches the teacher saw: {output}/maskedkd_50/pictures.png\n"
         f"Top-1 is on {NUM_VALIDATION} images: differences under about 2 points are noise. Times"
@@ -62,53 +57,26 @@ def write_digits(folder: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ConfigError(
-            "the demo reads scikit-learn's digits, which is not installed: pip install"
-            ' "vitdistill[demo]"'
-        ) from None
+        what = "the demo reads scikit-learn's digits, which is not installed"
+        raise ConfigError(what, 'pip install "vitdistill[demo]"') from None
     if folder.is_dir():
         return
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0)).tolist()
-    with staged_dir(folder) as temp, _whole(temp):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temp:
         for position, i in enumerate(order):
             split = "val" if position < NUM_VALIDATION else "train"
-            target = temp / split / str(digits.target[i])
+            target = Path(temp) / "images" / split / str(digits.target[i])
             target.mkdir(parents=True, exist_ok=True)
-            write_new(target / f"{i:04d}.png", png(Image.fromarray(pixels[i])))
+            Image.fromarray(pixels[i]).save(target / f"{i:04d}.png")
+        os.rename(Path(temp) / "images", folder)
 
 
-@contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    """Empty a folder again when what is to fill it is interrupted: `storage` removes no trees."""
-    try:
-        yield
-    except BaseException:
-        for entry in folder.iterdir():
-            shutil.rmtree(entry, ignore_errors=True)
-        raise
-
-
-def _cost(recipe: Recipe) -> Cost:
-    student = build_student(recipe.student, 10)
-    teachers = {name: build_teacher_model(config, name) for name, config in recipe.teachers.items()}
-    return plan_and_cost(recipe, student, teachers)[1]
-
-
-def _table(rows: list[tuple[str, dict[str, Any], Cost]]) -> Table:
-    title = "Handwritten digits: accuracy, and what one training image costs"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in ("top-1", "teacher", "whole step", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, summary, cost in rows:
-        teacher = sum(cost.teachers.values())
-        table.add_row(
-            name,
-            f"{summary['scores']['top1']:.1%}",
-            format_count(teacher) if teacher else "-",
-            format_count(cost.step),
-            f"{summary['seconds']:.0f} s",
-        )
-    return table
+def _row(name: str, summary: dict[str, Any], cost: Cost) -> tuple[str, ...]:
+    """Return a line of the table: accuracy, and what one training image costs."""
+    teacher = sum(cost.teachers.values())
+    shown = format_count(teacher) if teacher else "-"
+    seconds = f"{summary['seconds']:.0f} s"
+    return name, f"{summary['scores']['top1']:.1%}", shown, format_count(cost.step), seconds

@@ -3,12 +3,9 @@
 import json
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ..errors import ConfigError
 from ..evaluate.knn import TEMPERATURE
-from ..messages import format_count, plural
+from ..messages import format_count, format_table, plural
 from ..recipes.config import TeacherConfig
 from ..runs.evaluate import Evaluation, evaluate_model
 from ..world import join_world
@@ -27,51 +24,40 @@ def run(args: EvalArguments) -> int:
 
 
 def _job(args: EvalArguments) -> Evaluation:
-    probes = args.knn is not None or args.linear_probe
-    if args.pool is not None and not probes:
+    probe = "--knn" if args.knn is not None else "--linear-probe" if args.linear_probe else ""
+    if args.pool is not None and not probe:
         raise ConfigError("--pool has no effect without --knn or --linear-probe", field="pool")
-    if args.split == "train" and probes:
-        probe = "--knn" if args.knn is not None else "--linear-probe"
+    if args.split == "train" and probe:
         what = f"{probe} learns from the training images and cannot be judged on them"
         raise ConfigError(what, "leave --split out", field="split")
-    teacher = None
-    if args.teacher_model is not None:
-        teacher = TeacherConfig(
-            model=args.teacher_model,
-            checkpoint=args.teacher_path,
-            pretrained=args.teacher_pretrained,
-            reorder_classes=args.reorder_classes,
-        )
-    elif args.teacher_path is not None or args.teacher_pretrained:
-        raise ConfigError(
-            "--teacher-path and --teacher-pretrained have no effect without --teacher-model"
-        )
+    if args.teacher_model is None and (args.teacher_path or args.teacher_pretrained):
+        what = "--teacher-path and --teacher-pretrained have no effect without --teacher-model"
+        raise ConfigError(what, field="teacher_model")
+    model = TeacherConfig(
+        model=args.model,
+        checkpoint=args.model_path,
+        pretrained=args.pretrained,
+        image_size=args.img_size,
+        reorder_classes=args.reorder_classes,
+    )
+    teacher = TeacherConfig(
+        model=args.teacher_model or "",
+        checkpoint=args.teacher_path,
+        pretrained=args.teacher_pretrained,
+        reorder_classes=args.reorder_classes,
+    )
+    same = ("data_dir", "split", "knn", "linear_probe", "batch_size", "workers", "amp_dtype")
     return Evaluation(
-        model=TeacherConfig(
-            model=args.model,
-            checkpoint=args.model_path,
-            pretrained=args.pretrained,
-            image_size=args.img_size,
-            reorder_classes=args.reorder_classes,
-        ),
-        teacher=teacher,
-        data_dir=args.data_dir,
-        split=args.split,
-        knn=args.knn,
-        linear_probe=args.linear_probe,
+        model=model,
+        teacher=teacher if teacher.model else None,
         pool=args.pool or "mean",
-        batch_size=args.batch_size,
-        workers=args.workers,
-        amp_dtype=args.amp_dtype,
+        **{name: getattr(args, name) for name in same},
     )
 
 
 def _print(args: EvalArguments, result: dict[str, Any]) -> None:
     title = f"{args.model} on {args.data_dir} ({args.split})"
-    grid = Table(title=title, show_header=False, title_justify="left")
-    for row in _rows(result):
-        grid.add_row(*row)
-    Console().print(grid)
+    say("\n".join(format_table([(title, ""), *_rows(result)])))
     if "no_top1" in result:
         say(f"no accuracy of its own: {result['no_top1']}")
 
@@ -92,11 +78,8 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("agreement", "top-1 agreement with teacher", "{agreement:.2%}"),
         ("kl", "KL(teacher || model)", "{kl:.4f} nats"),
     ]
-    rows = [
-        (name.format_map(found), text.format_map(found))
-        for key, name, text in lines
-        if key in found
-    ]
+    shown = [(name, text) for key, name, text in lines if key in found]
+    rows = [(name.format_map(found), text.format_map(found)) for name, text in shown]
     if pool is not None:
         features = f"{pool}, {plural(result['num_train_samples'], 'training image')}"
         rows.insert(5 if "top1" in found else 1, ("features", features))

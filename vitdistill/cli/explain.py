@@ -14,9 +14,7 @@ def run(args: ExplainArguments) -> int:
     """Print the plan and its cost; nothing is trained and nothing is written."""
     recipe = resolve_recipe(args)
     if args.recipe_yaml and args.time:
-        raise UserError(
-            "--recipe-yaml prints the recipe and --time measures a step: give one of them"
-        )
+        raise UserError("--recipe-yaml prints the recipe and --time measures a step: give one")
     if args.device is not None and not args.time:
         raise UserError("--device cannot take effect: only --time runs anything on a device")
     if args.recipe_yaml:
@@ -25,10 +23,7 @@ def run(args: ExplainArguments) -> int:
     stages = recipe.stages if isinstance(recipe, Stages) else {"": recipe}
     runs = forecast(recipe)
     if not all(stage.data.dir for stage in stages.values()):
-        print(
-            "no --data-dir is given: counting ImageNet-1k's 1,281,167 training images and 1,000"
-            " classes\n"
-        )
+        print("no --data-dir is given: counting ImageNet-1k's 1,281,167 images, 1,000 classes\n")
     for number, (key, run) in enumerate(runs.items(), 1):
         if key:
             heading = f"Stage {number} of {len(runs)}: " + ", ".join([key, *_origins(stages[key])])
@@ -46,15 +41,11 @@ def run(args: ExplainArguments) -> int:
 
 def _origins(stage: Recipe) -> list[str]:
     """Return which networks of a stage come from which earlier one, in words."""
-    return [
-        f"{'student' if path == 'student.model' else path.split('.')[1]} from {source}"
-        for path, source in sources(stage).items()
-    ]
+    named = {path.split(".")[-2]: source for path, source in sources(stage).items()}
+    return [f"{network} from {source}" for network, source in named.items()]
 
 
 def _together(runs: dict[str, Forecast]) -> list[str]:
-    rows = [
-        (key, str(run.recipe.train.epochs), format_count(run.flops)) for key, run in runs.items()
-    ]
+    rows = [(key, str(r.recipe.train.epochs), format_count(r.flops)) for key, r in runs.items()]
     total = ("together", "", format_count(sum(run.flops for run in runs.values())))
     return format_table([("all stages", "epochs", "FLOPs"), *rows, total])

@@ -36,13 +36,13 @@ def run(args: ExportArguments) -> int:
 
 def _check(args: ExportArguments) -> None:
     """Raise `ConfigError` unless there is something to write, and room for it."""
+    fixes = {"output": Give("output", "FOLDER"), "onnx": Give("onnx", "FILE")}
     if args.output is None and args.onnx is None:
-        fixes = (Give("output", "FOLDER"), Give("onnx", "FILE"))
-        raise ConfigError("nothing to write", fixes, field="output")
+        raise ConfigError("nothing to write", tuple(fixes.values()), field="output")
     if args.onnx is not None and Path(args.onnx).exists():
-        raise ConfigError(f"{args.onnx} exists already", Give("onnx", "FILE"), field="onnx")
+        raise ConfigError(f"{args.onnx} exists already", fixes["onnx"], field="onnx")
     if args.output is not None and Path(args.output).is_dir() and any(Path(args.output).iterdir()):
-        raise ConfigError(f"{args.output} is not empty", Give("output", "FOLDER"), field="output")
+        raise ConfigError(f"{args.output} is not empty", fixes["output"], field="output")
 
 
 def _export_timm(model: nn.Module, folder: str, output: str) -> None:
@@ -58,7 +58,5 @@ def _export_timm(model: nn.Module, folder: str, output: str) -> None:
     file = model_entrypoint(architecture.partition(".")[0]).__module__
     unknown = f", after 'import {file}', because plain timm does not know {architecture}"
     first = "" if file.startswith("timm.") else unknown
-    say(
-        f"wrote {output}: load it with timm.create_model('local-dir:{output}', pretrained=True)"
-        f"{first}"
-    )
+    load = f"timm.create_model('local-dir:{output}', pretrained=True){first}"
+    say(f"wrote {output}: load it with {load}")

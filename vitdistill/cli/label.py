@@ -1,5 +1,6 @@
 """``vitdistill label``: write a recipe's labels, and look after label stores."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, UserError
@@ -12,6 +13,7 @@ from ..messages import format_bytes, plural
 from ..recipes.stages import Stages
 from ..runs.label import LabelOptions, label
 from ..runs.label_check import check as check_labels
+from ..storage.manifest import MANIFEST
 from .arguments import (
     CheckArguments,
     LabelArguments,
@@ -28,22 +30,16 @@ def write(args: LabelArguments) -> int:
     """Write the labels of a recipe's teachers."""
     recipe = resolve_recipe(args)
     if isinstance(recipe, Stages):
+        what = f"the recipe {recipe.name!r} has stages"
         raise UserError(
-            f"the recipe {recipe.name!r} has stages",
-            "label the recipe of one of them, its recipe.yaml in the run's folder",
+            what, "label the recipe of one of them, its recipe.yaml in the run's folder"
         )
     for name, teacher in recipe.teachers.items():
         if teacher.labels is not None:
             what = f"--labels cannot take effect (teachers.{name}.labels)"
             raise UserError(what, "labels are written here, into --output")
     output = Path(args.output or Path("labels") / recipe.name)
-    options = LabelOptions(
-        encoding=args.encoding,
-        k=args.k,
-        temperatures=args.temperatures,
-        hidden_dtype=args.hidden_dtype,
-        part_size=args.part_size,
-    )
+    options = LabelOptions(**{item.name: getattr(args, item.name) for item in fields(LabelOptions)})
     done = label(recipe, output, options, device=args.device, say=say)
     for name, store in done.stores.items():
         status = store.status()
@@ -57,18 +53,16 @@ def write(args: LabelArguments) -> int:
 
 def open_all(folder: str) -> dict[str, LabelStore]:
     """Return every store in a folder by its name, or the one that the folder itself is."""
-    path = Path(folder)
-    if (path / "manifest.json").exists() or not path.is_dir():
-        return {path.name: LabelStore.open(path)}
-    inside = sorted(child for child in path.iterdir() if (child / "manifest.json").exists())
-    return {child.name: LabelStore.open(child) for child in inside or [path]}
+    inside = [path.parent for path in sorted(Path(folder).glob(f"*/{MANIFEST}"))]
+    alone = (Path(folder) / MANIFEST).exists() or not inside
+    return {path.name: LabelStore.open(path) for path in ([Path(folder)] if alone else inside)}
 
 
 def status(args: StoreArguments) -> int:
     for name, store in open_all(args.store).items():
         status = store.status()
-        done = status.sealed == status.parts
-        state = "complete" if done else f"{100 * status.sealed // status.parts} %"
+        share = 100 * status.sealed // status.parts
+        state = "complete" if status.sealed == status.parts else f"{share} %"
         say(f"{name}: {state}, {_amount(status)}")
         for view, part in status.writing:
             say(f"  part {part} of view {view} is being written")
@@ -77,49 +71,31 @@ def status(args: StoreArguments) -> int:
 
 def info(args: StoreArguments) -> int:
     for name, store in open_all(args.store).items():
-        manifest = store.manifest
-        say(
-            f"{name}: {manifest.about['network']['architecture']}, {store.layout.describe()},"
-            f" {store.layout.record_bytes} bytes a record"
-        )
-        say(
-            f"  {manifest.num_samples:,} images x {manifest.num_views} views, parts of"
-            f" {manifest.part_size:,}"
-        )
-        for key, value in manifest.identity.items():
-            say(f"  {key:<32}{_plain(value)}")
-        for library, version in manifest.about.get("versions", {}).items():
-            say(f"  made with {library:<22}{version}")
-        if manifest.about.get("command"):
-            say(f"  made by   {manifest.about['command']}")
+        manifest, layout = store.manifest, store.layout
+        network, size = manifest.about["network"]["architecture"], layout.record_bytes
+        say(f"{name}: {network}, {layout.describe()}, {size} bytes a record")
+        views = f"{manifest.num_samples:,} images x {manifest.num_views} views"
+        say(f"  {views}, parts of {manifest.part_size:,}")
+        versions = manifest.about.get("versions", {}).items()
+        made = {f"made with {library}": version for library, version in versions}
+        made |= {"made by": manifest.about.get("command", "")}
+        for key, value in {**manifest.identity, **made}.items():
+            say(f"  {key:<32}{', '.join(map(str, value)) if isinstance(value, list) else value}")
     return 0
 
 
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def verify(args: StoreArguments) -> int:
-    bad = []
+    bad = 0
     for name, store in open_all(args.store).items():
-        found = store.verify()
-        status = store.status()
-        are = "is" if len(found) == 1 else "are"
-        say(
-            f"{name}: {status.sealed} of {status.parts} parts are there,"
-            f" {plural(len(found), 'file')} {are} damaged or foreign"
-        )
+        found, status = store.verify(), store.status()
+        parts = f"{status.sealed} of {status.parts} parts are there"
+        say(f"{name}: {parts}, damaged or foreign: {plural(len(found), 'file')}")
         for sentence in found:
             say(f"  {sentence}")
-        bad += found
+        bad += len(found)
     if bad:
-        was, them = (
-            ("is not as it was", "it") if len(bad) == 1 else ("are not as they were", "them")
-        )
-        raise DataError(
-            f"{plural(len(bad), 'file')} of {args.store} {was} written: delete {them} and run"
-            " vitdistill label again"
-        )
+        what = f"{plural(bad, 'file')} of {args.store} damaged or foreign"
+        raise DataError(what, "delete what is named above and run vitdistill label again")
     return 0
 
 
@@ -137,10 +113,8 @@ def check(args: CheckArguments) -> int:
         say(f"{name}: {found}")
         wrong += not found.as_stored
     if wrong:
-        raise DataError(
-            f"the teacher does not answer as {args.store} says: it, the images or a library has"
-            " changed; label again"
-        )
+        what = f"the teacher does not answer as {args.store} says"
+        raise DataError(what, "it, the images or a library has changed, so label again")
     return 0
 
 

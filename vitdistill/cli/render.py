@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import Add, Drop, Fix, Give, Set, UserError
 from ..messages import printable
-from ..option import options_of
+from ..recipes.settings import EVERY_STAGE
 from .arguments import recipe_flags
 from .flags import Flag, flags_of
 
@@ -13,44 +13,36 @@ def render(error: UserError, arguments: type) -> str:
     """Return the sentence of an error for the user of the command that takes ``arguments``, fit for
     a terminal.
     """
-    known = {**recipe_flags(), **_own_flags(arguments)}
-    return printable(error.sentence(lambda fix, stage: _spell(fix, stage, known)))
-
-
-def _own_flags(arguments: type) -> dict[str, Flag]:
-    """Return the flags of a command that stand for a field of the recipe of another one."""
-    described = options_of(arguments)
-    return {f.option.field: f for f in flags_of(arguments) if described[f.dest].field}
+    flags = [*flags_of(arguments)]
+    own = {flag.option.field or flag.dest: flag for flag in flags}
+    known = {**recipe_flags(), **own}
+    sentence = error.sentence(lambda fix, stage: _spell(fix, stage, known))
+    if error.field in known and sentence.startswith(f"{error.field} "):
+        sentence = known[error.field].name + sentence.removeprefix(error.field)
+    return printable(sentence)
 
 
 def _spell(fix: Fix, stage: str, known: dict[str, Flag]) -> str:
-    if isinstance(fix, Set):
-        return _spell_field(fix, stage, known)
-    if isinstance(fix, Give):
-        name = f"--{fix.argument.replace('_', '-')}"
-        return f"give {name}" if fix.value is None else f"give {name} {_word(fix.value)}"
     place = f"{stage}." if stage else ""
+    if isinstance(fix, Set):
+        return f"give {_spell_field(fix, place, known)}"
+    if isinstance(fix, Give):
+        value = "" if fix.value is None else f" {_word(fix.value)}"
+        return f"give --{fix.argument.replace('_', '-')}{value}"
     if isinstance(fix, Add):
         return f"add --with {place}{fix.method}"
     return f"give --without {place}{fix.part}" if isinstance(fix, Drop) else fix
 
 
-def _spell_field(fix: Set, stage: str, known: dict[str, Flag]) -> str:
+def _spell_field(fix: Set, place: str, known: dict[str, Flag]) -> str:
     flag = known.get(fix.field)
-    if flag is None or (stage and flag.option.stages != "every"):
-        place = f"{stage}.{fix.field}" if stage else fix.field
-        return f"give --set {place}={'VALUE' if fix.value is None else _quoted(fix.value)}"
+    if flag is None or (place and fix.field not in EVERY_STAGE):
+        return f"--set {place}{fix.field}={'VALUE' if fix.value is None else _word(fix.value)}"
     if flag.alone and fix.value in (None, True):
-        return f"give {flag.name}"
-    return f"give {flag.name} {flag.metavar if fix.value is None else _quoted(fix.value)}"
+        return flag.name
+    return f"{flag.name} {flag.metavar if fix.value is None else _word(fix.value)}"
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return str(value)
-
-
-def _quoted(value: Any) -> str:
-    word = _word(value)
+    word = str(value).lower() if isinstance(value, bool) else str(value)
     return f"'{word}'" if set(word) & set(" {}") else word

@@ -54,16 +54,12 @@ def _output(args: TrainArguments, recipe: Recipe | Stages) -> Path:
 
 
 def _done_text(summary: dict[str, Any], output: Path) -> str:
-    best, scores = summary["best_top1"], summary["scores"]
+    best, scores, where = summary["best_top1"], summary["scores"], f"weights in {output / 'last'}"
     if best is not None:
         text = f"top-1 {scores['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g})"
-        return f"done: {text}; weights in {output / 'last'} and {output / 'best'}"
-    if "knn_top1" in scores:
-        return (
-            f"done: top-1 of nearest neighbours {scores['knn_top1']:.2%}; weights in"
-            f" {output / 'last'}"
-        )
-    return f"done: weights in {output / 'last'}"
+        return f"done: {text}; {where} and {output / 'best'}"
+    knn = f"top-1 of nearest neighbours {scores['knn_top1']:.2%}; " if "knn_top1" in scores else ""
+    return f"done: {knn}{where}"
 
 
 def _show(prepared: Prepared) -> None:

@@ -56,7 +56,7 @@ class Augment:
         0.5, "probability of CutMix where both are on", at_least=0, at_most=1
     )
     repeated_aug: int = option(
-        1, "views an epoch has of an image; DeiT: 3", "--repeated-aug", at_least=1
+        1, "views an epoch has of an image; DeiT: 3", "--repeated-aug --aug-repeats", at_least=1
     )
     interpolation: Literal["bicubic", "bilinear"] = option("bicubic", "of resizing")
 

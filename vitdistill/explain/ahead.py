@@ -23,15 +23,24 @@ class Forecast:
         recipe: of the run, with networks that can be built.
         num_images: training images an epoch.
         num_classes: of the images.
-        text: the page about it.
-        flops: of the whole run.
+        plan: what its networks compute in a step of one process, and ``cost`` what that takes.
     """
 
     recipe: Recipe
     num_images: int
     num_classes: int
-    text: str
-    flops: int
+    plan: Plan
+    cost: Cost
+
+    @property
+    def text(self) -> str:
+        """The page about it."""
+        return explain(self.plan, self.cost, self.num_images, self.recipe.train.epochs)
+
+    @property
+    def flops(self) -> int:
+        """Of the whole run."""
+        return self.cost.step * self.num_images * self.recipe.train.epochs
 
 
 def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
@@ -52,15 +61,6 @@ def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
     return found
 
 
-def plan_and_cost(recipe: Recipe, student: Built, teachers: dict[str, Built]) -> tuple[Plan, Cost]:
-    """Return what the networks of a recipe compute in a step of one process, and its cost."""
-    networks = {name: built.network for name, built in teachers.items()}
-    plan = plan_of(recipe, student.network, networks)
-    models = {name: built.model for name, built in teachers.items()}
-    micro_batch = recipe.train.batch_size // recipe.train.accumulate
-    return plan, cost_of(plan, student.model, models, micro_batch)
-
-
 def _count_images(recipe: Recipe) -> tuple[int, int]:
     """Return the training images an epoch and their classes; those of ImageNet-1k without data."""
     if not recipe.data.dir:
@@ -74,6 +74,7 @@ def _count_images(recipe: Recipe) -> tuple[int, int]:
 def _forecast(
     recipe: Recipe, student: Built, teachers: dict[str, Built], counts: tuple[int, int]
 ) -> Forecast:
-    plan, cost = plan_and_cost(recipe, student, teachers)
-    text = explain(plan, cost, counts[0], recipe.train.epochs)
-    return Forecast(recipe, *counts, text, cost.step * counts[0] * recipe.train.epochs)
+    plan = plan_of(recipe, student.network, {name: b.network for name, b in teachers.items()})
+    models = {name: built.model for name, built in teachers.items()}
+    micro_batch = recipe.train.batch_size // recipe.train.accumulate
+    return Forecast(recipe, *counts, plan, cost_of(plan, student.model, models, micro_batch))

@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,11 +22,11 @@ IMAGENET_TRAIN_IMAGES = 1_281_167
 def vit_macs(network: Network, num_keep: int | None = None, mlp_ratio: float = 4.0) -> int:
     """Count multiply-accumulates of one plain ViT forward pass as the MaskedKD paper does.
 
-    Every patch is embedded, every block runs on K kept patches and one class token, whole:
+    Every patch is embedded, every block runs whole, on K kept patches and one class token:
     ``N (3 p^2) D + L ((4 + 2 r) n D^2 + 2 n^2 D) + D C`` with ``n = K + 1`` and r the MLP ratio.
 
-    Source: reproduces the teacher cost column of arXiv 2302.10494 (in units of 10^15 MACs, over
-    images x epochs) within 0.3 %.
+    Source: the teacher cost column of arXiv 2302.10494 (10^15 MACs over images x epochs), within
+    0.3 %.
     """
     n = (network.num_patches if num_keep is None else num_keep) + 1
     d = network.dim
@@ -40,18 +39,15 @@ def vit_macs(network: Network, num_keep: int | None = None, mlp_ratio: float = 4
 class Cost:
     """FLOPs an image of one training step (a multiply-accumulate is 2), and its memory.
 
+    ``*_plain`` is without this plan: the student alone by its own forward, the whole teacher on the
+    whole image.
+
     Attributes:
-        student: forward and backward of this plan; ``student_plain``: of the student trained alone
-            by its own forward.
-        teachers: forward of this plan, guides included; ``teachers_plain``: of the whole teacher on
-            the whole image.
-        objectives: forward and backward of what an objective computes itself (projections,
-            generators, products of features).
+        student: forward and backward.
+        teachers: forward, guides included.
+        objectives: forward and backward of what each objective computes itself.
         adapters: parameters of each objective's own trainable part, where it has one.
-        activations: bytes an image that are kept for the backward pass, in float32;
-            ``activations_plain``: of the student alone.
-        stems: the part of ``student`` that its patch embedding is, where that is more than a tenth
-            of its forward pass; else 0.
+        activations: bytes an image that are kept for the backward pass, in float32.
     """
 
     student: int
@@ -62,7 +58,6 @@ class Cost:
     adapters: dict[str, int]
     activations: int
     activations_plain: int
-    stems: int = 0
 
     @property
     def step(self) -> int:
@@ -80,12 +75,9 @@ def cost_of(
 ) -> Cost:
     """Count what ``plan`` computes an image, by running its step on the meta device.
 
-    Args:
-        plan: of the run.
-        student: the network to train; left as it is, as are the teachers.
-        teachers: by name; those whose answers are stored cost nothing and may be missing.
-        batch_size: images of a micro-batch. What an objective computes once for all of them is
-            shared among them, and what it computes between any two of them grows with it.
+    Networks are left as they are; teachers whose answers are stored may be missing. ``batch_size``
+    is the images of a micro-batch: what is computed once for all of them is shared among them, and
+    what is computed between any two of them grows with it.
     """
     batch_size = max(batch_size, 2)  # some batch norms refuse to train on one value a channel
     model = on_meta(student).train()
@@ -100,9 +92,8 @@ def cost_of(
         name: stand_in(on_meta(m), plan.teachers[name], distillation, "meta")
         for name, m in live.items()
     }
-    counts, kept = dict.fromkeys(plan.stored, 0), _Kept()
+    counts, kept = dict.fromkeys([*plan.stored, *plan.live], 0), _Kept()
     for name, teacher in stand_ins.items():
-        counts[name] = 0
         teacher.run = _counting(teacher.run, counts, name)
     batch = blank_batch(plan, batch_size, "meta")
     with kept, FlopCounterMode(display=False) as counter:
@@ -127,7 +118,6 @@ def cost_of(
         },
         activations=kept.bytes // batch_size,
         activations_plain=kept_plain.bytes // 2,
-        stems=_count_stems(plan, model),
     )
 
 
@@ -162,17 +152,6 @@ def _counting(
     return counted
 
 
-def _count_stems(plan: Plan, student: nn.Module) -> int:
-    """Count the patch embedding, forward and backward, where it is worth a line of its own."""
-    embed, size = getattr(student, "patch_embed", None), plan.student.image_size
-    masked_linear = type(embed) is PatchEmbed and plan.student_keep is not None
-    if not plan.student.walks or embed is None or masked_linear:
-        return 0
-    if forward_flops(embed, size) <= 0.1 * forward_flops(student, size):
-        return 0
-    return training_flops(embed, size)
-
-
 def _cut(value: Any) -> Any:
     """Cut a recorded output from its graph: what is computed behind its tensors is not counted."""
     if isinstance(value, Tensor):
@@ -190,16 +169,16 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
     """Counts what autograd keeps for the backward pass, without weights, each storage once."""
 
     def __init__(self) -> None:
-        self.storages: dict[int, Tensor] = {}
+        self.storages: dict[int, torch.UntypedStorage] = {}
         super().__init__(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
         if not isinstance(base, nn.Parameter):
-            self.storages[tensor.untyped_storage()._cdata] = tensor
+            storage = tensor.untyped_storage()
+            self.storages[storage._cdata] = storage  # kept, so that no other one gets its address
         return tensor
 
     @property
     def bytes(self) -> int:
-        """The size of all storages together."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages.values())
+        return sum(storage.nbytes() for storage in self.storages.values())

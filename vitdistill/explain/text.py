@@ -8,8 +8,6 @@ from ..vit.needs import Needs
 from ..vit.network import Network
 from .cost import Cost, vit_macs
 
-_Rows = list[tuple[str, ...]]
-
 
 def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
     """Write down what each network computes, its FLOPs an image, and those of the whole run.
@@ -20,15 +18,15 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         num_images: training images an epoch.
         epochs: of the run.
     """
+    run = f"{plural(num_images, 'image')} x {plural(epochs, 'epoch')}"
     sections = [
-        ["What each network computes", *format_table(_an_image(plan, cost))],
+        [
+            "What each network computes for an image",
+            *format_table(_costs(plan, cost, num_images * epochs)),
+            f"  (1 multiply-accumulate is 2 FLOPs; the whole run: {run})",
+        ],
         _networks(plan),
         _memory(plan, cost),
-        [
-            f"The whole run, {plural(num_images, 'image')} x {plural(epochs, 'epoch')} (1"
-            " multiply-accumulate = 2 FLOPs)",
-            *format_table(_whole_run(plan, cost, num_images * epochs)),
-        ],
         *_as_the_paper_counts(plan, num_images * epochs),
         _objectives(plan),
     ]
@@ -37,12 +35,11 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
 
 def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
     """Say what a network computes: ``98 of 196 patches; 12 of 12 blocks; records logits``."""
-    parts = []
+    parts, recorded = [], ["logits"] if needs.logits else []
     if network.walks:
         seen = network.num_patches if num_keep is None else num_keep
         parts.append(f"{seen} of {network.num_patches} patches")
         parts.append(f"{needs.num_blocks(network.depth)} of {network.depth} blocks")
-    recorded = ["logits"] if needs.logits else []
     if needs.hidden:
         recorded.append(f"hidden states after block {_numbers(needs.hidden)}")
     if needs.features and not network.walks:
@@ -51,15 +48,13 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
         before = "features before its norm, which follows the pool"
         recorded.append("features after the final norm" if network.final_norm else before)
     if needs.attention:
-        source = {"class": "class-token", "pool": "attention-pool", "mean": "mean"}
-        of = source[network.attention_source or "mean"]
+        source = network.attention_source or "mean"
+        of = {"class": "class-token", "pool": "attention-pool", "mean": "mean"}[source]
         recorded.append(f"{of} attention of block {_numbers(needs.attention)}")
-        untrained = network.attention_source == "class" and not network.reads_class_token
-        if untrained and network.depth - 1 in needs.attention:
-            recorded[-1] += (
-                " (whose class token its prediction does not read: that of an earlier block is"
-                " trained)"
-            )
+        # Of a network that pools its patches, the last block's class token is never trained.
+        last = network.depth - 1 in needs.attention
+        if source == "class" and not network.reads_class_token and last:
+            recorded[-1] += " (whose class token its prediction does not read: take an earlier one)"
     if needs.qkv:
         recorded.append(f"queries, keys and values of block {_numbers(needs.qkv)}")
     return "; ".join([*parts, "records " + " and ".join(recorded)])
@@ -69,46 +64,28 @@ def _numbers(blocks: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(blocks)))
 
 
-def _against(plan: Plan) -> str:
-    return "plain distillation" if plan.teachers else "plain training"
+def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
+    """FLOPs by network and objective, beside what they would be without this plan."""
 
+    def row(name: str, parameters: int, flops: int, plain: int | None) -> tuple[str, ...]:
+        size = format_count(parameters, "") if parameters else ""
+        share = f"{flops / plain:.0%} of {format_count(plain)}" if plain else ""
+        return name, size, format_count(flops), share, format_count(flops * num_images)
 
-def _of(part: int, whole: int) -> str:
-    return f"{part / whole:.0%} of {format_count(whole)}"
-
-
-def _an_image(plan: Plan, cost: Cost) -> _Rows:
-    """FLOPs an image, by network and objective."""
-    student = plan.student
-    rows: _Rows = [
-        ("an image", "parameters", "FLOPs", f"against {_against(plan)}"),
-        (
-            "student, trained",
-            format_count(student.num_parameters, ""),
-            format_count(cost.student),
-            _of(cost.student, cost.student_plain),
-        ),
+    against = "plain KD" if plan.teachers else "plain training"
+    rows = [
+        ("", "parameters", "FLOPs", f"against {against}", "whole run"),
+        row("student", plan.student.num_parameters, cost.student, cost.student_plain),
     ]
-    if cost.stems:
-        share = f"({cost.stems / cost.student:.0%} of the student)"
-        rows.append(("of which the stems (patch embedding)", "", format_count(cost.stems), share))
     for name, teacher in plan.teachers.items():
-        count, plain = cost.teachers[name], cost.teachers_plain[name]
-        rows.append(
-            (
-                name,
-                format_count(teacher.num_parameters, ""),
-                format_count(count),
-                _of(count, plain) if plain else "stored",
-            )
-        )
-    for name, count in cost.objectives.items():
-        if count or name in cost.adapters:
-            added = cost.adapters.get(name, 0)
-            size = format_count(added, "") if added else ""
-            rows.append((f"{name}, its own part", size, format_count(count), ""))
+        stored = " (stored)" if name in plan.stored else ""
+        flops, plain = cost.teachers[name], cost.teachers_plain[name]
+        rows.append(row(f"{name}{stored}", teacher.num_parameters, flops, plain))
+    for name, flops in cost.objectives.items():
+        if flops or name in cost.adapters:
+            rows.append(row(f"{name}, its own part", cost.adapters.get(name, 0), flops, None))
     if plan.teachers:
-        rows.append(("together", "", format_count(cost.step), _of(cost.step, cost.plain_kd)))
+        rows.append(row("together", 0, cost.step, cost.plain_kd))
     return rows
 
 
@@ -134,55 +111,28 @@ def _networks(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan, cost: Cost) -> list[str]:
     trained = plan.student.num_parameters + sum(cost.adapters.values())
+    kept, alone = format_bytes(cost.activations), format_bytes(cost.activations_plain)
+    size, count = format_bytes(16 * trained), format_count(trained, "").strip()
     return [
         "Training memory",
-        f"  kept for the backward pass: {format_bytes(cost.activations)} an image in float32; the"
-        f" student alone keeps {format_bytes(cost.activations_plain)}",
-        f"  weights, gradients and AdamW's two moments: {format_bytes(16 * trained)}"
-        f" ({format_count(trained, '').strip()} trained parameters)",
+        f"  kept for the backward pass: {kept} an image in float32; the student alone: {alone}",
+        f"  weights, gradients and AdamW's two moments: {size} ({count} trained parameters)",
     ]
-
-
-def _whole_run(plan: Plan, cost: Cost, num_images: int) -> _Rows:
-    """FLOPs of ``num_images`` views, beside those of plain training."""
-
-    def row(name: str, count: int, plain: int | None) -> tuple[str, ...]:
-        other = "" if plain is None else format_count(plain * num_images)
-        return name, format_count(count * num_images), other
-
-    rows: _Rows = [
-        ("", "this plan", _against(plan)),
-        row("student", cost.student, cost.student_plain),
-        *(row(name, cost.teachers[name], cost.teachers_plain[name]) for name in plan.teachers),
-    ]
-    own = sum(cost.objectives.values())
-    if own:
-        rows.append(row("objectives", own, None))
-    if plan.teachers:
-        rows.append(row("together", cost.step, cost.plain_kd))
-    return rows
 
 
 def _as_the_paper_counts(plan: Plan, num_images: int) -> list[list[str]]:
     """The cost of each teacher whose logits are read, as the MaskedKD paper counts it."""
     sections = []
     for name, needs in plan.live.items():
-        teacher = plan.teachers[name]
+        teacher, keep = plan.teachers[name], plan.num_keep[name]
         if not (teacher.walks and needs.logits):
             continue
-        masked, whole = (
-            vit_macs(teacher, keep) * num_images for keep in (plan.num_keep[name], None)
-        )
-        saved = (
-            f" against {format_count(whole, 'MACs')} for plain distillation"
-            f" ({masked / whole - 1:+.0%})"
-        )
-        sections.append(
-            [
-                f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)",
-                f"  {format_count(masked, 'MACs')}{saved if masked < whole else ''}",
-            ]
-        )
+        masked, whole = (vit_macs(teacher, count) * num_images for count in (keep, None))
+        saved = f" against {format_count(whole, 'MACs')} for plain distillation"
+        saved += f" ({masked / whole - 1:+.0%})"
+        heading = f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"
+        line = f"  {format_count(masked, 'MACs')}{saved if masked < whole else ''}"
+        sections.append([heading, line])
     return sections
 
 
@@ -195,11 +145,5 @@ def _objectives(plan: Plan) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        78,
-        initial_indent="  ",
-        subsequent_indent="    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    indents = {"initial_indent": "  ", "subsequent_indent": "    "}
+    return textwrap.wrap(text, 78, break_on_hyphens=False, **indents)  # type: ignore[arg-type]

@@ -9,94 +9,56 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """Recipes that share a file.
+    """Recipes that share a file, ``module``; ``about`` them is said in the help.
 
-    Args:
-        about: what they are, for the help.
-        module: the file in this folder.
-        names: of the recipes.
-        variants: keyword arguments that its ``make`` takes, given as ``NAME:VARIANT``.
+    ``variants`` are keyword arguments that its ``make`` takes, given as ``NAME:VARIANT``.
     """
 
-    about: str
     module: str
-    names: tuple[str, ...]
+    about: str
+    words: str
     variants: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return self.words.split()
 
 
 FAMILIES = (
     Family(
-        "any data, student and teacher",
-        "plain",
-        ("maskedkd", "kd", "alone", "hard_kd", "nkd", "vitkd", "vitkd_nkd"),
+        "plain", "any data, student and teacher", "maskedkd kd alone hard_kd nkd vitkd vitkd_nkd"
     ),
-    Family("DeiT-Ti on ImageNet-1k", "deit", ("deit_tiny", "deit_tiny_distilled")),
+    Family("deit", "DeiT-Ti on ImageNet-1k", "deit_tiny deit_tiny_distilled"),
     Family(
-        "the pairs of the MaskedKD paper",
         "maskedkd",
-        (
-            "deit_tiny_from_deit_small",
-            "deit_tiny_from_deit3_small",
-            "deit_tiny_from_deit3_base",
-            "deit_small_from_deit_base",
-            "deit_small_from_deit3_base",
-            "deit_base_from_deit3_large",
-        ),
+        "the pairs of the MaskedKD paper",
+        "deit_tiny_from_deit_small deit_tiny_from_deit3_small deit_tiny_from_deit3_base"
+        " deit_small_from_deit_base deit_small_from_deit3_base deit_base_from_deit3_large",
     ),
     Family(
-        "the pairs of the ViTKD and NKD papers",
         "vitkd",
-        (
-            "deit_tiny_nkd",
-            "deit_tiny_vitkd",
-            "deit_tiny_vitkd_nkd",
-            "deit_small_nkd",
-            "deit_small_vitkd",
-            "deit_small_vitkd_nkd",
-            "deit_base_nkd",
-            "deit_base_vitkd",
-            "deit_base_vitkd_nkd",
-        ),
+        "the pairs of the ViTKD and NKD papers",
+        "deit_tiny_nkd deit_tiny_vitkd deit_tiny_vitkd_nkd deit_small_nkd deit_small_vitkd"
+        " deit_small_vitkd_nkd deit_base_nkd deit_base_vitkd deit_base_vitkd_nkd",
     ),
-    Family("masked autoencoders, in stages", "mae", ("mae_base", "mae_large")),
+    Family("mae", "masked autoencoders, in stages", "mae_base mae_large"),
     Family(
-        "the pairs of the DMAE paper, in stages",
         "dmae",
-        (
-            "dmae_base_from_mae_large",
-            "dmae_base_from_mae_large_90",
-            "dmae_base_from_mae_large_95",
-            "dmae_base_from_mae_large_98",
-            "dmae_small_from_mae_base",
-            "dmae_tiny_from_mae_base",
-        ),
+        "the pairs of the DMAE paper, in stages",
+        "dmae_base_from_mae_large dmae_base_from_mae_large_90 dmae_base_from_mae_large_95"
+        " dmae_base_from_mae_large_98 dmae_small_from_mae_base dmae_tiny_from_mae_base",
         variants=("first_release",),
     ),
     Family(
-        "two teachers, a token for each (LIB-KD)",
-        "libkd",
-        ("libkd", "libkd_cit_tiny", "libkd_cit_small"),
+        "libkd", "two teachers, a token for each (LIB-KD)", "libkd libkd_cit_tiny libkd_cit_small"
     ),
     Family(
-        "32 x 32 images, on a laptop",
         "small_images",
-        (
-            "small_images_teacher",
-            "small_images_alone",
-            "small_images_kd",
-            "small_images_maskedkd",
-            "small_images_nkd",
-            "small_images_vitkd",
-            "small_images_vitkd_nkd",
-            "small_images_masked_vitkd_nkd",
-            "small_images_mae",
-            "small_images_mae_finetuned",
-            "small_images_dmae",
-            "small_images_conv_teacher",
-            "small_images_inv_teacher",
-            "small_images_libkd",
-            "small_images_cit",
-        ),
+        "32 x 32 images, on a laptop",
+        "small_images_teacher small_images_alone small_images_kd small_images_maskedkd"
+        " small_images_nkd small_images_vitkd small_images_vitkd_nkd small_images_masked_vitkd_nkd"
+        " small_images_mae small_images_mae_finetuned small_images_dmae small_images_conv_teacher"
+        " small_images_inv_teacher small_images_libkd small_images_cit",
     ),
 )
 

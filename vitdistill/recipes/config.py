@@ -44,19 +44,21 @@ class Recipe:
         check_folder_name(self.name)
         check_names("objectives", self.objectives, RESERVED_NAMES)
         check_names("teachers", self.teachers, {"student"})
-        parts = {
-            "student": self.student,
-            "data": self.data,
-            "optim": self.optim,
-            "train": self.train,
-        }
+        parts = {"data": self.data, "optim": self.optim, "train": self.train, **self.networks}
         for path, part in parts.items():
             check_options(part, path)
         for name, teacher in self.teachers.items():
-            check_options(teacher, f"teachers.{name}")
-            _check_missing_labels(name, teacher)
-        _check_views(self.data)
+            _check_missing_labels(f"teachers.{name}", teacher)
         _check_schedule(self.optim, self.train.epochs)
+        repeats = self.data.augment.repeated_aug
+        if self.data.views is not None and repeats > 1:
+            what = f"views of an image cannot be counted where an epoch shows {repeats} of them"
+            raise ConfigError(what, Set("data.augment.repeated_aug", 1), field="data.views")
+
+    @property
+    def networks(self) -> dict[str, StudentConfig | TeacherConfig]:
+        """The networks by the field that describes them: ``student``, ``teachers.NAME``."""
+        return {"student": self.student, **{f"teachers.{n}": t for n, t in self.teachers.items()}}
 
     @property
     def data_seed(self) -> int:
@@ -73,51 +75,30 @@ def check_folder_name(name: str, field: str = "name") -> None:
 def check_names(field: str, names: Collection[str], reserved: Collection[str] = ()) -> None:
     """Raise `ConfigError` unless the keys of a mapping can stand in dotted paths and in logs."""
     for name in names:
-        if not name.isidentifier():
+        if not name.isidentifier() or name in reserved:
             what = f"{field} has the name {printable(name)!r}"
-            raise ConfigError(what, "give one of letters, digits and underscores", field=field)
-        if name in reserved:
-            what = f"{field} has the name {name!r}, which means something else in logs and messages"
-            raise ConfigError(what, "give it another word", field=field)
+            taken = f", but not {', '.join(sorted(reserved))}" if reserved else ""
+            fix = f"give one of letters, digits and underscores{taken}"
+            raise ConfigError(what, fix, field=field)
 
 
-def _check_missing_labels(name: str, teacher: TeacherConfig) -> None:
-    path = f"teachers.{name}"
-    if teacher.missing == "online" and teacher.labels is None:
-        fix = (Set(f"{path}.labels"), Set(f"{path}.missing", "error"))
-        raise ConfigError(f"the {name} has no labels to miss", fix, field=f"{path}.missing")
-    if teacher.missing == "online" and not teacher.model:
-        fix = (Set(f"{path}.model"), Set(f"{path}.missing", "error"))
-        raise ConfigError(f"the {name} has no model to run", fix, field=f"{path}.model")
-
-
-def _check_views(data: DataConfig) -> None:
-    repeats = data.augment.repeated_aug
-    if data.views is not None and repeats > 1:
-        raise ConfigError(
-            f"views of an image cannot be counted where an epoch shows {repeats} of them",
-            Set("data.augment.repeated_aug", 1),
-            field="data.views",
-        )
+def _check_missing_labels(path: str, teacher: TeacherConfig) -> None:
+    for part, value in {"labels": teacher.labels, "model": teacher.model}.items():
+        if teacher.missing == "online" and not value:
+            what = f"{path}.missing is 'online', which needs {path}.{part}"
+            fix = (Set(f"{path}.{part}"), Set(f"{path}.missing", "error"))
+            raise ConfigError(what, fix, field=f"{path}.{part}")
 
 
 def _check_schedule(optim: OptimConfig, epochs: int) -> None:
-    warmup = optim.warmup_epochs
+    warmup, field = optim.warmup_epochs, "optim.warmup_epochs"
     if optim.sched == "none" and warmup > 0:
-        raise ConfigError(
-            "without a schedule optim.warmup_epochs cannot take effect",
-            (Set("optim.warmup_epochs", 0), Set("optim.sched", "cosine")),
-            field="optim.warmup_epochs",
-        )
+        fixes = (Set(field, 0), Set("optim.sched", "cosine"))
+        raise ConfigError(f"without a schedule {field} cannot take effect", fixes, field=field)
     if optim.warmup_prefix and warmup == 0:
-        raise ConfigError(
-            "without a warm-up optim.warmup_prefix cannot take effect",
-            (Set("optim.warmup_prefix", False), Set("optim.warmup_epochs")),
-            field="optim.warmup_prefix",
-        )
+        fixes = (Set("optim.warmup_prefix", False), Set(field))
+        what = "without a warm-up optim.warmup_prefix cannot take effect"
+        raise ConfigError(what, fixes, field="optim.warmup_prefix")
     if optim.sched != "none" and warmup >= epochs:
-        raise ConfigError(
-            f"the warm-up of {warmup:g} epochs is as long as the run, which has {epochs}",
-            Set("optim.warmup_epochs", 0),
-            field="optim.warmup_epochs",
-        )
+        what = f"the warm-up of {warmup:g} epochs is as long as the run, which has {epochs}"
+        raise ConfigError(what, Set(field, 0), field=field)

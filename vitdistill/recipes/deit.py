@@ -15,34 +15,23 @@ from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import HardKD
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 
-
-def deit_tiny() -> Recipe:
-    """Return DeiT's recipe, on which other families stand."""
-    return Recipe(
-        name="deit_tiny",
-        description="DeiT-Ti alone, ImageNet-1k, 300 epochs; the DeiT paper reports 72.2 % top-1",
-        student=StudentConfig(model="deit_tiny_patch16_224", drop_path=0.1),
-        objectives={"ce": CrossEntropy(smoothing=0.1)},
-        data=DataConfig(workers=8, augment=AUGMENTS["deit"]),
-        optim=OptimConfig(
-            opt="adamw",
-            lr=1e-3,
-            weight_decay=0.05,
-            sched="cosine",
-            warmup_epochs=5.0,
-            warmup_lr=1e-6,
-            min_lr=1e-5,
-        ),
-        train=TrainConfig(epochs=300, batch_size=1024),
-    )
+IMAGENET = Recipe(
+    student=StudentConfig(model="deit_tiny_patch16_224", drop_path=0.1),
+    objectives={"ce": CrossEntropy(smoothing=0.1)},
+    data=DataConfig(workers=8, augment=AUGMENTS["deit"]),
+    optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=5.0, warmup_lr=1e-6, min_lr=1e-5),
+    train=TrainConfig(epochs=300, batch_size=1024),
+)
+"""On which the recipes of other papers stand too."""
 
 
 def make(name: str) -> Recipe:
     """Return a recipe of this family."""
     if name == "deit_tiny":
-        return deit_tiny()
+        what = "DeiT-Ti alone, ImageNet-1k, 300 epochs; the DeiT paper reports 72.2 % top-1"
+        return replace(IMAGENET, name=name, description=what)
     return replace(
-        deit_tiny(),
+        IMAGENET,
         name=name,
         description=(
             "DeiT-Ti with distillation token, hard labels of RegNetY-16GF; the DeiT paper reports"

@@ -6,7 +6,6 @@ import re
 
 from .config import Recipe
 from .convert import flatten, from_dict, to_dict
-from .settings import StudentConfig, TeacherConfig
 
 VOLATILE = (
     "data.workers",
@@ -27,24 +26,13 @@ def is_volatile(path: str) -> bool:
     return path in VOLATILE or bool(re.fullmatch(r"teachers\.\w+\.labels", path))
 
 
-def weights_files(recipe: Recipe) -> dict[str, str]:
-    """Return the weights files the recipe names, by the field that does."""
-    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
-    configs |= {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
-    return {
-        f"{key}.checkpoint": config.checkpoint
-        for key, config in configs.items()
-        if config.checkpoint
-    }
-
-
 def fingerprint(recipe: Recipe) -> str:
     """Return the sha256 of everything that can change the result, except where weights files are:
     they are known by their content.
     """
     # A recipe made in Python may hold 5 where the one read from its YAML holds 5.0.
     flat = flatten(from_dict(to_dict(recipe)))
-    files = weights_files(recipe)
+    files = {f"{path}.checkpoint" for path, config in recipe.networks.items() if config.checkpoint}
     fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in files}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

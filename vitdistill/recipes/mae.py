@@ -17,31 +17,27 @@ from .stages import Stages
 
 def make(name: str) -> Stages:
     """Return ``mae_base`` or ``mae_large``."""
-    large = name == "mae_large"
-    # timm has a ViT-L under no name with ImageNet's normalisation: DeiT's ViT-B, deeper and wider.
-    shape = {"embed_dim": 1024, "depth": 24, "num_heads": 16} if large else {}
     taught, fine = pretraining("base", "large", 0.75, first=True), fine_tuning(first=True)
+    # timm has a ViT-L under no name with ImageNet's normalisation: DeiT's ViT-B, deeper and wider.
+    large = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
     pretrain = replace(
         taught,
-        student=replace(taught.student, model_args=shape),
+        student=replace(taught.student, model_args=large if name == "mae_large" else {}),
         teachers={},
         objectives={"mae": PixelReconstruction(norm_pix=True)},
         train=replace(taught.train, epochs=800),
     )
-    fine = replace(fine, optim=replace(fine.optim, layer_decay=0.65))
-    if large:
-        fine = replace(
-            fine,
-            student=replace(fine.student, drop_path=0.2),
-            optim=replace(fine.optim, lr=4e-3, layer_decay=0.75),  # 1e-3 for 256 images
-            train=replace(fine.train, epochs=50),
-        )
-    size, top1 = ("ViT-L", "85.9 %") if large else ("ViT-B", "83.6 %")
+    size, top1, optim = "ViT-B", "83.6 %", replace(fine.optim, layer_decay=0.65)
+    if name == "mae_large":
+        size, top1 = "ViT-L", "85.9 %"
+        optim = replace(fine.optim, lr=4e-3, layer_decay=0.75)  # 1e-3 for 256 images
+        student, train = replace(fine.student, drop_path=0.2), replace(fine.train, epochs=50)
+        fine = replace(fine, student=student, train=train)
     return Stages(
         name=name,
         description=(
             f"MAE at 75% masked: {size}, 800 epochs, then fine-tuned; {top1} top-1 in the paper,"
             " after 1,600 epochs"
         ),
-        stages={"pretrain": pretrain, "finetune": fine},
+        stages={"pretrain": pretrain, "finetune": replace(fine, optim=optim)},
     )

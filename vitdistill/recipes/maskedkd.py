@@ -12,7 +12,7 @@ from ..methods.cross_entropy import CrossEntropy
 from ..methods.kd import SoftKD
 from ..methods.maskedkd import MaskedKD
 from .config import Recipe, StudentConfig, TeacherConfig
-from .deit import deit_tiny
+from .deit import IMAGENET
 
 _PAPER = {
     "deit_tiny_from_deit_small": ("75.2", "75.0 % with the whole teacher, 72.0 % alone"),
@@ -28,14 +28,13 @@ def make(name: str) -> Recipe:
     """Return a recipe of this family; its name is that of both networks."""
     student, _, teacher = name.partition("_from_")
     top1, others = _PAPER[name]
+    weights = f"{teacher}_patch16_224.fb_in1k"
     return replace(
-        deit_tiny(),
+        IMAGENET,
         name=name,
         description=f"MaskedKD at 50 %: {top1} % top-1 in the paper ({others})",
         student=StudentConfig(model=f"{student}_patch16_224", drop_path=0.1),
-        teachers={
-            "teacher": TeacherConfig(model=f"{teacher}_patch16_224.fb_in1k", pretrained=True)
-        },
+        teachers={"teacher": TeacherConfig(model=weights, pretrained=True)},
         objectives={
             "ce": CrossEntropy(weight=0.5, smoothing=0.1),
             "kd": SoftKD(weight=0.5, temperature=1.0),

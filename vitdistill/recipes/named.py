@@ -16,9 +16,6 @@ def named_recipe(name: str) -> Recipe | Stages:
     plain, _, variant = name.partition(":")
     if plain not in RECIPES:
         fix = suggest(plain, RECIPES, "'vitdistill recipes' lists them")
-        known = plain.removesuffix("_first_release")
-        if known in RECIPES:  # as the variant was called before
-            fix = f"write {known}:first_release"
         raise ConfigError(f"there is no recipe {printable(name)!r}", fix, field="recipe")
     family = RECIPES[plain]
     if variant and variant not in family.variants:

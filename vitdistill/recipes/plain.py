@@ -9,44 +9,42 @@ from ..methods.maskedkd import MaskedKD
 from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
 from .config import Recipe, TeacherConfig
-from .deit import deit_tiny
+from .deit import IMAGENET
 
-_SOFT: dict[str, Objective] = {
-    "ce": CrossEntropy(weight=0.5, smoothing=0.1),
-    "kd": SoftKD(weight=0.5),
-}
-_CE: dict[str, Objective] = {"ce": CrossEntropy(smoothing=0.1)}
-# The paper's weights of ViTKD are for sums over 196 patches; means fit any resolution and width.
-_VITKD: dict[str, Objective] = {"vitkd": ViTKD(reduction="mean")}
-_TAUGHT: dict[str, tuple[str, dict[str, Objective]]] = {
-    "kd": ("plain logit distillation from a teacher", _SOFT),
+CE = CrossEntropy(smoothing=0.1)
+HALF = CrossEntropy(weight=0.5, smoothing=0.1)
+# The paper's weight of ViTKD is for sums over 196 patches; means fit any resolution and width.
+VITKD = ViTKD(reduction="mean")
+
+_ROWS: dict[str, tuple[str, dict[str, Objective]]] = {
+    "alone": ("a ViT without a teacher, DeiT's training recipe", {"ce": CE}),
+    "kd": ("plain logit distillation from a teacher", {"ce": HALF, "kd": SoftKD(weight=0.5)}),
     "hard_kd": (
         "distillation from the top class of a teacher (give a student with a distillation token"
         " for DeiT's form)",
-        {**_SOFT, "kd": HardKD(weight=0.5)},
+        {"ce": HALF, "kd": HardKD(weight=0.5)},
     ),
-    "maskedkd": ("MaskedKD from a teacher that sees half of its patches", _SOFT),
-    "nkd": ("NKD from a teacher", {**_CE, "nkd": NKD()}),
-    "vitkd": ("ViTKD (features) from a teacher", {**_CE, **_VITKD}),
+    "maskedkd": (
+        "MaskedKD from a teacher that sees half of its patches",
+        {"ce": HALF, "kd": SoftKD(weight=0.5)},
+    ),
+    "nkd": ("NKD from a teacher", {"ce": CE, "nkd": NKD()}),
+    "vitkd": ("ViTKD (features) from a teacher", {"ce": CE, "vitkd": VITKD}),
     "vitkd_nkd": (
         "ViTKD (features) and NKD (logits) from a teacher",
-        {**_CE, "nkd": NKD(), **_VITKD},
+        {"ce": CE, "nkd": NKD(), "vitkd": VITKD},
     ),
 }
 
 
 def make(name: str) -> Recipe:
     """Return a recipe of this family."""
-    recipe = replace(
-        deit_tiny(), name=name, description="a ViT without a teacher, DeiT's training recipe"
-    )
-    if name == "alone":
-        return recipe
-    description, objectives = _TAUGHT[name]
+    description, objectives = _ROWS[name]
     return replace(
-        recipe,
+        IMAGENET,
+        name=name,
         description=description,
-        teachers={"teacher": TeacherConfig()},
-        objectives=dict(objectives),
+        teachers={} if name == "alone" else {"teacher": TeacherConfig()},
+        objectives=objectives,
         selector=MaskedKD(keep_rate=0.5) if name == "maskedkd" else None,
     )

@@ -20,39 +20,25 @@ class StudentConfig:
     """The network to train."""
 
     model: str = option(
-        "deit_tiny_patch16_224",
-        "timm name, hf-hub:ORG/NAME, or a folder with config.json",
-        "--model",
-        stages="first",
+        "deit_tiny_patch16_224", "timm name, hf-hub:ORG/NAME, or a folder", "--model"
     )
     checkpoint: str | None = option(
-        None,
-        "weights it starts from (.safetensors, .pth); none: random",
-        "--model-path",
-        stages="first",
-        metavar="FILE",
+        None, "weights to start from (.safetensors, .pth)", "--model-path --initial-checkpoint FILE"
     )
-    pretrained: bool = option(
-        False, "start from timm's pretrained weights", "--pretrained", stages="first"
-    )
+    pretrained: bool = option(False, "start from timm's pretrained weights", "--pretrained")
     image_size: int | None = option(
-        None,
-        "side of its square input, pixels; none: its own; not square:"
-        " student.model_args.img_size=[H,W]",
-        "--img-size",
-        stages="first",
-        metavar="PIXELS",
+        None, "side of its square input; none: its own", "--img-size --input-size PIXELS"
     )
     drop_path: float = option(
         0.0, "stochastic depth rate of its last block", "--drop-path", at_least=0, below=1
     )
     init: Literal["model", "mae"] = option(
         "model",
-        "mae: MAE's initialization, with a fixed sine-cosine position table (the table alone where"
-        " weights are given); model: the model's own",
+        "mae: MAE's initialization and sine-cosine position table (the table alone, where weights"
+        " are given); model: its own",
     )
     model_args: dict[str, Any] = option(
-        dict, "further arguments of the model, as timm takes them (embed_dim, depth, ...)"
+        dict, "further arguments, as timm takes them (depth, img_size=[H,W], ...)"
     )
 
 
@@ -65,40 +51,18 @@ class TeacherConfig:
     """
 
     model: str = option(
-        "",
-        "timm name, hf-hub:ORG/NAME, or a run's or export's folder",
-        "--teacher-model",
-        aliases=("--kd-model-name",),
-        stages="taught",
+        "", "timm name, hf-hub:ORG/NAME, or a run or folder", "--teacher-model --kd-model-name"
     )
-    checkpoint: str | None = option(
-        None,
-        "its weights (.safetensors, .pth)",
-        "--teacher-path",
-        stages="taught",
-        metavar="FILE",
-    )
-    pretrained: bool = option(
-        False, "take timm's pretrained weights", "--teacher-pretrained", stages="taught"
-    )
+    checkpoint: str | None = option(None, "its weights (.safetensors, .pth)", "--teacher-path FILE")
+    pretrained: bool = option(False, "take timm's pretrained weights", "--teacher-pretrained")
     image_size: int | None = option(
-        None,
-        "side of its square input, pixels; none: its own",
-        "--teacher-img-size",
-        stages="taught",
-        metavar="PIXELS",
+        None, "side of its square input; none: its own", "--teacher-img-size PIXELS"
     )
     precision: Literal["same", "float32", "bfloat16"] = option(
-        "same",
-        "its arithmetic; same: the run's; bfloat16 is faster, not exact",
-        "--teacher-precision",
-        stages="taught",
+        "same", "its arithmetic; same: the run's; bfloat16: not exact", "--teacher-precision"
     )
     reorder_classes: bool = option(
-        False,
-        "accept its classes in another order, matched by name",
-        "--reorder-classes",
-        stages="taught",
+        False, "accept its classes in another order, matched by name", "--reorder-classes"
     )
     model_args: dict[str, Any] = option(dict, "further arguments of the model")
     labels: str | None = option(None, "folder of its stored labels; none: it runs")
@@ -114,30 +78,15 @@ class DataConfig:
     dir: str = option(
         "",
         "a folder or tar with train/ and val/, parquet files, hfds/NAME, torchvision/NAME?root=DIR",
-        "--data-dir",
-        stages="every",
-        metavar="FOLDER",
+        "--data-dir --data-path FOLDER",
     )
-    workers: int = option(
-        2,
-        "loader processes; no influence on the result",
-        "--workers",
-        aliases=("-j",),
-        stages="every",
-        at_least=0,
-    )
+    workers: int = option(2, "loader processes", "--workers -j --num-workers", at_least=0)
     in_memory: bool | None = option(
-        None,
-        "keep decoded images in memory; none: if they fit 2 GiB",
-        "--in-memory",
-        stages="every",
+        None, "keep decoded images in memory; none: if they fit 2 GiB", "--in-memory"
     )
     augment: Augment = option(Augment, "the training views")
     views: int | None = option(
-        None,
-        "different views there are of an image, in turn; none: one an epoch, or as labelled",
-        "--views",
-        at_least=1,
+        None, "different views of an image, in turn; none: one an epoch", "--views", at_least=1
     )
     seed: int | None = option(
         None, "of the images' order and views; none: train.seed, or that of the labels", **SEEDS
@@ -150,14 +99,12 @@ class OptimConfig:
 
     opt: str = option("adamw", "a timm optimizer", "--opt")
     lr: float = option(1e-3, "peak learning rate, not scaled by the batch size", "--lr", above=0)
-    weight_decay: float = option(
-        0.05, "not applied to biases and norms", "--weight-decay", at_least=0
-    )
+    weight_decay: float = option(0.05, "not of biases and norms", "--weight-decay", at_least=0)
     momentum: float = option(0.9, "for optimizers that have it", "--momentum", at_least=0, below=1)
     opt_args: dict[str, Any] = option(dict, "further arguments of the optimizer (betas, eps)")
     layer_decay: float | None = option(
         None,
-        "learning-rate factor from one block to the one below",
+        "factor of the learning rate a block further down",
         "--layer-decay",
         above=0,
         at_most=1,
@@ -170,12 +117,9 @@ class OptimConfig:
     )
     warmup_epochs: float = option(5.0, "epochs of linear warm-up", "--warmup-epochs", at_least=0)
     warmup_prefix: bool = option(
-        False,
-        "the schedule begins at its peak after the warm-up (as MAE's), not before it (as DeiT's)",
+        False, "the schedule begins at its peak after the warm-up (MAE), not before it (DeiT)"
     )
-    warmup_lr: float = option(
-        1e-6, "learning rate the warm-up starts from", "--warmup-lr", at_least=0
-    )
+    warmup_lr: float = option(1e-6, "where the warm-up starts", "--warmup-lr", at_least=0)
     min_lr: float = option(1e-5, "learning rate the schedule ends at", "--min-lr", at_least=0)
 
 
@@ -184,58 +128,32 @@ class TrainConfig:
     """The loop."""
 
     epochs: int = option(300, "passes over the training images", "--epochs", at_least=1)
-    batch_size: int = option(
-        1024, "images a step, over ALL processes", "--batch-size", aliases=("-b",), at_least=1
-    )
+    batch_size: int = option(1024, "images a step, in ALL processes", "--batch-size -b", at_least=1)
     accumulate: int = option(
-        1,
-        "micro-batches a step is split into, to save memory",
-        "--accumulate",
-        aliases=("--grad-accum-steps",),
-        at_least=1,
+        1, "micro-batches of a step", "--accumulate --grad-accum-steps --accum-iter", at_least=1
     )
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "precision; auto: bfloat16 on a GPU, float32 on a CPU",
-        "--amp-dtype",
-        stages="every",
+        "auto", "precision; auto: bfloat16 on a GPU, float32 on a CPU", "--amp-dtype"
     )
-    compile: bool = option(False, "torch.compile the networks", "--torchcompile", stages="every")
+    compile: bool = option(False, "torch.compile the networks", "--torchcompile")
     ema_decay: float | None = option(
         None,
-        "of a moving average of the weights, evaluated and exported instead",
+        "average the weights, for evaluation and export",
         "--model-ema-decay",
         above=0,
         below=1,
     )
-    seed: int = option(0, "of everything random", "--seed", stages="every", **SEEDS)
+    seed: int = option(0, "of everything random", "--seed", **SEEDS)
     eval_every: int = option(
         1, "epochs between evaluations; the last is always evaluated", "--eval-every", at_least=1
     )
     save_every: int | None = option(
-        None,
-        "steps between checkpoints; none: once an epoch",
-        "--save-every",
-        stages="every",
-        at_least=1,
+        None, "steps between checkpoints; none: once an epoch", "--save-every", at_least=1
     )
-    log_every: int = option(
-        50, "steps between log lines", "--log-every", stages="every", at_least=1
-    )
+    log_every: int = option(50, "steps between log lines", "--log-every", at_least=1)
     keep_checkpoints: int = option(2, "checkpoints to keep", at_least=1)
-    accept_changed_images: bool = option(
-        False, "go on with images that are not those the run began with"
-    )
+    accept_changed_images: bool = option(False, "go on with other images than the run began with")
     eval_batch_size: int = option(256, "images a step of evaluation and process", at_least=1)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A field of the recipe that has a flag: its dotted path, its type and its description."""
-
-    path: str
-    kind: Any
-    option: Option
 
 
 PARTS: dict[str, type] = {
@@ -247,68 +165,36 @@ PARTS: dict[str, type] = {
     "train": TrainConfig,
 }
 """Where settings stand in a recipe; flags of a teacher are for the one called ``teacher``."""
-
-METHOD_SETTINGS = (
-    Setting(
-        "selector.keep_rate",
-        float,
-        Option(
-            help="fraction of its patches it sees, above 0 to 1",
-            flag="--keep-rate",
-            stages="taught",
-        ),
-    ),
-    Setting(
-        "selector.num_keep",
-        int | None,
-        Option(
-            help="number of patches it sees, instead of a fraction",
-            flag="--num-keep",
-            aliases=("--len-num-keep",),
-            stages="taught",
-        ),
-    ),
-    Setting(
-        "objectives.ce.weight",
-        float,
-        Option(
-            help="weight of the cross-entropy with the labels",
-            flag="--ce-weight",
-            aliases=("--task-loss-weight",),
-        ),
-    ),
-    Setting(
-        "objectives.ce.smoothing",
-        float,
-        Option(help="label smoothing, 0 to below 1", flag="--smoothing"),
-    ),
-    Setting(
-        "objectives.kd.weight",
-        float,
-        Option(
-            help="weight of the distillation loss",
-            flag="--kd-weight",
-            aliases=("--distill-loss-weight",),
-        ),
-    ),
-    Setting(
-        "objectives.kd.temperature",
-        float,
-        Option(
-            help="T of soft distillation, whose loss carries T^2",
-            flag="--temperature",
-            aliases=("--distillation-tau", "--kd-temperature"),
-        ),
-    ),
+EVERY_STAGE = (
+    *("data.dir", "data.workers", "data.in_memory"),
+    *("train.seed", "train.amp_dtype", "train.compile", "train.save_every", "train.log_every"),
 )
-"""The fields of methods that have a flag: those of a selector, and of objectives of these names."""
+FIRST_STAGE = ("student.model", "student.checkpoint", "student.pretrained", "student.image_size")
+"""What flags set in every stage of a staged recipe, and in the first. Another flag sets the only
+stage with such a field.
+"""
+
+# Methods are not imported here (they need torch), so those of their fields that have a flag are
+# described here: a selector's, and those of objectives of these names.
+METHOD_FLAGS = {
+    "selector.keep_rate": Option("fraction of its patches it sees, above 0 to 1", "--keep-rate"),
+    "selector.num_keep": Option("patches it sees, not a fraction", "--num-keep --len-num-keep"),
+    "objectives.ce.weight": Option("of the cross-entropy", "--ce-weight --task-loss-weight"),
+    "objectives.ce.smoothing": Option("label smoothing, 0 to below 1", "--smoothing"),
+    "objectives.kd.weight": Option("of distillation", "--kd-weight --distill-loss-weight"),
+    "objectives.kd.temperature": Option(
+        "T of the soft loss, which carries T^2",
+        "--temperature --distillation-tau --kd-temperature",
+    ),
+}
 
 
-def settings_with_flags() -> Iterator[Setting]:
-    """Yield every field of a recipe that has a flag."""
+def settings_with_flags() -> Iterator[tuple[str, Any, Option]]:
+    """Yield every field of a recipe that has a flag: its path, its type and its description."""
     for place, part in PARTS.items():
         hints = get_type_hints(part)
         for name, described in options_of(part).items():
             if described.flag:
-                yield Setting(f"{place}.{name}", hints[name], described)
-    yield from METHOD_SETTINGS
+                yield f"{place}.{name}", hints[name], described
+    for path, described in METHOD_FLAGS.items():
+        yield path, int | None if path == "selector.num_keep" else float, described

@@ -2,17 +2,17 @@
 an earlier one trained.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, Set, UserError
 from ..messages import suggest
-from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name
-from .convert import convert, from_dict, to_dict
-from .yaml import dump_yaml, in_file, read_mapping
+from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name, check_names
+from .convert import convert, from_dict, from_plain, to_dict
+from .yaml import dump_yaml, read_mapping
 
 STAGES = "stages.yaml"
 """The staged recipe, in the folder that holds the stages' own."""
@@ -45,53 +45,34 @@ class Stages:
 
     def __post_init__(self) -> None:
         check_folder_name(self.name)
+        check_names("stages", self.stages)
         if len(self.stages) < 2:
-            raise ConfigError(
-                f"{self.name!r} has fewer than two stages",
-                fix="write a plain recipe",
-                field="stages",
-            )
+            what = f"{self.name!r} has fewer than two stages"
+            raise ConfigError(what, "write a plain recipe", field="stages")
         unnamed = Recipe.__dataclass_fields__["name"].default
         named = {
             key: replace(recipe, name=key) if recipe.name == unnamed else recipe
             for key, recipe in self.stages.items()
         }
         object.__setattr__(self, "stages", named)
+        earlier: list[str] = []
+        used: set[str] = set()
         taken = {STAGES}
         for key, recipe in named.items():
             with in_stage(key):
-                if not key.isidentifier():
-                    raise ConfigError(
-                        "a stage's name is of letters, digits and underscores", field="stages"
-                    )
                 if recipe.name in taken:
-                    raise ConfigError(
-                        f"the folder {recipe.name!r} is taken", fix=Set("name"), field="name"
-                    )
-                taken.add(recipe.name)
-        self._check_sources()
-
-    def _check_sources(self) -> None:
-        earlier: list[str] = []
-        used: set[str] = set()
-        for key, recipe in self.stages.items():
-            with in_stage(key):
+                    what = f"the folder {recipe.name!r} is taken"
+                    raise ConfigError(what, Set("name"), field="name")
                 for path, source in sources(recipe).items():
                     if source not in earlier:
-                        raise ConfigError(
-                            f"{path} is '{PREFIX}{source}', and no earlier stage has that name",
-                            fix=suggest(source, earlier, "name an earlier one"),
-                            field=path,
-                        )
+                        what = f"{path} is '{PREFIX}{source}', and no earlier stage has that name"
+                        raise ConfigError(what, suggest(source, earlier), field=path)
                     used.add(source)
+            taken.add(recipe.name)
             earlier.append(key)
-        for key in earlier[:-1]:
-            if key not in used:
-                raise ConfigError(
-                    f"no later stage uses what the stage {key!r} trains",
-                    fix=f"name '{PREFIX}{key}' in a later student.model or teacher, or drop it",
-                    field="stages",
-                )
+        for key in [key for key in earlier[:-1] if key not in used]:
+            fix = f"name '{PREFIX}{key}' in a later student.model or teacher, or drop it"
+            raise ConfigError(f"no later stage uses what {key!r} trains", fix, field="stages")
 
     @property
     def last(self) -> Recipe:
@@ -116,18 +97,13 @@ def sources(recipe: Recipe) -> dict[str, str]:
         ConfigError: a network is to take a stage's weights and others too.
     """
     found = {}
-    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
-    configs |= {f"teachers.{name}": config for name, config in recipe.teachers.items()}
-    for path, config in configs.items():
+    for path, config in recipe.networks.items():
         if not config.model.startswith(PREFIX):
             continue
         for name in ("checkpoint", "pretrained"):
             if getattr(config, name):
-                raise ConfigError(
-                    f"{path}.{name} would take the place of the weights of {config.model!r}",
-                    fix="give one of them",
-                    field=f"{path}.{name}",
-                )
+                what = f"{path}.{name} would take the place of the weights of {config.model!r}"
+                raise ConfigError(what, "give one of them", field=f"{path}.{name}")
         found[f"{path}.model"] = config.model.removeprefix(PREFIX)
     return found
 
@@ -135,31 +111,15 @@ def sources(recipe: Recipe) -> dict[str, str]:
 def teaching(recipe: Recipe) -> dict[str, str]:
     """Return the stages whose students teach this one, by the teacher's name."""
     named = sources(recipe)
-    return {
-        name: named[f"teachers.{name}.model"]
-        for name in recipe.teachers
-        if f"teachers.{name}.model" in named
-    }
+    places = {name: f"teachers.{name}.model" for name in recipe.teachers}
+    return {name: named[place] for name, place in places.items() if place in named}
 
 
 def refuse_sources(recipe: Recipe) -> None:
     """Raise `ConfigError` when a recipe of one run names a stage."""
     for path, source in sources(recipe).items():
-        raise ConfigError(
-            f"{path} is '{PREFIX}{source}', but this recipe has no stages",
-            fix="name a model, or the folder of a run",
-            field=path,
-        )
-
-
-def with_models(recipe: Recipe, models: Mapping[str, str]) -> Recipe:
-    """Return the recipe with other models at fields that `sources` names."""
-    student = replace(recipe.student, model=models.get("student.model", recipe.student.model))
-    teachers = {
-        name: replace(config, model=models.get(f"teachers.{name}.model", config.model))
-        for name, config in recipe.teachers.items()
-    }
-    return replace(recipe, student=student, teachers=teachers)
+        what = f"{path} is '{PREFIX}{source}', but this recipe has no stages"
+        raise ConfigError(what, "name a model, or the folder of a run", field=path)
 
 
 def foreseen(stages: Stages, key: str) -> Recipe:
@@ -168,16 +128,14 @@ def foreseen(stages: Stages, key: str) -> Recipe:
     Nothing else is known of its networks before the earlier stages have run.
     """
     recipe = stages.stages[key]
-    student, teachers = recipe.student, dict(recipe.teachers)
-    if student.model.startswith(PREFIX):
-        student = _merged(student, _architecture(stages, sources(recipe)["student.model"]))
-    for name, source in teaching(recipe).items():
-        teachers[name] = _merged(teachers[name], _architecture(stages, source))
-    return replace(recipe, student=student, teachers=teachers)
+    named = sources(recipe)
 
+    def known(path: str, config: Config) -> Config:
+        source = named.get(f"{path}.model")
+        return config if source is None else _merged(config, foreseen(stages, source).student)
 
-def _architecture(stages: Stages, key: str) -> StudentConfig:
-    return foreseen(stages, key).student
+    teachers = {name: known(f"teachers.{name}", t) for name, t in recipe.teachers.items()}
+    return replace(recipe, student=known("student", recipe.student), teachers=teachers)
 
 
 def _merged(config: Config, base: StudentConfig) -> Config:
@@ -207,31 +165,14 @@ def load(path: str | Path) -> Recipe | Stages:
         ConfigError: it cannot be read; the line or the field that is wrong is named.
     """
     data = read_mapping(path)
-    with in_file(path):
-        read = from_data if "stages" in data else from_dict
-        return read(data, str(path))
-
-
-def from_data(data: Mapping[str, Any], source: str = "the recipe") -> Stages:
-    """Make a staged recipe from plain data; raises as `vitdistill.recipes.convert.from_dict`."""
-    known = [f.name for f in fields(Stages)]
-    for key in data:
-        if key not in known:
-            inner = f"in a staged recipe it is a field of each stage, stages.NAME.{key}"
-            raise ConfigError(
-                f"{source} has an unknown field {key!r}",
-                fix=inner if key in Recipe.__dataclass_fields__ else suggest(key, known),
-                field=str(key),
-            )
-    stages = data.get("stages")
-    if not isinstance(stages, Mapping):
-        raise ConfigError(f"stages in {source} is not a mapping of recipes", field="stages")
+    if "stages" not in data:
+        return from_dict(data, str(path))
+    staged = convert(data["stages"], dict[str, dict[str, Any]], "stages", str(path))
     recipes = {}
-    for key, item in stages.items():
-        with in_stage(str(key)):
-            recipes[str(key)] = from_dict({} if item is None else item, source)
-    words = {key: convert(data[key], str, key) for key in ("name", "description") if key in data}
-    return Stages(**words, stages=recipes)
+    for key, item in staged.items():
+        with in_stage(key):
+            recipes[key] = from_dict(item, str(path))
+    return from_plain({**data, "stages": recipes}, Stages, str(path))
 
 
 def dump(recipe: Recipe | Stages) -> str:

@@ -17,7 +17,8 @@ from ..methods.base import Objective
 from ..methods.cross_entropy import CrossEntropy
 from ..methods.nkd import NKD
 from ..methods.vitkd import ViTKD
-from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from .config import DataConfig, Recipe, StudentConfig, TeacherConfig
+from .deit import IMAGENET
 
 _TEACHERS = {"tiny": ("small", "74.4"), "small": ("base", "80.6"), "base": ("large", "81.8")}
 """The teacher of each student, and what the student reaches alone."""
@@ -47,27 +48,20 @@ def make(name: str) -> Recipe:
     if "vitkd" in method:
         objectives["vitkd"] = ViTKD()
     base = size == "base"
-    return Recipe(
+    weights = f"deit3_{teacher}_patch16_224.fb_in22k_ft_in1k"
+    return replace(
+        IMAGENET,
         name=name,
         description=f"{losses}: {pair}; {top1}, {alone} % alone",
         student=StudentConfig(model=f"deit_{size}_patch16_224", drop_path=0.1 if base else 0.0),
-        teachers={
-            "teacher": TeacherConfig(
-                model=f"deit3_{teacher}_patch16_224.fb_in22k_ft_in1k", pretrained=True
-            )
-        },
+        teachers={"teacher": TeacherConfig(model=weights, pretrained=True)},
         objectives=objectives,
         data=DataConfig(workers=8, augment=replace(AUGMENTS["deit"], repeated_aug=1)),
-        optim=OptimConfig(
-            opt="adamw",
-            lr=1e-3,
-            weight_decay=0.05,
+        optim=replace(
+            IMAGENET.optim,
             opt_args={"betas": [0.9, 0.999], "eps": 1e-8},
             clip_grad=5.0,
-            sched="cosine",
             warmup_epochs=20.0,
-            warmup_lr=1e-6,
-            min_lr=1e-5,
         ),
-        train=TrainConfig(epochs=300, batch_size=1024, ema_decay=1 - 4e-5 if base else None),
+        train=replace(IMAGENET.train, ema_decay=1 - 4e-5 if base else None),
     )

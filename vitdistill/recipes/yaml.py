@@ -1,8 +1,6 @@
 """YAML 1.2 as recipe files need it: plain data, no aliases, no tags, no key twice."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,6 @@ _WORDS = {
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
     ),
 }
-
-
 _PATTERNS = [(f"tag:yaml.org,2002:{k}", re.compile(f"^(?:{p})$")) for k, p in _WORDS.items()]
 _TABLE = {None: _PATTERNS, "": _PATTERNS[:1]}
 
@@ -71,47 +67,33 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         for event in _yaml().parse(text):
-            if isinstance(event, AliasEvent):
-                raise MarkedYAMLError(None, None, "aliases are not allowed", event.start_mark)
-            if getattr(event, "tag", None) is not None:
-                raise MarkedYAMLError(None, None, "tags are not allowed", event.start_mark)
-        return _require_text_keys(_yaml().load(text))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = " ".join(str(error.problem or error.context).split())
-        raise ConfigError(f"{source}{line} is not valid YAML: {problem}") from None
+            if isinstance(event, AliasEvent) or getattr(event, "tag", None) is not None:
+                raise MarkedYAMLError(problem="no aliases or tags", problem_mark=event.start_mark)
+        return _yaml().load(text)
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply") from None
     except (YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _require_text_keys(data: Any) -> Any:
-    if isinstance(data, dict):
-        for key, item in data.items():
-            if not isinstance(key, str):
-                raise ValueError(f"the key {key!r} is not text")
-            _require_text_keys(item)
-    elif isinstance(data, list):
-        for item in data:
-            _require_text_keys(item)
-    return data
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or error
+        what = f"{source}{line} is not valid YAML: {' '.join(str(problem).split())}"
+        raise ConfigError(what) from None
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """Return the mapping a recipe file holds, unchecked; raises `ConfigError` naming the line that
     is wrong.
     """
+    source = f"the recipe {path}"
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError(f"the recipe {path} is not UTF-8 text") from None
+        raise ConfigError(f"{source} is not UTF-8 text") from None
     except OSError as error:
-        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    data = parse_yaml(text, f"the recipe {path}")
+        raise ConfigError(f"{source} cannot be read: {error.strerror}") from None
+    data = parse_yaml(text, source)
     if not isinstance(data, dict):
-        raise ConfigError(f"the recipe {path} is not a mapping of fields")
+        raise ConfigError(f"{source} is not a mapping of fields")
     return data
 
 
@@ -126,25 +108,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read the recipe file of one run; raises `ConfigError` naming the line or the field that is
     wrong.
     """
-    data = read_mapping(path)
-    if "stages" in data:
-        raise ConfigError(
-            f"the recipe {path} has stages, and that of one run is needed",
-            "name the recipe.yaml in a stage's folder",
-        )
-    with in_file(path):
-        return from_dict(data, str(path))
-
-
-@contextmanager
-def in_file(path: str | Path) -> Iterator[None]:
-    """Let every `ConfigError` raised inside name the file."""
-    try:
-        yield
-    except ConfigError as error:
-        if str(path) not in error.what:
-            error.what = f"{path}: {error.what}"
-        raise
+    return from_dict(read_mapping(path), str(path))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from ..distill.step import Distillation
 from ..errors import ConfigError, Give, Set
 from ..messages import suggest
 from ..recipes.config import Recipe
+from ..recipes.convert import replace_fields
 from ..recipes.stages import (
     PREFIX,
     STAGES,
@@ -27,7 +28,6 @@ from ..recipes.stages import (
     in_stage,
     sources,
     teaching,
-    with_models,
 )
 from ..storage.atomic import disk_errors, write_atomic
 from ..weights.files import check_is_file
@@ -103,7 +103,7 @@ def resolved(stages: Stages, key: str, output: Path) -> Recipe:
     folders = {
         path: str(output / stages.stages[source].name) for path, source in sources(recipe).items()
     }
-    return with_models(recipe, folders)
+    return replace_fields(recipe, folders)
 
 
 def _save(stages: Stages, output: Path) -> None:
