@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
 import io
 import json
 import os
@@ -12,19 +11,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
 
+from tests.cli.home import rename_classes, run, tree, write_images
 from vitdistill.cli import main
 
 PAGE = Path(__file__).with_name("messages.txt")
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SHORT = f"-b 12 --epochs 2 --warmup-epochs 0 --device cpu --set student.model_args='{VIT}'"
-COLOURS = {"blue": 2, "green": 1, "red": 0}
 RED = Path("train", "red", "03.png")
 
 
@@ -35,39 +32,18 @@ class Canary:
         return os.mkdir, ("canary",)
 
 
-def succeed(command: str) -> None:
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        code = main(shlex.split(f"{command} {SHORT}"))
-    assert code == 0, text.getvalue()
-
-
-def photos(root: Path, train: int = 12, val: int = 4) -> None:
-    random = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for name, channel in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 120, (16, 16, 3))
-                pixels[..., channel] += 130
-                Image.fromarray(pixels.astype("uint8")).save(root / split / name / f"{i:02d}.png")
-
-
-def renamed(folder: str, classes: list[str]) -> None:
-    shutil.copytree("runs/teacher/last", folder)
-    config = json.loads(Path(folder, "config.json").read_text())
-    (config if "label_names" in config else config["pretrained_cfg"])["label_names"] = classes
-    Path(folder, "config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What the head of messages.txt says, as the current folder."""
     with contextlib.chdir(tmp_path_factory.mktemp("messages")):
-        photos(Path("photos"))
-        succeed("train small_images_alone --data-dir photos --output runs/teacher")
-        taught = "small_images_kd --data-dir photos --teacher-model runs/teacher"
-        succeed(f"label {taught} --output runs/labels --set data.views=1 --encoding float16")
+        write_images(Path("photos"), val=4)
+        taught = f"small_images_kd --data-dir photos --teacher-model runs/teacher {SHORT}"
+        for command in (
+            f"train small_images_alone --data-dir photos --output runs/teacher {SHORT}",
+            f"label {taught} --output runs/labels --set data.views=1 --encoding float16",
+        ):
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert run(command) == 0
         for name in ("flat", "empty", "uneven", "damaged", "zero"):
             shutil.copytree("photos", name)
         shutil.move("flat/train/red", "flat")
@@ -77,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         shutil.rmtree("uneven/val/red")
         Path("damaged", RED).write_bytes(Path("photos", RED).read_bytes()[:-200])
         Path("zero", RED).write_bytes(b"")
-        renamed("other", ["blue", "green", "violet"])
-        renamed("turned", ["green", "red", "blue"])
+        rename_classes("other", ["blue", "green", "violet"])
+        rename_classes("turned", ["green", "red", "blue"])
         torch.save({"model": Canary()}, "pickle.pth")
         Path("nothing.pth").write_bytes(b"")
         Path("page.pth").write_bytes(b"<html>")
@@ -86,26 +62,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         five = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT)
         safetensors.torch.save_file(five.state_dict(), "five.safetensors")
         Path("broken.yaml").write_text("train: {epochs: [3\n")
-        Path("unknown.yaml").write_text(
-            "student: {model: vit_tiny_patch16_224}\ntrain: {epoch: 3}\n"
-        )
-        stage = {
-            "student": {"model": "vit_tiny_patch16_224"},
-            "objectives": {"ce": {"method": "ce"}},
-        }
-        Path("stages.yaml").write_text(
-            json.dumps(
-                {"stages": {"first": stage, "last": {**stage, "student": {"model": "stage:first"}}}}
-            )
-        )
+        Path("unknown.yaml").write_text("train: {epoch: 3}\n")
+        stage = {"objectives": {"ce": {"method": "ce"}}}
+        stages = {"first": stage, "last": {**stage, "student": {"model": "stage:first"}}}
+        Path("stages.yaml").write_text(json.dumps({"stages": stages}))
         yield Path.cwd()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def answer(command: str, folder: Path) -> list[str]:
@@ -121,7 +82,7 @@ def answer(command: str, folder: Path) -> list[str]:
 
 
 def test_the_messages_are_those_of_the_page(folder: Path, request: pytest.FixtureRequest) -> None:
-    before = digests(folder)
+    before = tree(folder)
     page = PAGE.read_text().splitlines()
     found: list[str] = []
     for line in page:
@@ -135,6 +96,6 @@ def test_the_messages_are_those_of_the_page(folder: Path, request: pytest.Fixtur
     assert not [line for line in found if line.startswith(("0  ", "1  "))], (
         "it went well, or crashed"
     )
-    assert digests(folder) == before
+    assert tree(folder) == before
     changed = difflib.unified_diff(page, found, "messages.txt", "now", lineterm="", n=1)
     assert found == page, "\n".join(changed)

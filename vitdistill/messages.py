@@ -36,7 +36,11 @@ def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def format_count(count: int | float, unit: str = "FLOPs") -> str:
-    """A count with its unit and at least three digits: ``2.51 GFLOPs``, ``1,282 PMACs``."""
+    """A count with its unit and at least three digits.
+
+    >>> [format_count(count) for count in (12, 9.2e9, 99.94e9, 99.96e9, 1.2816e18)]
+    ['12 FLOPs', '9.20 GFLOPs', '99.9 GFLOPs', '100 GFLOPs', '1,282 PFLOPs']
+    """
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if count >= 10**power:
             value = count / 10**power

@@ -45,17 +45,13 @@ class Option:
         words = self.flag.split()
         return tuple(word for word in words if word.startswith("-")) or tuple(words)
 
-    def allows(self, value: Any) -> bool:
-        """Whether a number is within the bounds."""
-        return all(BOUNDS[name](value, bound) for name, bound in self._bounds().items())
-
-    def describe_bounds(self) -> str:
-        """Return ``at least 0 and below 1``; empty without bounds."""
-        bounds = {name: bound for name, bound in self._bounds().items() if bound != math.inf}
-        return " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
-
-    def _bounds(self) -> dict[str, float]:
-        return {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
+    def bounds_broken_by(self, value: Any) -> str:
+        """Return ``at least 0 and below 1`` for a number that is not so, else nothing."""
+        bounds = {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
+        if all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
+            return ""
+        finite = {name: bound for name, bound in bounds.items() if bound != math.inf}
+        return " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in finite.items())
 
 
 def option(default: Any, help: str, flag: str = "", **facts: Any) -> Any:
@@ -78,26 +74,21 @@ def options_of(kind: type) -> dict[str, Option]:
     }
 
 
-def choices_of(kind: type) -> dict[str, tuple[Any, ...]]:
-    """Return the words that a dataclass's fields choose from, where they do."""
-    hints = get_type_hints(kind)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
-
-
 def check_options(settings: Any, path: str) -> None:
     """Raise `ConfigError` for a field that is out of its bounds or none of its choices.
 
     ``settings`` is a dataclass that stands at ``path`` of the recipe.
     """
-    choices = choices_of(type(settings))
+    hints = get_type_hints(type(settings))
     for name, about in options_of(type(settings)).items():
-        value, field = getattr(settings, name), f"{path}.{name}" if path else name
-        if name in choices and value not in choices[name]:
-            raise ConfigError(f"{field} is {value!r}", suggest(value, choices[name]), field=field)
-        if value is not None and about.describe_bounds() and not about.allows(value):
-            optional = type(None) in get_args(get_type_hints(type(settings))[name])
-            wanted = about.describe_bounds() + (", or null" if optional else "")
-            raise ConfigError(f"{field} is {value!r}", f"give {wanted}", field=field)
+        value, args = getattr(settings, name), get_args(hints[name])
+        field = f"{path}.{name}" if path else name
+        if get_origin(hints[name]) is Literal and value not in args:
+            raise ConfigError(f"{field} is {value!r}", suggest(value, args), field=field)
+        wanted = "" if value is None else about.bounds_broken_by(value)
+        if wanted:
+            or_null = ", or null" if type(None) in args else ""
+            raise ConfigError(f"{field} is {value!r}", f"give {wanted}{or_null}", field=field)
 
 
 NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

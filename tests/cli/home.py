@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,14 @@ def write_images(root: Path, train: int = 12, val: int = 20) -> None:
             for i in range(count):
                 pixels = np.clip(np.array(colour) + random.normal(0, 40, (16, 16, 3)), 0, 255)
                 Image.fromarray(pixels.astype("uint8")).save(root / split / name / f"{i:02d}.png")
+
+
+def rename_classes(folder: str, classes: list[str]) -> None:
+    """Copy the teacher's last weights under other class names."""
+    shutil.copytree("runs/teacher/last", folder)
+    config = json.loads(Path(folder, "config.json").read_text())
+    (config if "label_names" in config else config["pretrained_cfg"])["label_names"] = classes
+    Path(folder, "config.json").write_text(json.dumps(config))
 
 
 def make_home(root: Path, train: int = 12) -> Path:

@@ -30,6 +30,7 @@ from tests.cli.home import (
     USAGE,
     VIT,
     make_home,
+    rename_classes,
     run,
     tree,
 )
@@ -184,25 +185,17 @@ def test_unlabelled_images_teach_by_the_teacher_alone(
 # --- teachers ------------------------------------------------------------------------------------
 
 
-def renamed(folder: str, classes: list[str], order: list[int] | None = None) -> None:
-    """Copy the teacher under other class names, and with its classes in another order."""
-    shutil.copytree("runs/teacher/last", folder)
-    weights, described = Path(folder, "model.safetensors"), Path(folder, "config.json")
-    config = json.loads(described.read_text())
-    (config if "label_names" in config else config["pretrained_cfg"])["label_names"] = classes
-    if order is not None:
-        state = safetensors.torch.load_file(weights)
-        state |= {key: state[key][order] for key in ("head.weight", "head.bias")}
-        safetensors.torch.save_file(state, weights, {"format": "pt"})
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        config["vitdistill"]["weights_sha256"] = digest
-    described.write_text(json.dumps(config))
-
-
 def test_a_teacher_of_another_class_order_is_refused_unless_asked_for(
     here: Path, refused: Callable[[str, int], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    renamed("turned", ["green", "red", "blue"], [1, 2, 0])
+    rename_classes("turned", ["green", "red", "blue"])
+    weights, described = Path("turned/model.safetensors"), Path("turned/config.json")
+    state = safetensors.torch.load_file(weights)
+    turned = {key: state[key][[1, 2, 0]] for key in ("head.weight", "head.bias")}
+    safetensors.torch.save_file({**state, **turned}, weights, {"format": "pt"})
+    config = json.loads(described.read_text())
+    config["vitdistill"]["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    described.write_text(json.dumps(config))
     refused(f"{KD} turned", CONFIG)
     assert run(f"{KD} turned --reorder-classes") == 0
     assert "right on 100.0%" in capsys.readouterr().out
@@ -211,7 +204,7 @@ def test_a_teacher_of_another_class_order_is_refused_unless_asked_for(
 def test_a_teacher_is_compared_by_the_names_of_its_classes(
     here: Path, refused: Callable[[str, int], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    renamed("other", ["green", "red", "blue"])
+    rename_classes("other", ["green", "red", "blue"])
     command = f"{EVAL} photos --teacher-model other --json"
     refused(command, CONFIG)
     assert run(f"{command} --reorder-classes") == 0

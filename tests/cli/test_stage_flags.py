@@ -1,37 +1,21 @@
 """Flags of a staged recipe: which stages each is for."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+from tests.recipes.strategies import three
 from vitdistill.cli import read_arguments
 from vitdistill.cli.arguments import ExplainArguments, recipe_flags
 from vitdistill.cli.recipe import resolve_recipe
 from vitdistill.cli.render import render
-from vitdistill.data.augment import Augment
 from vitdistill.errors import UserError
-from vitdistill.methods.cross_entropy import CrossEntropy
-from vitdistill.methods.kd import SoftKD
-from vitdistill.recipes.config import DataConfig, Recipe, StudentConfig, TeacherConfig
 from vitdistill.recipes.convert import flatten
 from vitdistill.recipes.settings import EVERY_STAGE, FIRST_STAGE
 from vitdistill.recipes.stages import Stages, dump
 
 USAGE, CONFIG = 64, 78
-
-
-def three() -> Stages:
-    """From nothing, from its weights, and a fresh student taught by that."""
-    plain = Recipe(data=DataConfig(dir="images", augment=Augment(crop="pad", crop_padding=2)))
-    taught = replace(
-        plain,
-        teachers={"teacher": TeacherConfig(model="stage:finetune")},
-        objectives={"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)},
-    )
-    fine = replace(plain, student=StudentConfig(model="stage:pretrain", drop_path=0.2))
-    return Stages(name="three", stages={"pretrain": plain, "finetune": fine, "distill": taught})
 
 
 @pytest.fixture(autouse=True)

@@ -316,17 +316,3 @@ def test_counting_leaves_networks_alone() -> None:
     for network, state in zip(networks, before, strict=True):
         assert not network.training and all(p.grad is None for p in network.parameters())
         assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("count", "unit", "text"),
-    [
-        (1.2816e18, "MACs", "1,282 PMACs"),
-        (99.96e9, "FLOPs", "100 GFLOPs"),
-        (9.2e9, "FLOPs", "9.20 GFLOPs"),
-        (99.94e9, "FLOPs", "99.9 GFLOPs"),
-        (12, "FLOPs", "12 FLOPs"),
-    ],
-)
-def test_counts_have_three_digits_and_a_unit(count: float, unit: str, text: str) -> None:
-    assert format_count(count, unit) == text

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 from vitdistill.cli import main
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.model_input import input_spec_of
-from vitdistill.distill.plan import make_plan
 from vitdistill.errors import ConfigError
-from vitdistill.explain.cost import cost_of
-from vitdistill.explain.text import explain
-from vitdistill.methods.cross_entropy import CrossEntropy
-from vitdistill.vit.families import describe_network, family_of
+from vitdistill.vit.families import family_of
 from vitdistill.vit.flops import forward_flops
 from vitdistill.vit.heads import TokenHeads
 from vitdistill.vit.needs import Needs
@@ -290,17 +286,3 @@ def test_onnx(form: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, _ = build(form)
     assert export_onnx(model, tmp_path / "model.onnx", input_spec_of(model)) < 1e-4
-
-
-def test_stems_have_a_line_in_the_costs() -> None:
-    for name, shown in (("cit_tiny_patch16_224", True), ("advised_vit", False)):
-        with torch.device("meta"):
-            model = timm.create_model(name, num_classes=10)
-        plan = make_plan(
-            describe_network(model, "student", name, (224, 224)),
-            {},
-            {"ce": CrossEntropy(head="all")},
-        )
-        text = explain(plan, cost_of(plan, model, {}), 100, 1)
-        assert ("of which the stems (patch embedding)" in text) == shown
-        assert not shown or "of the student)" in text

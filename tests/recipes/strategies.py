@@ -1,4 +1,6 @@
-"""Arbitrary recipes, for hypothesis."""
+"""Arbitrary recipes for hypothesis, and one of three stages."""
+
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -6,6 +8,7 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, TeacherGuided
 from vitdistill.recipes.config import OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from vitdistill.recipes.stages import Stages
 
 TRAPS = [
     *("no", "null", "~", "1e-3", "010", "1:30", "true", ".nan", "", " ", "a: b", "#c", "<<", "="),
@@ -57,3 +60,16 @@ RECIPES = st.builds(
     ),
     train=st.builds(TrainConfig, epochs=st.integers(6, 10**6), seed=st.integers(-(2**40), 2**40)),
 )
+
+
+def three() -> Stages:
+    """From nothing, from its weights at another size, and a fresh student taught by that."""
+    plain = Recipe(student=StudentConfig(model="deit_tiny_patch16_224", drop_path=0.1))
+    taught = replace(
+        plain,
+        teachers={"teacher": TeacherConfig(model="stage:finetune")},
+        objectives={"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)},
+    )
+    larger = StudentConfig(model="stage:pretrain", image_size=256, model_args={"depth": 6})
+    finetune = replace(plain, student=larger)
+    return Stages(name="three", stages={"pretrain": plain, "finetune": finetune, "distill": taught})

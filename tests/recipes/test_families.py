@@ -101,9 +101,9 @@ def test_the_releases_differ_in_five_settings_and_the_module_lists_them() -> Non
 
 
 def test_objectives_and_mask_rates_of_dmae() -> None:
-    stages = {name: stages_of(name)["pretrain"] for name in DMAE_NAMES}
-    assert all(stage.objectives["dmae"] == DMAE() for stage in stages.values())
-    rates = [getattr(stage.masking, "mask_rate", None) for stage in stages.values()]
+    stages = [stages_of(name)["pretrain"] for name in DMAE_NAMES]
+    assert all(stage.objectives["dmae"] == DMAE() for stage in stages)
+    rates = [getattr(stage.masking, "mask_rate", None) for stage in stages]
     assert rates == [0.75, 0.9, 0.95, 0.98, 0.75, 0.75]
 
 

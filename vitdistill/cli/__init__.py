@@ -103,12 +103,13 @@ def _run(name: str, words: Sequence[str], prog: str) -> int:
         verbs = [known.removeprefix("label ") for known in COMMANDS if known.startswith("label ")]
         hint = suggest(words[0], verbs)
         raise UserError(f"there is no 'vitdistill label {printable(words[0])}'", hint)
-    function, kind = COMMANDS[name]
+    place, kind = COMMANDS[name]
     if {"-h", "--help"} & {*words}:
         print(_help(kind, prog))
         return 0
     arguments = read_arguments(name, words)
-    run: Callable[[Any], int] = _load(function)
+    module, _, function = place.partition(":")
+    run: Callable[[Any], int] = getattr(import_module(f".{module}", __package__), function)
     return run(arguments)
 
 
@@ -118,11 +119,6 @@ def read_arguments(name: str, words: Sequence[str]) -> Any:
     """
     kind = COMMANDS[name][1]
     return _fill(kind, parse_words(given.groups_of(kind), words, f"vitdistill {name}"))
-
-
-def _load(place: str) -> Any:
-    module, _, function = place.partition(":")
-    return getattr(import_module(f".{module}", __package__), function)
 
 
 def _fill(kind: type, values: dict[str, Any]) -> Any:

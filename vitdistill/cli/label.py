@@ -94,7 +94,7 @@ def verify(args: StoreArguments) -> int:
             say(f"  {sentence}")
         bad += len(found)
     if bad:
-        what = f"{plural(bad, 'file')} of {args.store} damaged or foreign"
+        what = f"in {args.store}, damaged or foreign: {plural(bad, 'file')}"
         raise DataError(what, "delete what is named above and run vitdistill label again")
     return 0
 

@@ -23,7 +23,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         [
             "What each network computes for an image",
             *format_table(_costs(plan, cost, num_images * epochs)),
-            f"  (1 multiply-accumulate is 2 FLOPs; the whole run: {run})",
+            f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",
         ],
         _networks(plan),
         _memory(plan, cost),
@@ -115,8 +115,8 @@ def _memory(plan: Plan, cost: Cost) -> list[str]:
     size, count = format_bytes(16 * trained), format_count(trained, "").strip()
     return [
         "Training memory",
-        f"  kept for the backward pass: {kept} an image in float32; the student alone: {alone}",
-        f"  weights, gradients and AdamW's two moments: {size} ({count} trained parameters)",
+        f"  kept for the backward pass: {kept} an image; the student alone: {alone}",
+        f"  weights, gradients and AdamW's two moments: {size} ({count} parameters)",
     ]
 
 

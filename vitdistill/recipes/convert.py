@@ -208,5 +208,5 @@ def _enter(node: Any, path: str, name: str) -> Any:
         raise _unknown_field(inner, name, node if isinstance(node, dict) else (), "the recipe")
     if node[name] is None:
         fix = Add(NULL_METHODS[name]) if inner in NULL_METHODS else Set(inner)
-        raise ConfigError(f"{inner} is null, which has no fields", fix, field=inner)
+        raise ConfigError(f"{inner} is null", fix, field=inner)
     return node[name]
