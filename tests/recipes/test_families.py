@@ -20,37 +20,6 @@ from vitdistill.vit.network import Network
 
 DMAE_NAMES = [name for name in RECIPES if name.startswith("dmae_")]
 LIBKD = ("libkd", "libkd_cit_tiny", "libkd_cit_small")
-DEIT_VIEWS = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0}
-FINE_TUNING = {
-    **{f"data.augment.{key}": value for key, value in DEIT_VIEWS.items()},
-    "train.batch_size": 1024,
-    "student.model_args.global_pool": "avg",
-}
-PRE_TRAINING = {  # PRETRAIN.md of facebookresearch/mae, whose settings DMAE has too
-    "train.batch_size": 4096,
-    "optim.lr": 1.5e-4 * 4096 / 256,
-    "optim.opt_args.betas": [0.9, 0.95],
-    "optim.weight_decay": 0.05,
-    "data.augment.scale": [0.2, 1.0],
-    "data.augment.aa": None,
-    "data.augment.hflip": 0.5,
-    "student.init": "mae",
-}
-BASE = {"train.epochs": 100, "optim.lr": 2e-3, "optim.layer_decay": 0.65, "student.drop_path": 0.1}
-LARGE = {"train.epochs": 50, "optim.lr": 4e-3, "optim.layer_decay": 0.75, "student.drop_path": 0.2}
-CO_ADVISE = {
-    **{f"data.augment.{key}": value for key, value in DEIT_VIEWS.items()},
-    "data.augment.repeated_aug": 1,
-    "train.epochs": 300,
-    "optim.opt": "adamw",
-    "optim.weight_decay": 0.05,
-    "optim.warmup_epochs": 20,
-    "optim.lr": 5e-4 * 1024 / 512,
-    "optim.warmup_lr": 5e-7 * 1024 / 512,
-    "optim.min_lr": 5e-6 * 1024 / 512,
-    "optim.clip_grad": 5 * 3,
-    "student.drop_path": 0.1,
-}
 
 
 def recipe_of(name: str) -> Recipe:
@@ -64,25 +33,6 @@ def stages_of(name: str) -> dict[str, Recipe]:
     assert isinstance(found, Stages) and [*found.stages] == ["pretrain", "finetune"]
     assert found.name == name.replace(":", "_")
     return found.stages
-
-
-@pytest.mark.parametrize(
-    ("name", "stage", "settings"),
-    [
-        *((name, "", CO_ADVISE) for name in LIBKD),
-        *((name, "pretrain", {**PRE_TRAINING, "train.epochs": 100}) for name in DMAE_NAMES),
-        *((name, "finetune", {**FINE_TUNING, "optim.lr": 2e-3}) for name in DMAE_NAMES),
-        ("mae_base", "pretrain", {**PRE_TRAINING, "train.epochs": 800}),
-        ("mae_large", "pretrain", {**PRE_TRAINING, "train.epochs": 800}),
-        ("mae_base", "finetune", {**FINE_TUNING, **BASE, "optim.warmup_epochs": 5}),
-        ("mae_large", "finetune", {**FINE_TUNING, **LARGE, "optim.warmup_epochs": 5}),
-    ],
-)
-def test_settings_of_the_source(name: str, stage: str, settings: dict[str, Any]) -> None:
-    found = flatten(stages_of(name)[stage] if stage else recipe_of(name))
-    for field, value in settings.items():
-        expected = pytest.approx(value) if isinstance(value, float) else value
-        assert found[field] == expected, field
 
 
 # --- masked autoencoders -------------------------------------------------------------------------
