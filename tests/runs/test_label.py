@@ -24,12 +24,18 @@ from vitdistill.world import join_world
 pytestmark = pytest.mark.whole
 
 EXACT = LabelOptions(encoding="float32", part_size=8)
+MANY = {"data.views": 24, "train.epochs": 24}
 
 
 def written(recipe, folder, options=EXACT):
     """The store of the recipe's one teacher."""
     (store,) = label(recipe, folder, options, device="cpu").stores.values()
     return store
+
+
+def count(recipe, folder, options=EXACT):
+    """How many parts this process wrote."""
+    return label(recipe, folder, options, device="cpu").parts
 
 
 def parts(folder):
@@ -56,25 +62,19 @@ def test_bytes_do_not_depend_on_workers_or_processes(kd, tmp_path):
     expected = parts(tmp_path / "0")
     assert len(expected) == 2 * 6
     written(replace_fields(recipe, {"data.workers": 3}), tmp_path / "w")
-    assert parts(tmp_path / "w") == expected
-
-    def work(name):
-        return label(recipe, tmp_path / name, EXACT, device="cpu").parts
-
-    done = ranks(3, lambda rank: work("p"))
-    assert sum(done) == 12 and min(done) > 0 and parts(tmp_path / "p") == expected
+    done = ranks(3, lambda rank: count(recipe, tmp_path / "p"))
+    assert sum(done) == 12 and min(done) > 0
     # Without torchrun too: separate commands on one folder.
-    children = [Child(lambda: work("c")) for _ in range(2)]
-    assert sum(child.wait() for child in children) == 12 and parts(tmp_path / "c") == expected
+    children = [Child(lambda: count(recipe, tmp_path / "c")) for _ in range(2)]
+    assert sum(child.wait() for child in children) == 12
+    assert all(parts(tmp_path / name) == expected for name in "wpc")
 
 
 def test_bytes_do_not_depend_on_being_killed(kd, tmp_path):
-    recipe = kd(**{"train.eval_batch_size": 2})
-    options = replace(EXACT, part_size=4)
+    recipe, options = kd(**{"train.eval_batch_size": 2}), replace(EXACT, part_size=4)
     written(recipe, tmp_path / "whole", options)
     expected = parts(tmp_path / "whole")
-    folder, random = tmp_path / "killed", np.random.default_rng(0)
-    killed = 0
+    folder, random, killed = tmp_path / "killed", np.random.default_rng(0), 0
 
     def work():
         seal, left = LabelStore.seal, iter(range(4))
@@ -85,7 +85,7 @@ def test_bytes_do_not_depend_on_being_killed(kd, tmp_path):
             return seal(*args)
 
         LabelStore.seal = seal_some
-        return label(recipe, folder, options, device="cpu").parts
+        return count(recipe, folder, options)
 
     while (before := sealed(folder)) < len(expected):
         enough = min(before + int(random.integers(1, 3)), len(expected))
@@ -101,26 +101,25 @@ def test_bytes_do_not_depend_on_being_killed(kd, tmp_path):
 
 
 def test_labelling_stops_when_asked_and_goes_on(kd, tmp_path):
-    recipe = kd(**{"train.eval_batch_size": 1, "data.views": 8, "train.epochs": 8})
-    options = replace(EXACT, part_size=4)
-    child = Child(lambda: label(recipe, tmp_path / "labels", options, device="cpu").parts)
-    until(lambda: sealed(tmp_path / "labels") > 2)
+    many = kd(**{"train.eval_batch_size": 1, "data.views": 24, "train.epochs": 24})
+    folder = tmp_path / "labels"
+    child = Child(lambda: count(many, folder))
+    until(lambda: sealed(folder) > 2)
     child.kill(signal.SIGTERM)
     stopped = child.wait()
-    assert isinstance(stopped, Preempted) and child.code == 75 and "SIGTERM" in str(stopped)
-    before = parts(tmp_path / "labels")
-    done = label(recipe, tmp_path / "labels", options, device="cpu").parts
-    assert done == 8 * 12 - len(before)
-    assert before.items() <= parts(tmp_path / "labels").items()
+    assert type(stopped) is Preempted and child.code == 75 and "SIGTERM" in str(stopped)
+    before = parts(folder)
+    few = replace_fields(many, {"data.views": 3})
+    assert len(before) < 24 * 6 and count(few, folder) <= 3 * 6
+    assert before.items() <= parts(folder).items()
 
 
 def test_an_image_that_was_replaced_makes_other_labels(kd, tmp_path):
-    root = write_images(tmp_path / "images", train=15)
-    path = root / "train" / "cat" / "14.png"
+    path = write_images(tmp_path / "images", train=15) / "train" / "cat" / "14.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
     calm = {"data.augment.mixup": 0.0, "data.augment.cutmix": 0.0, "data.in_memory": False}
-    recipe = kd(**calm, **{"data.dir": str(root)})
+    recipe = kd(**calm, **{"data.dir": str(tmp_path / "images")})
     with pytest.raises(DataError, match=r"cat/14.png"):
         written(recipe, tmp_path / "labels")
     path.write_bytes(whole)
@@ -139,14 +138,12 @@ def test_views_can_be_added_later(kd, tmp_path):
 
 
 def test_which_of_a_teachers_classes_are_labelled_is_part_of_what_labels_are(kd, tmp_path):
-    found = []
-    for gone in (None, "bee"):
-        root = write_images(tmp_path / str(gone))
-        for split in ("train", "val") if gone else ():
-            shutil.rmtree(root / split / gone)
-        store = written(kd(**{"data.dir": str(root)}), tmp_path / f"labels_{gone}")
-        found.append(store.manifest.identity["teacher.classes_taken"])
-    assert found == [None, [0, 2]]
+    assert written(kd(), tmp_path / "all").manifest.identity["teacher.classes_taken"] is None
+    root = write_images(tmp_path / "images")
+    for folder in root.glob("*/bee"):
+        shutil.rmtree(folder)
+    store = written(kd(**{"data.dir": str(root)}), tmp_path / "some")
+    assert store.manifest.identity["teacher.classes_taken"] == [0, 2]
 
 
 # -- what cannot be stored ------------------------------------------------------------------------
@@ -154,25 +151,20 @@ def test_which_of_a_teachers_classes_are_labelled_is_part_of_what_labels_are(kd,
 
 def test_recipes_whose_answers_cannot_be_stored_are_refused(kd, taught, tmp_path):
     alone = replace(kd(), teachers={}, objectives={"ce": kd().objectives["ce"]})
-    for recipe, options, field in (
-        (taught(), EXACT, "selector"),
-        (alone, EXACT, "teachers"),
-        (
-            kd(**{"data.augment.repeated_aug": 3, "data.views": None}),
-            EXACT,
-            "data.augment.repeated_aug",
-        ),
-        (kd(), LabelOptions(hidden_dtype="float32"), "hidden_dtype"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            label(recipe, tmp_path / "labels", options, device="cpu")
-        assert caught.value.field == field
-    assert not (tmp_path / "labels").exists()
+    repeated = kd(**{"data.augment.repeated_aug": 3, "data.views": None})
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").touch()
-    with pytest.raises(ConfigError) as caught:
-        label(kd(), tmp_path / "thesis", EXACT, device="cpu")
-    assert caught.value.field == "output"
+    for recipe, options, name, field in (
+        (taught(), EXACT, "labels", "selector"),
+        (alone, EXACT, "labels", "teachers"),
+        (repeated, EXACT, "labels", "data.augment.repeated_aug"),
+        (kd(), LabelOptions(hidden_dtype="float32"), "labels", "hidden_dtype"),
+        (kd(), EXACT, "thesis", "output"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            label(recipe, tmp_path / name, options, device="cpu")
+        assert caught.value.field == field
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_part_holds_at_least_a_sample():
@@ -185,36 +177,38 @@ def test_answers_that_are_not_finite_are_not_stored(kd, tmp_path):
     layout = written(kd(), tmp_path / "labels").layout
     with join_world("cpu") as world:
         prepared = prepare_teachers(kd(), world, lambda text: None)
-        run = LabelRun(prepared, {"teacher": layout})
+        made = LabelRun(prepared, {"teacher": layout})
         next(prepared.teachers["teacher"].model.parameters()).data.fill_(float("nan"))
-        batch, answers = next(run.answers(0, 8, 16))
+        batch, answers = next(made.answers(0, 8, 16))
         with pytest.raises(NonFiniteError, match=r"sample 8 \(ant/08.png\)"):
-            run.records("teacher", 0, batch, answers["teacher"])
+            made.records("teacher", 0, batch, answers["teacher"])
 
 
-def test_the_encoding_follows_classes_and_objectives(kd):
-    recipe = kd()
+KD = {"kd": SoftKD(temperature=2.0)}
 
-    def chosen(objectives, num_classes=1000):
-        network = Network(
-            "teacher", "a", (8, 8), depth=2, dim=4, num_classes=num_classes, num_parameters=0
-        )
-        return logit_encoding(replace(recipe, objectives=objectives), network, LabelOptions())
 
-    assert chosen(recipe.objectives, 256).kind == "float16"
-    found = chosen(recipe.objectives)
-    assert (found.kind, found.k, found.temperatures) == ("topk", 10, (2.0,))
-    both = {"a": SoftKD(temperature=1.0), "b": SoftKD(temperature=4.0), "c": HardKD()}
-    assert chosen(both).temperatures == (1.0, 4.0)
-    assert chosen({"nkd": NKD(temperature=3.0)}).kind == "float16"
-    assert chosen({"hard": HardKD()}).temperatures == (1.0,)
-    assert chosen({**recipe.objectives, "vitkd": ViTKD()}).kind == "topk"  # it reads no logits
+@pytest.mark.parametrize(
+    ("objectives", "classes", "kind", "temperatures"),
+    [
+        (KD, 256, "float16", ()),
+        (KD, 1000, "topk", (2.0,)),
+        ({**KD, "b": SoftKD(temperature=4.0), "c": HardKD()}, 1000, "topk", (2.0, 4.0)),
+        ({"nkd": NKD(temperature=3.0)}, 1000, "float16", ()),
+        ({"hard": HardKD()}, 1000, "topk", (1.0,)),
+        ({**KD, "vitkd": ViTKD()}, 1000, "topk", (2.0,)),  # which reads no logits
+    ],
+)
+def test_the_encoding_follows_classes_and_objectives(kd, objectives, classes, kind, temperatures):
+    network = Network("teacher", "a", (8, 8), depth=2, dim=4, num_classes=classes, num_parameters=0)
+    found = logit_encoding(replace(kd(), objectives=objectives), network, LabelOptions())
+    assert (found.kind, found.temperatures) == (kind, temperatures)
+    assert kind != "topk" or found.k == 10
 
 
 # -- checking -------------------------------------------------------------------------------------
 
 
-def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, plain, tmp_path):
+def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, whole, tmp_path):
     for encoding in ("float32", "topk"):
         store = written(kd(), tmp_path / encoding, LabelOptions(encoding=encoding, part_size=8))
         found = check(store, 40, device="cpu")
@@ -223,22 +217,20 @@ def test_check_finds_the_answers_again_and_a_teacher_that_changed(kd, plain, tmp
     empty = LabelStore.create(tmp_path / "empty", store.manifest)
     with pytest.raises(DataError, match="no records"):
         check(empty, 4, device="cpu")
-    run(plain(**{"train.epochs": 2, "train.seed": 6}), tmp_path / "other")
     with pytest.raises(DataError, match=r"teacher.weights"):
-        check(store, 4, model=str(tmp_path / "other" / "last"), device="cpu")
+        check(store, 4, model=str(whole / "last"), device="cpu")
 
 
 def test_labels_of_several_teachers_are_written_and_checked_together(kd, tmp_path):
     recipe = kd()
     heads = {"base": "vit_tiny_patch16_224", "teachers": ["a", "b"], **VIT}
-    taught = {name: replace(recipe.teachers["teacher"]) for name in ("a", "b")}
-    objectives = {
-        "ce": recipe.objectives["ce"],
-        "kd_a": SoftKD(teacher="a"),
-        "kd_b": SoftKD(teacher="b"),
-    }
-    student = replace(recipe.student, model="advised_vit", model_args=heads)
-    recipe = replace(recipe, student=student, teachers=taught, objectives=objectives)
+    kds = {f"kd_{name}": SoftKD(teacher=name) for name in "ab"}
+    recipe = replace(
+        recipe,
+        student=replace(recipe.student, model="advised_vit", model_args=heads),
+        teachers=dict.fromkeys("ab", recipe.teachers["teacher"]),
+        objectives={"ce": recipe.objectives["ce"], **kds},
+    )
     stores = label(recipe, tmp_path / "labels", EXACT, device="cpu").stores
     assert parts(stores["a"].path).keys() == parts(stores["b"].path).keys()
     for store in stores.values():
