@@ -73,16 +73,11 @@ def recipe(root: Path, **parts: Any) -> dict[str, Any]:
 def recipes(root: Path) -> dict[str, dict[str, Any]]:
     """By name, in the order in which they run: teachers first."""
     teacher = {"teacher": {"model": str(root / "runs" / "teacher" / "last")}}
-    ce, kd = (
-        {"method": "ce", "weight": 0.5, "smoothing": 0.1},
-        {
-            "method": "kd",
-            "weight": 0.5,
-            "temperature": 2.0,
-        },
-    )
+    ce = {"method": "ce", "weight": 0.5, "smoothing": 0.1}
+    kd = {"method": "kd", "weight": 0.5, "temperature": 2.0}
     mae = {"method": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
     small = {"scale": [0.3, 1.0]}
+    mixed = {"crop": "pad", "crop_padding": 2, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.25}
     pretrain = recipe(
         root,
         student=vit(24, init="mae"),
@@ -110,15 +105,7 @@ def recipes(root: Path) -> dict[str, dict[str, Any]]:
             teachers=teacher,
             objectives={"ce": ce, "kd": kd},
             selector={"method": "maskedkd", "keep_rate": 0.5},
-            data={
-                "augment": {
-                    "crop": "pad",
-                    "crop_padding": 2,
-                    "mixup": 0.8,
-                    "cutmix": 1.0,
-                    "reprob": 0.25,
-                }
-            },
+            data={"augment": mixed},
             optim={"clip_grad": 1.0, "layer_decay": 0.8},
             train={"ema_decay": 0.6, "accumulate": 2},
         ),
@@ -160,31 +147,14 @@ def run(name: str, file: Path, output: Path, folder: Path) -> None:
     words = ["train", str(file), "--output", str(output), "--device", "cpu"]
     if name.startswith("libkd"):
         encoding = name.removeprefix("libkd_")
-        sparse = ["--k", "2"] if encoding == "topk" else []
         labels = folder / f"labels_{encoding}"
-        command(
-            "label",
-            str(file),
-            "--output",
-            str(labels),
-            "--encoding",
-            encoding,
-            *sparse,
-            "--device",
-            "cpu",
-        )
+        sparse = ["--k", "2"] if encoding == "topk" else []
+        label = ["label", str(file), "--output", str(labels), "--encoding", encoding, *sparse]
+        command(*label, "--device", "cpu")
         words += ["--labels", str(labels)]
     if name == "two_processes":
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "vitdistill.cli",
-        ]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", "2", "-m", "vitdistill.cli"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         environment["PYTHONPATH"] = str(RECORDED.parents[2])
         subprocess.run([*launcher, *words], check=True, capture_output=True, env=environment)

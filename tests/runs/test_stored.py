@@ -1,13 +1,13 @@
 """Training from stored answers is training with the teacher, and nothing else is read."""
 
-import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import ranks, run, said, write_images
+from small_runs import ranks, records, run, said, write_images
 
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.labels import identity
@@ -36,20 +36,32 @@ def from_labels(recipe, store):
     return replace_fields(recipe, {"teachers.teacher.labels": str(store.path)})
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def store(kd, tmp_path_factory):
+    """The labels of both views; to be read only."""
+    return written(kd(), tmp_path_factory.mktemp("labels"))
 
 
 @pytest.fixture(scope="module")
-def labels(tmp_path_factory):
-    return tmp_path_factory.mktemp("labels")
+def live(kd, tmp_path_factory):
+    """The log of the run with the teacher."""
+    folder = tmp_path_factory.mktemp("live") / "run"
+    run(kd(), folder)
+    return records(folder)
 
 
 @pytest.fixture
-def stored(kd, labels):
+def stored(kd, store):
     """``stored(...)``: the recipe with labels of its two views."""
-    path = written(kd(), labels / "all").path
-    return lambda **changes: kd(**{"teachers.teacher.labels": str(path), **changes})
+    return lambda **changes: kd(**{"teachers.teacher.labels": str(store.path), **changes})
+
+
+def same(live, found, rel, keys=("ce", "kd", "loss", "grad_norm", "nll", "vitkd")):
+    """Both logs say the same."""
+    for ours, theirs in zip(live, found, strict=True):
+        assert ours["step"] == theirs["step"]
+        for key in ours.keys() & set(keys):
+            assert theirs[key] == pytest.approx(ours[key], rel=rel, abs=rel / 10), key
 
 
 # -- the same training ----------------------------------------------------------------------------
@@ -63,26 +75,20 @@ def stored(kd, labels):
         # Two classes of three and the mass of the third say everything.
         (LabelOptions(encoding="topk", k=2), 2e-2),
     ],
-    ids=lambda options: getattr(options, "encoding", ""),
+    ids=["float32", "float16", "topk"],
 )
-def test_training_from_labels_is_training_with_the_teacher(kd, tmp_path, options, rel):
+def test_training_from_labels_is_training_with_the_teacher(kd, live, tmp_path, options, rel):
     """Three epochs on two views, so that one is shown twice; batches are made of other images than
     those that were labelled together.
     """
-    run(kd(), tmp_path / "live")
     store = written(kd(), tmp_path / "labels", options)
-    run(from_labels(kd(**{"teachers.teacher.model": ""}), store), tmp_path / "stored")
-    live, found = metrics(tmp_path / "live"), metrics(tmp_path / "stored")
-    assert [line["step"] for line in live] == [line["step"] for line in found]
-    for ours, theirs in zip(live, found, strict=True):
-        for key in ours.keys() & {"ce", "kd", "loss", "grad_norm", "nll"}:
-            assert theirs[key] == pytest.approx(ours[key], rel=rel, abs=rel / 10), key
+    run(from_labels(kd(**{"teachers.teacher.model": ""}), store), tmp_path / "run")
+    same(live, records(tmp_path / "run"), rel)
 
 
-def test_stored_answers_give_the_very_loss_of_live_ones(kd, tmp_path):
+def test_stored_answers_give_the_very_loss_of_live_ones(kd, store):
     """Bit for bit, where records are made of the answers to the same batch."""
     with join_world("cpu") as world:
-        store = written(kd(), tmp_path / "labels")
         live = prepare(kd(), world, lambda text: None)
         stored = prepare(from_labels(kd(), store), world, lambda text: None)
         assert not stored.teachers and stored.plan.stored.keys() == {"teacher"}
@@ -111,10 +117,7 @@ def test_hidden_states_and_features_are_stored_where_the_plan_reads_them(kd, tmp
     assert store.layout.features == (17, 24) and store.layout.logits is None
     run(recipe, tmp_path / "live")
     run(from_labels(recipe, store), tmp_path / "stored")
-    live, found = metrics(tmp_path / "live"), metrics(tmp_path / "stored")
-    for ours, theirs in zip(live, found, strict=True):
-        if ours["kind"] == "train":
-            assert theirs["vitkd"] == pytest.approx(ours["vitkd"], rel=1e-4)
+    same(records(tmp_path / "live"), records(tmp_path / "stored"), 1e-4, ("vitkd",))
 
 
 def test_every_record_is_of_the_view_that_training_shows(kd, tmp_path):
@@ -174,24 +177,24 @@ def test_labels_of_too_few_views_are_refused(stored, tmp_path):
 
 
 def test_labels_of_other_images_or_classes_are_refused(stored, tmp_path):
-    other = write_images(tmp_path / "images", train=15)
-    (other / "train" / "bee" / "14.png").rename(other / "train" / "bee" / "99.png")
-    changes = {"data.dir": str(other)}
+    root = write_images(tmp_path / "images", train=15)
+    changes = {"data.dir": str(root), "teachers.teacher.model": ""}
+    bee = root / "train" / "bee"
+    (bee / "14.png").rename(bee / "99.png")
     refused(stored(**changes), tmp_path / "run", r"images.fingerprint")
-    renamed = write_images(tmp_path / "renamed", train=15)
+    (bee / "99.png").rename(bee / "14.png")
     for split in ("train", "val"):
-        (renamed / split / "cat").rename(renamed / split / "cow")
-    changes = {"data.dir": str(renamed), "teachers.teacher.model": ""}
+        (root / split / "cat").rename(root / split / "cow")
     refused(stored(**changes), tmp_path / "run", r"classes.names")
 
 
-def test_labels_of_other_weights_are_refused(stored, kd, plain, labels, tmp_path):
+def test_labels_of_other_weights_are_refused(stored, kd, plain, store, tmp_path):
     """Also when labelling is to go on."""
     run(plain(**{"train.epochs": 8, "optim.lr": 5e-3, "train.seed": 6}), tmp_path / "other")
     changes = {"teachers.teacher.model": str(tmp_path / "other" / "last")}
     refused(stored(**changes), tmp_path / "run", r"teacher.weights")
     with pytest.raises(DataError, match=r"teacher.weights"):
-        written(kd(**changes), labels / "all")
+        written(kd(**changes), store.path.parent)
 
 
 def test_a_view_of_other_pixels_is_an_error_and_not_noise(kd, tmp_path, monkeypatch):
@@ -216,34 +219,34 @@ def test_a_view_of_other_pixels_is_an_error_and_not_noise(kd, tmp_path, monkeypa
         run(from_labels(recipe, store), tmp_path / "again")
 
 
-def test_a_missing_record_is_an_error_or_the_teachers_own_answer(stored, kd, tmp_path):
-    store = written(kd(), tmp_path / "labels")
-    store.part_path(1, 2).unlink()
-    broken = {"teachers.teacher.labels": str(store.path)}
-    field = refused(stored(**broken), tmp_path / "run")
-    assert field == "teachers.teacher.labels"
+@pytest.fixture
+def copy(store, tmp_path):
+    """A copy of the labels, and the field that names it."""
+    path = shutil.copytree(store.path, tmp_path / "copy")
+    return LabelStore.open(path), {"teachers.teacher.labels": str(path)}
+
+
+def test_a_missing_record_is_an_error_or_the_teachers_own_answer(stored, kd, copy, live, tmp_path):
+    gone, broken = copy
+    gone.part_path(1, 2).unlink()
+    assert refused(stored(**broken), tmp_path / "run") == "teachers.teacher.labels"
     run(stored(**broken, **{"data.views": 1}), tmp_path / "one_view")  # that view is whole
     online = {"teachers.teacher.missing": "online"}
     run(stored(**broken, **online), tmp_path / "online")
-    run(stored(), tmp_path / "whole")
-    whole, found = metrics(tmp_path / "whole"), metrics(tmp_path / "online")
-    for ours, theirs in zip(whole, found, strict=True):
-        key = "loss" if "loss" in ours else "nll"
-        assert theirs[key] == pytest.approx(ours[key], rel=1e-5)
+    same(live, records(tmp_path / "online"), 1e-5)
     run(stored(**online, **{"data.views": 3}), tmp_path / "more")  # one without any labels
-    run(kd(**{"data.views": 3}), tmp_path / "live")
-    live, found = metrics(tmp_path / "live"), metrics(tmp_path / "more")
-    assert found[-2]["loss"] == pytest.approx(live[-2]["loss"], rel=1e-4)
+    run(kd(**{"data.views": 3}), tmp_path / "three")
+    same(records(tmp_path / "three"), records(tmp_path / "more"), 1e-4)
 
 
-def test_damage_is_an_error_when_it_is_read(kd, tmp_path):
-    store = written(kd(), tmp_path / "labels")
-    path = store.part_path(0, 1)
+def test_damage_is_an_error_when_it_is_read(stored, copy, tmp_path):
+    damaged, fields = copy
+    path = damaged.part_path(0, 1)
     data = bytearray(path.read_bytes())
     data[5] ^= 4
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"part-00001\.bin"):
-        run(from_labels(kd(), store), tmp_path / "run")
+        run(stored(**fields), tmp_path / "run")
 
 
 def test_labels_without_what_an_objective_reads_are_refused(kd, taught, tmp_path):
@@ -270,31 +273,32 @@ def test_views_and_their_seed_come_from_the_labels_where_the_recipe_does_not_say
     assert with_views_of_labels(stored()).data.seed is None
 
 
-def test_one_set_of_labels_serves_students_of_any_seed(stored, tmp_path):
-    run(stored(), tmp_path / "one")
-    run(stored(**{"train.seed": 4}), tmp_path / "two")
-    assert metrics(tmp_path / "one")[0]["ce"] != metrics(tmp_path / "two")[0]["ce"]
+def test_one_set_of_labels_serves_students_of_any_seed(stored, live, tmp_path):
+    run(stored(**{"train.seed": 4}), tmp_path / "run")
+    assert records(tmp_path / "run")[0]["ce"] != live[0]["ce"]
 
 
-def test_the_same_command_resumes_whatever_was_labelled_since(kd, tmp_path):
-    store = written(kd(), tmp_path / "labels")
+def test_the_same_command_resumes_whatever_was_labelled_since(kd, copy, tmp_path):
+    store, _ = copy
     recipe = from_labels(kd(**{"data.views": None}), store)
     run(recipe, tmp_path / "run")
-    written(kd(**{"data.views": 3}), tmp_path / "labels")
-    assert "finished already" in "\n".join(said(recipe, tmp_path / "run"))
+    LabelStore.create(store.path, replace(store.manifest, num_views=3))
+    assert "finished already" in said(recipe, tmp_path / "run")[-1]
     assert with_views_of_labels(recipe).data.views is None  # of a new run
 
 
 def test_other_labels_do_not_continue_a_run(stored, kd, tmp_path):
-    run(stored(**{"train.save_every": 1}), tmp_path / "run")
+    run(stored(), tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     other = written(kd(), tmp_path / "other", LabelOptions(encoding="float16"))
     with pytest.raises(DataError, match="labels of the teacher"):
         run(from_labels(kd(), other), tmp_path / "run")
 
 
-def test_training_from_labels_needs_no_teacher_even_where_the_recipe_names_it(kd, plain, tmp_path):
-    run(plain(**{"train.epochs": 6, "optim.lr": 5e-3, "train.seed": 6}), tmp_path / "teacher")
+def test_training_from_labels_needs_no_teacher_even_where_the_recipe_names_it(
+    kd, teacher, tmp_path
+):
+    shutil.copytree(teacher, tmp_path / "teacher")
     named = {"teachers.teacher.model": str(tmp_path / "teacher" / "last")}
     store = written(kd(**named), tmp_path / "labels")
     (tmp_path / "teacher").rename(tmp_path / "gone")
@@ -302,5 +306,5 @@ def test_training_from_labels_needs_no_teacher_even_where_the_recipe_names_it(kd
     # Another one that is named is looked for, and compared.
     moved = {"teachers.teacher.model": str(tmp_path / "gone" / "last")}
     run(from_labels(kd(**moved), store), tmp_path / "moved")
-    assert metrics(tmp_path / "moved") == metrics(tmp_path / "run")
-    assert LabelStore.open(store.path).verify() == []
+    assert records(tmp_path / "moved") == records(tmp_path / "run")
+    assert store.verify() == []
