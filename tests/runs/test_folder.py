@@ -8,12 +8,14 @@ import signal
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 from small_runs import Child, tree
 
 from vitdistill.errors import ConfigError, DiskError, PermissionDenied
 from vitdistill.recipes.config import Recipe
+from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.yaml import load_recipe
 from vitdistill.runs.folder import METRICS, RunFolder, check_folder, finished
 
@@ -40,17 +42,11 @@ def test_a_run_is_recognised_by_its_recipe(tmp_path):
 def test_other_fields_are_named_and_nothing_changes(tmp_path):
     with RunFolder(tmp_path, RECIPE, {}):
         pass
-    other = replace(
-        RECIPE,
-        train=replace(RECIPE.train, seed=1, epochs=7),
-        optim=replace(RECIPE.optim, lr=0.5, opt="sgd"),
-    )
+    fields = {"train.seed": 1, "train.epochs": 7, "optim.lr": 0.5, "optim.opt": "sgd"}
+    other = replace_fields(RECIPE, fields)
     before = tree(tmp_path)
     for attempt in (check_folder, finished, partial(RunFolder, identity={})):
-        with pytest.raises(
-            ConfigError,
-            match=r"optim\.lr is 0\.5 here and 0\.001 there; optim\.opt is 'sgd' .* and 1 more",
-        ):
+        with pytest.raises(ConfigError, match=r"optim\.lr is 0\.5 here and 0\.001 there; .*more"):
             attempt(tmp_path, other)
     assert tree(tmp_path) == before
 
@@ -77,8 +73,6 @@ def test_no_permission_is_said(tmp_path):
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-        from pathlib import Path
-
         return check_folder(Path("run"), RECIPE)
 
     error = Child(attempt).wait()
@@ -100,14 +94,6 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, monkeypatch):
     with RunFolder(run, RECIPE, {}):
         pass
     assert {path.name for path in run.iterdir()} == {"recipe.yaml", "identity.json"}
-
-
-def test_hidden_files_of_the_system_make_no_folder_somebodys(tmp_path):
-    (tmp_path / ".DS_Store").write_text("finder")
-    assert not check_folder(tmp_path, RECIPE)
-    with RunFolder(tmp_path, RECIPE, {}):
-        pass
-    assert (tmp_path / ".DS_Store").read_text() == "finder"
 
 
 # -- locks ----------------------------------------------------------------------------------------

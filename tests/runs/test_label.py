@@ -2,10 +2,8 @@
 
 import shutil
 import signal
-import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from small_runs import VIT, Child, ranks, run, until, write_images
 
@@ -49,10 +47,6 @@ def sealed(folder):
     return len(list((folder / "teacher").glob("view-*/*.bin")))
 
 
-def leftovers(folder):
-    return [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".bin", ".json")]
-
-
 # -- the same bytes -------------------------------------------------------------------------------
 
 
@@ -68,36 +62,6 @@ def test_bytes_do_not_depend_on_workers_or_processes(kd, tmp_path):
     children = [Child(lambda: count(recipe, tmp_path / "c")) for _ in range(2)]
     assert sum(child.wait() for child in children) == 12
     assert all(parts(tmp_path / name) == expected for name in "wpc")
-
-
-def test_bytes_do_not_depend_on_being_killed(kd, tmp_path):
-    recipe, options = kd(**{"train.eval_batch_size": 2}), replace(EXACT, part_size=4)
-    written(recipe, tmp_path / "whole", options)
-    expected = parts(tmp_path / "whole")
-    folder, random, killed = tmp_path / "killed", np.random.default_rng(0), 0
-
-    def work():
-        seal, left = LabelStore.seal, iter(range(4))
-
-        def seal_some(*args):
-            if next(left, None) is None:
-                time.sleep(60)  # to be killed, however late: it may not write all there is
-            return seal(*args)
-
-        LabelStore.seal = seal_some
-        return count(recipe, folder, options)
-
-    while (before := sealed(folder)) < len(expected):
-        enough = min(before + int(random.integers(1, 3)), len(expected))
-        child = Child(work)
-        until(lambda enough=enough: sealed(folder) >= enough)
-        time.sleep(0.02 * random.random())  # anywhere in the next part
-        child.kill()
-        child.wait()
-        killed += child.code == -signal.SIGKILL
-        assert parts(folder).items() <= expected.items()
-    written(recipe, folder, options)
-    assert killed >= 5 and parts(folder) == expected and leftovers(folder) == []
 
 
 def test_labelling_stops_when_asked_and_goes_on(kd, tmp_path):

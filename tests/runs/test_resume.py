@@ -1,12 +1,12 @@
 """Whatever stops a run, the same command finishes it exactly as if nothing had happened."""
 
+import contextlib
+import io
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -15,7 +15,6 @@ import torch
 from small_runs import (
     Child,
     ends_alike,
-    environment,
     in_training,
     records,
     result,
@@ -25,9 +24,11 @@ from small_runs import (
     steps_saved,
     tree,
     unfinished,
+    until,
     write_images,
 )
 
+from vitdistill.cli import main
 from vitdistill.errors import ConfigError, DataError, DiskError, Preempted
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.convert import replace_fields
@@ -182,23 +183,19 @@ def test_only_a_later_signal_is_a_second_one():
 
 
 def test_the_command_line_leaves_with_75_and_one_sentence(tmp_path, plain):
-    """A process of its own, as a user starts it."""
     (tmp_path / "recipe.yaml").write_text(dump_recipe(plain(**{"train.epochs": 5000})))
-    folder = tmp_path / "run"
-    words = ["train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "vitdistill.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith("step 2/"):
-            child.send_signal(signal.SIGTERM)
-    _, sentence = child.communicate(timeout=60)
-    assert child.returncode == 75 and sentence.count("\n") == 1
+    folder, text = tmp_path / "run", io.StringIO()
+
+    def work():
+        words = ["train", str(tmp_path / "recipe.yaml"), "--output", str(folder)]
+        with contextlib.redirect_stderr(text):
+            return main([*words, "--device", "cpu"]), text.getvalue()
+
+    child = Child(work)
+    until(lambda: steps_saved(folder))
+    child.kill(signal.SIGTERM)
+    code, sentence = child.wait()
+    assert code == 75 and sentence.count("\n") == 1
     assert sentence.startswith("vitdistill train: stopped by SIGTERM at step ")
     assert checkpoint.latest(folder) is not None
 
