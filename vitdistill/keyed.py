@@ -11,6 +11,7 @@ mixing function is Stafford's Mix13).
 """
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +47,15 @@ class Stream(IntEnum):
     PAIRS = 13  # 14 was of a label encoding that is gone
 
 
-def _mix(x: U64) -> U64:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-    return x ^ (x >> np.uint64(31))
+def _mix(x: Any) -> Any:
+    """Mix the 64 bits of a uint64 array, or of an int: `torch.compile` takes it as a constant."""
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    return x ^ (x >> 31)
 
 
-def _fold(state: U64, value: U64) -> U64:
-    return _mix((state ^ value) + np.uint64(_GOLDEN))
+def _fold(state: Any, value: Any) -> Any:
+    return _mix(((state ^ value) + _GOLDEN) & _MASK)
 
 
 def _word(value: int | np.ndarray) -> U64:
@@ -64,16 +66,16 @@ def _word(value: int | np.ndarray) -> U64:
 
 
 def keys(seed: int, view: int | np.ndarray, sample_ids: int | np.ndarray, stream: Stream) -> U64:
-    """Return one 64-bit key a sample, shape (B,); ``view`` and ``sample_ids`` broadcast."""
-    state = _fold(_fold(_word(0), _word(seed)), _word(int(stream)))
-    state = _fold(_fold(state, _word(view)), _word(sample_ids))
-    return state
+    """Return one 64-bit key a sample, (B,); ``view`` and ``sample_ids`` broadcast."""
+    start = _fold(_fold(0, seed & _MASK), int(stream))
+    found: U64 = _fold(_fold(start, _word(view)), _word(sample_ids))
+    return found
 
 
 def bits(keys: U64, index: int | np.ndarray) -> U64:
     """Return SplitMix64's output number ``index`` from the state ``keys``; the two broadcast."""
-    step = (_word(index) + np.uint64(1)) * np.uint64(_GOLDEN)
-    return _mix(keys + step)
+    words: U64 = _mix(keys + (_word(index) + np.uint64(1)) * np.uint64(_GOLDEN))
+    return words
 
 
 def uniforms(keys: U64, count: int, start: int = 0) -> F64:
@@ -134,17 +136,9 @@ def torch_keys(
 ) -> Int[Tensor, " B"]:
     """Do `keys` in torch: equal 64-bit patterns, on the tensors' device."""
     golden = _signed(_GOLDEN)
-    start = _fold_int(_fold_int(0, seed & _MASK), int(stream))
+    start = _fold(_fold(0, seed & _MASK), int(stream))
     state = _torch_mix((views ^ _signed(start)) + golden)
     return _torch_mix((state ^ sample_ids) + golden)
-
-
-def _fold_int(state: int, value: int) -> int:
-    """Do `_fold` with plain whole numbers, which `torch.compile` takes as a constant."""
-    x = ((state ^ value) + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
-    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
-    return x ^ (x >> 31)
 
 
 def torch_uniforms(keys: Int[Tensor, " B"], count: int) -> Float[Tensor, "B {count}"]:

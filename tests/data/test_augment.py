@@ -12,14 +12,10 @@ from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError
 
-SPEC = InputSpec((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
 MEANINGLESS = [
     *({"crop": "random"}, {"scale": (0.5, 0.2)}, {"scale": (0.0, 1.0)}, {"ratio": (2.0, 1.0)}),
-    *({"crop": "pad", "crop_padding": -1}, {"hflip": 1.5}, {"reprob": -0.1}, {"mixup": -1.0}),
-    *({"mixup": math.nan}, {"repeated_aug": 0}, {"interpolation": "lanczos"}, {"aa": ""}),
-    *({"aa": "rand-m9-foo3"}, {"aa": "randm9"}, {"aa": "rand-m9-tnothing"}, {"color_jitter": 2.0}),
+    *({"crop": "pad", "crop_padding": -1}, {"hflip": 1.5}, {"mixup": math.nan}, {"aa": ""}),
+    *({"aa": "rand-m9-foo3"}, {"aa": "randm9"}, {"scale": (0.5, 1.5)}, {"ratio": (1, math.inf)}),
     *({"crop": "pad", "scale": (0.5, 1.0)}, {"crop_padding": 2}, {"mixup_prob": 0.5}),
     *({"aa": "rand-m9", "color_jitter": 0.3}, {"mixup": 0.8, "mixup_switch_prob": 0.3}),
 ]
@@ -43,24 +39,18 @@ def test_the_input_contract_of_a_model() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=1)
     spec = input_spec_of(model)
     assert spec == InputSpec((64, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.9, "center")
-    resnet = input_spec_of(timm.create_model("resnet18"))
-    assert resnet.image_size == (224, 224) and resnet.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert input_spec_of(timm.create_model("resnet18")).image_size == (224, 224)
     with pytest.raises(ConfigError, match="channels"):
         input_spec_of(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"image_size": (0, 4)}, {"std": (0.0, 1.0, 1.0)}, {"crop_pct": 0.0}, {"crop_mode": "x"}],
-)
-def test_impossible_contracts_are_refused(change: dict) -> None:
-    with pytest.raises(ConfigError):
-        replace(SPEC, **change)
+    impossible = {"image_size": (0, 4), "std": (0.0, 1, 1), "crop_pct": 0.0, "crop_mode": "x"}
+    for name, value in impossible.items():
+        with pytest.raises(ConfigError):
+            replace(spec, **{name: value})
 
 
 def test_deits_augmentation_is_the_published_one() -> None:
-    rand, erase = "rand-m9-mstd0.5-inc1", 0.25
-    deit = Augment(aa=rand, reprob=erase, mixup=0.8, cutmix=1.0, repeated_aug=3)
-    assert AUGMENTS["deit"] == deit
+    deit = AUGMENTS["deit"]
+    rand = "rand-m9-mstd0.5-inc1"
+    assert deit == Augment(aa=rand, reprob=0.25, mixup=0.8, cutmix=1.0, repeated_aug=3)
     assert (deit.crop, deit.scale, deit.hflip) == ("rrc", (0.08, 1.0), 0.5)
     assert (deit.mixup_prob, deit.mixup_switch_prob) == (1.0, 0.5)

@@ -10,7 +10,6 @@ from vitdistill.data import decoded
 from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
 from vitdistill.data.decoded import DecodedSource, keep_decoded
 from vitdistill.data.sources.open import open_source
-from vitdistill.errors import DataError
 
 SPEC = InputSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 RRC, PAD = Augment(), AUGMENTS["small"]
@@ -41,13 +40,3 @@ def test_a_decoded_source_is_its_source(make_folder) -> None:
     assert isinstance(again, DecodedSource) and again.fingerprint() == source.fingerprint()
     for i in range(len(source)):
         assert np.array_equal(np.asarray(again.load(i)), np.asarray(source.load(i)))
-        assert again.image_size(i) == source.image_size(i)
-
-
-@pytest.mark.parametrize("augment", [RRC, PAD])
-def test_a_damaged_image_is_named(make_folder, augment: Augment) -> None:
-    root = make_folder()
-    bad = root / "train" / "class1" / "001.png"
-    bad.write_bytes(bad.read_bytes()[:-60])
-    with pytest.raises(DataError, match=r"class1/001\.png: the image is damaged"):
-        keep_decoded(open_source(str(root), "train"), augment, SPEC, None, 2)

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,24 +62,19 @@ class Augment:
     def __post_init__(self) -> None:
         """Raise `ConfigError` for values that mean nothing, or that could not take effect."""
         check_options(self, "data.augment")
-        self._check_ranges()
-        self._check_combinations()
-
-    def _check_ranges(self) -> None:
-        for name, most in (("scale", 1.0), ("ratio", sys.float_info.max)):
-            low, high = getattr(self, name)
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             _require(
-                0.0 < low <= high <= most,
+                0.0 < low <= high < math.inf and (name == "ratio" or high <= 1.0),
                 f"data.augment.{name}",
                 (low, high),
-                f"two ascending numbers above 0{', at most 1' if most == 1 else ''}",
+                "two ascending numbers above 0" + (", at most 1" if name == "scale" else ""),
             )
         known = self.aa is None or any(form.fullmatch(self.aa) for form in _AA_FORMS)
-        _require(
-            known, "data.augment.aa", self.aa, "a string of timm's, such as 'rand-m9-mstd0.5-inc1'"
-        )
+        wanted = "a string of timm's, such as 'rand-m9-mstd0.5-inc1'"
+        _require(known, "data.augment.aa", self.aa, wanted)
+        self._check_effects()
 
-    def _check_combinations(self) -> None:
+    def _check_effects(self) -> None:
         """Refuse settings that would have no effect."""
         both, crop = self.mixup > 0.0 and self.cutmix > 0.0, f"with crop {self.crop!r}"
         needs = {
@@ -92,13 +86,10 @@ class Augment:
             "mixup_switch_prob": (both, "unless both mixup and cutmix are on", _set("mixup")),
         }
         for name, (has_effect, why, fix) in needs.items():
-            default = self.__dataclass_fields__[name].default
+            default, field = getattr(Augment, name), f"data.augment.{name}"
             if not has_effect and getattr(self, name) != default:
-                raise ConfigError(
-                    f"{name} has no effect {why}",
-                    (_set(name, default), fix),
-                    field=f"data.augment.{name}",
-                )
+                fixes = (_set(name, default), fix)
+                raise ConfigError(f"{name} has no effect {why}", fixes, field=field)
 
     @property
     def mixes(self) -> bool:

@@ -1,7 +1,8 @@
 """A batch of training views."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +13,9 @@ from torch import Tensor
 from .. import keyed
 from ..keyed import I64
 
-
-class TargetReader(Protocol):
-    """Reads what is stored of a batch's views; `vitdistill.labels.reader.LabelReader` is one."""
-
-    def __call__(
-        self,
-        views: I64,
-        ids: I64,
-        checksums: npt.NDArray[np.uint32] | None,
-        device: torch.device,
-    ) -> Any:
-        """Return the targets of samples ``ids`` in ``views``, checked against ``checksums`` if any.
-
-        What targets are is between the reader and the training step.
-        """
+TargetReader = Callable[[I64, I64, npt.NDArray[np.uint32] | None, torch.device], Any]
+"""``read(views, ids, checksums, device)`` returns what is stored of views, for the training step;
+it checks their checksums where they are given."""
 
 
 @dataclass(frozen=True)

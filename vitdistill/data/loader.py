@@ -5,9 +5,10 @@ otherwise worker processes make the views one by one (``per-sample``).
 """
 
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
+from functools import partial
+from itertools import count, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from .sources.base import ImageSource, check_enough
 from .views.batched import BatchViews
 from .views.checksums import view_checksums
 from .views.erasing import erase
-from .views.mixing import Mixing, check_even
+from .views.mixing import check_even, mix
 from .views.single import eval_view, normalize, train_views
 from .workers import map_in_workers
 
@@ -89,19 +90,16 @@ class TrainLoader:
         self._device = world.device
         self._targets = dict(labels or {})
         self._labels = torch.from_numpy(source.labels)
-        self._mixing = Mixing.of(augment)
         self.steps_per_epoch = len(self._epoch_order(0)[0]) // loading.batch_size
         with memory_errors(
             f"while {plural(len(source), 'image')} were decoded into it",
             Set("data.in_memory", False),
         ):
             kept = keep_decoded(source, augment, spec, loading.in_memory, loading.workers)
-        self._images: BatchViews | ImageSource = (
+        self._images = (
             BatchViews(kept, augment, spec, loading.seed) if isinstance(kept, Tensor) else kept
         )
-        self.pipeline: Literal["batched", "per-sample"] = (
-            "batched" if isinstance(kept, Tensor) else "per-sample"
-        )
+        self.pipeline = "batched" if isinstance(kept, Tensor) else "per-sample"
 
     def batches(
         self, start_step: int = 0, num_steps: int | None = None
@@ -112,12 +110,9 @@ class TrainLoader:
         end when ``num_steps`` is None.
         """
         end = None if num_steps is None else start_step + num_steps
-        views = self._views(self._samples(start_step, end))
-        try:
+        with closing(self._views(self._samples(start_step, end))) as views:
             while step := [*islice(views, self.loading.accumulate)]:
                 yield tuple(self._batch(*made) for made in step)
-        finally:
-            views.close()
 
     def teacher_batches(
         self, view: int, first: int, last: int, batch_size: int
@@ -127,18 +122,15 @@ class TrainLoader:
         Where images are mixed, each comes mixed with its partner in that view; the one without a
         partner (of an odd number) comes as it is.
         """
-        mixed = self._mixing is not None
+        mixed = self.augment.mixes
         size, seed = len(self.source), self.loading.seed
         samples = view_samples(size, seed, view, first, last, batch_size, mixed=mixed)
         own = slice(None, None, 2 if mixed else 1)
-        views = self._views(samples, checked=True)
-        try:
+        with closing(self._views(samples, checked=True)) as views:
             for shown, pixels, checksums in views:
                 assert checksums is not None
                 images = self._mixed(shown, pixels).images
                 yield TeacherBatch(images[own], shown.ids[own], checksums[own])
-        finally:
-            views.close()
 
     def _epoch_order(self, epoch: int) -> tuple[keyed.I64, keyed.I64]:
         loading, repeats = self.loading, self.augment.repeated_aug
@@ -149,19 +141,17 @@ class TrainLoader:
         batch_size, world = self.loading.batch_size, self.loading.world
         share = batch_size // world.size
         micro = share // self.loading.accumulate
-        step = start_step
-        while end_step is None or step < end_step:
+        for step in count(start_step) if end_step is None else range(start_step, end_step):
             epoch, k = divmod(step, self.steps_per_epoch)
             ids, views = self._epoch_order(epoch)
             first = k * batch_size + world.rank * share
             for start in range(first, first + share, micro):
                 part = slice(start, start + micro)
                 yield Samples(epoch, ids[part], views[part])
-            step += 1
 
     def _views(
         self, samples: Iterator[Samples], checked: bool = False
-    ) -> "Generator[_Views, None, None]":
+    ) -> Generator[_Views, None, None]:
         """Make uint8 views on the device, with checksums if ``checked`` or labels have to fit."""
         wanted = checked or bool(self._targets)
         augment, seed, device = self.augment, self.loading.seed, self._device
@@ -176,7 +166,7 @@ class TrainLoader:
                     sums = view_checksums(pixels.cpu(), augment, seed, shown.views, shown.ids)
                 yield shown, pixels, sums
             return
-        make = _MakeTrainViews(self._images, augment, self.spec, seed, wanted)
+        make = partial(_make_train_views, self._images, augment, self.spec, seed, wanted)
         with map_in_workers(make, samples, self.loading.workers) as made:
             for shown, pixels, sums in made:
                 yield shown, _send(pixels, device), sums
@@ -197,9 +187,9 @@ class TrainLoader:
         batch = _plain_batch(shown, pixels, self.spec, self._labels, self.loading.seed)
         seed, ids, views = self.loading.seed, shown.ids, shown.views
         batch.images = erase(batch.images, self.augment.reprob, seed, ids, views)
-        if self._mixing is not None:
-            batch.images, batch.mixed_labels, batch.lam = self._mixing(
-                batch.images, batch.labels, seed, ids, views
+        if self.augment.mixes:
+            batch.images, batch.mixed_labels, batch.lam = mix(
+                batch.images, batch.labels, self.augment, seed, ids, views
             )
         return batch
 
@@ -232,7 +222,7 @@ class EvalLoader:
         self._labels = torch.from_numpy(source.labels)
         height, width = spec.image_size
         self._keep = len(own) * height * width * 3 < _EVAL_CACHE_BYTES
-        self._kept: list[UInt8[Tensor, "B 3 H W"]] | None = None
+        self._kept: list[UInt8[Tensor, "B 3 H W"]] = []
 
     def __len__(self) -> int:
         """Return the number of this process's batches."""
@@ -240,18 +230,17 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Make one pass over this process's samples, in order."""
-        if self._kept is not None:
+        if self._kept:
             yield from map(self._batch, self._samples, self._kept)
             return
         seen: list[UInt8[Tensor, "B 3 H W"]] = []
-        make = _MakeEvalViews(self.source, self.spec)
+        make = partial(_make_eval_views, self.source, self.spec)
         with map_in_workers(make, self._samples, self.workers) as made:
             for shown, pixels in made:
                 if self._keep:
                     seen.append(pixels)
                 yield self._batch(shown, pixels)
-        if self._keep:
-            self._kept = seen
+        self._kept = seen
 
     def _batch(self, shown: Samples, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
         return _plain_batch(shown, _send(pixels, self.device), self.spec, self._labels)
@@ -273,30 +262,18 @@ def check_batches(
         check_even(batch_size // (num_processes * accumulate))
 
 
-@dataclass(frozen=True)
-class _MakeTrainViews:
-    source: ImageSource
-    augment: Augment
-    spec: InputSpec
-    seed: int
-    checked: bool
-
-    def __call__(self, shown: Samples) -> _Views:
-        address = self.seed, shown.views, shown.ids
-        pixels = train_views(self.source.load, self.augment, self.spec, *address)
-        if not self.checked:
-            return shown, pixels, None
-        return shown, pixels, view_checksums(pixels, self.augment, *address)
+def _make_train_views(
+    source: ImageSource, augment: Augment, spec: InputSpec, seed: int, checked: bool, shown: Samples
+) -> _Views:
+    address = seed, shown.views, shown.ids
+    pixels = train_views(source.load, augment, spec, *address)
+    return shown, pixels, view_checksums(pixels, augment, *address) if checked else None
 
 
-@dataclass(frozen=True)
-class _MakeEvalViews:
-    source: ImageSource
-    spec: InputSpec
-
-    def __call__(self, shown: Samples) -> tuple[Samples, UInt8[Tensor, "B 3 H W"]]:
-        views = [eval_view(self.source.load(i), self.spec) for i in shown.ids.tolist()]
-        return shown, torch.stack(views)
+def _make_eval_views(
+    source: ImageSource, spec: InputSpec, shown: Samples
+) -> tuple[Samples, UInt8[Tensor, "B 3 H W"]]:
+    return shown, torch.stack([eval_view(source.load(i), spec) for i in shown.ids.tolist()])
 
 
 def _plain_batch(

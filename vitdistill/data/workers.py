@@ -10,10 +10,9 @@ import os
 import signal
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -50,24 +49,38 @@ def map_in_workers(
             generator=torch.Generator(),  # otherwise the global one is drawn from
         )
         with _start_workers():
-            running = _Workers(iter(loader))
-    _RUNNING.add(running)
+            iterator: Any = iter(loader)
+    processes, owner = list(getattr(iterator, "_workers", [])), os.getpid()
+
+    def stop() -> None:
+        """End the workers; one that does not leave is killed (it has no state to lose)."""
+        if processes and os.getpid() == owner:
+            iterator._shutdown_workers()
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+
+    # An iteration may still be open when the program ends. Hooks run last in, first out, so this
+    # one comes before multiprocessing's, which waits for workers, and these ignore SIGTERM.
+    atexit.register(stop)
     try:
-        yield _receive(running)
+        yield _receive(iterator, processes)
     finally:
-        running.stop()
+        atexit.unregister(stop)
+        stop()
 
 
-def _receive(running: "_Workers") -> Iterator[Any]:
+def _receive(iterator: Any, processes: list[Any]) -> Iterator[Any]:
     while True:
         try:
-            item = next(running.iterator)
+            item = next(iterator)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
             # A dead worker shows as torch's RuntimeError, or as a broken connection in the middle
-            # of a transfer.
-            if "DataLoader worker" not in str(error) and not running.lost():
+            # of a transfer, which breaks a moment before the worker is gone.
+            lost = wait([process.sentinel for process in processes], timeout=2.0)
+            if "DataLoader worker" not in str(error) and not lost:
                 raise
             raise DataError(
                 "a data loading worker was killed, often for lack of memory",
@@ -112,8 +125,7 @@ def _start_workers() -> Iterator[None]:
 
     Workers begin with signals blocked: one that came before `_ignore_signals` would end them. And
     the SIGCHLD handler that torch sets is undone: it raises for a dead worker at any point of the
-    program, be it in the middle of a backward pass or of a checkpoint. Without it, `_receive`
-    notices the death within seconds.
+    program, even in the middle of a checkpoint. `_receive` notices the death within seconds.
     """
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main else None
@@ -124,40 +136,3 @@ def _start_workers() -> Iterator[None]:
         if handler is not None:
             signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@dataclass(eq=False)
-class _Workers:
-    """The running worker processes of one iterator."""
-
-    iterator: Any
-    owner: int = field(default_factory=os.getpid)
-
-    @property
-    def processes(self) -> list[Any]:
-        return list(getattr(self.iterator, "_workers", []))
-
-    def lost(self) -> bool:
-        """Whether a worker dies within a moment: its connections break before it is gone."""
-        return bool(wait([process.sentinel for process in self.processes], timeout=2.0))
-
-    def stop(self) -> None:
-        """End the workers; one that does not leave is killed (it has no state to lose)."""
-        processes, iterator, self.iterator = self.processes, self.iterator, None
-        if not processes or os.getpid() != self.owner:
-            return
-        iterator._shutdown_workers()
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-
-
-_RUNNING: "weakref.WeakSet[_Workers]" = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_all() -> None:
-    # Before multiprocessing joins its children at exit, which would wait forever for workers that
-    # ignore SIGTERM.
-    for workers in list(_RUNNING):
-        workers.stop()

@@ -6,13 +6,12 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 
 from .. import keyed
 from ..data.batch import Batch
 from ..data.loader import EvalLoader
-from ..data.sources.base import ImageSource
+from ..data.sources.base import ImageSource, PartSource
 from ..errors import ConfigError, DataError, Give, NonFiniteError, UserError
 from ..vit.families import family_of
 from ..vit.needs import Needs
@@ -134,24 +133,6 @@ def _in_sample_order(
     return rows, known
 
 
-class _Part(ImageSource):
-    """Some images of a source, in its order."""
-
-    def __init__(self, source: ImageSource, ids: keyed.I64) -> None:
-        self._source, self._ids = source, ids
-        self.name, self.classes = source.name, source.classes
-        self.labels, self.sizes = source.labels[ids], source.sizes[ids]
-
-    def key(self, i: int) -> str:
-        return self._source.key(int(self._ids[i]))
-
-    def load(self, i: int) -> Image.Image:
-        return self._source.load(int(self._ids[i]))
-
-    def image_size(self, i: int) -> tuple[int, int]:
-        return self._source.image_size(int(self._ids[i]))
-
-
 def evenly(source: ImageSource, count: int) -> ImageSource:
     """Return at most ``count`` images, each class with its share, always the same ones."""
     size = len(source)
@@ -160,7 +141,7 @@ def evenly(source: ImageSource, count: int) -> ImageSource:
     # Laid out class by class, shuffled within each, and taken at equal steps.
     shuffled = keyed.permutation(0, 0, size, keyed.Stream.SUBSET)
     by_class = shuffled[np.argsort(source.labels[shuffled], kind="stable")]
-    return _Part(source, np.sort(by_class[np.arange(count, dtype=np.int64) * size // count]))
+    return PartSource(source, np.sort(by_class[np.arange(count, dtype=np.int64) * size // count]))
 
 
 def labelled(features: Tensor, labels: Tensor, split: str) -> tuple[Tensor, Tensor]:

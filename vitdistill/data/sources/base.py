@@ -3,7 +3,8 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
 
@@ -13,14 +14,15 @@ from PIL import Image
 from ...errors import DataError, MissingSplit, Set
 from ...keyed import I64
 from ...messages import listed, plural, printable
+from .decode import REMEDY, decode_image, image_size
 
 Split = Literal["train", "val"]
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "val": ("val", "validation", "test"),
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval", "test", "testing"),
 }
-"""The folder names that hold a split; the first one found is used."""
+"""What a split's folder, table or part on the hub may be called; the first one found is used."""
 
 _SUFFIXES = "jpg jpeg jpe jfif png apng webp gif avif jp2 bmp dib ico tga tif tiff pgm ppm pbm pnm"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
@@ -69,6 +71,24 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
 
+class PartSource(ImageSource):
+    """Some images of a source, in the order of their numbers there, int64 (N,)."""
+
+    def __init__(self, source: ImageSource, ids: I64) -> None:
+        self._source, self._ids = source, ids
+        self.name, self.classes = source.name, source.classes
+        self.labels, self.sizes = source.labels[ids], source.sizes[ids]
+
+    def key(self, i: int) -> str:
+        return self._source.key(int(self._ids[i]))
+
+    def load(self, i: int) -> Image.Image:
+        return self._source.load(int(self._ids[i]))
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        return self._source.image_size(int(self._ids[i]))
+
+
 def is_image(path: str) -> bool:
     """Whether the file at ``path``, inside a source, is an image: by its suffix, and not hidden.
 
@@ -84,39 +104,63 @@ def split_options(location: str) -> tuple[str, dict[str, str]]:
     return path, dict(parse_qsl(options, keep_blank_values=True))
 
 
-def arrange(
-    name: str, files: Sequence[tuple[str, int]], folders: Iterable[str] = ()
-) -> tuple[tuple[str, ...], list[str], I64, I64]:
-    """Sort images, given as (path inside the split, bytes), into (classes, keys, labels, sizes).
+class FileSource(ImageSource):
+    """Image files in one folder a class, classes ordered by name; without folders, unlabelled."""
 
-    Paths without a folder mean a set without labels. Raises `DataError` for an empty file, a
-    mixture of both layouts, or one of the class ``folders`` without images.
-    """
-    labelled = any("/" in path for path, _ in files)
-    owners = [path.split("/", 1)[0] if "/" in path else "" for path, _ in files]
-    classes = tuple(sorted(set(owners))) if labelled else ()
-    if labelled and "" in classes:
-        stray = files[owners.index("")][0]
-        raise DataError(
-            f"{name} has class folders and also images beside them, such as {printable(stray)!r}",
-            "move or remove those",
-        )
-    empty = sorted(set(folders) - set(classes))
-    if empty:
-        raise DataError(
-            f"the class folder {name}/{printable(empty[0])} has no images", "fill or remove it"
-        )
-    for path, size in files:
-        if size == 0:
-            raise DataError(f"{name}/{printable(path)}: the file is empty", "replace or remove it")
-    index = {c: i for i, c in enumerate(classes)}
-    order = sorted(range(len(files)), key=lambda i: (owners[i], files[i][0]))
-    return (
-        classes,
-        [files[i][0] for i in order],
-        np.array([index.get(owners[i], -1) for i in order], dtype=np.int64),
-        np.array([files[i][1] for i in order], dtype=np.int64),
-    )
+    def __init__(self, name: str, files: Mapping[str, int], folders: Iterable[str]) -> None:
+        """Arrange ``files``, bytes by path inside the split.
+
+        Raises `DataError` for an empty file, a mixture of both layouts, or one of the class
+        ``folders`` without images.
+        """
+        owners = {path: path.split("/", 1)[0] if "/" in path else "" for path in files}
+        found = set(owners.values())
+        if "" in found and len(found) > 1:
+            stray = next(path for path, owner in owners.items() if not owner)
+            raise DataError(
+                f"{name} has class folders and also images beside them, such as"
+                f" {printable(stray)!r}",
+                "move or remove those",
+            )
+        for folder in sorted(set(folders) - found):
+            raise DataError(
+                f"the class folder {name}/{printable(folder)} has no images", "fill or remove it"
+            )
+        for path in files:
+            if files[path] == 0:
+                raise DataError(f"{name}/{printable(path)}: the file is empty", REMEDY)
+        self.name = name
+        self.classes = tuple(sorted(found - {""}))
+        self._keys = sorted(files, key=lambda path: (owners[path], path))
+        label = {folder: i for i, folder in enumerate(self.classes)}
+        self.labels = np.array([label.get(owners[key], -1) for key in self._keys], dtype=np.int64)
+        self.sizes = np.array([files[key] for key in self._keys], dtype=np.int64)
+
+    @abstractmethod
+    def content(self, i: int) -> bytes | Path:
+        """Return what image ``i``'s file holds, or its path."""
+
+    def key(self, i: int) -> str:
+        return self._keys[i]
+
+    def load(self, i: int) -> Image.Image:
+        return decode_image(self.content(i), self._title(i))
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        return image_size(self.content(i), self._title(i))
+
+    def _title(self, i: int) -> str:
+        return f"{self.name}/{printable(self._keys[i])}"
+
+
+def split_folder(name: str, split: Split, folders: Collection[str], has_images: bool) -> str:
+    """Choose the split's among the ``folders`` of a place; "": the place itself, for training."""
+    for folder in SPLIT_NAMES[split]:
+        if folder in folders:
+            return folder
+    if split == "train" and has_images:
+        return ""
+    raise no_split(name, split, folders)
 
 
 def no_split(name: str, split: Split, found: Iterable[str]) -> MissingSplit:

@@ -27,17 +27,11 @@ def open_builtin(location: str, split: Split) -> ImageSource | None:
     if kind != "torchvision" or os.path.isdir(location):
         return None
     if name not in _BY_FLAG + _BY_NAME:
-        raise ConfigError(
-            f"unknown data set {printable(path)!r}",
-            suggest(name, _BY_FLAG + _BY_NAME),
-            field="data.dir",
-        )
+        fix = suggest(name, _BY_FLAG + _BY_NAME)
+        raise ConfigError(f"unknown data set {printable(path)!r}", fix, field="data.dir")
     if set(options) != {"root"}:
-        raise ConfigError(
-            f"{path} needs its folder, and only that",
-            f"write {path}?root=FOLDER",
-            field="data.dir",
-        )
+        what = f"{path} needs its folder, and only that"
+        raise ConfigError(what, f"write {path}?root=FOLDER", field="data.dir")
     return TorchvisionSource(name, Path(options["root"]).expanduser(), split)
 
 
@@ -59,29 +53,22 @@ class TorchvisionSource(ImageSource):
         self.sizes = np.full(len(self.labels), self._images[0].nbytes, dtype=np.int64)
 
     def key(self, i: int) -> str:
-        """Return the split and the image's number."""
         return f"{self._split}/{i:06d}"
 
     def load(self, i: int) -> Image.Image:
-        """Return image ``i``."""
         return Image.fromarray(self._images[i]).convert("RGB")
 
     def image_size(self, i: int) -> tuple[int, int]:
-        """Return (width, height), the same for all images."""
         return self._images.shape[2], self._images.shape[1]
 
 
 def _read(name: str, root: Path, split: Split) -> Any:
-    make = getattr(datasets, name)
-    choice: dict[str, Any] = (
-        {"train": split == "train"}
-        if name in _BY_FLAG
-        else {"split": "train" if split == "train" else "test"}
-    )
+    wanted = "train" if split == "train" else "test"
+    choice = {"train": split == "train"} if name in _BY_FLAG else {"split": wanted}
     try:
         if not root.is_dir():  # torchvision would create it
             raise FileNotFoundError("there is no such folder")
-        return make(str(root), download=False, **choice)
+        return getattr(datasets, name)(str(root), download=False, **choice)
     except Exception as error:
         # RuntimeError for absent or altered files, and whatever unpickling or unpacking raises.
         reason = printable(str(error).split(". ")[0].split("\n")[0])

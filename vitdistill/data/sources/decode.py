@@ -23,7 +23,6 @@ MAX_PIXELS = 64 * 1024 * 1024
 """Largest image that is decoded, in pixels."""
 
 _ORIENTATION = 0x0112
-_ROTATED = (5, 6, 7, 8)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,7 +35,7 @@ _TURNS = {
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-_REMEDY = "replace or remove the file"
+REMEDY = "replace or remove the file"
 
 
 def decode_image(data: bytes | Path, name: str) -> Image.Image:
@@ -56,7 +55,7 @@ def image_size(data: bytes | Path, name: str) -> tuple[int, int]:
     """Read the (width, height) that `decode_image` would give, from the header; raises alike."""
     with _opened(data, name) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) in _ROTATED else (width, height)
+        return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 @contextmanager
@@ -79,12 +78,12 @@ def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
     except PermissionError as error:
         raise PermissionDenied(f"{name}: no permission to read this image") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{name}: not an image in a known format", _REMEDY) from error
+        raise DataError(f"{name}: not an image in a known format", REMEDY) from error
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, a
         # DecompressionBombError and more.
         reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
-        raise DataError(f"{name}: the image is damaged or cut short ({reason})", _REMEDY) from error
+        raise DataError(f"{name}: the image is damaged or cut short ({reason})", REMEDY) from error
 
 
 def _orientation(image: Image.Image) -> int:

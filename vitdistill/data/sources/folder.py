@@ -4,80 +4,60 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from ...errors import DataError, PermissionDenied
 from ...messages import printable
-from .base import SPLIT_NAMES, ImageSource, Split, arrange, is_image, no_split
-from .decode import decode_image, image_size
+from .base import FileSource, ImageSource, Split, is_image, split_folder
 
 
 def open_folder(location: str, split: Split) -> ImageSource | None:
-    """Open a folder ``root/{train,val}/<class>/*``; None for what is no folder."""
+    """Open a folder ``root/{train,val}/<class>/*``; None for what is no folder.
+
+    For training, a folder that holds images itself is read as one set without labels.
+    """
     root = Path(location).expanduser()
     return FolderSource(root, split) if root.is_dir() else None
 
 
-class FolderSource(ImageSource):
-    """Images in ``root/<split>/<class>/*``, classes ordered by name.
-
-    For training, a ``root`` that holds images itself is read as one set without labels.
-    """
+class FolderSource(FileSource):
+    """Images in the files of a folder."""
 
     def __init__(self, root: Path, split: Split) -> None:
         """Index the folder. Raises `MissingSplit`, `DataError` or `PermissionDenied`."""
-        self.root = _split_folder(root, split)
-        self.name = printable(self.root)
-        folders = [e.name for e in _list(self.root) if e.is_dir() and not e.name.startswith(".")]
-        self.classes, self._keys, self.labels, self.sizes = arrange(
-            self.name, list(_walk(self.root, "")), folders
-        )
+        _, folders, names = next(_walk(root))
+        has_images = any(is_image(name) for name in names)
+        self.root = root / split_folder(printable(root), split, set(folders), has_images)
+        files: dict[str, int] = {}
+        classes: list[str] = []
+        for folder, folders, names in _walk(self.root):
+            inside = os.path.relpath(folder, self.root) + "/"
+            if inside == "./":
+                inside, classes = "", folders
+            for name in names:
+                if is_image(name):
+                    files[inside + name] = _size(os.path.join(folder, name))
+        super().__init__(printable(self.root), files, classes)
 
-    def key(self, i: int) -> str:
-        """Return the path inside the split's folder, with forward slashes."""
-        return self._keys[i]
-
-    def load(self, i: int) -> Image.Image:
-        """Decode image ``i``."""
-        path = self.root / self._keys[i]
-        return decode_image(path, printable(path))
-
-    def image_size(self, i: int) -> tuple[int, int]:
-        """Return (width, height) from the file's header."""
-        path = self.root / self._keys[i]
-        return image_size(path, printable(path))
+    def content(self, i: int) -> Path:
+        """Return the file's path."""
+        return self.root / self._keys[i]
 
 
-def _split_folder(root: Path, split: Split) -> Path:
-    for name in SPLIT_NAMES[split]:
-        if (root / name).is_dir():
-            return root / name
-    entries = _list(root)
-    if split == "train" and any(is_image(e.name) and e.is_file() for e in entries):
-        return root
-    raise no_split(printable(root), split, (e.name for e in entries if e.is_dir()))
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield every folder below ``root`` that is not hidden: its path, folders and files."""
+    for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield folder, folders, names
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    for entry in _list(folder):
-        key = prefix + entry.name
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), f"{key}/")
-        elif is_image(entry.name):
-            try:
-                yield key, entry.stat().st_size
-            except OSError as error:
-                raise DataError(
-                    f"{printable(entry.path)}: the file cannot be read ({error.strerror})",
-                    "replace or remove it",
-                ) from error
-
-
-def _list(folder: Path) -> list[os.DirEntry[str]]:
+def _size(path: str) -> int:
     try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda e: e.name)
-    except PermissionError as error:
-        raise PermissionDenied(f"no permission to list the folder {printable(folder)}") from error
+        return os.stat(path).st_size
+    except OSError as error:
+        _refuse(error)
+        raise
+
+
+def _refuse(error: OSError) -> None:
+    kind = PermissionDenied if isinstance(error, PermissionError) else DataError
+    what = f"{printable(error.filename)} cannot be read ({error.strerror})"
+    raise kind(what, "make it readable, or remove it") from error

@@ -22,16 +22,9 @@ from ...messages import listed, plural, printable, suggest
 from .base import SPLIT_NAMES, ImageSource, Split, split_options
 from .decode import decode_image, image_size
 
-TABLE_SUFFIXES = frozenset((".parquet", ".arrow"))
-"""File names that are read as tables."""
-
 MAX_PARQUET_BYTES = 16 * 2**30
 """Parquet files of one split above this total are refused: they would be held in memory."""
 
-_SPLIT_WORDS: dict[Split, tuple[tuple[str, ...], ...]] = {
-    "train": (("train", "training"),),
-    "val": (("val", "valid", "validation", "dev"), ("test", "testing")),
-}
 _OPTIONS = ("image", "label")
 
 
@@ -78,7 +71,7 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
     datasets = _extra("datasets")
     try:
         found = datasets.get_dataset_split_names(name)
-        chosen = next((s for words in _SPLIT_WORDS[split] for s in found if s in words), None)
+        chosen = next((word for word in SPLIT_NAMES[split] if word in found), None)
         table = None if chosen is None else datasets.load_dataset(name, split=chosen).data.table
     except Exception as error:
         reason = printable(" ".join(str(error).split()))[:160]
@@ -91,9 +84,8 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
         raise MissingSplit(
             f"{printable(path)} has no {split} split, but {listed(found, 5)}", field="data.dir"
         )
-    return TableSource(
-        f"{printable(path)} ({chosen})", table, *_columns(path, table.schema, options)
-    )
+    columns = _columns(path, table.schema, options)
+    return TableSource(f"{printable(path)} ({chosen})", table, *columns)
 
 
 class TableSource(ImageSource):
@@ -104,9 +96,9 @@ class TableSource(ImageSource):
         arrow, compute = _extra("pyarrow"), _extra("pyarrow.compute")
         self.name = name
         column = table.column(image)
-        self._bytes = (
-            compute.struct_field(column, "bytes") if arrow.types.is_struct(column.type) else column
-        )
+        if arrow.types.is_struct(column.type):
+            column = compute.struct_field(column, "bytes")
+        self._bytes = column.cast(arrow.large_binary())  # of whatever size, layout or dictionary
         sizes = compute.fill_null(compute.binary_length(self._bytes), 0)
         self.sizes = np.asarray(sizes.to_numpy(), dtype=np.int64)
         if not self.sizes.all():
@@ -116,15 +108,12 @@ class TableSource(ImageSource):
         self.classes, self.labels = _labels(name, table, label)
 
     def key(self, i: int) -> str:
-        """Return the row number."""
         return f"{i:08d}"
 
     def load(self, i: int) -> Image.Image:
-        """Decode the image of row ``i``."""
         return decode_image(self._bytes[i].as_py(), f"{self.name}: row {i}")
 
     def image_size(self, i: int) -> tuple[int, int]:
-        """Return (width, height) from the image's header."""
         return image_size(self._bytes[i].as_py(), f"{self.name}: row {i}")
 
 
@@ -141,15 +130,14 @@ def _extra(module: str) -> ModuleType:
 
 
 def _is_table(path: Path) -> bool:
-    hidden = path.name.startswith(".")
-    return path.suffix.lower() in TABLE_SUFFIXES and not hidden and path.is_file()
+    is_named = path.suffix.lower() in (".parquet", ".arrow") and not path.name.startswith(".")
+    return is_named and path.is_file()
 
 
 def _is_table_folder(root: Path) -> bool:
     """Whether tables lie in ``root``, in its ``data`` folder or in the folder of a split."""
-    splits = (root / name for names in SPLIT_NAMES.values() for name in names)
-    places = (root, root / "data", *splits)
-    return any(_is_table(path) for place in places if place.is_dir() for path in place.iterdir())
+    names = (".", "data", *(name for names in SPLIT_NAMES.values() for name in names))
+    return any(_is_table(path) for name in names for path in (root / name).glob("*"))
 
 
 def _files_of_split(root: Path, split: Split) -> list[Path]:
@@ -158,19 +146,16 @@ def _files_of_split(root: Path, split: Split) -> list[Path]:
     Where no file says any split, all of them are training data.
     """
     files = sorted(p for p in root.rglob("*") if _is_table(p)) if root.is_dir() else [root]
-
-    def words(file: Path) -> set[str]:
-        path = str(file.relative_to(root)) if root.is_dir() else file.name
-        return set(re.split(r"[^a-z]+", path.lower()))
-
-    for group in _SPLIT_WORDS[split]:
-        chosen = [f for f in files if words(f) & set(group)]
+    place = root if root.is_dir() else root.parent
+    words = {f: set(re.split(r"[^a-z]+", str(f.relative_to(place)).lower())) for f in files}
+    for word in SPLIT_NAMES[split]:
+        chosen = [file for file in files if word in words[file]]
         if chosen:
             return chosen
-    known = {word for groups in _SPLIT_WORDS.values() for group in groups for word in group}
-    if split == "train" and not any(words(f) & known for f in files):
+    known = {word for names in SPLIT_NAMES.values() for word in names}
+    if split == "train" and not any(words[file] & known for file in files):
         return files
-    found = listed((f.name for f in files), 5)
+    found = listed((file.name for file in files), 5)
     raise MissingSplit(
         f"{printable(root)} has no table whose name says {split!r}, but {found}", field="data.dir"
     )
@@ -205,16 +190,11 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 def _columns(name: str, schema: Any, options: dict[str, str]) -> tuple[str, str | None]:
     """Choose the image and the label column. Raises `ConfigError` where ``options`` must say."""
     for option, column in options.items():
-        if option not in _OPTIONS:
+        word, known = (column, schema.names) if option in _OPTIONS else (option, _OPTIONS)
+        if word not in known:
             raise ConfigError(
-                f"unknown option {printable(option)!r} behind {name}",
-                suggest(option, _OPTIONS),
-                field="data.dir",
-            )
-        if column not in schema.names:
-            raise ConfigError(
-                f"{name} has no column {printable(column)!r}",
-                suggest(column, schema.names),
+                f"{name} cannot be read with {printable(f'{option}={column}')!r}",
+                suggest(word, known),
                 field="data.dir",
             )
     types = _extra("pyarrow").types
@@ -222,10 +202,12 @@ def _columns(name: str, schema: Any, options: dict[str, str]) -> tuple[str, str 
 
     def holds_images(column: str) -> bool:
         kind = schema.field(column).type
-        is_struct = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        return kinds.get(column) == "Image" or is_struct or types.is_binary(kind)
+        if types.is_struct(kind):
+            return bool(kind.get_field_index("bytes") >= 0)
+        return "binary" in str(kind)  # of whatever size, layout or dictionary
 
     images = [c for c in schema.names if holds_images(c)]
+    images = [c for c in images if kinds.get(c) == "Image"] or images
     labels = [c for c in schema.names if kinds.get(c) == "ClassLabel"]
     labels = labels or [c for c in schema.names if c in ("label", "labels", "fine_label")]
     image = options.get("image") or _only(name, "image", images, ("image", "img"))
@@ -250,27 +232,26 @@ def _only(name: str, role: str, found: Sequence[str], preferred: Sequence[str]) 
 def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], I64]:
     """Read class names and labels.
 
-    Names come from the schema, from string labels, or are the numbers themselves.
+    Names come from the schema, or are the distinct values: texts, or numbers from 0 on.
     """
-    types = _extra("pyarrow").types
+    arrow = _extra("pyarrow")
     if label is None:
         return (), np.full(table.num_rows, -1, dtype=np.int64)
     column = table.column(label)
-    names = _features(table.schema).get(label, {}).get("names")
     if column.null_count:
         raise DataError(f"{name}: {label!r} is empty in {plural(column.null_count, 'row')}")
-    if types.is_string(column.type) or types.is_large_string(column.type):
-        values = column.to_pylist()
-        classes = tuple(names or sorted(set(values)))
-        index = {c: i for i, c in enumerate(classes)}
-        labels = np.array([index.get(v, -1) for v in values], dtype=np.int64)
-    elif types.is_integer(column.type):
-        labels = np.asarray(column.to_numpy(), dtype=np.int64)
-        classes = tuple(names or map(str, range(int(labels.max(initial=-1)) + 1)))
-    else:
-        raise DataError(f"{name}: {label!r} has {column.type} values, not whole numbers or names")
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(outside):
-        value = printable(str(column[int(outside[0])].as_py()))
+    is_text = "string" in str(column.type)
+    try:
+        values = column.cast(arrow.large_string() if is_text else arrow.int64()).to_pylist()
+    except arrow.ArrowException as error:
+        raise DataError(
+            f"{name}: {label!r} has {column.type} values, not whole numbers or names"
+        ) from error
+    names = _features(table.schema).get(label, {}).get("names")
+    classes = tuple(map(str, names or sorted(v for v in set(values) if is_text or v >= 0)))
+    index = {(name if is_text or not names else i): i for i, name in enumerate(classes)}
+    labels = np.array([index.get(v if names else str(v), -1) for v in values], dtype=np.int64)
+    if (labels < 0).any():
+        value = printable(str(values[int(labels.argmin())]))
         raise DataError(f"{name}: label {value} is outside the {len(classes)} classes")
     return classes, labels

@@ -12,9 +12,9 @@ from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes
 from .randaugment import Operation, Policy, apply_operation, draw_jitter
 
 
-def can_batch(augment: Augment, spec: InputSpec) -> bool:
+def can_batch(augment: Augment) -> bool:
     """Whether `BatchViews` has all of ``augment``: no AutoAugment, AugMix or ``t`` sets of timm."""
-    return augment.aa is None or _policy(augment, spec) is not None
+    return augment.aa is None or Policy.of(augment.aa) is not None
 
 
 class BatchViews:
@@ -27,9 +27,8 @@ class BatchViews:
         self, images: UInt8[Tensor, "N 3 H W"], augment: Augment, spec: InputSpec, seed: int
     ) -> None:
         """Hold the images."""
-        assert can_batch(augment, spec)
         self.images, self.augment, self.spec, self.seed = images, augment, spec, seed
-        self._policy = _policy(augment, spec)
+        self._policy = Policy.of(augment.aa) if augment.aa else None
         self._fill = torch.tensor([min(255, round(255 * m)) for m in spec.mean], dtype=torch.uint8)
 
     def __call__(
@@ -72,12 +71,6 @@ class BatchViews:
             return self._policy.draw(keys)
         strength = self.augment.color_jitter
         return draw_jitter(keys, strength) if strength else []
-
-
-def _policy(augment: Augment, spec: InputSpec) -> Policy | None:
-    if augment.aa is None:
-        return None
-    return Policy.of(augment.aa, spec.mean, augment.interpolation)
 
 
 def _send(array: I64, device: torch.device) -> Tensor:

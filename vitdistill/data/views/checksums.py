@@ -15,7 +15,7 @@ from torch import Tensor
 from ...keyed import I64
 from ..augment import Augment
 from .erasing import erased_boxes
-from .mixing import Mixing
+from .mixing import draw_mixing
 
 
 def view_checksums(
@@ -30,9 +30,8 @@ def view_checksums(
     done: list[I64] = []
     if augment.reprob:
         done.append(erased_boxes(augment.reprob, seed, sample_ids, views, height, width))
-    mixing = Mixing.of(augment)
-    if mixing is not None:
-        lam, cut, boxes = mixing.draw(seed, sample_ids, views, height, width)
+    if augment.mixes:
+        lam, cut, boxes = draw_mixing(augment, seed, sample_ids, views, height, width)
         # Rounded: a weight's last bits are the business of the numeric library.
         weight = np.rint(lam * 2**20).astype(np.int64)
         shared = [weight[:, None], cut[:, None].astype(np.int64), boxes * cut[:, None]]

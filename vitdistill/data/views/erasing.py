@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import keyed
 from ...keyed import I64, Stream
+from .geometry import inside_boxes
 
 _ATTEMPTS = 10
 _AREA = (0.02, 1 / 3)
@@ -33,24 +34,18 @@ def erase(
     if not len(rows):
         return images
     device = images.device
-    area = h * w
-    total = int(area.sum())
-    table = torch.from_numpy(np.stack([rows, top, left, w, np.cumsum(area) - area, area])).to(
-        device, non_blocking=True
+    boxes = torch.from_numpy(np.stack([top, top + h, left, left + w], axis=1)).to(device)
+    index = torch.from_numpy(rows).to(device)
+    # Noise of whole images, of which the box is kept: the number of pixels does not depend on the
+    # draws, so nothing here waits for the device.
+    address = torch.arange(channels * height * width, device=device).view(
+        1, channels, height, width
     )
-    # The host knows the total, so nothing here waits for the device.
-    box = torch.repeat_interleave(
-        torch.arange(len(rows), device=device), table[5], output_size=total
-    )
-    image, first_row, first_column, box_width, start, _ = table[:, box].unbind(0)
-    offset = torch.arange(total, device=device) - start
-    position = (first_row + offset // box_width) * width + first_column + offset % box_width
-    noise_keys = keyed.to_torch(
-        keyed.keys(seed, views, sample_ids, Stream.ERASE_NOISE)[rows], device
-    )[box]
-    address = position[:, None] + torch.arange(channels, device=device) * (height * width)
-    noise = keyed.torch_normals(noise_keys[:, None].expand_as(address), address)
-    images.view(len(images), channels * height * width)[image[:, None], address] = noise
+    keys = keyed.to_torch(keyed.keys(seed, views, sample_ids, Stream.ERASE_NOISE)[rows], device)
+    address = address.expand(len(rows), -1, -1, -1)
+    noise = keyed.torch_normals(keys[:, None, None, None].expand_as(address), address)
+    inside = inside_boxes(boxes, height, width)
+    images[index] = torch.where(inside, noise, images[index])
     return images
 
 

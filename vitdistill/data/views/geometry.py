@@ -13,14 +13,13 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ...keyed import F64, I64
 
 CROP_ATTEMPTS = 10
-CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2
-"""Uniform numbers that `random_boxes` takes for a sample."""
+CROP_UNIFORMS = 2 * CROP_ATTEMPTS + 2  # that `random_boxes` takes for a sample
 
 _FIXED_POINT = float(1 << 22)
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
@@ -46,12 +45,8 @@ def random_boxes(
     whole_h, whole_w = _largest_box(height, width, ratio)
     h = np.where(found, heights[row, first], whole_h)
     w = np.where(found, widths[row, first], whole_w)
-    top = np.where(
-        found, np.floor(uniforms[:, -2] * (height - h + 1)).astype(np.int64), (height - h) // 2
-    )
-    left = np.where(
-        found, np.floor(uniforms[:, -1] * (width - w + 1)).astype(np.int64), (width - w) // 2
-    )
+    places = np.floor(uniforms[:, -2:].T * (height - h + 1, width - w + 1)).astype(np.int64)
+    top, left = np.where(found, places, ((height - h) // 2, (width - w) // 2))
     return top, left, h, w
 
 
@@ -61,6 +56,14 @@ def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
     if width / height > ratio[1]:
         return height, round(height * ratio[1])
     return height, width
+
+
+def inside_boxes(boxes: Int[Tensor, "B 4"], height: int, width: int) -> Bool[Tensor, "B 1 H W"]:
+    """Return which pixels lie in each image's box ``(top, bottom, left, right)``."""
+    y = torch.arange(height, device=boxes.device)[:, None]
+    x = torch.arange(width, device=boxes.device)
+    top, bottom, left, right = boxes[:, :, None, None, None].unbind(1)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
 def crop_and_flip(
@@ -120,9 +123,8 @@ def _coefficients(
     centre = (torch.arange(out_size, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
     first = (centre - support + 0.5).floor().clamp(min=0.0)
     last = torch.minimum((centre + support + 0.5).floor(), length)
-    position = (
-        torch.arange(in_size, device=device, dtype=torch.float64) - start.double()[:, None, None]
-    )
+    pixel = torch.arange(in_size, device=device, dtype=torch.float64)
+    position = pixel - start.double()[:, None, None]
     weights = _kernel((position - centre + 0.5) * (1.0 / stretch), interpolation)
     weights = weights * ((position >= first) & (position < last))
     weights = weights / weights.sum(2, keepdim=True)

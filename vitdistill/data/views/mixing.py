@@ -7,8 +7,6 @@ Source: Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019; boxes
 weight as in timm's ``Mixup``.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,82 +17,68 @@ from ... import keyed
 from ...errors import ConfigError, Set
 from ...keyed import F64, I64, U64, Stream
 from ..augment import Augment
+from .geometry import inside_boxes
 
 _GAMMA_ATTEMPTS = 32
 _GAMMA_DRAWS = 1 + 3 * _GAMMA_ATTEMPTS
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """The settings; see `Augment` for their meaning."""
+def mix(
+    images: Float[Tensor, "B 3 H W"],
+    labels: Int[Tensor, " B"],
+    augment: Augment,
+    seed: int,
+    sample_ids: I64,
+    views: I64,
+) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Mix neighbours; ids and views are int64 (B,) on the host, B even.
 
-    mixup: float
-    cutmix: float
-    prob: float = 1.0
-    switch_prob: float = 0.5
+    Returns the mixed images, each one's partner's label, and the weight of its own.
+    """
+    height, width = images.shape[2:]
+    lam, cut, boxes = draw_mixing(augment, seed, sample_ids, views, height, width)
 
-    @classmethod
-    def of(cls, augment: Augment) -> "Mixing | None":
-        """Return the mixing that ``augment`` asks for, if any."""
-        if not augment.mixes:
-            return None
-        return cls(augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob)
+    def send(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(images.device, non_blocking=True)
 
-    def __call__(
-        self,
-        images: Float[Tensor, "B 3 H W"],
-        labels: Int[Tensor, " B"],
-        seed: int,
-        sample_ids: I64,
-        views: I64,
-    ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, " B"], Float[Tensor, " B"]]:
-        """Mix neighbours; ids and views are int64 (B,) on the host, B even.
+    partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    mixed = images
+    weight = send(np.repeat(lam, 2).astype(np.float32))
+    blended, pasted = np.flatnonzero(np.repeat(~cut, 2)), np.flatnonzero(np.repeat(cut, 2))
+    if len(blended):
+        rows = send(blended)
+        share = weight[rows, None, None, None]
+        mixed = mixed.index_copy(0, rows, mixed[rows] * share + partner[rows] * (1.0 - share))
+    if len(pasted):
+        rows = send(pasted)
+        inside = inside_boxes(send(boxes[pasted // 2]), height, width)
+        cut_in = torch.where(inside, partner[rows], images[rows])
+        mixed = mixed.index_copy(0, rows, cut_in)
+    return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight
 
-        Returns the mixed images, each one's partner's label, and the weight of its own.
-        """
-        height, width = images.shape[2:]
-        lam, cut, boxes = self.draw(seed, sample_ids, views, height, width)
 
-        def send(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(images.device, non_blocking=True)
+def draw_mixing(
+    augment: Augment, seed: int, sample_ids: I64, views: I64, height: int, width: int
+) -> tuple[F64, npt.NDArray[np.bool_], I64]:
+    """Draw how each pair of neighbours is mixed: ``(lam, cut, boxes)``, one row a pair.
 
-        partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-        mixed = images
-        weight = send(np.repeat(lam, 2).astype(np.float32))
-        blended, pasted = np.flatnonzero(np.repeat(~cut, 2)), np.flatnonzero(np.repeat(cut, 2))
-        if len(blended):
-            rows = send(blended)
-            share = weight[rows, None, None, None]
-            mixed = mixed.index_copy(0, rows, mixed[rows] * share + partner[rows] * (1.0 - share))
-        if len(pasted):
-            rows = send(pasted)
-            inside = _inside(send(boxes[pasted // 2]), height, width)
-            cut_in = torch.where(inside[:, None], partner[rows], images[rows])
-            mixed = mixed.index_copy(0, rows, cut_in)
-        return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight
-
-    def draw(
-        self, seed: int, sample_ids: I64, views: I64, height: int, width: int
-    ) -> tuple[F64, npt.NDArray[np.bool_], I64]:
-        """Draw how each pair of neighbours is mixed: ``(lam, cut, boxes)``, one row a pair.
-
-        ``lam`` is the weight of an image against its partner (1: not mixed), ``cut`` says whether
-        the box ``(top, bottom, left, right)`` is pasted. The weight of a cut pair is corrected to
-        the area that was really pasted.
-        """
-        smaller = sample_ids.reshape(-1, 2).min(axis=1)
-        keys = keyed.keys(seed, views[::2], smaller, Stream.MIX)
-        draws = keyed.uniforms(keys, 4)
-        switched = draws[:, 1] < self.switch_prob
-        cut = switched if self.mixup and self.cutmix else np.full(len(keys), self.cutmix > 0.0)
-        alpha = np.where(cut, self.cutmix, self.mixup)
-        lam = np.where(draws[:, 0] < self.prob, symmetric_beta(keys, alpha, start=4), 1.0)
-        side = np.sqrt(1.0 - lam)
-        boxes = np.stack(
-            [*_span(draws[:, 2], side, height), *_span(draws[:, 3], side, width)], axis=1
-        )
-        area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
-        return np.where(cut, 1.0 - area / float(height * width), lam), cut, boxes
+    ``lam`` is the weight of an image against its partner (1: not mixed), ``cut`` says whether the
+    box ``(top, bottom, left, right)`` is pasted. The weight of a cut pair is corrected to the area
+    that was really pasted.
+    """
+    smaller = sample_ids.reshape(-1, 2).min(axis=1)
+    keys = keyed.keys(seed, views[::2], smaller, Stream.MIX)
+    draws = keyed.uniforms(keys, 4)
+    switched = draws[:, 1] < augment.mixup_switch_prob
+    both = augment.mixup and augment.cutmix
+    cut = switched if both else np.full(len(keys), augment.cutmix > 0.0)
+    alpha = np.where(cut, augment.cutmix, augment.mixup)
+    drawn = symmetric_beta(keys, alpha, start=4)
+    lam = np.where(draws[:, 0] < augment.mixup_prob, drawn, 1.0)
+    side = np.sqrt(1.0 - lam)
+    boxes = np.stack([*_span(draws[:, 2], side, height), *_span(draws[:, 3], side, width)], axis=1)
+    area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+    return np.where(cut, 1.0 - area / float(height * width), lam), cut, boxes
 
 
 def check_even(batch: int) -> None:
@@ -111,13 +95,6 @@ def _span(draw: F64, side: F64, length: int) -> tuple[I64, I64]:
     cut = np.trunc(length * side).astype(np.int64)
     centre = np.floor(draw * length).astype(np.int64)
     return np.clip(centre - cut // 2, 0, length), np.clip(centre + (cut + 1) // 2, 0, length)
-
-
-def _inside(boxes: Int[Tensor, "B 4"], height: int, width: int) -> Tensor:
-    y = torch.arange(height, device=boxes.device)[None, :, None]
-    x = torch.arange(width, device=boxes.device)[None, None, :]
-    top, bottom, left, right = (b[:, None, None] for b in boxes.unbind(1))
-    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
 def symmetric_beta(keys: U64, alpha: F64, start: int = 0) -> F64:

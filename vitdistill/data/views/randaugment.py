@@ -1,9 +1,9 @@
 """RandAugment and colour jitter on a batch of uint8 images, each with its own operation.
 
-A layer gives every image one operation. Eight kinds are look-up tables, one an image (from its
-histogram where need be), and run as one gather; the five affine kinds share one resampling; colour
-and sharpness are blends. All equal Pillow's functions pixel for pixel. Which operations and
-strengths exist is read from timm's own transform, so its configuration strings mean the same here.
+A layer gives every image one operation. Eight kinds are look-up tables, one an image, and run as
+one gather; the five affine kinds share one resampling; colour and sharpness are blends. All equal
+Pillow's functions pixel for pixel. Which operations and strengths exist is read from timm's own
+transform, so its configuration strings mean the same here.
 
 Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, increasing
 and original sets).
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, Int, UInt8
 from timm.data import auto_augment
 from torch import Tensor
 
@@ -82,12 +82,12 @@ def _enhance_increasing(level: F64, sign: F64) -> F64:
     return np.maximum(0.1, 1.0 + sign * (level * 0.9))
 
 
-def _whole(largest: int, *, minus_from: int | None = None, plus: int = 0, most: int = 256) -> Level:
-    def value(level: F64, sign: F64) -> F64:
-        number = np.minimum(most, np.trunc(level * largest))
-        return (number if minus_from is None else minus_from - number) + plus
+def _bits(level: F64) -> F64:
+    return np.trunc(level * 4)
 
-    return value
+
+def _threshold(level: F64, sign: F64) -> F64:
+    return np.minimum(256, np.trunc(level * 256))
 
 
 OPERATIONS: dict[str, tuple[Kind, Level]] = {
@@ -95,12 +95,12 @@ OPERATIONS: dict[str, tuple[Kind, Level]] = {
     "Equalize": (Kind.EQUALIZE, _constant),
     "Invert": (Kind.INVERT, _constant),
     "Rotate": (Kind.ROTATE, _signed(30.0)),
-    "Posterize": (Kind.POSTERIZE, _whole(4)),
-    "PosterizeIncreasing": (Kind.POSTERIZE, _whole(4, minus_from=4)),
-    "PosterizeOriginal": (Kind.POSTERIZE, _whole(4, plus=4)),
-    "Solarize": (Kind.SOLARIZE, _whole(256)),
-    "SolarizeIncreasing": (Kind.SOLARIZE, _whole(256, minus_from=256)),
-    "SolarizeAdd": (Kind.SOLARIZE_ADD, _whole(110, most=128)),
+    "Posterize": (Kind.POSTERIZE, lambda level, sign: _bits(level)),
+    "PosterizeIncreasing": (Kind.POSTERIZE, lambda level, sign: 4 - _bits(level)),
+    "PosterizeOriginal": (Kind.POSTERIZE, lambda level, sign: 4 + _bits(level)),
+    "Solarize": (Kind.SOLARIZE, _threshold),
+    "SolarizeIncreasing": (Kind.SOLARIZE, lambda level, sign: 256 - _threshold(level, sign)),
+    "SolarizeAdd": (Kind.SOLARIZE_ADD, lambda level, sign: np.minimum(128, np.trunc(level * 110))),
     "Color": (Kind.COLOR, _enhance),
     "ColorIncreasing": (Kind.COLOR, _enhance_increasing),
     "Contrast": (Kind.CONTRAST, _enhance),
@@ -130,46 +130,41 @@ class Policy:
 
     @staticmethod
     @lru_cache(maxsize=16)
-    def of(config: str, mean: tuple[float, ...], interpolation: str) -> "Policy | None":
+    def of(config: str) -> "Policy | None":
         """Read timm's ``config`` string; None where it has operations for single images only."""
         if not config.startswith("rand"):
             return None
-        timm_policy: Any = auto_augment.rand_augment_transform(config, {"img_mean": mean})
-        names = tuple(op.name for op in timm_policy.ops)
-        if timm_policy.choice_weights is not None or not set(names) <= set(OPERATIONS):
+        theirs: Any = auto_augment.rand_augment_transform(config, {})
+        names = tuple(op.name for op in theirs.ops)
+        if theirs.choice_weights is not None or not set(names) <= set(OPERATIONS):
             return None
-        first = timm_policy.ops[0]
-        return Policy(
-            names,
-            int(timm_policy.num_layers),
-            float(first.prob),
-            float(first.magnitude),
-            float(first.magnitude_std),
-            float(first.magnitude_max or _LEVELS),
+        first = theirs.ops[0]
+        strength = (
+            first.prob,
+            first.magnitude,
+            first.magnitude_std,
+            first.magnitude_max or _LEVELS,
         )
+        return Policy(names, int(theirs.num_layers), *map(float, strength))
 
     def draw(self, keys: U64) -> list[Operation]:
         """Draw the operations of the samples with these keys, one `Operation` a layer."""
         starts = range(0, _LAYER_DRAWS * self.layers, _LAYER_DRAWS)
-        return [
-            self._layer(keyed.uniforms(keys, 4, start), keyed.normals(keys, 1, start + 4))
-            for start in starts
-        ]
+        return [self._layer(keys, start) for start in starts]
 
-    def _layer(self, draws: F64, noise: F64) -> Operation:
+    def _layer(self, keys: U64, start: int) -> Operation:
+        draws = keyed.uniforms(keys, 4, start)
         choice = np.floor(draws[:, 0] * len(self.names)).astype(np.int64)
-        # An infinite deviation is timm's word for a magnitude that is uniform in [0, magnitude).
-        uniform = math.isinf(self.magnitude_std)
-        magnitude = (
-            self.magnitude * draws[:, 3]
-            if uniform
-            else self.magnitude + self.magnitude_std * noise[:, 0]
-        )
+        if math.isinf(self.magnitude_std):  # timm's word for uniform in [0, magnitude)
+            magnitude = self.magnitude * draws[:, 3]
+        else:
+            noise = keyed.normals(keys, 1, start + 4)[:, 0]
+            magnitude = self.magnitude + self.magnitude_std * noise
         level = np.clip(magnitude, 0.0, self.magnitude_max) / _LEVELS
         sign = np.where(draws[:, 2] > 0.5, -1.0, 1.0)
-        table = [OPERATIONS[name] for name in self.names]
-        kind = np.array([k for k, _ in table], dtype=np.int64)[choice]
-        value = np.stack([f(level, sign) for _, f in table])[choice, np.arange(len(choice))]
+        kinds, levels = zip(*(OPERATIONS[name] for name in self.names), strict=True)
+        kind = np.array(kinds, dtype=np.int64)[choice]
+        value = np.stack([f(level, sign) for f in levels])[choice, np.arange(len(choice))]
         applied = draws[:, 1] <= self.prob
         return Operation(np.where(applied, kind, Kind.NOTHING), np.where(applied, value, 0.0))
 
@@ -192,28 +187,31 @@ def apply_operation(
     interpolation: str,
 ) -> UInt8[Tensor, "B 3 H W"]:
     """Apply one layer; affine operations show the colour ``fill`` outside the image."""
-    kind = operation.kind
-    images = images.clone()
+    kind, device, (height, width) = operation.kind, images.device, images.shape[2:]
+
+    def transform(chosen: Tensor, kind: I64, value: F64) -> Tensor:
+        matrices = _matrices(kind, value, height, width).to(device)
+        return affine(chosen, matrices, fill.to(device), interpolation)
+
     groups: tuple[tuple[np.ndarray, Callable[[Tensor, I64, F64], Tensor]], ...] = (
         ((kind > Kind.NOTHING) & (kind <= _LAST_TABLE), _through_tables),
-        (kind == Kind.COLOR, lambda x, k, v: _blend(_grey(x)[:, None], x, v)),
-        (kind == Kind.SHARPNESS, lambda x, k, v: _blend(_smooth(x), x, v)),
-        (
-            kind >= _FIRST_AFFINE,
-            lambda x, k, v: affine(
-                x,
-                _matrices(k, v, x.shape[2], x.shape[3]).to(x.device),
-                fill.to(x.device),
-                interpolation,
-            ),
-        ),
+        (kind == Kind.COLOR, lambda x, k, v: _blend(_grey(x)[:, None], x, _send(v, x, 4))),
+        (kind == Kind.SHARPNESS, lambda x, k, v: _blend(_smooth(x), x, _send(v, x, 4))),
+        (kind >= _FIRST_AFFINE, transform),
     )
+    images = images.clone()
     for members, function in groups:
         rows = np.flatnonzero(members)
         if len(rows):
-            index = torch.from_numpy(rows).to(images.device, non_blocking=True)
+            index = _send(rows, images)
             images[index] = function(images[index], kind[rows], operation.value[rows])
     return images
+
+
+def _send(values: np.ndarray, images: Tensor, ndim: int = 1) -> Tensor:
+    """Return one number an image, on the images' device, with ``ndim`` dimensions."""
+    sent = torch.from_numpy(values).to(images.device, non_blocking=True)
+    return sent.view(-1, *[1] * (ndim - 1))
 
 
 def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "B 6"]:
@@ -237,15 +235,11 @@ def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "
     return torch.from_numpy(matrix)
 
 
-def _blend(
-    base: Tensor, images: Integer[Tensor, "B *shape"], factor: F64
-) -> UInt8[Tensor, "B *shape"]:
+def _blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     """Do Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut off."""
-    weight = (
-        torch.from_numpy(factor).to(images.device, torch.float32).view(-1, *[1] * (images.ndim - 1))
-    )
     base = base.float()
-    return (base + weight * (images.float() - base)).clamp_(0, 255).to(torch.uint8)
+    mixed = base + factor.float() * (images.float() - base)
+    return mixed.clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B H W"]:
@@ -266,23 +260,16 @@ def _smooth(images: UInt8[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
 def _through_tables(
     images: UInt8[Tensor, "B 3 H W"], kind: I64, value: F64
 ) -> UInt8[Tensor, "B 3 H W"]:
-    tables = torch.arange(256, device=images.device, dtype=torch.uint8).repeat(len(kind), 3, 1)
+    """Replace every level of each image by its kind's table, (B, 3, 256)."""
+    ramp = torch.arange(256, device=images.device)[None, None]
+    tables = torch.empty((len(kind), 3, 256), dtype=torch.uint8, device=images.device)
     for one, make in _TABLES.items():
         rows = np.flatnonzero(kind == one)
         if len(rows):
-            index = torch.from_numpy(rows).to(images.device, non_blocking=True)
-            tables[index] = make(images, index, value[rows])
+            index = _send(rows, images)
+            made = make(images[index], ramp, _send(value[rows], images, 3))
+            tables[index] = made.to(torch.uint8)
     return tables.gather(2, images.flatten(2).long()).view(images.shape)
-
-
-def _ramp(images: Tensor) -> Int[Tensor, "1 1 256"]:
-    return torch.arange(256, device=images.device)[None, None]
-
-
-def _column(images: Tensor, value: F64) -> Int[Tensor, "B 1 1"]:
-    return torch.from_numpy(value.astype(np.int64)).to(images.device, non_blocking=True)[
-        :, None, None
-    ]
 
 
 def _histograms(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B 3 256"]:
@@ -293,70 +280,51 @@ def _histograms(images: UInt8[Tensor, "B 3 H W"]) -> Int[Tensor, "B 3 256"]:
     return counts.scatter_add_(0, index, torch.ones_like(index)).view(-1, 3, 256)
 
 
-def _autocontrast_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    present = _histograms(images[rows]) > 0
-    ramp = _ramp(images)
+def _autocontrast(images: Tensor, ramp: Tensor, value: Tensor) -> Tensor:
+    present = _histograms(images) > 0
     low = present.int().argmax(2, keepdim=True)
     high = 255 - present.flip(2).int().argmax(2, keepdim=True)
     # Tensor by tensor: torch takes a number over a tensor by way of the reciprocal, which is not
     # correctly rounded.
     scale = torch.full_like(low, 255, dtype=torch.float64) / (high - low).clamp(min=1)
     stretched = (ramp * scale + -low * scale).clamp(0, 255).trunc().long()
-    return torch.where(high > low, stretched, ramp).to(torch.uint8)
+    return torch.where(high > low, stretched, ramp)
 
 
-def _equalize_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    counts = _histograms(images[rows])
-    ramp = _ramp(images)
+def _equalize(images: Tensor, ramp: Tensor, value: Tensor) -> Tensor:
+    counts = _histograms(images)
     last = (255 - (counts > 0).flip(2).int().argmax(2, keepdim=True)).long()
     step = (counts.sum(2, keepdim=True) - counts.gather(2, last)) // 255
     below = counts.cumsum(2) - counts
     divisor = step.clamp(min=1)
     equal = ((divisor // 2 + below) // divisor).clamp(max=255)
-    return torch.where(step > 0, equal, ramp).to(torch.uint8)
+    return torch.where(step > 0, equal, ramp)
 
 
-def _invert_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    return (255 - _ramp(images)).to(torch.uint8)
+def _posterize(images: Tensor, ramp: Tensor, value: Tensor) -> Tensor:
+    dropped = (8 - value.long()).clamp(min=0)
+    return (ramp >> dropped) << dropped
 
 
-def _posterize_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    dropped = (8 - _column(images, value)).clamp(min=0)
-    return ((_ramp(images) >> dropped) << dropped).to(torch.uint8)
+def _solarize_add(images: Tensor, ramp: Tensor, value: Tensor) -> Tensor:
+    return torch.where(ramp < 128, (ramp + value.long()).clamp(max=255), ramp)
 
 
-def _solarize_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    ramp = _ramp(images)
-    return torch.where(ramp < _column(images, value), ramp, 255 - ramp).to(torch.uint8)
-
-
-def _solarize_add_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    ramp = _ramp(images)
-    return torch.where(ramp < 128, (ramp + _column(images, value)).clamp(max=255), ramp).to(
-        torch.uint8
-    )
-
-
-def _brightness_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    ramp = _ramp(images).expand(len(rows), 1, 256)
-    return _blend(torch.zeros_like(ramp), ramp, value)
-
-
-def _contrast_table(images: Tensor, rows: Tensor, value: F64) -> Tensor:
-    grey = _grey(images[rows]).flatten(1)
+def _contrast(images: Tensor, ramp: Tensor, value: Tensor) -> Tensor:
+    grey = _grey(images).flatten(1)
     count = grey.shape[1]
     mean = (2 * grey.sum(1) + count) // (2 * count)
-    ramp = _ramp(images).expand(len(rows), 1, 256)
-    return _blend(mean[:, None, None].expand_as(ramp), ramp, value)
+    return _blend(mean[:, None, None], ramp, value)
 
 
-_TABLES: dict[Kind, Callable[[Tensor, Tensor, F64], Tensor]] = {
-    Kind.AUTOCONTRAST: _autocontrast_table,
-    Kind.EQUALIZE: _equalize_table,
-    Kind.INVERT: _invert_table,
-    Kind.POSTERIZE: _posterize_table,
-    Kind.SOLARIZE: _solarize_table,
-    Kind.SOLARIZE_ADD: _solarize_add_table,
-    Kind.BRIGHTNESS: _brightness_table,
-    Kind.CONTRAST: _contrast_table,
+_TABLES: dict[Kind, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    Kind.AUTOCONTRAST: _autocontrast,
+    Kind.EQUALIZE: _equalize,
+    Kind.INVERT: lambda images, ramp, value: 255 - ramp,
+    Kind.POSTERIZE: _posterize,
+    Kind.SOLARIZE: lambda images, ramp, value: torch.where(ramp < value.long(), ramp, 255 - ramp),
+    Kind.SOLARIZE_ADD: _solarize_add,
+    Kind.BRIGHTNESS: lambda images, ramp, value: _blend(torch.zeros_like(ramp), ramp, value),
+    Kind.CONTRAST: _contrast,
 }
+"""From images, all levels and each image's value to what becomes of each level."""

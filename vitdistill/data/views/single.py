@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -50,19 +51,15 @@ def eval_view(image: Image.Image, spec: InputSpec) -> UInt8[Tensor, "3 H W"]:
 
 @lru_cache(maxsize=16)
 def _eval_transform(spec: InputSpec) -> _Transform:
-    full = create_transform(
+    whole = create_transform(
         input_size=(3, *spec.image_size),
         is_training=False,
         interpolation=spec.interpolation,
         crop_pct=spec.crop_pct,
         crop_mode=spec.crop_mode,
+        normalize=False,
     )
-    geometry = [
-        t
-        for t in full.transforms
-        if "Tensor" not in type(t).__name__ and not isinstance(t, transforms.Normalize)
-    ]
-    return transforms.Compose(geometry)
+    return transforms.Compose(whole.transforms[:-1])  # the last one makes a tensor of the image
 
 
 def prepare(image: Image.Image, augment: Augment, spec: InputSpec) -> Image.Image:
@@ -71,18 +68,12 @@ def prepare(image: Image.Image, augment: Augment, spec: InputSpec) -> Image.Imag
     That is nothing for ``rrc``, the evaluation crop for ``center``, and for ``pad`` the whole image
     at the input size.
     """
-    return _preparation(augment.crop, augment.interpolation, spec)(image)
-
-
-@lru_cache(maxsize=16)
-def _preparation(crop: str, interpolation: str, spec: InputSpec) -> _Transform:
-    if crop == "rrc":
-        return transforms.Compose([])
-    if crop == "center":
-        return _eval_transform(spec)
-    return _eval_transform(
-        replace(spec, interpolation=interpolation, crop_pct=1.0, crop_mode="center")
-    )
+    if augment.crop == "rrc":
+        return image
+    if augment.crop == "pad":
+        whole = {"interpolation": augment.interpolation, "crop_pct": 1.0, "crop_mode": "center"}
+        spec = replace(spec, **whole)  # type: ignore[arg-type]
+    return _eval_transform(spec)(image)
 
 
 def train_views(
@@ -158,7 +149,7 @@ def _train_transform(augment: Augment, spec: InputSpec) -> _Transform:
 def _allow_zero_bits(transform: Any) -> None:
     """Give timm's posterize operations, wherever a policy keeps them, our own function."""
     groups = [getattr(transform, "ops", []), *getattr(transform, "policy", [])]
-    for operation in (op for group in groups for op in group):
+    for operation in chain.from_iterable(groups):
         if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
             operation.aug_fn = posterize
 
