@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 import weakref
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,19 +118,22 @@ def _split_prefix(name: str, members: list[str], split: Split) -> str:
 
 
 def _decompress(file: IO[bytes], name: str) -> IO[bytes]:
-    plain = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the source
-    try:
-        file.seek(0)
-        with file, gzip.GzipFile(fileobj=file) as stream:
-            shutil.copyfileobj(stream, plain, 2**22)
-        plain.flush()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{name} is damaged or cut short ({error})", "copy or download it again"
-        ) from error
-    except OSError as error:
-        raise DiskError(
-            f"{name} could not be decompressed into {tempfile.gettempdir()} ({error.strerror})",
-            ("make room there", "gunzip it"),
-        ) from error
+    with ExitStack() as cleanup:
+        plain = cleanup.enter_context(tempfile.TemporaryFile())
+        try:
+            file.seek(0)
+            with file, gzip.GzipFile(fileobj=file) as stream:
+                shutil.copyfileobj(stream, plain, 2**22)
+            plain.flush()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(
+                f"{name} is damaged or cut short ({error})", "copy or download it again"
+            ) from error
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise DiskError(
+                f"{name} could not be decompressed into {place} ({error.strerror})",
+                ("make room there", "gunzip it"),
+            ) from error
+        cleanup.pop_all()
     return plain

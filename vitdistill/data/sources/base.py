@@ -166,14 +166,13 @@ def split_folder(name: str, split: Split, folders: Collection[str], has_images: 
 def no_split(name: str, split: Split, found: Iterable[str]) -> MissingSplit:
     """Make the error for a place without a split, naming what is there instead."""
     found = sorted(found)
-    wanted = " or ".join(repr(folder) for folder in SPLIT_NAMES[split])
     remedy = "put a part of the images, a tenth say, into class folders there"
     if split == "train":
         remedy = f"put the class folders into {name}/train/"
         if not set(found) & set(SPLIT_NAMES["val"]):
             remedy += f" and about a tenth of the images of each class into {name}/val/CLASS/"
     return MissingSplit(
-        f"{name} has no {wanted} folder, but {listed(found, 5) or 'nothing'}",
+        f"{name} has no {split!r} folder, but {listed(found, 5) or 'nothing'}",
         remedy,
         field="data.dir",
     )
