@@ -18,7 +18,6 @@ from vitdistill.data.views.randaugment import (
     Operation,
     Policy,
     apply_operation,
-    draw_jitter,
 )
 from vitdistill.data.views.single import posterize
 from vitdistill.keyed import Stream
@@ -105,29 +104,3 @@ def test_draws_have_the_stated_frequencies() -> None:
         assert abs((angle > 0).mean() - 0.5) < 0.05
         assert abs(np.abs(angle).mean() - 27) < 0.2 and np.abs(angle).max() == 30
     assert abs(np.corrcoef(first.kind, second.kind)[0, 1]) < 0.02
-
-
-def test_uniform_magnitudes() -> None:
-    layer, _ = Policy.of("rand-m8-mstd101-p1.0").draw(KEYS)
-    strength = np.abs(layer.value[layer.kind == Kind.ROTATE]) / 30
-    assert abs(strength.mean() - 0.4) < 0.02 and strength.max() <= 0.8
-    assert abs(strength.std() - 0.8 / 12**0.5) < 0.02
-
-
-def test_jitter_is_torchvisions(picture, stack) -> None:
-    functions = {
-        Kind.BRIGHTNESS: TF.adjust_brightness,
-        Kind.CONTRAST: TF.adjust_contrast,
-        Kind.COLOR: TF.adjust_saturation,
-    }
-    images = [picture(i) for i in range(8)]
-    layers = draw_jitter(KEYS[:8], 0.4)
-    got = stack(images)
-    for layer in layers:
-        got = applied(got, layer.kind, layer.value)
-        assert layer.value.min() >= 0.6 and layer.value.max() <= 1.4
-    for i, image in enumerate(images):
-        assert {layer.kind[i] for layer in layers} == set(functions)
-        for layer in layers:
-            image = functions[Kind(layer.kind[i])](image, layer.value[i])
-        assert torch.equal(got[i], TF.pil_to_tensor(image))

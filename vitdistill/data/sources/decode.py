@@ -107,11 +107,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    grey = (values + 128) // 257
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
+    grey = (np.asarray(image).astype(np.int64) + 128) // 257
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
 
 

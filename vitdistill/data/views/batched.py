@@ -9,12 +9,12 @@ from ... import keyed
 from ...keyed import I64, Stream
 from ..augment import Augment, InputSpec
 from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes
-from .randaugment import Operation, Policy, apply_operation, draw_jitter
+from .randaugment import Policy, apply_operation
 
 
 def can_batch(augment: Augment) -> bool:
-    """Whether `BatchViews` has all of ``augment``: no AutoAugment, AugMix or ``t`` sets of timm."""
-    return augment.aa is None or Policy.of(augment.aa) is not None
+    """Whether `BatchViews` has all of ``augment``: RandAugment, and no jitter of colours."""
+    return Policy.of(augment.aa) is not None if augment.aa else augment.color_jitter == 0.0
 
 
 class BatchViews:
@@ -39,8 +39,9 @@ class BatchViews:
         if torch.device(device).type == "cuda":
             chosen = chosen.pin_memory()
         images = self._crop(chosen.to(device, non_blocking=True), sample_ids, views)
-        for operation in self._draw_colours(sample_ids, views):
-            images = apply_operation(images, operation, self._fill, self.augment.interpolation)
+        if self._policy is not None:
+            for operation in self._policy.draw(self._keys(sample_ids, views, Stream.AUGMENT)):
+                images = apply_operation(images, operation, self._fill, self.augment.interpolation)
         return images
 
     def _keys(self, sample_ids: I64, views: I64, stream: Stream) -> keyed.U64:
@@ -64,13 +65,6 @@ class BatchViews:
             offsets = np.floor(keyed.uniforms(keys, 2) * (2 * padding + 1)).astype(np.int64).T
         top, left, mirrored = _send(np.stack([*offsets, flip.astype(np.int64)]), device)
         return crop_and_flip(images, top, left, mirrored, padding)
-
-    def _draw_colours(self, sample_ids: I64, views: I64) -> list[Operation]:
-        keys = self._keys(sample_ids, views, Stream.AUGMENT)
-        if self._policy is not None:
-            return self._policy.draw(keys)
-        strength = self.augment.color_jitter
-        return draw_jitter(keys, strength) if strength else []
 
 
 def _send(array: I64, device: torch.device) -> Tensor:

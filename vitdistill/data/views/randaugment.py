@@ -1,4 +1,4 @@
-"""RandAugment and colour jitter on a batch of uint8 images, each with its own operation.
+"""RandAugment on a batch of uint8 images, each with its own operation.
 
 A layer gives every image one operation. Eight kinds are look-up tables, one an image, and run as
 one gather; the five affine kinds share one resampling; colour and sharpness are blends. All equal
@@ -136,9 +136,10 @@ class Policy:
             return None
         theirs: Any = auto_augment.rand_augment_transform(config, {})
         names = tuple(op.name for op in theirs.ops)
-        if theirs.choice_weights is not None or not set(names) <= set(OPERATIONS):
-            return None
         first = theirs.ops[0]
+        known = theirs.choice_weights is None and set(names) <= set(OPERATIONS)
+        if not known or math.isinf(first.magnitude_std):
+            return None
         strength = (
             first.prob,
             first.magnitude,
@@ -155,11 +156,8 @@ class Policy:
     def _layer(self, keys: U64, start: int) -> Operation:
         draws = keyed.uniforms(keys, 4, start)
         choice = np.floor(draws[:, 0] * len(self.names)).astype(np.int64)
-        if math.isinf(self.magnitude_std):  # timm's word for uniform in [0, magnitude)
-            magnitude = self.magnitude * draws[:, 3]
-        else:
-            noise = keyed.normals(keys, 1, start + 4)[:, 0]
-            magnitude = self.magnitude + self.magnitude_std * noise
+        noise = keyed.normals(keys, 1, start + 4)[:, 0]
+        magnitude = self.magnitude + self.magnitude_std * noise
         level = np.clip(magnitude, 0.0, self.magnitude_max) / _LEVELS
         sign = np.where(draws[:, 2] > 0.5, -1.0, 1.0)
         kinds, levels = zip(*(OPERATIONS[name] for name in self.names), strict=True)
@@ -167,17 +165,6 @@ class Policy:
         value = np.stack([f(level, sign) for f in levels])[choice, np.arange(len(choice))]
         applied = draws[:, 1] <= self.prob
         return Operation(np.where(applied, kind, Kind.NOTHING), np.where(applied, value, 0.0))
-
-
-def draw_jitter(keys: U64, strength: float) -> list[Operation]:
-    """Draw brightness, contrast and saturation in random order, by factors 1 +- ``strength``."""
-    draws = keyed.uniforms(keys, 6)
-    kinds = np.array([Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR], dtype=np.int64)[
-        np.argsort(draws[:, :3], axis=1)
-    ]
-    low = max(0.0, 1.0 - strength)
-    factors = low + (1.0 + strength - low) * draws[:, 3:]
-    return [Operation(kinds[:, i], factors[:, i]) for i in range(3)]
 
 
 def apply_operation(
