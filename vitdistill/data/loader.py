@@ -30,7 +30,7 @@ from .sources.base import ImageSource, check_enough
 from .views.batched import BatchViews
 from .views.checksums import view_checksums
 from .views.erasing import erase
-from .views.mixing import check_even, mix
+from .views.mixing import mix
 from .views.single import eval_view, normalize, train_views
 from .workers import map_in_workers
 
@@ -250,16 +250,16 @@ def check_batches(
     source: ImageSource, augment: Augment, batch_size: int, num_processes: int, accumulate: int
 ) -> None:
     """Raise `ConfigError` or `DataError` unless ``source`` can be divided into such batches."""
-    if batch_size % (num_processes * accumulate):
-        raise ConfigError(
-            f"batch_size {batch_size} does not divide by {num_processes} processes x {accumulate}"
-            " micro-batches",
-            (Set("train.batch_size"), Set("train.accumulate")),
-            field="train.batch_size",
-        )
+    micro_batch, rest = divmod(batch_size, num_processes * accumulate)
+    problem = ""
+    if rest:
+        problem = f"does not divide by {num_processes} processes x {accumulate} micro-batches"
+    elif augment.mixes and micro_batch % 2:
+        problem = f"makes micro-batches of {micro_batch}, and mixup and cutmix need an even number"
+    if problem:
+        fixes = Set("train.batch_size"), Set("train.accumulate")
+        raise ConfigError(f"batch_size {batch_size} {problem}", fixes, field="train.batch_size")
     check_enough(source, batch_size)
-    if augment.mixes:
-        check_even(batch_size // (num_processes * accumulate))
 
 
 def _make_train_views(

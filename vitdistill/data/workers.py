@@ -87,16 +87,9 @@ def _receive(iterator: Any, processes: list[Any]) -> Iterator[Any]:
                 (Set("data.workers"), Set("train.batch_size")),
                 field="data.workers",
             ) from error
-        if isinstance(item, _Failure):
-            raise item.error
+        if isinstance(item, UserError):
+            raise item
         yield item
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A user error on its way from a worker to the parent."""
-
-    error: UserError
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ class _Task(Dataset[Any]):
         try:
             return self.function(item)
         except UserError as error:
-            return _Failure(error)
+            return error
 
 
 def _identity(item: Any) -> Any:

@@ -42,7 +42,9 @@ def test_batched_small_recipe_is_a_crop_and_a_flip(picture, stack) -> None:
     assert len(where.unique()) > 130 and 0.4 < (where >= 81).float().mean() < 0.6
 
 
-@pytest.mark.parametrize("aa", ["v0-mstd0.5", "augmix-m3", "rand-m9-tweights", "rand-m8-mstd101"])
+@pytest.mark.parametrize(
+    "aa", ["v0", "augmix-m3", "rand-m9-inc1-tweights", "rand-m9", "rand-mstd101-inc1"]
+)
 def test_what_is_made_one_by_one(aa: str) -> None:
-    assert not can_batch(Augment(aa=aa)) and can_batch(Augment(aa="rand-m9"))
+    assert not can_batch(Augment(aa=aa)) and can_batch(Augment(aa="rand-m9-inc1"))
     assert not can_batch(Augment(color_jitter=0.4)) and can_batch(Augment())

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ... import keyed
-from ...errors import ConfigError, Set
 from ...keyed import F64, I64, U64, Stream
 from ..augment import Augment
 from .geometry import inside_boxes
@@ -79,16 +78,6 @@ def draw_mixing(
     boxes = np.stack([*_span(draws[:, 2], side, height), *_span(draws[:, 3], side, width)], axis=1)
     area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
     return np.where(cut, 1.0 - area / float(height * width), lam), cut, boxes
-
-
-def check_even(batch: int) -> None:
-    """Raise `ConfigError` unless a micro-batch of this size is made of pairs."""
-    if batch % 2:
-        raise ConfigError(
-            f"mixup and cutmix need an even number of images a micro-batch, not {batch}",
-            Set("train.batch_size"),
-            field="train.batch_size",
-        )
 
 
 def _span(draw: F64, side: F64, length: int) -> tuple[I64, I64]:

@@ -5,8 +5,8 @@ one gather; the five affine kinds share one resampling; colour and sharpness are
 Pillow's functions pixel for pixel. Which operations and strengths exist is read from timm's own
 transform, so its configuration strings mean the same here.
 
-Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, increasing
-and original sets).
+Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, the set of
+increasing strengths).
 """
 
 import math
@@ -75,19 +75,7 @@ def _signed(largest: float) -> Level:
 
 
 def _enhance(level: F64, sign: F64) -> F64:
-    return level * 1.8 + 0.1
-
-
-def _enhance_increasing(level: F64, sign: F64) -> F64:
     return np.maximum(0.1, 1.0 + sign * (level * 0.9))
-
-
-def _bits(level: F64) -> F64:
-    return np.trunc(level * 4)
-
-
-def _threshold(level: F64, sign: F64) -> F64:
-    return np.minimum(256, np.trunc(level * 256))
 
 
 OPERATIONS: dict[str, tuple[Kind, Level]] = {
@@ -95,20 +83,16 @@ OPERATIONS: dict[str, tuple[Kind, Level]] = {
     "Equalize": (Kind.EQUALIZE, _constant),
     "Invert": (Kind.INVERT, _constant),
     "Rotate": (Kind.ROTATE, _signed(30.0)),
-    "Posterize": (Kind.POSTERIZE, lambda level, sign: _bits(level)),
-    "PosterizeIncreasing": (Kind.POSTERIZE, lambda level, sign: 4 - _bits(level)),
-    "PosterizeOriginal": (Kind.POSTERIZE, lambda level, sign: 4 + _bits(level)),
-    "Solarize": (Kind.SOLARIZE, _threshold),
-    "SolarizeIncreasing": (Kind.SOLARIZE, lambda level, sign: 256 - _threshold(level, sign)),
+    "PosterizeIncreasing": (Kind.POSTERIZE, lambda level, sign: 4 - np.trunc(level * 4)),
+    "SolarizeIncreasing": (
+        Kind.SOLARIZE,
+        lambda level, sign: 256 - np.minimum(256, np.trunc(level * 256)),
+    ),
     "SolarizeAdd": (Kind.SOLARIZE_ADD, lambda level, sign: np.minimum(128, np.trunc(level * 110))),
-    "Color": (Kind.COLOR, _enhance),
-    "ColorIncreasing": (Kind.COLOR, _enhance_increasing),
-    "Contrast": (Kind.CONTRAST, _enhance),
-    "ContrastIncreasing": (Kind.CONTRAST, _enhance_increasing),
-    "Brightness": (Kind.BRIGHTNESS, _enhance),
-    "BrightnessIncreasing": (Kind.BRIGHTNESS, _enhance_increasing),
-    "Sharpness": (Kind.SHARPNESS, _enhance),
-    "SharpnessIncreasing": (Kind.SHARPNESS, _enhance_increasing),
+    "ColorIncreasing": (Kind.COLOR, _enhance),
+    "ContrastIncreasing": (Kind.CONTRAST, _enhance),
+    "BrightnessIncreasing": (Kind.BRIGHTNESS, _enhance),
+    "SharpnessIncreasing": (Kind.SHARPNESS, _enhance),
     "ShearX": (Kind.SHEAR_X, _signed(0.3)),
     "ShearY": (Kind.SHEAR_Y, _signed(0.3)),
     "TranslateXRel": (Kind.TRANSLATE_X, _signed(0.45)),
