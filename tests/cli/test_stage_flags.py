@@ -13,7 +13,8 @@ from vitdistill.cli.render import render
 from vitdistill.errors import UserError
 from vitdistill.recipes.convert import flatten
 from vitdistill.recipes.settings import EVERY_STAGE, FIRST_STAGE
-from vitdistill.recipes.stages import Stages, dump
+from vitdistill.recipes.stages import Stages
+from vitdistill.recipes.yaml import dump_recipe
 
 USAGE, CONFIG = 64, 78
 
@@ -22,7 +23,7 @@ USAGE, CONFIG = 64, 78
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The staged recipe alone, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    Path("three.yaml").write_text(dump(three()))
+    Path("three.yaml").write_text(dump_recipe(three()))
 
 
 def composed(*words: str) -> dict[str, dict[str, Any]]:

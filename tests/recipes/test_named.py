@@ -8,14 +8,15 @@ from vitdistill.errors import ConfigError
 from vitdistill.recipes import RECIPES
 from vitdistill.recipes.convert import to_dict
 from vitdistill.recipes.named import find_recipe, named_recipe
-from vitdistill.recipes.stages import dump, load
+from vitdistill.recipes.stages import load
+from vitdistill.recipes.yaml import dump_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_named_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe = named_recipe(name)
     assert recipe.name == name and recipe.description
-    (tmp_path / "mine.yaml").write_text(dump(recipe))
+    (tmp_path / "mine.yaml").write_text(dump_recipe(recipe))
     assert load(tmp_path / "mine.yaml") == recipe
     for variant in RECIPES[name].variants:
         assert to_dict(named_recipe(f"{name}:{variant}")) != to_dict(recipe)
@@ -34,5 +35,5 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 def test_a_run_folder_stands_for_its_recipe(tmp_path: Path) -> None:
     recipe = named_recipe("small_images_alone")
-    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert find_recipe(str(tmp_path)) == recipe

@@ -20,14 +20,13 @@ from vitdistill.recipes.settings import StudentConfig, TeacherConfig
 from vitdistill.recipes.stages import (
     STAGES,
     Stages,
-    dump,
     foreseen,
     in_stage,
     load,
     refuse_sources,
     sources,
 )
-from vitdistill.recipes.yaml import load_recipe
+from vitdistill.recipes.yaml import dump_recipe, load_recipe
 
 graphs = st.lists(
     st.tuples(st.none() | st.integers(0, 4), st.sets(st.integers(0, 4), max_size=2)),
@@ -66,7 +65,7 @@ def test_a_stage_builds_on_earlier_ones_and_none_is_for_nothing(
 
 def test_a_staged_recipe_survives_yaml(tmp_path: Path) -> None:
     stages = replace(three(), description="no: yes")
-    (tmp_path / "a.yaml").write_text(dump(stages))
+    (tmp_path / "a.yaml").write_text(dump_recipe(stages))
     assert load(tmp_path / "a.yaml") == stages == find_recipe(str(tmp_path / "a.yaml"))
     with pytest.raises(ConfigError):
         load_recipe(tmp_path / "a.yaml")

@@ -28,8 +28,8 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.settings import StudentConfig, TeacherConfig
-from vitdistill.recipes.stages import STAGES, Stages, dump, load
-from vitdistill.recipes.yaml import load_recipe
+from vitdistill.recipes.stages import STAGES, Stages, load
+from vitdistill.recipes.yaml import dump_recipe, load_recipe
 from vitdistill.runs.identity import read_identity, resolve_run
 from vitdistill.runs.label import LabelOptions, label
 from vitdistill.runs.networks import build_student, build_teacher_model
@@ -72,7 +72,7 @@ def home(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("home")
     write_images(root / "images", val=4)
-    (root / "three.yaml").write_text(dump(three_stages()))
+    (root / "three.yaml").write_text(dump_recipe(three_stages()))
     before, began = Path.cwd(), {}
 
     def look(job):
@@ -154,7 +154,7 @@ def test_a_stage_with_stored_labels_goes_on(here, interrupt):
     distill = replace(plain, teachers=taught, objectives=objectives)
     tune = replace(plain, student=StudentConfig(model="stage:distill"))
     stages = Stages(name="stored", stages={"distill": distill, "finetune": tune})
-    Path("stored.yaml").write_text(dump(stages))
+    Path("stored.yaml").write_text(dump_recipe(stages))
     answers = {"labels": None, "model": "runs/o/finetune"}
     live = {f"teachers.teacher.{key}": value for key, value in answers.items()}
     live |= {"data.views": 1, "train.seed": 5}
@@ -397,4 +397,4 @@ def test_explaining_stages_that_have_not_run(here, capsys):
     assert sum(counts[key] for key in KEYS) == pytest.approx(counts["together"], rel=0.01)
     assert counts["finetune"] / counts["pretrain"] == pytest.approx(37 / 17, rel=0.1)
     assert main(["explain", "three.yaml", "--recipe-yaml"]) == 0
-    assert capsys.readouterr().out == dump(three_stages()) and written(here) == before
+    assert capsys.readouterr().out == dump_recipe(three_stages()) and written(here) == before

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 from ..option import option, options_of
-from ..recipes.settings import TeacherConfig, settings_with_flags
+from ..recipes.settings import LabelOptions, TeacherConfig, settings_with_flags
 from .flags import Flag, Groups, flags_of
 
 TITLES = {
@@ -106,7 +106,7 @@ class ExplainArguments(RecipeArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelArguments(RecipeArguments):
+class LabelArguments(RecipeArguments, LabelOptions):
     """store a teacher's answers once, so that training needs no teacher
 
     Run a recipe's teachers once, over the very views its student will see, and store what they say.
@@ -119,17 +119,6 @@ class LabelArguments(RecipeArguments):
     output: str | None = option(
         None, "where each teacher gets a folder of its name; none: labels/RECIPE", "--output FOLDER"
     )
-    encoding: Literal["auto", "float32", "float16", "topk"] = option(
-        "auto", "of the logits; auto: float16 up to 256 classes, else topk", "--encoding"
-    )
-    k: int | None = option(None, "classes an image that topk keeps; none: 10", "--k")
-    temperatures: tuple[float, ...] = option(
-        (), "at which topk is right; none: those of the recipe's objectives", "--temperatures T ..."
-    )
-    hidden_dtype: Literal["float16", "float32"] | None = option(
-        None, "of hidden states the recipe reads; none: float16", "--hidden-dtype"
-    )
-    part_size: int = option(16384, "images a part, which a crash can cost", "--part-size")
     device: str = _device()
 
 

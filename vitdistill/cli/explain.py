@@ -5,7 +5,8 @@ from ..explain.ahead import Forecast, forecast
 from ..explain.measure import measure_step
 from ..messages import format_count, format_table
 from ..recipes.config import Recipe
-from ..recipes.stages import Stages, dump, sources
+from ..recipes.stages import Stages, sources
+from ..recipes.yaml import dump_recipe
 from .arguments import ExplainArguments
 from .recipe import resolve_recipe
 
@@ -18,7 +19,7 @@ def run(args: ExplainArguments) -> int:
     if args.device is not None and not args.time:
         raise UserError("--device cannot take effect: only --time runs anything on a device")
     if args.recipe_yaml:
-        print(dump(recipe), end="")
+        print(dump_recipe(recipe), end="")
         return 0
     stages = recipe.stages if isinstance(recipe, Stages) else {"": recipe}
     runs = forecast(recipe)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
 from ..data.augment import Augment
-from ..option import Option, option, options_of
+from ..option import Option, check_options, option, options_of
 
 SEEDS: dict[str, Any] = {"at_least": -(2**63), "below": 2**64}
 """What torch takes as a seed."""
@@ -154,6 +154,28 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "checkpoints to keep", at_least=1)
     accept_changed_images: bool = option(False, "go on with other images than the run began with")
     eval_batch_size: int = option(256, "images a step of evaluation and process", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """How answers are stored, which is no part of a recipe."""
+
+    encoding: Literal["auto", "float32", "float16", "topk"] = option(
+        "auto", "of the logits; auto: float16, or topk for more than 256 classes", "--encoding"
+    )
+    k: int | None = option(None, "classes an image that topk keeps; none: 10", "--k")
+    temperatures: tuple[float, ...] = option(
+        (), "at which topk is right; none: those of the recipe's objectives", "--temperatures T ..."
+    )
+    hidden_dtype: Literal["float16", "float32"] | None = option(
+        None, "of hidden states the recipe reads; none: float16", "--hidden-dtype"
+    )
+    part_size: int = option(
+        16384, "images a part, which a crash can cost", "--part-size", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "")
 
 
 PARTS: dict[str, type] = {

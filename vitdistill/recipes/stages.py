@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from ..errors import ConfigError, Set, UserError
 from ..messages import suggest
 from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name, check_names
-from .convert import convert, from_dict, from_plain, to_dict
-from .yaml import dump_yaml, read_mapping
+from .convert import convert, from_dict, from_plain
+from .yaml import read_mapping
 
 STAGES = "stages.yaml"
 """The staged recipe, in the folder that holds the stages' own."""
@@ -108,13 +108,6 @@ def sources(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def teaching(recipe: Recipe) -> dict[str, str]:
-    """Return the stages whose students teach this one, by the teacher's name."""
-    named = sources(recipe)
-    places = {name: f"teachers.{name}.model" for name in recipe.teachers}
-    return {name: named[place] for name, place in places.items() if place in named}
-
-
 def refuse_sources(recipe: Recipe) -> None:
     """Raise `ConfigError` when a recipe of one run names a stage."""
     for path, source in sources(recipe).items():
@@ -173,8 +166,3 @@ def load(path: str | Path) -> Recipe | Stages:
         with in_stage(key):
             recipes[key] = from_dict(item, str(path))
     return from_plain({**data, "stages": recipes}, Stages, str(path))
-
-
-def dump(recipe: Recipe | Stages) -> str:
-    """Return the recipe as YAML that `load` reads back to an equal one."""
-    return dump_yaml(to_dict(recipe))

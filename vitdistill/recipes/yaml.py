@@ -111,6 +111,6 @@ def load_recipe(path: str | Path) -> Recipe:
     return from_dict(read_mapping(path), str(path))
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the recipe as YAML that `load_recipe` reads back to an equal recipe."""
+def dump_recipe(recipe: Any) -> str:
+    """Return a recipe, of one run or of stages, as YAML that is read back to an equal one."""
     return dump_yaml(to_dict(recipe))

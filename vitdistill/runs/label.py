@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ..errors import Add, ConfigError, Drop, Give, Preempted, Set
 from ..labels.encoding import LogitEncoding
@@ -15,8 +14,8 @@ from ..labels.writing import write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import format_bytes, format_duration, listed, printable
 from ..methods.base import TeacherObjective
-from ..option import check_options, option
 from ..recipes.config import Recipe
+from ..recipes.settings import LabelOptions
 from ..storage.atomic import disk_errors, require_free
 from ..storage.manifest import MANIFEST
 from ..vit.network import Network
@@ -31,21 +30,6 @@ COMPLETE_CLASSES = 256
 """Up to so many classes ``auto`` stores all logits; above, the largest and the mass of the rest."""
 _DEFAULT_K = 10
 _EVERY_S = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelOptions:
-    """How answers are stored."""
-
-    # ``auto``: float16 up to 256 classes and wherever an objective reads all logits, else topk.
-    encoding: Literal["auto", "float32", "float16", "topk"] = "auto"
-    k: int | None = None  # classes that topk keeps; None: 10
-    temperatures: tuple[float, ...] = ()  # at which topk is right; (): those of the objectives
-    hidden_dtype: Literal["float16", "float32"] | None = None  # None: float16
-    part_size: int = option(16384, "images a part", at_least=1)
-
-    def __post_init__(self) -> None:
-        check_options(self, "")
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from ..recipes.stages import (
     PREFIX,
     STAGES,
     Stages,
-    dump,
     foreseen,
     in_stage,
     sources,
-    teaching,
 )
+from ..recipes.yaml import dump_recipe
 from ..storage.atomic import disk_errors, write_atomic
 from ..weights.files import check_is_file
 from ..world import join_world
@@ -107,7 +106,7 @@ def resolved(stages: Stages, key: str, output: Path) -> Recipe:
 
 
 def _save(stages: Stages, output: Path) -> None:
-    text, path = dump(stages).encode(), output / STAGES
+    text, path = dump_recipe(stages).encode(), output / STAGES
     if not path.is_file() or path.read_bytes() != text:
         write_atomic(path, text)
 
@@ -169,7 +168,10 @@ def networks_ahead(
     ``before``: how many classes the students of earlier stages answer in; this stage's is added.
     """
     recipe = foreseen(stages, key)
-    heads = {name: before[source] for name, source in teaching(stages.stages[key]).items()}
+    named = sources(stages.stages[key]).items()
+    heads = {
+        path.split(".")[1]: before[source] for path, source in named if path.startswith("teachers.")
+    }
     with in_stage(key), torch.device("meta"):
         student, teachers = build_blank(recipe, num_classes, heads)
     before[key] = student.network.num_classes
