@@ -8,13 +8,14 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import PIL
 import timm
 import torch
 import torchvision
-from PIL import Image
 
 from .. import __version__
 from ..errors import ConfigError, Fix, Give, UserError
@@ -102,21 +103,20 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:
         self.path = path
         self._logs: dict[str, AppendLog] = {}
-        self._lock = lock_folder(path)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(lock_folder(path))
             # Another process may have begun a run here since the folder was first looked at.
             if not check_folder(path, recipe):
                 write_atomic(path / RECIPE, dump_recipe(recipe).encode())
             note_identity(path, recipe, identity)
             remove_temporaries(path, export.FILES)
-        except BaseException:
-            self._lock.release()
-            raise
+            self._open = stack.pop_all()
 
     def open_logs(self, offsets: Mapping[str, int]) -> None:
         """Open the logs, cut back to where the resumed checkpoint was."""
         for name in (METRICS, TIMING):
             self._logs[name] = AppendLog(self.path / name, offsets.get(name, 0))
+            self._open.callback(self._logs[name].close)
 
     def log(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one JSON line."""
@@ -138,11 +138,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            for log in self._logs.values():
-                log.close()
-        finally:
-            self._lock.release()
+        self._open.close()
 
 
 def environment() -> dict[str, Any]:
@@ -150,10 +146,8 @@ def environment() -> dict[str, Any]:
     return {
         "vitdistill": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "pillow": Image.__version__,
+        **{library.__name__: library.__version__ for library in (torch, torchvision, timm)},
+        "pillow": PIL.__version__,
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -365,7 +365,7 @@ class Trainer:
             write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
             return summary
 
-        return self.world.from_main(write)
+        return self.world.from_main(write)  # equal on all, their seconds too
 
 
 def _distributed(prepared: Prepared) -> nn.Module:
