@@ -32,6 +32,7 @@ from vitdistill.methods.base import (
 )
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
+from vitdistill.option import options_of
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.flops import forward_flops, training_flops
 from vitdistill.vit.needs import Needs
@@ -175,6 +176,11 @@ def prose(text: str) -> str:
     return "`".join(parts)
 
 
+def paper(cls: Method) -> str:
+    """Return whose method it is, with links."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", cls.paper)
+
+
 def table(rows: list[list[str]]) -> str:
     """Write a Markdown table; the first row is the heading."""
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
@@ -232,7 +238,7 @@ def objective_row(name: str, cls: type[Objective]) -> list[str]:
     added, adapter = found.activations - labels_alone().activations, found.adapters.get(name, 0)
     return [
         name_cell(name, objective.couples_images),
-        objective.paper,
+        paper(cls),
         reads(pair.student, objective.student_needs(pair.student), *labels),
         reads(pair.teacher, objective.teacher_needs(pair.teacher)),
         percent(of_teacher, found.teachers_plain["teacher"]) if of_teacher else "none",
@@ -253,7 +259,7 @@ def selector_row(name: str, cls: type[TokenSelector]) -> list[str]:
     guide = selector.teacher_needs(pair.teacher)
     return [
         name_cell(name),
-        selector.paper,
+        paper(cls),
         reads(
             pair.student,
             selector.student_needs(pair.student),
@@ -275,7 +281,7 @@ def masking_row(name: str, cls: type[Masking]) -> list[str]:
     counts = [the_pair().count(objectives, masking=cls(mask_rate=rate)) for rate in MASK_RATES]  # type: ignore[call-arg]
     return [
         name_cell(name),
-        cls.paper,
+        paper(cls),
         " / ".join(percent(found.student, found.student_plain) for found in counts),
         " / ".join(
             percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts
@@ -335,18 +341,10 @@ def default(cls: type, name: str) -> str:
 
 
 def meaning(cls: type, name: str) -> str:
-    """Return what the docstring of the class or a base says of a field under ``Args``."""
-    for base in cls.__mro__:
-        section = re.search(
-            r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE
-        )
-        for entry in re.split(r"^ {4}(?=\S)", section[1], flags=re.MULTILINE) if section else ():
-            names, colon, text = entry.partition(":")
-            if colon and name in (word.strip() for word in names.split(",")):
-                return text.strip()
-    raise ValueError(
-        f"the docstring of {cls.__name__} does not explain its field {name!r} under Args"
-    )
+    """Return the help of a field, with its bounds."""
+    about = options_of(cls)[name]
+    bounds = about.describe_bounds()
+    return f"{about.help} ({bounds})" if bounds else about.help
 
 
 # --- the page ------------------------------------------------------------------------------------

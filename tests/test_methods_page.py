@@ -82,8 +82,3 @@ def test_text_from_docstrings_keeps_its_words_in_markdown() -> None:
         == "the `x` of a \\* b and c \\< d, `e * f`"
     )
     assert WRITER.table([["a", "b|c"], ["1", "2"]]) == "| a | b\\|c |\n|---|---|\n| 1 | 2 |"
-
-
-def test_a_field_nobody_explains_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not explain its field 'nothing'"):
-        WRITER.meaning(method_class(next(iter(METHODS))), "nothing")

@@ -5,7 +5,8 @@ of the command line: ``str(error)`` spells them for a Python user, `vitdistill.c
 The command line leaves with the error's exit code (BSD ``sysexits`` numbers).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,26 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.sentence()
+
+
+@contextmanager
+def fields_below(path: str, names: Collection[str]) -> Iterator[None]:
+    """Name fields from the root of the recipe in errors of its part at ``path``.
+
+    A method knows only its own fields, which are ``names``.
+    """
+
+    def named(field: str) -> str:
+        return f"{path}.{field}" if field.partition(".")[0] in names else field
+
+    try:
+        yield
+    except UserError as error:
+        error.field = named(error.field)
+        error.fixes = tuple(
+            Set(named(fix.field), fix.value) if isinstance(fix, Set) else fix for fix in error.fixes
+        )
+        raise
 
 
 class DataError(UserError):

@@ -45,13 +45,19 @@ class Option:
         words = self.flag.split()
         return tuple(word for word in words if word.startswith("-")) or tuple(words)
 
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are set, by name."""
+        return {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
+
+    def describe_bounds(self) -> str:
+        """Return ``at least 0 and below 1``, or nothing."""
+        return " and ".join(f"{k.replace('_', ' ')} {bound:g}" for k, bound in self.bounds.items())
+
     def bounds_broken_by(self, value: Any) -> str:
-        """Return ``at least 0 and below 1`` for a number that is not so, else nothing."""
-        bounds = {name: bound for name in BOUNDS if (bound := getattr(self, name)) is not None}
-        if all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
-            return ""
-        finite = {name: bound for name, bound in bounds.items() if bound != math.inf}
-        return " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in finite.items())
+        """Return the bounds if a number is not within them, or not finite; else nothing."""
+        within = all(BOUNDS[name](value, bound) for name, bound in self.bounds.items())
+        return "" if within and abs(value) < math.inf else self.describe_bounds()
 
 
 def option(default: Any, help: str, flag: str = "", **facts: Any) -> Any:
@@ -85,7 +91,7 @@ def check_options(settings: Any, path: str) -> None:
         field = f"{path}.{name}" if path else name
         if get_origin(hints[name]) is Literal and value not in args:
             raise ConfigError(f"{field} is {value!r}", suggest(value, args), field=field)
-        wanted = "" if value is None else about.bounds_broken_by(value)
+        wanted = about.bounds_broken_by(value) if about.bounds and value is not None else ""
         if wanted:
             or_null = ", or null" if type(None) in args else ""
             raise ConfigError(f"{field} is {value!r}", f"give {wanted}{or_null}", field=field)

@@ -4,6 +4,7 @@ nothing to add here for a new one.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,11 +25,18 @@ from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
 from vitdistill.explain.cost import cost_of
 from vitdistill.methods import METHODS, method_class
-from vitdistill.methods.base import Masking, Objective, TeacherObjective, TokenSelector
+from vitdistill.methods.base import (
+    Masking,
+    Objective,
+    TeacherObjective,
+    TokenSelector,
+    WeightSchedule,
+)
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import RandomPatches
 from vitdistill.methods.masking import RandomMasking
+from vitdistill.option import choices_of, options_of
 from vitdistill.recipes.config import Recipe, TeacherConfig
 from vitdistill.recipes.convert import from_dict, to_dict
 from vitdistill.recipes.yaml import dump_recipe, load_recipe
@@ -545,8 +553,24 @@ def test_a_method_survives_json_and_yaml(name: str, tmp_path: Any) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_setting_of_a_method_is_documented(name: str) -> None:
-    method = method_class(name)
-    documented = "".join(base.__doc__ or "" for base in method.__mro__)
-    assert all(f"{field.name}:" in documented for field in dataclasses.fields(method))
+DECLARED = [*((name, method_class(name)) for name in METHODS), ("schedule", WeightSchedule)]
+
+
+def test_every_setting_of_a_method_is_described() -> None:
+    for name, method in DECLARED:
+        assert {field.name for field in dataclasses.fields(method)} == set(options_of(method)), name
+
+
+@pytest.mark.parametrize(("name", "method"), DECLARED)
+def test_a_setting_out_of_its_bounds_is_refused_by_its_name(name: str, method: Any) -> None:
+    base = {"to": 0.5} if method is WeightSchedule else {}
+    wrong: list[tuple[str, Any]] = [(field, "none of them") for field in choices_of(method)]
+    for field, about in options_of(method).items():
+        outside = [about.above, about.below, math.nan, math.inf]
+        outside += [] if about.at_least is None else [about.at_least - 1, about.at_least - 1e-9]
+        outside += [] if about.at_most is None else [about.at_most + 1e-9]
+        wrong += [(field, x) for x in outside if about.describe_bounds() and x is not None]
+    for field, value in wrong:
+        with pytest.raises(ConfigError) as caught:
+            method(**{**base, field: value})
+        assert caught.value.field.rpartition(".")[2] == field

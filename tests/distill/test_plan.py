@@ -135,14 +135,14 @@ REFUSED = {
         {},
         {"ce": CrossEntropy(head="distillation")},
         None,
-        "head",
+        "objectives.ce.head",
     ),
     "a teacher without a head of its own": (
         replace(STUDENT, heads=("class", "conv", "inv")),
         {"teacher": TEACHER},
         CE | KD,
         None,
-        "head",
+        "objectives.kd.head",
     ),
 }
 

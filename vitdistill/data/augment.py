@@ -1,6 +1,5 @@
 """How training views are made, and what a network wants to be fed."""
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -46,8 +45,8 @@ class Augment:
         at_most=1,
     )
     reprob: float = option(0.0, "probability of random erasing", "--reprob", at_least=0, at_most=1)
-    mixup: float = option(0.0, "alpha of Mixup; 0: none", "--mixup", at_least=0, below=math.inf)
-    cutmix: float = option(0.0, "alpha of CutMix; 0: none", "--cutmix", at_least=0, below=math.inf)
+    mixup: float = option(0.0, "alpha of Mixup; 0: none", "--mixup", at_least=0)
+    cutmix: float = option(0.0, "alpha of CutMix; 0: none", "--cutmix", at_least=0)
     mixup_prob: float = option(
         1.0, "probability that a pair of images is mixed at all", at_least=0, at_most=1
     )

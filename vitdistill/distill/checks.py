@@ -1,8 +1,10 @@
 """What cannot work together, refused before any compute is spent."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
 
-from ..errors import Add, ConfigError, Drop, Give, Set
+from ..errors import Add, ConfigError, Drop, Give, Set, fields_below
 from ..labels.layout import Layout
 from ..messages import suggest
 from ..methods.base import Masking, Objective, TeacherObjective, TokenSelector
@@ -12,82 +14,66 @@ from ..vit.network import Network
 
 def resolve(needs: Needs, network: Network, reader: str) -> Needs:
     """Resolve the blocks that ``reader`` needs of ``network``; refuse what it does not have."""
-    where = f"the {network.name} ({network.architecture})"
-    if (needs.hidden or needs.features) and not (network.walks or network.dims):
-        raise ConfigError(
-            f"{reader} reads feature maps, and {where} gives none",
-            fix="take a timm model with forward_intermediates",
-            field=_model(network),
-        )
-    if (needs.attention or needs.qkv) and network.attention_source is None:
-        raise ConfigError(
-            f"{reader} reads attention, and {where} has none that can be recorded",
-            fix="take a plain ViT",
-            field=_model(network),
-        )
-    if needs.logits and network.num_classes == 0:
-        raise ConfigError(
-            f"{reader} reads logits, and {where} has no classifier",
-            fix=("take one with a head", "take objectives that read features"),
-            field=_model(network),
-        )
+    lacks = {
+        "feature maps": (needs.hidden or needs.features) and not (network.walks or network.dims),
+        "attention": (needs.attention or needs.qkv) and network.attention_source is None,
+        "logits": needs.logits and network.num_classes == 0,
+    }
+    for what, lacking in lacks.items():
+        if lacking:
+            what = f"{reader} reads {what}, and {_the(network)} has none"
+            fix = ("take another network, such as a plain ViT", "leave out what reads them")
+            raise ConfigError(what, fix, field=_model(network))
     try:
         return needs.resolve(network.depth)
     except IndexError as error:
-        raise ConfigError(f"{reader} reads from {where}, where {error}") from None
+        raise ConfigError(f"{reader} reads from {_the(network)}, where {error}") from None
+
+
+def teacher_of(name: str, objective: Objective, teachers: Mapping[str, Network]) -> Network | None:
+    """Return the teacher that an objective reads, if any; refuse one that is not there."""
+    if not isinstance(objective, TeacherObjective):
+        return None
+    wanted = objective.teacher
+    if wanted not in teachers:
+        what = f"{name} reads a teacher named {wanted!r}, and there is none of that name"
+        fix = suggest(wanted, teachers) if teachers else Set(f"teachers.{wanted}.model")
+        raise ConfigError(what, fix, field=f"objectives.{name}.teacher")
+    return teachers[wanted]
 
 
 def check_objective(
     name: str,
     objective: Objective,
     student: Network,
-    teachers: Mapping[str, Network],
+    teacher: Network | None,
     masking: Masking | None,
 ) -> None:
-    """Refuse an objective that has no such teacher, or cannot compare these networks."""
-    teacher = None
-    if isinstance(objective, TeacherObjective):
-        teacher = teachers.get(objective.teacher)
-        if teacher is None:
-            raise ConfigError(
-                f"the objective {name!r} reads a teacher named {objective.teacher!r}, and there is"
-                " none of that name",
-                fix=suggest(objective.teacher, teachers)
-                if teachers
-                else Set(f"teachers.{objective.teacher}.model"),
-                field=f"objectives.{name}.teacher",
-            )
-    objective.check(student, teacher)
+    """Refuse an objective that cannot compare these networks, or under this masking."""
+    with _naming(name, objective):
+        objective.check(student, teacher)
     if objective.needs_masking and masking is None:
-        raise ConfigError(
-            f"{name} learns from hidden patches, and nothing hides any",
-            fix=Add("random_masking"),
-            field="masking",
-        )
+        what = f"{name} learns from hidden patches, and nothing hides any"
+        raise ConfigError(what, Add("random_masking"), field="masking")
     if objective.needs_every_patch and masking is not None:
-        raise ConfigError(
-            f"{name} reads every patch of the student, and {_kind(masking)} hides some",
-            fix=(Drop(name), Drop("masking")),
-            field="masking",
-        )
+        what = f"{name} reads every patch of the student, and {_kind(masking)} hides some"
+        raise ConfigError(what, (Drop(name), Drop("masking")), field="masking")
 
 
 def check_teachers_read(needs: Mapping[str, Needs]) -> None:
     """Refuse a teacher that no objective reads."""
     for name, of_teacher in needs.items():
         if not of_teacher:
-            raise ConfigError(
-                f"no objective reads the teacher {name!r}",
-                fix=(Add("kd"), Drop(name)),
-                field=f"teachers.{name}",
-            )
+            what = f"no objective reads the teacher {name!r}"
+            raise ConfigError(what, (Add("kd"), Drop(name)), field=f"teachers.{name}")
 
 
 def check_heads(student: Network, objectives: Mapping[str, Objective]) -> None:
     """Refuse an untrained head that would still be part of the student's prediction."""
-    trained = {
-        head for objective in objectives.values() for head in objective.trains_heads(student)
-    }
+    trained: set[str] = set()
+    for name, objective in objectives.items():
+        with _naming(name, objective):
+            trained |= {*objective.trains_heads(student)}
     for head in student.answering or student.heads:
         if trained and head not in trained:
             reader = {"class": "ce", "distillation": "kd"}.get(head, f"kd:{head}")
@@ -108,34 +94,21 @@ def check_stored(
     """Refuse to read what stored answers do not hold, or to choose their patches."""
     for name, layout in labels.items():
         where, field = f"the labels of the {name}", f"teachers.{name}.labels"
-        for part, method, chooses in (
-            ("masking", masking, masking is not None),
-            ("selector", selector, selector is not None and name in selector.teachers),
-        ):
-            if chooses:
-                raise ConfigError(
-                    f"{where} are its answers to whole images, and {_kind(method)} hides patches",
-                    fix=(Drop(part), f"leave {field} out"),
-                    field=field,
-                )
+        chooses = masking or (selector if selector and name in selector.teachers else None)
+        if chooses is not None:
+            what = f"{where} are its answers to whole images, and {_kind(chooses)} hides patches"
+            part = Drop("selector" if chooses is selector else "masking")
+            raise ConfigError(what, (part, f"leave {field} out"), field=field)
         needs = stored[name]
-        if needs.attention or needs.qkv:
-            raise ConfigError(
-                f"an objective reads attention of the {name}, which labels do not hold",
-                fix=f"leave {field} out",
-                field=field,
-            )
-        absent = ["logits"] if needs.logits and layout.logits is None else []
+        absent = ["attention"] if needs.attention or needs.qkv else []
+        absent += ["logits"] if needs.logits and layout.logits is None else []
         blocks = sorted(needs.hidden - {block for block, _, _ in layout.hidden})
         absent += [f"hidden states after block {block}" for block in blocks]
-        if needs.features and layout.features is None:
-            absent.append("features after the final norm")
+        absent += ["final features"] if needs.features and layout.features is None else []
         if absent:
-            raise ConfigError(
-                f"{where} do not hold its {' and '.join(absent)}",
-                fix=("label again with this recipe", "leave out what reads them"),
-                field=field,
-            )
+            what = f"{where} do not hold its {' and '.join(absent)}"
+            fix = ("label again with this recipe", "leave out what reads them")
+            raise ConfigError(what, fix, field=field)
 
 
 def stored_temperatures(
@@ -159,22 +132,15 @@ def _temperature(name: str, objective: TeacherObjective, layout: Layout) -> floa
     hold = f"the labels of the {objective.teacher} hold {logits.k} of an image's classes"
     field = f"teachers.{objective.teacher}.labels"
     if wanted is None or len(wanted) > 1:
-        raise ConfigError(
-            f"{name} reads complete logits, and {hold}",
-            fix=Give("encoding", "float16"),
-            field=field,
-        )
+        what = f"{name} reads complete logits, and {hold}"
+        raise ConfigError(what, Give("encoding", "float16"), field=field)
     if wanted and wanted[0] not in logits.temperatures:
-        declared = ", ".join(f"{t:g}" for t in logits.temperatures)
-        raise ConfigError(
-            f"{name} reads logits at temperature {wanted[0]:g}, and {hold}, right at {declared}"
-            " only",
-            fix=(
-                Set(f"objectives.{name}.temperature", logits.temperatures[0]),
-                Give("temperatures", wanted[0]),
-            ),
-            field=field,
+        right = ", ".join(f"{t:g}" for t in logits.temperatures)
+        what = (
+            f"{name} reads logits at temperature {wanted[0]:g}, and {hold}, right at {right} only"
         )
+        declared = Set(f"objectives.{name}.temperature", logits.temperatures[0])
+        raise ConfigError(what, (declared, Give("temperatures", wanted[0])), field=field)
     return wanted[0] if wanted else logits.temperatures[0]
 
 
@@ -189,19 +155,12 @@ def check_masking(
     """Refuse a masking of networks that cannot see the same patches, or of no effect."""
     kind = _kind(masking)
     if selector is not None:
-        raise ConfigError(
-            f"{kind} and {_kind(selector)} both choose the patches a teacher sees",
-            fix=(Drop("masking"), Drop("selector")),
-            field="selector",
-        )
+        what = f"{kind} and {_kind(selector)} both choose the patches a teacher sees"
+        raise ConfigError(what, (Drop("masking"), Drop("selector")), field="selector")
     for network in (student, *teachers.values()):
-        where = f"the {network.name} ({network.architecture})"
         if not network.walks:
-            raise ConfigError(
-                f"{kind} hides patches, and {where} cannot be run on a part of them",
-                fix="take a plain ViT",
-                field=_model(network),
-            )
+            what = f"{kind} hides patches, and {_the(network)} cannot be run on a part of them"
+            raise ConfigError(what, "take a plain ViT", field=_model(network))
         if network.grid != student.grid:
             of_student, of_teacher = (
                 f"{n.grid[0]} x {n.grid[1]} patches of {n.patch_size[0]} x {n.patch_size[1]} pixels"
@@ -210,26 +169,21 @@ def check_masking(
             size = f"teachers.{network.name}.image_size"
             raise ConfigError(
                 f"{kind} shows the same patches to all, and the student has {of_student},"
-                f" {where} {of_teacher}",
+                f" {_the(network)} {of_teacher}",
                 fix=(Set("student.image_size"), Set(size)),
                 field=size,
             )
     count, more = masking.count(student.num_patches), masking.teacher_count(student.num_patches)
     if more > count and (not teachers or any(needs.attention for needs in live.values())):
         why = "an objective compares their attention" if teachers else "there is no teacher"
-        raise ConfigError(
-            f"{kind} shows teachers more patches than the student, and {why}",
-            fix="leave masking.teacher_mask_rate out",
-            field="masking.teacher_mask_rate",
-        )
+        what = f"{kind} shows teachers more patches than the student, and {why}"
+        fix, field = "leave masking.teacher_mask_rate out", "masking.teacher_mask_rate"
+        raise ConfigError(what, fix, field=field)
     for name, objective in objectives.items():
         if objective.needs_masking and count == student.num_patches:
-            raise ConfigError(
-                f"{name} learns from hidden patches, and {kind} hides none of the student's"
-                f" {count}",
-                fix=Set("masking.mask_rate", 0.75),
-                field="masking.mask_rate",
-            )
+            what = f"{name} learns from hidden patches, and {kind} hides none of the {count}"
+            rate = Set("masking.mask_rate", 0.75)
+            raise ConfigError(what, rate, field=rate.field)
 
 
 def chosen_teachers(
@@ -238,23 +192,27 @@ def chosen_teachers(
     """Return the names of the teachers a selector chooses for; refuse unknown ones, or none."""
     kind = _kind(selector)
     if not live:
-        raise ConfigError(
-            f"{kind} chooses the patches a teacher sees, but no teacher runs",
-            fix=(Set("teachers.teacher.model"), Drop("selector")),
-            field="selector",
-        )
+        what = f"{kind} chooses the patches a teacher sees, but no teacher runs"
+        fixes = Set("teachers.teacher.model"), Drop("selector")
+        raise ConfigError(what, fixes, field="selector")
     for name in selector.teachers:
         if name not in teachers:
-            raise ConfigError(
-                f"{kind} is to choose for a teacher named {name!r}, and there is none of that name",
-                fix=suggest(name, teachers),
-                field="selector.teachers",
-            )
+            what = f"{kind} chooses for a teacher named {name!r}, and there is none of that name"
+            raise ConfigError(what, suggest(name, teachers), field="selector.teachers")
     return selector.teachers or tuple(live)
+
+
+def _naming(name: str, objective: Objective) -> AbstractContextManager[None]:
+    """Name an objective's own fields, in an error that it raises, from the root of the recipe."""
+    return fields_below(f"objectives.{name}", {field.name for field in fields(objective)})
 
 
 def _kind(method: object) -> str:
     return type(method).__name__
+
+
+def _the(network: Network) -> str:
+    return f"the {network.name} ({network.architecture})"
 
 
 def _model(network: Network) -> str:

@@ -1,5 +1,6 @@
 """A teacher's classes matched with the data set's, by name."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,17 +10,11 @@ from ..messages import listed
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """How a teacher's classes answer for the data set's.
+    """How a teacher's classes answer for the data set's."""
 
-    Attributes:
-        index: positions of the data set's classes among the teacher's; None: as they are.
-        remark: what the user should know of it.
-        classes: names the teacher then answers with, in order; empty if it carries none.
-    """
-
-    index: tuple[int, ...] | None
-    remark: str
-    classes: tuple[str, ...] = ()
+    index: tuple[int, ...] | None  # the data set's classes among the teacher's; None: as they are
+    remark: str  # what the user should know of it
+    classes: tuple[str, ...] = ()  # names the teacher then answers with, in order
 
 
 def match_classes(
@@ -38,52 +33,40 @@ def match_classes(
     Raises:
         ConfigError: a class is missing, or the order or the count differs.
     """
-    who, wanted = f"the {name}", tuple(classes)
-    known = None if teacher_classes is None else tuple(teacher_classes)
+    wanted, known = tuple(classes), None if teacher_classes is None else tuple(teacher_classes)
+    model, reordering = f"teachers.{name}.model", f"teachers.{name}.reorder_classes"
     count = len(wanted if known is None else known)
     if count != teacher_count:
-        reason = (
-            f"{who} answers with {teacher_count} classes and the data set has {count}"
-            if known is None
-            else f"{who} names {count} classes but answers with {teacher_count}"
-        )
+        whose = "the data set has" if known is None else "it names"
         raise ConfigError(
-            reason,
+            f"the {name} answers with {teacher_count} classes and {whose} {count}",
             fix="give a teacher trained on these classes, or whose config.json names all of its"
             " own (label_names)",
-            field=f"teachers.{name}.model",
+            field=model,
         )
     if known is None:
         remark = "it carries no class names: their order is proved by its accuracy"
         return ClassMatch(None, remark, wanted)
     if known == wanted:
         return ClassMatch(None, "its classes are the data set's, in order", wanted)
-    missing = [label for label in wanted if label not in known]
+    position, counts = {label: i for i, label in enumerate(known)}, Counter(known)
+    missing = [label for label in wanted if label not in position]
     if missing:
-        raise ConfigError(
-            f"{who} does not know {len(missing)} of the data set's {len(wanted)} classes"
-            f" ({listed(missing)})",
-            fix="give a teacher trained on them",
-            field=f"teachers.{name}.model",
-        )
-    twice = [label for label in wanted if known.count(label) > 1] if len(set(known)) < count else []
+        what = f"the {name} does not know {len(missing)} of the data set's {len(wanted)} classes"
+        what = f"{what} ({listed(missing)})"
+        raise ConfigError(what, "give a teacher trained on them", field=model)
+    twice = [label for label in wanted if counts[label] > 1]
     if twice:
-        raise ConfigError(
-            f"{who} has two classes called {twice[0]!r}, and one is meant",
-            fix="give them different names in its config.json",
-            field=f"teachers.{name}.model",
-        )
+        what = f"the {name} has two classes called {twice[0]!r}, and one is meant"
+        raise ConfigError(what, "give them different names in its config.json", field=model)
     if count == len(wanted) and not reorder:
-        first = next(
-            i for i, pair in enumerate(zip(wanted, known, strict=True)) if len({*pair}) > 1
-        )
+        first = next(i for i, label in enumerate(wanted) if known[i] != label)
         raise ConfigError(
-            f"{who} has the data set's classes in another order (class {first} is"
-            f" {wanted[first]!r} in the data set and {known[first]!r} in {who})",
-            fix=Set(f"teachers.{name}.reorder_classes", True),
-            field=f"teachers.{name}.reorder_classes",
+            f"the {name} has the data set's classes in another order (class {first} is"
+            f" {wanted[first]!r} in the data set and {known[first]!r} in the {name})",
+            fix=Set(reordering, True),
+            field=reordering,
         )
     how = "reordered by name" if count == len(wanted) else f"{len(wanted)} of its {count}, by name"
-    position = {label: i for i, label in enumerate(known)}
     index = tuple(position[label] for label in wanted)
     return ClassMatch(index, f"the data set's classes are {how}", wanted)

@@ -1,7 +1,7 @@
 """The plan: what each network must compute, resolved once from methods, networks and teachers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import Add, ConfigError
 from ..labels.layout import Layout
@@ -13,38 +13,22 @@ from . import checks
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step computes.
-
-    Attributes:
-        student: its description.
-        teachers: descriptions by name.
-        objectives: losses by name.
-        selector: chooses the patches of live teachers; None: teachers see everything.
-        student_needs: what the student records.
-        live: what each running teacher records in its supervising pass.
-        guides: what a teacher records in an extra pass on the whole image, for the selector.
-        num_keep: patches each teacher sees; None: all.
-        notes: what each objective says of itself between these networks, if anything.
-        masking: hides patches from student and teachers; None: nothing is hidden.
-        student_keep: patches the student sees; None: all.
-        stored: what is read of each teacher whose answers are stored.
-        labels: what the records of each stored teacher hold.
-        temperatures: at which each objective reads a stored teacher's logits; None: complete ones.
-    """
+    """What a training step computes. Mappings are by the name of a teacher or an objective."""
 
     student: Network
     teachers: dict[str, Network]
     objectives: dict[str, Objective]
-    selector: TokenSelector | None
-    student_needs: Needs
-    live: dict[str, Needs]
-    guides: dict[str, Needs]
-    num_keep: dict[str, int | None]
-    notes: dict[str, str]
-    masking: Masking | None = None
-    student_keep: int | None = None
-    stored: dict[str, Needs] = field(default_factory=dict)
-    labels: dict[str, Layout] = field(default_factory=dict)
+    selector: TokenSelector | None  # chooses patches of live teachers; None: they see everything
+    student_needs: Needs  # what the student records
+    live: dict[str, Needs]  # what each running teacher records in its supervising pass
+    guides: dict[str, Needs]  # what one records in an extra, whole pass, for the selector
+    num_keep: dict[str, int | None]  # patches each teacher sees; None: all
+    notes: dict[str, str]  # what objectives say of themselves between these networks
+    masking: Masking | None = None  # hides patches from student and teachers
+    student_keep: int | None = None  # patches the student sees; None: all
+    stored: dict[str, Needs] = field(default_factory=dict)  # read of teachers with labels
+    labels: dict[str, Layout] = field(default_factory=dict)  # what their records hold
+    # At which temperature an objective reads stored logits; None: complete ones.
     temperatures: dict[str, float | None] = field(default_factory=dict)
 
     def reads(self, teacher: str) -> Needs:
@@ -71,12 +55,12 @@ def make_plan(
         raise ConfigError("there is no objective", fix=Add("ce"), field="objectives")
     student_needs, live = Needs(), {name: Needs() for name in teachers}
     for name, objective in objectives.items():
-        checks.check_objective(name, objective, student, teachers, masking)
+        teacher = checks.teacher_of(name, objective, teachers)
         student_needs |= checks.resolve(objective.student_needs(student), student, name)
-        if isinstance(objective, TeacherObjective):
-            teacher = teachers[objective.teacher]
+        if isinstance(objective, TeacherObjective) and teacher is not None:
             needs = checks.resolve(objective.teacher_needs(teacher), teacher, name)
             live[objective.teacher] |= needs
+        checks.check_objective(name, objective, student, teacher, masking)
     checks.check_teachers_read(live)
     checks.check_heads(student, objectives)
     labels = dict(labels or {})
@@ -125,7 +109,10 @@ def _note(
 ) -> str:
     """Return what the objective says of itself, and what is true of its kind."""
     name = objective.teacher if isinstance(objective, TeacherObjective) else ""
-    parts = [objective.describe(student, teachers.get(name), num_keep.get(name))]
+    teacher, count = teachers.get(name), num_keep.get(name)
+    parts = [objective.describe(student, teacher, count)]
+    if teacher is not None and replace(objective.teacher_needs(teacher), logits=False):
+        parts += _alignment(student, teacher, count)
     if objective.couples_images:
         parts.append(
             "compares the images of a micro-batch, so accumulation and the number of processes"
@@ -138,3 +125,16 @@ def _note(
             f" to {schedule.to:g} at {schedule.end:.0%}"
         )
     return "; ".join(part for part in parts if part)
+
+
+def _alignment(student: Network, teacher: Network, num_keep: int | None) -> list[str]:
+    """Say how patches of unequal networks meet: ``compared at the 98 of 196 patches both see``."""
+    parts = []
+    if num_keep is not None and num_keep < teacher.num_patches:
+        parts.append(f"compared at the {num_keep} of {teacher.num_patches} patches both see")
+    if student.walks and teacher.walks and student.grid != teacher.grid:
+        of_student, of_teacher = (f"{n.grid[0]} x {n.grid[1]}" for n in (student, teacher))
+        parts.append(f"the student's patches resampled from {of_student} to {of_teacher}")
+    elif student.walks != teacher.walks:
+        parts.append("the student's features resampled to the teacher's map by position")
+    return parts

@@ -17,17 +17,14 @@ from ..vit.walk import run_vit
 from .plan import Plan
 from .teacher import Teacher
 
+Order = Int[Tensor, "B N"] | None
+
 Answers = dict[str, ViTOutput | StoredAnswer]
 """What each teacher says of a batch, by name."""
 
 
 class Distillation(nn.Module):
-    """Everything that is trained (student and adapters), and the losses of one batch.
-
-    Args:
-        student: the network to train.
-        plan: what every network computes.
-    """
+    """Everything that is trained (student and adapters), and the losses of one batch."""
 
     def __init__(self, student: nn.Module, plan: Plan) -> None:
         super().__init__()
@@ -48,9 +45,8 @@ class Distillation(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted loss of every objective by name, and their sum as ``loss``.
 
-        Losses are float32 scalars, means over the batch. ``progress`` is the fraction of the run
-        that is done, for weights that follow a schedule. The sum is NaN when a teacher's logits are
-        not finite, whatever the objectives make of them (an argmax hides it).
+        Losses are means over the batch. ``progress`` is the fraction of the run that is done. The
+        sum is NaN when a teacher's logits are not finite, which an argmax would hide.
         """
         student, answers = self.answer(batch, teachers)
         losses = {
@@ -84,10 +80,9 @@ class Distillation(nn.Module):
         for name, teacher in teachers.items():
             if name in plan.stored:
                 continue
-            if order is None:
+            seen = None if order is None else order[:, : plan.num_keep[name]]
+            if seen is None:
                 seen = self.choose(name, teacher, batch, student)
-            else:
-                seen = order[:, : plan.num_keep[name]]
             answer = teacher(batch.images, plan.live[name], seen)
             answers[name] = answer if student.keep is None else answer.first_patches(student.keep)
         return student, answers
@@ -105,9 +100,7 @@ class Distillation(nn.Module):
     def _adapter(self, name: str) -> nn.Module | None:
         return self.adapters[name] if name in self.adapters else None  # noqa: SIM401  (ModuleDict)
 
-    def _student(
-        self, batch: Batch, order: Int[Tensor, "B N"] | None, run: Callable[..., ViTOutput]
-    ) -> ViTOutput:
+    def _student(self, batch: Batch, order: Order, run: Callable[..., ViTOutput]) -> ViTOutput:
         """Run the student on the patches that ``order`` leaves it; ``run``: compiled or not."""
         keep = None if order is None else order[:, : self.plan.student_keep]
         return run(self.student, batch.images, self.plan.student_needs, keep)
@@ -132,13 +125,12 @@ class Distillation(nn.Module):
         return {"input": batch.images, **shown} if shown else {}
 
     @torch.no_grad()
-    def mask(self, batch: Batch) -> Int[Tensor, "B N"] | None:
+    def mask(self, batch: Batch) -> Order:
         """Order the student's patches, those to be seen first; None: nothing is hidden."""
         if self.plan.masking is None:
             return None
-        return self.plan.masking.order(
-            batch.uniforms(self.plan.student.num_patches, keyed.Stream.PATCHES)
-        )
+        noise = batch.uniforms(self.plan.student.num_patches, keyed.Stream.PATCHES)
+        return self.plan.masking.order(noise)
 
     @torch.no_grad()
     def choose(
@@ -161,13 +153,5 @@ def blank_batch(plan: Plan, count: int, device: torch.device | str) -> Batch:
     """Make a batch of ``count`` black images of class 0 to try a plan on, with blank labels."""
     zeros = torch.zeros(count, dtype=torch.int64, device=device)
     images = torch.zeros(count, 3, *plan.student.image_size, device=device)
-    return Batch(
-        images,
-        zeros,
-        ids=zeros,
-        views=zeros,
-        view=0,
-        targets={
-            name: blank_targets(layout, count, device) for name, layout in plan.labels.items()
-        },
-    )
+    targets = {name: blank_targets(layout, count, device) for name, layout in plan.labels.items()}
+    return Batch(images, zeros, ids=zeros, views=zeros, view=0, targets=targets)

@@ -5,37 +5,30 @@ Wang et al., BMVC 2022, arXiv 2210.00944, checked against wangkai930418/attndist
 Closer Look at Self-Supervised Lightweight Vision Transformers", Wang et al., ICML 2023, arXiv
 2205.14443, checked against wangsr126/MAE-Lite@5bf439a.
 
-What differs from AttnDistill's code:
-
-- The loss is a mean over heads (theirs a sum, at weight 0.1: with H heads their weight is 0.1 H
-  here).
-- The student's row is resampled to the teacher's patches, bilinear (theirs: the teacher's to the
-  student's, bicubic; in both the patches keep their total against the class token's share).
-- Unequal heads meet as means of the probabilities (theirs: as the normalised product of all heads,
-  at temperature 10).
-- Probabilities are clamped at 1e-12 (theirs: at 1e-5).
-- Its loss on the class token is the objective `tokens`.
-
-What differs from MAE-Lite's: unequal heads meet as means (theirs: through a trained 1x1 map between
-the heads).
+What differs from AttnDistill's code: the loss is a mean over heads (theirs a sum, at weight 0.1:
+with H heads their weight is 0.1 H here); the student's row is resampled to the teacher's patches,
+bilinear (theirs the other way round, bicubic); unequal heads meet as means of the probabilities
+(theirs as the normalised product of all heads, at temperature 10); probabilities are clamped at
+1e-12 (theirs at 1e-5); its loss on the class token is the objective `tokens`. From MAE-Lite's:
+unequal heads meet as means (theirs through a trained 1x1 map).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..option import option
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import PatchMap, full_precision, gather_patches, resample_patches
-from .base import TeacherObjective, Truth, describe_alignment, require
+from .base import Scalar, TeacherObjective, Truth
+from .kd import kl_rows
 
-SMALLEST = 1e-12
-"""Lower bound of probabilities, so that their logarithm is finite."""
+SMALLEST = 1e-12  # of probabilities, so that their logarithm is finite
 
 Divergence = Literal["kl", "mse"]
 
@@ -48,8 +41,7 @@ def shared_vectors(
 ) -> tuple[Float[Tensor, "B L Ws"], Float[Tensor, "B L Wt"]]:
     """Return vectors of both networks at the compared tokens, heads side by side, in float32.
 
-    Compared are the class token, if both networks have one, and the patches both saw; the student's
-    patches are resampled to the teacher's grid by position. No gradient reaches the teacher.
+    No gradient reaches the teacher.
     """
     tokens = of_student.float().transpose(1, 2).flatten(2)
     target = of_teacher.detach().float().transpose(1, 2).flatten(2)
@@ -105,53 +97,35 @@ def token_scores(
         return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
 
 
-def rows_kl(
-    student: Float[Tensor, "*rows L"], teacher: Float[Tensor, "*rows L"]
-) -> Float[Tensor, ""]:
-    """Return KL(teacher || student) of rows of log-probabilities, mean over all rows."""
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
-
-
 def class_attention_loss(
     student: Float[Tensor, "B Hs L"],
     teacher: Float[Tensor, "B Ht L"],
     divergence: Divergence = "kl",
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Compare rows of attention over the same tokens, in float32, mean over batch and heads.
 
     ``kl``: KL(teacher || student). ``mse``: the squared difference, summed over tokens. Unequal
     heads are replaced by their mean. No gradient reaches the teacher.
-
-    Source: arXiv 2210.00944 eq. of the attention loss; wangkai930418/attndistill@b6ca113, see the
-    module for what differs.
-
-    Example:
-        >>> import torch
-        >>> class_attention_loss(torch.full((1, 2, 4), 0.25), torch.full((1, 3, 4), 0.25)).item()
-        0.0
     """
     student, teacher = student.float(), teacher.detach().float()
     if student.shape[1] != teacher.shape[1]:
         student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
     if divergence == "mse":
         return (student - teacher).square().sum(-1).mean()
-    return rows_kl(student.clamp_min(SMALLEST).log(), teacher.clamp_min(SMALLEST).log())
+    return kl_rows(student.clamp_min(SMALLEST).log(), teacher.clamp_min(SMALLEST).log()).mean()
 
 
 def attention_loss(
     student: Float[Tensor, "B Hs L L"],
     teacher: Float[Tensor, "B Ht L L"],
     divergence: Divergence = "mse",
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Compare scores ``q k^T d^-0.5`` of the same tokens, before the softmax, in float32.
 
     Mean over batch, heads and rows. ``kl``: KL(teacher || student) of their softmax; unequal heads
     are replaced by the mean of their probabilities. ``mse``: the squared difference of the scores
     themselves, as in MAE-Lite's code, mean over tokens too; unequal heads are replaced by the mean
     of their scores. No gradient reaches the teacher.
-
-    Source: arXiv 2205.14443, the attention loss; wangsr126/MAE-Lite@5bf439a, see the module for
-    what differs.
 
     Example:
         >>> import torch
@@ -168,85 +142,76 @@ def attention_loss(
     if unequal:
         student, teacher = student.exp().mean(1), teacher.exp().mean(1)
         student, teacher = student.clamp_min(SMALLEST).log(), teacher.clamp_min(SMALLEST).log()
-    return rows_kl(student, teacher)
+    return kl_rows(student, teacher).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionMaps(TeacherObjective):
-    """Attention distillation: how the tokens of one block attend to each other.
+class BlockObjective(TeacherObjective):
+    """One that compares the tokens of one block of each network with each other.
 
-    Compared are the class token, if both networks have one, and the patches both saw; attention is
-    renormalised over them in both networks. Heads are compared one by one if their number agrees,
-    else their means. A network without a class token gives a stand-in for its row:
-    its attention pool's, or the mean of all rows.
-
-    Args:
-        block: the student's block that is compared; negative counts from the end.
-        teacher_block: the teacher's; None: the same number.
-        rows: ``class``: the class token's attention alone, which costs next to nothing. ``all``:
-            every token's, at the price of the block's queries and keys and of matrices as large as
-            heads x tokens x tokens.
-        divergence: ``kl``: KL(teacher || student) of each row. ``mse``: squared differences; of a
-            class row's probabilities, summed over tokens, or of all rows' scores before the
-            softmax, mean over tokens.
+    Compared are the class token, if both networks have one, and the patches both saw.
     """
 
-    block: int = -1
-    teacher_block: int | None = None
-    rows: Literal["class", "all"] = "class"
-    divergence: Divergence = "kl"
-
-    formula: ClassVar[str] = (
-        "KL(teacher || student) of attention over shared tokens, mean over rows, heads and batch;"
-        " or squared error"
-    )
-    paper: ClassVar[str] = (
-        "AttnDistill (Wang et al., BMVC 2022, [2210.00944](https://arxiv.org/abs/2210.00944)); with"
-        " all rows, MAE-Lite (Wang et al., ICML 2023,"
-        " [2205.14443](https://arxiv.org/abs/2205.14443))"
-    )
-    use_when: ClassVar[str] = (
-        "The teacher is self-supervised, its heads are as many as the student's, and where it looks"
-        " is to be learned beside what it says."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.rows in ("class", "all"), "rows", self.rows, "class or all")
-        ok = self.divergence in get_args(Divergence)
-        require(ok, "divergence", self.divergence, "kl or mse")
+    block: int = option(-1, "the student's block; negative counts from the end")
+    teacher_block: int | None = option(None, "the teacher's; null: the same number")
 
     @property
-    def _teacher_block(self) -> int:
-        return self.block if self.teacher_block is None else self.teacher_block
-
-    def _needs(self, block: int) -> Needs:
-        blocks = frozenset({block})
-        return Needs(attention=blocks) if self.rows == "class" else Needs(qkv=blocks)
+    def blocks(self) -> tuple[int, int]:
+        """The blocks of student and teacher."""
+        return self.block, self.block if self.teacher_block is None else self.teacher_block
 
     def student_needs(self, student: Network) -> Needs:
-        return self._needs(self.block)
+        return self.reads(self.blocks[0])
 
     def teacher_needs(self, teacher: Network) -> Needs:
-        return self._needs(self._teacher_block)
+        return self.reads(self.blocks[1])
+
+    def reads(self, block: int) -> Needs:
+        """Return what is read of a block of either network."""
+        return Needs(qkv=frozenset({block}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMaps(BlockObjective):
+    """Attention distillation: how the tokens of one block attend to each other.
+
+    Attention is renormalised over the compared tokens in both networks. Heads are compared one by
+    one if their number agrees, else their means. A network without a class token gives a stand-in
+    for its row: its attention pool's, or the mean of all rows.
+    """
+
+    rows: Literal["class", "all"] = option(
+        "class",
+        "`class`: the class token's alone, which costs next to nothing. `all`: every token's, in"
+        " matrices of heads x tokens x tokens",
+    )
+    divergence: Divergence = option(
+        "kl",
+        "`kl`: KL(teacher || student) of each row. `mse`: squared differences of a class row's"
+        " probabilities, summed over tokens, or of all rows' scores before the softmax, their mean",
+    )
+
+    formula = "KL(teacher || student) of attention, mean over rows, heads, batch; or squared error"
+    paper = (
+        "AttnDistill (Wang et al., BMVC 2022, arXiv 2210.00944); with all rows, MAE-Lite (Wang et"
+        " al., ICML 2023, arXiv 2205.14443)"
+    )
+    use_when = "A self-supervised teacher with as many heads, to learn where it looks."
+
+    def reads(self, block: int) -> Needs:
+        return Needs(attention=frozenset({block})) if self.rows == "class" else super().reads(block)
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         assert teacher is not None
-        parts = []
-        if student.num_heads != teacher.num_heads:
-            parts.append(f"means of {student.num_heads} and {teacher.num_heads} heads")
-        for network in (student, teacher):
-            if self.rows == "class" and not network.has_class_token:
-                source = "mean" if network.attention_source == "mean" else "pool"
-                parts.append(f"the {network.name} has no class token: {source} attention")
-        parts.append(describe_alignment(student, teacher, num_keep))
-        return ", ".join(part for part in parts if part)
+        if student.num_heads == teacher.num_heads:
+            return ""
+        return f"means of {student.num_heads} and {teacher.num_heads} heads"
 
     def loss(
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    ) -> Scalar:
         assert teacher is not None
-        block, teacher_block = self.block % student.depth, self._teacher_block % teacher.depth
+        block, teacher_block = self.blocks[0] % student.depth, self.blocks[1] % teacher.depth
         if self.rows == "class":
             attention = student.attention[block], teacher.attention[teacher_block]
             return class_attention_loss(*shared_rows(student, teacher, *attention), self.divergence)

@@ -8,17 +8,23 @@ from stored answers.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import ClassVar, Literal, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Drop, Set
+from ..option import check_options, option
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import num_kept_patches
+
+Scalar = Float[Tensor, ""]
+Grid = tuple[int, int]
+Keep = Int[Tensor, "B K"]
+Noise = Float[Tensor, "B N"] | None
 
 
 class Truth(Protocol):
@@ -27,39 +33,27 @@ class Truth(Protocol):
     A mixed image has two labels, of weight ``lam`` and ``1 - lam``.
     """
 
-    @property
-    def images(self) -> Float[Tensor, "B 3 h w"]: ...
-    @property
-    def labels(self) -> Int[Tensor, " B"]: ...
-    @property
-    def mixed_labels(self) -> Int[Tensor, " B"] | None: ...
-    @property
-    def lam(self) -> Float[Tensor, " B"] | None: ...
+    images: Float[Tensor, "B 3 h w"]
+    labels: Int[Tensor, " B"]
+    mixed_labels: Int[Tensor, " B"] | None
+    lam: Float[Tensor, " B"] | None
 
     def uniforms(self, count: int) -> Float[Tensor, "B {count}"]:
         """Return uniform numbers in [0, 1), a pure function of the run's seed, sample and view."""
         ...
 
 
-def require(ok: bool, field: str, value: object, wanted: str) -> None:
-    """Raise `ConfigError` about the value of a method's field unless ``ok``."""
+def require(ok: object, field: str, value: object, wanted: str) -> None:
+    """Raise `ConfigError` unless ``ok``: for fields that depend on each other or on networks."""
     if not ok:
         raise ConfigError(f"{field} is {value!r}", fix=f"give {wanted}", field=field)
-
-
-def check_factors(**factors: float) -> None:
-    """Raise `ConfigError` if a factor of a loss's terms is negative or infinite, or all are 0."""
-    for name, factor in factors.items():
-        require(0 <= factor < math.inf, name, factor, "a number that is not negative")
-    require(any(factors.values()), " and ".join(factors), 0, "one of them a number above 0")
 
 
 def block_pairs(
     field: str, student: tuple[int, ...], teacher: tuple[int, ...] | None
 ) -> list[tuple[int, int]]:
     """Pair the blocks of ``field`` with the teacher's (None: the same numbers)."""
-    if teacher is None:
-        return list(zip(student, student, strict=True))
+    teacher = student if teacher is None else teacher
     wanted = f"as many blocks of the teacher as the {len(student)} in {field}"
     require(len(teacher) == len(student), f"teacher_{field}", teacher, wanted)
     return list(zip(student, teacher, strict=True))
@@ -67,26 +61,16 @@ def block_pairs(
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSchedule:
-    """A loss weight that changes over the run.
+    """A loss weight that is the objective's ``weight`` until ``begin`` and ``to`` from ``end``."""
 
-    It is the objective's ``weight`` until ``begin``, then moves towards ``to``, reached at ``end``.
-
-    Args:
-        to: the weight at the end, at least 0.
-        begin: where the change begins, as a fraction of the run, 0 to 1.
-        end: where it ends, likewise, at least ``begin``; equal to it: at once.
-        shape: of the change.
-    """
-
-    to: float
-    begin: float = 0.0
-    end: float = 1.0
-    shape: Literal["linear", "cosine"] = "linear"
+    to: float = option(MISSING, "the weight at the end", at_least=0)
+    begin: float = option(0.0, "the fraction of the run that goes before", at_least=0, at_most=1)
+    end: float = option(1.0, "where the change ends, likewise", at_least=0, at_most=1)
+    shape: Literal["linear", "cosine"] = option("linear", "of the change")
 
     def __post_init__(self) -> None:
-        require(0 <= self.to < math.inf, "schedule.to", self.to, "a number that is not negative")
-        span, wanted = (self.begin, self.end), "fractions of the run, 0 to 1, in schedule.end too"
-        require(0 <= span[0] <= span[1] <= 1, "schedule.begin", span, wanted)
+        check_options(self, "schedule")
+        require(self.begin <= self.end, "schedule.begin", self.begin, "at most schedule.end")
 
     def at(self, weight: float, progress: float) -> float:
         """Return the weight after the fraction ``progress`` of the run; it began as ``weight``."""
@@ -102,38 +86,28 @@ class WeightSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A loss: what it reads of student and teacher, and how it compares them.
+    """A loss: what it reads of student and teacher, and how it compares them."""
 
-    The class variables are its facts: ``couples_images``: the loss of an image depends on the
-    others in its micro-batch. ``needs_masking``: there is something to learn only from hidden
-    patches. ``needs_every_patch``: the student cannot run on a part of its patches. For
-    docs/methods.md: ``goes_with`` names the methods it is meant to stand beside, ``formula`` is
-    what the weight multiplies (the plan prints it too), ``paper`` whose method it is, ``use_when``
-    one sentence.
-
-    Args:
-        weight: what the loss is multiplied by before losses are summed; 0 only if a schedule
-            raises it.
-        schedule: how the weight changes over the run; None: not at all.
-    """
-
-    weight: float = 1.0
-    schedule: WeightSchedule | None = None
+    weight: float = option(1.0, "of the loss in the sum; 0 only with a schedule", at_least=0)
+    schedule: WeightSchedule | None = option(None, "how the weight changes; null: not at all")
 
     reads_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
-    couples_images: ClassVar[bool] = False
-    needs_masking: ClassVar[bool] = False
-    needs_every_patch: ClassVar[bool] = False
-    goes_with: ClassVar[tuple[str, ...]] = ()
-    formula: ClassVar[str] = ""
-    paper: ClassVar[str] = ""
-    use_when: ClassVar[str] = ""
+    couples_images: ClassVar[bool] = False  # an image's loss depends on its micro-batch
+    needs_masking: ClassVar[bool] = False  # there is something to learn from hidden patches only
+    needs_every_patch: ClassVar[bool] = False  # the student cannot run on a part of its patches
+    terms: ClassVar[tuple[str, ...]] = ()  # fields of its terms' weights; one has to be above 0
+    goes_with: ClassVar[tuple[str, ...]] = ()  # methods it is meant to stand beside
+    formula: ClassVar[str] = ""  # what the weight multiplies; the plan prints it
+    paper: ClassVar[str] = ""  # whose method it is; this and the next are for docs/methods.md
+    use_when: ClassVar[str] = ""  # one sentence
 
     def __post_init__(self) -> None:
-        rises = self.schedule is not None and self.schedule.to > 0
-        ok = 0 < self.weight < math.inf or (rises and self.weight == 0)
-        require(ok, "weight", self.weight, "a number above 0, or leave the objective out")
+        check_options(self, "")
+        counts = self.weight > 0 or (self.schedule is not None and self.schedule.to > 0)
+        require(counts, "weight", self.weight, "a number above 0, or leave the objective out")
+        factors = [getattr(self, name) for name in self.terms] or [1.0]
+        require(any(factors), "".join(self.terms[:1]), 0, "it or another term a number above 0")
 
     def weight_at(self, progress: float) -> float:
         """Return the weight after the fraction ``progress`` of the run."""
@@ -158,10 +132,7 @@ class Objective(ABC):
         return ""
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
-        """Return the student's classifier heads that the loss reaches.
-
-        By default all of them, if the prediction is read.
-        """
+        """Return the student's heads that the loss reaches: all, if it reads the prediction."""
         return student.heads if self.student_needs(student).logits else ()
 
     def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
@@ -177,19 +148,15 @@ class Objective(ABC):
     @abstractmethod
     def loss(
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    ) -> Scalar:
         """Return the unweighted loss, a float32 scalar: a mean over the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherObjective(Objective):
-    """An objective that compares with a teacher.
+    """An objective that compares with a teacher."""
 
-    Args:
-        teacher: the name of the teacher it reads.
-    """
-
-    teacher: str = "teacher"
+    teacher: str = option("teacher", "the name of the teacher it reads")
 
     @property
     def teacher_temperatures(self) -> tuple[float, ...] | None:
@@ -203,10 +170,7 @@ class TeacherObjective(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Masking(ABC):
-    """A choice of patches made before the student runs.
-
-    The student sees no others, and its teachers see the same, or more.
-    """
+    """A choice, before the student runs, of the patches it sees; its teachers see no fewer."""
 
     paper: ClassVar[str] = ""  # as for an `Objective`
     use_when: ClassVar[str] = ""
@@ -229,27 +193,18 @@ class Masking(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelector(ABC):
-    """A choice of the patches a teacher sees, made after the student ran.
+    """A choice of the patches a teacher sees, made after the student ran."""
 
-    Args:
-        teachers: names of the teachers it chooses for; empty: all of them.
-        keep_rate: fraction of the teacher's own patches to keep, above 0 and at most 1; see
-            `num_kept_patches` for the count.
-        num_keep: the exact count instead; None: from ``keep_rate``.
-    """
-
-    keep_rate: float = 0.5
-    num_keep: int | None = None
-    teachers: tuple[str, ...] = ()
+    keep_rate: float = option(0.5, "fraction of the teacher's patches to keep", above=0, at_most=1)
+    num_keep: int | None = option(None, "how many; null: by `num_kept_patches`", at_least=1)
+    teachers: tuple[str, ...] = option((), "the teachers it chooses for; empty: all of them")
 
     paper: ClassVar[str] = ""  # as for an `Objective`
     use_when: ClassVar[str] = ""
     reads_noise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        rate, count = self.keep_rate, self.num_keep
-        require(0 < rate <= 1, "selector.keep_rate", rate, "a fraction above 0 and at most 1")
-        require(count is None or count >= 1, "selector.num_keep", count, "at least 1")
+        check_options(self, "selector")
 
     def count(self, num_patches: int) -> int:
         """Return how many of ``num_patches`` are kept; raise `ConfigError` if there are fewer."""
@@ -267,33 +222,20 @@ class TokenSelector(ABC):
         """Return what the choice reads of the teacher on the whole image, in an extra pass."""
         return Needs()
 
-    def check(self, student: Network, teacher: Network) -> None:  # noqa: B027  (some choose for any pair)
+    def check(self, student: Network, teacher: Network) -> None:
         """Raise `ConfigError` for a pair this selector cannot choose for."""
+        if not teacher.walks:
+            which = f"the {teacher.name} ({teacher.architecture})"
+            what = f"{type(self).__name__} shows a teacher a part of the patches, on which {which}"
+            fix = "take a plain ViT as teacher", Set("selector.teachers"), Drop("selector")
+            raise ConfigError(f"{what} cannot run", fix, field="selector.teachers")
 
     @abstractmethod
     def select(
-        self,
-        grid: tuple[int, int],
-        num_keep: int,
-        student: ViTOutput,
-        teacher: ViTOutput | None,
-        noise: Float[Tensor, "B N"] | None,
-    ) -> Int[Tensor, "B K"]:
+        self, grid: Grid, num_keep: int, student: ViTOutput, teacher: ViTOutput | None, noise: Noise
+    ) -> Keep:
         """Return row-major indices into the teacher's ``grid``.
 
         ``teacher`` is its answer to `teacher_needs` on the whole image; ``noise`` is uniform, keyed
         by sample and view, and given if ``reads_noise``.
         """
-
-
-def describe_alignment(student: Network, teacher: Network, num_keep: int | None) -> str:
-    """Say how patches of unequal networks meet: ``compared at the 98 of 196 patches both see``."""
-    parts = []
-    if num_keep is not None and num_keep < teacher.num_patches:
-        parts.append(f"compared at the {num_keep} of {teacher.num_patches} patches both see")
-    if student.walks and teacher.walks and student.grid != teacher.grid:
-        of_student, of_teacher = (f"{n.grid[0]} x {n.grid[1]}" for n in (student, teacher))
-        parts.append(f"the student's patches resampled from {of_student} to {of_teacher}")
-    elif student.walks != teacher.walks:
-        parts.append("the student's features resampled to the teacher's map by position")
-    return ", ".join(parts)

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Set
 from ..messages import suggest
+from ..option import option
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .base import Objective, Truth, require
+from .base import Objective, Scalar, Truth
 
 
 def cross_entropy_loss(
@@ -20,7 +21,7 @@ def cross_entropy_loss(
     mixed_labels: Int[Tensor, " B"] | None = None,
     lam: Float[Tensor, " B"] | None = None,
     smoothing: float = 0.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Return the mean cross-entropy with smoothed labels, in float32.
 
     A smoothed label is ``(1 - smoothing) * onehot + smoothing / C``. A mixed image has the label
@@ -52,24 +53,16 @@ def chosen_head(
     if head == "all" or head in heads:
         return head
     if head != "auto":
-        raise ConfigError(
-            f"{student} has no head called {head!r}",
-            fix=suggest(head, (*heads, "all", "auto")),
-            field="head",
-        )
+        what = f"{student} has no head called {head!r}"
+        raise ConfigError(what, suggest(head, (*heads, "all", "auto")), field="head")
     if len(heads) == 1:
         return heads[0]
     for name in ("class",) if teacher is None else (teacher, "distillation"):
         if name in heads:
             return name
-    raise ConfigError(
-        f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}",
-        fix=(
-            "call the teacher like the head that learns from it",
-            f"set the objective's head, e.g. {heads[-1]}",
-        ),
-        field="head",
-    )
+    what = f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}"
+    fix = "call the teacher like the head that learns from it", Set("head", heads[-1])
+    raise ConfigError(what, fix, field="head")
 
 
 def head_logits(output: ViTOutput, head: str, teacher: str | None = None) -> Float[Tensor, "B C"]:
@@ -89,36 +82,25 @@ def heads_read(student: Network, head: str, teacher: str | None = None) -> tuple
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Objective):
-    """Cross-entropy of the student with the ground truth.
+    """Cross-entropy of the student with the ground truth."""
 
-    Args:
-        smoothing: label smoothing, 0 to below 1.
-        head: for students with several heads: the name of the one that learns from the labels, or
-            ``all``: their prediction. ``auto``: the class token's, as DeiT and Co-advise train it.
-    """
-
-    smoothing: float = 0.0
-    head: str = "auto"
+    smoothing: float = option(0.0, "label smoothing", at_least=0, below=1)
+    head: str = option(
+        "auto", "that learns from the labels, or `all`: the prediction. `auto`: the class token's"
+    )
 
     reads_teacher: ClassVar[bool] = False
     reads_labels: ClassVar[bool] = True
-    formula: ClassVar[str] = "cross-entropy with the labels, batch mean"
-    paper: ClassVar[str] = "cross-entropy with label smoothing"
-    use_when: ClassVar[str] = "Whenever the images have labels; beside every other objective."
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "a number from 0 to below 1")
-
-    def check(self, student: Network, teacher: Network | None) -> None:
-        heads_read(student, self.head)
+    formula = "cross-entropy with the labels, batch mean"
+    paper = "cross-entropy with label smoothing"
+    use_when = "Whenever the images have labels; beside every other objective."
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
         return heads_read(student, self.head)
 
     def loss(
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    ) -> Scalar:
         logits = head_logits(student, self.head)
         return cross_entropy_loss(
             logits, batch.labels, batch.mixed_labels, batch.lam, self.smoothing

@@ -13,8 +13,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import Truth, check_factors
-from .kd import LogitObjective, check_logits, check_temperature
+from ..option import option
+from .base import Scalar, Truth
+from .kd import Logits, SoftLogitObjective, check_logits
 
 
 def pearson(student: Float[Tensor, "R M"], teacher: Float[Tensor, "R M"]) -> Float[Tensor, " R"]:
@@ -32,35 +33,22 @@ def pearson(student: Float[Tensor, "R M"], teacher: Float[Tensor, "R M"]) -> Flo
 
 
 def dist_loss(
-    student_logits: Float[Tensor, "B C"],
-    teacher_logits: Float[Tensor, "B C"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     beta: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Return ``T^2 (beta (1 - mean_b r_b) + gamma (1 - mean_c r_c))``, in float32.
 
     It lies between 0 and 2 T^2 (beta + gamma). r_b is the Pearson correlation of the two networks'
     probabilities over the classes of image b, r_c over the images of class c; the probabilities are
     a softmax at temperature T. The second term compares the images of a batch, so the loss depends
-    on what shares a batch; in a batch of 1 that term is the constant ``gamma T^2``.
-
-    Args:
-        student_logits, teacher_logits: no gradient reaches the teacher.
-        beta: the weight of the correlation over classes.
-        gamma: the weight of the correlation over images.
-        temperature: T.
+    on what shares a batch; in a batch of 1 that term is the constant ``gamma T^2``. No gradient
+    reaches the teacher.
 
     Raises:
         ValueError: the shapes differ, or ``temperature`` is not above 0.
-
-    Source: arXiv 2205.10536 (L_inter and L_intra); hunto/DIST_KD@6d93ca0, hunto/LocalMamba@45dbff7.
-
-    Example:
-        >>> import torch
-        >>> logits = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.0, 1.0]])
-        >>> round(dist_loss(logits, logits).item(), 4)
-        0.0
     """
     check_logits(student_logits, teacher_logits, temperature)
     student = (student_logits.float() / temperature).softmax(-1)
@@ -71,42 +59,20 @@ def dist_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DIST(LogitObjective):
-    """Distillation by correlation, for teachers too strong to be matched.
+class DIST(SoftLogitObjective):
+    """Distillation by correlation, for teachers too strong to be matched."""
 
-    Args:
-        beta: the weight of the correlation over the classes of an image, 0 or more.
-        gamma: the weight of the correlation over the images of a class, 0 or more; it sees one
-            micro-batch of one process.
-        temperature: T, above 0; the loss carries T^2.
-    """
-
-    beta: float = 1.0
-    gamma: float = 1.0
-    temperature: float = 1.0
+    beta: float = option(1.0, "weight of the correlation over an image's classes", at_least=0)
+    gamma: float = option(1.0, "weight of that over a micro-batch's images", at_least=0)
 
     couples_images: ClassVar[bool] = True
-    formula: ClassVar[str] = (
-        "T^2 (beta (1 - correlation over classes) + gamma (1 - correlation over the images))"
-    )
-    paper: ClassVar[str] = (
-        "DIST (Huang et al., NeurIPS 2022, [2205.10536](https://arxiv.org/abs/2205.10536))"
-    )
-    use_when: ClassVar[str] = (
+    terms = ("beta", "gamma")
+    formula = "T^2 (beta (1 - correlation over classes) + gamma (1 - correlation over the images))"
+    paper = "DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536)"
+    use_when = (
         "In place of kd when the teacher is much stronger and micro-batches large: published 82.3 %"
         " against 81.5 % (Swin-T from Swin-L)."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_factors(beta=self.beta, gamma=self.gamma)
-        check_temperature(self.temperature)
-
-    @property
-    def teacher_temperatures(self) -> tuple[float, ...]:
-        return (self.temperature,)
-
-    def compare(
-        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
-    ) -> Float[Tensor, ""]:
+    def compare(self, student: Logits, teacher: Logits, batch: Truth) -> Scalar:
         return dist_loss(student, teacher, self.beta, self.gamma, self.temperature)

@@ -8,125 +8,69 @@ CIFAR-100), which is an objective's ``schedule`` here.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from .base import check_factors
-from .kd import check_logits, check_temperature
-from .nkd import TargetObjective, label_classes, of_label, of_rest
+from ..option import option
+from .base import Scalar
+from .kd import Logits, check_logits, kl_rows
+from .nkd import Classes, PerImage, Reduction, TargetObjective, label_classes, of_label, of_rest
 
 
-def _against_the_rest(
-    log_probs: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
-) -> Float[Tensor, "B 2"]:
+def _against_the_rest(log_probs: Logits, labels: Classes) -> Float[Tensor, "B 2"]:
     """Return ``log p_y`` and ``log(1 - p_y)``."""
     # The latter from the others: 1 - p_y is 0 in float32 long before they are.
     rest = of_rest(log_probs, labels).logsumexp(-1)
     return torch.stack([of_label(log_probs, labels), rest], dim=-1)
 
 
-def _kl(student: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+def dkd_loss(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    labels: Classes | Logits,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+) -> Scalar | PerImage:
+    """Return ``T^2 (alpha TCKD + beta NCKD)``, in float32.
 
-
-def _dkd(
-    student_logits: Float[Tensor, "B C"],
-    teacher_logits: Float[Tensor, "B C"],
-    labels: Int[Tensor, " B"] | Float[Tensor, "B C"],
-    alpha: float,
-    beta: float,
-    temperature: float,
-) -> Float[Tensor, " B"]:
+    TCKD is ``KL((p_T[y], 1 - p_T[y]) || (p_S[y], 1 - p_S[y]))``, NCKD is ``KL(q_T || q_S)``; p is
+    the softmax over all classes and q over the C - 1 that are not y, both at temperature T. The
+    ordinary divergence of an image is ``TCKD + (1 - p_T[y]) NCKD``. ``labels``, ``reduction`` and
+    errors are those of `nkd_loss`.
+    """
     check_logits(student_logits, teacher_logits, temperature)
     label = label_classes(labels, student_logits)
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    target = _kl(_against_the_rest(student, label), _against_the_rest(teacher, label))
-    rest = _kl(
+    target = kl_rows(_against_the_rest(student, label), _against_the_rest(teacher, label))
+    rest = kl_rows(
         F.log_softmax(of_rest(student, label), dim=-1),
         F.log_softmax(of_rest(teacher, label), dim=-1),
     )
-    return temperature**2 * (alpha * target + beta * rest)
-
-
-def dkd_loss(
-    student_logits: Float[Tensor, "B C"],
-    teacher_logits: Float[Tensor, "B C"],
-    labels: Int[Tensor, " B"] | Float[Tensor, "B C"],
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
-) -> Float[Tensor, ""]:
-    """Return ``T^2 (alpha TCKD + beta NCKD)``, a mean over the batch, in float32.
-
-    TCKD is ``KL((p_T[y], 1 - p_T[y]) || (p_S[y], 1 - p_S[y]))``, NCKD is ``KL(q_T || q_S)``; p is
-    the softmax over all classes and q over the C - 1 that are not y, both at temperature T. The
-    ordinary divergence of an image is ``TCKD + (1 - p_T[y]) NCKD``.
-
-    Args:
-        student_logits, teacher_logits: no gradient reaches the teacher.
-        labels: y, or soft labels, of which the class with the largest share is y (the first of
-            equal ones).
-        alpha, beta: the weights of the two terms.
-        temperature: T.
-
-    Raises:
-        ValueError: the shapes do not fit, there is one class only, or ``temperature`` is not above
-            0.
-
-    Source: arXiv 2203.08679 (DKD in terms of TCKD and NCKD); megvii-research/mdistiller@e8c5bb3.
-
-    Example:
-        >>> import torch
-        >>> dkd_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])).item()
-        0.0
-    """
-    return _dkd(student_logits, teacher_logits, labels, alpha, beta, temperature).mean()
+    losses = temperature**2 * (alpha * target + beta * rest)
+    return losses.mean() if reduction == "mean" else losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class DKD(TargetObjective):
     """Decoupled logit distillation.
 
-    Args:
-        alpha: the weight of the label's class against the rest, 0 or more.
-        beta: the weight of the rest among themselves, 0 or more; the authors use 8 on CIFAR-100 (6
-            to 2 with some students) and 0.5 on ImageNet, at T 1 there.
-        temperature: T, above 0; the loss carries T^2.
+    The authors' beta is 8 on CIFAR-100 (6 to 2 with some students), and 0.5 at T 1 on ImageNet.
     """
 
-    alpha: float = 1.0
-    beta: float = 8.0
-    temperature: float = 4.0
+    alpha: float = option(1.0, "the weight of the label's class against the rest", at_least=0)
+    beta: float = option(8.0, "the weight of the rest among themselves", at_least=0)
+    temperature: float = option(4.0, "T; the loss carries T^2", above=0)
 
-    formula: ClassVar[str] = (
-        "T^2 (alpha KL of the label's class against the rest + beta KL of the rest), batch mean"
-    )
-    paper: ClassVar[str] = (
-        "DKD (Zhao et al., CVPR 2022, [2203.08679](https://arxiv.org/abs/2203.08679))"
-    )
-    use_when: ClassVar[str] = (
-        "In place of kd when the images have labels and the teacher is so sure of them that little"
-        " of the other classes gets through."
-    )
+    terms = ("alpha", "beta")
+    formula = "T^2 (alpha KL of the label's class against the rest + beta KL of the rest), mean"
+    paper = "DKD (Zhao et al., CVPR 2022, arXiv 2203.08679)"
+    use_when = "In place of kd when the teacher is so sure of labels that little else gets through."
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_factors(alpha=self.alpha, beta=self.beta)
-        check_temperature(self.temperature)
-
-    @property
-    def teacher_temperatures(self) -> tuple[float, ...]:
-        return (self.temperature,)
-
-    def per_image(
-        self,
-        student_logits: Float[Tensor, "B C"],
-        teacher_logits: Float[Tensor, "B C"],
-        labels: Int[Tensor, " B"],
-    ) -> Float[Tensor, " B"]:
-        return _dkd(student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature)
+    def per_image(self, student: Logits, teacher: Logits, labels: Classes) -> PerImage:
+        return dkd_loss(student, teacher, labels, self.alpha, self.beta, self.temperature, "none")

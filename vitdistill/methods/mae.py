@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, Set
 from ..models.mae import MAEDecoder, patchify, pixel_targets, unpatchify
+from ..option import option
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import gather_patches
-from .base import Objective, Truth, require
+from .base import Objective, Scalar, Truth, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,39 +27,26 @@ class PixelReconstruction(Objective):
 
     Needs a masking. At high mask rates the decoder, which runs on every patch, costs more than the
     encoder: ``decoder_depth`` is the knob.
-
-    Args:
-        decoder_dim: width of the decoder.
-        decoder_depth: its blocks, at least 1; 8 in the paper.
-        decoder_num_heads: its attention heads; has to divide ``decoder_dim``.
-        norm_pix: predict each patch's pixels less their mean, over their standard deviation. MAE's
-            own training does; the DMAE repository's pre-training script did in its first release
-            and stopped the day after.
     """
 
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_num_heads: int = 16
-    norm_pix: bool = False
+    decoder_dim: int = option(512, "width of the decoder", at_least=4)
+    decoder_depth: int = option(8, "its blocks; 8 in the paper", at_least=1)
+    decoder_num_heads: int = option(16, "its heads; divides `decoder_dim`", at_least=1)
+    norm_pix: bool = option(
+        False,
+        "predict each patch's pixels less their mean, over their standard deviation, as MAE's own"
+        " training does and DMAE's does not",
+    )
 
     reads_teacher: ClassVar[bool] = False
     needs_masking: ClassVar[bool] = True
-    goes_with: ClassVar[tuple[str, ...]] = ("random_masking",)
-    formula: ClassVar[str] = (
-        "|prediction - pixels|^2, mean over the pixels of hidden patches and the batch"
-    )
-    paper: ClassVar[str] = (
-        "MAE (He et al., CVPR 2022, [2111.06377](https://arxiv.org/abs/2111.06377))"
-    )
-    use_when: ClassVar[str] = (
-        "The student is pre-trained on images without labels, alone or beside `dmae`; it is"
-        " fine-tuned afterwards."
-    )
+    goes_with = ("random_masking",)
+    formula = "|prediction - pixels|^2, mean over the pixels of hidden patches and the batch"
+    paper = "MAE (He et al., CVPR 2022, arXiv 2111.06377)"
+    use_when = "Pre-training without labels, alone or beside `dmae`; fine-tune afterwards."
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("decoder_dim", "decoder_depth", "decoder_num_heads"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         dim, heads = self.decoder_dim, self.decoder_num_heads
         wanted = f"a multiple of 4 and of decoder_num_heads ({heads})"
         require(dim % heads == 0 and dim % 4 == 0, "decoder_dim", dim, wanted)
@@ -66,22 +54,15 @@ class PixelReconstruction(Objective):
     def check(self, student: Network, teacher: Network | None) -> None:
         (rows, columns), (height, width) = student.grid, student.patch_size
         if student.walks and (rows * height, columns * width) != student.image_size:
-            height, width = student.image_size
-            raise ConfigError(
-                f"masked autoencoding predicts pixels, and the patches of {student.architecture} do"
-                f" not cut its images of {height} x {width} into pixels",
-                fix="take a plain ViT without a convolutional stem, whose patches fill the image",
-                field="student.model",
-            )
+            what = f"the patches of {student.architecture} do not cut its images into pixels"
+            fix = "take a plain ViT without a convolutional stem, whose patches fill the image"
+            raise ConfigError(f"{what}, which mae predicts", fix, field="student.model")
         if student.walks and not student.final_norm:
+            what = f"{student.architecture} norms its features after pooling, and mae reads them"
             # timm lets a network without a class token pool only its normed features.
             pooled = Set("student.model_args.global_pool", "token")
-            raise ConfigError(
-                f"{student.architecture} norms its features after pooling, and masked autoencoding"
-                " reads them before; it may pool when it is fine-tuned",
-                fix=pooled if student.has_class_token else Set("student.model_args.fc_norm", False),
-                field="student.model_args",
-            )
+            pooled = pooled if student.has_class_token else Set("student.model_args.fc_norm", False)
+            raise ConfigError(f"{what} before", pooled, field="student.model_args")
 
     def student_needs(self, student: Network) -> Needs:
         return Needs(features=True)
@@ -95,11 +76,6 @@ class PixelReconstruction(Objective):
             self.decoder_depth,
             self.decoder_num_heads,
         )
-
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
-        blocks = "1 block" if self.decoder_depth == 1 else f"{self.decoder_depth} blocks"
-        pixels = "normalised patch by patch" if self.norm_pix else "as the network sees them"
-        return f"decoder of {blocks}, {self.decoder_dim} wide; pixels {pixels}"
 
     def pictures(
         self, student: ViTOutput, batch: Truth, adapter: nn.Module | None
@@ -128,7 +104,7 @@ class PixelReconstruction(Objective):
 
     def loss(
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    ) -> Scalar:
         assert isinstance(adapter, MAEDecoder)
         assert student.features is not None and student.keep is not None
         prediction, hidden = adapter.decode_hidden(

@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..vit.network import Network
-from .base import Truth, check_factors
-from .kd import LogitObjective, check_logits, check_temperature
+from ..option import option
+from .base import Scalar, Truth
+from .kd import Logits, SoftLogitObjective, check_logits
+
+PerImage = Float[Tensor, " B"]
+Classes = Int[Tensor, " B"]
+Reduction = Literal["mean", "none"]
 
 
-def label_classes(
-    labels: Int[Tensor, " B"] | Float[Tensor, "B C"], logits: Float[Tensor, "B C"]
-) -> Int[Tensor, " B"]:
+def label_classes(labels: Classes | Logits, logits: Logits) -> Classes:
     """Return one class an image: a soft label's class with the largest share, the first of equals.
 
     Raises:
@@ -33,67 +34,45 @@ def label_classes(
     if classes < 2:
         raise ValueError("the logits have one class: there is no rest beside the label's class")
     if labels.shape != ((batch,) if labels.ndim == 1 else (batch, classes)):
-        raise ValueError(
-            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: give a class or"
-            " C shares for each image"
-        )
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
     return labels.long() if labels.ndim == 1 else labels.argmax(-1)
 
 
-def of_label(values: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+def of_label(values: Logits, labels: Classes) -> PerImage:
     """Return each image's value at its label's class."""
     return values.gather(1, labels[:, None])[:, 0]
 
 
-def of_rest(values: Float[Tensor, "B C"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B C-1"]:
+def of_rest(values: Logits, labels: Classes) -> Float[Tensor, "B C-1"]:
     """Return each image's values at all other classes, in their order."""
     # Gathered, not masked: the number a mask fills in leaks into a softmax.
     others = torch.arange(values.shape[1] - 1, device=values.device)
     return values.gather(1, others + (others >= labels[:, None]))
 
 
-def _nkd(
-    student_logits: Float[Tensor, "B C"],
-    teacher_logits: Float[Tensor, "B C"],
-    labels: Int[Tensor, " B"] | Float[Tensor, "B C"],
-    gamma: float,
-    temperature: float,
-) -> Float[Tensor, " B"]:
-    check_logits(student_logits, teacher_logits, temperature)
-    label = label_classes(labels, student_logits)
-    student, teacher = student_logits.float(), teacher_logits.detach().float()
-    target = of_label(teacher.softmax(-1), label) * of_label(F.log_softmax(student, dim=-1), label)
-    rest = F.softmax(of_rest(teacher, label) / temperature, dim=-1) * F.log_softmax(
-        of_rest(student, label) / temperature, dim=-1
-    )
-    return -target - gamma * temperature**2 * rest.sum(-1)
-
-
 def nkd_loss(
-    student_logits: Float[Tensor, "B C"],
-    teacher_logits: Float[Tensor, "B C"],
-    labels: Int[Tensor, " B"] | Float[Tensor, "B C"],
+    student_logits: Logits,
+    teacher_logits: Logits,
+    labels: Classes | Logits,
     gamma: float = 1.0,
     temperature: float = 1.0,
-) -> Float[Tensor, ""]:
+    reduction: Reduction = "mean",
+) -> Scalar | PerImage:
     """Return ``-p_T[y] log p_S[y] - gamma T^2 sum_i q_T[i] log q_S[i]``, in float32.
 
-    A mean over the batch. p is the softmax over all classes at temperature 1; q is the softmax over
-    the C - 1 classes that are not y, at temperature T, so neither network's logit of y is in it.
-    These are cross-entropies, not divergences: the loss of equal logits is not 0.
+    p is the softmax over all classes at temperature 1; q is the softmax over the C - 1 classes that
+    are not y, at temperature T, so neither network's logit of y is in it. These are
+    cross-entropies, not divergences: the loss of equal logits is not 0. No gradient reaches the
+    teacher.
 
     Args:
-        student_logits, teacher_logits: no gradient reaches the teacher.
         labels: y, or soft labels, of which the class with the largest share is y (the first of
             equal ones).
-        gamma: the weight of the other classes.
-        temperature: T.
+        reduction: ``mean`` over the batch, or ``none``.
 
     Raises:
         ValueError: the shapes do not fit, there is one class only, or ``temperature`` is not above
             0.
-
-    Source: arXiv 2303.13005 (L_NKD); yzd-v/cls_KD@ad4876f.
 
     Example:
         >>> import torch
@@ -101,44 +80,34 @@ def nkd_loss(
         >>> round(loss.item(), 4)  # log(2) / 2
         0.3466
     """
-    return _nkd(student_logits, teacher_logits, labels, gamma, temperature).mean()
+    check_logits(student_logits, teacher_logits, temperature)
+    label = label_classes(labels, student_logits)
+    student, teacher = student_logits.float(), teacher_logits.detach().float()
+    target = of_label(teacher.softmax(-1), label) * of_label(F.log_softmax(student, dim=-1), label)
+    rest = F.softmax(of_rest(teacher, label) / temperature, dim=-1) * F.log_softmax(
+        of_rest(student, label) / temperature, dim=-1
+    )
+    losses = -target - gamma * temperature**2 * rest.sum(-1)
+    return losses.mean() if reduction == "mean" else losses
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetObjective(LogitObjective):
-    """A logit loss that treats the label's class apart from the rest.
+class TargetObjective(SoftLogitObjective):
+    """A logit loss that treats the label's class apart from the rest."""
 
-    Args:
-        mixed: which class of a mixed image counts. ``dominant``: the one with the larger share, the
-            lower class of two halves, as the authors train; ``both``: each in turn, by its share
-            (not in the papers).
-    """
-
-    mixed: Literal["dominant", "both"] = "dominant"
+    mixed: Literal["dominant", "both"] = option(
+        "dominant",
+        "of a mixed image, `dominant`: the class of the larger share counts, the lower of two"
+        " halves, as the authors train; `both`: each by its share (not in the papers)",
+    )
 
     reads_labels: ClassVar[bool] = True
 
-    def check(self, student: Network, teacher: Network | None) -> None:
-        super().check(student, teacher)
-        if student.num_classes < 2:
-            raise ConfigError(
-                f"{type(self).__name__} sets the label's class against the rest, and the student"
-                " has one class",
-                fix="use another objective",
-            )
-
     @abstractmethod
-    def per_image(
-        self,
-        student_logits: Float[Tensor, "B C"],
-        teacher_logits: Float[Tensor, "B C"],
-        labels: Int[Tensor, " B"],
-    ) -> Float[Tensor, " B"]:
+    def per_image(self, student: Logits, teacher: Logits, labels: Classes) -> PerImage:
         """Return the loss of each image, with one label each."""
 
-    def compare(
-        self, student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"], batch: Truth
-    ) -> Float[Tensor, ""]:
+    def compare(self, student: Logits, teacher: Logits, batch: Truth) -> Scalar:
         labels, other, lam = batch.labels, batch.mixed_labels, batch.lam
         if other is None or lam is None:
             return self.per_image(student, teacher, labels).mean()
@@ -155,41 +124,22 @@ class NKD(TargetObjective):
     """NKD: match the label's class as far as the teacher believes in it, and the rest on its own.
 
     The authors train ViTs on ImageNet with gamma 1 and T 1, CNNs on ImageNet with 1.5 and 1, CNNs
-    on CIFAR-100 with 3.5 and 3, each beside the cross-entropy with the labels.
-
-    Args:
-        gamma: the weight of the other classes, 0 or more.
-        temperature: T of the other classes, above 0; their term carries T^2. The label's class is
-            compared at temperature 1.
+    on CIFAR-100 with 3.5 and 3, each beside the cross-entropy with the labels. The label's class is
+    compared at temperature 1.
     """
 
-    gamma: float = 1.0
-    temperature: float = 1.0
+    gamma: float = option(1.0, "the weight of the other classes", at_least=0)
 
-    formula: ClassVar[str] = (
-        "-p_T[y] log p_S[y] + gamma T^2 cross-entropy of the other classes, batch mean"
-    )
-    paper: ClassVar[str] = (
-        "NKD (Yang et al., ICCV 2023, [2303.13005](https://arxiv.org/abs/2303.13005))"
-    )
-    use_when: ClassVar[str] = (
+    formula = "-p_T[y] log p_S[y] + gamma T^2 cross-entropy of the other classes, batch mean"
+    paper = "NKD (Yang et al., ICCV 2023, arXiv 2303.13005)"
+    use_when = (
         "In place of kd when the images have labels: published 76.68 % against 76.01 % with kd"
         " (DeiT-Ti from DeiT III-S, ImageNet)."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_factors(target=1.0, gamma=self.gamma)
-        check_temperature(self.temperature)
 
     @property
     def teacher_temperatures(self) -> tuple[float, ...]:
         return tuple({1.0, self.temperature})
 
-    def per_image(
-        self,
-        student_logits: Float[Tensor, "B C"],
-        teacher_logits: Float[Tensor, "B C"],
-        labels: Int[Tensor, " B"],
-    ) -> Float[Tensor, " B"]:
-        return _nkd(student_logits, teacher_logits, labels, self.gamma, self.temperature)
+    def per_image(self, student: Logits, teacher: Logits, labels: Classes) -> PerImage:
+        return nkd_loss(student, teacher, labels, self.gamma, self.temperature, "none")

@@ -9,29 +9,25 @@ without a class token, unequal grids, and teachers that see some of their patche
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..option import option
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .base import TeacherObjective, Truth, check_factors, describe_alignment, require
+from .base import Scalar, TeacherObjective, Truth
 
 Kind = Literal["mse", "smooth_l1", "cosine"]
 
 
 class TokenAdapter(nn.Module):
-    """The projections to the teacher's width: LayerNorm, then Linear.
-
-    Args:
-        student: the network that is projected.
-        teacher: the network that is projected to.
-        classes: build ``class_head``.
-        patches: build ``patch_head``.
+    """The projections to the teacher's width: LayerNorm, then Linear; ``classes`` and ``patches``
+    say whether there is a ``class_head`` and a ``patch_head``.
     """
 
     def __init__(
@@ -58,14 +54,12 @@ def class_vector(output: ViTOutput) -> Float[Tensor, "B D"]:
 
 def feature_loss(
     student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*tokens D"], kind: Kind = "mse"
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Compare vectors of the same tokens, in float32, mean over tokens and batch.
 
     No gradient reaches the teacher. ``mse``: squared difference, mean over channels. ``smooth_l1``:
     half of it where the difference is below 1, else its size less a half. ``cosine``: one minus the
     cosine.
-
-    Source: arXiv 2407.10366; BeSpontaneous/Proteus-pytorch@d2f87ec (``mse``).
 
     Example:
         >>> import torch
@@ -86,34 +80,16 @@ class TokenFeatures(TeacherObjective):
     sees more than the student). Networks that are run whole (CNNs) give the last feature map, after
     the final norm if they have one. Between unequal grids the student's features are resampled to
     the teacher's by position.
-
-    Args:
-        class_weight: of the term on the class token; 0: left out.
-        patch_weight: of the term on the patches both saw; 0: left out.
-        kind: of both: ``mse``, ``smooth_l1`` or ``cosine`` (one minus it).
     """
 
-    class_weight: float = 1.0
-    patch_weight: float = 1.0
-    kind: Kind = "mse"
+    class_weight: float = option(1.0, "of the term on the class token; 0: left out", at_least=0)
+    patch_weight: float = option(1.0, "of that on the patches both saw; 0: left out", at_least=0)
+    kind: Kind = option("mse", "of both: `mse`, `smooth_l1` or `cosine` (one minus it)")
 
-    formula: ClassVar[str] = (
-        "class_weight |P(class) - class|^2 + patch_weight |P'(patches) - patches|^2 after the final"
-        " norm, mean over channels, tokens, batch"
-    )
-    paper: ClassVar[str] = (
-        "Proteus (Zhang et al., ICLR 2025, [2407.10366](https://arxiv.org/abs/2407.10366)) without"
-        " its masked term"
-    )
-    use_when: ClassVar[str] = (
-        "The student is pre-trained without labels from a self-supervised teacher such as DINOv2,"
-        " as a backbone to fine-tune or probe."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_factors(class_weight=self.class_weight, patch_weight=self.patch_weight)
-        require(self.kind in get_args(Kind), "kind", self.kind, "mse, smooth_l1 or cosine")
+    terms = ("class_weight", "patch_weight")
+    formula = "class_weight |P(class) - class|^2 + patch_weight |P'(patches) - patches|^2, means"
+    paper = "Proteus (Zhang et al., ICLR 2025, arXiv 2407.10366) without its masked term"
+    use_when = "Pre-training a backbone without labels from a self-supervised teacher (DINOv2)."
 
     def student_needs(self, student: Network) -> Needs:
         return Needs(features=True)
@@ -127,20 +103,9 @@ class TokenFeatures(TeacherObjective):
             student, teacher, classes=self.class_weight > 0, patches=self.patch_weight > 0
         )
 
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
-        assert teacher is not None
-        parts = [
-            f"the {network.name} has no class token: mean of its patches"
-            for network in (student, teacher)
-            if self.class_weight > 0 and not network.has_class_token
-        ]
-        return ", ".join(
-            part for part in (*parts, describe_alignment(student, teacher, num_keep)) if part
-        )
-
     def loss(
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    ) -> Scalar:
         assert teacher is not None and isinstance(adapter, TokenAdapter)
         terms = []
         if self.class_weight > 0:

@@ -10,26 +10,23 @@ some of its patches, networks of any depth, and a mask rate of 0.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..option import option
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.patches import gather_patches, resample_patches
-from .base import TeacherObjective, Truth, block_pairs, describe_alignment, require
+from .base import Scalar, TeacherObjective, Truth, block_pairs, require
 
+# Low and high, on sums over patches and channels; the same for every published pair.
 PUBLISHED_WEIGHTS = (3e-5, 3e-6)
-"""Low and high, on sums over patches and channels; the same for every published pair."""
-
+# On means: what those amount to (9.03 and 0.452) for a teacher 768 wide with 196 patches.
 MEAN_WEIGHTS = (9.0, 0.45)
-"""Low and high, on means: what the published ones amount to (9.03 and 0.452) for a teacher 768 wide
-with 196 patches.
-"""
 
 Reduction = Literal["sum", "mean"]
 
@@ -39,15 +36,8 @@ class ViTKDAdapter(nn.Module):
 
     Submodules: ``align_low.0``, ``align_low.1``, ... and ``align_high``, absent if the widths
     agree; ``mask_token`` ``(1, 1, Dt)``, zeros at first; ``generation``, a 3x3 convolution, ReLU
-    and another 3x3 convolution.
-
-    Args:
-        student_dim: width of the student's last features.
-        teacher_dim: width of the teacher's.
-        low_dims: widths (student, teacher) after each mimicked block; None: two blocks of the same
-            widths.
-        generates: build the generator.
-        masks: build the mask token.
+    and another 3x3 convolution. ``low_dims`` are the widths (student, teacher) after each mimicked
+    block; None: two blocks of the widths of the last features.
     """
 
     def __init__(
@@ -98,7 +88,7 @@ def mimicking_loss(
     teacher: Sequence[Float[Tensor, "B _ _"]],
     seen: float = 1.0,
     reduction: Reduction = "sum",
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Return the squared differences of the first blocks' patches, in float32.
 
     ``sum``: over blocks, patches and channels, divided by the fraction ``seen`` of the teacher's
@@ -120,7 +110,7 @@ def generation_loss(
     mask_rate: float = 0.5,
     noise: Float[Tensor, "B N"] | None = None,
     reduction: Reduction = "sum",
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Return the squared differences of generated and real features, in float32.
 
     Compared are the masked patches that the teacher saw. The patches with the largest ``noise`` are
@@ -142,11 +132,7 @@ def generation_loss(
     if mask is not None:
         error = torch.where(gather_patches(mask, keep)[:, :, None], error, 0)
     total = error.sum() / batch * (num_patches / teacher.shape[1])
-    return (
-        total / (num_masked * teacher.shape[2])
-        if reduction == "mean"
-        else total / (mask_rate or 1.0)
-    )
+    return total / (num_masked * teacher.shape[2] if reduction == "mean" else mask_rate or 1.0)
 
 
 def vitkd_loss(
@@ -163,21 +149,15 @@ def vitkd_loss(
     grid: tuple[int, int] | None = None,
     keep: Int[Tensor, "B K"] | None = None,
     reduction: Reduction = "sum",
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+) -> tuple[Scalar, Scalar]:
     """Return the two weighted terms of ViTKD, mimicking and generation; the loss is their sum.
 
-    Args:
-        adapter: its projections, mask token and generator.
-        student_low: patches after the mimicked blocks, on the teacher's grid.
-        student_high: patches after the final norm, on the teacher's grid.
-        teacher_low, teacher_high: the teacher's at the patches it saw; they get no gradient.
-        low_weight: alpha of the paper.
-        high_weight: beta of the paper.
-        mask_rate: lambda, 0 to below 1.
-        noise: uniform numbers that choose the masked patches; None: drawn here.
-        grid: rows and columns of the N patches; None: a square.
-        keep: row-major indices of the K patches the teacher saw; None: all.
-        reduction: ``sum`` as published, ``mean`` for weights that do not depend on N, K and Dt.
+    The student's patches are on the teacher's ``grid`` (None: a square), after the mimicked blocks
+    (low) and the final norm (high); the teacher's are those it saw, at the row-major indices
+    ``keep`` (None: all), and get no gradient. ``low_weight``, ``high_weight`` and ``mask_rate`` are
+    alpha, beta and lambda of the paper. ``noise`` chooses the masked patches (None: drawn here).
+    ``reduction`` is ``sum`` as published, or ``mean`` for weights that do not depend on N, K and
+    Dt.
 
     Raises:
         ValueError: shapes do not fit, or the mask rate is out of range.
@@ -185,25 +165,16 @@ def vitkd_loss(
     Source: arXiv 2209.02432 eq. 3-6; yzd-v/cls_KD@ad4876f.
     """
     num_patches = student_high.shape[1]
-    if grid is None:
-        side = math.isqrt(num_patches)
-        grid = (side, side)
-    if grid[0] * grid[1] != num_patches:
-        raise ValueError(
-            f"{num_patches} patches are not a grid of {grid[0]} x {grid[1]}: give grid"
-        )
+    grid = grid or (math.isqrt(num_patches), math.isqrt(num_patches))
+    if math.prod(grid) != num_patches:
+        raise ValueError(f"{num_patches} patches are not a grid of {grid}: give grid")
     if not 0 <= mask_rate < 1:
         raise ValueError(f"mask_rate is {mask_rate!r}: it has to be from 0 to below 1")
     num_seen = num_patches if keep is None else keep.shape[1]
-    if (
-        teacher_high.shape[1] != num_seen
-        or teacher_low.shape[2] != num_seen
-        or student_low.shape[2] != num_patches
-    ):
-        raise ValueError(
-            f"the student has {student_low.shape[2]} and {num_patches} patches and the teacher"
-            f" {teacher_low.shape[2]} and {teacher_high.shape[1]}, where {num_seen} were seen"
-        )
+    counts = student_low.shape[2], teacher_high.shape[1], teacher_low.shape[2]
+    if counts != (num_patches, num_seen, num_seen):
+        wanted = num_patches, num_seen, num_seen
+        raise ValueError(f"there are {counts} patches where {wanted} are needed")
     patches = [gather_patches(block, keep) for block in student_low.unbind(1)]
     low = low_weight * mimicking_loss(
         adapter, patches, teacher_low.unbind(1), num_seen / num_patches, reduction
@@ -216,137 +187,97 @@ def vitkd_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class ViTKD(TeacherObjective):
-    """Feature distillation: the first blocks are mimicked, the last features generated from masked
-    ones.
+    """First blocks are mimicked, the teacher's last features generated from masked ones."""
 
-    Args:
-        low_blocks: the student's blocks whose output is mimicked; empty: none.
-        teacher_low_blocks: the teacher's, in the same order; None: the same numbers.
-        mask_rate: lambda, the fraction of patches hidden from the generator, 0 to below 1.
-        reduction: ``sum`` over patches and channels, as published: a weight then grows with the
-            teacher's patches and width. ``mean``: weights keep their meaning at any resolution,
-            width and number of kept patches.
-        low_weight: of the mimicking term, 0 leaves it out; None: 3e-5 as published for ``sum``, 9
-            for ``mean``.
-        high_weight: of the generation term, 0 leaves it out; None: 3e-6 as published for ``sum``,
-            0.45 for ``mean``.
-    """
+    low_blocks: tuple[int, ...] = option((0, 1), "blocks that mimic the teacher's; empty: none")
+    teacher_low_blocks: tuple[int, ...] | None = option(None, "the teacher's; null: the same")
+    mask_rate: float = option(0.5, "of patches hidden from the generator", at_least=0, below=1)
+    reduction: Reduction = option(
+        "sum",
+        "`sum` over patches and channels, as published: a weight grows with the teacher's patches"
+        " and width. `mean`: it means the same at any resolution, width and number of kept patches",
+    )
+    low_weight: float | None = option(
+        None, "of mimicking, 0: left out; null: 3e-5 as published for `sum`, or 9", at_least=0
+    )
+    high_weight: float | None = option(
+        None, "of generation, 0: left out; null: 3e-6 as published for `sum`, or 0.45", at_least=0
+    )
 
-    low_blocks: tuple[int, ...] = (0, 1)
-    teacher_low_blocks: tuple[int, ...] | None = None
-    mask_rate: float = 0.5
-    reduction: Reduction = "sum"
-    low_weight: float | None = None
-    high_weight: float | None = None
-
-    formula: ClassVar[str] = (
-        "low_weight |S - T|^2 of the first blocks' patches + high_weight |G(masked S) - T|^2 of the"
-        " last features at masked patches"
-    )
-    paper: ClassVar[str] = (
-        "ViTKD (Yang et al., CVPRW 2024, [2209.02432](https://arxiv.org/abs/2209.02432))"
-    )
-    use_when: ClassVar[str] = (
-        "Beside a logit loss, when the whole teacher runs anyway: published gain 1.1 points on top"
-        " of NKD (DeiT-Ti from DeiT III-S)."
-    )
+    formula = "low_weight |S - T|^2 of first blocks + high_weight |G(masked S) - T|^2 of the last"
+    paper = "ViTKD (Yang et al., CVPRW 2024, arXiv 2209.02432)"
+    use_when = "Beside a logit loss: published gain 1.1 points over NKD (DeiT-Ti from DeiT III-S)."
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.mask_rate < 1, "mask_rate", self.mask_rate, "a fraction from 0 to below 1"
-        )
-        for name in ("low_weight", "high_weight"):
-            value = getattr(self, name)
-            ok = value is None or 0 <= value < math.inf
-            require(ok, name, value, "a number that is not negative, or null")
         block_pairs("low_blocks", self.low_blocks, self.teacher_low_blocks)
-        if not self._mimics and not self._generates:
-            raise ConfigError(
-                "ViTKD has nothing to compare",
-                fix=("give low_blocks and a low_weight", "give a high_weight above 0"),
-                field="low_blocks",
-            )
+        wanted = "a number above 0, or low_blocks and a low_weight"
+        require(any(self._weights), "high_weight", self.high_weight, wanted)
 
     @property
     def _weights(self) -> tuple[float, float]:
+        """The weights of mimicking and generation; 0: the term is left out."""
         low, high = PUBLISHED_WEIGHTS if self.reduction == "sum" else MEAN_WEIGHTS
-        return low if self.low_weight is None else self.low_weight, (
-            high if self.high_weight is None else self.high_weight
-        )
-
-    @property
-    def _mimics(self) -> bool:
-        return bool(self.low_blocks) and self._weights[0] > 0
-
-    @property
-    def _generates(self) -> bool:
-        return self._weights[1] > 0
+        low = low if self.low_weight is None else self.low_weight
+        high = high if self.high_weight is None else self.high_weight
+        return low if self.low_blocks else 0.0, high
 
     @property
     def needs_every_patch(self) -> bool:  # type: ignore[override]
         """Whether it generates: the generator is a convolution over the student's whole map."""
-        return self._generates
+        return self._weights[1] > 0
 
     def _blocks(self) -> list[tuple[int, int]]:
-        if not self._mimics:
-            return []
-        return block_pairs("low_blocks", self.low_blocks, self.teacher_low_blocks)
+        """Return the mimicked blocks of student and teacher."""
+        pairs = block_pairs("low_blocks", self.low_blocks, self.teacher_low_blocks)
+        return pairs if self._weights[0] > 0 else []
 
     def student_needs(self, student: Network) -> Needs:
-        return Needs(hidden=frozenset(i for i, _ in self._blocks()), features=self._generates)
+        hidden = frozenset(i for i, _ in self._blocks())
+        return Needs(hidden=hidden, features=self.needs_every_patch)
 
     def teacher_needs(self, teacher: Network) -> Needs:
-        return Needs(hidden=frozenset(i for _, i in self._blocks()), features=self._generates)
+        hidden = frozenset(i for _, i in self._blocks())
+        return Needs(hidden=hidden, features=self.needs_every_patch)
 
     def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
         assert teacher is not None
-        low_dims = [(student.dims[i], teacher.dims[j]) for i, j in self._blocks()]
         return ViTKDAdapter(
             student.dims[-1],
             teacher.dims[-1],
-            low_dims,
-            generates=self._generates,
+            [(student.dims[i], teacher.dims[j]) for i, j in self._blocks()],
+            generates=self.needs_every_patch,
             masks=self.mask_rate > 0,
         )
 
     def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
         assert teacher is not None
         low, high = self._weights
-        parts = [
-            f"low_weight {low:g}, high_weight {high:g} on {self.reduction}s",
-            describe_alignment(student, teacher, num_keep),
-        ]
-        if num_keep is not None and self.reduction == "sum":
-            parts.append(f"sums times {teacher.num_patches / num_keep:.3g} to keep their scale")
-        return ", ".join(part for part in parts if part)
+        note = f"low_weight {low:g}, high_weight {high:g} on {self.reduction}s"
+        if num_keep is None or self.reduction == "mean":
+            return note
+        return f"{note}, times {teacher.num_patches / num_keep:.3g} to keep their scale"
 
     def loss(
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Float[Tensor, ""]:
+    ) -> Scalar:
         assert teacher is not None and isinstance(adapter, ViTKDAdapter)
         low_weight, high_weight = self._weights
         loss = torch.zeros((), device=batch.labels.device)
-        if self._mimics:
+        if low_weight > 0:
             pairs = [(student.patches(i), teacher.patches(j)) for i, j in self._blocks()]
             patches = [of_student.at(places) for of_student, places in pairs]
             keep, grid = pairs[0][1].keep, pairs[0][1].grid
-            seen = 1.0 if keep is None else keep.shape[1] / (grid[0] * grid[1])
+            seen = 1.0 if keep is None else keep.shape[1] / math.prod(grid)
             loss = loss + low_weight * mimicking_loss(
                 adapter, patches, [places.vectors for _, places in pairs], seen, self.reduction
             )
-        if self._generates:
+        if high_weight > 0:
             of_student, places = student.feature_patches, teacher.feature_patches
             whole = resample_patches(of_student.vectors, of_student.grid, places.grid)
             noise = batch.uniforms(whole.shape[1]) if self.mask_rate > 0 else None
+            of_teacher = places.vectors, places.grid, places.keep
             loss = loss + high_weight * generation_loss(
-                adapter,
-                whole,
-                places.vectors,
-                places.grid,
-                places.keep,
-                self.mask_rate,
-                noise,
-                self.reduction,
+                adapter, whole, *of_teacher, self.mask_rate, noise, self.reduction
             )
         return loss

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..errors import Add, ConfigError, Set
+from ..errors import Add, ConfigError, Set, fields_below
 from ..messages import suggest
 from ..methods import method_class, method_name
 from ..methods.base import Masking, Objective, TokenSelector
@@ -165,12 +165,8 @@ def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
     if not issubclass(cls, kind):
         raise refusal(value["method"], f"it is not {METHOD_KINDS[kind]}", path, source)
     rest = {key: item for key, item in value.items() if key != "method"}
-    try:
+    with fields_below(path, {field.name for field in dataclasses.fields(cls)}):
         return _convert_dataclass(rest, cls, path, source)
-    except ConfigError as error:  # a method names its fields without knowing where it stands
-        if path and error.field and not error.field.startswith(f"{path}."):
-            error.field = f"{path}.{error.field}"
-        raise
 
 
 def _unknown_field(path: str, name: str, known: Iterable[str], source: str) -> ConfigError:
