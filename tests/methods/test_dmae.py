@@ -80,6 +80,10 @@ class Pair:
         return self.module(self.batch, self.teachers)
 
 
+def network(model: nn.Module, name: str) -> Network:
+    return describe_network(model, name, "vit", (16, 16))
+
+
 def author_weights(data: Any, who: str) -> dict[str, Tensor]:
     return {
         k.removeprefix(f"{who}."): torch.from_numpy(data[k]).double()
@@ -198,26 +202,6 @@ def test_unit_length_forgets_the_scale_and_nothing_else_does(
     assert raw.item() == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
-@given(seed=st.integers(0, 1000), dim=st.integers(1, 6), beta=st.floats(2.0, 10.0))
-def test_smooth_l1_of_unit_length_with_a_beta_of_2_and_more_is_l2(
-    seed: int, dim: int, beta: float
-) -> None:
-    """Which is why it is refused; opposite vectors are as far apart as it gets."""
-    generator = torch.Generator().manual_seed(seed)
-    ours, its = (
-        torch.randn(2, 3, dim, generator=generator),
-        torch.randn(2, 3, dim, generator=generator),
-    )
-    for other in (its, -ours):
-        expected = alignment_loss(ours, other, "l2").item() / (2 * beta)
-        assert alignment_loss(ours, other, "smooth_l1", beta=beta).item() == pytest.approx(
-            expected, rel=1e-5
-        )
-    assert DMAE(distance="smooth_l1", beta=1.9) and DMAE(
-        distance="smooth_l1", beta=beta, normalize=False
-    )
-
-
 def test_the_teacher_runs_no_further_than_its_aligned_block_and_sees_no_hidden_patch() -> None:
     pair = Pair({"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75))
     before = {name: loss.item() for name, loss in pair.losses().items()}
@@ -235,17 +219,6 @@ def test_the_teacher_runs_no_further_than_its_aligned_block_and_sees_no_hidden_p
             pair.batch.images[i, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] = 1e3
     assert pair.losses()["dmae"].item() == before["dmae"]
     assert pair.losses()["mae"].item() > 100 * before["mae"]  # which predicts the hidden patches
-
-
-def test_a_mask_belongs_to_a_sample_and_its_view() -> None:
-    pair = Pair({"mae": SMALL}, RandomMasking(mask_rate=0.5))
-    order = pair.module.mask(pair.batch)
-    turned = Batch(
-        pair.batch.images, pair.batch.labels, pair.batch.ids.flip(0), pair.batch.views, 0
-    )
-    later = Batch(pair.batch.images, pair.batch.labels, pair.batch.ids, pair.batch.views + 1, 1)
-    assert torch.equal(pair.module.mask(turned), order.flip(0))
-    assert not torch.equal(pair.module.mask(later), order)
 
 
 def test_a_teacher_that_sees_more_is_compared_on_what_the_student_sees() -> None:
@@ -277,15 +250,15 @@ def test_several_pairs_add_up_in_the_order_they_are_given() -> None:
     assert both.plan.live["teacher"].num_blocks(8) == 8
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        DMAE(projection="mlp"),
-        DMAE(distance="smooth_l1", beta=0.5),
-        DMAE(distance="l2", normalize=False),
-    ],
-)
-def test_every_form_trains_student_and_projection_and_not_the_teacher(objective: DMAE) -> None:
+FORMS = [
+    DMAE(projection="mlp"),
+    DMAE(distance="smooth_l1", beta=0.5),
+    DMAE(distance="l2", normalize=False),
+]
+
+
+@pytest.mark.parametrize("objective", FORMS)
+def test_every_form_trains_the_student_up_to_its_block_and_the_projection(objective: DMAE) -> None:
     pair = Pair({"dmae": objective}, RandomMasking())
     pair.losses()["loss"].backward()
     reached = {
@@ -294,12 +267,8 @@ def test_every_form_trains_student_and_projection_and_not_the_teacher(objective:
         if p.grad is not None and p.grad.abs().sum() > 0
     }
     assert {name for name, _ in pair.module.adapters.named_parameters(prefix="adapters")} <= reached
-    assert {
-        f"student.blocks.{i}.mlp.fc2.weight" for i in range(3)
-    } <= reached and "student.blocks.3.mlp.fc2.weight" not in reached
-    assert "student.pos_embed" not in reached and all(
-        p.grad is None for p in pair.model.parameters()
-    )
+    assert "student.blocks.2.mlp.fc2.weight" in reached
+    assert "student.blocks.3.mlp.fc2.weight" not in reached
 
 
 def test_other_objectives_compare_under_the_same_mask() -> None:
@@ -310,106 +279,71 @@ def test_other_objectives_compare_under_the_same_mask() -> None:
     assert losses["loss"].isfinite() and losses["vitkd"].item() > 0
 
 
-def network(model: nn.Module, name: str, size: tuple[int, int] = (16, 16)) -> Network:
-    return describe_network(model, name, "vit", size)
+MASK, RATE = RandomMasking(), "masking.mask_rate"
+SIZES = {"img_size": 32, "patch_size": 8, "global_pool": "avg"}
+REFUSED: list[tuple[Objective, dict[str, Any], dict[str, Any] | None, Any, str]] = [
+    (DMAE(teacher_blocks=(8,)), {}, {}, MASK, ""),  # there is no block 8
+    (DMAE(student_blocks=(4,)), {}, {}, MASK, ""),
+    (DMAE(), {}, {"num_classes": 10}, MASK, "objectives.it.any_teacher"),
+    (DMAE(), {}, {"patch_size": 8}, MASK, "teachers.teacher.image_size"),
+    (DMAE(projection="none"), {}, {}, MASK, "objectives.it.projection"),
+    (ViTKD(), {}, {}, MASK, "masking"),  # it generates from every patch
+    (SMALL, {}, None, None, "masking"),
+    (SMALL, {}, None, RandomMasking(mask_rate=0.0), RATE),
+    (SMALL, {}, None, RandomMasking(teacher_mask_rate=0.5), "masking.teacher_mask_rate"),
+    (SMALL, {}, None, RandomMasking(mask_rate=0.95), RATE),
+    (SMALL, SIZES, None, MASK, "student.model_args"),
+    (SMALL, {**SIZES, "class_token": False}, None, MASK, "student.model_args"),
+]
 
 
-@pytest.mark.parametrize(
-    ("objective", "teacher", "words"),
-    [
-        (DMAE(teacher_blocks=(8,)), {}, "block 8 does not exist"),
-        (DMAE(student_blocks=(4,)), {}, "block 4 does not exist"),
-        (DMAE(), {"num_classes": 10}, "is a classifier of 10 classes"),
-        (DMAE(), {"patch_size": 8}, "2 x 2 patches of 8 x 8 pixels"),
-        (DMAE(projection="none"), {}, "the student is 24 wide and the teacher 36"),
-        (ViTKD(), {}, "reads every patch of the student"),
-    ],
-)
-def test_networks_that_cannot_be_compared_are_refused(
-    objective: Objective, teacher: dict[str, Any], words: str
+@pytest.mark.parametrize(("objective", "student", "teacher", "masking", "field"), REFUSED)
+def test_what_cannot_be_compared_or_teaches_nothing_is_refused(
+    objective: Objective,
+    student: dict[str, Any],
+    teacher: dict[str, Any] | None,
+    masking: RandomMasking | None,
+    field: str,
 ) -> None:
-    teachers = {"teacher": network(vit(1, 36, 8, **teacher), "teacher")}
-    with pytest.raises(ConfigError, match=words):
-        make_plan(network(vit(0), "student"), teachers, {"it": objective}, masking=RandomMasking())
+    size = student.get("img_size", 16)
+    networks = describe_network(vit(0, **student), "student", "vit", (size, size))
+    teachers = {}
+    if teacher is not None:
+        teachers = {"teacher": network(vit(1, 36, 8, **teacher), "teacher")}
+    with pytest.raises(ConfigError) as caught:
+        make_plan(networks, teachers, {"it": objective}, masking=masking)
+    assert caught.value.field == field
 
 
-@pytest.mark.parametrize(
-    ("masking", "words"),
-    [
-        (None, "mae learns from hidden patches, and nothing hides any"),
-        (RandomMasking(mask_rate=0.0), "hides none of the student.s 16"),
-        (RandomMasking(teacher_mask_rate=0.5), "there is no teacher"),
-        (RandomMasking(mask_rate=0.95), "leaves none of 16 patches visible"),
-    ],
-)
-def test_masks_that_teach_nothing_are_refused(masking: RandomMasking | None, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make_plan(network(vit(0), "student"), {}, {"mae": SMALL}, masking=masking)
+def test_a_stem_whose_patches_are_not_pixels_is_refused() -> None:
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=0, depth=1, img_size=64)
+    student = describe_network(hybrid, "student", "vit", (64, 64))
+    with pytest.raises(ConfigError) as caught:
+        make_plan(student, {}, {"mae": SMALL}, masking=MASK)
+    assert caught.value.field == "student.model"
 
 
-def test_a_classifier_may_teach_when_it_is_asked_for() -> None:
-    teachers = {"teacher": network(vit(1, 36, 8, num_classes=10), "teacher")}
-    plan = make_plan(
-        network(vit(0), "student"),
-        teachers,
-        {"dmae": DMAE(any_teacher=True)},
-        masking=RandomMasking(),
-    )
-    assert plan.live["teacher"].num_blocks(8) == 6
-
-
-POOLED = {"img_size": 32, "patch_size": 8, "global_pool": "avg"}
-
-
-@pytest.mark.parametrize(
-    ("name", "args", "words"),
-    [
-        ("vit_tiny_r_s16_p8_224", {"img_size": 64}, "do not cut its images of 64 x 64"),
-        ("vit_tiny_patch16_224", POOLED, "set student.model_args.global_pool=token"),
-        (
-            "vit_tiny_patch16_224",
-            {**POOLED, "class_token": False},
-            "set student.model_args.fc_norm=False",
-        ),
-    ],
-)
-def test_students_that_a_masked_autoencoder_cannot_be_made_of_are_refused(
-    name: str, args: dict[str, Any], words: str
-) -> None:
-    model = timm.create_model(name, num_classes=0, depth=1, **args)
-    size = args["img_size"]
-    with pytest.raises(ConfigError, match=words):
-        make_plan(
-            network(model, "student", (size, size)),
-            {},
-            {"mae": SMALL},
-            masking=RandomMasking(mask_rate=0.5),
-        )
+def test_what_the_refusals_advise_is_not_refused() -> None:
+    for args in (
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {"global_pool": "token"},
+    ):
+        student = network(vit(0, **args), "student")
+        assert make_plan(student, {}, {"mae": SMALL}, masking=MASK).student_keep == 4
+    classifier = {"teacher": network(vit(1, 36, 8, num_classes=10), "teacher")}
+    objectives: dict[str, Objective] = {"dmae": DMAE(any_teacher=True)}
+    assert make_plan(network(vit(0), "student"), classifier, objectives, masking=MASK)
 
 
 def test_without_a_projection_raw_features_are_compared_as_the_authors_do() -> None:
     raw, unit = (
-        Pair({"dmae": DMAE(projection="none", normalize=how)}, RandomMasking(), embed_dim=24)
+        Pair({"dmae": DMAE(projection="none", normalize=how)}, MASK, embed_dim=24)
         for how in (None, True)
     )
     assert raw.losses()["dmae"].item() > 2 * unit.losses()["dmae"].item() > 0
     assert "dmae" not in raw.module.adapters
 
 
-def test_without_a_mask_dmae_alone_may_learn_and_a_student_without_class_token_is_helped() -> None:
-    """At a mask rate of 0 nothing is hidden, which `mae` alone cannot use; and what the refusals
-    above advise is not refused.
-    """
+def test_at_a_mask_rate_of_0_dmae_alone_may_learn() -> None:
     pair = Pair({"dmae": DMAE()}, RandomMasking(mask_rate=0.0))
     assert pair.plan.student_keep == 16 and pair.losses()["dmae"].item() > 0
-    for args in (
-        {"class_token": False, "global_pool": "avg", "fc_norm": False},
-        {"global_pool": "token"},
-    ):
-        plan = make_plan(
-            network(vit(0, **args), "student"),
-            {},
-            {"mae": SMALL},
-            masking=RandomMasking(mask_rate=0.5),
-        )
-        assert plan.student_keep == 8

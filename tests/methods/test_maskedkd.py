@@ -21,103 +21,56 @@ from vitdistill.vit.output import ViTOutput
 
 
 def attention_of(
-    seed: int,
-    batch: int = 2,
-    heads: int = 3,
-    prefix: int = 1,
-    patches: int = 16,
-    scale: float = 2.0,
+    seed: int, batch: int = 2, heads: int = 3, prefix: int = 1, patches: int = 16
 ) -> Tensor:
-    logits = scale * torch.randn(
-        batch, heads, prefix + patches, generator=torch.Generator().manual_seed(seed)
-    )
-    return logits.softmax(-1)
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(batch, heads, prefix + patches, generator=generator)).softmax(-1)
 
 
-def output(
-    attention: Tensor, grid: tuple[int, int], prefix: int = 1, depth: int = 12, block: int = 11
-) -> ViTOutput:
-    return ViTOutput(
-        attention={block: attention},
-        grid=grid,
-        network=Network(num_prefix_tokens=prefix, depth=depth),
-    )
+def output(attention: Tensor, grid: tuple[int, int], prefix: int = 1, depth: int = 12) -> ViTOutput:
+    """Of the last block."""
+    network = Network(num_prefix_tokens=prefix, depth=depth)
+    return ViTOutput(attention={depth - 1: attention}, grid=grid, network=network)
 
 
-shapes = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 10**6),
-        "batch": st.integers(1, 4),
-        "heads": st.integers(1, 6),
-        "prefix": st.integers(0, 5),
-        "patches": st.integers(1, 40),
-    }
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 6),
+    prefix=st.integers(0, 5),
+    patches=st.integers(1, 40),
+    share=st.floats(0, 1),
 )
+def test_the_most_attended_patches_are_chosen(
+    seed: int, batch: int, heads: int, prefix: int, patches: int, share: float
+) -> None:
+    attention, count = attention_of(seed, batch, heads, prefix, patches), round(share * patches)
+    keep = select_patches(attention, count, prefix)
+    assert keep.shape == (batch, count) and keep.dtype is torch.int64
+    for row, chosen in zip(attention[:, :, prefix:].mean(1).tolist(), keep.tolist(), strict=True):
+        assert len(set(chosen)) == count
+        assert [row[i] for i in chosen] == sorted(row, reverse=True)[:count]
 
 
-# --- choosing ------------------------------------------------------------------------------------
-
-
-@given(shape=shapes, share=st.floats(0, 1))
-def test_the_most_attended_patches_are_chosen(shape: dict[str, int], share: float) -> None:
-    attention, count = attention_of(**shape), max(1, round(share * shape["patches"]))
-    keep = select_patches(attention, count, shape["prefix"])
-    assert keep.shape == (shape["batch"], count) and keep.dtype is torch.int64
-    saliency = attention[:, :, shape["prefix"] :].mean(1)
-    for row, chosen in zip(saliency, keep, strict=True):
-        assert (
-            len(set(chosen.tolist())) == count
-            and int(chosen.min()) >= 0
-            and int(chosen.max()) < shape["patches"]
-        )
-        left = row[[i for i in range(len(row)) if i not in chosen]]
-        assert len(left) == 0 or row[chosen].min() >= left.max()
-        assert row[chosen].tolist() == sorted(row[chosen].tolist(), reverse=True)
-
-
-@pytest.mark.parametrize("count", [1, 7, 49, 98, 196])
-def test_ties_are_broken_the_same_way_every_time(count: int) -> None:
+def test_ties_are_broken_the_same_way_every_time() -> None:
     attention = torch.full((4, 3, 197), 1 / 197)
-    first = select_patches(attention, count)
-    assert all(torch.equal(first, select_patches(attention.clone(), count)) for _ in range(5))
+    first = select_patches(attention, 98)
+    assert torch.equal(first, select_patches(attention.clone(), 98))
     assert torch.equal(first, first[:1].expand(4, -1))
 
 
 @given(seed=st.integers(0, 10**6), prefix=st.integers(1, 5))
 def test_over_patches_is_a_softmax_over_patches(seed: int, prefix: int) -> None:
     logits = 3 * torch.randn(2, 3, prefix + 9, generator=torch.Generator().manual_seed(seed))
-    over_patches = logits[:, :, prefix:].softmax(-1).mean(1)
-    assert torch.allclose(
-        patch_saliency(logits.softmax(-1), prefix, "patches"), over_patches, atol=1e-6
-    )
-    assert torch.allclose(
-        patch_saliency(logits.softmax(-1), prefix, "tokens"),
-        logits.softmax(-1)[:, :, prefix:].mean(1),
-    )
-
-
-def test_a_head_that_looks_only_at_the_class_token_is_no_division_by_zero() -> None:
-    attention = torch.zeros(1, 2, 5)
-    attention[:, :, 0] = 1
-    assert patch_saliency(attention, 1, "patches").isfinite().all()
-
-
-# --- another grid --------------------------------------------------------------------------------
-
-grids = st.tuples(st.integers(1, 20), st.integers(1, 20))
+    attention, over_patches = logits.softmax(-1), logits[:, :, prefix:].softmax(-1).mean(1)
+    assert torch.allclose(patch_saliency(attention, prefix, "patches"), over_patches, atol=1e-6)
+    class_alone = torch.eye(prefix + 9)[0].expand(1, 2, -1)  # no division by zero
+    assert patch_saliency(class_alone, prefix, "patches").isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("grid", "to_grid"),
-    [
-        ((14, 14), (16, 16)),
-        ((16, 16), (14, 14)),
-        ((14, 14), (7, 7)),
-        ((8, 8), (16, 16)),
-        ((6, 10), (9, 5)),
-        ((10, 4), (4, 10)),
-        ((2, 2), (37, 37)),
-    ],
+    [((14, 14), (16, 16)), ((16, 16), (7, 7)), ((6, 10), (9, 5)), ((2, 2), (37, 37))],
 )
 @pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
 def test_a_bright_corner_stays_in_its_corner(
@@ -127,16 +80,10 @@ def test_a_bright_corner_stays_in_its_corner(
     saliency[0, corner[0], corner[1]] = 1
     moved = resample_saliency(saliency.flatten(1), grid, to_grid).unflatten(1, to_grid)[0]
     assert moved[corner[0], corner[1]] == moved.max() > 0
-    assert moved.sum() > 0 and moved[-1 - corner[0], -1 - corner[1]] <= 1e-6
+    assert moved[-1 - corner[0], -1 - corner[1]] <= 1e-6
 
 
 # --- the selectors -------------------------------------------------------------------------------
-
-
-def test_student_guided_on_one_grid_is_select_patches() -> None:
-    attention = attention_of(0)
-    keep = MaskedKD().select((4, 4), 6, output(attention, (4, 4)), None, None)
-    assert torch.equal(keep, select_patches(attention, 6))
 
 
 def test_student_guided_on_two_grids_goes_by_position() -> None:
@@ -149,15 +96,14 @@ def test_student_guided_on_two_grids_goes_by_position() -> None:
 @pytest.mark.parametrize("block", [-1, 3, -9])
 def test_the_block_counts_from_either_end(block: int) -> None:
     attention = {i: attention_of(i) for i in range(12)}
-    student = ViTOutput(
-        attention=attention, grid=(4, 4), network=Network(num_prefix_tokens=1, depth=12)
-    )
+    network = Network(num_prefix_tokens=1, depth=12)
+    student = ViTOutput(attention=attention, grid=(4, 4), network=network)
     keep = MaskedKD(block=block).select((4, 4), 5, student, None, None)
     assert torch.equal(keep, select_patches(attention[block % 12], 5))
 
 
 def test_teacher_guided_reads_the_teacher_alone() -> None:
-    teacher = output(attention_of(1, prefix=2), (4, 4), prefix=2, depth=8, block=7)
+    teacher = output(attention_of(1, prefix=2), (4, 4), prefix=2, depth=8)
     student = output(attention_of(2, patches=9), (3, 3))
     keep = TeacherGuided().select((4, 4), 5, student, teacher, None)
     assert torch.equal(keep, select_patches(teacher.attention[7], 5, num_prefix_tokens=2))

@@ -62,7 +62,9 @@ class LogitObjective(TeacherObjective):
     def check(self, student: Network, teacher: Network | None) -> None:
         if teacher is not None and teacher.num_classes != student.num_classes:
             counts = f"{teacher.num_classes} classes and the student with {student.num_classes}"
-            what = f"the {teacher.name} answers with {counts}, and logits are compared one by one"
+            what = (
+                f"the {teacher.name} answers with {counts}, and logits are compared class by class"
+            )
             raise ConfigError(what, field=f"teachers.{self.teacher}.model")
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
