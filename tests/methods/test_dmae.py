@@ -8,46 +8,35 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_vits
 import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from small_vits import batch_of, network, teacher_of
 from torch import Tensor, nn
 
-from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
-from vitdistill.distill.teacher import Teacher
 from vitdistill.errors import ConfigError
 from vitdistill.methods.base import Objective
 from vitdistill.methods.dmae import DMAE, alignment_loss, three_quarters
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking, random_masking
 from vitdistill.methods.vitkd import ViTKD
-from vitdistill.models.mae import init_mae
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.needs import Needs
-from vitdistill.vit.network import Network
 from vitdistill.vit.walk import run_vit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SMALL = PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
 
 
 def vit(seed: int, dim: int = 24, depth: int = 4, **args: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    settings = {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": dim,
-        "depth": depth,
-        "num_heads": 2,
-        "num_classes": 0,
-    }
-    return timm.create_model("deit_tiny_patch16_224", **{**settings, **args}).eval()
+    args = {"num_classes": 0, **args}
+    return small_vits.vit(seed, std=0.1, embed_dim=dim, depth=depth, **args)
 
 
 class Pair:
@@ -57,31 +46,18 @@ class Pair:
         self, objectives: dict[str, Objective], masking: RandomMasking, **teacher: Any
     ) -> None:
         self.student, self.model = vit(0), vit(1, 36, 8, **teacher)
-        init_mae(self.student)
-        self.teacher = Teacher(
-            self.model, describe_network(self.model, "teacher", "big", (16, 16)), SPEC, SPEC
-        )
+        self.teacher = teacher_of(self.model)
         reads = any(hasattr(objective, "teacher") for objective in objectives.values())
         self.teachers = {"teacher": self.teacher} if reads else {}
         networks = {name: it.network for name, it in self.teachers.items()}
-        self.plan = make_plan(
-            describe_network(self.student, "student", "small", (16, 16)),
-            networks,
-            objectives,
-            masking=masking,
-        )
+        student = network(self.student, "student")
+        self.plan = make_plan(student, networks, objectives, masking=masking)
         torch.manual_seed(2)
         self.module = Distillation(self.student, self.plan)
-        ids = torch.arange(6)
-        torch.manual_seed(3)
-        self.batch = Batch(torch.randn(6, 3, 16, 16), ids % 3, ids, ids * 0, 0)
+        self.batch = batch_of(6)
 
     def losses(self) -> dict[str, Tensor]:
         return self.module(self.batch, self.teachers)
-
-
-def network(model: nn.Module, name: str) -> Network:
-    return describe_network(model, name, "vit", (16, 16))
 
 
 def author_weights(data: Any, who: str) -> dict[str, Tensor]:
@@ -99,14 +75,12 @@ def authors(who: str, dim: int, depth: int, heads: int) -> tuple[nn.Module, dict
     return model, state
 
 
-def test_the_authors_losses_and_their_gradients() -> None:
+def test_the_authors_losses() -> None:
     """Both terms through the plan, in float64, as UCSC-VLAA/DMAE@a0f4959 computes them with the
     whole teacher.
     """
-    data, expected = (
-        np.load(GOLDEN / "dmae.npz"),
-        json.loads((GOLDEN / "expected.json").read_text()),
-    )
+    data = np.load(GOLDEN / "dmae.npz")
+    expected = json.loads((GOLDEN / "expected.json").read_text())
     student, state = authors("student", 48, 4, 3)
     teacher, _ = authors("teacher", 64, 8, 4)
     images, noise = torch.from_numpy(data["images"]), torch.from_numpy(data["noise"])
@@ -114,12 +88,10 @@ def test_the_authors_losses_and_their_gradients() -> None:
         "mae": PixelReconstruction(decoder_dim=32, decoder_depth=2, decoder_num_heads=4),
         "dmae": DMAE(student_blocks=(2,), teacher_blocks=(5,)),
     }
-    networks = (
-        describe_network(student, "student", "s", (64, 64)),
-        {"teacher": describe_network(teacher, "teacher", "t", (64, 64))},
-    )
-    assert objectives["dmae"].student_needs(networks[0]) == DMAE().student_needs(networks[0])
-    plan = make_plan(*networks, objectives, masking=RandomMasking(mask_rate=0.75))
+    networks = {"student": student, "teacher": teacher}
+    described = {n: describe_network(m, n, "vit", (64, 64)) for n, m in networks.items()}
+    teachers = {"teacher": described["teacher"]}
+    plan = make_plan(described["student"], teachers, objectives, masking=RandomMasking())
     assert plan.student_keep == plan.num_keep["teacher"] == 4
     module = Distillation(student, plan).double()
     module.adapters["mae"].load_state_dict(
@@ -147,28 +119,8 @@ def test_the_authors_losses_and_their_gradients() -> None:
     distance = expected["dmae feature distance L1 (float64), student block 2, teacher block 5"]
     assert found["dmae"].item() == pytest.approx(distance, rel=1e-10, abs=1e-12)
     whole = run_vit(teacher, images, Needs(features=True, hidden=frozenset({5})), keep)
-    assert (
-        objectives["dmae"].loss(ours, whole, batch, module.adapters["dmae"]).item()
-        == found["dmae"].item()
-    )
-    (found["mae"] + found["dmae"]).backward()
-    with torch.no_grad():  # the derivative along the gradient, by central differences
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-        values = []
-        for step in (1e-5, -1e-5):
-            for p in parameters:
-                p.add_(p.grad, alpha=step / norm.item())
-            there = run_vit(student, images, plan.student_needs, keep)
-            values.append(
-                sum(
-                    o.loss(there, its if n == "dmae" else None, batch, module.adapters[n]).item()
-                    for n, o in objectives.items()
-                )
-            )
-            for p in parameters:
-                p.sub_(p.grad, alpha=step / norm.item())
-        assert (values[0] - values[1]) / 2e-5 == pytest.approx(norm.item(), rel=1e-6)
+    again = objectives["dmae"].loss(ours, whole, batch, module.adapters["dmae"])
+    assert again.item() == found["dmae"].item()
 
 
 @pytest.mark.parametrize(
@@ -189,10 +141,8 @@ def test_unit_length_forgets_the_scale_and_nothing_else_does(
     generator = torch.Generator().manual_seed(seed)
     ours, its = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
     loss = alignment_loss(ours, its, distance)
-    assert alignment_loss(scale * ours, its / scale, distance).item() == pytest.approx(
-        loss.item(), rel=1e-4
-    )
-    assert alignment_loss(its, its, distance).item() == 0
+    scaled = alignment_loss(scale * ours, its / scale, distance)
+    assert scaled.item() == pytest.approx(loss.item(), rel=1e-4)
     raw = alignment_loss(ours, its, distance, normalize=False)
     expected = {
         "l1": (ours - its).abs(),
@@ -219,24 +169,6 @@ def test_the_teacher_runs_no_further_than_its_aligned_block_and_sees_no_hidden_p
             pair.batch.images[i, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] = 1e3
     assert pair.losses()["dmae"].item() == before["dmae"]
     assert pair.losses()["mae"].item() > 100 * before["mae"]  # which predicts the hidden patches
-
-
-def test_a_teacher_that_sees_more_is_compared_on_what_the_student_sees() -> None:
-    """AMD's asymmetric masks: the student's patches are among the teacher's, and other context
-    changes what it says of them.
-    """
-    pair = Pair(
-        {"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75, teacher_mask_rate=0.25)
-    )
-    assert (pair.plan.student_keep, pair.plan.num_keep) == (4, {"teacher": 12})
-    student, answers = pair.module.answer(pair.batch, pair.teachers)
-    answer = answers["teacher"]
-    assert answer.keep is student.keep and answer.hidden[5].shape == (6, 5, 36)
-    order = pair.module.mask(pair.batch)
-    seen = pair.teacher(pair.batch.images, Needs(hidden=frozenset({5})), order[:, :12])
-    assert torch.equal(answer.hidden[5], seen.hidden[5][:, :5])
-    alike = Pair({"mae": SMALL, "dmae": DMAE()}, RandomMasking(mask_rate=0.75))
-    assert alike.losses()["dmae"].item() != pair.losses()["dmae"].item()
 
 
 def test_several_pairs_add_up_in_the_order_they_are_given() -> None:

@@ -1,55 +1,16 @@
-"""Feature distillation after the final norm: class token and patches, through projections of their
-own.
-"""
+"""Feature distillation after the final norm: class token and patches, each through a projection."""
+
+from typing import Any
 
 import pytest
 import timm
 import torch
-from hypothesis import strategies as st
-from small_vits import DISTILLED, NO_CLASS, batch_of, kept, network, vit
+from small_vits import DISTILLED, NO_CLASS, batch_of, kept, network, outputs, vit
 from torch import Tensor, nn
 
 from vitdistill.methods.tokens import TokenAdapter, TokenFeatures, feature_loss
-from vitdistill.vit.needs import Needs
-from vitdistill.vit.output import ViTOutput
-from vitdistill.vit.walk import run_vit
 
-seeds = st.integers(0, 10**6)
-
-
-def both(
-    student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> tuple[ViTOutput, ViTOutput]:
-    images = batch_of().images
-    return run_vit(student, images, Needs(features=True)), run_vit(
-        teacher, images, Needs(features=True), keep
-    )
-
-
-def adapter_of(objective: TokenFeatures, student: nn.Module, teacher: nn.Module) -> TokenAdapter:
-    torch.manual_seed(3)
-    adapter = objective.adapter(network(student, "student"), network(teacher))
-    assert isinstance(adapter, TokenAdapter)
-    return adapter
-
-
-def loss_of(
-    objective: TokenFeatures, student: nn.Module, teacher: nn.Module, keep: Tensor | None = None
-) -> Tensor:
-    return objective.loss(
-        *both(student, teacher, keep), batch_of(), adapter_of(objective, student, teacher)
-    )
-
-
-def cnn() -> nn.Module:
-    torch.manual_seed(0)
-    model = timm.create_model("resnet10t", num_classes=5).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.1)
-    return model
-
-
-# --- the formula ---------------------------------------------------------------------------------
+Vectors = tuple[Tensor, Tensor]
 
 
 def test_the_kinds_by_hand() -> None:
@@ -59,87 +20,56 @@ def test_the_kinds_by_hand() -> None:
     assert feature_loss(ours, its, "cosine").item() == pytest.approx((1 - 24 / 25) / 2, abs=1e-6)
 
 
-# --- as an objective -----------------------------------------------------------------------------
-
-
-def by_hand(
-    adapter: TokenAdapter, classes: tuple[Tensor, Tensor], patches: tuple[Tensor, Tensor]
-) -> Tensor:
-    return ((adapter.class_head(classes[0]) - classes[1]) ** 2).mean() + (
-        (adapter.patch_head(patches[0]) - patches[1]) ** 2
-    ).mean()
-
-
-@torch.no_grad()
-def test_what_is_compared_by_hand() -> None:
-    """A student with class and distillation token; a teacher of other width and depth, with
-    registers, that sees 5 patches.
-    """
-    student, teacher, keep = vit(0, DISTILLED), vit(1, embed_dim=36, depth=4, reg_tokens=2), kept(5)
-    ours, its = both(student, teacher, keep)
-    assert torch.equal(
-        its.features[:, :3],
-        teacher.norm(
-            run_vit(teacher, batch_of().images, Needs(hidden=frozenset({-1})), keep).hidden[3]
-        )[:, :3],
-    )
-    gathered = torch.stack([ours.features[b][2 + keep[b]] for b in range(3)])
-    adapter = adapter_of(TokenFeatures(), student, teacher)
-    expected = by_hand(
-        adapter, (ours.features[:, 0], its.features[:, 0]), (gathered, its.features[:, 3:])
-    )
-    assert loss_of(TokenFeatures(), student, teacher, keep).item() == pytest.approx(
-        expected.item(), rel=1e-5
-    )
-    half = TokenFeatures(class_weight=0.5, patch_weight=0)
-    assert not hasattr(adapter_of(half, student, teacher), "patch_head")
-    term = (
-        (adapter_of(half, student, teacher).class_head(ours.features[:, 0]) - its.features[:, 0])
-        ** 2
-    ).mean()
-    assert loss_of(half, student, teacher, keep).item() == pytest.approx(term.item() / 2, rel=1e-5)
+def check(student: nn.Module, teacher: nn.Module, by_hand: Any, keep: Tensor | None = None) -> None:
+    """``by_hand(ours, its)``: the pairs of class vectors and of patches, from the features."""
+    for weights in ((1.0, 1.0), (0.5, 0.0)):
+        objective = TokenFeatures(class_weight=weights[0], patch_weight=weights[1])
+        adapter = objective.adapter(network(student, "student"), network(teacher))
+        assert isinstance(adapter, TokenAdapter)
+        ours, its = outputs(objective, student, teacher, keep)
+        classes, patches = by_hand(ours.features, its.features)
+        expected = weights[0] * ((adapter.class_head(classes[0]) - classes[1]) ** 2).mean()
+        assert hasattr(adapter, "patch_head") == (weights[1] > 0)
+        if weights[1]:
+            expected = expected + ((adapter.patch_head(patches[0]) - patches[1]) ** 2).mean()
+        loss = objective.loss(ours, its, batch_of(), adapter)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @torch.no_grad()
-def test_the_mean_of_the_patches_stands_in_for_a_class_token() -> None:
-    """Without one; with registers alone, which are not one; and in a network that is run whole."""
-    for form in (NO_CLASS, {"reg_tokens": 3, **NO_CLASS}):
-        student, teacher = vit(0, **form), vit(1)
-        adapter = adapter_of(TokenFeatures(), student, teacher)
-        ours, its = both(student, teacher)
-        patches = ours.features[:, form.get("reg_tokens", 0) :]
-        expected = by_hand(
-            adapter, (patches.mean(1), its.features[:, 0]), (patches, its.features[:, 1:])
-        )
-        assert loss_of(TokenFeatures(), student, teacher).item() == pytest.approx(
-            expected.item(), rel=1e-5
-        )
-        back = adapter_of(TokenFeatures(), teacher, student)
-        expected = by_hand(
-            back, (its.features[:, 0], patches.mean(1)), (its.features[:, 1:], patches)
-        )
-        assert TokenFeatures().loss(its, ours, batch_of(), back).item() == pytest.approx(
-            expected.item(), rel=1e-5
-        )
+def test_kept_patches_by_hand() -> None:
+    """Of a student with two prefix tokens and a wider, deeper teacher with registers."""
+    teacher, keep = vit(1, embed_dim=36, depth=4, reg_tokens=2), kept(5)
+
+    def by_hand(ours: Tensor, its: Tensor) -> tuple[Vectors, Vectors]:
+        gathered = torch.stack([ours[b][2 + keep[b]] for b in range(3)])
+        return (ours[:, 0], its[:, 0]), (gathered, its[:, 3:])
+
+    check(vit(0, DISTILLED), teacher, by_hand, keep)
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@torch.no_grad()
+def test_the_mean_of_the_patches_stands_in_for_a_class_token(registers: int) -> None:
+    """Register tokens are not one."""
+    without, other = vit(0, reg_tokens=registers, **NO_CLASS), vit(1)
+
+    def by_hand(ours: Tensor, its: Tensor) -> tuple[Vectors, Vectors]:
+        patches = ours[:, registers:]
+        return (patches.mean(1), its[:, 0]), (patches, its[:, 1:])
+
+    check(without, other, by_hand)
+    check(other, without, lambda ours, its: [pair[::-1] for pair in by_hand(its, ours)])
 
 
 @torch.no_grad()
-def test_a_convolutional_teacher_and_student() -> None:
-    """Its last map of a 16 pixel image is 1 x 1: that one vector meets the class token, and every
-    patch of the other network.
-    """
-    vision, other = vit(0), cnn()
-    ours, its = both(vision, other)
-    assert (
-        ours.features is not None and its.features is not None and its.features.shape == (3, 1, 512)
-    )
-    adapter = adapter_of(TokenFeatures(), other, vision)
-    expected = by_hand(
-        adapter,
-        (its.features[:, 0], ours.features[:, 0]),
-        (its.features.expand(3, 16, 512), ours.features[:, 1:]),
-    )
-    assert TokenFeatures().loss(its, ours, batch_of(), adapter).item() == pytest.approx(
-        expected.item(), rel=1e-5
-    )
-    assert loss_of(TokenFeatures(), vision, other).isfinite()
+def test_the_one_vector_of_a_small_cnn_meets_class_token_and_every_patch() -> None:
+    torch.manual_seed(0)
+    cnn = timm.create_model("resnet10t", num_classes=5).eval()  # its last map is 1 x 1
+    for p in cnn.parameters():
+        nn.init.normal_(p, std=0.1)
+
+    def by_hand(ours: Tensor, its: Tensor) -> tuple[Vectors, Vectors]:
+        return (ours[:, 0], its[:, 0]), (ours.expand(3, 16, 512), its[:, 1:])
+
+    check(cnn, vit(0), by_hand)

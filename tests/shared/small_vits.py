@@ -7,7 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
+from vitdistill.distill.teacher import Teacher
 from vitdistill.vit.families import describe_network
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
@@ -50,6 +52,12 @@ CNN = Network("teacher", "resnet18", (224, 224), 5, 512, num_classes=10, num_par
 
 def network(model: nn.Module, name: str = "teacher") -> Network:
     return describe_network(model, name, "small", SIZE)
+
+
+def teacher_of(model: nn.Module, name: str = "teacher", side: int = 16) -> Teacher:
+    """One of ``side`` pixels for images of 16."""
+    specs = [InputSpec((size, size), (0.5,) * 3, (0.5,) * 3) for size in (side, 16)]
+    return Teacher(model, describe_network(model, name, name, (side, side)), *specs)
 
 
 def batch_of(count: int = 3, seed: int = 0) -> Batch:

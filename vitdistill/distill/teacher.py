@@ -23,9 +23,8 @@ class Teacher:
         network: its description, with the number of classes it answers with after matching.
         spec: the image size and normalisation it was trained with.
         images_spec: those of the images it will be given, which are renormalised and resized.
-        class_index: ``(C,)`` positions of the data set's classes among its own; None: as they are.
+        class_index: positions of the data set's classes among its own; None: as they are.
         dtype: precision of weights and arithmetic; None: float32, or the caller's autocast.
-        device: where it runs.
     """
 
     def __init__(

@@ -32,11 +32,7 @@ class PixelReconstruction(Objective):
     decoder_dim: int = option(512, "width of the decoder", at_least=4)
     decoder_depth: int = option(8, "its blocks; 8 in the paper", at_least=1)
     decoder_num_heads: int = option(16, "its heads; divides `decoder_dim`", at_least=1)
-    norm_pix: bool = option(
-        False,
-        "predict each patch's pixels less their mean, over their standard deviation, as MAE's own"
-        " training does and DMAE's does not",
-    )
+    norm_pix: bool = option(False, "predict each patch's pixels normalised, as MAE and not DMAE")
 
     reads_teacher: ClassVar[bool] = False
     needs_masking: ClassVar[bool] = True
@@ -80,17 +76,13 @@ class PixelReconstruction(Objective):
     def pictures(
         self, student: ViTOutput, batch: Truth, adapter: nn.Module | None
     ) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """Return the visible patches on grey, and the image with its hidden patches predicted.
-
-        Under ``norm_pix`` a predicted patch is given the true one's mean and deviation; there would
-        be nothing to see otherwise.
-        """
+        """Return the visible patches on grey, and the image with its hidden patches predicted."""
         assert isinstance(adapter, MAEDecoder)
         assert student.features is not None and student.keep is not None
         prediction = adapter(student.features, student.keep, student.num_prefix_tokens).float()
         target = patchify(batch.images.float(), adapter.patch_size)
         hidden = target.new_ones(target.shape[:2]).scatter(1, student.keep, 0.0).bool()[:, :, None]
-        if self.norm_pix:
+        if self.norm_pix:  # there would be nothing to see without the true mean and deviation
             deviation = (target.var(-1, keepdim=True) + 1e-6).sqrt()
             prediction = prediction * deviation + target.mean(-1, keepdim=True)
         rows = {

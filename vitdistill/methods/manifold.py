@@ -68,10 +68,7 @@ def random_gram_loss(
     uniforms: Float[Tensor, "B K"],
     num_samples: int = 192,
 ) -> Scalar:
-    """Compare the cosines between ``num_samples`` patches of the batch (or all, if fewer).
-
-    Drawn are the patches with the largest ``uniforms``.
-    """
+    """Compare the cosines between the ``num_samples`` patches of the largest ``uniforms``."""
     chosen = uniforms.flatten().topk(min(num_samples, uniforms.numel())).indices
     return gram_difference(student.flatten(0, 1)[chosen][None], teacher.flatten(0, 1)[chosen][None])
 
@@ -80,9 +77,8 @@ def random_gram_loss(
 class Manifold(TeacherObjective):
     """Manifold distillation: cosines between patches, with no projection between unequal widths.
 
-    With a teacher that sees some of its patches, those are compared; the term between images then
-    compares the images' first kept patches, row by row, their second ones, and so on. The published
-    run compares the first four blocks and the last four.
+    With a teacher that sees some of its patches, those are compared, between images in the order of
+    their rows. The published run compares the first four blocks and the last four.
     """
 
     blocks: tuple[int, ...] = option((0, 1, -2, -1), "after which patches are compared")

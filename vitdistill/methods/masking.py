@@ -23,15 +23,8 @@ class RandomMasking(Masking):
     it says of them.
     """
 
-    mask_rate: float = option(
-        0.75,
-        "fraction of patches hidden from the student; `num_visible` says how many stay",
-        at_least=0,
-        below=1,
-    )
-    teacher_mask_rate: float | None = option(
-        None, "that of the teachers, at most `mask_rate`; null: the same", at_least=0
-    )
+    mask_rate: float = option(0.75, "of patches hidden from the student", at_least=0, below=1)
+    teacher_mask_rate: float | None = option(None, "from teachers; null: the same", at_least=0)
 
     paper = (
         "MAE (He et al., CVPR 2022, arXiv 2111.06377); unequal rates: AMD (CVPR 2024, arXiv"

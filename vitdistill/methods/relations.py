@@ -37,8 +37,6 @@ def relation_loss(
 
     Rows and columns are two of the queries, keys and values, all heads side by side, of both
     networks at the same tokens; ``num_heads`` divides both widths.
-
-    Source: arXiv 2012.15828 eq. 5 to 7; arXiv 2301.01296 eq. of the token relation.
     """
     student = token_scores(student_rows, student_columns, num_heads)
     teacher = token_scores(teacher_rows.detach(), teacher_columns.detach(), num_heads)

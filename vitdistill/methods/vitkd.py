@@ -194,8 +194,8 @@ class ViTKD(TeacherObjective):
     mask_rate: float = option(0.5, "of patches hidden from the generator", at_least=0, below=1)
     reduction: Reduction = option(
         "sum",
-        "`sum` over patches and channels, as published: a weight grows with the teacher's patches"
-        " and width. `mean`: it means the same at any resolution, width and number of kept patches",
+        "over patches and channels. `sum` as published: a weight grows with the teacher's patches"
+        " and width. `mean`: it means the same for any teacher",
     )
     low_weight: float | None = option(
         None, "of mimicking, 0: left out; null: 3e-5 as published for `sum`, or 9", at_least=0

@@ -23,8 +23,6 @@ def wttm_loss(student_logits: Logits, teacher_logits: Logits, temperature: float
 
     Raises:
         ValueError: the shapes differ, or ``temperature`` is not above 0.
-
-    Source: section 4 and algorithm 1 of the paper; ``distiller_zoo/wttm.py``.
     """
     check_logits(student_logits, teacher_logits, temperature)
     logits = teacher_logits.detach().float()
