@@ -35,8 +35,8 @@ SMALL = PixelReconstruction(decoder_dim=16, decoder_depth=1, decoder_num_heads=2
 
 
 def vit(seed: int, dim: int = 24, depth: int = 4, **args: Any) -> nn.Module:
-    args = {"num_classes": 0, **args}
-    return small_vits.vit(seed, std=0.1, embed_dim=dim, depth=depth, **args)
+    args = {"embed_dim": dim, "depth": depth, "num_classes": 0, **args}
+    return small_vits.vit(seed, std=0.1, **args)
 
 
 class Pair:
