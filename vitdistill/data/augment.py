@@ -1,5 +1,6 @@
 """How training views are made, and what a network wants to be fed."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
