@@ -80,7 +80,7 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(what) from None
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
+def read_mapping(path: str | Path) -> dict[Any, Any]:
     """Return the mapping a recipe file holds, unchecked; raises `ConfigError` naming the line that
     is wrong.
     """
