@@ -171,33 +171,6 @@ def join() -> Callable[[int], int]:
     return lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-Prepared = Callable[[Any], None]
-
-
-@pytest.fixture
-def interrupt() -> Callable[[str, int], Prepared]:
-    """Ctrl-C in the middle of a step of a stage: ``train_stages(..., prepared=interrupt("pretrain",
-    3))``.
-    """
-
-    def at(stage: str, step: int) -> Prepared:
-        seen = 0
-
-        def hook(module: torch.nn.Module, *_: Any) -> None:
-            nonlocal seen
-            seen += module.training
-            if seen == step:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        def prepared(job: Any) -> None:
-            if job.recipe.name == stage:
-                job.distillation.register_forward_hook(hook)
-
-        return prepared
-
-    return at
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rewrite", action="store_true", help="write messages.txt anew, with what is said now"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from small_runs import VIT, plain_recipe, records, result, run
+from small_runs import VIT, interrupted, plain_recipe, records, result, run
 
 from vitdistill.data.augment import Augment
 from vitdistill.errors import Preempted
@@ -51,11 +51,11 @@ def staged(tmp_path, images):
     return Stages(name="small", stages={"pretrain": dmae, "finetune": fine})
 
 
-def test_a_stopped_pre_training_goes_on_and_is_fine_tuned(staged, tmp_path, interrupt):
+def test_a_stopped_pre_training_goes_on_and_is_fine_tuned(staged, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_stages(staged, whole, device="cpu")
     with pytest.raises(Preempted, match=r"the stage 'pretrain', stopped by SIGINT at step 3 of 6"):
-        train_stages(staged, stopped, device="cpu", prepared=interrupt("pretrain", 3))
+        train_stages(staged, stopped, device="cpu", prepared=interrupted("pretrain", 3))
     shutil.rmtree(stopped / "pretrain" / "checkpoints" / "step-00000003")  # as if killed
     train_stages(staged, stopped, device="cpu")
     for name in staged.stages:

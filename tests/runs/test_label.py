@@ -22,7 +22,7 @@ from vitdistill.world import join_world
 pytestmark = pytest.mark.whole
 
 EXACT = LabelOptions(encoding="float32", part_size=8)
-MANY = {"data.views": 24, "train.epochs": 24}
+MANY = {"data.views": 8, "train.epochs": 8}
 
 
 def written(recipe, folder, options=EXACT):
@@ -65,7 +65,7 @@ def test_bytes_do_not_depend_on_workers_or_processes(kd, tmp_path):
 
 
 def test_labelling_stops_when_asked_and_goes_on(kd, tmp_path):
-    many = kd(**{"train.eval_batch_size": 1, "data.views": 24, "train.epochs": 24})
+    many = kd(**{"train.eval_batch_size": 1, "data.views": 8, "train.epochs": 8})
     folder = tmp_path / "labels"
     child = Child(lambda: count(many, folder))
     until(lambda: sealed(folder) > 2)
@@ -73,8 +73,7 @@ def test_labelling_stops_when_asked_and_goes_on(kd, tmp_path):
     stopped = child.wait()
     assert type(stopped) is Preempted and child.code == 75 and "SIGTERM" in str(stopped)
     before = parts(folder)
-    few = replace_fields(many, {"data.views": 3})
-    assert len(before) < 24 * 6 and count(few, folder) <= 3 * 6
+    assert count(many, folder) == 8 * 6 - len(before) > 0
     assert before.items() <= parts(folder).items()
 
 

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from small_runs import (
+    interrupted,
     ranks,
     records,
     result,
@@ -127,7 +128,7 @@ def test_a_finished_run_is_left_as_it_is(here, capsys, words):
     assert load(DONE / STAGES) == replace(three_stages(), name="o")
 
 
-def test_a_stopped_run_goes_on_in_the_stage_it_was_stopped_in(here, interrupt):
+def test_a_stopped_run_goes_on_in_the_stage_it_was_stopped_in(here):
     """Stopped in the second stage, as if killed before its last checkpoint, stopped in the third;
     bit by bit the run that never was.
     """
@@ -135,18 +136,18 @@ def test_a_stopped_run_goes_on_in_the_stage_it_was_stopped_in(here, interrupt):
     shutil.copytree(DONE / "pretrain", p / "pretrain")
     kept = {"pretrain": written(p / "pretrain")}
     with pytest.raises(Preempted, match=r"the stage 'finetune', .* SIGINT at step 4 of 6") as found:
-        run(p, prepared=interrupt("finetune", 4))
+        run(p, prepared=interrupted("finetune", 4))
     assert found.value.exit_code == 75 and not (p / "distill").exists()
     shutil.rmtree(checkpoint.folder_of(p / "finetune", 4))
     with pytest.raises(Preempted, match=r"the stage 'distill', .* SIGINT at step 2 of 6"):
-        run(p, prepared=interrupt("distill", 2))
+        run(p, prepared=interrupted("distill", 2))
     kept["finetune"] = written(p / "finetune")
     command("train", "runs/p")
     assert {key: written(p / key) for key in kept} == kept
     assert [result(p / key) for key in KEYS] == [result(DONE / key) for key in KEYS]
 
 
-def test_a_stage_with_stored_labels_goes_on(here, interrupt):
+def test_a_stage_with_stored_labels_goes_on(here):
     """Its recipe.yaml has the labels' views and seed, which the staged recipe leaves open."""
     plain = replace(three_stages().stages["pretrain"], name="run")
     objectives = {"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)}
@@ -163,7 +164,7 @@ def test_a_stage_with_stored_labels_goes_on(here, interrupt):
     data = load_recipe("runs/whole/distill/recipe.yaml").data
     assert (data.views, data.seed) == (1, 5)
     with pytest.raises(Preempted, match=r"the stage 'distill', stopped by SIGINT at step 4 of 6"):
-        run("runs/p", stages, prepared=interrupt("distill", 4))
+        run("runs/p", stages, prepared=interrupted("distill", 4))
     command("train", "runs/p")
     before = written(here)
     command("train", "stored.yaml", "--output", "runs/p")
@@ -172,13 +173,13 @@ def test_a_stage_with_stored_labels_goes_on(here, interrupt):
         assert result(Path("runs/p") / key) == result(Path("runs/whole") / key)
 
 
-def test_stages_go_on_from_elsewhere_and_after_a_move(here, tmp_path, monkeypatch, interrupt):
+def test_stages_go_on_from_elsewhere_and_after_a_move(here, tmp_path, monkeypatch):
     """Stopped in the last stage; where its recipe.yaml would lead from there is a run of other
     weights.
     """
     shutil.copytree(DONE / "pretrain", "runs/p/pretrain")
     with pytest.raises(Preempted):
-        run("runs/p", prepared=interrupt("distill", 2))
+        run("runs/p", prepared=interrupted("distill", 2))
     moved = tmp_path / "moved" / "p"
     shutil.move("runs/p", moved)
     (tmp_path / "elsewhere").mkdir()
@@ -302,10 +303,10 @@ def test_a_first_stage_trained_anew_is_noticed(here):
     assert result(DONE / "distill") == before
 
 
-def test_stages_go_on_with_other_images_once_that_is_accepted(here, interrupt):
+def test_stages_go_on_with_other_images_once_that_is_accepted(here):
     """Stopped in the second stage; the first had read all images as they were."""
     with pytest.raises(Preempted):
-        run("runs/r", prepared=interrupt("finetune", 3))
+        run("runs/r", prepared=interrupted("finetune", 3))
     Image.new("RGB", (16, 16), (90, 20, 30)).save("images/train/bee/03.png")
     with pytest.raises(DataError, match="training images of this run have changed"):
         run("runs/r")

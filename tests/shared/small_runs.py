@@ -203,6 +203,12 @@ def send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
+def interrupted(stage: str, step: int) -> Callable[[Any], None]:
+    """For ``prepared`` of stages: Ctrl-C in the middle of a step of one of them."""
+    stop = in_training(send(signal.SIGINT), step)
+    return lambda job: stop(job) if job.recipe.name == stage else None
+
+
 def unfinished(whole: Path, folder: Path, step: int) -> Path:
     """A copy of a run as it would be had it been killed after the checkpoint of ``step``: logs and
     exports are ahead of that.
