@@ -142,14 +142,6 @@ def test_a_teacher_whose_logits_nobody_reads_may_have_no_classifier() -> None:
     assert not alone.student_needs.logits
 
 
-def test_features_of_a_network_with_feature_maps_are_taken() -> None:
-    maps = replace(CNN, dims=(64, 64, 128, 256, 512))
-    plan = make_plan(
-        STUDENT, {"teacher": maps}, {"vitkd": ViTKD(low_blocks=(0, 1), teacher_low_blocks=(2, -1))}
-    )
-    assert plan.live == {"teacher": Needs(hidden=frozenset({2, 4}), features=True)}
-
-
 # --- what an objective has to say ----------------------------------------------------------------
 
 

@@ -60,8 +60,3 @@ def test_keep_restore_and_mask_say_the_same(
         assert torch.tensor(order)[restore[row]].tolist() == list(range(num_patches))
         assert {i for i in range(num_patches) if mask[row, i] == 0} == set(order[:visible])
         assert mask[row].sum() == num_patches - visible
-
-
-def test_equal_noise_keeps_the_first_patches() -> None:
-    keep, restore, _ = random_masking(torch.zeros(2, 64), 0.75)
-    assert keep.tolist() == [list(range(16))] * 2 and restore.tolist() == [list(range(64))] * 2

@@ -10,7 +10,7 @@ from .. import keyed
 from ..data.batch import Batch
 from ..labels.layout import Targets
 from ..labels.reader import StoredAnswer, blank_targets
-from ..methods.base import TeacherObjective
+from ..methods.base import Scalar, TeacherObjective
 from ..vit.output import ViTOutput
 from ..vit.patches import show_patches
 from ..vit.walk import run_vit
@@ -42,7 +42,7 @@ class Distillation(nn.Module):
 
     def forward(
         self, batch: Batch, teachers: Mapping[str, Teacher], progress: float = 0.0
-    ) -> dict[str, Float[Tensor, ""]]:
+    ) -> dict[str, Scalar]:
         """Return the weighted loss of every objective by name, and their sum as ``loss``.
 
         Losses are means over the batch. ``progress`` is the fraction of the run that is done. The
@@ -87,9 +87,7 @@ class Distillation(nn.Module):
             answers[name] = answer if student.keep is None else answer.first_patches(student.keep)
         return student, answers
 
-    def loss(
-        self, name: str, student: ViTOutput, answers: Answers, batch: Batch
-    ) -> Float[Tensor, ""]:
+    def loss(self, name: str, student: ViTOutput, answers: Answers, batch: Batch) -> Scalar:
         """Return the loss of one objective, without its weight."""
         objective = self.plan.objectives[name]
         teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None

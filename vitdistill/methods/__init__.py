@@ -51,9 +51,8 @@ def method_class(name: str) -> type[Method]:
     try:
         found: type[Method] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"the method {name!r} is registered as {names[name]}, which cannot be imported: {error}"
-        ) from error
+        what = f"the method {name!r} is registered as {names[name]}, which cannot be imported"
+        raise ConfigError(f"{what}: {error}") from error
     return found
 
 
@@ -63,7 +62,5 @@ def method_name(method: Method) -> str:
     for name, target in method_names().items():
         if target == path:
             return name
-    raise ConfigError(
-        f"{type(method).__qualname__} is not in the table of methods",
-        fix="add it, or register an entry point for it",
-    )
+    what = f"{type(method).__qualname__} is not in the table of methods"
+    raise ConfigError(what, "add it, or register an entry point for it")

@@ -68,11 +68,7 @@ def alignment_loss(
 
 
 class DMAEAdapter(nn.Module):
-    """A projection to the teacher's width for every aligned pair: ``projections.0``, ...
-
-    ``linear`` is one layer with bias, in PyTorch's own initialisation; ``mlp`` two, with GELU
-    between them.
-    """
+    """A projection to the teacher's width for every aligned pair: ``projections.0``, ..."""
 
     def __init__(
         self, dims: list[tuple[int, int]], projection: Literal["linear", "mlp"] = "linear"

@@ -94,10 +94,7 @@ class SoftLogitObjective(LogitObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class SoftKD(SoftLogitObjective):
-    """Soft logit distillation.
-
-    T^2 keeps the gradient from shrinking with T. DeiT's T is 1, timm's default 4.
-    """
+    """Soft logit distillation. DeiT's T is 1, timm's default 4."""
 
     formula = "T^2 KL(teacher || student) of the logits, summed over classes, batch mean"
     paper = "KD (Hinton et al., 2015, arXiv 1503.02531)"

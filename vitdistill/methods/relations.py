@@ -5,8 +5,7 @@ arXiv 2301.01296, checked against OliverRensu/TinyMIM@e41cc2a; relation heads af
 et al., ACL Findings 2021, arXiv 2012.15828. What differs: the relations' losses are averaged
 (TinyMIM adds them: its weight is 2 here for its two relations); any number of relation heads is
 read off any networks (TinyMIM builds the student's last block with as many heads as the teacher
-has); unequal grids, registers and teachers that see some of their patches; logarithms of the
-softmax are exact.
+has); unequal grids, registers and teachers that see some of their patches.
 """
 
 from dataclasses import dataclass
