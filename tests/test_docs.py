@@ -65,6 +65,7 @@ def test_the_commands_of_the_documents_have_flags_that_exist() -> None:
         cli.read_arguments(command, words)
 
 
+@pytest.mark.whole
 def test_the_explain_command_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in _blocks("README.md", "") if "vitdistill explain" in line]
     (line,) = [line for block in lines for line in block.splitlines() if "explain" in line]
@@ -90,6 +91,7 @@ def test_links_between_the_documents_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.whole
 def test_the_sizes_of_the_readme_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "README.md").read_text()
     for words in ("--img-size 96", "--set student.model_args.img_size=[96,160]"):

@@ -81,6 +81,7 @@ def answer(command: str, folder: Path) -> list[str]:
     return [f"{code}  {said.rstrip()}"]
 
 
+@pytest.mark.whole
 def test_the_messages_are_those_of_the_page(folder: Path, request: pytest.FixtureRequest) -> None:
     before = tree(folder)
     page = PAGE.read_text().splitlines()

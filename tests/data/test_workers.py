@@ -37,6 +37,7 @@ def test_an_endless_iteration_can_be_left() -> None:
     assert len(processes) == 2 and not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.whole  # torch looks every five seconds
 def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
     with map_in_workers(square, iter(lambda: 3, None), 1) as results:
         next(results)

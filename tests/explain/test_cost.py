@@ -271,6 +271,7 @@ def test_what_is_computed_once_for_a_batch_or_between_images_depends_on_its_size
     assert len(set(steps(SoftKD()))) == 1
 
 
+@pytest.mark.whole
 def test_explain_counts_for_the_micro_batch_of_the_recipe(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

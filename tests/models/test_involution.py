@@ -96,7 +96,8 @@ def test_the_authors_outputs_and_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "millions"), [(26, 9.233), (38, 12.387), (50, 15.541), (101, 25.653), (152, 33.985)]
+    ("depth", "millions"),
+    [(26, 9.233), (50, 15.541), pytest.param(152, 33.985, marks=pytest.mark.whole)],
 )
 def test_the_authors_parameter_counts_and_flops(depth: int, millions: float) -> None:
     with torch.device("meta"):

@@ -2,7 +2,6 @@
 two cores.
 """
 
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,7 +70,7 @@ def write_digits(folder: Path) -> None:
             target = Path(temp) / "images" / split / str(digits.target[i])
             target.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(target / f"{i:04d}.png")
-        os.rename(Path(temp) / "images", folder)
+        (Path(temp) / "images").rename(folder)
 
 
 def _row(name: str, summary: dict[str, Any], cost: Cost) -> tuple[str, ...]:
