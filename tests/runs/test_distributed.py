@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from small_runs import (
     environment,
     losses,
@@ -31,14 +30,12 @@ from vitdistill.errors import (
     ConfigError,
     DataError,
     DiskError,
-    Give,
     NonFiniteError,
     Preempted,
-    UserError,
 )
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.storage import checkpoint
-from vitdistill.world import ALONE, ProcessLost, choose_device, join_world
+from vitdistill.world import ProcessLost
 
 pytestmark = pytest.mark.whole
 
@@ -184,54 +181,6 @@ def test_a_process_that_dies_does_not_leave_the_others_hanging(tmp_path, plain):
     assert type(error) is ProcessLost and children[0].code == 70
     assert "another process of this run died" in str(error) and "\n" not in str(error)
     assert checkpoint.latest(folder) is not None and not (folder / ".lock").exists()
-
-
-# -- the world itself -----------------------------------------------------------------------------
-
-
-def fail(error):
-    raise error
-
-
-def test_meeting():
-    def work(rank):
-        with join_world("cpu") as here:
-            seen = [
-                here.any(rank == 1, False),
-                here.most(rank * 10),
-                here.gather(f"r{rank}"),
-                here.from_main(lambda: f"main {rank}"),
-            ]
-            seen.append(here.mean(torch.tensor([float(rank), 1.0])).tolist())
-            with pytest.raises(DataError, match="only I"), here.together():
-                if rank == 2:
-                    raise DataError("only I")
-            with here.together():
-                pass
-            with pytest.raises(ConfigError, match="main"):
-                here.from_main(lambda: fail(ConfigError("main")))
-        assert not dist.is_initialized()
-        return seen
-
-    for found in ranks(3, work):
-        assert found == [[True, False], 20, ["r0", "r1", "r2"], "main 0", [1.0, 1.0]]
-    assert ALONE.any(True, False) == [True, False]
-    assert ALONE.most(3) == 3 and ALONE.from_main(lambda: 5) == 5
-    with pytest.raises(UserError, match="mine"):
-        ALONE.agree(UserError("mine"))
-
-
-def test_devices():
-    assert choose_device("cpu") == torch.device("cpu")
-    for name in ("mps", "gpu", "cuda:x", "meta"):
-        with pytest.raises(ConfigError) as caught:
-            choose_device(name)
-        assert caught.value.field == "device"
-    if not torch.cuda.is_available():
-        assert choose_device("auto") == torch.device("cpu")
-        with pytest.raises(ConfigError) as caught:
-            choose_device("cuda:3")
-        assert caught.value.fixes == (Give("device", "cpu"),)
 
 
 def test_torchrun(tmp_path, plain):

@@ -1,7 +1,5 @@
 """What a run depends on is known by content, noted once, and compared in one place."""
 
-from pathlib import Path
-
 import pytest
 
 from vitdistill.errors import ConfigError, DataError, Set
@@ -13,12 +11,12 @@ from vitdistill.runs.identity import IDENTITY, changes, read_identity, resolve_r
 BEGAN = {"training images": "a", "validation images": "b", "labels of the teacher": "c"}
 
 
-def named(file: Path, **fields: object) -> Recipe:
+def named(file, **fields):
     return replace_fields(Recipe(), {"student.checkpoint": str(file), **fields})
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     """A folder whose run began from a.safetensors, and has learnt something."""
     (tmp_path / "a.safetensors").write_bytes(b"weights")
     with RunFolder(tmp_path / "run", named(tmp_path / "a.safetensors"), BEGAN):
@@ -26,7 +24,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_weights_are_the_same_wherever_they_are(run: Path, tmp_path: Path) -> None:
+def test_weights_are_the_same_wherever_they_are(run, tmp_path):
     (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
     moved = named(tmp_path / "b.safetensors")
     assert changes(run, moved) == []
@@ -38,9 +36,7 @@ def test_weights_are_the_same_wherever_they_are(run: Path, tmp_path: Path) -> No
     assert line.startswith("student.checkpoint is ")
 
 
-def test_other_weights_under_the_old_name_are_noticed_once_something_is_learnt(
-    run: Path, tmp_path: Path
-) -> None:
+def test_other_weights_under_the_old_name_are_noticed_once_something_is_learnt(run, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"others")
     recipe = named(tmp_path / "a.safetensors")
     assert changes(run, recipe) == ["student.checkpoint has other weights than then"]
@@ -55,9 +51,7 @@ def test_other_weights_under_the_old_name_are_noticed_once_something_is_learnt(
     )
 
 
-def test_everything_that_changed_is_listed_and_images_may_be_accepted(
-    run: Path, tmp_path: Path
-) -> None:
+def test_everything_that_changed_is_listed_and_images_may_be_accepted(run, tmp_path):
     recipe, before = named(tmp_path / "a.safetensors"), (run / IDENTITY).read_bytes()
     images = {**BEGAN, "training images": "A", "validation images": "B"}
     accepting = named(tmp_path / "a.safetensors", **{"train.accept_changed_images": True})
@@ -75,7 +69,7 @@ def test_everything_that_changed_is_listed_and_images_may_be_accepted(
         pass
 
 
-def test_a_recipe_that_was_edited_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_was_edited_is_refused(run, tmp_path):
     other = named(tmp_path / "a.safetensors", **{"optim.lr": 0.5})
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(text.replace("lr: 0.001", "lr: 0.5", 1))
@@ -85,7 +79,7 @@ def test_a_recipe_that_was_edited_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[", "[]", "null", ""])
-def test_a_damaged_note_is_named(run: Path, text: str, tmp_path: Path) -> None:
+def test_a_damaged_note_is_named(run, text, tmp_path):
     (run / IDENTITY).write_text(text)
     with pytest.raises(DataError, match=r"identity\.json is damaged"):
         check_folder(run, named(tmp_path / "a.safetensors"))
@@ -93,7 +87,7 @@ def test_a_damaged_note_is_named(run: Path, text: str, tmp_path: Path) -> None:
     assert check_folder(run, named(tmp_path / "a.safetensors"))
 
 
-def test_a_run_stands_for_its_best_weights_or_its_last(run: Path) -> None:
+def test_a_run_stands_for_its_best_weights_or_its_last(run):
     with pytest.raises(ConfigError):
         resolve_run(str(run))
     for kind in ("last", "best"):

@@ -2,9 +2,6 @@
 as if it had not happened.
 """
 
-import contextlib
-import io
-import re
 import resource
 from pathlib import Path
 
@@ -14,7 +11,6 @@ from PIL import Image
 from small_runs import (
     Child,
     in_training,
-    ranks,
     records,
     result,
     run,
@@ -27,11 +23,10 @@ from small_runs import (
 from vitdistill import cli
 from vitdistill.data.order import epoch_order
 from vitdistill.data.sources.open import open_source
-from vitdistill.errors import DataError, DiskError, OutOfMemory, Set, UserError
+from vitdistill.errors import DataError, DiskError, OutOfMemory, Set
 from vitdistill.memory import memory_errors
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.storage import checkpoint
-from vitdistill.world import join_world
 
 pytestmark = pytest.mark.whole
 
@@ -147,45 +142,6 @@ def test_memory_that_runs_out_in_a_step(tmp_path, plain):
     with pytest.raises(OutOfMemory, match="in a training step of 8 images at once") as caught:
         run(recipe, tmp_path / "run", prepared=in_training(allocate, 4))
     assert caught.value.exit_code == 71 and steps_saved(tmp_path / "run") == [1]
-
-
-# -- who says it ----------------------------------------------------------------------------------
-
-
-def command(words):
-    """A command under torchrun: what fails is its word."""
-    (word,) = words
-    with join_world("cpu") as here:
-        if word == "together":
-            with here.together():
-                if here.rank == 1:
-                    raise DataError("cat/05.png is damaged")
-        if word == "alone" and here.rank == 1:
-            raise UserError("mine alone")
-        here.gather(word)
-    return 0
-
-
-LOST = "vitdistill: another process of this run died or does not answer .*\n"
-
-
-@pytest.mark.parametrize(
-    ("word", "codes", "first", "second"),
-    [
-        ("together", [65, 65], "vitdistill: cat/05.png is damaged\n", ""),
-        ("alone", [70, 64], LOST, r"vitdistill \(process 1\): mine alone" + "\n"),
-    ],
-)
-def test_an_error_is_said_once_by_who_met_it(word, codes, first, second):
-    def work(rank):
-        cli._run = lambda name, words, prog: command(words)  # of this process, a fork
-        text = io.StringIO()
-        with contextlib.redirect_stderr(text):
-            return cli.main(["fail", word]), text.getvalue()
-
-    answers = ranks(2, work)
-    assert [code for code, _ in answers] == codes
-    assert all(re.fullmatch(a, b) for a, (_, b) in zip((first, second), answers, strict=True))
 
 
 # -- the folder of a run is a recipe --------------------------------------------------------------
