@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdistill.data.order import epoch_order, pair_partners, view_samples
+from vitdistill.data.order import epoch_order, evenly, pair_partners, view_samples
 
 SIZES, SEEDS = st.integers(2, 60), st.integers(-(2**70), 2**70)
 
@@ -66,3 +66,23 @@ def test_samples_of_a_view_come_in_order(first: int, count: int, batch_size: int
     for alone, pair in zip(plain, mixed, strict=True):
         assert len(alone.ids) <= batch_size and (pair.views == 2).all()
         assert (pair.ids[::2] == alone.ids).all() and (pair.ids[1::2] == partners[alone.ids]).all()
+
+
+@given(
+    num=st.integers(1, 6),
+    size=st.integers(1, 200),
+    count=st.integers(1, 60),
+    order=st.sampled_from(["sorted", "in turn", "mixed"]),
+)
+def test_a_part_has_every_class_in_its_share(num: int, size: int, count: int, order: str) -> None:
+    labels = np.arange(size, dtype=np.int64) % num
+    if order == "sorted":
+        labels.sort()
+    elif order == "mixed":
+        labels = labels[np.random.default_rng(size).permutation(size)]
+    part = evenly(labels, count)
+    assert len(part) == min(count, size) and part.tolist() == sorted(set(part.tolist()))
+    assert part.tolist() == evenly(labels, count).tolist()
+    for label in set(labels.tolist()):
+        share = (labels == label).sum() * len(part) / size
+        assert abs((labels[part] == label).sum() - share) < 1

@@ -219,8 +219,8 @@ CIT, ADVISED = "cit_tiny_patch16_224", "advised_vit"
 @pytest.mark.parametrize(
     ("name", "args", "words"),
     [
-        (CIT, {"img_size": 35, "patch_size": 7}, "even patch size"),
-        (CIT, {"img_size": 36, "patch_size": 8}, "36 x 36 pixels into patches of 8 x 8"),
+        (CIT, {"img_size": 35, "patch_size": 7}, "of even size"),
+        (CIT, {"img_size": 36, "patch_size": 8}, "fill the image"),
         (CIT, {"class_token": False}, "takes no argument 'class_token'"),
         (CIT, {"colour": 1}, "takes no argument 'colour'"),
         (ADVISED, {"reg_tokens": 4}, "takes no argument 'reg_tokens'"),

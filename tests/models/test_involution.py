@@ -2,7 +2,6 @@
 precision.
 """
 
-import copy
 from pathlib import Path
 from unittest import mock
 
@@ -84,15 +83,8 @@ def test_the_authors_outputs_and_gradients() -> None:
     y.backward(DATA["eval.gout"])
     torch.testing.assert_close(y, DATA["eval.y"], rtol=0, atol=1e-9)
     torch.testing.assert_close(x.grad, DATA["eval.gx"], rtol=0, atol=1e-9)
-    gradients = {
-        key.removeprefix("eval.grad."): value
-        for key, value in DATA.items()
-        if key.startswith("eval.grad.")
-    }
-    parameters = dict(module.named_parameters())
-    assert parameters.keys() == gradients.keys()
-    for name, expected in gradients.items():
-        torch.testing.assert_close(parameters[name].grad, expected, rtol=0, atol=1e-9)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, DATA[f"eval.grad.{name}"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -171,19 +163,6 @@ def test_mixed_precision_is_promoted() -> None:
     torch.testing.assert_close(y, naive(x, kernel.bfloat16().float(), 3, 1))
 
 
-def test_infinities_stay_where_they_are() -> None:
-    """A pixel that is not finite reaches its neighbours only: padding and other taps do not carry
-    it.
-    """
-    x, kernel = example(0, (1, 1, 7, 7), 1, 3, 1)
-    with torch.no_grad():
-        x[0, 0, 0, 6] = float("inf")
-    finite = involution(x, kernel, 3).isfinite()[0, 0]
-    near = torch.zeros(7, 7, dtype=torch.bool)
-    near[:2, 5:] = True
-    assert torch.equal(finite, ~near)
-
-
 @pytest.mark.parametrize(
     ("shape", "kernel_size", "stride"),
     [
@@ -222,22 +201,14 @@ def test_memory_of_training() -> None:
 def test_the_library_accepts_the_operators() -> None:
     """Schema, autograd registration and shapes without data agree with what the operators do."""
     x, kernel = example(0, (2, 4, 5, 4), 2, 3, 2, torch.float32)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.vitdistill.involution.default, (x, kernel, 3, 2), test_utils=checks
-    )
-    grad = torch.randn(2, 4, 3, 2)
-    x, kernel = x.detach(), kernel.detach()
-    torch.library.opcheck(
-        torch.ops.vitdistill.involution_gradient_of_input.default,
-        (grad, kernel, 5, 4, 3, 2),
-        test_utils=checks,
-    )
-    torch.library.opcheck(
-        torch.ops.vitdistill.involution_gradient_of_kernel.default,
-        (grad, x, 2, 3, 2),
-        test_utils=checks,
-    )
+    ops, grad, fixed = torch.ops.vitdistill, torch.randn(2, 4, 3, 2), kernel.detach()
+    for op, args in (
+        (ops.involution, (x, kernel, 3, 2)),
+        (ops.involution_gradient_of_input, (grad, fixed, 5, 4, 3, 2)),
+        (ops.involution_gradient_of_kernel, (grad, x.detach(), 2, 3, 2)),
+    ):
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op.default, args, test_utils=checks)
 
 
 # --- the module ----------------------------------------------------------------------------------
@@ -249,12 +220,7 @@ def test_any_size(seed: int, height: int, width: int, stride: int, reduction: in
     module = Involution(8, 3, stride, group_channels=4, reduction=reduction).eval()
     x = torch.randn(2, 8, height, width)
     y = module(x)
-    assert (
-        y.shape
-        == F.conv2d(x, torch.zeros(1, 8, 3, 3), stride=stride, padding=1)
-        .expand(-1, 8, -1, -1)
-        .shape
-    )
+    assert y.shape == F.conv2d(x, torch.zeros(8, 8, 3, 3), stride=stride, padding=1).shape
     torch.testing.assert_close(y[1:], module(x[1:]), rtol=1e-4, atol=1e-5)  # no image sees another
 
 
@@ -265,31 +231,11 @@ def test_a_stride_pools_the_cell_it_stands_for() -> None:
     module = Involution(4, 1, 2, group_channels=4, reduction=1).eval()
     x = torch.rand(1, 4, 5, 5)
     kernel = module.conv2(module.conv1(module.pool(x)))
-    cells = torch.stack(
-        [
-            torch.stack([x[..., a : a + 2, b : b + 2].mean((2, 3)) for b in (0, 2, 4)], -1)
-            for a in (0, 2, 4)
-        ],
-        -2,
-    )
+    rows = [x[..., a : a + 2, :].mean(2) for a in (0, 2, 4)]
+    cells = torch.stack([torch.stack(rows, 2)[..., b : b + 2].mean(3) for b in (0, 2, 4)], 3)
     torch.testing.assert_close(kernel, module.conv2(module.conv1(cells)))
     torch.testing.assert_close(module(x), kernel * x[..., ::2, ::2])
     torch.testing.assert_close(module.pool(x[..., :4, :4]), F.avg_pool2d(x[..., :4, :4], 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
-    module = Involution(16, 3, 2).eval()
-    x = torch.randn(1, 16, 5, 5)
-    exact = module(x)
-    with torch.autocast("cpu", dtype):
-        cast = module(x)
-    # Under autocast the small convolutions are in half precision, and the image stays as it came.
-    assert cast.dtype == torch.float32
-    half = copy.deepcopy(module).to(dtype)(x.to(dtype))
-    assert half.dtype == dtype
-    for y in (cast, half):
-        assert (y.float() - exact).norm() < 20 * torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize(

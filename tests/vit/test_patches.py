@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,32 +41,13 @@ def weights(count: int, to: int) -> Tensor:
 def test_every_patch_is_a_mean_of_those_near_it(
     grid: tuple[int, int], to: tuple[int, int], seed: int
 ) -> None:
-    if (
-        to[1] == 1 < to[0]
-    ):  # torch (2.15) reads wrong rows where an antialiased result has one column
-        return
-    vectors = random(seed, 2, grid[0] * grid[1] + 1, 3)[
-        :, 1:
-    ]  # the patches behind a class token, as they come
-    by_hand = torch.einsum(
-        "ar,bc,nrcd->nabd",
-        weights(grid[0], to[0]),
-        weights(grid[1], to[1]),
-        vectors.double().unflatten(1, grid),
-    )
-    assert torch.allclose(
-        resample_patches(vectors, grid, to).double(), by_hand.flatten(1, 2), atol=1e-5
-    )
-
-
-def test_rows_and_columns_are_not_exchanged() -> None:
-    stripes = torch.tensor([0.0, 1.0]).repeat_interleave(3).view(1, 6, 1)  # two rows of three
-    assert torch.equal(
-        resample_patches(stripes, (2, 3), (2, 2)).flatten(), torch.tensor([0.0, 0.0, 1.0, 1.0])
-    )
-    assert torch.allclose(
-        resample_patches(stripes, (2, 3), (1, 3)).flatten(), torch.full((3,), 0.5)
-    )
+    # torch (2.15) reads wrong rows where an antialiased result has one column.
+    assume(not to[1] == 1 < to[0])
+    vectors = random(seed, 2, grid[0] * grid[1] + 1, 3)[:, 1:]  # behind a class token
+    along = weights(grid[0], to[0]), weights(grid[1], to[1])
+    by_hand = torch.einsum("ar,bc,nrcd->nabd", *along, vectors.double().unflatten(1, grid))
+    found = resample_patches(vectors, grid, to).double()
+    assert torch.allclose(found, by_hand.flatten(1, 2), atol=1e-5)
 
 
 # --- kept patches --------------------------------------------------------------------------------
@@ -77,18 +58,10 @@ def test_rows_are_gathered_in_the_order_of_the_choice(
     seed: int, batch: int, count: int, data: st.DataObject
 ) -> None:
     keep = permutation(seed, batch, count, data.draw(st.integers(1, count)))
-    for values in (
-        random(seed, batch, count, 3),
-        random(seed, batch, count) > 0,
-        random(seed, batch, count, 2, 2),
-    ):
+    for values in (random(seed, batch, count, 2, 2), random(seed, batch, count) > 0):
         rows = gather_patches(values, keep)
-        assert (
-            rows.shape == (batch, keep.shape[1], *values.shape[2:]) and rows.dtype is values.dtype
-        )
-        for image in range(batch):
-            for place, patch in enumerate(keep[image].tolist()):
-                assert torch.equal(rows[image, place], values[image, patch])
+        expected = torch.stack([image[kept] for image, kept in zip(values, keep, strict=True)])
+        assert torch.equal(rows, expected) and rows.dtype is values.dtype
 
 
 # --- maps ----------------------------------------------------------------------------------------

@@ -228,24 +228,6 @@ def test_features_of_other_networks_come_after_their_final_norm(name: str) -> No
         assert not needs.hidden or torch.equal(both.hidden[last], raw)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_map_as_high_and_wide_as_it_has_channels_is_read_as_the_network_says(
-    channels_last: bool,
-) -> None:
-    """Four channels on 4 x 4 places: the shape does not tell."""
-
-    class Network(nn.Module):
-        num_features, output_fmt = 4, "NHWC" if channels_last else "NCHW"
-        feature_info = ({"num_chs": 4},)
-
-        def forward_intermediates(self, images: torch.Tensor, **_: Any) -> Any:
-            return (images.permute(0, 2, 3, 1) if channels_last else images), [images]
-
-    images = torch.arange(2 * 64.0).view(2, 4, 4, 4)
-    features = run_vit(Network(), images, Needs(features=True)).features
-    assert features is not None and torch.equal(features, images.flatten(2).transpose(1, 2))
-
-
 def test_unusual_blocks_are_walked_whole_and_refuse_attention() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_rpn_224", **SMALL).eval()

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from .. import keyed
 from ..errors import ConfigError, Set
-from ..keyed import Stream
 from ..memory import memory_errors
 from ..messages import plural
 from ..world import ALONE, World
 from .augment import Augment, InputSpec
 from .batch import Batch, TargetReader, TeacherBatch
 from .decoded import keep_decoded
-from .order import Samples, epoch_order, view_samples
+from .order import Samples, epoch_order, evenly, view_samples
 from .sources.base import ImageSource, check_enough
 from .views.batched import BatchViews
 from .views.checksums import view_checksums
@@ -211,11 +210,9 @@ class EvalLoader:
         world: World = ALONE,
         limit: int | None = None,
     ) -> None:
-        """Load ``batch_size`` images a process; ``limit``: that many of a fixed shuffle only."""
+        """Load ``batch_size`` images a process; ``limit``: that many in all, see `evenly`."""
         self.source, self.spec, self.workers, self.device = source, spec, workers, world.device
-        ids = np.arange(len(source), dtype=np.int64)
-        if limit is not None:
-            ids = keyed.permutation(0, 0, len(source), Stream.SUBSET)[:limit]
+        ids = evenly(source.labels, len(source) if limit is None else limit)
         own = ids[world.rank :: world.size]
         parts = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
         self._samples = [Samples(0, part, np.zeros_like(part)) for part in parts]

@@ -76,6 +76,16 @@ def pair_partners(size: int, seed: int, view: int) -> I64:
     return partners
 
 
+def evenly(labels: I64, count: int) -> I64:
+    """Return the same ``count`` samples or fewer, in order, each class with its share."""
+    size = len(labels)
+    # Laid out class by class, shuffled within each, and taken at equal steps.
+    shuffled = keyed.permutation(0, 0, size, Stream.SUBSET)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    count = min(size, count)
+    return np.sort(by_class[np.arange(count, dtype=np.int64) * size // max(count, 1)])
+
+
 def view_samples(
     size: int, seed: int, view: int, first: int, last: int, batch_size: int, *, mixed: bool
 ) -> Iterator[Samples]:

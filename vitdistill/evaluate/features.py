@@ -3,15 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .. import keyed
 from ..data.batch import Batch
 from ..data.loader import EvalLoader
-from ..data.sources.base import ImageSource, PartSource
 from ..errors import ConfigError, DataError, Give, NonFiniteError, UserError
 from ..vit.families import family_of
 from ..vit.needs import Needs
@@ -131,17 +128,6 @@ def _in_sample_order(
         rows[rank :: world.size] = some.to(rows)
         known[rank :: world.size] = truth.to(known)
     return rows, known
-
-
-def evenly(source: ImageSource, count: int) -> ImageSource:
-    """Return at most ``count`` images, each class with its share, always the same ones."""
-    size = len(source)
-    if size <= count:
-        return source
-    # Laid out class by class, shuffled within each, and taken at equal steps.
-    shuffled = keyed.permutation(0, 0, size, keyed.Stream.SUBSET)
-    by_class = shuffled[np.argsort(source.labels[shuffled], kind="stable")]
-    return PartSource(source, np.sort(by_class[np.arange(count, dtype=np.int64) * size // count]))
 
 
 def labelled(features: Tensor, labels: Tensor, split: str) -> tuple[Tensor, Tensor]:

@@ -66,14 +66,7 @@ class TwoStems(nn.Module):
     ``patch_size / 2`` squares of that. The output is ``[mean of the conv stem's tokens, mean of the
     inv stem's tokens, sum of both stems' tokens]``.
 
-    Args:
-        img_size, patch_size: height and width, or one number for both; patches are even and fill
-            the image.
-        in_chans, embed_dim, bias, dynamic_img_pad, device, dtype: as timm's `PatchEmbed`'s; images
-            cannot be padded.
-
-    Raises:
-        ConfigError: the patch size is odd or does not divide the image's side.
+    Arguments are those of timm's `PatchEmbed`. Patches are of even size and fill the image.
 
     Source: ``models.py::embed_conv``, ``embed_inv`` and ``forward_features`` of
     OliverRensu/co-advise@8049918.
@@ -123,14 +116,9 @@ class TwoStems(nn.Module):
         """Take another image size, as timm's `PatchEmbed` does; the patch size stays."""
         assert patch_size is None, "the stems' strides are made for their patch size"
         size = self.img_size if img_size is None else tuple(map(int, to_2tuple(img_size)))
-        for side, step in zip(size, self.patch_size, strict=True):
-            if step < 2 or step % 2 or side % step:
-                raise ConfigError(
-                    f"two stems cannot cut {size[0]} x {size[1]} pixels into patches of"
-                    f" {self.patch_size[0]} x {self.patch_size[1]}",
-                    fix="choose an even patch size, and an image size that is a multiple of it",
-                    field="student.model_args",
-                )
+        even = all(step > 0 and step % 2 == 0 for step in self.patch_size)
+        fills = even and not any(a % b for a, b in zip(size, self.patch_size, strict=True))
+        assert fills, "patches have to be of even size and to fill the image"
         self.img_size: tuple[int, int] = (size[0], size[1])
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -152,9 +140,7 @@ class CiT(AdvisedViT):
     Blocks, position table (one entry for every token) and forward are timm's. The image size is
     fixed at construction.
 
-    Args:
-        prediction: see `TokenHeads`.
-        options: those of timm's `VisionTransformer`, except what makes the form.
+    ``options`` are those of timm's `VisionTransformer`, except what makes the form.
 
     Source: ``models.py::DistilledVisionTransformer`` of OliverRensu/co-advise@8049918, whose
         stochastic depth never reaches its blocks.
@@ -207,9 +193,7 @@ def advised_vit(
     prediction: str | Sequence[float] = "mean",
     **options: Any,
 ) -> AdvisedViT:
-    """Return a plain ViT with a learned token and a head for each teacher.
-
-    DeiT's distillation token, several times.
+    """Return a plain ViT with a learned token and a head for each teacher, as DeiT's one.
 
     Args:
         pretrained: timm sets it to load an export; there are no other pretrained weights.

@@ -31,14 +31,12 @@ class Involution(nn.Module):
     convolution's (the authors' module fails). Parameters are named and initialised as the authors'.
 
     Args:
-        channels: of input and output; a multiple of ``group_channels`` and ``reduction``.
-        kernel_size: K, odd.
-        stride: s, 1 or more.
-        group_channels: channels that share a kernel; the authors' is 16.
-        reduction: the kernel is made from ``channels / reduction`` numbers; the authors' is 4.
-
-    Raises:
-        ConfigError: sizes are not as said.
+        channels: of input and output; a multiple of ``group_channels`` and ``reduction``, or
+            `ConfigError` is raised.
+        kernel_size: odd.
+        stride: s.
+        group_channels: channels that share a kernel.
+        reduction: the kernel is made from ``channels / reduction`` numbers.
 
     Source: arXiv 2103.06255 section 3.2; ``involution_naive.py`` of d-li14/involution@21c3158.
     """

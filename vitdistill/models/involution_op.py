@@ -31,16 +31,13 @@ def involution(
 
     ``y[c, i, j] = sum_pq kernel[g(c), p, q, i, j] x[c, s i + p - (K - 1) / 2, s j + q - (K - 1) /
     2]``, zeros outside the image; K is the kernel size, s the stride, and g(c) the group of channel
-    c. The K x K taps are added one after another from shifted views, forward and backward, so no
-    unfolded copy of the image is made. Sums are float32 for half-precision inputs; float64 stays.
-    `FlopCounterMode` counts a multiply-accumulate a tap, channel and output pixel, and again for
-    each gradient. Second derivatives are not implemented.
+    c. Sums are float32 for half-precision inputs; float64 stays. Second derivatives are not
+    implemented.
 
     Args:
         x: images or feature maps.
         kernel: ``groups * kernel_size ** 2`` channels, group-major, then the taps row by row; a
-            place for every ``stride``-th pixel: ``ceil(height / stride)`` rows and ``ceil(width /
-            stride)`` columns.
+            place for every ``stride``-th pixel, rounded up.
         kernel_size: odd.
         stride: of the output, in pixels.
 
@@ -51,15 +48,11 @@ def involution(
     """
     places = (-(-x.shape[2] // stride), -(-x.shape[3] // stride))
     groups, rest = divmod(kernel.shape[1], kernel_size**2)
-    if rest or not groups or x.shape[1] % groups or kernel_size % 2 == 0:
+    fits = not rest and groups and x.shape[1] % groups == 0 and kernel.shape[2:] == places
+    if not fits or kernel_size % 2 == 0:
         raise ConfigError(
-            f"involution: {kernel.shape[1]} kernel channels do not make groups of {kernel_size} x"
-            f" {kernel_size} taps (an odd size) that divide {x.shape[1]} channels"
-        )
-    if (kernel.shape[2], kernel.shape[3]) != places:
-        raise ConfigError(
-            f"involution: the kernel has {kernel.shape[2]} x {kernel.shape[3]} places, and an image"
-            f" of {x.shape[2]} x {x.shape[3]} at stride {stride} needs {places[0]} x {places[1]}"
+            f"an involution of size {kernel_size} and stride {stride} cannot apply a kernel of"
+            f" shape {tuple(kernel.shape)} to an image of {tuple(x.shape)}"
         )
     dtype = torch.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.to(dtype), kernel.to(dtype)
@@ -135,6 +128,9 @@ def _parts(groups: int, sized: Tensor, *tensors: Tensor) -> Iterator[tuple[Tenso
 def _planes(x: Tensor, stride: int) -> dict[tuple[int, int], Tensor]:
     """View every ``stride``-th pixel, from each place to begin at."""
     return {(a, b): x[:, :, a::stride, b::stride] for a, b in product(range(stride), repeat=2)}
+
+
+# Taps are added one after another from shifted views: no unfolded copy of the image is made.
 
 
 def _output(x: Tensor, kernel: Tensor, kernel_size: int, stride: int) -> Tensor:

@@ -51,16 +51,8 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Float[Tensor, "1 L {dim
 def patchify(
     images: Float[Tensor, "B c h w"], patch_size: tuple[int, int]
 ) -> Float[Tensor, "B N pixels"]:
-    """Cut images into patches, row-major, the pixels of each by row, column, channel.
-
-    Raises `ConfigError` if patches do not fill the images.
-    """
+    """Cut images into patches that fill them, row-major, each by row, column, channel."""
     height, width = patch_size
-    if images.shape[2] % height or images.shape[3] % width:
-        raise ConfigError(
-            f"patches of {height} x {width} do not fill images of {images.shape[2]} x"
-            f" {images.shape[3]}"
-        )
     patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -80,17 +72,9 @@ def reconstruction_loss(
     patch_size: tuple[int, int],
     norm_pix: bool = False,
 ) -> Float[Tensor, ""]:
-    """Return ``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``.
+    """Return ``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``; 0 without a mask.
 
-    In float32 (float64 stays); 0 if nothing is hidden.
-
-    Args:
-        prediction: pixels of every patch, as `patchify` orders them.
-        images: as the network sees them.
-        mask: 1 at hidden patches, 0 at visible ones.
-        patch_size: height and width, pixels.
-        norm_pix: the target is each patch less its mean, over ``sqrt(var + 1e-6)``; the variance is
-            the unbiased one.
+    In float32 (float64 stays). ``mask`` is 1 at hidden patches; see `pixel_targets` for the rest.
 
     Source: arXiv 2111.06377 section 3; ``forward_loss`` of facebookresearch/mae@efb2a80.
     """
@@ -104,7 +88,10 @@ def reconstruction_loss(
 def pixel_targets(
     images: Float[Tensor, "B c h w"], patch_size: tuple[int, int], norm_pix: bool
 ) -> Float[Tensor, "B N pixels"]:
-    """Return the pixels to predict for every patch; see `reconstruction_loss`."""
+    """Return the pixels to predict for every patch of images as the network sees them.
+
+    ``norm_pix``: each patch less its mean, over ``sqrt(var + 1e-6)`` with the unbiased variance.
+    """
     target = patchify(images, patch_size)
     if norm_pix:
         deviation = (target.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -148,10 +135,8 @@ class _Decoder:
     ) -> Float[Tensor, "B N pixels"]:
         """Predict the pixels of every patch from the visible ones.
 
-        Args:
-            features: after the encoder's final norm, prefix tokens first (L = P + K).
-            keep: row-major places of the K visible patches, in the order of ``features``.
-            num_prefix_tokens: P; decoded at the class token's position and dropped at the end.
+        ``features`` come after the encoder's final norm: P prefix tokens, which are decoded at the
+        class token's position, then the patches at the row-major places ``keep``.
         """
         tokens = self.decoder_embed(features)
         prefix, visible = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
@@ -166,11 +151,7 @@ class _Decoder:
     def decode_hidden(
         self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
     ) -> tuple[Float[Tensor, "B M pixels"], Int[Tensor, "B M"]]:
-        """Predict the pixels of the M hidden patches alone, as `decode` does, to rounding.
-
-        Returns:
-            The pixels, and the patches' places.
-        """
+        """Return pixels and places of the M hidden patches alone, as `decode` does, to rounding."""
         # Two savings over `decode`. What enters the first block at a hidden patch is the same for
         # every image, so it is projected once for the batch and looked up. The last block computes
         # the hidden patches alone, since nobody reads the others. One block is first and last.
@@ -220,10 +201,8 @@ class MAEDecoder(_Decoder, nn.Module):
         dim: width of the encoder's features.
         grid: rows and columns of patches.
         patch_size: height and width of a patch, pixels.
-        decoder_dim: width, a multiple of 4 and of ``decoder_num_heads``.
-        decoder_depth: blocks; 0: a linear prediction from each visible patch, and one constant for
-            the hidden ones.
-        decoder_num_heads: attention heads.
+        decoder_dim, decoder_depth, decoder_num_heads: the width is a multiple of 4 and of the
+            heads.
     """
 
     def __init__(
@@ -296,12 +275,9 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
 
 
 def init_mae(model: VisionTransformer) -> None:
-    """Initialise a plain ViT as MAE does, in place; positions become the sine-cosine table.
+    """Initialise a plain ViT as MAE does, in place; positions become the fixed sine-cosine table.
 
-    Positions are not trained. Xavier-uniform on every linear layer and on the patch projection seen
-    as a matrix ``[out, in * height * width]``; biases 0 except the patch projection's, which has
-    PyTorch's own; norms 1 and 0; class token and other prefix tokens N(0, 0.02). Raises
-    `ConfigError` for a network without a table of absolute positions.
+    Raises `ConfigError` for a network without a table of absolute positions.
 
     Source: ``initialize_weights`` of facebookresearch/mae@efb2a80.
     """
@@ -309,6 +285,7 @@ def init_mae(model: VisionTransformer) -> None:
     positions = model.pos_embed
     assert positions is not None
     model.apply(_init_module)
+    # The patch projection is seen as a matrix; its bias keeps PyTorch's own initialisation.
     projection = model.patch_embed.proj
     fan_out, fan_in = len(projection.weight), projection.weight[0].numel()
     bound = math.sqrt(6 / (fan_in + fan_out))
@@ -329,12 +306,8 @@ def init_mae(model: VisionTransformer) -> None:
 def hold_positions(model: VisionTransformer) -> None:
     """Leave the table of positions out of training, as MAE does; `ConfigError` if there is none."""
     if model.pos_embed is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no table of absolute positions, which masked autoencoding"
-            " needs",
-            fix="take a plain ViT with one",
-            field="student.model",
-        )
+        what = f"masked autoencoding needs a table of positions, which {type(model).__name__} lacks"
+        raise ConfigError(what, "take a plain ViT with one", field="student.model")
     model.pos_embed.requires_grad_(False)
 
 

@@ -16,7 +16,6 @@ from ..distill.plan import Plan
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, Drop, MissingSplit, Set
-from ..evaluate.features import evenly
 from ..evaluate.knn import K
 from ..labels.identity import views_identity
 from ..labels.reader import LabelReader
@@ -206,22 +205,21 @@ def make_loaders(
 
     val, bank, proof = None, None, None
     if images.val is not None:
-        proof, judged = judge(images.val, NUM_IMAGES), images.val
+        proof, val = judge(images.val, NUM_IMAGES), judge(images.val)
         if not networks.classes:
-            nearest, judged = evenly(images.train, NUM_BANK), evenly(images.val, NUM_QUERIES)
-            bank = judge(nearest)
+            bank, val = judge(images.train, NUM_BANK), judge(images.val, NUM_QUERIES)
+            nearest, judged = min(NUM_BANK, len(images.train)), min(NUM_QUERIES, len(images.val))
             say(
-                f"evaluations ask the {min(K, len(nearest))} nearest of {len(nearest)} training"
-                f" images for the class of {len(judged)} validation images"
+                f"evaluations ask the {min(K, nearest)} nearest of {nearest} training images for"
+                f" the class of {judged} validation images"
             )
-        val = judge(judged)
-    few, alone = evenly(images.val or images.train, NUM_PICTURES), World(0, 1, world.device)
+    few, alone = images.val or images.train, World(0, 1, world.device)
     return Loaders(
         TrainLoader(images.train, data.augment, spec, loading, labels),
         val,
         bank,
         proof,
-        shown=EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone),
+        shown=EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone, limit=NUM_PICTURES),
     )
 
 

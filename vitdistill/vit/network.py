@@ -17,7 +17,7 @@ class Network:
         depth: blocks, or feature stages of a network that is run whole.
         dim: width of the token stream.
         num_classes: size of its answer, after classes are matched.
-        num_parameters: all of them; 0 in the record of a pass, where nobody counts them.
+        num_parameters: all of them; 0 in the record of a pass.
         grid: rows and columns of patches; (0, 0) without patches.
         patch_size: height and width of a patch, pixels; (0, 0) without patches.
         num_prefix_tokens: class, distillation and register tokens, which precede the patches.
@@ -26,14 +26,12 @@ class Network:
         answering: the heads the prediction is made of; empty: all.
         walks: `run_vit` can walk it block by block, on any subset of patches.
         attention_source: what stands for class-token attention. ``class``: the class token's row.
-            ``pool``: the query of an attention pool (last block; others fall back on ``mean``).
-            ``mean``: the mean of all rows, i.e. how much attention a patch receives, for networks
-            that average their patches. None: attention cannot be recorded.
+            ``pool``: the query of an attention pool (last block; ``mean`` in others). ``mean``: the
+            mean of all rows, how much attention a patch receives. None: it cannot be recorded.
         dims: width after each block; empty: hidden states cannot be recorded.
         num_heads: attention heads a block; 0: attention cannot be recorded.
         final_norm: the last block's output is normed token by token, not only after pooling.
-        grids: rows and columns of feature maps by block, for stored answers of a network that is
-            run whole.
+        grids: rows and columns of feature maps by block, for stored answers.
         flops: of one forward pass on one image, for stored answers; 0: unknown.
         reads_class_token: the prediction reads the class token, not a pool of the patches alone.
     """

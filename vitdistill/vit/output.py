@@ -11,10 +11,7 @@ from .patches import PatchMap
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of one block, each ``(B, H, L, d)``.
-
-    After the block's q/k norms, before the scale ``d ** -0.5``.
-    """
+    """Queries, keys and values, each ``(B, H, L, d)``, after q/k norms and before the scale."""
 
     q: Tensor
     k: Tensor
@@ -34,17 +31,17 @@ class ViTOutput:
     """What one forward pass recorded; everything is None or empty unless it was needed.
 
     Attributes:
-        logits: ``(B, C)``, the prediction that the model's own ``forward`` gives in evaluation.
-        head_logits: ``(B, heads, C)``, in the order of ``network.heads``, if there are several.
-        hidden: block index to ``(B, P+K, D)``.
-        attention: block index to ``(B, H, P+K)``, float32: how the class token attends to all
-            tokens, or its stand-in, see `Network.attention_source`.
-        qkv: block index to queries, keys and values.
-        features: ``(B, P+K, D)`` after the final norm, if the network has one; the last feature map
-            of a network that is run whole.
-        keep: ``(B, K)`` row-major indices of the patches that were seen; None: all, in order.
+        logits: the prediction that the model's own ``forward`` gives in evaluation.
+        head_logits: each head's own, in the order of ``network.heads``, if there are several.
+        hidden: tokens by block, P prefix tokens first, then K patches.
+        attention: by block, float32: how the class token attends to all tokens, or its stand-in,
+            see `Network.attention_source`.
+        qkv: queries, keys and values by block.
+        features: tokens after the final norm, if the network has one; the last feature map of a
+            network that is run whole.
+        keep: row-major indices of the patches that were seen; None: all, in order.
         grid: rows and columns of the patch grid of these images.
-        grids: block index to rows and columns of its hidden states, if they differ from ``grid``.
+        grids: rows and columns of hidden states by block, if they differ from ``grid``.
         network: the network that ran, as its family describes it.
     """
 
@@ -86,10 +83,7 @@ class ViTOutput:
         return self._places(self.features, self.depth - 1)
 
     def patches(self, block: int) -> PatchMap:
-        """Return the patches' hidden states after ``block``, and their places.
-
-        A negative ``block`` counts from the end.
-        """
+        """Return the patches and places after ``block``; a negative one counts from the end."""
         block %= self.depth
         return self._places(self.hidden[block], block)
 
@@ -98,10 +92,8 @@ class ViTOutput:
         return PatchMap(tokens[:, self.num_prefix_tokens :], grid, self.keep)
 
     def first_patches(self, keep: Int[Tensor, "B K"]) -> "ViTOutput":
-        """Return the record of the first K patches that were seen, ``keep``, alone.
-
-        Logits still describe all patches; attention cannot be sliced, so do not read it.
-        """
+        """Return the record of the first K patches that were seen, ``keep``, alone."""
+        # Logits still describe all patches; attention cannot be sliced, and nobody reads it here.
         size = self.num_prefix_tokens + keep.shape[1]
         return replace(
             self,
@@ -114,9 +106,5 @@ class ViTOutput:
     def tensors(self) -> list[Tensor]:
         """Return every recorded floating-point tensor, in a flat list."""
         single = [t for t in (self.logits, self.head_logits, self.features) if t is not None]
-        return [
-            *single,
-            *self.hidden.values(),
-            *self.attention.values(),
-            *(t for qkv in self.qkv.values() for t in qkv),
-        ]
+        several = [*self.hidden.values(), *self.attention.values()]
+        return [*single, *several, *(t for qkv in self.qkv.values() for t in qkv)]

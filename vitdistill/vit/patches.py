@@ -82,12 +82,10 @@ def num_kept_patches(num_patches: int, keep_rate: float) -> int:
     higher rate never keeps fewer. A rate below 1 drops at least one patch, and at least one is
     kept.
 
-    Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there,
-    not 147; "40 %" is 80, not 78).
+    Source: the counts behind the cost column of arXiv 2302.10494 ("75 %" is 144 = 12 x 12 there).
 
-    Example:
-        >>> [num_kept_patches(196, rate) for rate in (0.75, 0.5, 0.4, 0.25)]
-        [144, 98, 80, 49]
+    >>> [num_kept_patches(196, rate) for rate in (0.75, 0.5, 0.4, 0.25)]
+    [144, 98, 80, 49]
     """
     exact = num_patches * keep_rate
     step = 8 if num_patches >= 128 else 1
@@ -103,17 +101,13 @@ def num_kept_patches(num_patches: int, keep_rate: float) -> int:
 def num_visible(num_patches: int, mask_rate: float) -> int:
     """Return how many of N patches a mask rate leaves visible: the authors' count.
 
-    It is ``int(N * (1 - mask_rate))`` in binary floating point: a floor, and of the binary product,
-    so 100 patches at 0.8 leave 19, not 20.
-
-    Raises:
-        ConfigError: no patch is left.
+    A floor of the binary product: 100 patches at 0.8 leave 19, not 20. Raises `ConfigError` if no
+    patch is left.
 
     Source: ``random_masking`` of facebookresearch/mae@efb2a80.
 
-    Example:
-        >>> [num_visible(196, rate) for rate in (0.75, 0.9, 0.95, 0.98)]
-        [49, 19, 9, 3]
+    >>> [num_visible(196, rate) for rate in (0.75, 0.9, 0.95, 0.98)]
+    [49, 19, 9, 3]
     """
     visible = int(num_patches * (1 - mask_rate))
     if visible < 1:
@@ -129,19 +123,14 @@ def num_visible(num_patches: int, mask_rate: float) -> int:
 def random_masking(
     noise: Float[Tensor, "B N"], mask_rate: float
 ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B N"], Float[Tensor, "B N"]]:
-    """Choose the patches with the lowest noise to stay visible.
-
-    Args:
-        noise: uniform in [0, 1), one number a patch, in row-major order.
-        mask_rate: fraction of patches to hide; see `num_visible` for the count.
+    """Choose the patches with the lowest noise to stay visible, `num_visible` of them.
 
     Returns:
         keep: the visible patches, lowest noise first.
         restore: each patch's place in the order of the noise, which undoes that order.
         mask: float32, 1 at hidden patches and 0 at visible ones.
 
-    Source: arXiv 2111.06377 section 3; ``random_masking`` of facebookresearch/mae@efb2a80 (the sort
-    is stable here).
+    Source: arXiv 2111.06377 section 3; ``random_masking`` of facebookresearch/mae@efb2a80.
     """
     visible = num_visible(noise.shape[1], mask_rate)
     order = noise.argsort(dim=1, stable=True)

@@ -1,5 +1,7 @@
 """Networks that are run whole: CNNs, hierarchical transformers, a user's own."""
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -52,9 +54,7 @@ class Whole:
             return ViTOutput(logits=answer, network=self.network)
         forward = getattr(self.model, "forward_intermediates", None)
         if forward is None:
-            raise ConfigError(
-                f"{kind} has no forward_intermediates: hidden states cannot be recorded"
-            )
+            raise ConfigError(f"{kind} has no forward_intermediates, and no states to record")
         last = self.network.depth - 1
         stages = sorted(needs.hidden | {last} if needs.features else needs.hidden)
         final = None
@@ -87,20 +87,16 @@ def _as_tokens(stage: Float[Tensor, "B D rows columns"]) -> Float[Tensor, "B L D
 
 
 def _as_map(
-    final: object, last: Float[Tensor, "B D rows columns"], channels_last: bool
+    final: Any, last: Float[Tensor, "B D rows columns"], channels_last: bool
 ) -> Float[Tensor, "B D rows columns"]:
-    """Return the output of ``forward_features`` as a map, or ``last`` if it is none.
-
-    timm's networks give it with channels first or last, or as tokens behind prefix tokens;
-    ``channels_last`` decides where the shape does not tell.
-    """
+    """Return the output of ``forward_features`` as a map, or ``last`` if it is none."""
     if not isinstance(final, Tensor):
         return last
     rows, columns = last.shape[2:]
     if final.ndim == 3 and final.shape[2] == last.shape[1] and final.shape[1] >= rows * columns:
-        patches = final[:, final.shape[1] - rows * columns :]
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))
-    moved = final.movedim(-1, 1)
-    if moved.shape == last.shape and (final.shape != last.shape or channels_last):
-        return moved
+        # Tokens, behind prefix tokens.
+        final = final[:, final.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+        channels_last = True
+    if final.ndim == 4 and channels_last:
+        final = final.movedim(-1, 1)
     return final if final.shape == last.shape else last
