@@ -64,18 +64,18 @@ class RecipeArguments:
         (),
         "methods to add; a selector or masking replaces the recipe's; METHOD:NAME is for the"
         " teacher of that name; in stages: STAGE.METHOD",
-        "--with METHOD[:TEACHER] ...",
+        "--with METHOD[:TEACHER]",
     )
     without: tuple[str, ...] = option(
         (),
         "objectives or teachers to drop, or 'selector', or 'masking'; in stages: STAGE.NAME",
-        "--without NAME ...",
+        "--without NAME",
     )
     set: tuple[str, ...] = option(
         (),
         "any field of the recipe, e.g. student.model_args.depth=6 ('explain --recipe-yaml' shows"
         " all); in stages: STAGE.FIELD=VALUE",
-        "--set FIELD=VALUE ...",
+        "--set FIELD=VALUE",
     )
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -149,7 +149,7 @@ class MergeArguments:
 
     target: str = option(MISSING, "the folder to write; it may have parts already", "TARGET")
     from_: tuple[str, ...] = option(
-        MISSING, "labels of one teacher that were written apart", "--from FOLDER ..."
+        MISSING, "labels of one teacher that were written apart", "--from FOLDER"
     )
 
 
@@ -164,7 +164,7 @@ class PruneArguments(StoreArguments):
         None, "store logits so instead; none: as they are", "--encoding"
     )
     temperatures: tuple[float, ...] = option(
-        (), "of --encoding topk; none: those that are stored, or 1", "--temperatures T ..."
+        (), "of --encoding topk; none: those that are stored, or 1", "--temperatures T"
     )
 
 
@@ -177,7 +177,7 @@ class LabelExportArguments(StoreArguments):
     """
 
     to: str = option(MISSING, "the .parquet file to write", "--to FILE")
-    views: tuple[int, ...] = option((), "which views; none: all", "--views N ...")
+    views: tuple[int, ...] = option((), "which views; none: all", "--views N")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,16 +192,6 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Write ``METHOD[:TEACHER] ...`` as declared; argparse would repeat it for ``nargs="+"``."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return " ".join([*action.option_strings, str(action.metavar)]).strip()
-
-
 def _make_parser(groups: Groups, prog: str, about: str = "") -> argparse.ArgumentParser:
     every = [flag for flags in groups.values() for flag in flags]
     aliases = [f"{other} for {flag.name}" for flag in every for other in flag.option.spellings[1:]]
@@ -210,7 +200,7 @@ def _make_parser(groups: Groups, prog: str, about: str = "") -> argparse.Argumen
         usage=" ".join([prog, *(flag.metavar for flag in every if flag.positional), "[flags]"]),
         description=about,
         epilog=wrap(f"Also understood: {', '.join(aliases)}.") if aliases else None,
-        formatter_class=_Formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )

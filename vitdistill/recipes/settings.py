@@ -165,7 +165,7 @@ class LabelOptions:
     )
     k: int | None = option(None, "classes an image that topk keeps; none: 10", "--k")
     temperatures: tuple[float, ...] = option(
-        (), "at which topk is right; none: those of the recipe's objectives", "--temperatures T ..."
+        (), "at which topk is right; none: those of the recipe's objectives", "--temperatures T"
     )
     hidden_dtype: Literal["float16", "float32"] | None = option(
         None, "of hidden states the recipe reads; none: float16", "--hidden-dtype"
