@@ -49,11 +49,6 @@ class LabelRun:
         """Images that a teacher answers together; the last bits of an answer depend on it."""
         return self.prepared.recipe.train.eval_batch_size
 
-    @property
-    def num_images(self) -> int:
-        """Images that are labelled."""
-        return len(self.prepared.images.train)
-
     def answers(
         self, view: int, first: int, last: int
     ) -> Iterator[tuple[TeacherBatch, dict[str, ViTOutput]]]:
@@ -121,7 +116,7 @@ class LabelRun:
         return Manifest(
             identity=self.identity(name),
             layout=self.layouts[name],
-            num_samples=self.num_images,
+            num_samples=len(self.prepared.images.train),
             num_views=recipe.data.views or recipe.train.epochs,
             part_size=part_size,
             about={

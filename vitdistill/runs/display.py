@@ -10,17 +10,11 @@ from rich.text import Text
 
 from ..messages import format_duration
 
-SHOWN = ("top1", "top5", "nll", "agreement", "knn_top1", "knn_top5")
-"""The scores of an evaluation that are shown; all of them are logged."""
+SHOWN = ("top1", "top5", "nll", "knn_top1", "knn_top5")  # of the scores; all are logged
 
 
 class Display(Progress):
-    """Progress of a run.
-
-    Args:
-        console: where lines go; the bar too, if it is a terminal.
-        enabled: False on processes that do not talk.
-    """
+    """Progress of a run, with a bar if the console is a terminal; not ``enabled``: silent."""
 
     def __init__(self, console: Console, enabled: bool = True) -> None:
         columns = (

@@ -35,9 +35,8 @@ def check_folder(path: Path, recipe: Recipe, fix: Fix = "") -> bool:
     """Return whether ``path`` holds this run already; write nothing.
 
     Raises:
-        ConfigError: it holds something else, or a run of another recipe (``fix``: what to do then,
-            besides another output), or cannot be written.
-        DiskError: it cannot be the name of a folder.
+        ConfigError: it cannot be written, holds something else, or a run of another recipe;
+            ``fix`` is what to do then, besides another output.
     """
     with disk_errors(path):
         parent = next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -26,8 +26,7 @@ from .folder import contents
 from .prepare import Prepared, Say
 from .stop import StopRequest
 
-COMPLETE_CLASSES = 256
-"""Up to so many classes ``auto`` stores all logits; above, the largest and the mass of the rest."""
+COMPLETE_CLASSES = 256  # up to so many ``auto`` stores all logits; above, the largest
 _DEFAULT_K = 10
 _EVERY_S = 10.0
 
@@ -159,7 +158,7 @@ def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOpti
 def _manifests(run: LabelRun, options: LabelOptions) -> dict[str, Manifest]:
     """Label a batch to nowhere, to see what there is to store of each teacher."""
     prepared, manifests = run.prepared, {}
-    batch, answers = next(run.answers(0, 0, min(run.batch_size, run.num_images)))
+    batch, answers = next(run.answers(0, 0, min(run.batch_size, len(prepared.images.train))))
     for name, answer in answers.items():
         run.layouts[name] = _layout(prepared, name, answer, options)
         run.records(name, 0, batch, answer)

@@ -55,8 +55,8 @@ def check(
 ) -> Check:
     """Run the teacher again on about ``samples`` stored (view, image), in random places.
 
-    ``data_dir`` and ``model`` say where the images and the teacher are if they have moved.
-    `DataError` if the images, the views or the teacher's weights are not those of the labels.
+    ``data_dir`` and ``model``: where the images and the teacher have moved. `DataError` if they are
+    others than those of the labels.
     """
     about, sealed = store.manifest.about, list(store.sealed_parts())
     if not sealed:

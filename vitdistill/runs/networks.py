@@ -179,11 +179,10 @@ def build_teacher(
     objectives: Mapping[str, Objective] | None = None,
     built: Built | None = None,
 ) -> tuple[Teacher, ClassMatch]:
-    """Build a frozen teacher that answers for ``classes`` in their order.
+    """Build a frozen teacher that answers for ``classes`` in their order; without, in its own.
 
-    Without ``classes`` (unlabelled images) it answers in its own. They need not match, and it may
-    have none, where none of ``objectives`` reads its logits (None: they are read). ``built`` is its
-    network, if that exists already.
+    They need not match where none of ``objectives`` reads its logits (None: they are read).
+    ``built`` is its network, if that exists already.
     """
     built = built or build_teacher_model(config, name)
     names = weights.class_names(built.model)
@@ -272,11 +271,7 @@ def _build_teachers(
     device: torch.device,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Teacher], list[tuple[int, tuple[str, ...]]]]:
-    """Build the teachers, and return the classes of those whose logits are read.
-
-    A stored teacher is built where it may have to answer, or to be compared with the one that made
-    the labels.
-    """
+    """Build the teachers, and return the classes of those whose logits are read."""
     stores = open_labels(recipe)
     teachers: dict[str, Teacher] = {}
     answers: list[tuple[int, tuple[str, ...]]] = []
@@ -286,6 +281,7 @@ def _build_teachers(
             if reads_logits(recipe.objectives, network):
                 names = tuple(stores[name].manifest.about.get("classes", ()))
                 answers.append((network.num_classes, names))
+            # Others may have to answer, or are compared with the one that made the labels.
             if not runs(config) and (not config.model or made_by(stores[name], config)):
                 continue
         teacher, match = build_teacher(

@@ -152,10 +152,7 @@ def build(recipe: Recipe, world: World, say: Say) -> Prepared:
 
 
 def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
-    """Open a recipe's training and validation images.
-
-    Validation images are not needed where the training images are unlabelled, or no objective reads
-    labels.
+    """Open a recipe's training images, and its validation images where there are labels.
 
     Raises:
         ConfigError: the images lack labels that the recipe needs, or are all of one class.
@@ -208,11 +205,8 @@ def make_loaders(
         proof, val = judge(images.val, NUM_IMAGES), judge(images.val)
         if not networks.classes:
             bank, val = judge(images.train, NUM_BANK), judge(images.val, NUM_QUERIES)
-            nearest, judged = min(NUM_BANK, len(images.train)), min(NUM_QUERIES, len(images.val))
-            say(
-                f"evaluations ask the {min(K, nearest)} nearest of {nearest} training images for"
-                f" the class of {judged} validation images"
-            )
+            num = min(NUM_BANK, len(images.train))
+            say(f"evaluated by the {min(K, num)} nearest of {num} training images (k-NN)")
     few, alone = images.val or images.train, World(0, 1, world.device)
     return Loaders(
         TrainLoader(images.train, data.augment, spec, loading, labels),

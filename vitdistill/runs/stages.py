@@ -53,8 +53,6 @@ def train_stages(
 ) -> dict[str, dict[str, Any]]:
     """Train the stages one after the other into folders of ``output`` and return their summaries.
 
-    A finished stage is not repeated, a stopped one is resumed.
-
     Args:
         prepared: called on the main process before the first step of each stage that runs.
         done: called on the main process with a finished stage's name, folder and summary.
@@ -163,7 +161,7 @@ def _check_ahead(stages: Stages, pending: list[str], num_processes: int) -> None
 def networks_ahead(
     stages: Stages, key: str, num_classes: int, before: dict[str, int]
 ) -> tuple[Recipe, Built, dict[str, Built]]:
-    """Build a stage's networks before any stage has run; also return the recipe they are of.
+    """Return a stage's recipe and networks before any stage has run.
 
     ``before``: how many classes the students of earlier stages answer in; this stage's is added.
     """

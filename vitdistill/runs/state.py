@@ -84,13 +84,9 @@ def save(state: State, prepared: Prepared, folder: RunFolder | None) -> None:
         checkpoint.save(folder.path, state.step, tensors, numbers, keep=keep)
 
 
-Saved = tuple[Path, checkpoint.State]
-"""A checkpoint's folder, and its content."""
-
-
-def find(output: Path, world: World, say: Say) -> Saved | None:
+def find(output: Path, world: World, say: Say) -> tuple[Path, checkpoint.State] | None:
     """Read the newest whole checkpoint of a run, the same one on every process."""
-    saved: Saved | None = None
+    saved = None
     with world.together():
         if world.is_main:
             saved = checkpoint.load_latest(output, warn=say)
@@ -99,12 +95,8 @@ def find(output: Path, world: World, say: Say) -> Saved | None:
         return saved if saved or path is None else (path, checkpoint.load(path))
 
 
-def load(state: State, world: World, saved: Saved) -> dict[str, int]:
-    """Take over a checkpoint, and return where its logs ended.
-
-    Raises:
-        DataError: it does not fit the networks or the optimizer.
-    """
+def load(state: State, world: World, saved: tuple[Path, checkpoint.State]) -> dict[str, int]:
+    """Take over a checkpoint, and return where its logs ended; `DataError` if it does not fit."""
     found, (tensors, numbers) = saved
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in state.modules}
     for key, tensor in tensors.items():

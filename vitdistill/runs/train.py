@@ -169,11 +169,7 @@ class Trainer:
                     self.log()
 
     def step(self) -> None:
-        """Take one optimizer step.
-
-        Raises:
-            NonFiniteError: a loss or a gradient is NaN or infinite; the step was not applied.
-        """
+        """Take one optimizer step; `NonFiniteError` before it is applied, if a number is none."""
         prepared, state, micro_batches = self.prepared, self.state, self.feed.batches
         assert micro_batches is not None
         self.schedule(state.step)
@@ -260,21 +256,16 @@ class Trainer:
         return epoch > 0 and not begun and due and self.state.evaluated_at != self.state.step
 
     def evaluate(self) -> None:
-        """Evaluate and export the student; an error ends the run, with its state as before.
-
-        Raises:
-            NonFiniteError: the state is not worth saving.
-            UserError: of this process alone, so that none can save.
-        """
+        """Evaluate and export the student; an error ends the run, with its state as before."""
         begun = time.perf_counter()
         self.display.working("evaluating")
         try:
             with memory_errors("in an evaluation", SMALLER_EVALUATION):
                 self._evaluate()
-        except NonFiniteError:
+        except NonFiniteError:  # such a state is not worth saving
             raise
         except UserError as error:
-            if self.world.size > 1 and not error.agreed:
+            if self.world.size > 1 and not error.agreed:  # one process alone cannot save
                 raise
             self.ending = error
         self.speed.pause(time.perf_counter() - begun)
