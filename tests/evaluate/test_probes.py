@@ -82,18 +82,6 @@ def test_votes_are_their_definition_in_any_order(seed, size, k, temperature, dup
     torch.testing.assert_close(shuffled, votes, rtol=1e-4, atol=1e-6)
 
 
-def test_votes_by_hand():
-    """Cosines 1, 0.6, 0 and -1 to the query, of classes 0, 1, 1, 0."""
-    bank = torch.tensor([[2.0, 0.0], [3.0, 4.0], [0.0, 9.0], [-1.0, 0.0]])
-    labels, query = torch.tensor([0, 1, 1, 0]), torch.tensor([[5.0, 0.0]])
-    by_hand = [1, math.exp(-0.8) + math.exp(-2)]
-    assert knn_votes(bank, labels, query, 2, 3, 0.5)[0].tolist() == pytest.approx(by_hand, rel=1e-6)
-    # At a high temperature two of class 1 outvote the nearest.
-    for k, temperature, top1 in ((4, 0.1, 1.0), (3, 10.0, 0.0)):
-        found = knn_accuracy(bank, labels, query, torch.tensor([0]), k, temperature)
-        assert found == {"knn_top1": top1}
-
-
 def test_accuracy_counts_the_votes_in_chunks_of_any_size(monkeypatch):
     bank, labels, queries, truth = task(0, 3, 9, (80, 60))
     votes = slow_votes(bank, labels, queries, 9, 20, 0.07)
@@ -135,13 +123,6 @@ def test_labels_that_mean_nothing_are_guessed():
     args = task(0, 16, 10, (1000, 1000))
     assert 0.06 < knn_accuracy(*args)["knn_top1"] < 0.14  # chance 0.1, four standard errors
     assert 0.06 < linear_probe(*args)["linear_top1"] < 0.14
-
-
-def test_neighbours_do_not_see_the_length_of_a_vector():
-    bank, labels, queries, _ = task(0, 6, 3, (90, 60), signal=2.0)
-    votes = knn_votes(bank, labels, queries, 3)
-    found = knn_votes(bank * torch.linspace(1e-4, 1e4, 90)[:, None], labels, queries * 1e6, 3)
-    torch.testing.assert_close(found, votes, rtol=1e-4, atol=1e-6)
 
 
 def test_features_that_have_collapsed_answer_with_the_commonest_class():

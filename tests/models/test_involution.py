@@ -156,13 +156,6 @@ def test_half_precision_sums_in_float32(seed: int, dtype: torch.dtype, stride: i
         torch.testing.assert_close(gradient.double(), exact.double(), rtol=2 * unit, atol=1e-4)
 
 
-def test_mixed_precision_is_promoted() -> None:
-    x, kernel = example(0, (1, 4, 3, 3), 1, 3, 1, torch.float32)
-    y = involution(x, kernel.bfloat16(), 3)
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, naive(x, kernel.bfloat16().float(), 3, 1))
-
-
 @pytest.mark.parametrize(
     ("shape", "kernel_size", "stride"),
     [

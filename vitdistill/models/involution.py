@@ -107,14 +107,10 @@ class RedNet(ResNet):
 
     Args:
         layers: blocks of each of the four stages, see `DEPTHS`.
-        num_classes, in_chans, global_pool, drop_rate, drop_path_rate: as timm's ResNet's.
-        channels: of the 7 x 7 involutions of each stage, whose output is 4 times as wide; multiples
-            of 16.
-        stem_width: channels of the stem's involution, whose output is twice as wide; a multiple of
-            16.
-        small_images: no stride in the stem and no pooling after it, so that stages are 1, 2, 4 and
-            8 times smaller than the image: for images of about 32 x 32, on which the authors'
-            network ends at one pixel. This form is not the authors'.
+        channels: of the involutions of each stage, whose output is 4 times as wide.
+        stem_width: channels of the stem's involution, whose output is twice as wide.
+        small_images: no stride in the stem and no pooling after it, for images of about 32 x 32, on
+            which the authors' network ends at one pixel. This form is not the authors'.
 
     Source: arXiv 2103.06255 section 4.1; ``rednet.py`` of d-li14/involution@21c3158.
     """
