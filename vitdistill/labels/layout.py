@@ -5,6 +5,7 @@ A record has a fixed size: little-endian fields without padding.
 Shape letters: B records, C classes, L tokens, D width.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..keyed import I64
-from .encoding import KINDS, LogitEncoding
+from .encoding import LogitEncoding
 
 Records: TypeAlias = np.ndarray  # of a layout's dtype
 
@@ -26,11 +27,7 @@ _HIDDEN_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class NonFinite(ValueError):
-    """An answer holds NaN or infinity, or does not fit the number format it is stored in.
-
-    Attributes:
-        index: the first row of the batch that does.
-    """
+    """An answer, in row ``index`` of a batch, has numbers that its storage format does not."""
 
     def __init__(self, index: int, what: str) -> None:
         super().__init__(f"{what} in row {index}")
@@ -93,24 +90,13 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, which `from_json` reads."""
-        plain = asdict(self)
-        plain["hidden"] = [list(entry) for entry in self.hidden]
-        plain["features"] = None if self.features is None else list(self.features)
-        if self.logits is not None:
-            plain["logits"]["temperatures"] = list(self.logits.temperatures)
-        return plain
+        return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Layout":
-        """Read what `to_json` returned; `DataError` names an encoding that is not read any more."""
+        """Read what `to_json` returned."""
         logits, features = plain["logits"], plain["features"]
         if logits is not None:
-            if logits["kind"] not in KINDS:
-                raise DataError(
-                    f"labels of the encoding {logits['kind']} are not read any more",
-                    f"label again with one of {', '.join(KINDS)}",
-                    field="encoding",
-                )
             logits = LogitEncoding(**{**logits, "temperatures": tuple(logits["temperatures"])})
         return cls(
             logits=logits,
@@ -128,14 +114,8 @@ class Layout:
     ) -> Records:
         """Return one record a row; answers that the layout does not ask for are ignored.
 
-        Args:
-            logits: of any floating-point format; taken as float32.
-            hidden: by block.
-            features: tokens after the final norm.
-            pixels: checksum of each view's pixels.
-
-        Raises:
-            NonFinite: an answer is NaN or infinite, or a hidden state is beyond float16.
+        ``pixels`` are the checksums of the views. `NonFinite` if an answer is NaN or infinite, or a
+        hidden state beyond float16.
         """
         given = {"features": features, **{f"hidden_{block}": x for block, x in hidden.items()}}
         dtype = _HIDDEN_DTYPES[self.hidden_dtype]
@@ -152,8 +132,7 @@ class Layout:
 
     def targets(self, records: Records, missing: I64 | None = None) -> "Targets":
         """Return the tensors of these records, on the CPU; ``missing`` are rows without one."""
-        if records.dtype != self.dtype or records.ndim != 1:
-            raise ValueError(f"{records.dtype} of shape {records.shape} are no records")
+        assert records.dtype == self.dtype and records.ndim == 1
         fields = {name: _tensor(records[name]) for name in self.dtype.names or ()}
         rows = torch.from_numpy(np.zeros(0, np.int64) if missing is None else missing)
         return Targets(self, fields, rows)
@@ -174,8 +153,8 @@ class Layout:
 
     def _tokens(self) -> dict[str, tuple[int, int]]:
         """Map the fields of hidden states and features to (tokens, width)."""
-        states = {f"hidden_{block}": (tokens, width) for block, tokens, width in self.hidden}
-        return states if self.features is None else {**states, "features": self.features}
+        found = {f"hidden_{block}": (tokens, width) for block, tokens, width in self.hidden}
+        return found if self.features is None else {**found, "features": self.features}
 
     def _records(self, pixels: npt.NDArray[np.uint32], fields: Mapping[str, Tensor]) -> Records:
         records: Records = np.zeros(len(pixels), dtype=self.dtype)
@@ -224,8 +203,7 @@ class Targets:
     def logits(self, temperature: float | None = None) -> Float[Tensor, "B C"]:
         """Return float32 logits z, all finite: ``softmax(z / T)`` is what the teacher said at T.
 
-        Complete encodings give the teacher's logits at any temperature. Those of topk have the
-        right distribution at the temperature asked for alone, which must be one of the stored ones.
+        Those of topk are right at the temperature asked for alone, which must be a stored one.
         """
         if self.layout.logits is None:
             raise ConfigError("the labels hold no logits", "label again with logits")

@@ -19,14 +19,10 @@ _KIND = "label store"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store holds.
+    """What a store holds: ``num_views`` views of ``num_samples`` samples, in parts of some size.
 
     Attributes:
         identity: what the answers depend on, as plain JSON; compared field by field.
-        layout: what a record holds.
-        num_samples: samples of the data set; ids are 0 to ``num_samples - 1``.
-        num_views: views of every sample; more may be added.
-        part_size: samples of a part; the last part of a view may be shorter.
         about: versions and the like, for people; never compared.
     """
 
@@ -89,16 +85,13 @@ class Manifest:
 def read_store_manifest(folder: Path) -> Manifest:
     """Read the manifest of a store; `DataError` if it is missing, damaged or of something else."""
     body: Mapping[str, Any] = read_manifest(folder)["identity"]
-    if body.get("kind") != _KIND:
-        raise DataError(f"{printable(folder)} holds no labels, but something else")
     try:
-        if body["format"] == FORMAT:
-            numbers = {name: body[name] for name in ("num_samples", "num_views", "part_size")}
-            layout, about = Layout.from_json(body["layout"]), body["about"]
-            return Manifest(identity=body["identity"], layout=layout, about=about, **numbers)
+        if (body["kind"], body["format"]) == (_KIND, FORMAT):
+            known = {key: body[key] for key in body if key not in ("kind", "format", "layout")}
+            return Manifest(layout=Layout.from_json(body["layout"]), **known)
     except (KeyError, TypeError, ValueError):
         pass
     raise DataError(
-        f"the labels in {printable(folder)} are of a format that is not read",
+        f"{printable(folder)} holds no labels, or labels of a format that is not read",
         "use the version of vitdistill that wrote them",
     )

@@ -44,41 +44,26 @@ class Part:
         """Map the file, if it is that part, whole; `FileNotFoundError` if there is none."""
         self._path = path
         data, self.file = _mapped(path)
-        footer, start = self._footer(data)
+        footer, length = self._footer(data)
+        if (footer["store"], footer["view"], footer["part"]) != (manifest.digest, view, part):
+            raise self._damaged("it is another part, or of another store, under its name")
         lo, hi = manifest.part_range(part)
         item = manifest.layout.record_bytes
-        if footer["store"] != manifest.digest or (footer["view"], footer["part"]) != (view, part):
-            raise DataError(
-                f"{printable(path)} is part {footer['part']} of view {footer['view']} of"
-                f" {'this' if footer['store'] == manifest.digest else 'another'} store, under"
-                " another name",
-                _REMEDY,
-            )
+        if length != (hi - lo) * item:
+            raise self._damaged(f"it does not hold samples {lo} to {hi - 1}")
         self._block: int = footer["block"]
         self.crcs: list[int] = footer["crc32"]
-        sizes = (footer["lo"], footer["hi"], footer["item"], len(self.crcs), start)
-        if sizes != (lo, hi, item, -(-(hi - lo) // self._block), (hi - lo) * item):
-            raise self._damaged(f"it does not hold samples {lo} to {hi - 1}")
         self._records: Raw = np.frombuffer(data, np.dtype((np.void, item)), count=hi - lo)
         self.checked = np.zeros(len(self.crcs), dtype=bool)
 
     def _footer(self, data: mmap.mmap) -> tuple[dict[str, Any], int]:
         """Return the footer and where it begins."""
         end = len(data) - _TRAILER.size
-        if end < 0:
-            raise self._damaged("it has no footer")
-        length, crc, magic = _TRAILER.unpack(data[end:])
+        length, crc, magic = _TRAILER.unpack(data[end:]) if end >= 0 else (0, 0, b"")
         start = end - length
         if magic != _MAGIC or start < 0 or zlib.crc32(text := data[start:end]) != crc:
             raise self._damaged("it was cut or overwritten")
-        footer = json.loads(text)
-        if footer["format"] != FORMAT:
-            raise DataError(
-                f"{printable(self._path)} has format {footer['format']}, and this version reads"
-                f" format {FORMAT}",
-                "use the version of vitdistill that wrote it",
-            )
-        return footer, start
+        return json.loads(text), start
 
     def _damaged(self, how: str) -> DataError:
         return DataError(f"{printable(self._path)} is damaged: {how}", _REMEDY)
@@ -108,7 +93,7 @@ def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
         raise FileNotFoundError(path)
     with disk_errors(path), open(path, "rb") as file:
         s = os.fstat(file.fileno())
-        if not s.st_size:
+        if not s.st_size:  # which cannot be mapped
             raise DataError(f"{printable(path)} is damaged: it is empty", _REMEDY)
         # With its times: a new file may get the number of a deleted one.
         which = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)

@@ -35,9 +35,7 @@ class LabelReader:
     ) -> Targets:
         """Return the records of samples ``ids`` in ``views``, (B,) each, on ``device``.
 
-        Raises:
-            DataError: a record is missing, or a view is not the one that was labelled, by its
-                checksum.
+        `DataError` if one is missing, or if a view's checksum says that another one was labelled.
         """
         labelled = views < self.store.manifest.num_views
         records, present = self.store.read(np.where(labelled, views, 0), ids)

@@ -8,11 +8,10 @@ be seen is complete. So any number of processes may write and read at once.
 """
 
 import os
-import re
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +22,47 @@ from torch import Tensor
 from ..errors import ConfigError, DataError, DiskError, Give
 from ..keyed import I64
 from ..messages import listed, printable
-from ..storage.atomic import disk_errors, staged_dir
-from ..storage.lock import LOCK, held, wait_lock
-from ..storage.manifest import MANIFEST, replace_manifest, write_manifest
+from ..storage.atomic import disk_errors, staged_dir, write_atomic
+from ..storage.manifest import MANIFEST, write_manifest
 from .layout import Records, Targets
 from .manifest import Manifest, read_store_manifest
 from .part import Part, write_part
-
-_LEASE_NAME = re.compile(r"part-[0-9]{5,}\.lease")  # of killed writers of version 0.1
 
 Ids = Sequence[int] | npt.NDArray[Any] | Tensor
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a store is: its views, the parts of all views, and what is sealed.
+    """How far a store is: the ``parts`` of all views, and those that are ``sealed``."""
 
-    Attributes:
-        sealed: parts that are there, with so many ``records`` and ``bytes``.
-        writing: (view, part) of those that a process is writing now.
-    """
-
-    views: int
     parts: int
     sealed: int
     records: int
     bytes: int
-    writing: list[tuple[int, int]]
 
 
 class LabelStore:
-    """One teacher's answers; made by `create` and `open`.
-
-    Attributes:
-        path: the teacher's folder.
-        manifest: what the store holds.
-    """
+    """One teacher's answers in the folder ``path``; made by `create` and `open`."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self.layout, self.num_parts = manifest.layout, manifest.num_parts
         self._open: dict[tuple[int, int], Part] = {}  # the one used longest ago comes first
-        # A map holds a file descriptor, of which a process has few: with more parts than this,
-        # some are closed and opened again. Which blocks are intact is remembered by file, or each
-        # opening would read whole blocks for their checksums again.
+        # A map holds a file descriptor, of which a process has few, so parts are closed and opened
+        # again. Which blocks are intact is remembered by file, or each opening would read whole
+        # blocks for their checksums again.
         self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._checked: dict[tuple[int, ...], npt.NDArray[np.bool_]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LabelStore, (self.path, self.manifest)
 
-    def __repr__(self) -> str:
-        return f"LabelStore({str(self.path)!r})"
-
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest) -> "LabelStore":
         """Make an empty store, or open the one there, which gets more views if it has few.
 
         Raises:
-            DataError: the store there is damaged or of other labels; the differing fields are
-                named.
+            DataError: the store there is damaged, or of other labels.
             ConfigError: the folder holds something else.
         """
         folder = Path(path)
@@ -98,8 +78,7 @@ class LabelStore:
             if not found:
                 _make(folder, manifest)
         there = read_store_manifest(folder)
-        different = there.differences(manifest, "in the store", "here")
-        if different:
+        if different := there.differences(manifest, "in the store", "here"):
             raise DataError(
                 f"{printable(folder)} holds labels of something else ({different})",
                 (Give("output"), "delete it, or give the very files that were labelled"),
@@ -145,27 +124,23 @@ class LabelStore:
         """Return the file of a part."""
         return self.view_path(view) / f"part-{part:05d}.bin"
 
-    def lock_path(self, view: int, part: int) -> Path:
-        """Return the file that the writer of a part locks."""
-        return self.view_path(view) / f".part-{part:05d}.lock"
-
     def is_sealed(self, view: int, part: int) -> bool:
         """Return whether the part is there."""
         return self.part_path(view, part).exists()
 
-    def sealed_parts(self) -> Iterator[tuple[int, int]]:
-        """Yield the (view, part) that are there, in order."""
-        return (place for place, is_there in self._places() if is_there)
-
-    def missing_parts(self) -> Iterator[tuple[int, int]]:
-        """Yield the (view, part) that are not there, in order."""
-        return (place for place, is_there in self._places() if not is_there)
-
-    def _places(self) -> Iterator[tuple[tuple[int, int], bool]]:
+    def sealed_parts(self) -> list[tuple[int, int]]:
+        """Return the (view, part) that are there, in order."""
+        places = []
         for view in range(self.manifest.num_views):
             names = set(self._names(view))  # one listing a view, not one question a part
-            for part in range(self.num_parts):
-                yield (view, part), self.part_path(view, part).name in names
+            parts = range(self.num_parts)
+            places += [(view, i) for i in parts if self.part_path(view, i).name in names]
+        return places
+
+    def missing_parts(self) -> list[tuple[int, int]]:
+        """Return the (view, part) that are not there, in order."""
+        sealed, views = set(self.sealed_parts()), range(self.manifest.num_views)
+        return [at for at in product(views, range(self.num_parts)) if at not in sealed]
 
     def _names(self, view: int) -> list[str]:
         folder = self.view_path(view)
@@ -177,7 +152,7 @@ class LabelStore:
     def records(self, view: int, sample_ids: Ids) -> Targets:
         """Return the answers about these samples in one view; `DataError` if one is missing."""
         ids = _whole(sample_ids)
-        records, present = self.read(np.full(len(ids), view, dtype=np.int64), ids)
+        records, present = self.read(np.full_like(ids, view), ids)
         if not present.all():
             raise DataError(
                 f"{printable(self.path)} has no record of sample {ids[~present][0]} in view {view}",
@@ -192,8 +167,7 @@ class LabelStore:
             DataError: an id or a view is outside of the store; a part is damaged or foreign.
         """
         at, ids = _whole(views), _whole(sample_ids)
-        if at.shape != ids.shape:
-            raise ValueError(f"{len(at)} views for {len(ids)} samples")
+        assert at.shape == ids.shape
         self._check_range("sample", ids, self.manifest.num_samples)
         self._check_range("view", at, self.manifest.num_views)
         raw = np.zeros(len(ids), dtype=np.dtype((np.void, self.layout.record_bytes)))
@@ -211,11 +185,8 @@ class LabelStore:
         return raw.view(self.layout.dtype), present
 
     def _check_range(self, what: str, values: I64, count: int) -> None:
-        if len(values) and not 0 <= values.min() <= values.max() < count:
-            wrong = values[(values < 0) | (values >= count)][0]
-            raise DataError(
-                f"{printable(self.path)} has no {what} {wrong}, only {what}s 0 to {count - 1}"
-            )
+        for wrong in values[(values < 0) | (values >= count)]:
+            raise DataError(f"{printable(self.path)} has no {what} {wrong}, but {count} of them")
 
     def _part(self, view: int, part: int) -> Part | None:
         """Return the open part; None if it is not there."""
@@ -242,25 +213,21 @@ class LabelStore:
 
         After a `DiskError` the store is as it was.
         """
-        if not (0 <= view < self.manifest.num_views and 0 <= part < self.num_parts):
-            raise ValueError(f"{self.path} has no part {part} of view {view}")
         lo, hi = self.part_range(part)
-        if records.dtype != self.layout.dtype or records.shape != (hi - lo,):
-            raise ValueError(f"{records.dtype} of shape {records.shape} are not part {part}")
+        assert 0 <= view < self.manifest.num_views and 0 <= lo < hi
+        assert records.dtype == self.layout.dtype and records.shape == (hi - lo,)
         path = self.part_path(view, part)
         return not path.exists() and write_part(path, self.manifest, view, part, records)
 
     def status(self) -> Status:
         """Say how far the store is; reads names and sizes only."""
-        sealed = list(self.sealed_parts())
+        sealed = self.sealed_parts()
         ranges = [self.part_range(part) for _, part in sealed]
         return Status(
-            views=self.manifest.num_views,
             parts=self.manifest.num_views * self.num_parts,
             sealed=len(sealed),
             records=sum(hi - lo for lo, hi in ranges),
             bytes=sum(self.part_path(*place).stat().st_size for place in sealed),
-            writing=[place for place in self.missing_parts() if held(self.lock_path(*place))],
         )
 
     def verify(self) -> list[str]:
@@ -275,13 +242,13 @@ class LabelStore:
         for view, folder in enumerate(views):
             parts = {self.part_path(view, part).name: part for part in range(self.num_parts)}
             for name in self._names(view):
-                try:
-                    if name in parts:
-                        self.load(view, parts[name]).read_all()
-                    elif name[0] != "." and not _LEASE_NAME.fullmatch(name):
-                        wrong.append(_foreign(folder / name))
-                except FileNotFoundError:  # a folder of that name
+                if name[0] == ".":
+                    continue
+                if name not in parts or not (folder / name).is_file():
                     wrong.append(_foreign(folder / name))
+                    continue
+                try:
+                    self.load(view, parts[name]).read_all()
                 except DataError as error:
                     wrong.append(str(error))
         return wrong
@@ -302,11 +269,10 @@ def _make(folder: Path, manifest: Manifest) -> None:
 
 def _grown(folder: Path, num_views: int) -> Manifest:
     """Write the store's manifest with at least so many views, and return it."""
-    with wait_lock(folder / LOCK):
-        manifest = read_store_manifest(folder)  # another process may have been faster
-        if manifest.num_views < num_views:
-            manifest = replace(manifest, num_views=num_views)
-            replace_manifest(folder, {}, manifest.to_json())
+    manifest = read_store_manifest(folder)  # another process may have been faster
+    if manifest.num_views < num_views:
+        manifest = replace(manifest, num_views=num_views)
+        write_manifest(folder, {}, manifest.to_json(), write_atomic)
     return manifest
 
 

@@ -18,25 +18,19 @@ def merge(
 ) -> LabelStore:
     """Unite the parts of stores of the same answers in ``target``, which may have parts already.
 
-    What is copied stays when this is stopped; running again copies the rest.
-
-    Raises:
-        DataError: the stores are not of the same answers, two have different records in a part
-            (found before anything is written), or a part is damaged.
+    What is copied stays when this is stopped; running again copies the rest. `DataError` if the
+    stores or two records differ (found before anything is written), or a part is damaged.
     """
     if not sources:
         raise ConfigError("there is nothing to merge", Give("from"), field="from")
     stores = [LabelStore.open(path) for path in sources]
     first, *others = stores
     for store in others:
-        different = store.manifest.differences(first.manifest, "in the former", "in the latter")
-        if different:
-            raise DataError(
-                f"{printable(store.path)} and {printable(first.path)} hold labels of different"
-                f" things ({different})",
-                "leave one of them out",
-                field="from",
-            )
+        given = (first.manifest, "in the former", "in the latter")
+        if different := store.manifest.differences(*given):
+            both = f"{printable(store.path)} and {printable(first.path)}"
+            what = f"{both} hold labels of different things ({different})"
+            raise DataError(what, "leave one of them out", field="from")
     num_views = max(store.manifest.num_views for store in stores)
     united = LabelStore.create(target, replace(first.manifest, num_views=num_views))
     origin: dict[tuple[int, int], LabelStore] = {}
@@ -74,12 +68,9 @@ def prune(
 ) -> LabelStore:
     """Write a smaller store of the same answers: fewer views, or logits in another encoding.
 
-    The first ``num_views`` views are kept. Parts that the source lacks are missing in the target
-    too. What is written stays when this is stopped; running again writes the rest.
-
-    Raises:
-        ConfigError: nothing would become smaller, or the source does not hold what is asked for.
-        DataError: a part is damaged, or the target holds other labels.
+    The first ``num_views`` views are kept; parts that the source lacks are missing in the target
+    too. What is written stays when this is stopped; running again writes the rest. `ConfigError` if
+    nothing would become smaller or the source lacks what is asked for, `DataError` for damage.
     """
     store = LabelStore.open(source)
     manifest = store.manifest
@@ -87,21 +78,16 @@ def prune(
         raise ConfigError("nothing would become smaller", (Give("views"), Give("k")))
     views = manifest.num_views if num_views is None else num_views
     if not 1 <= views <= manifest.num_views:
-        raise ConfigError(
-            f"{printable(store.path)} has {plural(manifest.num_views, 'view')}, of which {views}"
-            " cannot be kept",
-            Give("views"),
-            field="views",
-        )
+        there = plural(manifest.num_views, "view")
+        what = f"{printable(store.path)} has {there}, of which {views} cannot be kept"
+        raise ConfigError(what, Give("views"), field="views")
     layout = manifest.layout if encoding is None else manifest.layout.with_logits(encoding)
     was = {"num_views": manifest.num_views, "layout": manifest.layout.to_json()}
     about = {**manifest.about, "pruned_from": was}
     pruned = LabelStore.create(
         target, replace(manifest, layout=layout, num_views=views, about=about)
     )
-    todo = [
-        place for place in store.sealed_parts() if place[0] < views and not pruned.is_sealed(*place)
-    ]
+    todo = [at for at in store.sealed_parts() if at[0] < views and not pruned.is_sealed(*at)]
     for number, (view, part) in enumerate(todo, 1):
         records = store.load(view, part).read_all().view(manifest.layout.dtype)
         if encoding is not None:

@@ -18,16 +18,14 @@ from .layout import Records
 from .store import LabelStore
 
 _POLL_S = 0.2
+# A temporary this old is a killed writer's. Younger ones may be of somebody who makes a part that
+# is sealed by now, on a disk without locks: removing them would fail his write.
+_ABANDONED_S = 3600.0
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part to be made.
-
-    Attributes:
-        lo, hi: its samples: ``lo`` to ``hi - 1``.
-        stores: those that lack it, in the order of `write_missing`'s.
-    """
+    """A part to be made, samples ``lo`` to ``hi - 1`` of a view, for the stores that lack it."""
 
     view: int
     part: int
@@ -52,14 +50,9 @@ def write_missing(
     """Write what is missing in these stores of equal shape; return how many parts were sealed.
 
     The processes of one run divide the parts by rank, and each helps the others when its own are
-    done. A part that another process has locked is left to it; this function returns when all are
-    there, whoever wrote them, or when it is to stop. What is sealed stays, and running again
-    writes the rest.
-
-    Args:
-        make: makes the records; when it returns None, this function returns.
-        stop: asked before every part and while waiting for others.
-        progress: told how many (view, part) are there, and of how many.
+    done. A part that another process has locked is left to it. Returns when all are there, whoever
+    wrote them, or when ``make`` returns None or ``stop`` True (asked before every part and while
+    waiting for others). ``progress`` is told how many (view, part) are there, and of how many.
     """
     places = sorted(set(chain.from_iterable(store.missing_parts() for store in stores)))
     pending = places[rank::world_size]
@@ -98,9 +91,9 @@ def _lacking(
     with ExitStack() as locks:
         lacking = [store for store in stores if not store.is_sealed(*place)]
         # In one order, so that no two processes hold what the other one needs.
-        for path in sorted(store.lock_path(*place) for store in lacking):
-            make_dirs(path.parent)
-            lock = try_lock(path)
+        for part in sorted(store.part_path(*place) for store in lacking):
+            make_dirs(part.parent)
+            lock = try_lock(part.with_name(f".{part.stem}.lock"))
             if lock is None:
                 yield None
                 return
@@ -110,11 +103,11 @@ def _lacking(
 
 
 def _clean(stores: Sequence[LabelStore]) -> None:
-    """Remove what killed writers left in stores that are whole, where nobody writes any more."""
+    """Remove what killed writers left in stores that are whole."""
     for store in stores:
         for view in range(store.manifest.num_views):
             folder = store.view_path(view)
             with suppress(UserError, OSError):  # nothing depends on it
-                remove_temporaries(folder)
-                for path in (*folder.glob(".part-*.lock"), *folder.glob("part-*.lease")):
+                remove_temporaries(folder, _ABANDONED_S)
+                for path in folder.glob(".part-*.lock"):
                     path.unlink(missing_ok=True)

@@ -24,7 +24,6 @@ from ..recipes.yaml import dump_recipe, load_recipe
 from ..storage.atomic import disk_errors, remove_temporaries, write_atomic
 from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
-from ..weights import export
 from .identity import RECIPE, SUMMARY, changes, note_identity
 
 METRICS, TIMING, ENVIRONMENT = "metrics.jsonl", "timing.jsonl", "environment.json"
@@ -108,7 +107,7 @@ class RunFolder:
             if not check_folder(path, recipe):
                 write_atomic(path / RECIPE, dump_recipe(recipe).encode())
             note_identity(path, recipe, identity)
-            remove_temporaries(path, export.FILES)
+            remove_temporaries(path)
             self._open = stack.pop_all()
 
     def open_logs(self, offsets: Mapping[str, int]) -> None:

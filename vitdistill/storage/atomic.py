@@ -1,15 +1,9 @@
 """Writes that a crash cannot tear: the only code that writes a final file name.
 
-A file is written in five steps, and the order is what makes a crash harmless:
-
-1. create a temporary in the *same* folder (a rename across file systems is a copy, and can tear);
-2. write it;
-3. fsync the file, so that the new name can never show content that is not on the disk;
-4. rename it onto the final name, which is atomic: readers see the old content or the new;
-5. fsync the folder, so that the rename itself is on the disk before the function returns.
-
-A folder of several files is filled under a temporary name and renamed in the same way. Files are
-created with mode 0666 and folders with 0777 less the umask, so that colleagues can read them.
+A file is written to a temporary in the *same* folder (a rename across file systems is a copy, and
+can tear), synced, and renamed, which is atomic: readers see the old content or the new. Then the
+folder is synced, so that the rename is on the disk before the function returns. A folder of several
+files is filled under a temporary name and renamed in the same way.
 """
 
 import errno
@@ -17,8 +11,9 @@ import hashlib
 import os
 import re
 import secrets
-import stat
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -56,17 +51,14 @@ def disk_errors(path: StrPath) -> Iterator[None]:
 
 
 def require_free(path: StrPath, needed: int) -> None:
-    """Raise `DiskError` if the volume that will hold ``path`` has less than ``needed`` bytes left.
-
-    A volume without a limit, as some in memory, has room for everything.
-    """
+    """Raise `DiskError` if the volume that will hold ``path`` has less than ``needed`` bytes."""
     place = Path(path).absolute()
     with disk_errors(path):
         while not place.exists() and place != place.parent:
             place = place.parent
         volume = os.statvfs(place)
     free = volume.f_bavail * volume.f_frsize
-    if volume.f_blocks and free < needed:
+    if volume.f_blocks and free < needed:  # some volumes in memory have no blocks and no limit
         raise _full(path, f"{format_bytes(needed)} needed, {format_bytes(free)} free")
 
 
@@ -81,11 +73,7 @@ def _full(path: StrPath, why: str) -> DiskError:
 
 
 def write_atomic(path: StrPath, content: Content) -> None:
-    """Write a whole file under its final name, durably; missing folders are made.
-
-    Raises:
-        DiskError, PermissionDenied: it cannot be written; an old file is untouched.
-    """
+    """Write a whole file, durably; missing folders are made, an old file is replaced as a whole."""
     _publish(Path(path), content, os.replace)
 
 
@@ -112,8 +100,7 @@ def _publish(final: Path, content: Content, put: Callable[[Path, Path], None]) -
             put(temporary, final)
             fsync_dir(final.parent)
     finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+        _remove(temporary)
 
 
 def write_new(path: StrPath, content: Content) -> None:
@@ -198,30 +185,31 @@ def staged_dir(final: StrPath, aside: StrPath | None = None) -> Iterator[Path]:
         yield temporary
         with disk_errors(final):
             fsync_dir(temporary)
-            moved = aside is not None and final.is_dir() and any(final.iterdir())
-            if aside is not None and moved:
-                os.rename(final, aside)
+            moved = None
+            if aside is not None and final.is_dir() and any(final.iterdir()):
+                moved = aside
+                os.rename(final, moved)
             try:
                 os.rename(temporary, final)
                 fsync_dir(final.parent)
             except BaseException:
-                if aside is not None and moved:
+                if moved is not None:
                     with suppress(OSError):
-                        os.rename(aside, final)
+                        os.rename(moved, final)
                 raise
     finally:
-        with suppress(OSError):
-            _remove(temporary)
+        _remove(temporary)
 
 
-def remove_dir(path: StrPath, known: Iterable[str]) -> bool:
+def remove_dir(path: StrPath, known: Collection[str]) -> bool:
     """Remove a published folder if it holds only plain files named in ``known``, else return False.
 
     It is renamed to a temporary first: a crash half way leaves no damaged folder under its name.
     """
     folder = Path(path)
     with disk_errors(folder):
-        if not _holds_only(folder, frozenset(known)):
+        entries = list(os.scandir(folder))
+        if not all(e.name in known and e.is_file(follow_symlinks=False) for e in entries):
             return False
         temporary = _temporary(folder.parent)
         os.rename(folder, temporary)
@@ -230,7 +218,7 @@ def remove_dir(path: StrPath, known: Iterable[str]) -> bool:
     return True
 
 
-def clear_aside(aside: StrPath, final: StrPath, known: Iterable[str]) -> None:
+def clear_aside(aside: StrPath, final: StrPath, known: Collection[str]) -> None:
     """Remove a folder that ``final`` has replaced, after moving hidden files (``.DS_Store``) over.
 
     What cannot go is left where it is: the folder that counts is in place.
@@ -242,48 +230,27 @@ def clear_aside(aside: StrPath, final: StrPath, known: Iterable[str]) -> None:
         remove_dir(aside, known)
 
 
-def remove_temporaries(folder: StrPath, known: Iterable[str] = ()) -> None:
-    """Remove what killed processes left half written in ``folder``.
+def remove_temporaries(folder: StrPath, older_than: float = 0.0) -> None:
+    """Remove what killed processes left half written in ``folder``: names that this module makes.
 
-    Only for the process that holds the folder's lock: another one's are not told apart. Only names
-    that this module makes and, for a folder, only with plain files named in ``known`` inside.
+    Another process's unfinished files look the same. So either hold the folder's lock, or spare
+    what was written in the last ``older_than`` seconds.
     """
-    folder, names = Path(folder), frozenset(known)
     with disk_errors(folder):
-        for entry in folder.iterdir() if folder.is_dir() else ():
-            if _TEMPORARY.fullmatch(entry.name) and (
-                not _is_real_dir(entry) or _holds_only(entry, names)
-            ):
-                _remove(entry)
+        for entry in list(os.scandir(folder)) if Path(folder).is_dir() else ():
+            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+            if _TEMPORARY.fullmatch(entry.name) and age >= older_than:
+                _remove(Path(entry.path))
+
+
+def _remove(path: Path) -> None:
+    """Remove a temporary; what a network disk keeps for a reader goes with `remove_temporaries`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _temporary(folder: Path) -> Path:
     return folder / f".tmp-{secrets.token_hex(6)}"
-
-
-def _is_real_dir(path: Path) -> bool:
-    return stat.S_ISDIR(path.lstat().st_mode)
-
-
-def _holds_only(folder: Path, names: frozenset[str]) -> bool:
-    with os.scandir(folder) as entries:
-        return all(
-            entry.name in names and entry.is_file(follow_symlinks=False) for entry in entries
-        )
-
-
-def _remove(path: Path) -> None:
-    """Unlink a file, or a folder of files (never a tree).
-
-    NFS keeps a removed file that somebody reads, and its folder; `remove_temporaries` comes again.
-    """
-    if not _is_real_dir(path):
-        os.unlink(path)
-        return
-    for entry in list(os.scandir(path)):
-        os.unlink(entry.path)
-    try:
-        os.rmdir(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
-            raise

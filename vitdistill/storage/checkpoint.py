@@ -5,19 +5,17 @@
                                     manifest.json        sizes and sha256 of the two, and its own
 
 A save fills a temporary folder, syncs it, reads it back, renames it, and only then removes older
-ones: a kill, a power cut or a full disk leaves the checkpoints that were there. A checkpoint is
-valid because its manifest verifies, not because of its name: a resume reads the newest one once,
-and passes on to the one before it if it is damaged.
-
-Only one process saves, and it holds the lock of the run's folder.
+ones: a kill, a power cut or a full disk leaves the checkpoints that were there. A checkpoint counts
+because its manifest verifies, not because of its name: a resume reads the newest one, and the one
+before it if that is damaged. Only one process saves, and it holds the lock of the run's folder.
 """
 
 import json
-import logging
 import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +47,10 @@ TENSORS = "state.safetensors"
 STATE = "state.json"
 FILES = frozenset({TENSORS, STATE, MANIFEST})
 
-_log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(?P<step>[0-9]{8,})(?P<replaced>\.replaced-[0-9a-f]{8})?")
 _KIND = "vitdistill checkpoint"
 
-
+Warn = Callable[[str], None]
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A run's tensors by name, on the CPU, and its numbers and strings as plain JSON."""
 
@@ -80,11 +77,12 @@ def save(
     """
     assert keep >= 1 and step >= 0
     final = folder_of(run_dir, step)
-    _check_json(state, "state")
     text = json.dumps(state, separators=(",", ":")).encode()
+    if repr(json.loads(text)) != repr(dict(state)):  # tuples, integer keys, numpy's numbers
+        raise TypeError("the state holds what JSON would give back as something else")
     contents = {TENSORS: tensor_bytes(tensors), STATE: text}
     make_dirs(final.parent)
-    remove_temporaries(final.parent, FILES)
+    remove_temporaries(final.parent)
     # A resumed run may reach a step that is on disk already, whole or damaged: that one stays
     # findable until the new one is in place.
     aside = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
@@ -109,35 +107,25 @@ def load(path: StrPath) -> State:
     """Read and verify a checkpoint; ``DataError`` names the file that is missing or damaged."""
     folder = Path(path)
     body = read_manifest(folder)
-    match = _NAME.fullmatch(folder.name)
     identity = body["identity"]
-    if (
-        identity.get("kind") != _KIND
-        or set(body["files"]) != {TENSORS, STATE}
-        or (match is not None and int(match["step"]) != identity["step"])
-    ):
+    named = not _NAME.fullmatch(folder.name) or _step(folder) == identity.get("step")
+    if identity.get("kind") != _KIND or set(body["files"]) != {TENSORS, STATE} or not named:
         raise DataError(f"{printable(folder)} is not the checkpoint its name says")
     state = json.loads(read_verified(folder, STATE, body))
     tensors = safetensors.torch.load(read_verified(folder, TENSORS, body))
     return tensors, state
 
 
-def latest(run_dir: StrPath, warn: Callable[[str], None] = _log.warning) -> Path | None:
+def latest(run_dir: StrPath, warn: Warn = lambda text: None) -> Path | None:
     """Return the folder of the newest checkpoint that verifies; as `load_latest`."""
     found = load_latest(run_dir, warn)
     return None if found is None else found[0]
 
 
-def load_latest(
-    run_dir: StrPath, warn: Callable[[str], None] = _log.warning
-) -> tuple[Path, State] | None:
+def load_latest(run_dir: StrPath, warn: Warn = lambda text: None) -> tuple[Path, State] | None:
     """Load the newest checkpoint that verifies, and its folder; None when there is none at all.
 
-    Args:
-        warn: is told of each damaged one on the way.
-
-    Raises:
-        DataError: there are checkpoints and none verifies.
+    ``warn`` is told of each damaged one on the way; `DataError` if there are some, all damaged.
     """
     damaged = []
     for folder in _candidates(Path(run_dir) / "checkpoints"):
@@ -174,11 +162,9 @@ def _prune(newest: Path, keep: int) -> None:
         if folder == newest or _step(folder) > _step(newest):
             continue
         if kept < keep and _step(folder) < _step(newest):
-            try:
+            with suppress(DataError):
                 check_sizes(folder)
-            except DataError:
-                continue
-            kept += 1
+                kept += 1
         else:
             remove_dir(folder, FILES)
 
@@ -187,17 +173,3 @@ def _step(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
     assert match is not None
     return int(match["step"])
-
-
-def _check_json(value: Any, where: str) -> None:
-    """Refuse what JSON would give back as something else: tuples, integer keys, arrays."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if type(key) is not str:
-                raise TypeError(f"{where} has the key {key!r}, which is no string")
-            _check_json(item, f"{where}[{key!r}]")
-    elif type(value) is list:
-        for index, item in enumerate(value):
-            _check_json(item, f"{where}[{index}]")
-    elif value is not None and type(value) not in (bool, int, float, str):
-        raise TypeError(f"{where} is {type(value).__name__}, which JSON does not keep")

@@ -1,9 +1,8 @@
 """Locks the kernel holds: released by any death of the process, so no lock is ever stale.
 
 A lock is an ``flock`` on a file that is made for it and removed on release; what a killed process
-leaves is an unlocked file, which the next one takes over. Forked children do not keep their
-parent's locks. Where a network disk has no locks (``flock`` fails there, or is local to each host),
-every process gets every lock: two runs may then start in one folder, so do not start them.
+leaves is an unlocked file, which the next one takes over. Where a network disk has no locks, every
+process gets every lock: two runs may then start in one folder, so do not start them.
 """
 
 import fcntl
@@ -56,45 +55,26 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def try_lock(path: str | os.PathLike[str]) -> Lock | None:
-    """Lock the file ``path``, made if it is missing; None if it is locked already.
-
-    Raises:
-        DiskError, PermissionDenied: the file cannot be made.
-    """
-    return _lock(Path(path), fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def wait_lock(path: str | os.PathLike[str]) -> Lock:
-    """Lock the file ``path`` as `try_lock` does, once whoever holds it has released it."""
-    lock = _lock(Path(path), fcntl.LOCK_EX)
-    assert lock is not None
-    return lock
-
-
-def held(path: str | os.PathLike[str]) -> bool:
-    """Whether the file ``path`` is locked, by this process or another one."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return False
+    """Lock the file ``path``, made if it is missing; None if it is locked already."""
+    path = Path(path)
+    while True:
+        with disk_errors(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except OSError:
+            return Lock(path, fd)  # a disk without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return Lock(path, fd)
+        os.close(fd)  # its holder removed it before we got it
 
 
 def lock_folder(folder: str | os.PathLike[str]) -> Lock:
-    """Lock a folder, made if it is missing, for the one process that may write in it.
-
-    Raises:
-        ConfigError: another process holds it.
-        DiskError, PermissionDenied: the folder cannot be written.
-    """
+    """Lock a folder, made if it is missing, for this process; `ConfigError` if another has it."""
     make_dirs(folder)
     path = Path(folder, LOCK)
     lock = try_lock(path)
@@ -111,20 +91,3 @@ def lock_folder(folder: str | os.PathLike[str]) -> Lock:
         os.ftruncate(lock._fd, 0)
         os.write(lock._fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
-
-
-def _lock(path: Path, how: int) -> Lock | None:
-    while True:
-        with disk_errors(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, how)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except OSError:
-            return Lock(path, fd)  # a disk without locks
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return Lock(path, fd)
-        os.close(fd)  # its holder removed it before we got it

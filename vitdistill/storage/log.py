@@ -23,7 +23,7 @@ class AppendLog:
             line is.
 
     Raises:
-        DataError: the file is shorter than ``offset``, or has no line's end there.
+        DataError: the file has no line's end at ``offset``.
 
     Attributes:
         offset: its length in bytes.
@@ -53,16 +53,10 @@ class AppendLog:
             raise
 
     def _end_of_last_line(self, size: int) -> int:
-        while size > 0:
-            start = max(0, size - 65536)
-            found = os.pread(self._fd, size - start, start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            size = start
-        return 0
+        return self.path.read_bytes().rfind(b"\n", 0, size) + 1
 
     def append(self, line: str) -> None:
-        """Append one line; a newline is added. After a `DiskError` the file is as it was before."""
+        """Append a line and a newline. After a `DiskError` the file is as it was before."""
         data = line.encode() + b"\n"
         assert data.count(b"\n") == 1
         with disk_errors(self.path):

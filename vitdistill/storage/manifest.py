@@ -7,43 +7,36 @@ folder gets its final name, and a folder counts by its manifest, never by its na
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..messages import printable
-from .atomic import StrPath, read_bytes, sha256_file, write_atomic, write_new
+from .atomic import StrPath, read_bytes, sha256_file, write_new
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 
 
 def write_manifest(
-    folder: StrPath, contents: Mapping[str, bytes], identity: Mapping[str, Any]
+    folder: StrPath,
+    contents: Mapping[str, bytes],
+    identity: Mapping[str, Any],
+    write: Callable[[Path, bytes], object] = write_new,
 ) -> None:
-    """Write the manifest of an unpublished folder.
+    """Write the manifest of an unpublished folder, or with `write_atomic` of a published one.
 
     Args:
         contents: what was written, by file name: digested as meant, not as found on the disk.
         identity: plain JSON that says what the folder is.
     """
-    write_new(Path(folder, MANIFEST), _manifest_bytes(_body(contents, identity)))
-
-
-def replace_manifest(
-    folder: StrPath, contents: Mapping[str, bytes], identity: Mapping[str, Any]
-) -> None:
-    """Write the manifest of a published folder in place of the one it has."""
-    write_atomic(Path(folder, MANIFEST), _manifest_bytes(_body(contents, identity)))
-
-
-def _body(contents: Mapping[str, bytes], identity: Mapping[str, Any]) -> dict[str, Any]:
     files = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in contents.items()
     }
-    return {"format": MANIFEST_FORMAT, "files": files, "identity": dict(identity)}
+    body = {"format": MANIFEST_FORMAT, "files": files, "identity": dict(identity)}
+    write(Path(folder, MANIFEST), _manifest_bytes(body))
 
 
 def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
@@ -54,10 +47,10 @@ def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(folder: StrPath) -> dict[str, Any]:
-    """Return the manifest's ``format``, ``files`` and ``identity``, checked against its digest.
+    """Return the manifest's ``format``, ``files`` and ``identity``.
 
     Raises:
-        DataError: it is missing, damaged or of another format.
+        DataError: it is missing, not as its own digest says, or of another format.
     """
     path = Path(folder, MANIFEST)
     data = read_bytes(path)
@@ -81,49 +74,34 @@ def read_manifest(folder: StrPath) -> dict[str, Any]:
 
 
 def check_sizes(folder: StrPath) -> dict[str, Any]:
-    """Check that every file has the size its manifest says, and return the manifest.
+    """Return the manifest if every file has the size it says; `DataError` names one that has not.
 
     It costs next to nothing and finds what a crash or a full disk leaves, but no flipped bits.
-
-    Raises:
-        DataError: naming the first file that is missing or of another size.
     """
     body = read_manifest(folder)
     for name, expected in body["files"].items():
         path = Path(folder, name)
-        if not path.is_file():
-            raise DataError(f"{printable(path)} is missing")
-        if path.stat().st_size != expected["bytes"]:
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise _damaged(path)
     return body
 
 
 def verify_dir(folder: StrPath) -> dict[str, Any]:
-    """Read every file again, compare it with its manifest, and return the manifest.
-
-    Raises:
-        DataError: naming the first file that is missing or changed.
-    """
+    """Read every file again, compare it with the manifest, and return that; `DataError` if not."""
     body = check_sizes(folder)
     for name, expected in body["files"].items():
-        path = Path(folder, name)
-        if sha256_file(path) != expected["sha256"]:
-            raise _damaged(path)
+        if sha256_file(Path(folder, name)) != expected["sha256"]:
+            raise _damaged(Path(folder, name))
     return body
 
 
 def read_verified(folder: StrPath, name: str, body: Mapping[str, Any]) -> bytes:
-    """Read a file once and compare it with ``body``, its folder's manifest.
-
-    Raises:
-        DataError: it is missing, changed or not in the manifest.
-    """
-    path = Path(folder, name)
-    data = read_bytes(path)
+    """Read a file once and compare it with its folder's manifest ``body``; `DataError` if not."""
+    data = read_bytes(Path(folder, name))
     if body["files"].get(name, {}).get("sha256") != hashlib.sha256(data).hexdigest():
-        raise _damaged(path)
+        raise _damaged(Path(folder, name))
     return data
 
 
 def _damaged(path: Path) -> DataError:
-    return DataError(f"{printable(path)} is damaged: it is not what its manifest says")
+    return DataError(f"{printable(path)} is missing or damaged: it is not what its manifest says")

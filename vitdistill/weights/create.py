@@ -18,22 +18,10 @@ import vitdistill.models.involution  # noqa: F401 - their networks get their nam
 
 from ..errors import ConfigError, DataError, Give
 from ..messages import printable, suggest
-from . import hugging_face
 from .files import first_line, load_state_dict
 from .folder import Saved, read_folder, read_hub
 from .load import load_into
-from .vit_checkpoints import Target, is_headless, is_pretraining
-
-# What timm's networks raise for arguments they cannot be built with.
-_BUILD_ERRORS = (
-    AssertionError,
-    TypeError,
-    ValueError,
-    ZeroDivisionError,
-    KeyError,
-    RuntimeError,
-    OSError,
-)
+from .vit_checkpoints import Target, classifier_of, is_headless, is_pretraining
 
 
 def create_model(
@@ -70,24 +58,17 @@ def create_model(
             field="checkpoint",
         )
     build = {key: value for key, value in model_args.items() if value is not None}
-    for key, timms, value in (
-        ("drop_path", "drop_path_rate", drop_path),
-        ("image_size", "img_size", image_size),
-    ):
-        if value is not None and timms in build:
-            what = f"{key} and {timms} are the same setting"
-            raise ConfigError(what, fix=f"leave {timms} out", field=key)
-        if value is not None:
-            build[timms] = value
-    if num_classes is not None:
-        build["num_classes"] = num_classes
+    given = {"drop_path_rate": drop_path, "img_size": image_size, "num_classes": num_classes}
+    for key, value in given.items():
+        if value is not None and build.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given twice", f"leave {key} out", field="model_args")
     saved = _read_saved(name)
     if saved is None:
         model = _from_registry(name, build, pretrained=bool(pretrained))
-    elif pretrained is False or checkpoint is not None:
-        model = _build_saved(saved, build)
     else:
-        model = _load_saved(saved, build)
+        model = _build(saved.architecture, {**saved.args, **build}, saved.cfg)
+        if checkpoint is None and pretrained is not False:
+            _load_saved(model, saved)
     if checkpoint is None:
         return model
     state, notes = load_state_dict(checkpoint), []
@@ -191,7 +172,7 @@ def _build(
     spelled = ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **extra, **build)
-    except _BUILD_ERRORS as error:
+    except Exception as error:  # whatever a network's own code raises for such arguments
         if pretrained and isinstance(error, RuntimeError | OSError):
             raise DataError(
                 f"the pretrained weights of {printable(name)} cannot be had ({first_line(error)})",
@@ -205,15 +186,12 @@ def _build(
 
 def _cannot_build(name: str, spelled: str, error: Exception) -> ConfigError:
     asked = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
-    if asked is not None:
-        return ConfigError(
-            f"{printable(name)} takes no argument {asked[1]!r}",
-            fix="leave it out of the model's arguments",
-            field=f"model_args.{asked[1]}",
-        )
-    return ConfigError(
-        f"{printable(name)} cannot be built with {spelled}: {first_line(error)}", field="model_args"
-    )
+    if asked is None:
+        what = f"{printable(name)} cannot be built with {spelled}: {first_line(error)}"
+        return ConfigError(what, field="model_args")
+    what = f"{printable(name)} takes no argument {asked[1]!r}"
+    fix = "leave it out of the model's arguments"
+    return ConfigError(what, fix, field=f"model_args.{asked[1]}")
 
 
 def _record_input(model: nn.Module, size: Any, in_chans: int | None) -> None:
@@ -242,42 +220,23 @@ def _check_grid(name: str, model: nn.Module) -> None:
         )
 
 
-def _build_saved(saved: Saved, build: Mapping[str, Any]) -> nn.Module:
-    """Build a saved network without its weights; ``build`` goes before its own arguments."""
-    return _build(saved.architecture, {**saved.args, **build}, saved.cfg)
-
-
 # -- weights --------------------------------------------------------------------------------------
 
 
-def _load_saved(saved: Saved, build: Mapping[str, Any]) -> nn.Module:
+def _load_saved(model: nn.Module, saved: Saved) -> None:
+    """Load the weights of a saved network, all but the head where the classes are others."""
     file = saved.weights_file()
-    state = load_state_dict(file)
-    same_head = build.get("num_classes", saved.num_classes) == saved.num_classes
-    channels = build.get("in_chans", saved.args.get("in_chans", 3))
-    same_chans = channels == (saved.cfg.get("input_size") or (3,))[0]
-    has_positions = any(key.endswith(("pos_embed", "position_embeddings")) for key in state)
-    model = None
-    if same_chans and (same_head or not saved.num_classes or has_positions):
-        model = _build_saved(saved, build)
-    if model is not None and (same_head or isinstance(model, VisionTransformer)):
-        target = Target(
-            model,
-            f"{saved.place}/{file.name}",
-            fresh_head=not (same_head and saved.num_classes),
-            other_classes=not same_head,
-            image_size=saved.image_size,
-        )
-        load_into(target, state, saved.notes)
-    else:
-        # timm drops the head of other classes and folds input channels. It is handed the tensors:
-        # its own reader of files stays out of it.
-        cfg = {**saved.cfg, "state_dict": state}
-        model = _build(saved.architecture, {**saved.args, **build}, cfg, pretrained=True)
-        model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
+    same_head = getattr(model, "num_classes", None) == saved.num_classes
+    target = Target(
+        model,
+        f"{saved.place}/{file.name}",
+        fresh_head=not (same_head and saved.num_classes),
+        other_classes=not same_head,
+        image_size=saved.image_size,
+    )
+    load_into(target, load_state_dict(file), saved.notes)
     if not same_head:
         model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]
-    return model
 
 
 def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
@@ -287,11 +246,8 @@ def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     """
     if isinstance(model, VisionTransformer) and is_headless(state):
         return 0
-    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    if hugging_face.has_its_names(state):
-        head = "classifier"
-    weight = state.get(f"{head[0] if isinstance(head, tuple | list) else head}.weight")
-    return None if weight is None else len(weight)
+    heads = [state[f"{name}weight"] for name in classifier_of(model) if f"{name}weight" in state]
+    return len(heads[0]) if heads else None
 
 
 def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str) -> list[str]:
@@ -300,21 +256,16 @@ def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str)
     A timm name decides the normalisation, but a plain ViT's file without a classifier need not be
     of the network that the name stands for.
     """
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
     imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    if (
-        not isinstance(model, VisionTransformer)
-        or not cfg
-        or all(tuple(cfg.get(key) or value) == value for key, value in imagenet.items())
-    ):
+    has_it = all(tuple(cfg.get(key) or value) == value for key, value in imagenet.items())
+    if has_it or not isinstance(model, VisionTransformer) or not is_headless(state):
         return []
     if is_pretraining(state):
         cfg.update(imagenet)
         return [
             f"images are normalised as ImageNet's, as for masked autoencoders, not as for {name}"
         ]
-    if not is_headless(state):
-        return []
     return [
         f"images are normalised as for {name} (mean {cfg['mean']}, std {cfg['std']}); if it was"
         " trained with ImageNet's, name a network that has them, such as deit's or one tagged mae"

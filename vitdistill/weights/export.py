@@ -9,13 +9,14 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import is_model
 from torch import Tensor, nn
 
 from .. import __version__
@@ -39,15 +40,6 @@ from .folder import CONFIG, WEIGHTS_FILES
 WEIGHTS = WEIGHTS_FILES[0]
 FILES = frozenset({CONFIG, WEIGHTS})
 
-# Arguments of training, which a network that is only asked does not need.
-_TRAINING_ARGS = (
-    "drop_path_rate",
-    "drop_rate",
-    "attn_drop_rate",
-    "proj_drop_rate",
-    "pos_drop_rate",
-    "patch_drop_rate",
-)
 ONNX_TOLERANCE = 1e-4
 
 
@@ -68,7 +60,7 @@ def export_timm(
 
     Args:
         architecture: timm's name, with or without a tag.
-        model_args: what the network was built with besides.
+        model_args: what the network was built with besides, as plain JSON.
         classes: the names in the order of the logits, if known.
         prove: load what was written and compare answers before it gets its name. False where an
             export of the same network and arguments was proved: only the digest is read back.
@@ -79,13 +71,7 @@ def export_timm(
     """
     final = Path(folder)
     name, _, tag = architecture.partition(".")
-    if not is_model(name):
-        raise ConfigError(f"timm has no network {printable(name)}, so it cannot load an export")
     network = _unwrapped(model)
-    if classes is not None and len(classes) != network.num_classes:
-        raise ConfigError(
-            f"{len(classes)} class names were given for a network of {network.num_classes} classes"
-        )
     _refuse_foreign(final)
     state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
     content = tensor_bytes(state, {"format": "pt"})
@@ -95,7 +81,7 @@ def export_timm(
     old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
     with staged_dir(final, aside=old) as temporary:
         write_new(temporary / WEIGHTS, content)
-        write_new(temporary / CONFIG, _json(config))
+        write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
         if sha256_file(temporary / WEIGHTS) != digest:
             raise DiskError(
                 f"{printable(final)} was written but reads back changed, so the disk is failing"
@@ -121,17 +107,13 @@ def _refuse_foreign(folder: Path) -> None:
         names = {entry.name for entry in found if not entry.name.startswith(".")}
     if not names:
         return
-    try:
+    ours = False
+    with suppress(DataError, ValueError, KeyError, TypeError):
         ours = "weights_sha256" in json.loads(read_bytes(folder / CONFIG))["vitdistill"]
-    except (DataError, ValueError, KeyError, TypeError):
-        ours = False
     if names - FILES or not ours:
-        raise ConfigError(
-            f"{printable(folder)} holds something that vitdistill did not export:"
-            f" {printable(min(names - FILES or names))}",
-            fix=Give("output"),
-            field="output",
-        )
+        other = printable(min(names - FILES or names))
+        what = f"{printable(folder)} holds something that vitdistill did not export: {other}"
+        raise ConfigError(what, fix=Give("output"), field="output")
 
 
 def _config(
@@ -144,7 +126,8 @@ def _config(
 ) -> dict[str, Any]:
     cfg = getattr(network, "pretrained_cfg", None) or {}
     num_classes = int(network.num_classes)  # type: ignore[arg-type]
-    args = {k: v for k, v in args.items() if v is not None and k not in _TRAINING_ARGS}
+    # A network that is only asked needs none of training's arguments (drop_path_rate, ...).
+    args = {k: v for k, v in args.items() if v is not None and not re.search(r"drop.*_rate$", k)}
     dynamic = bool(args.get("dynamic_img_size")) or args.get("strict_img_size") is False
     # Convolutional networks have no such argument: they take any size.
     args.pop("img_size", None)
@@ -178,15 +161,6 @@ def _config(
     }
 
 
-def _json(config: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(config, indent=2).encode() + b"\n"
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"a model argument is not plain JSON ({error}), as export needs", field="model_args"
-        ) from error
-
-
 def _check_reload(
     network: nn.Module,
     state: Mapping[str, Tensor],
@@ -204,14 +178,13 @@ def _check_reload(
             )
     images = _probe(spec)
     reference = copy.deepcopy(network).to("cpu")
-    modules = dict(again.named_modules())
+    twins = dict(again.named_modules())
     for name, module in reference.named_modules():
         # A choice of kernel for this machine, not of the network.
-        twin = modules.get(bare_key(f"{name}.").rstrip("."))
+        twin = twins.get(bare_key(f"{name}.").rstrip("."))
         if hasattr(twin, "fused_attn"):
             module.fused_attn = twin.fused_attn  # type: ignore[union-attr]
-    expected, found = _answers(reference, images), _answers(again, images)
-    if not torch.equal(expected, found):
+    if not torch.equal(_answers(reference, images), _answers(again, images)):
         raise ConfigError(
             f"timm's {architecture} with these model_args holds the same weights and answers"
             " differently",

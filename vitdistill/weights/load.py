@@ -17,13 +17,8 @@ _log = logging.getLogger(__name__)
 def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
     """Load a file's tensors into a network; log what was done to them, and ``notes``, in one line.
 
-    A file in another public layout of the same network goes through the converter that timm has for
-    its family. A plain ViT takes the encoder of a masked autoencoder's checkpoint and Hugging
-    Face's ViT; positions of another grid are resampled. A `MaskedAutoencoder` takes all of a
-    checkpoint.
-
-    Raises:
-        DataError: the file does not fit; the first keys that differ are named.
+    What does not fit as it is goes through `convert` and then through the converter that timm has
+    for public files of the network's family. `DataError` names the first keys that differ.
     """
     model, name = target.model, target.name
     state, said = convert(target, state)

@@ -1,14 +1,15 @@
-"""What public checkpoints of plain ViTs need before they fit: a list of small conversions.
+"""What public checkpoints need before they fit: a list of small conversions.
 
 Masked autoencoders come with a decoder, encoders without a classifier, Hugging Face's files under
 other names, and all of them for another image size. `convert` runs the conversions in order; each
-looks at the tensors, returns them changed with a note for the user, or None if it does not apply.
+returns the tensors changed with a note for the user, or None if it does not apply. Networks that
+are no plain ViT get a new head only; timm's own converters do the rest (`load`).
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ State = dict[str, Tensor]
 # What a checkpoint of a masked autoencoder holds for pre-training alone: its decoder, and the
 # projections that DMAE adds.
 _PRETRAINING = ("decoder_", "mask_token", "aligned_feature_projection_heads.")
-_HEAD = ("head.", "head_dist.", "fc_norm.")
 _CLASSIFIER = ("head.", "head_dist.", "classifier.")
 _PATCHES = "patch_embed.proj.weight"
 
@@ -34,7 +34,6 @@ class Target:
     """The network that a file is to fit, and what is known of the file besides its tensors.
 
     Attributes:
-        model: any network; only a plain ViT's files are converted.
         name: of the file, for messages.
         fresh_head: the network's own new head is used where the file has none,
         other_classes: and where the file has one.
@@ -49,7 +48,7 @@ class Target:
 
 
 Converted = tuple[State, str] | None
-Conversion = Callable[[VisionTransformer, Target, State], Converted]
+Conversion = Callable[[Any, Target, State], Converted]
 
 
 def is_headless(state: Mapping[str, Tensor]) -> bool:
@@ -71,14 +70,21 @@ def convert(target: Target, state: State) -> tuple[State, list[str]]:
         DataError: the file is of a ViT of another form, or does not say how its patches lie.
     """
     notes: list[str] = []
-    if not isinstance(target.model, VisionTransformer):
-        return state, notes
-    for conversion in _CONVERSIONS:
+    is_vit = isinstance(target.model, VisionTransformer)
+    for conversion in _CONVERSIONS if is_vit else (_start_head,):
         done = conversion(target.model, target, state)
         if done is not None:
             state, note = done
             notes += [note] if note else []
     return state, notes
+
+
+def classifier_of(model: nn.Module) -> tuple[str, ...]:
+    """Return how the names of a classifier's tensors begin."""
+    if isinstance(model, VisionTransformer):
+        return _CLASSIFIER
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
 
 
 def _without(state: State, prefixes: str | tuple[str, ...]) -> State:
@@ -101,42 +107,38 @@ def _drop_decoder(model: VisionTransformer, target: Target, state: State) -> Con
     return encoder, f"{plural(len(state) - len(encoder), 'tensor')} of its decoder are not used"
 
 
-def _drop_pooler(model: VisionTransformer, target: Target, state: State) -> Converted:
-    kept = _without(state, "pooler.")
-    return (kept, "its pooler is not used") if len(kept) < len(state) else None
+def _drop_pools(model: VisionTransformer, target: Target, state: State) -> Converted:
+    # ViTModel's pooler is of no network of timm's, an attention pool only of those that have one.
+    pools = "pooler." if model.attn_pool is not None else ("pooler.", "attn_pool.")
+    kept = _without(state, pools)
+    return (kept, "its pooling layer is not used") if len(kept) < len(state) else None
 
 
-def _check_form(model: VisionTransformer, target: Target, state: State) -> Converted:
-    """Refuse a plain ViT of another width or depth and, without a classifier, of other patches.
-
-    The patches of a classifier's file go through timm's converter.
-    """
+def _check_patches(model: VisionTransformer, target: Target, state: State) -> Converted:
+    # timm's converter resamples patches of another size. With a classifier, the proof before a run
+    # notices a wrong network; without one, nothing would.
     theirs, own = state.get(_PATCHES), model.state_dict().get(_PATCHES)
-    if theirs is None or own is None or theirs.ndim != 4 or own.ndim != 4:
+    if theirs is None or own is None or theirs.ndim != 4 or not is_headless(state):
         return None
-    blocks = {found[1] for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
-    facts = [
-        ("width", len(theirs), len(own)),
-        ("depth", len(blocks) or len(model.blocks), len(model.blocks)),
-        ("patch size", *("x".join(map(str, kernel.shape[2:])) for kernel in (theirs, own))),
-    ]
-    for what, its, ours in facts if is_headless(state) else facts[:2]:
-        if its != ours:
-            raise DataError(
-                f"{target.name} is of a ViT of {what} {its}, and the network has {ours}",
-                fix="name the network it belongs to",
-            )
+    if theirs.shape[2:] != own.shape[2:]:
+        sizes = ["x".join(map(str, kernel.shape[2:])) for kernel in (theirs, own)]
+        raise DataError(
+            f"{target.name} has patches of {sizes[0]}, the network {sizes[1]}",
+            fix="name the network it belongs to",
+        )
     return None
 
 
-def _start_head(model: VisionTransformer, target: Target, state: State) -> Converted:
+def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
     """Use the network's new head, and the norm in it, as far as the file has none."""
-    headless, own = is_headless(state), model.state_dict()
+    classifier, own = classifier_of(model), model.state_dict()
+    headless = not any(key.startswith(classifier) for key in state)
     if not headless and not target.other_classes:
         return None
     if target.other_classes:
-        state = _without(state, _CLASSIFIER)
-    fresh = {key: own[key] for key in own if key.startswith(_HEAD) and key not in state}
+        state = _without(state, classifier)
+    heads = (*classifier, "fc_norm.")
+    fresh = {key: own[key] for key in own if key.startswith(heads) and key not in state}
     if not target.fresh_head or not fresh:
         return state, ""
     what = "it has no classifier" if headless else "its classifier is of other classes"
@@ -146,13 +148,6 @@ def _start_head(model: VisionTransformer, target: Target, state: State) -> Conve
         state = _without(state, "norm.")
         note += "; its final norm is not used"
     return {**state, **fresh}, note
-
-
-def _drop_attention_pool(model: VisionTransformer, target: Target, state: State) -> Converted:
-    kept = _without(state, "attn_pool.")
-    if model.attn_pool is not None or len(kept) == len(state):
-        return None
-    return kept, "its attention pool is not used"
 
 
 def _resample_positions(model: VisionTransformer, target: Target, state: State) -> Converted:
@@ -183,8 +178,8 @@ def _grid_of(
 ) -> tuple[int, int]:
     """Return the rows and columns in which a file's ``count`` patches lie.
 
-    The size of its images tells where it is known; else they are a square. A number of patches
-    that could be a square and the network's own oblong as well is refused rather than guessed.
+    The size of its images tells where it is known; else they are a square. What could be a square
+    and the network's own oblong as well is refused rather than guessed.
     """
     kernels = [weights.get(_PATCHES) for weights in (state, model.state_dict())]
     embed = model.patch_embed
@@ -215,9 +210,8 @@ def _grid_of(
 _CONVERSIONS: tuple[Conversion, ...] = (
     _rename,
     _drop_decoder,
-    _drop_pooler,
-    _check_form,
+    _drop_pools,
+    _check_patches,
     _start_head,
-    _drop_attention_pool,
     _resample_positions,
 )
