@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import signal
 import time
 from itertools import count
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitdistill.errors import DiskError
 from vitdistill.labels.store import LabelStore
 from vitdistill.labels.writing import Unit, write_missing
 from vitdistill.storage.lock import try_lock
@@ -265,19 +263,3 @@ def test_two_writers_of_two_stores_in_opposite_order(
     pids = [fork(lambda order=order: write_missing(stores[::order], make)) for order in (1, -1, 1)]
     assert [join(pid) for pid in pids] == [0, 0, 0]
     assert is_right(stores[0]) == is_right(stores[1]) == 74 and leftovers(tmp_path) == []
-
-
-def test_a_full_disk_keeps_what_is_sealed(manifest, tmp_path, make, fork, join, tree, is_right):
-    store = LabelStore.create(tmp_path / "s", manifest(num_samples=2500, part_size=500))
-    assert write_missing([store], make, stop=lambda: store.status().sealed == 3) == 3
-    before = tree(store.path)
-
-    def write():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-        with pytest.raises(DiskError, match=r"part-00003.bin cannot be written"):
-            write_missing([store], make)
-
-    assert join(fork(write)) == 0
-    assert tree(store.path) == before and store.verify() == []
-    assert write_missing([store], make) == 7
-    assert is_right(store) == 5000 and store.verify() == []

@@ -22,13 +22,15 @@ def held(path: Path) -> bool:
     return lock is None
 
 
-class Holder:
-    """A process that runs ``take`` and then waits until it is killed."""
+@pytest.fixture
+def hold() -> Iterator[Callable[[Callable[[], object]], int]]:
+    """``hold(take)``: the pid of a process that ran ``take`` and waits until it is killed."""
+    pids = []
 
-    def __init__(self, take: Callable[[], object]) -> None:
+    def start(take: Callable[[], object]) -> int:
         ready, tell = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
+        pids.append(os.fork())
+        if pids[-1] == 0:
             try:
                 kept = take()
                 os.write(tell, b"x" if kept else b"-")
@@ -36,27 +38,19 @@ class Holder:
             finally:
                 os._exit(1)
         os.close(tell)
-        self.took = os.read(ready, 1) == b"x"
+        assert os.read(ready, 1) == b"x"
         os.close(ready)
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-
-@pytest.fixture
-def hold() -> Iterator[Callable[[Callable[[], object]], Holder]]:
-    """Start a `Holder`; those a test leaves alive are killed after it."""
-    holders: list[Holder] = []
-
-    def start(take: Callable[[], object]) -> Holder:
-        holders.append(Holder(take))
-        return holders[-1]
+        return pids[-1]
 
     yield start
-    for holder in holders:
+    for pid in pids:
         with suppress(ProcessLookupError, ChildProcessError):
-            holder.kill()
+            kill(pid)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def test_one_at_a_time_and_no_file_stays(tmp_path):
@@ -72,10 +66,10 @@ def test_one_at_a_time_and_no_file_stays(tmp_path):
 
 def test_a_killed_holder_frees_the_lock(tmp_path, hold):
     holder = hold(lambda: lock_folder(tmp_path))
-    with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on ") as caught:
+    with pytest.raises(ConfigError, match=f"in use by process {holder} on ") as caught:
         lock_folder(tmp_path)
     assert caught.value.field == "output"
-    holder.kill()
+    kill(holder)
     assert (tmp_path / LOCK).exists()
     with lock_folder(tmp_path):
         assert held(tmp_path / LOCK)
@@ -85,8 +79,8 @@ def test_a_killed_holder_frees_the_lock(tmp_path, hold):
 def test_a_forked_child_neither_keeps_nor_releases_the_lock(tmp_path, hold):
     path = tmp_path / "lease"
     lock = try_lock(path)
-    child = hold(lambda: [lock.release(), "done"])
-    assert child.took and held(path)
+    hold(lambda: [lock.release(), "done"])
+    assert held(path)
     lock.release()
     with try_lock(path):
         pass
@@ -100,7 +94,7 @@ def test_a_forked_child_neither_keeps_nor_releases_the_lock(tmp_path, hold):
 
     parent = hold(parent_with_child)
     assert held(path)
-    parent.kill()
+    kill(parent)
     assert not held(path), "its living child does not keep it"
 
 

@@ -27,18 +27,12 @@ _TEMPERATURES = (1e-3, 1e3)  # beyond, float16 and float32 hold nothing of use
 
 @dataclass(frozen=True, kw_only=True)
 class LogitEncoding:
-    """How logits are stored.
+    """How logits of C classes are stored.
 
     ``float32``: as they are, bit for bit. ``float16``: ``z - max z`` in float16 and the maximum in
-    float32. ``topk``: the K largest and, for each temperature T, what the others weigh together;
-    the distribution has the right values in the head and the right mass in the tail, which is
-    spread evenly.
-
-    Args:
-        kind: one of the above.
-        num_classes: C.
-        k: classes that topk keeps; more than C means C.
-        temperatures: at which the distribution of topk can be asked for, at least one.
+    float32. ``topk``: the ``k`` largest and, for each of the ``temperatures`` T, what the others
+    weigh together; the distribution at T has the right values in the head and the right mass in
+    the tail, which is spread evenly.
     """
 
     kind: Literal["float32", "float16", "topk"]
@@ -81,10 +75,10 @@ class LogitEncoding:
     def describe(self) -> str:
         """Say in words what is stored."""
         count = self.num_classes
-        if self.kind == "float32":
-            return f"{count} logits, exact"
-        if self.kind == "float16":
-            return f"{count} logits in float16"
+        if self.kind != "topk":
+            return (
+                f"{count} logits in float16" if self.kind == "float16" else f"{count} logits, exact"
+            )
         if self.is_complete:
             return f"all {count} logits in float16, largest first"
         at = ", ".join(f"{t:g}" for t in self.temperatures)

@@ -69,13 +69,10 @@ def network_from_json(plain: Mapping[str, Any], name: str) -> Network:
             key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
         }
         values["grids"] = {int(block): tuple(grid) for block, grid in plain["grids"].items()}
-        values["name"] = name
-        return Network(**values)
+        return Network(**{**values, "name": name})
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"the labels of the {name} describe no network ({error})",
-            "use the version of vitdistill that wrote them",
-        ) from error
+        what = f"the labels of the {name} describe no network ({error})"
+        raise DataError(what, "use the version of vitdistill that wrote them") from error
 
 
 def versions() -> dict[str, str]:

@@ -36,16 +36,12 @@ class NonFinite(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a record holds, field by field.
+    """What a record holds, field by field; `ConfigError` if that is nothing.
 
     Args:
-        logits: how logits are stored; None: they are not.
         hidden: ``(block, tokens, width)`` of each stored hidden state, by rising block.
-        features: ``(tokens, width)`` of the tokens after the final norm; None: they are not stored.
+        features: ``(tokens, width)`` of the tokens after the final norm.
         hidden_dtype: the number format of hidden states and features.
-
-    Raises:
-        ConfigError: there is nothing to store.
     """
 
     logits: LogitEncoding | None = None
@@ -56,10 +52,9 @@ class Layout:
     def __post_init__(self) -> None:
         if self.logits is None and not self.hidden and self.features is None:
             raise ConfigError("labels without logits, hidden states and features hold nothing")
-        if self.hidden_dtype not in _HIDDEN_DTYPES:
-            raise ValueError(self.hidden_dtype)
         blocks = [block for block, _, _ in self.hidden]
-        assert blocks == sorted(set(blocks)), blocks
+        if self.hidden_dtype not in _HIDDEN_DTYPES or blocks != sorted(set(blocks)):
+            raise ValueError(self)
 
     @cached_property
     def dtype(self) -> np.dtype[np.void]:
@@ -78,15 +73,13 @@ class Layout:
 
     def describe(self) -> str:
         """Say in words what a record holds."""
-        tokens = [
-            f"hidden states after block {block} ({tokens} x {width})"
-            for block, tokens, width in self.hidden
-        ]
+        parts = [] if self.logits is None else [self.logits.describe()]
+        for block, *size in self.hidden:
+            parts.append("hidden states after block {} ({} x {})".format(block, *size))
         if self.features is not None:
-            tokens.append("features after the final norm ({} x {})".format(*self.features))
-        if tokens:
-            tokens[-1] += f" in {self.hidden_dtype}"
-        return ", ".join([*([] if self.logits is None else [self.logits.describe()]), *tokens])
+            parts.append("features after the final norm ({} x {})".format(*self.features))
+        in_what = f" in {self.hidden_dtype}" if self._tokens() else ""
+        return ", ".join(parts) + in_what
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, which `from_json` reads."""
@@ -166,12 +159,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The stored answers of a batch, as tensors.
-
-    Attributes:
-        fields: of the records, as stored; floating-point numbers are widened when read.
-        missing: the rows of the batch that have no record.
-    """
+    """The stored answers of a batch, as tensors; ``missing`` are the rows that have no record."""
 
     layout: Layout
     fields: dict[str, Tensor]

@@ -35,9 +35,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if min(self.num_samples, self.num_views, self.part_size) < 1:
-            raise ValueError(
-                f"{self.num_samples} samples in {self.num_views} views, {self.part_size} a part"
-            )
+            raise ValueError(f"a store without samples, views or parts: {self}")
         # As they will be read again: tuples become lists, and what is not JSON fails here.
         for name in ("identity", "about"):
             plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))

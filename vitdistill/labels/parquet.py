@@ -1,10 +1,9 @@
 """The logits of a label store as a Parquet file: one row for each (view, sample).
 
-Columns: ``sample_id`` (number of the training image), ``view``, ``pixels`` (checksum of the view)
-and ``logits``. Labels of topk have other columns in place of ``logits``: ``class_ids``, ``values``
-(``z - max z``) and for each temperature T ``tail_T``, the log of what the other classes weigh
-together: ``log(sum exp((z - max z) / T))``. The schema's metadata holds the names of the classes
-(``classes``, a JSON list) and the encoding (``labels``).
+Columns: ``sample_id``, ``view``, ``pixels`` (checksum of the view) and ``logits``; for topk, in
+place of these, ``class_ids``, ``values`` (``z - max z``) and for each temperature T ``tail_T``,
+``log(sum exp((z - max z) / T))`` over the other classes. The schema's metadata holds the names of
+the classes (``classes``, a JSON list) and the encoding (``labels``).
 """
 
 import json

@@ -1,8 +1,7 @@
 """A part of a label store: the records of some samples in one view, in one file.
 
-The file is the records, one after another, then a footer (JSON) with a crc32 of every block of
-records, then the footer's length and crc32 and `_MAGIC`. The footer names the store, the view and
-the part: a part that is damaged, or of another store or place, is refused by name.
+The file is the records, then a footer (JSON) with a crc32 of every block of records, then the
+footer's length and crc32 and `_MAGIC`. The footer names the store, the view and the part.
 """
 
 import json
@@ -27,17 +26,13 @@ _TRAILER = struct.Struct("<QI8s")  # length and crc32 of the footer, magic
 _BLOCK_RECORDS, _BLOCK_BYTES = 4096, 2**20
 _REMEDY = "delete it and label again"
 
-Raw = npt.NDArray[Any]
-"""Records as opaque items of a fixed size."""
+Raw = npt.NDArray[Any]  # records as opaque items of a fixed size
 
 
 class Part:
-    """A part's file, mapped into memory; a block's checksum is compared when it is first touched.
+    """A part's ``file``, mapped into memory.
 
-    Attributes:
-        file: which file it is.
-        crcs: the crc32 of every block.
-        checked: which blocks are known to be intact.
+    The ``crcs`` of blocks are compared when they are first touched, and then ``checked``.
     """
 
     def __init__(self, path: Path, manifest: Manifest, view: int, part: int) -> None:

@@ -81,8 +81,7 @@ class StoredAnswer:
     def at(self, temperature: float | None) -> ViTOutput:
         """Return the answer as a teacher records it, with logits that are right at a temperature.
 
-        ``softmax(logits / temperature)`` is what was stored; None: the logits of a complete
-        encoding, or no logits.
+        None: the logits of a complete encoding, or no logits.
         """
         if temperature not in self._read:
             stored = self.targets.layout.logits

@@ -61,20 +61,15 @@ class LabelStore:
     def create(cls, path: str | os.PathLike[str], manifest: Manifest) -> "LabelStore":
         """Make an empty store, or open the one there, which gets more views if it has few.
 
-        Raises:
-            DataError: the store there is damaged, or of other labels.
-            ConfigError: the folder holds something else.
+        `DataError` if that is damaged or of other labels, `ConfigError` if it is something else.
         """
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
             with disk_errors(folder):
                 found = sorted(os.listdir(folder)) if folder.is_dir() else []
             if found and MANIFEST not in found:  # another process may have made it since
-                raise ConfigError(
-                    f"{printable(folder)} holds no labels, but {listed(found)}",
-                    Give("output"),
-                    field="output",
-                )
+                what = f"{printable(folder)} holds no labels, but {listed(found)}"
+                raise ConfigError(what, Give("output"), field="output")
             if not found:
                 _make(folder, manifest)
         there = read_store_manifest(folder)
@@ -96,17 +91,12 @@ class LabelStore:
             with disk_errors(folder):
                 inner = sorted(found.parent for found in folder.glob(f"[!.]*/{MANIFEST}"))
             if len(inner) > 1:
-                raise ConfigError(
-                    f"{printable(folder)} holds the labels of several teachers",
-                    f"name one of {', '.join(printable(found.name) for found in inner)}",
-                    field="labels",
-                )
+                what = f"{printable(folder)} holds the labels of several teachers"
+                fix = f"name one of {', '.join(printable(found.name) for found in inner)}"
+                raise ConfigError(what, fix, field="labels")
             if not inner:
-                raise DataError(
-                    f"{printable(folder)} holds no labels",
-                    "write them with 'vitdistill label', or name the folder they are in",
-                    field="labels",
-                )
+                fix = "write them with 'vitdistill label', or name the folder they are in"
+                raise DataError(f"{printable(folder)} holds no labels", fix, field="labels")
             folder = inner[0]
         return cls(folder, read_store_manifest(folder))
 
@@ -163,8 +153,7 @@ class LabelStore:
     def read(self, views: Ids, sample_ids: Ids) -> tuple[Records, npt.NDArray[np.bool_]]:
         """Return the records of (view, sample) pairs, (B,), and which are there; others are zeros.
 
-        Raises:
-            DataError: an id or a view is outside of the store; a part is damaged or foreign.
+        `DataError` if an id or a view is outside of the store, or a part damaged or foreign.
         """
         at, ids = _whole(views), _whole(sample_ids)
         assert at.shape == ids.shape

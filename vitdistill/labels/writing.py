@@ -1,8 +1,7 @@
 """Any number of processes write the missing parts of stores together.
 
-A writer locks a part's lock file, makes the records, seals the part and releases the lock, which
-the kernel also does when the process dies. Locks only save work that would be done twice: sealing
-is first-wins, so every part is written once, on a disk without locks too.
+A writer locks a part, makes the records, seals the part and releases the lock. Locks only save work
+that would be done twice: sealing is first-wins, on a disk without locks too.
 """
 
 import time

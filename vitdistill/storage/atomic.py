@@ -170,11 +170,10 @@ def fsync_dir(path: StrPath) -> None:
 
 @contextmanager
 def staged_dir(final: StrPath, aside: StrPath | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside ``final``, to be filled with `write_new`, then publish it.
+    """Yield a temporary folder, to be filled with `write_new`; it becomes ``final`` with no error.
 
-    It gets its final name when the block ends without an error; any error removes it. A ``final``
-    that is not empty is first renamed to ``aside`` (and back if publishing fails); without
-    ``aside`` it is a `DiskError`.
+    A ``final`` that is not empty is first renamed to ``aside`` (and back if publishing fails);
+    without ``aside`` it is a `DiskError`.
     """
     final = Path(final)
     make_dirs(final.parent)

@@ -24,23 +24,9 @@ from torch import Tensor
 
 from ..errors import DataError, DiskError
 from ..messages import printable
-from .atomic import (
-    StrPath,
-    disk_errors,
-    make_dirs,
-    remove_dir,
-    remove_temporaries,
-    staged_dir,
-    write_new,
-)
-from .manifest import (
-    MANIFEST,
-    check_sizes,
-    read_manifest,
-    read_verified,
-    verify_dir,
-    write_manifest,
-)
+from . import atomic, manifest
+from .atomic import StrPath, disk_errors
+from .manifest import MANIFEST
 from .tensors import tensor_bytes
 
 TENSORS = "state.safetensors"
@@ -70,10 +56,8 @@ def save(
     """Save the state after optimizer step ``step``, keep ``keep`` checkpoints, return its folder.
 
     ``state`` is plain JSON: anything that would come back as something else is a ``TypeError``.
-    Only older checkpoints are removed, and none that holds a file of somebody else's.
-
-    Raises:
-        DiskError, PermissionDenied: it cannot be written; earlier checkpoints are untouched.
+    Only older checkpoints are removed, and none that holds a file of somebody else's. After a
+    `DiskError`, earlier checkpoints are untouched.
     """
     assert keep >= 1 and step >= 0
     final = folder_of(run_dir, step)
@@ -81,18 +65,18 @@ def save(
     if repr(json.loads(text)) != repr(dict(state)):  # tuples, integer keys, numpy's numbers
         raise TypeError("the state holds what JSON would give back as something else")
     contents = {TENSORS: tensor_bytes(tensors), STATE: text}
-    make_dirs(final.parent)
-    remove_temporaries(final.parent)
+    atomic.make_dirs(final.parent)
+    atomic.remove_temporaries(final.parent)
     # A resumed run may reach a step that is on disk already, whole or damaged: that one stays
     # findable until the new one is in place.
     aside = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
-    with staged_dir(final, aside=aside) as temporary:
+    with atomic.staged_dir(final, aside=aside) as temporary:
         for name, content in contents.items():
-            write_new(temporary / name, content)
-        write_manifest(temporary, contents, {"kind": _KIND, "step": step})
+            atomic.write_new(temporary / name, content)
+        manifest.write_manifest(temporary, contents, {"kind": _KIND, "step": step})
         del contents, content
         try:
-            verify_dir(temporary)
+            manifest.verify_dir(temporary)
         except DataError as error:
             raise DiskError(
                 f"{printable(final)} was written but reads back changed, so the disk is failing;"
@@ -106,13 +90,13 @@ def save(
 def load(path: StrPath) -> State:
     """Read and verify a checkpoint; ``DataError`` names the file that is missing or damaged."""
     folder = Path(path)
-    body = read_manifest(folder)
+    body = manifest.read_manifest(folder)
     identity = body["identity"]
     named = not _NAME.fullmatch(folder.name) or _step(folder) == identity.get("step")
     if identity.get("kind") != _KIND or set(body["files"]) != {TENSORS, STATE} or not named:
         raise DataError(f"{printable(folder)} is not the checkpoint its name says")
-    state = json.loads(read_verified(folder, STATE, body))
-    tensors = safetensors.torch.load(read_verified(folder, TENSORS, body))
+    state = json.loads(manifest.read_verified(folder, STATE, body))
+    tensors = safetensors.torch.load(manifest.read_verified(folder, TENSORS, body))
     return tensors, state
 
 
@@ -163,10 +147,10 @@ def _prune(newest: Path, keep: int) -> None:
             continue
         if kept < keep and _step(folder) < _step(newest):
             with suppress(DataError):
-                check_sizes(folder)
+                manifest.check_sizes(folder)
                 kept += 1
         else:
-            remove_dir(folder, FILES)
+            atomic.remove_dir(folder, FILES)
 
 
 def _step(folder: Path) -> int:

@@ -1,8 +1,7 @@
 """Logs of whole lines: a kill can cost the last lines, but leaves none torn.
 
-A line is appended by one write. `AppendLog.sync` makes all lines durable before the checkpoint that
-says how many there were; a resumed run cuts the log back to that number and writes the same lines
-again, so that no line is there twice.
+`AppendLog.sync` makes all lines durable before the checkpoint that says how many bytes there were;
+a resumed run cuts the log back to them and writes the same lines again.
 """
 
 import os
@@ -15,18 +14,12 @@ from .atomic import StrPath, disk_errors, fsync_dir, make_dirs
 
 
 class AppendLog:
-    """A text file that grows by whole lines.
+    """A text file, ``offset`` bytes long, that grows by whole lines.
 
     Args:
         path: the file, made if it is missing.
-        offset: an earlier ``.offset``, after which everything is cut off; None: only a torn last
-            line is.
-
-    Raises:
-        DataError: the file has no line's end at ``offset``.
-
-    Attributes:
-        offset: its length in bytes.
+        offset: an earlier ``.offset``, after which everything is cut off (`DataError` if no line
+            ends there); None: only a torn last line is.
     """
 
     def __init__(self, path: StrPath, offset: int | None = None) -> None:

@@ -17,11 +17,8 @@ PREFIX = "optimizer."
 def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
     """Split an optimizer's ``state_dict`` for `unpack_optimizer` to join.
 
-    Returns:
-        Its tensors by name, each with the prefix ``optimizer.``, and the rest as plain JSON.
-
-    Raises:
-        TypeError: it holds an object that JSON cannot keep.
+    Returns its tensors by name, each with the prefix ``optimizer.``, and the rest as plain JSON;
+    ``TypeError`` for an object that JSON cannot keep.
     """
     tensors: dict[str, Tensor] = {}
 

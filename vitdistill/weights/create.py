@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 
-from ..errors import ConfigError, DataError, Give
+from ..errors import ConfigError, DataError, Give, UserError
 from ..messages import printable, suggest
 from .files import first_line, load_state_dict
 from .folder import Saved, read_folder, read_hub
@@ -52,10 +52,9 @@ def create_model(
         DataError: weights cannot be had, or do not fit.
     """
     if checkpoint is not None and pretrained:
+        what = f"{printable(name)} has both pretrained weights and a checkpoint"
         raise ConfigError(
-            f"{printable(name)} has both pretrained weights and a checkpoint",
-            fix=("leave pretrained out", "leave checkpoint out"),
-            field="checkpoint",
+            what, ("leave pretrained out", "leave checkpoint out"), field="checkpoint"
         )
     build = {key: value for key, value in model_args.items() if value is not None}
     given = {"drop_path_rate": drop_path, "img_size": image_size, "num_classes": num_classes}
@@ -83,18 +82,13 @@ def create_model(
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
-    """Return a network's classes as saved with it, or ImageNet's synsets for timm's own heads.
-
-    None: they are not known.
-    """
+    """Return a network's classes as saved with it, or ImageNet's synsets; None: not known."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     num_classes = getattr(model, "num_classes", None)
     names = cfg.get("label_names")
-    if names is not None:
-        return tuple(names) if len(names) == num_classes else None
-    if num_classes == cfg.get("num_classes") == 1000:
-        return tuple(ImageNetInfo().label_names())
-    return None
+    if names is None and num_classes == cfg.get("num_classes") == 1000:
+        names = ImageNetInfo().label_names()  # timm's own heads
+    return tuple(names) if names is not None and len(names) == num_classes else None
 
 
 def carries_weights(name: str) -> bool:
@@ -127,9 +121,9 @@ def _split(name: str) -> tuple[str, str]:
 def _read_saved(name: str) -> Saved | None:
     """Return what is saved in a folder or on the hub; None for a plain timm name."""
     source, place = _split(name)
-    if source == "timm":
-        return None
-    return read_folder(Path(place)) if source == "folder" else read_hub(place)
+    if source == "folder":
+        return read_folder(Path(place))
+    return read_hub(place) if source == "hub" else None
 
 
 # -- building -------------------------------------------------------------------------------------
@@ -144,11 +138,8 @@ def _from_registry(name: str, build: dict[str, Any], pretrained: bool) -> nn.Mod
     if tag and tag not in tags:
         raise ConfigError(f"{architecture} has no weights {printable(tag)!r}: {suggest(tag, tags)}")
     if pretrained and not _default_cfg(name).has_weights:
-        raise ConfigError(
-            f"timm has no pretrained weights for {name}",
-            fix=("name one of its tags", Give("checkpoint")),
-            field="pretrained",
-        )
+        fixes = ("name one of its tags", Give("checkpoint"))
+        raise ConfigError(f"timm has no pretrained weights for {name}", fixes, field="pretrained")
     return _build(name, build, pretrained=pretrained)
 
 
@@ -172,6 +163,8 @@ def _build(
     spelled = ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **extra, **build)
+    except UserError:
+        raise
     except Exception as error:  # whatever a network's own code raises for such arguments
         if pretrained and isinstance(error, RuntimeError | OSError):
             raise DataError(
@@ -240,10 +233,7 @@ def _load_saved(model: nn.Module, saved: Saved) -> None:
 
 
 def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """Return how many classes a file's head answers in, 0 for a ViT's file without one.
-
-    None: it has no head as timm's has.
-    """
+    """Return a file's number of classes, 0 for a ViT's without a head; None: not known."""
     if isinstance(model, VisionTransformer) and is_headless(state):
         return 0
     heads = [state[f"{name}weight"] for name in classifier_of(model) if f"{name}weight" in state]
@@ -251,11 +241,9 @@ def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 
 
 def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str) -> list[str]:
-    """Normalise as ImageNet where the file is a masked autoencoder's; return what to say of it.
-
-    A timm name decides the normalisation, but a plain ViT's file without a classifier need not be
-    of the network that the name stands for.
-    """
+    """Normalise as ImageNet where the file is a masked autoencoder's; return what to say of it."""
+    # A timm name decides the normalisation, but a plain ViT's file without a classifier need not be
+    # of the network that the name stands for.
     cfg = getattr(model, "pretrained_cfg", None) or {}
     imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     has_it = all(tuple(cfg.get(key) or value) == value for key, value in imagenet.items())

@@ -23,15 +23,8 @@ from .. import __version__
 from ..data.augment import InputSpec
 from ..errors import ConfigError, DataError, DiskError, Give
 from ..messages import printable
-from ..storage.atomic import (
-    clear_aside,
-    disk_errors,
-    read_bytes,
-    sha256_file,
-    staged_dir,
-    write_atomic,
-    write_new,
-)
+from ..storage import atomic
+from ..storage.atomic import disk_errors, sha256_file
 from ..storage.tensors import tensor_bytes
 from .create import create_model
 from .files import bare_key, first_line
@@ -79,9 +72,9 @@ def export_timm(
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
     config["vitdistill"] = {"version": __version__, "weights_sha256": digest}
     old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
-    with staged_dir(final, aside=old) as temporary:
-        write_new(temporary / WEIGHTS, content)
-        write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
+    with atomic.staged_dir(final, aside=old) as temporary:
+        atomic.write_new(temporary / WEIGHTS, content)
+        atomic.write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
         if sha256_file(temporary / WEIGHTS) != digest:
             raise DiskError(
                 f"{printable(final)} was written but reads back changed, so the disk is failing"
@@ -89,7 +82,7 @@ def export_timm(
         if prove:
             _check_reload(network, state, temporary, input_spec, name)
     if old.exists():
-        clear_aside(old, final, FILES)
+        atomic.clear_aside(old, final, FILES)
     return final
 
 
@@ -109,7 +102,7 @@ def _refuse_foreign(folder: Path) -> None:
         return
     ours = False
     with suppress(DataError, ValueError, KeyError, TypeError):
-        ours = "weights_sha256" in json.loads(read_bytes(folder / CONFIG))["vitdistill"]
+        ours = "weights_sha256" in json.loads(atomic.read_bytes(folder / CONFIG))["vitdistill"]
     if names - FILES or not ours:
         other = printable(min(names - FILES or names))
         what = f"{printable(folder)} holds something that vitdistill did not export: {other}"
@@ -207,11 +200,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputSpec)
     """Write a single-file ONNX network with a free batch size; return its distance from torch's.
 
     The input is ``images`` float32 (B, 3, H, W), already normalised; the output ``logits`` (B, C).
-    The distance is the largest absolute difference of logits over batches of 1 and 3.
-
-    Raises:
-        ConfigError: the extra is not installed, or the network cannot be exported.
-        DataError: the distance is above 1e-4; nothing is written then.
+    The distance is the largest absolute difference of logits over batches of 1 and 3; above 1e-4 it
+    is a `DataError`, and nothing is written.
     """
     try:
         modules = [importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")]
@@ -234,7 +224,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputSpec)
                 fix="export for timm",
             )
         off = max(off, distance)
-    write_atomic(path, data)
+    atomic.write_atomic(path, data)
     return off
 
 

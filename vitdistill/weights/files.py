@@ -30,8 +30,7 @@ _PICKLES = (".pth", ".pt", ".bin", ".tar")
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a weights file, on the CPU, without a training script's wrappers.
 
-    Reads ``.safetensors``, and ``.pth .pt .bin .tar`` as far as they hold tensors only. Raises
-    `DataError` for anything else.
+    Reads ``.safetensors``, and ``.pth .pt .bin .tar`` that hold tensors only; else `DataError`.
     """
     check_is_file(path)
     file = Path(path)
@@ -39,9 +38,8 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         head = opened.read(512)
     _refuse_failed_download(file, head)
     if file.suffix not in (".safetensors", *_PICKLES):
-        raise DataError(
-            f"{printable(file)} is no weights file that can be read", fix="convert to .safetensors"
-        )
+        what = f"{printable(file)} is no weights file that can be read"
+        raise DataError(what, fix="convert to .safetensors")
     # Some publish safetensors under a name of PyTorch's: the content tells.
     is_safe = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size - 8
     if file.suffix != ".safetensors" and not is_safe:

@@ -80,10 +80,8 @@ def read_folder(folder: Path) -> Saved:
     """Read the network saved in a folder, in timm's form or Hugging Face's of a ViT."""
     place = folder.expanduser()
     if not place.is_dir():
-        raise ConfigError(
-            f"there is no folder {printable(folder)}",
-            fix=f"for a network of the Hugging Face hub, hf-hub:{printable(folder)}",
-        )
+        fix = f"for a network of the Hugging Face hub, hf-hub:{printable(folder)}"
+        raise ConfigError(f"there is no folder {printable(folder)}", fix)
     return _read(printable(place), lambda name: place / name if (place / name).is_file() else None)
 
 
@@ -100,19 +98,16 @@ def _download(place: str, filename: str) -> Path | None:
         # Without network, "not in the cache" is an EntryNotFoundError too, and says nothing.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        raise DataError(
-            f"hf-hub:{printable(place)} cannot be reached ({first_line(error)})",
-            fix="without network, download it elsewhere and give its folder",
-        ) from error
+        what = f"hf-hub:{printable(place)} cannot be reached ({first_line(error)})"
+        fix = "without network, download it elsewhere and give its folder"
+        raise DataError(what, fix) from error
 
 
 def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
     path = fetch(CONFIG)
     if path is None:
-        raise ConfigError(
-            f"{place} has no {CONFIG}, so it is no network that can be built",
-            fix="name timm's network, and give the weights as its checkpoint",
-        )
+        what = f"{place} has no {CONFIG}, so it is no network that can be built"
+        raise ConfigError(what, "name timm's network, and give the weights as its checkpoint")
     try:
         config = json.loads(read_bytes(path))
         if "model_type" in config and "architecture" not in config:

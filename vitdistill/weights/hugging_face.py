@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-    ImageNetInfo,
-)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
 
 from ..errors import DataError
@@ -100,11 +94,8 @@ def timm_config(
 ) -> tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]:
     """Translate what Hugging Face's config.json at ``path`` holds, for ``vit`` or ``vit_mae``.
 
-    The ``preprocessor`` file has the normalisation; without one it is ImageNet's for ``vit_mae``
-    and 0.5 for ``vit``.
-
-    Returns:
-        timm's architecture, its arguments, its ``pretrained_cfg``, and notes for the user.
+    The ``preprocessor`` file has the normalisation. Returns timm's architecture, its arguments, its
+    ``pretrained_cfg``, and notes for the user.
     """
     kind = config["model_type"]
     said = _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
@@ -176,8 +167,8 @@ def _of_imagenet(names: list[str]) -> bool:
 
 
 def _normalisation(kind: str, preprocessor: Path | None) -> list[tuple[float, ...]]:
-    """Return mean and std per channel."""
-    default = {"image_mean": IMAGENET_INCEPTION_MEAN, "image_std": IMAGENET_INCEPTION_STD}  # 0.5
+    """Return mean and std per channel; theirs for ``vit`` are 0.5."""
+    default = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
     if kind == "vit_mae":
         default = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     said = {} if preprocessor is None else dict(json.loads(read_bytes(preprocessor)))

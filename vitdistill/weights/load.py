@@ -37,10 +37,8 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
 def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> DataError:
     own = model.state_dict()
     if not own.keys() & state.keys():
-        return DataError(
-            f"{name} holds nothing of {_name_of(model)}: its tensors are called {listed(state)}",
-            fix="use a file of this network",
-        )
+        what = f"{name} holds nothing of {_name_of(model)}: its tensors are called {listed(state)}"
+        return DataError(what, fix="use a file of this network")
     if "fc_norm.weight" in state and "norm.weight" in own:
         return DataError(
             f"{name} is of a network that norms its features after pooling (fc_norm), and"
