@@ -106,33 +106,25 @@ def _require(condition: bool, name: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{name} is {value!r}", f"give {wanted}", field=name)
 
 
+# ``deit`` is of Touvron et al., "Training data-efficient image transformers", ICML 2021, table 9,
+# with the values of its public code (random erasing 0.25, three repeats).
 AUGMENTS: dict[str, Augment] = {
     "deit": Augment(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, repeated_aug=3),
     "small": Augment(crop="pad"),
     "none": Augment(crop="center", hflip=0.0),
 }
-"""Named augmentations: DeiT's full recipe, crop and flip for small images, and nothing at all."""
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network wants to be fed.
+    """What a network wants to be fed."""
 
-    Attributes:
-        image_size: (height, width).
-        mean: of RGB, in units of white.
-        std: of RGB, in units of white.
-        interpolation: of the evaluation crop.
-        crop_pct: the fraction of the resized image that the evaluation crop keeps.
-        crop_mode: timm's: ``center``, ``squash`` or ``border``.
-    """
-
-    image_size: tuple[int, int]
-    mean: tuple[float, float, float]
+    image_size: tuple[int, int]  # height, width
+    mean: tuple[float, float, float]  # of RGB, in units of white
     std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
+    interpolation: str = "bicubic"  # of the evaluation crop
+    crop_pct: float = 0.875  # the fraction of the resized image that this crop keeps
+    crop_mode: str = "center"  # timm's: center, squash or border
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for impossible values: they may come from a model's own file."""

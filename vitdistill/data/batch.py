@@ -20,44 +20,26 @@ it checks their checksums where they are given."""
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """Whole training images, mixed as a student would see them, for a teacher to label.
+    """Whole training images, mixed as a student would see them, for a teacher to label."""
 
-    Attributes:
-        images: float32, in the student's normalisation, on the device.
-        ids: the samples' numbers in the source, int64 (B,).
-        checksums: of the views, uint32 (B,), see `view_checksums`.
-    """
-
-    images: Float[Tensor, "B 3 H W"]
-    ids: I64
-    checksums: npt.NDArray[np.uint32]
+    images: Float[Tensor, "B 3 H W"]  # in the student's normalisation, on the device
+    ids: I64  # the samples' numbers in the source
+    checksums: npt.NDArray[np.uint32]  # of the views, by `view_checksums`
 
 
 @dataclass
 class Batch:
-    """A micro-batch, all of it on the training device.
+    """A micro-batch, all of it on the training device."""
 
-    Attributes:
-        images: float32, normalised for the network.
-        labels: int64, -1 where unlabelled.
-        ids: the samples' numbers in the source, int64.
-        views: which view of each sample this is, int64; the epoch, unless augmentation is repeated.
-        view: the epoch.
-        mixed_labels: the labels of the images mixed in, or None.
-        lam: the weight of ``labels`` against ``mixed_labels``, or None.
-        seed: the seed of the run's data, which keys `uniforms`.
-        targets: what the `TargetReader` of each teacher with labels returned, on the device.
-    """
-
-    images: Float[Tensor, "B 3 H W"]
-    labels: Int[Tensor, " B"]
-    ids: Int[Tensor, " B"]
-    views: Int[Tensor, " B"]
-    view: int
-    mixed_labels: Int[Tensor, " B"] | None = None
-    lam: Float[Tensor, " B"] | None = None
-    seed: int = 0
-    targets: dict[str, Any] = field(default_factory=dict)
+    images: Float[Tensor, "B 3 H W"]  # normalised for the network
+    labels: Int[Tensor, " B"]  # -1 where unlabelled
+    ids: Int[Tensor, " B"]  # the samples' numbers in the source
+    views: Int[Tensor, " B"]  # of each sample: the epoch, unless augmentation is repeated
+    view: int  # the epoch
+    mixed_labels: Int[Tensor, " B"] | None = None  # of the images mixed in
+    lam: Float[Tensor, " B"] | None = None  # the weight of ``labels`` against ``mixed_labels``
+    seed: int = 0  # of the run's data, which keys `uniforms`
+    targets: dict[str, Any] = field(default_factory=dict)  # what each `TargetReader` returned
 
     def uniforms(
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE

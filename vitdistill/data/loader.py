@@ -35,40 +35,25 @@ from .workers import map_in_workers
 
 _EVAL_CACHE_BYTES = 2**30
 
+_Step = tuple[Batch, ...]
 _Views = tuple[Samples, UInt8[Tensor, "B 3 H W"], npt.NDArray[np.uint32] | None]
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How training images are loaded and divided.
+    """How training images are loaded and divided."""
 
-    Attributes:
-        batch_size: images of an optimizer step, over all processes and micro-batches.
-        seed: keys the order, the views and the mixing.
-        accumulate: micro-batches of a step, a process.
-        workers: processes that make views, or threads that decode a data set into memory.
-        in_memory: keep images decoded; None: when they take less than 2 GiB.
-        views: how many different views of each image there are; None: a new one every epoch.
-        world: this process, and the device the batches go to.
-    """
-
-    batch_size: int
-    seed: int
-    accumulate: int = 1
-    workers: int = 0
-    in_memory: bool | None = None
-    views: int | None = None
-    world: World = ALONE
+    batch_size: int  # of an optimizer step, over all processes and micro-batches
+    seed: int  # of the order, the views and the mixing
+    accumulate: int = 1  # micro-batches of a step, a process
+    workers: int = 0  # processes that make views, or threads that decode into memory
+    in_memory: bool | None = None  # keep images decoded; None: when they take less than 2 GiB
+    views: int | None = None  # different views of an image; None: a new one every epoch
+    world: World = ALONE  # this process, and the device the batches go to
 
 
 class TrainLoader:
-    """The training batches of one process.
-
-    Attributes:
-        steps_per_epoch: optimizer steps in an epoch; the last incomplete batch is left out.
-        pipeline: ``batched`` or ``per-sample``; it changes pixels, and is decided by the data set
-            and the options alone.
-    """
+    """The training batches of one process."""
 
     def __init__(
         self,
@@ -89,6 +74,7 @@ class TrainLoader:
         self._device = world.device
         self._targets = dict(labels or {})
         self._labels = torch.from_numpy(source.labels)
+        # The last incomplete batch of an epoch is left out.
         self.steps_per_epoch = len(self._epoch_order(0)[0]) // loading.batch_size
         with memory_errors(
             f"while {plural(len(source), 'image')} were decoded into it",
@@ -98,11 +84,10 @@ class TrainLoader:
         self._images = (
             BatchViews(kept, augment, spec, loading.seed) if isinstance(kept, Tensor) else kept
         )
+        # It changes pixels, and is decided by the data set and the options alone.
         self.pipeline = "batched" if isinstance(kept, Tensor) else "per-sample"
 
-    def batches(
-        self, start_step: int = 0, num_steps: int | None = None
-    ) -> Iterator[tuple[Batch, ...]]:
+    def batches(self, start_step: int = 0, num_steps: int | None = None) -> Iterator[_Step]:
         """Yield the steps from ``start_step`` on, each a tuple of micro-batches.
 
         Step ``s`` is step ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``; there is no
@@ -222,7 +207,7 @@ class EvalLoader:
         self._kept: list[UInt8[Tensor, "B 3 H W"]] = []
 
     def __len__(self) -> int:
-        """Return the number of this process's batches."""
+        """Return how many batches this process has."""
         return len(self._samples)
 
     def __iter__(self) -> Iterator[Batch]:

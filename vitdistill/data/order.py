@@ -18,17 +18,11 @@ from ..keyed import I64, Stream
 
 @dataclass(frozen=True)
 class Samples:
-    """What a micro-batch shows.
-
-    Attributes:
-        epoch: the epoch it belongs to.
-        ids: the samples' numbers in the source, int64 (B,).
-        views: which view of each sample, int64 (B,).
-    """
+    """What a micro-batch shows."""
 
     epoch: int
-    ids: I64
-    views: I64
+    ids: I64  # the samples' numbers in the source, (B,)
+    views: I64  # which view of each sample, (B,)
 
 
 @lru_cache(maxsize=2)

@@ -88,10 +88,9 @@ def test_an_image_does_not_depend_on_its_company(picture, stack, kinds, number):
 
 
 def test_the_policy_is_timms() -> None:
-    policy, other = Policy.of(DEIT), Policy.of("rand-m5-n3-p0.7-mmax20-inc1")
-    names = tuple(auto_augment._RAND_INCREASING_TRANSFORMS)
-    assert policy == Policy(names, 2, 0.5, 9.0, 0.5, 10.0)
-    assert other == Policy(names, 3, 0.7, 5.0, 0.0, 20.0)
+    assert [*OPERATIONS] == auto_augment._RAND_INCREASING_TRANSFORMS
+    assert Policy.of(DEIT) == Policy(2, 0.5, 9.0, 0.5, 10.0)
+    assert Policy.of("rand-m5-n3-p0.7-mmax20-inc1") == Policy(3, 0.7, 5.0, 0.0, 20.0)
 
 
 def test_draws_have_the_stated_frequencies() -> None:

@@ -30,19 +30,12 @@ IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 
 
 class ImageSource(ABC):
-    """An ordered, read-only collection of images that worker processes may share.
+    """An ordered, read-only collection of images that worker processes may share."""
 
-    Attributes:
-        name: what messages call it.
-        classes: class names, ordered by label; () when unlabelled.
-        labels: int64 (N,), -1 where unlabelled.
-        sizes: int64 (N,), the bytes that hold each image.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    labels: I64
-    sizes: I64
+    name: str  # what messages call it
+    classes: tuple[str, ...]  # ordered by label; () when unlabelled
+    labels: I64  # (N,), -1 where unlabelled
+    sizes: I64  # (N,), the bytes that hold each image
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -1,12 +1,10 @@
 """RandAugment on a batch of uint8 images, each with its own operation.
 
-A layer gives every image one operation. Eight kinds are look-up tables, one an image, and run as
-one gather; the five affine kinds share one resampling; colour and sharpness are blends. All equal
-Pillow's functions pixel for pixel. Which operations and strengths exist is read from timm's own
-transform, so its configuration strings mean the same here.
+A layer gives every image one operation, equal to Pillow's function pixel for pixel: eight kinds are
+look-up tables, one an image; the affine kinds share one resampling; colour and sharpness are
+blends. A policy is read from timm's own transform, so its configuration strings mean the same here.
 
-Source: Cubuk et al., "RandAugment", 2020, in timm's form (``timm.data.auto_augment``, the set of
-increasing strengths).
+Source: Cubuk et al., "RandAugment", 2020, in timm's form with increasing strengths.
 """
 
 import math
@@ -103,9 +101,8 @@ OPERATIONS: dict[str, tuple[Kind, Level]] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """A RandAugment: ``layers`` operations of ``names``, each with ``prob`` and noisy strength."""
+    """A RandAugment: ``layers`` of `OPERATIONS`, each with ``prob`` and noisy strength."""
 
-    names: tuple[str, ...]
     layers: int
     prob: float
     magnitude: float
@@ -119,18 +116,12 @@ class Policy:
         if not config.startswith("rand"):
             return None
         theirs: Any = auto_augment.rand_augment_transform(config, {})
-        names = tuple(op.name for op in theirs.ops)
-        first = theirs.ops[0]
-        known = theirs.choice_weights is None and set(names) <= set(OPERATIONS)
-        if not known or math.isinf(first.magnitude_std):
+        op = theirs.ops[0]
+        known = [op.name for op in theirs.ops] == [*OPERATIONS] and theirs.choice_weights is None
+        if not known or math.isinf(op.magnitude_std):
             return None
-        strength = (
-            first.prob,
-            first.magnitude,
-            first.magnitude_std,
-            first.magnitude_max or _LEVELS,
-        )
-        return Policy(names, int(theirs.num_layers), *map(float, strength))
+        strength = op.prob, op.magnitude, op.magnitude_std, op.magnitude_max or _LEVELS
+        return Policy(int(theirs.num_layers), *map(float, strength))
 
     def draw(self, keys: U64) -> list[Operation]:
         """Draw the operations of the samples with these keys, one `Operation` a layer."""
@@ -139,12 +130,12 @@ class Policy:
 
     def _layer(self, keys: U64, start: int) -> Operation:
         draws = keyed.uniforms(keys, 4, start)
-        choice = np.floor(draws[:, 0] * len(self.names)).astype(np.int64)
+        choice = np.floor(draws[:, 0] * len(OPERATIONS)).astype(np.int64)
         noise = keyed.normals(keys, 1, start + 4)[:, 0]
         magnitude = self.magnitude + self.magnitude_std * noise
         level = np.clip(magnitude, 0.0, self.magnitude_max) / _LEVELS
         sign = np.where(draws[:, 2] > 0.5, -1.0, 1.0)
-        kinds, levels = zip(*(OPERATIONS[name] for name in self.names), strict=True)
+        kinds, levels = zip(*OPERATIONS.values(), strict=True)
         kind = np.array(kinds, dtype=np.int64)[choice]
         value = np.stack([f(level, sign) for f in levels])[choice, np.arange(len(choice))]
         applied = draws[:, 1] <= self.prob

@@ -1,14 +1,8 @@
 """Views made one image at a time, by timm's and torchvision's own transforms.
 
-A view is what a network sees of an image in one epoch, a pure function of (seed, view, sample id).
-There are two ways to make one: here, with the libraries' generators seeded for that view, and
-`batched.BatchViews`, for images held in memory. Both give uint8 pixels; `normalize` and random
-erasing follow on the batch. The two draw other numbers, so which one runs is part of a run's
-identity.
-
-Source: the recipe called ``deit`` is that of Touvron et al., "Training data-efficient image
-transformers", ICML 2021, table 9, with the values of its public code (random erasing 0.25, three
-repeats).
+A view is a pure function of (seed, view, sample id): the libraries' generators are seeded for it.
+It is uint8; `normalize` and random erasing follow on the batch. `batched.BatchViews` draws other
+numbers, so which of the two runs is part of a run's identity.
 """
 
 import random
@@ -63,14 +57,10 @@ def _eval_transform(spec: InputSpec) -> _Transform:
 
 
 def prepare(image: Image.Image, augment: Augment, spec: InputSpec) -> Image.Image:
-    """Do the part of a view that never changes.
-
-    That is nothing for ``rrc``, the evaluation crop for ``center``, and for ``pad`` the whole image
-    at the input size.
-    """
+    """Do the part of a view that never changes: all but crop, flip and colours."""
     if augment.crop == "rrc":
         return image
-    if augment.crop == "pad":
+    if augment.crop == "pad":  # the whole image at the input size
         whole = {"interpolation": augment.interpolation, "crop_pct": 1.0, "crop_mode": "center"}
         spec = replace(spec, **whole)  # type: ignore[arg-type]
     return _eval_transform(spec)(image)
