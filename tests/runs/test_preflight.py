@@ -227,7 +227,7 @@ def test_a_teacher_of_more_classes_answers_for_those_at_hand(changed, prove):
     ("names", "count", "sentence"),
     [
         (None, 1000, r"answers with 1000 classes and the data set has 3"),
-        (("ant", "bee"), 3, r"names 2 classes"),
+        (("ant", "bee"), 3, r"it names 2"),
         (("a", "b", "cat", "d"), 4, r"does not know 2 of .* \('ant', 'bee'\)"),
         (("ant", "bee", "cat", "bee"), 4, r"has two classes called 'bee'"),
         (("bee", "ant", "cat"), 3, "another order"),
