@@ -11,6 +11,11 @@ def printable(name: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))
 
 
+def printable_lines(text: str) -> str:
+    """Return ``text`` with everything but its line breaks fit for a terminal."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def listed(names: Iterable[str], count: int = 3) -> str:
     """Quote the first ``count`` of ``names``: ``'ant', 'bee', 'cat', ...``."""
     names = list(names)

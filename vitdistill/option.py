@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import operator
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -97,6 +100,10 @@ def check_options(settings: Any, path: str) -> None:
             raise ConfigError(f"{field} is {value!r}", f"give {wanted}{or_null}", field=field)
 
 
+RAW = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What can redraw or reorder a terminal, and undecodable bytes."""
 NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -110,9 +117,18 @@ def convert_scalar(value: Any, kind: type, name: str, source: str = "") -> Any:
         number = _number(value)
         if number is not None and (kind is float or number == int(number)):
             return kind(number)
+    elif kind is str and isinstance(value, str):
+        return _read_text(value, name, source)
     elif isinstance(value, kind):
         return value
     raise refusal(value, f"{NEEDED.get(kind, kind.__name__)} is needed", name, source)
+
+
+def _read_text(text: str, name: str, source: str) -> str:
+    """Return ``text`` with ``~`` expanded where a path begins, of an option inside it too."""
+    if RAW.search(text):
+        raise refusal(text, "text without control characters is needed", name, source)
+    return re.sub(r"(?<![^=])~[^/=]*(?=/)", lambda home: os.path.expanduser(home[0]), text)
 
 
 def _number(value: Any) -> int | float | None:
@@ -126,6 +142,12 @@ def _number(value: Any) -> int | float | None:
         except (ValueError, OverflowError):
             continue
     return None
+
+
+def unknown_field(path: str, known: Iterable[str], source: str = "the recipe") -> ConfigError:
+    """Return the error of a field that does not exist at a dotted path."""
+    what = f"{source} has no field {path!r}"
+    return ConfigError(what, suggest(path.rpartition(".")[2], known), field=path)
 
 
 def refusal(value: Any, wanted: str, name: str, source: str = "") -> ConfigError:

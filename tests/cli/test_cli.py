@@ -215,6 +215,40 @@ def test_a_finished_run_is_left_as_it_is(
     refused(f"{KD} runs/teacher".replace("runs/new", "runs/teacher"), CONFIG)
 
 
+@pytest.mark.parametrize("gone", ["last", "best", "last/model.safetensors"])
+def test_a_finished_run_without_its_weights_is_not_called_done(
+    gone: str, here: Path, refused: Callable[[str, int], str]
+) -> None:
+    shutil.copytree("runs/teacher", "runs/new")
+    place = Path("runs/new", gone)
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert gone.partition("/")[0] in refused("train runs/new", DATA)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"scores": 1}'])
+@pytest.mark.parametrize("name", ["summary.json", "environment.json", "identity.json"])
+def test_a_damaged_record_is_one_sentence(
+    name: str, content: bytes, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("runs/teacher", "runs/new")
+    if name != "summary.json":
+        Path("runs/new/summary.json").unlink()
+    Path("runs/new", name).write_bytes(content)
+    code, said = run("train runs/new"), capsys.readouterr().err
+    if content.startswith(b"{") and len(content) > 1 and name != "summary.json":
+        assert code == 0  # no key that is read
+    else:
+        assert code == DATA and f"runs/new/{name} is damaged" in said and said.count("\n") == 1
+
+
+def test_fine_tuning_on_a_folder_of_ones_own(here: Path) -> None:
+    short = "--data-dir photos --epochs 2 --warmup-epochs 0 -b 12 --workers 0 --device cpu"
+    assert run(f"train finetune {short} --model runs/teacher --output runs/new") == 0
+    command = f"train distill {short} --teacher-model runs/new --output runs/student"
+    assert run(f"{command} --model vit_tiny_patch16_224 --pretrained false {VIT}") == 0
+    assert create_model("runs/student/best").num_classes == 3
+
+
 def test_a_method_reads_the_teacher_it_is_given(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,5 @@
 """The parser: spellings, values, and mistakes, which are answered before torch is imported."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -70,16 +68,6 @@ def test_a_mistyped_command_is_one_sentence(
     assert main(words) == UserError.exit_code
     printed, errors = capsys.readouterr()
     assert printed == "" and errors.count("\n") == 1 and errors.startswith("vitdistill")
-
-
-def test_words_are_read_without_torch() -> None:
-    script = (
-        "import sys; from vitdistill.cli import main; main(['train', '--help']);"
-        " main(['train', '--lrr', '1']); main(['label', '--help']); main(['--help']);"
-        " sys.exit(bool({'torch', 'timm', 'jaxtyping', 'ruamel.yaml', 'rich'} & sys.modules.keys()))"
-    )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
 
 
 # --- remedies as flags ---------------------------------------------------------------------------

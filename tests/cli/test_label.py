@@ -1,6 +1,7 @@
 """``vitdistill label`` as its user meets it: the whole way once, and mistakes that change no file."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,15 @@ def test_damage_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert run(f"label verify {copy}") == DATA
         out, error = capsys.readouterr()
         assert bad.name in out and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -1])
+def test_labelling_over_a_cut_part_does_not_say_done(
+    here: Path, tmp_path: Path, kept: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("labels", tmp_path / "labels")
+    part = LabelStore.open(tmp_path / "labels/teacher").part_path(1, 0)
+    part.write_bytes(part.read_bytes()[:kept])
+    assert run(f"{LABEL} --output {tmp_path / 'labels'}") == DATA
+    out, error = capsys.readouterr()
+    assert "done" not in out and part.name in error and error.count("\n") == 1

@@ -11,11 +11,12 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
-from ..errors import PermissionDenied, UserError
+from ..errors import DiskError, PermissionDenied, UserError
 from ..messages import printable, suggest
 from ..option import check_options
 from ..recipes import FAMILIES
 from . import arguments as given
+from .early import refuse_early
 from .flags import format_help, parse_words, wrap
 from .render import render
 
@@ -85,14 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kind = COMMANDS.get(name, COMMANDS["recipes"])[1]
             print(f"{prog}{which}: {render(error, kind)}", file=sys.stderr)
         return error.exit_code
-    except PermissionError as error:
-        print(f"{prog}: no permission for {printable(str(error.filename))}", file=sys.stderr)
-        return PermissionDenied.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # what nobody foresaw of files, such as a name that is too long
+        print(f"{prog}: {printable(str(error))}", file=sys.stderr)
+        return (PermissionDenied if isinstance(error, PermissionError) else DiskError).exit_code
 
 
 def _run(name: str, words: Sequence[str], prog: str) -> int:
@@ -108,6 +109,12 @@ def _run(name: str, words: Sequence[str], prog: str) -> int:
         print(_help(kind, prog))
         return 0
     arguments = read_arguments(name, words)
+    refuse_early(arguments)
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        # Importing torch and timm takes seconds. What is printed for other programs stays alone.
+        alone = getattr(arguments, "json", False) or getattr(arguments, "recipe_yaml", False)
+        where = sys.stderr if alone else sys.stdout
+        print(f"{prog}: starting", file=where, flush=True)
     module, _, function = place.partition(":")
     run: Callable[[Any], int] = getattr(import_module(f".{module}", __package__), function)
     return run(arguments)

@@ -9,6 +9,7 @@ from ..recipes.stages import Stages, sources
 from ..recipes.yaml import dump_recipe
 from .arguments import ExplainArguments
 from .recipe import resolve_recipe
+from .say import say
 
 
 def run(args: ExplainArguments) -> int:
@@ -24,19 +25,19 @@ def run(args: ExplainArguments) -> int:
     stages = recipe.stages if isinstance(recipe, Stages) else {"": recipe}
     runs = forecast(recipe)
     if not all(stage.data.dir for stage in stages.values()):
-        print("no --data-dir is given: counting ImageNet-1k's 1,281,167 images, 1,000 classes\n")
+        say("no --data-dir is given: counting ImageNet-1k's 1,281,167 images, 1,000 classes\n")
     for number, (key, run) in enumerate(runs.items(), 1):
         if key:
             heading = f"Stage {number} of {len(runs)}: " + ", ".join([key, *_origins(stages[key])])
-            print(f"{heading}\n{'=' * len(heading)}\n")
-        print(run.text)
+            say(f"{heading}\n{'=' * len(heading)}\n")
+        say(run.text)
         if args.time:
             device = args.device or "auto"
-            print("\n" + measure_step(run.recipe, run.num_classes, run.num_images, device))
+            say("\n" + measure_step(run.recipe, run.num_classes, run.num_images, device))
         if key:
-            print()
+            say("")
     if len(runs) > 1:
-        print("\n".join(_together(runs)))
+        say("\n".join(_together(runs)))
     return 0
 
 

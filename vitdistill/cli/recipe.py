@@ -232,7 +232,7 @@ def _add(recipe: Recipe, word: str) -> Recipe:
     key = f"{name}_{teacher}" if teacher else name
     if key in recipe.objectives:
         raise UserError(f"--with {word}: the recipe has an objective of that name already")
-    objective = method(teacher=teacher) if teacher else method()  # type: ignore[call-arg]
+    objective = method(teacher=teacher) if teacher else method()
     teachers = dict(recipe.teachers)
     if isinstance(objective, TeacherObjective):
         teachers.setdefault(objective.teacher, TeacherConfig())

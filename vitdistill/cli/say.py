@@ -5,13 +5,15 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from ..messages import printable_lines
+
 EVERY_S = 10.0
 """Seconds between the lines about long work."""
 
 
 def say(text: str) -> None:
-    """Print a line as it is, however long."""
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print lines as they are, however long; what cannot be printed is escaped."""
+    Console().print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def now_and_then() -> Callable[[str], None]:

@@ -3,12 +3,10 @@
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from ..errors import ConfigError
 from ..messages import suggest
-from .base import Masking, Objective, TokenSelector
-
-Method = Objective | TokenSelector | Masking
 
 METHODS: dict[str, str] = {
     "ce": "vitdistill.methods.cross_entropy:CrossEntropy",
@@ -42,21 +40,26 @@ def _outside() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group="vitdistill.methods")}
 
 
-def method_class(name: str) -> type[Method]:
+def check_method(name: str) -> None:
+    """Raise `ConfigError` for an unknown name; imports nothing."""
+    if name not in method_names():
+        raise ConfigError(f"there is no method {name!r}", suggest(name, sorted(method_names())))
+
+
+def method_class(name: str) -> type[Any]:
     """Return the class behind a method's name; raise `ConfigError` for an unknown one."""
+    check_method(name)
     names = method_names()
-    if name not in names:
-        raise ConfigError(f"there is no method {name!r}", fix=suggest(name, sorted(names)))
     module, _, attribute = names[name].partition(":")
     try:
-        found: type[Method] = getattr(import_module(module), attribute)
+        found: type[Any] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         what = f"the method {name!r} is registered as {names[name]}, which cannot be imported"
         raise ConfigError(f"{what}: {error}") from error
     return found
 
 
-def method_name(method: Method) -> str:
+def method_name(method: object) -> str:
     """Return the name of a method's class in the table; raise `ConfigError` if it has none."""
     path = f"{type(method).__module__}:{type(method).__qualname__}"
     for name, target in method_names().items():

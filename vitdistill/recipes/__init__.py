@@ -5,6 +5,13 @@ A named recipe is what ``make(name)`` in the file of its family returns, a `Reci
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..messages import printable, suggest
+
+FILES = ("stages.yaml", "recipe.yaml")
+"""What holds the recipe in the folder of stages, and in that of a run."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Family:
 
 
 FAMILIES = (
+    Family("own_folder", "your own folder of photos, pretrained networks", "finetune distill"),
     Family(
         "plain", "any data, student and teacher", "maskedkd kd alone hard_kd nkd vitkd vitkd_nkd"
     ),
@@ -63,3 +71,25 @@ FAMILIES = (
 )
 
 RECIPES: dict[str, Family] = {name: family for family in FAMILIES for name in family.names}
+
+
+def find_file(name: str) -> Path | None:
+    """Return the file of a recipe that is given by its path or by the folder of a run or of stages.
+
+    None: it is the name of a recipe. Raises `ConfigError` where it is none of these.
+    """
+    path, known = Path(name), name.partition(":")[0] in RECIPES
+    if known:
+        return None
+    inside = [path / file for file in FILES if (path / file).is_file()]
+    if inside or path.is_file():
+        return inside[0] if inside else path
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        raise ConfigError(f"there is no recipe file {printable(name)}", field="recipe")
+    raise unknown_recipe(name)
+
+
+def unknown_recipe(name: str) -> ConfigError:
+    """Return the error of a name that is no recipe's."""
+    fix = suggest(name, RECIPES, "'vitdistill recipes' lists them")
+    return ConfigError(f"there is no recipe {printable(name)!r}", fix, field="recipe")

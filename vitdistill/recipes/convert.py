@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -10,7 +10,7 @@ from ..errors import Add, ConfigError, Set, fields_below
 from ..messages import suggest
 from ..methods import method_class, method_name
 from ..methods.base import Masking, Objective, TokenSelector
-from ..option import convert_scalar, refusal
+from ..option import convert_scalar, refusal, unknown_field
 from .config import Recipe
 
 Made = TypeVar("Made")
@@ -147,7 +147,7 @@ def _convert_dataclass(value: Any, kind: type, path: str, source: str) -> Any:
     hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
-            raise _unknown_field(_join(path, str(key)), str(key), fields, source)
+            raise unknown_field(_join(path, str(key)), fields, source)
     for name, field in fields.items():
         if name not in value and field.default is field.default_factory is dataclasses.MISSING:
             raise refusal(dict(value), f"it lacks {name!r}", _join(path, name), source)
@@ -165,12 +165,9 @@ def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
     if not issubclass(cls, kind):
         raise refusal(value["method"], f"it is not {METHOD_KINDS[kind]}", path, source)
     rest = {key: item for key, item in value.items() if key != "method"}
-    with fields_below(path, {field.name for field in dataclasses.fields(cls)}):
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    with fields_below(path, names):
         return _convert_dataclass(rest, cls, path, source)
-
-
-def _unknown_field(path: str, name: str, known: Iterable[str], source: str) -> ConfigError:
-    return ConfigError(f"{source} has no field {path!r}", suggest(name, known), field=path)
 
 
 def _join(path: str, name: Any) -> str:
@@ -192,7 +189,7 @@ def replace_fields(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         for name in parents:
             node, walked = _enter(node, walked, name), _join(walked, name)
         if not isinstance(node, dict):
-            raise _unknown_field(path, last, (), "the recipe")
+            raise unknown_field(path, ())
         node[last] = to_dict(value)
     return from_dict(data)
 
@@ -201,7 +198,7 @@ def _enter(node: Any, path: str, name: str) -> Any:
     """Return what ``name`` is in the mapping ``node`` at ``path``."""
     inner = _join(path, name)
     if not isinstance(node, dict) or name not in node:
-        raise _unknown_field(inner, name, node if isinstance(node, dict) else (), "the recipe")
+        raise unknown_field(inner, node if isinstance(node, dict) else ())
     if node[name] is None:
         fix = Add(NULL_METHODS[name]) if inner in NULL_METHODS else Set(inner)
         raise ConfigError(f"{inner} is null", fix, field=inner)

@@ -2,21 +2,19 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
 from ..errors import ConfigError
 from ..messages import printable, suggest
-from . import RECIPES
+from . import RECIPES, find_file, unknown_recipe
 from .config import Recipe
-from .stages import STAGES, Stages, load
+from .stages import Stages, load
 
 
 def named_recipe(name: str) -> Recipe | Stages:
-    """Return the recipe ``NAME`` or ``NAME:VARIANT``; raises `ConfigError` with a suggestion."""
+    """Return the recipe ``NAME`` or ``NAME:VARIANT``; raises `ConfigError` for another."""
     plain, _, variant = name.partition(":")
     if plain not in RECIPES:
-        fix = suggest(plain, RECIPES, "'vitdistill recipes' lists them")
-        raise ConfigError(f"there is no recipe {printable(name)!r}", fix, field="recipe")
+        raise unknown_recipe(name)
     family = RECIPES[plain]
     if variant and variant not in family.variants:
         fix = suggest(variant, family.variants, f"write {plain} alone")
@@ -28,16 +26,7 @@ def named_recipe(name: str) -> Recipe | Stages:
 
 def find_recipe(name: str) -> Recipe | Stages:
     """Return a recipe by its name, by the path of a YAML file, or by the folder of a run or of
-    stages, which holds its recipe.
+    stages, which holds its recipe; raises `ConfigError` with a suggestion.
     """
-    if name in RECIPES:
-        return named_recipe(name)
-    path = Path(name)
-    for file in (STAGES, "recipe.yaml"):
-        if (path / file).is_file():
-            return load(path / file)
-    if path.suffix in (".yaml", ".yml") or "/" in name:
-        if not path.is_file():
-            raise ConfigError(f"there is no recipe file {printable(name)}", field="recipe")
-        return load(path)
-    return named_recipe(name)
+    file = find_file(name)
+    return named_recipe(name) if file is None else load(file)

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, Set, UserError
 from ..messages import suggest
+from . import FILES
 from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name, check_names
 from .convert import convert, from_dict, from_plain
 from .yaml import read_mapping
 
-STAGES = "stages.yaml"
+STAGES = FILES[0]
 """The staged recipe, in the folder that holds the stages' own."""
 PREFIX = "stage:"
 

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..messages import format_duration
+from ..messages import format_duration, printable_lines
 
 SHOWN = ("top1", "top5", "nll", "knn_top1", "knn_top5")  # of the scores; all are logged
 
@@ -37,7 +37,8 @@ class Display(Progress):
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if self.enabled:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            lines = printable_lines(text)
+            self.console.print(lines, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Show a run that goes on after ``step`` of ``total_steps`` steps."""

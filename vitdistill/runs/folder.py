@@ -18,16 +18,18 @@ import torch
 import torchvision
 
 from .. import __version__
-from ..errors import ConfigError, Fix, Give, UserError
+from ..errors import ConfigError, DataError, Fix, Give, UserError
 from ..recipes.config import Recipe
 from ..recipes.yaml import dump_recipe, load_recipe
 from ..storage.atomic import disk_errors, remove_temporaries, write_atomic
 from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
-from .identity import RECIPE, SUMMARY, changes, note_identity
+from .identity import RECIPE, SUMMARY, WEIGHTS, changes, note_identity, read_record
 
 METRICS, TIMING, ENVIRONMENT = "metrics.jsonl", "timing.jsonl", "environment.json"
 PICTURES = "pictures.png"
+SUMMED_UP = ("scores", "best_top1", "best_epoch", "seconds")
+"""What every summary has."""
 
 
 def check_folder(path: Path, recipe: Recipe, fix: Fix = "") -> bool:
@@ -85,9 +87,14 @@ def saved_recipe(path: Path) -> Recipe | None:
 
 def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Return the summary of this very run if it is finished; raises as `check_folder`."""
-    if not check_folder(path, recipe) or not (path / SUMMARY).is_file():
-        return None
-    return dict(json.loads((path / SUMMARY).read_bytes()))
+    summary = read_record(path / SUMMARY, SUMMED_UP) if check_folder(path, recipe) else None
+    if summary is not None:
+        made = ["last"] if summary["best_top1"] is None else ["last", "best"]
+        gone = [kind for kind in made if not (path / kind / WEIGHTS).is_file()]
+        if gone:
+            what = f"the run {path} is finished, but the weights in {' and '.join(gone)} are gone"
+            raise DataError(what, ("restore them", Give("output")), field="output")
+    return summary
 
 
 class RunFolder:
@@ -127,7 +134,7 @@ class RunFolder:
     def record_environment(self, step: int, processes: int) -> None:
         """Note what the run runs on from ``step`` on."""
         path, now = self.path / ENVIRONMENT, {**environment(), "processes": processes}
-        known = dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        known = {k: v for k, v in (read_record(path) or {}).items() if k.isdecimal()}
         if not known or now != known[max(known, key=int)]:
             kept = {begun: found for begun, found in known.items() if int(begun) < step}
             write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())

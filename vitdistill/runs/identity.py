@@ -5,11 +5,13 @@ tell whether anything changed; a file or a folder that moved has not.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, DataError, Fix, Give, Set
+from ..messages import printable
 from ..recipes.config import Recipe
 from ..recipes.convert import flatten, replace_fields
 from ..recipes.fingerprint import differences, fingerprint
@@ -85,13 +87,21 @@ def has_learnt(folder: Path) -> bool:
 
 def read_identity(folder: Path) -> dict[str, str]:
     """Read what the run in this folder began with; {} if that was not noted."""
-    path = folder / IDENTITY
+    return read_record(folder / IDENTITY) or {}
+
+
+def read_record(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None:
+    """Return what a JSON file of a run's folder says, None where there is none.
+
+    Raises:
+        DataError: it is damaged, or lacks one of ``keys``.
+    """
     if not path.is_file():
-        return {}
+        return None
     with suppress(ValueError):
-        if isinstance(found := json.loads(path.read_bytes()), dict):
+        if isinstance(found := json.loads(path.read_bytes()), dict) and {*keys} <= found.keys():
             return found
-    raise DataError(f"{path} is damaged", fix="delete it to go on without the check")
+    raise DataError(f"{printable(path)} is damaged", "delete it to go on without what it says")
 
 
 def note_identity(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:

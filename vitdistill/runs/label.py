@@ -70,6 +70,9 @@ def label(
         with world.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
             manifests = _manifests(run, options)
             stores = _open_stores(output, manifests, say)
+            for store in stores:  # a part that was cut is named, not counted as written
+                for place in store.sealed_parts():
+                    store.load(*place)
         # From here on processes do not meet: each writes parts of its own. The launcher stops the
         # others when one fails, and passes a signal on to all.
         with StopRequest() as stop:
@@ -178,8 +181,9 @@ def _open_stores(output: Path, manifests: Mapping[str, Manifest], say: Say) -> l
         there = LabelStore.open(folder).status().records if (folder / MANIFEST).is_file() else 0
         left = max(manifest.num_samples * manifest.num_views - there, 0)
         size += left * manifest.layout.record_bytes
+        record = format_bytes(manifest.layout.record_bytes)
         say(
-            f"{name}: {manifest.layout.describe()}, {manifest.layout.record_bytes} bytes a record,"
+            f"{name}: {manifest.layout.describe()}, {record} a record,"
             f" {manifest.num_samples:,} images x {manifest.num_views} views"
         )
     if size:
