@@ -18,6 +18,7 @@ import vitdistill.models.involution  # noqa: F401 - their networks get their nam
 
 from ..errors import ConfigError, DataError, Give, UserError
 from ..messages import printable, suggest
+from ..storage.hub import settle_network
 from .files import first_line, load_state_dict
 from .folder import Saved, read_folder, read_hub
 from .load import load_into
@@ -161,6 +162,8 @@ def _build(
         build = {key: value for key, value in build.items() if key != "img_size"}
     extra: dict[str, Any] = {"pretrained_cfg": cfg} if cfg else {}
     spelled = ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
+    if pretrained:
+        settle_network()
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **extra, **build)
     except UserError:

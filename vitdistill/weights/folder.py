@@ -15,6 +15,7 @@ from timm.models._pretrained import PretrainedCfg
 from ..errors import ConfigError, DataError
 from ..messages import printable
 from ..storage.atomic import read_bytes, sha256_file
+from ..storage.hub import settle_network
 from . import hugging_face
 from .files import first_line
 
@@ -92,6 +93,7 @@ def read_hub(place: str) -> Saved:
 
 def _download(place: str, filename: str) -> Path | None:
     repo, _, revision = place.partition("@")
+    settle_network()
     try:
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
     except (OSError, ValueError, RuntimeError, EntryNotFoundError) as error:

@@ -19,6 +19,7 @@ from PIL import Image
 from ...errors import ConfigError, DataError, MissingSplit, UserError
 from ...keyed import I64
 from ...messages import listed, plural, printable, suggest
+from ...storage.hub import settle_network
 from .base import SPLIT_NAMES, ImageSource, Split, split_options
 from .decode import decode_image, image_size
 
@@ -68,6 +69,7 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
         return None
     if Path(name).expanduser().exists():
         return open_table(location.partition("/")[2], split)
+    settle_network()
     datasets = _extra("datasets")
     try:
         found = datasets.get_dataset_split_names(name)
