@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import is_model
 from timm.optim import get_optimizer_info, list_optimizers
 
-from ..errors import Add, Fix, Set, UserError
+from ..errors import Add, ConfigError, Fix, Set, UserError
 from ..messages import suggest
 from ..methods import method_class
 from ..methods.base import Masking, TeacherObjective, TokenSelector
@@ -183,6 +183,13 @@ def _refuse_idle(recipe: Recipe, values: Values) -> None:
         "optim.min_lr": (optim.sched == "none", "without a schedule the learning rate stays"),
         "optim.warmup_lr": (optim.warmup_epochs == 0, "there is no warm-up"),
     }
+    if (
+        optim.sched != "none"
+        and optim.min_lr > optim.lr
+        and {"optim.lr", "optim.min_lr"} & {*values}
+    ):
+        what = f"optim.min_lr {optim.min_lr:g} is above optim.lr {optim.lr:g}"
+        raise ConfigError(what, Set("optim.min_lr", 0.0), field="optim.min_lr")
     for path, (is_idle, why) in idle.items():
         if is_idle and path in values:
             raise UserError(f"{recipe_flags()[path].name} cannot take effect: {why}")

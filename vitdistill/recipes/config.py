@@ -50,6 +50,7 @@ class Recipe:
         for name, teacher in self.teachers.items():
             _check_missing_labels(f"teachers.{name}", teacher)
         _check_schedule(self.optim, self.train.epochs)
+        _check_args(self)
         repeats = self.data.augment.repeated_aug
         if self.data.views is not None and repeats > 1:
             what = f"views of an image cannot be counted where an epoch shows {repeats} of them"
@@ -88,6 +89,23 @@ def _check_missing_labels(path: str, teacher: TeacherConfig) -> None:
             what = f"{path}.missing is 'online', which needs {path}.{part}"
             fix = (Set(f"{path}.{part}"), Set(f"{path}.missing", "error"))
             raise ConfigError(what, fix, field=f"{path}.{part}")
+
+
+def _check_args(recipe: Recipe) -> None:
+    """Raise `ConfigError` for arguments of timm's with which nothing would be learnt."""
+    rates = {
+        f"{path}.model_args.{name}": value
+        for path, config in recipe.networks.items()
+        for name, value in config.model_args.items()
+        if name.endswith(("drop_rate", "drop_path_rate"))
+    }
+    small = {"optim.opt_args.eps": recipe.optim.opt_args.get("eps"), **rates}
+    for path, value in small.items():
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ConfigError(f"{path} is {value!r}", "give at least 0 and below 1", field=path)
+    if recipe.optim.opt_args.get("maximize"):
+        path = "optim.opt_args.maximize"
+        raise ConfigError(f"{path} would raise the loss", Set(path, False), field=path)
 
 
 def _check_schedule(optim: OptimConfig, epochs: int) -> None:
