@@ -90,14 +90,19 @@ def check_options(settings: Any, path: str) -> None:
     """
     hints = get_type_hints(type(settings))
     for name, about in options_of(type(settings)).items():
-        value, args = getattr(settings, name), get_args(hints[name])
         field = f"{path}.{name}" if path else name
-        if get_origin(hints[name]) is Literal and value not in args:
-            raise ConfigError(f"{field} is {value!r}", suggest(value, args), field=field)
-        wanted = about.bounds_broken_by(value) if about.bounds and value is not None else ""
-        if wanted:
-            or_null = ", or null" if type(None) in args else ""
-            raise ConfigError(f"{field} is {value!r}", f"give {wanted}{or_null}", field=field)
+        check_option(getattr(settings, name), hints[name], about, field)
+
+
+def check_option(value: Any, kind: Any, about: Option, field: str) -> None:
+    """Raise `ConfigError` if the value of one field is out of its bounds or none of its choices."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal and value not in args:
+        raise ConfigError(f"{field} is {value!r}", suggest(value, args), field=field)
+    wanted = about.bounds_broken_by(value) if about.bounds and value is not None else ""
+    if wanted:
+        or_null = ", or null" if type(None) in args else ""
+        raise ConfigError(f"{field} is {value!r}", f"give {wanted}{or_null}", field=field)
 
 
 RAW = re.compile(

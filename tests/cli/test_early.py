@@ -132,6 +132,8 @@ MISTAKES = [
     ["train", "kd", "--set", "optim.lrr=1"],
     ["train", "kd", "--set", "teachers.teacher.modle=x"],
     ["train", "kd", "--set", "data.augment.mixupp=1"],
+    ["train", "kd", "--epochs", "0"],
+    ["train", "kd", "--mixup", "-1"],
     ["train", "kd", "--data-dir", "nowhere"],
     ["train", "kd", "--data-dir", ".", "--model-path", "nowhere.pth"],
     ["label", "kd", "--data-dir", ".", "--teacher-path", "nowhere.pth"],

@@ -6,10 +6,10 @@ from typing import Any
 from ..errors import DataError
 from ..messages import printable
 from ..methods import check_method
-from ..option import options_of, unknown_field
+from ..option import check_option, options_of, unknown_field
 from ..recipes import RECIPES, find_file
 from ..recipes.settings import PARTS, TeacherConfig
-from .arguments import ExplainArguments, RecipeArguments
+from .arguments import ExplainArguments, RecipeArguments, recipe_flags
 
 IMAGES = ("data.dir", "data_dir")
 WEIGHTS = ("student.checkpoint", "teachers.teacher.checkpoint", "model_path", "teacher_path")
@@ -26,6 +26,9 @@ def refuse_early(args: Any) -> None:
     if not isinstance(args, RecipeArguments):
         return
     find_file(args.recipe)
+    flags = recipe_flags()
+    for path, value in args.settings.items():
+        check_option(value, flags[path].kind, flags[path].option, path)
     for word in args.with_:
         check_method(word.rpartition(".")[2].partition(":")[0])
     if args.recipe not in RECIPES:
