@@ -1,10 +1,13 @@
 """`run_vit` against timm's own forward, on every form of the plain ViT."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from timm.models.eva import Eva
 from torch import nn
 
 from vitdistill.errors import ConfigError
@@ -49,6 +52,25 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "vit_tiny_patch16_224",
         {"dynamic_img_size": True, "dynamic_img_pad": True},
     ),
+    "rotary (DINOv3)": ("vit_small_patch16_dinov3", {}),
+    "rotary, separate projections (DINOv3)": ("vit_small_plus_patch16_dinov3", {"img_size": 48}),
+    "rotary, swiglu (EVA-02)": ("eva02_tiny_patch14_224", {"img_size": 56}),
+    "rotary, norms within (EVA-02)": ("eva02_base_patch16_clip_224", {}),
+    "rotary, attention pooling (PE)": ("vit_pe_core_tiny_patch16_384", {"num_heads": 3}),
+    "rotary, no class token": (
+        "vit_pe_spatial_tiny_patch16_512",
+        {"class_token": False, "global_pool": "avg"},
+    ),
+    "rotary, mixed": ("vit_small_patch16_rope_mixed_224", {}),
+    "rotary, axial with positions": ("vit_small_patch16_rope_ape_224", {}),
+    "rotary, registers": ("vit_medium_patch16_rope_reg1_gap_256", {}),
+    "rotary, grouped queries (Sapiens2)": (
+        "vit_base_patch16_sapiens2",
+        {"num_heads": 4, "num_kv_heads": (None, 2, 2), "img_size": 64, "embed_dim": 64},
+    ),
+    "rotary, norm after": ("eva02_enormous_patch14_clip_224", {"img_size": 56}),
+    "EVA without rotation": ("eva_giant_patch14_224", {"img_size": 56}),
+    "rotary, oblong and dynamic": ("vit_small_patch16_dinov3", {"img_size": (48, 96)}),
 }
 
 
@@ -76,7 +98,10 @@ def test_equals_timm(form: str) -> None:
     whole = model(images)
     output = run_vit(model, images, Needs(logits=True, hidden=frozenset({0, 1, -1})))
     assert torch.equal(output.logits, whole)
-    final, hidden = model.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")
+    has_prefix = model.num_prefix_tokens > 0  # timm's `Eva` fails where it is to return none
+    final, hidden = model.forward_intermediates(
+        images, return_prefix_tokens=has_prefix, output_fmt="NLC"
+    )
     assert torch.equal(model.norm(output.hidden[2]), final)
     for i, entry in enumerate(hidden):  # patches alone where there are no prefix tokens
         parts = reversed(entry) if isinstance(entry, tuple) else [entry]
@@ -161,13 +186,6 @@ def test_whether_the_prediction_reads_the_class_token(form: str) -> None:
 
 
 WHOLE: dict[str, dict[str, Any]] = {
-    "eva02_tiny_patch14_224": {
-        "img_size": 28,
-        "embed_dim": 24,
-        "depth": 3,
-        "num_heads": 2,
-        "global_pool": "token",
-    },
     "beit_base_patch16_224": {
         "img_size": 32,
         "embed_dim": 24,
@@ -211,7 +229,7 @@ def test_features_of_other_networks_come_after_their_final_norm(name: str) -> No
     if name == "mobilenetv2_035":  # a further convolution, to another width than the stages say
         expected = raw
     assert torch.allclose(features.features, expected[:, -raw.shape[1] :], atol=1e-5)
-    normed = name.startswith(("eva", "beit", "swin"))
+    normed = name.startswith(("beit", "swin"))
     assert torch.allclose(features.features, raw, atol=1e-3) != normed
     for needs in (
         Needs(logits=True, features=True),
@@ -287,27 +305,72 @@ def test_traces_as_one_graph() -> None:
 # --- queries, keys and values --------------------------------------------------------------------
 
 
+def run_timm(
+    model: Any, images: torch.Tensor, keep: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, ...]]]:
+    """The tokens after each of timm's own blocks on the kept patches, and the q, k and v that its
+    attention gets.
+    """
+    prefix, embedded = model.num_prefix_tokens, model.patch_embed(images)
+
+    def choose(tokens: torch.Tensor) -> torch.Tensor:
+        if keep is None:
+            return tokens
+        batch = torch.arange(len(images))[:, None]
+        return torch.cat([tokens[:, :prefix], tokens[batch, prefix + keep]], dim=1)
+
+    arguments: list[dict[str, Any]] = [{}] * len(model.blocks)
+    if isinstance(model, Eva):
+        # timm gathers the rotary table of the patches that its random dropping leaves.
+        model.patch_drop = None if keep is None else lambda tokens: (choose(tokens), keep)
+        tokens, rope = model._pos_embed(embedded)
+        model.patch_drop = None
+        arguments = [{"rope": rope[i] if model.rope_mixed else rope} for i in range(3)]
+    else:
+        tokens = choose(model._pos_embed(embedded))
+    tokens, hidden, seen = model.norm_pre(tokens), [], []
+    attend = F.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((q, k, v))
+        return attend(q, k, v, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", spy):
+        for block, given in zip(model.blocks, arguments, strict=True):
+            tokens = block(tokens, **given)
+            hidden.append(tokens)
+    return hidden, seen
+
+
+@pytest.mark.parametrize("seen", ["all", "half", "all in another order"])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_queries_keys_and_values_are_the_blocks_own(form: str) -> None:
-    """Those the block projects, after its norms; and what the block's attention makes of them, with
-    the scale it applies itself.
-    """
+def test_kept_patches_go_through_the_blocks_as_through_timms_own(form: str, seen: str) -> None:
     model, images = build(form)
-    output = run_vit(model, images, Needs(qkv=frozenset({0, -1})))
-    assert set(output.qkv) == {0, 2}
-    for i, (q, k, v) in output.qkv.items():
-        attn, seen = model.blocks[i].attn, {}
-        for name, module in attn.named_modules():  # the attention itself is called ""
-            module.register_forward_hook(
-                lambda _, __, result, name=name, seen=seen: seen.update({name: result})
-            )
-        model(images)
-        assert torch.equal(q, seen["q_norm"]) and torch.equal(k, seen["k_norm"])
-        by_head = seen["qkv"].unflatten(2, (3, attn.num_heads, -1))
-        assert torch.equal(v, by_head[:, :, 2].transpose(1, 2))
-        out = ((q @ k.transpose(-2, -1) * attn.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
-        assert torch.allclose(attn.proj(out), seen[""], atol=1e-5)
+    grid = family_of(model).grid(images)
+    num_patches = grid[0] * grid[1]
+    count = max(num_patches // 2, 1) if seen == "half" else num_patches
+    keep = torch.stack([torch.randperm(num_patches)[:count] for _ in images])
+    given = None if seen == "all" else keep
+    hidden, qkv = run_timm(model, images, given)
+    needs = Needs(logits=True, qkv=frozenset({0, 2}), hidden=frozenset({0, 1, 2}), features=True)
+    output = run_vit(model, images, needs, given)
+    prefix = output.num_prefix_tokens
+    for i, expected in enumerate(hidden):
+        assert torch.allclose(output.hidden[i], expected, atol=1e-4)
+        patches = output.patches(i)
+        assert torch.equal(patches.vectors, output.hidden[i][:, prefix:])
+        assert patches.keep is given and patches.grid == grid
+    for i in (0, 2):
+        for part, expected in zip(output.qkv[i], qkv[i], strict=True):
+            assert torch.allclose(part, expected, atol=1e-4)
+    normed = model.norm(hidden[2])
+    assert torch.allclose(output.features, normed, atol=1e-4)
+    assert output.feature_patches.keep is given
+    logits = model.forward_head(normed)
+    short = run_vit(model, images, Needs(logits=True), given).logits
+    for answer in (output.logits, short):
+        assert torch.allclose(answer, logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["class token", "registers", "attention pooling"])
@@ -325,36 +388,6 @@ def test_queries_alone_stop_before_the_blocks_mlp(form: str) -> None:
     projection_and_mlp = 2 * tokens * 9 * model.embed_dim**2
     attention = 4 * tokens**2 * model.embed_dim
     assert costs == sorted(set(costs)) and costs[1] - costs[0] == projection_and_mlp + attention
-
-
-@pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
-def test_kept_patches_are_a_run_on_those_tokens_alone(form: str) -> None:
-    model, images = build(form)
-    family = family_of(model)
-    (rows, columns), prefix = family.grid(images), family.network.num_prefix_tokens
-    keep = torch.stack([torch.randperm(rows * columns)[: rows * columns // 2] for _ in images])
-    needs = Needs(logits=True, qkv=frozenset({2}), hidden=frozenset({1}), features=True)
-    output = run_vit(model, images, needs, keep)
-    embedded = model._pos_embed(model.patch_embed(images))
-    places = torch.cat([torch.arange(prefix).expand(len(images), -1), prefix + keep], dim=1)
-    batch = torch.arange(len(images))[:, None]
-    tokens = model.blocks[1](model.blocks[0](model.norm_pre(embedded[batch, places])))
-    assert torch.allclose(output.patches(-2).vectors, tokens[:, prefix:], atol=1e-4)
-    attn = model.blocks[2].attn
-    q, k, v = (
-        attn.qkv(model.blocks[2].norm1(tokens))
-        .unflatten(2, (3, attn.num_heads, -1))
-        .permute(2, 0, 3, 1, 4)
-    )
-    for ours, expected in zip(output.qkv[2], (attn.q_norm(q), attn.k_norm(k), v), strict=True):
-        assert torch.allclose(ours, expected, atol=1e-4)
-    final = model.norm(model.blocks[2](tokens))
-    assert torch.allclose(output.features, final, atol=1e-4)
-    for logits in (output.logits, run_vit(model, images, Needs(logits=True), keep).logits):
-        assert torch.allclose(logits, model.forward_head(final), atol=1e-4)
-    assert output.feature_patches.keep is output.patches(1).keep is keep
-    assert output.patches(1).grid == output.grid == (rows, columns)
 
 
 def recorded(output: ViTOutput) -> dict[object, torch.Tensor]:

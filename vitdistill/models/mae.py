@@ -170,13 +170,14 @@ class _Decoder:
         for block in blocks[:1]:
             projected = F.embedding(hidden, block.attn.qkv(block.norm1(blank)))
             of_hidden = split_heads(block.attn, projected, 3)
-            of_seen = project_qkv(block.attn, block.norm1(seen), 0 if len(blocks) == 1 else None)
+            rows = 0 if len(blocks) == 1 else None
+            of_seen = project_qkv(block.attn, block.norm1(seen), rows, block.attn.qkv.bias)
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_hidden, of_seen, strict=True))
             tokens = _rest_of_block(block, tokens, q, k, v)
         for block in blocks[1:-1]:
             tokens = block(tokens)
         for block in blocks[1:][-1:]:
-            q, k, v = project_qkv(block.attn, block.norm1(tokens), num_hidden)
+            q, k, v = project_qkv(block.attn, block.norm1(tokens), num_hidden, block.attn.qkv.bias)
             tokens = _rest_of_block(block, tokens, q, k, v)
         return self.decoder_pred(self.decoder_norm(tokens[:, :num_hidden])), hidden
 

@@ -5,15 +5,22 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from .eva import RotaryViT
 from .network import Network
 from .plain import PlainViT
 from .whole import Whole
+
+FAMILIES = (PlainViT, RotaryViT)
+"""Networks that are walked; the first family that accepts a model takes it."""
 
 
 def family_of(model: nn.Module) -> PlainViT | Whole:
     """Return ``model`` as seen by its family; one outside all families is run whole."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    return PlainViT(model) if PlainViT.accepts(model) else Whole(model)
+    for family in FAMILIES:
+        if family.accepts(model):
+            return family(model)  # type: ignore[arg-type]
+    return Whole(model)
 
 
 def describe_network(

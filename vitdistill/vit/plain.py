@@ -1,6 +1,6 @@
 """The plain ViT in timm's forms: any prefix tokens, pooling, norms and sizes."""
 
-from typing import Any, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,12 @@ class PlainViT:
         num_head_tokens: the head reads only the first so many tokens; None: it may read all.
     """
 
+    blocks: ClassVar[tuple[type, ...]] = (Block,)
+    attentions: ClassVar[tuple[type, ...]] = (Attention,)
+
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model
-        self.network = _describe(model)
+        self.network = _describe(model, self.blocks, self.attentions)
         self.num_head_tokens: int | None = None
         if len(self.network.heads) > 1:
             self.num_head_tokens = len(self.network.heads)
@@ -37,7 +40,7 @@ class PlainViT:
             self.num_head_tokens = 1
 
     @classmethod
-    def accepts(cls, model: nn.Module) -> TypeGuard[VisionTransformer]:
+    def accepts(cls, model: nn.Module) -> bool:
         """Whether the forward pass is timm's own; a subclass that overrides it is run whole."""
         return (
             isinstance(model, VisionTransformer)
@@ -55,8 +58,8 @@ class PlainViT:
         """Return the tokens before block 0, ``(B, P+K, D)``."""
         model, prefix = self.model, self.network.num_prefix_tokens
         if keep is None:
-            return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        if model.training and not isinstance(model.patch_drop, nn.Identity):
+            return model.norm_pre(self._drop_patches(self._place(model.patch_embed(images))))
+        if model.training and not isinstance(model.patch_drop, nn.Identity | None):
             field = "student.model_args.patch_drop_rate"
             raise ConfigError("patches are both chosen and dropped", Set(field, 0), field=field)
         # Kept patches are embedded alone where that gives the same numbers. Dropout of positions
@@ -68,7 +71,7 @@ class PlainViT:
             patches = patches + positions[0, prefix:][keep]
             before = positions[:, :prefix].expand(len(images), -1, -1).to(patches.dtype)
         else:
-            whole = model._pos_embed(model.patch_embed(images))
+            whole = self._place(model.patch_embed(images))
             batch = torch.arange(len(images), device=images.device)[:, None]
             before, patches = whole[:, :prefix], whole[batch, prefix + keep]
         return model.norm_pre(torch.cat([before, patches], dim=1))
@@ -79,7 +82,14 @@ class PlainViT:
         rows, columns = self.grid(images)
         shape = (1, rows, columns, dim) if model.dynamic_img_size else (1, rows * columns, dim)
         dtype = model.patch_embed.proj.weight.dtype
-        return model._pos_embed(torch.zeros(shape, device=images.device, dtype=dtype))
+        return self._place(torch.zeros(shape, device=images.device, dtype=dtype))
+
+    def _place(self, patches: Tensor) -> Float[Tensor, "B L D"]:
+        """Put the prefix tokens before the patches, and add positions."""
+        return self.model._pos_embed(patches)
+
+    def _drop_patches(self, tokens: Tensor) -> Tensor:
+        return self.model.patch_drop(tokens)
 
     def run_block(
         self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False
@@ -97,19 +107,25 @@ class PlainViT:
             ran = self.run_block(i, tokens, None, qkv=qkv)  # the pool reads the finished block
             return BlockRun(ran.tokens, self._pool_attention(ran.tokens), ran.qkv)
         if source is not None and (attention or qkv or rows is not None):
-            return self._walk_block(block, tokens, rows, attention, qkv)
+            return self._walk_block(i, tokens, rows, attention, qkv)
+        extra = self._extra(i)
         if self.model.grad_checkpointing and self.model.training and torch.is_grad_enabled():
-            return BlockRun(checkpoint(block, tokens, use_reentrant=False))
-        return BlockRun(block(tokens))
+            return BlockRun(checkpoint(block, tokens, use_reentrant=False, **extra))
+        return BlockRun(block(tokens, **extra))
+
+    def _extra(self, i: int) -> dict[str, Any]:
+        """Return what block ``i`` is given besides its tokens."""
+        return {}
 
     def _walk_block(
-        self, block: Any, tokens: Tensor, rows: int | None, attention: bool, qkv: bool
+        self, i: int, tokens: Tensor, rows: int | None, attention: bool, qkv: bool
     ) -> BlockRun:
-        """Compute timm's `Block.forward` by hand, and record from its q, k and v."""
+        """Compute the block's own forward by hand, and record from its q, k and v."""
+        block: Any = self.model.blocks[i]
         attn: Attention = block.attn
-        x = block.norm1(tokens)
+        x = self._enter(block, tokens)
         mean_row = attention and self.network.attention_source != "class"
-        q, k, v = project_qkv(attn, x, None if rows is None or mean_row or qkv else max(rows, 1))
+        q, k, v = self._project(i, x, None if rows is None or mean_row or qkv else max(rows, 1))
         recorded = QKV(q, k, v) if qkv else None
         # A whole block keeps the fused kernel, so that it equals the model's own bit for bit, and
         # computes the class token's row a second time. A shortened block is cheaper explicitly,
@@ -135,15 +151,27 @@ class PlainViT:
         if gate is not None:
             out = out * gate(x[:, : out.shape[1]]).sigmoid()
         out = attn.proj_drop(attn.proj(out))
-        tokens = tokens[:, : out.shape[1]] + block.drop_path1(block.ls1(out))
-        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-        return BlockRun(tokens, row, recorded)
+        return BlockRun(self._leave(block, tokens[:, : out.shape[1]], out), row, recorded)
+
+    def _enter(self, block: Any, tokens: Tensor) -> Tensor:
+        """Return what the block's attention reads."""
+        return block.norm1(tokens)
+
+    def _project(self, i: int, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q of the first ``rows`` tokens (None: all), k and v, as attention uses them."""
+        attn: Any = self.model.blocks[i].attn
+        return project_qkv(attn, x, rows, attn.qkv.bias)
+
+    def _leave(self, block: Any, tokens: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention's output to the tokens, and run the MLP on them."""
+        tokens = tokens + block.drop_path1(block.ls1(attended))
+        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
     def _pool_attention(self, tokens: Tensor) -> Float[Tensor, "B H L"]:
         """Return the attention of the pool's first latent; 0 on prefix tokens it does not read."""
         model, pool = self.model, self.model.attn_pool
         heads, size = (pool.num_heads, pool.head_dim), pool.num_heads * pool.head_dim
-        skipped = 0 if model.pool_include_prefix else model.num_prefix_tokens
+        skipped = 0 if _pool_reads_prefix(model) else model.num_prefix_tokens
         x = model.norm(tokens)[:, skipped:]
         if pool.pos_embed is not None:
             x = x + pool.pos_embed.unsqueeze(0).to(x.dtype)
@@ -172,7 +200,14 @@ class PlainViT:
         return model.forward_head(features), None
 
 
-def _describe(model: VisionTransformer) -> Network:
+def _pool_reads_prefix(model: Any) -> bool:
+    # Eva has no setting for it: its attention pool reads every token, its other pools patches.
+    return bool(getattr(model, "pool_include_prefix", model.attn_pool is not None))
+
+
+def _describe(
+    model: VisionTransformer, blocks: tuple[type, ...], attentions: tuple[type, ...]
+) -> Network:
     depth, prefix = len(model.blocks), int(model.num_prefix_tokens)
     has_class_token = model.cls_token is not None and prefix > 0
     pools = model.attn_pool is not None or model.global_pool not in ("token", "")
@@ -184,8 +219,7 @@ def _describe(model: VisionTransformer) -> Network:
         heads, answering = model.head.names, model.head.answering
     source: AttentionSource | None = None
     num_heads = 0
-    # We repeat the arithmetic of these classes exactly; a subclass may compute something else.
-    if all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
+    if all(type(b) in blocks and type(b.attn) in attentions for b in model.blocks):
         num_heads = int(model.blocks[0].attn.num_heads)  # type: ignore[arg-type, union-attr]
         pool: AttentionSource = "pool" if type(model.attn_pool) is AttentionPoolLatent else "mean"
         source = "class" if has_class_token else pool
@@ -204,7 +238,7 @@ def _describe(model: VisionTransformer) -> Network:
         dims=(model.embed_dim,) * depth,
         num_heads=num_heads,
         final_norm=not isinstance(model.norm, nn.Identity),
-        reads_class_token=has_class_token and (not pools or bool(model.pool_include_prefix)),
+        reads_class_token=has_class_token and (not pools or _pool_reads_prefix(model)),
     )
 
 
@@ -242,12 +276,18 @@ def split_heads(attn: Attention, projected: Tensor, parts: int) -> tuple[Tensor,
     return projected.unflatten(2, shape).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def project_qkv(attn: Attention, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q of the first ``rows`` tokens (None: all), k and v, each ``(B, H, tokens, d)``."""
+def project_qkv(
+    attn: Any, x: Tensor, rows: int | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q of the first ``rows`` tokens (None: all), k and v, each ``(B, H, tokens, d)``.
+
+    They come from one joint projection with ``bias``, and are normed where the attention norms.
+    """
+    weight = attn.qkv.weight
     if rows is None:
-        q, k, v = split_heads(attn, attn.qkv(x), 3)
+        q, k, v = split_heads(attn, F.linear(x, weight, bias), 3)
     else:
-        size, weight, bias = attn.num_heads * attn.head_dim, attn.qkv.weight, attn.qkv.bias
+        size = attn.num_heads * attn.head_dim
         of_q, of_kv = (None, None) if bias is None else (bias[:size], bias[size:])
         (q,) = split_heads(attn, F.linear(x[:, :rows], weight[:size], of_q), 1)
         k, v = split_heads(attn, F.linear(x, weight[size:], of_kv), 2)
