@@ -12,7 +12,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 import pytest
 import small_vits
 import torch
-from small_vits import DISTILLED, network, teacher_of
+from small_vits import DISTILLED, ROTARY, network, teacher_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,12 +58,13 @@ def vit(
 class Case:
     """A student, a teacher, a batch, and the method between them.
 
-    ``unlike``: a student with two prefix tokens on 2 x 2 patches, and a teacher with three on 4 x
-    4, of other width, depth and heads.
+    ``shapes``: two plain ViTs ``alike``; ``unlike``: a student with two prefix tokens on 2 x 2
+    patches, and a teacher with three on 4 x 4, of other width, depth and heads; two ``rotary`` ones
+    with registers.
     """
 
     def __init__(
-        self, name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False
+        self, name: str, mixed: bool = False, seen: str = "whole", shapes: str = "alike"
     ) -> None:
         self.method: Any = method_class(name)()
         is_objective = isinstance(self.method, Objective)
@@ -75,14 +76,17 @@ class Case:
         self.student, self.model = vit(0, 24, 4), vit(1, 36, 5)
         if is_objective and not self.method.teacher_needs(network(self.model)).logits:
             self.model = vit(1, 36, 5, num_classes=0)
-        if unlike:  # under a mask both have to have the same patches
+        if shapes == "unlike":  # under a mask both have to have the same patches
             grid = {} if masking else {"patch_size": 8}
             self.student = vit(0, 24, 4, DISTILLED, **grid)
             classes = self.model.num_classes
             self.model = vit(1, 36, 5, reg_tokens=2, num_heads=3, num_classes=classes)
+        if shapes == "rotary":
+            self.student = vit(0, 24, 4, ROTARY)
+            self.model = vit(1, 36, 5, ROTARY, num_heads=3, num_classes=self.model.num_classes)
         self.teacher = teacher_of(self.model)
         objectives = {"it": self.method} if is_objective else {"kd": SoftKD()}
-        if unlike:
+        if shapes == "unlike":
             objectives |= {"both": CrossEntropy(head="all")}
         taught = any(isinstance(o, TeacherObjective) for o in objectives.values())
         self.teachers = {"teacher": self.teacher} if taught else {}
@@ -143,7 +147,7 @@ class Case:
 
 
 def case_if_possible(
-    name: str, mixed: bool = False, seen: str = "whole", unlike: bool = False
+    name: str, mixed: bool = False, seen: str = "whole", shapes: str = "alike"
 ) -> Case:
     """The case; with everything in sight where the objective says that it needs every patch, and
     the plan then refuses a masking.
@@ -151,9 +155,9 @@ def case_if_possible(
     method = method_class(name)()
     if seen == "masked" and isinstance(method, Objective) and method.needs_every_patch:
         with pytest.raises(ConfigError, match="reads every patch of the student"):
-            Case(name, mixed, seen, unlike)
+            Case(name, mixed, seen, shapes)
         seen = "whole"
-    return Case(name, mixed, seen, unlike)
+    return Case(name, mixed, seen, shapes)
 
 
 def everything(depth: int) -> Needs:
@@ -224,8 +228,10 @@ PAIRS = [
     (torch.bfloat16, "labels", "kept", "alike"),
     (torch.bfloat16, "mixed", "masked", "alike"),
     (torch.float32, "labels", "masked", "unlike"),
+    (torch.float32, "mixed", "kept", "rotary"),
+    (torch.bfloat16, "labels", "masked", "rotary"),
 ]
-"""Every two of these settings together once."""
+"""Every two of these settings together once, and rotary networks that see a part."""
 
 
 @pytest.mark.parametrize(("dtype", "labels", "seen", "shapes"), PAIRS)
@@ -233,7 +239,7 @@ PAIRS = [
 def test_a_loss_is_a_finite_float32_scalar(
     name: str, dtype: torch.dtype, labels: str, seen: str, shapes: str
 ) -> None:
-    case = case_if_possible(name, labels == "mixed", seen, shapes == "unlike")
+    case = case_if_possible(name, labels == "mixed", seen, shapes)
     with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         losses = case.module(case.batch, case.teachers)
     for value in losses.values():
@@ -242,10 +248,14 @@ def test_a_loss_is_a_finite_float32_scalar(
     assert all(p.grad is None or p.grad.isfinite().all() for p in case.module.parameters())
 
 
-@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize(
+    ("seen", "shapes"), [*((seen, "alike") for seen in SEEN), ("kept", "rotary")]
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(name: str, seen: str) -> None:
-    case = case_if_possible(name, seen=seen)
+def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(
+    name: str, seen: str, shapes: str
+) -> None:
+    case = case_if_possible(name, seen=seen, shapes=shapes)
     output = case.student_output()
     recorded: list[Tensor] = []
     changed(output, lambda kind, _, t: recorded.append(t) or t)
@@ -310,10 +320,11 @@ def test_a_loss_is_a_mean_over_the_batch(name: str) -> None:
     assert ("micro-batch" in case.plan.notes.get("it", "")) == case.method.couples_images
 
 
+@pytest.mark.parametrize("shapes", ["alike", "rotary"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_teacher_may_see_its_patches_in_any_order(name: str) -> None:
+def test_a_teacher_may_see_its_patches_in_any_order(name: str, shapes: str) -> None:
     """And all of them are the whole image."""
-    case = Case(name)
+    case = Case(name, shapes=shapes)
     if not case.teachers or case.plan.masking is not None:
         return
     needs, student = case.plan.live["teacher"], case.student_output()
@@ -329,7 +340,7 @@ def test_a_teacher_may_see_its_patches_in_any_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_loss_is_traced_without_a_graph_break(name: str) -> None:
-    case = Case(name, mixed=True, unlike=True)
+    case = Case(name, mixed=True, shapes="unlike")
     keep = torch.stack([torch.randperm(16)[:7] for _ in range(NUM_IMAGES)])
     with torch.no_grad():
         student, teacher = case.student_output(), case.teacher_output()

@@ -17,6 +17,7 @@ from vitdistill.vit.walk import run_vit
 
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"
+ROTARY = "vit_small_patch16_dinov3"
 NO_CLASS = {"class_token": False, "global_pool": "avg"}
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
