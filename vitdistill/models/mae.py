@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers import RmsNorm
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -275,16 +276,14 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
         return self.decode(encoder.norm(tokens), keep, encoder.network.num_prefix_tokens), mask
 
 
-def init_mae(model: VisionTransformer) -> None:
-    """Initialise a plain ViT as MAE does, in place; positions become the fixed sine-cosine table.
+def init_mae(model: VisionTransformer | Eva) -> None:
+    """Initialise a ViT as MAE does, in place; positions become the fixed sine-cosine table.
 
-    Raises `ConfigError` for a network without a table of absolute positions.
+    Raises `ConfigError` for a network that does not know where a patch is.
 
     Source: ``initialize_weights`` of facebookresearch/mae@efb2a80.
     """
     hold_positions(model)
-    positions = model.pos_embed
-    assert positions is not None
     model.apply(_init_module)
     # The patch projection is seen as a matrix; its bias keeps PyTorch's own initialisation.
     projection = model.patch_embed.proj
@@ -297,6 +296,9 @@ def init_mae(model: VisionTransformer) -> None:
         token = getattr(model, name, None)
         if token is not None:
             nn.init.normal_(token, std=0.02)
+    positions = model.pos_embed
+    if positions is None:  # rotary positions alone, which nothing learns
+        return
     table = sincos_positions(positions.shape[2], model.patch_embed.grid_size)
     num_prefix_tokens = positions.shape[1] - table.shape[1] + 1  # 0: they have no position
     with torch.no_grad():
@@ -304,12 +306,16 @@ def init_mae(model: VisionTransformer) -> None:
         positions[:, num_prefix_tokens:] = table[:, 1:]
 
 
-def hold_positions(model: VisionTransformer) -> None:
-    """Leave the table of positions out of training, as MAE does; `ConfigError` if there is none."""
-    if model.pos_embed is None:
-        what = f"masked autoencoding needs a table of positions, which {type(model).__name__} lacks"
-        raise ConfigError(what, "take a plain ViT with one", field="student.model")
-    model.pos_embed.requires_grad_(False)
+def hold_positions(model: VisionTransformer | Eva) -> None:
+    """Leave the table of positions out of training, as MAE does.
+
+    Raises `ConfigError` for a network that has neither a table nor rotary positions.
+    """
+    if model.pos_embed is not None:
+        model.pos_embed.requires_grad_(False)
+    elif getattr(model, "rope", None) is None:
+        what = f"masked autoencoding needs positions of patches, which {type(model).__name__} lacks"
+        raise ConfigError(what, "take a plain ViT with a table of them", field="student.model")
 
 
 def _init_module(module: nn.Module) -> None:

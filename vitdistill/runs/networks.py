@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.models import is_model
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -53,7 +54,7 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
     built = _build(config, "student", num_classes, with_weights, drop_path=drop_path)
     if config.init == "model":
         return built
-    if not isinstance(built.model, VisionTransformer):
+    if not isinstance(built.model, VisionTransformer | Eva):
         raise ConfigError(
             f"init mae is for plain ViTs, and {config.model} is none",
             (Set("student.init", "model"), Set("student.model")),
