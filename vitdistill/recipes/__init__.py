@@ -32,7 +32,7 @@ class Family:
 
 
 FAMILIES = (
-    Family("own_folder", "your own folder of photos, pretrained networks", "finetune distill"),
+    Family("plain", "your own folder of photos, pretrained networks", "finetune distill"),
     Family(
         "plain", "any data, student and teacher", "maskedkd kd alone hard_kd nkd vitkd vitkd_nkd"
     ),
