@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -95,3 +97,31 @@ def test_an_error_is_said_once_by_who_met_it(word, codes, first, second):
     answers = ranks(2, work)
     assert [code for code, _ in answers] == codes
     assert all(re.fullmatch(a, b) for a, (_, b) in zip((first, second), answers, strict=True))
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+@pytest.mark.parametrize("when", ["before they meet", "while they meet"])
+def test_whoever_lives_speaks(dies, when):
+    """Also where it is the process that speaks for all."""
+
+    def meet(rank):
+        with join_world("cpu") as here:
+            for step in range(3):
+                if rank == dies and step == (when == "while they meet"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                here.gather(step)
+
+    def work(rank):
+        cli._run = lambda name, words, prog: meet(rank)  # of this process, a fork
+        text = io.StringIO()
+        with contextlib.redirect_stderr(text):
+            return cli.main(["fail"]), text.getvalue()
+
+    for rank, answer in enumerate(ranks(3, work)):
+        if rank == dies:
+            assert answer is None
+        else:
+            code, text = answer
+            who = f"vitdistill (process {rank})" if rank else "vitdistill"
+            assert code == 70 and text.count("\n") == 1
+            assert text.startswith(f"{who}: another process of this run died")

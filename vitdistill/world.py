@@ -30,6 +30,9 @@ _PEER_LOST = (
     "Timed out waiting",
     "Socket Timeout",
     "NCCL",
+    # Of the store where processes find each other, which rank 0 keeps.
+    "Connection was likely closed",
+    "client socket",
 )
 
 
@@ -37,7 +40,6 @@ class ProcessLost(UserError):
     """Another process of the run died, or does not answer."""
 
     exit_code = 70
-    agreed = True  # every process that is left raises it
 
 
 def agreed(error: Error) -> Error:
@@ -174,8 +176,8 @@ def join_world(device: str = "auto") -> Iterator[World]:
         return
     # gloo beside NCCL: flags and errors travel between the hosts without waiting for the GPUs.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
         yield World(dist.get_rank(), size, chosen)
     except RuntimeError as error:
         if not any(words in str(error) for words in _PEER_LOST):
@@ -186,4 +188,5 @@ def join_world(device: str = "auto") -> Iterator[World]:
             "see its own message; the same command goes on from what was saved",
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Batches: equal for any workers, processes, micro-batches and starting step."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -177,6 +178,15 @@ def test_evaluation_sees_every_sample_once(make_folder, workers: int) -> None:
             found |= dict(zip(first.ids.tolist(), first.images, strict=True))
     assert sorted(found) == list(range(11))
     assert all(torch.equal(image, seen(source, i)) for i, image in found.items())
+
+
+def test_kept_images_hold_no_shared_memory_and_no_files(make_folder) -> None:
+    """Each tensor of a worker does: as many as batches, until a limit is reached."""
+    source = open_source(str(make_folder(val=40)), "val")
+    loader = EvalLoader(source, SPEC, batch_size=1, workers=1)
+    opened = len(os.listdir("/proc/self/fd"))
+    assert len(list(loader)) == 40 and not any(kept.is_shared() for kept in loader._kept)
+    assert len(os.listdir("/proc/self/fd")) < opened + 20
 
 
 def test_a_limit_is_a_fixed_sample_over_all_classes(make_folder) -> None:

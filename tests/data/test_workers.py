@@ -2,11 +2,14 @@
 
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from vitdistill.data.workers import map_in_workers
 from vitdistill.errors import ConfigError, DataError, Set
@@ -47,6 +50,36 @@ def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
             for _ in range(100):
                 next(results)
     assert caught.value.field == "data.workers"
+
+
+def image(number: int) -> torch.Tensor:
+    return torch.full((200_000,), number)
+
+
+LIMITS = [
+    # Shared memory is a file: one that may not be as large stands for one that does not fit.
+    *((resource.RLIMIT_FSIZE, 100_000, workers) for workers in (1, 3)),
+    *((resource.RLIMIT_NOFILE, room, workers) for room in (0, 5, 14, 30) for workers in (1, 3)),
+]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("limit", "room", "workers"), LIMITS)
+def test_what_cannot_be_sent_or_received_is_an_error_and_not_a_hang(
+    limit: int, room: int, workers: int, fork: Any, join: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        used = len(os.listdir("/proc/self/fd")) if limit == resource.RLIMIT_NOFILE else 0
+        resource.setrlimit(limit, (used + room, resource.getrlimit(limit)[1]))
+        with (
+            pytest.raises(DataError) as caught,
+            map_in_workers(image, range(60), workers) as results,
+        ):
+            list(results)  # each holds a file open
+        assert caught.value.field == "data.workers"
+
+    assert join(fork(work)) == 0
+    assert capfd.readouterr().err == ""
 
 
 SCRIPT = """

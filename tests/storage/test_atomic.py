@@ -275,6 +275,8 @@ def test_a_replaced_folder_comes_back_when_publishing_fails(tmp_path, monkeypatc
 def writes_files(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     last = name.split(".")[-1]
+    if any(ast.unparse(argument) == "os.devnull" for argument in call.args):
+        return False
     if name in ("torch.save", "os.rename", "os.replace", "os.open"):
         return True
     if last != "open" or name in ("Image.open", "archive.open"):

@@ -3,6 +3,13 @@
 Words are read before a command is imported: help and mistyped flags do not wait for torch or timm.
 """
 
+import signal
+
+try:  # Ctrl-C while the rest is imported ends the program without a traceback.
+    _INTERRUPT = signal.signal(signal.SIGINT, signal.SIG_DFL)
+except ValueError:  # imported by another thread
+    _INTERRUPT = None
+
 import inspect
 import os
 import sys
@@ -16,9 +23,13 @@ from ..messages import printable, suggest
 from ..option import check_options
 from ..recipes import FAMILIES
 from . import arguments as given
+from .console import lasting_console
 from .early import refuse_early
 from .flags import format_help, parse_words, wrap
 from .render import render
+
+if _INTERRUPT is not None:
+    signal.signal(signal.SIGINT, _INTERRUPT)
 
 COMMANDS: dict[str, tuple[str, type]] = {
     "demo": ("demo:run", given.DemoArguments),
@@ -59,6 +70,7 @@ def usage() -> str:
     return USAGE.format(commands="\n".join(lines))
 
 
+@lasting_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or that of the error, whose sentence goes to
     stderr.
@@ -89,8 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     except OSError as error:  # what nobody foresaw of files, such as a name that is too long
         print(f"{prog}: {printable(str(error))}", file=sys.stderr)
         return (PermissionDenied if isinstance(error, PermissionError) else DiskError).exit_code

@@ -220,7 +220,7 @@ class EvalLoader:
         with map_in_workers(make, self._samples, self.workers) as made:
             for shown, pixels in made:
                 if self._keep:
-                    seen.append(pixels)
+                    seen.append(pixels.clone())  # out of shared memory
                 yield self._batch(shown, pixels)
         self._kept = seen
 

@@ -11,9 +11,10 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ from ..errors import DataError, Set, UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
+# How torch and the standard library say that a worker, or a connection to one, is lost.
+_LOST = ("DataLoader worker", "Too many open files", "items of ancdata", "shared memory")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -33,7 +36,8 @@ def map_in_workers(
 ) -> Iterator[Iterator[R]]:
     """Map ``function`` over ``items`` in ``workers`` processes; 0: in this one.
 
-    Raises what ``function`` raises, and `DataError` when a worker was killed.
+    Raises what ``function`` raises, and `DataError` when a worker was killed or cannot send. The
+    tensors that arrive lie in shared memory and hold a file open each: copy what is to be kept.
     """
     with warnings.catch_warnings():
         # More processes than cores is the user's choice: a recipe's default may be made for a
@@ -45,11 +49,14 @@ def map_in_workers(
             batch_size=None,
             num_workers=workers,
             collate_fn=_identity,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # otherwise the global one is drawn from
         )
-        with _start_workers():
-            iterator: Any = iter(loader)
+        try:
+            with _start_workers(workers):
+                iterator: Any = iter(loader)
+        except OSError as error:
+            raise _exhausted() from error
     processes, owner = list(getattr(iterator, "_workers", [])), os.getpid()
 
     def stop() -> None:
@@ -80,16 +87,21 @@ def _receive(iterator: Any, processes: list[Any]) -> Iterator[Any]:
             # A dead worker shows as torch's RuntimeError, or as a broken connection in the middle
             # of a transfer, which breaks a moment before the worker is gone.
             lost = wait([process.sentinel for process in processes], timeout=2.0)
-            if "DataLoader worker" not in str(error) and not lost:
+            if not lost and not any(words in str(error) for words in _LOST):
                 raise
-            raise DataError(
-                "a data loading worker was killed, often for lack of memory",
-                (Set("data.workers"), Set("train.batch_size")),
-                field="data.workers",
-            ) from error
+            raise _exhausted() from error
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+def _exhausted() -> DataError:
+    return DataError(
+        "a data loading worker was lost, most often for lack of memory, of shared memory (/dev/shm;"
+        " docker gives 64 MB) or of open files",
+        (Set("data.workers"), Set("train.batch_size"), "raise the limit"),
+        field="data.workers",
+    )
 
 
 @dataclass(frozen=True)
@@ -107,19 +119,27 @@ def _identity(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # Items are pickled by a thread, which drops one that it cannot send: the parent would wait for
+    # it forever. A worker that is gone is noticed.
+    Queue._on_queue_feeder_error = staticmethod(lambda error, item: os._exit(1))  # type: ignore
 
 
 @contextmanager
-def _start_workers() -> Iterator[None]:
+def _start_workers(count: int) -> Iterator[None]:
     """Keep signals right while torch starts workers.
 
-    Workers begin with signals blocked: one that came before `_ignore_signals` would end them. And
+    Workers begin with signals blocked: one that came before `_prepare_worker` would end them. And
     the SIGCHLD handler that torch sets is undone: it raises for a dead worker at any point of the
     program, even in the middle of a checkpoint. `_receive` notices the death within seconds.
     """
+    # What torch cannot finish for want of files ends in a traceback, so we ask for them first: six
+    # pipes a worker.
+    with ExitStack() as stack:
+        for end in (end for _ in range(6 * count) for end in os.pipe()):
+            stack.callback(os.close, end)
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main else None
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
