@@ -68,6 +68,9 @@ def test_damaged_and_later_manifests_are_refused(made, manifest, tmp_path):
     assert read("good", plain) == written
     without = {name: value for name, value in plain.items() if name != "identity"}
     wrong = [{"format": 2}, {"num_samples": 0}, {"num_samples": "7"}, {"layout": {}}]
+    wrong += [{"layout": "logits"}, {"layout": {**plain["layout"], "hidden": [[1]]}}]
+    wrong += [{"layout": {**plain["layout"], "features": 5}}, {"num_views": 2.5}, {"identity": []}]
+    wrong += [{"about": "x"}, {"layout": {**plain["layout"], "hidden": [[0, "2", 3]]}}]
     for number, content in enumerate(
         [*({**plain, **change} for change in wrong), without, {"kind": "checkpoint"}]
     ):

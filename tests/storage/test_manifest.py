@@ -31,6 +31,11 @@ def published(tmp_path):
     [
         ({"files": {"../x": {"bytes": 1, "sha256": "0"}}}, "no plain file name"),
         ({"format": 2}, "format 2"),
+        ({"files": []}, "damaged"),
+        ({"files": {"a": 5}}, "damaged"),
+        ({"files": {"a": {"bytes": 1}}}, "damaged"),
+        ({"identity": "a store"}, "damaged"),
+        ({"identity": None}, "damaged"),
     ],
 )
 def test_a_manifest_of_somebody_else_is_refused(tmp_path, change, sentence):

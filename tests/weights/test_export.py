@@ -183,11 +183,14 @@ def test_onnx_answers_the_same_for_any_batch(tmp_path, case):
     import onnxruntime
 
     model, options = make(case)
-    off = export_onnx(model, tmp_path / "net.onnx", options["input_spec"])
+    off = export_onnx(model, tmp_path / "net.onnx", options["input_spec"], NAMES)
     assert 0 <= off < 1e-5 and os.listdir(tmp_path) == ["net.onnx"]
     session = onnxruntime.InferenceSession(
         tmp_path / "net.onnx", providers=["CPUExecutionProvider"]
     )
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == list(NAMES)
+    assert tuple(json.loads(about["mean"])) == options["input_spec"].mean
     for size in (1, 2, 5):
         batch = torch.randn(size, 3, 32, 32)
         found = torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
@@ -200,8 +203,10 @@ def test_a_network_that_answers_nan_is_not_exported_to_onnx(tmp_path):
     model, options = make("plain")
     with torch.no_grad():
         model.head.bias[1] = torch.nan
-    with pytest.raises(DataError, match="nan away from torch's"):
+    with pytest.raises(DataError, match=r"net.onnx holds numbers that are not finite"):
         export_onnx(model, tmp_path / "net.onnx", options["input_spec"])
+    with pytest.raises(DataError, match=r"out holds numbers that are not finite"):
+        export_timm(model, tmp_path / "out", **options, prove=False)
     assert os.listdir(tmp_path) == []
 
 

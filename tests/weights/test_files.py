@@ -3,10 +3,13 @@
 import argparse
 import io
 import json
+import math
 import os
 import pickle
 import random
 import shlex
+import signal
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,8 +18,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.weights.networks import NAME, equal
+from tests.weights.networks import NAME, TINY, equal, write
 from vitdistill.errors import DataError, UserError
+from vitdistill.storage.manifest import read_manifest
 from vitdistill.weights.create import create_model
 from vitdistill.weights.files import load_state_dict
 
@@ -38,14 +42,29 @@ def refused(path: Path, kind: type[UserError] = DataError) -> str:
 STATE = {"blocks.0.weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3)}
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_ema", "state_dict_ema"])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        None,
+        "model",
+        "state_dict",
+        "model_ema",
+        "model_state_dict",
+        "net",
+        "network",
+        "module",
+        "ema",
+    ],
+)
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("suffix", [".pth", ".tar"])
 def test_wrapped_and_prefixed_files_load(tmp_path, wrapper, prefix, suffix):
     content = {prefix + key: value for key, value in STATE.items()}
     path = tmp_path / f"w{suffix}"
-    path.write_bytes(torch_bytes({wrapper: content, "epoch": 3} if wrapper else content))
-    assert equal(load_state_dict(path), STATE)
+    wrapped = {wrapper: content, "epoch": 3, "optimizer": {"state": {}}} if wrapper else content
+    for whole in (wrapped, {"model": wrapped}):
+        path.write_bytes(torch_bytes(whole))
+        assert equal(load_state_dict(path), STATE)
 
 
 def test_the_average_is_preferred_and_compiled_blocks_are_unwrapped(tmp_path):
@@ -161,15 +180,89 @@ def test_a_pickle_is_never_executed(tmp_path):
     assert not canary.exists()
 
 
-def test_a_pickle_is_named_and_the_conversion_told(tmp_path):
-    path = tmp_path / "deit.pth"
-    path.write_bytes(torch_bytes({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1)}))
-    sentence = refused(path)
-    for words in ("argparse.Namespace", "not executed", "convert it: python -c"):
-        assert words in sentence
+class Odd(torch.nn.Module):
+    """Of no library: its file cannot be read without its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.arange(3.0))
+        self.tied = self.w
+
+
+def script() -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         buffer = io.BytesIO()
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), buffer)
-    (tmp_path / "script.pt").write_bytes(buffer.getvalue())
-    assert "TorchScript" in refused(tmp_path / "script.pt")
+    return buffer.getvalue()
+
+
+W, OTHER, LR = {"w": torch.arange(3.0)}, {"w": torch.zeros(3)}, argparse.Namespace(lr=1)
+CONVERTED = {
+    "timm": lambda: torch_bytes({"state_dict": OTHER, "state_dict_ema": W, "args": LR}),
+    "deit": lambda: torch_bytes({"model": W, "args": LR}),
+    "twice": lambda: torch_bytes({"model": {"state_dict": W}, "args": LR}),
+    "flat": lambda: torch_bytes({**W, "args": LR}),
+    "module": lambda: torch_bytes(Odd()),
+    "module in a mapping": lambda: torch_bytes({"net": Odd(), "args": LR}),
+    "script": script,
+    "under another name": lambda: torch_bytes({"what it's": W, "head": OTHER, "lr": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_the_command_that_is_told_takes_what_would_be_read(tmp_path, monkeypatch, kind):
+    path = tmp_path / "it's a file.pth"
+    path.write_bytes(CONVERTED[kind]())
+    with pytest.raises(DataError) as caught:
+        load_state_dict(path)
+    (fix,) = caught.value.fixes
+    assert ("not executed" in caught.value.what) == (kind != "under another name")
+    _, _, code, *files = shlex.split(fix[fix.index("python -c") :])
+    monkeypatch.setattr(sys, "argv", ["-c", *files])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, {})
+    found = load_state_dict(path.with_suffix(".safetensors"))
+    assert torch.equal(found["w"], W["w"]) if kind != "script" else found["weight"].shape == (2, 2)
+
+
+# -- what is no file, and what is no number -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["w.pth", "config.json", "manifest.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    def late(*_: object) -> None:
+        raise AssertionError("it was waited for")
+
+    os.mkfifo(tmp_path / name)
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        with pytest.raises(UserError):
+            {"w.pth": load_state_dict, "manifest.json": read_manifest}.get(name, create_model)(
+                str(tmp_path / name if name == "w.pth" else tmp_path)
+            )
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["file", "folder", "cnn"])
+def test_weights_that_are_not_finite_are_named(tmp_path, kind, dtype, value):
+    name, args = ("test_convnext.r160_in1k", {}) if kind == "cnn" else (NAME, TINY)
+    state = {
+        k: v.to(dtype) for k, v in create_model(name, num_classes=5, **args).state_dict().items()
+    }
+    key = next(k for k in state if k.endswith("mlp.fc1.weight"))
+    state[key][0, -1] = value
+    file = write(tmp_path / "model.safetensors", state)
+    config = {"architecture": name.partition(".")[0], "model_args": args, "num_classes": 5}
+    config["model_args"] = {"img_size" if k == "image_size" else k: v for k, v in args.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="not finite") as caught:
+        create_model(str(tmp_path)) if kind == "folder" else create_model(
+            name, checkpoint=file, **args
+        )
+    assert str(file) in str(caught.value) and key in str(caught.value)

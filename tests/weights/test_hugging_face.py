@@ -28,6 +28,8 @@ from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.weights.create import class_names, create_model, describe
 from vitdistill.weights.export import export_timm
+from vitdistill.weights.load import load_into
+from vitdistill.weights.vit_checkpoints import Target
 
 CONFIG = {
     "hidden_size": 24,
@@ -199,6 +201,67 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
     assert create_model(str(folder), image_size=(24, 24)).pos_embed.shape == (1, 10, 24)
 
 
+def of_version_5(state: State) -> State:
+    """The same tensors under the names of transformers 5, which saves a decoder under them."""
+    names = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.output.dense": "attention.o_proj",
+    }
+    names |= {"attention.attention.key": "attention.k_proj", "intermediate.dense": "mlp.fc1"}
+    names |= {"attention.attention.value": "attention.v_proj", "output.dense": "mlp.fc2"}
+    names |= {"encoder.layer.": "layers."}
+    renamed = {}
+    for key, value in state.items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        renamed[key] = value
+    return renamed
+
+
+@pytest.mark.parametrize("new", ["all", "decoder", "encoder"])
+@pytest.mark.parametrize("base", ["vit.", ""])
+def test_an_autoencoder_of_transformers_5_is_read(tmp_path, base, new):
+    source, model = mae(1), mae(2)
+    state = hugging_face(source.state_dict(), base)
+    chosen = {
+        k: v for k, v in state.items() if new == "all" or ("decoder" in k) == (new == "decoder")
+    }
+    state = {**{k: v for k, v in state.items() if k not in chosen}, **of_version_5(chosen)}
+    load_into(Target(model, "file"), state)
+    assert equal(model.state_dict(), source.state_dict())
+    teacher = create_model(str(written(tmp_path / "mae", state, "vit_mae")))
+    assert equal(teacher.state_dict(), encoder_of(source))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_folder_of_several_shards_is_read(tmp_path, suffix):
+    state = hugging_face(tiny(1).state_dict())
+    folder = written(tmp_path / "vit", {}, **labelled(LABELS))
+    (folder / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{stem}-{i + 1:05d}-of-00003.{suffix}" for i in range(3)]
+    place = {key: names[i % 3] for i, key in enumerate(state)}
+    for name in names:
+        write(folder / name, {key: state[key] for key in state if place[key] == name})
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    assert equal(create_model(str(folder)).state_dict(), tiny(1).state_dict())
+    (folder / names[1]).unlink()
+    with pytest.raises(DataError, match=names[1]):
+        create_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 5}}']
+)
+def test_a_damaged_list_of_shards_is_one_sentence(tmp_path, text):
+    folder = written(tmp_path / "vit", {})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(DataError, match=r"index\.json"):
+        create_model(str(folder))
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 
@@ -209,6 +272,8 @@ def test_images_that_are_not_square(tmp_path: Path) -> None:
         ({"hidden_act": "quick_gelu"}, "hidden_act quick_gelu"),
         ({"hidden_size": "wide"}, "is not a ViT's"),
         ({"hidden_size": 0}, "is not a ViT's"),
+        ({"num_hidden_layers": 10**9}, r"config\.json"),
+        ({"num_hidden_layers": 1e9}, r"config\.json"),
         ({"id2label": {"0": "a", "2": "c"}}, "is not a ViT's"),
         ({"id2label": ["a"]}, "is not a ViT's"),
     ],

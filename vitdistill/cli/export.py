@@ -25,7 +25,7 @@ def run(args: ExportArguments) -> int:
         _export_timm(model, folder, args.output)
     if args.onnx is not None:
         spec = input_spec_of(model)
-        off = export_onnx(model, args.onnx, spec)
+        off = export_onnx(model, args.onnx, spec, weights.class_names(model))
         height, width = spec.image_size
         say(
             f"wrote {args.onnx}: input 'images' float32 (B, 3, {height}, {width}) normalised by"

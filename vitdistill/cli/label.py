@@ -70,8 +70,9 @@ def status(args: StoreArguments) -> int:
 def info(args: StoreArguments) -> int:
     for name, store in open_all(args.store).items():
         manifest, layout = store.manifest, store.layout
-        network, size = manifest.about["network"]["architecture"], layout.record_bytes
-        say(f"{name}: {network}, {layout.describe()}, {format_bytes(size)} a record")
+        network = manifest.about.get("network", {}).get("architecture", "a teacher")
+        size = format_bytes(layout.record_bytes)
+        say(f"{name}: {network}, {layout.describe()}, {size} a record")
         views = f"{manifest.num_samples:,} images x {manifest.num_views} views"
         say(f"  {views}, parts of {manifest.part_size:,}")
         versions = manifest.about.get("versions", {}).items()

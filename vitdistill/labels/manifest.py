@@ -34,8 +34,10 @@ class Manifest:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if min(self.num_samples, self.num_views, self.part_size) < 1:
-            raise ValueError(f"a store without samples, views or parts: {self}")
+        sizes = (self.num_samples, self.num_views, self.part_size)
+        dicts = isinstance(self.identity, dict) and isinstance(self.about, dict)
+        if not dicts or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"no store is of {self}")
         # As they will be read again: tuples become lists, and what is not JSON fails here.
         for name in ("identity", "about"):
             plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))
@@ -86,8 +88,10 @@ def read_store_manifest(folder: Path) -> Manifest:
     try:
         if (body["kind"], body["format"]) == (_KIND, FORMAT):
             known = {key: body[key] for key in body if key not in ("kind", "format", "layout")}
-            return Manifest(layout=Layout.from_json(body["layout"]), **known)
-    except (KeyError, TypeError, ValueError):
+            manifest = Manifest(layout=Layout.from_json(body["layout"]), **known)
+            assert manifest.layout.dtype.itemsize  # numpy knows what shapes there are
+            return manifest
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
         pass
     raise DataError(
         f"{printable(folder)} holds no labels, or labels of a format that is not read",

@@ -124,13 +124,14 @@ def _write_synced(path: Path, content: Content) -> None:
         os.close(fd)
 
 
-def read_bytes(path: StrPath) -> bytes:
-    """Read a whole file; ``DataError`` if it is missing."""
+def read_bytes(path: StrPath, most: int | None = None) -> bytes:
+    """Read a whole file; ``DataError`` if there is no regular file or more than ``most`` bytes."""
     with disk_errors(path):
-        try:
-            return Path(path).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise DataError(f"{printable(path)} is missing") from error
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise DataError(f"{printable(path)} is missing, or no file")
+        if most is not None and Path(path).stat().st_size > most:
+            raise DataError(f"{printable(path)} is larger than {format_bytes(most)}")
+        return Path(path).read_bytes()
 
 
 def sha256_file(path: StrPath) -> str:

@@ -53,13 +53,13 @@ def read_manifest(folder: StrPath) -> dict[str, Any]:
         DataError: it is missing, not as its own digest says, or of another format.
     """
     path = Path(folder, MANIFEST)
-    data = read_bytes(path)
+    data = read_bytes(path, 2**26)
     try:
         body = json.loads(data)["manifest"]
         intact = _manifest_bytes(body) == data
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
-    if not intact:
+    if not intact or not _is_manifest(body):
         raise DataError(f"{printable(path)} is damaged: its content does not match its own digest")
     if body.get("format") != MANIFEST_FORMAT:
         raise DataError(
@@ -71,6 +71,15 @@ def read_manifest(folder: StrPath) -> dict[str, Any]:
         if Path(name).name != name or name in ("", ".", ".."):
             raise DataError(f"{printable(path)} names {printable(name)!r}, no plain file name")
     return dict(body)
+
+
+def _is_manifest(body: Any) -> bool:
+    if not isinstance(body, dict) or not isinstance(body.get("identity"), dict):
+        return False
+    files = body.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(file, dict) and {"bytes", "sha256"} <= file.keys() for file in files.values()
+    )
 
 
 def check_sizes(folder: StrPath) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def create_model(
         name: timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json``:
             timm's, which `export_timm` writes, or Hugging Face's of a ViT or ViTMAE.
         num_classes: another number than the weights' gives a fresh head.
-        checkpoint: a weights file, loaded strictly in place of the network's own. Without
+        checkpoint: a weights file, loaded in place of the network's own. Without
             ``num_classes``, a plain timm name gets the file's number of classes; a plain ViT's
             file without a classifier then gives a network without one.
         pretrained: None: load the weights of a folder or the hub, none for timm's plain names;
@@ -221,16 +221,15 @@ def _check_grid(name: str, model: nn.Module) -> None:
 
 def _load_saved(model: nn.Module, saved: Saved) -> None:
     """Load the weights of a saved network, all but the head where the classes are others."""
-    file = saved.weights_file()
+    state, place = saved.load_weights()
     same_head = getattr(model, "num_classes", None) == saved.num_classes
     target = Target(
         model,
-        f"{saved.place}/{file.name}",
+        place,
         fresh_head=not (same_head and saved.num_classes),
-        other_classes=not same_head,
         image_size=saved.image_size,
     )
-    load_into(target, load_state_dict(file), saved.notes)
+    load_into(target, state, saved.notes)
     if not same_head:
         model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]
 

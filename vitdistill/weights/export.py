@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..storage import atomic
 from ..storage.atomic import disk_errors, sha256_file
 from ..storage.tensors import tensor_bytes
 from .create import create_model
-from .files import bare_key, first_line
+from .files import bare_key, check_finite, first_line
 from .folder import CONFIG, WEIGHTS_FILES
 
 WEIGHTS = WEIGHTS_FILES[0]
@@ -67,6 +68,7 @@ def export_timm(
     network = _unwrapped(model)
     _refuse_foreign(final)
     state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
+    check_finite(state, f"the network for {printable(final)}")
     content = tensor_bytes(state, {"format": "pt"})
     digest = hashlib.sha256(content).hexdigest()
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
@@ -196,12 +198,18 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
     return answer
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputSpec) -> float:
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    spec: InputSpec,
+    classes: Sequence[str] | None = None,
+) -> float:
     """Write a single-file ONNX network with a free batch size; return its distance from torch's.
 
     The input is ``images`` float32 (B, 3, H, W), already normalised; the output ``logits`` (B, C).
     The distance is the largest absolute difference of logits over batches of 1 and 3; above 1e-4 it
-    is a `DataError`, and nothing is written.
+    is a `DataError`, and nothing is written. The file's metadata hold the ``classes`` and what
+    ``spec`` says, as JSON.
     """
     try:
         modules = [importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")]
@@ -211,7 +219,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputSpec)
         ) from error
     network = copy.deepcopy(_unwrapped(model)).to("cpu", torch.float32).eval()
     images = _probe(spec)
-    data = _onnx_bytes(network, images)
+    check_finite(network.state_dict(), f"the network for {printable(path)}")
+    about = asdict(spec) | ({"classes": list(classes)} if classes is not None else {})
+    data = _onnx_bytes(network, images, about)
     session = modules[-1].InferenceSession(data, providers=["CPUExecutionProvider"])
     off = 0.0
     for batch in (images[:1], torch.cat([images, images[:1].flip(-1)])):
@@ -228,7 +238,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], spec: InputSpec)
     return off
 
 
-def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
+def _onnx_bytes(network: nn.Module, images: Tensor, about: Mapping[str, Any]) -> bytes:
     """Serialise in memory: torch's own save would write the final name, and not atomically."""
     try:
         program = torch.onnx.export(
@@ -242,7 +252,10 @@ def _onnx_bytes(network: nn.Module, images: Tensor) -> bytes:
             verbose=False,
         )
         assert program is not None
-        return program.model_proto.SerializeToString()  # above 2 GB, a ValueError
+        proto = program.model_proto
+        for key, value in about.items():
+            proto.metadata_props.add(key=key, value=json.dumps(value))
+        return proto.SerializeToString()  # above 2 GB, a ValueError
     except Exception as error:
         raise ConfigError(
             f"{type(network).__name__} cannot be exported to ONNX ({first_line(error)})",

@@ -4,11 +4,13 @@
 read by torch's own restricted reader, and refused if they hold more than tensors.
 """
 
+import json
 import os
 import pickle
 import re
+import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..messages import printable
+from ..messages import listed, printable
 from ..storage.atomic import disk_errors
 
 # Where public checkpoints keep their weights, best first: an average before the last ones, as timm.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
+_LAST = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module")
+_WRAPPERS = (*_AVERAGES, *_LAST, "params", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
 _PICKLES = (".pth", ".pt", ".bin", ".tar")
 
@@ -51,14 +55,23 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_is_file(path: str | os.PathLike[str]) -> None:
-    """Raise `DataError` where there is no file."""
+    """Raise `DataError` where there is no regular file: reading a pipe would wait for ever."""
     if Path(path).is_dir():
         raise DataError(
             f"{printable(path)} is a folder, not a weights file",
             fix=("give it as the model's name", "name the file in it"),
         )
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise DataError(f"there is no weights file {printable(path)}")
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise `DataError` where tensors hold NaN or infinity; ``where`` names their file."""
+    floats = (key for key, value in state.items() if value.is_floating_point())
+    wrong = [key for key in floats if not bool(state[key].float().isfinite().all())]
+    if wrong:
+        what = f"{where} holds numbers that are not finite, in {listed(wrong)}"
+        raise DataError(what, "use the weights of an earlier checkpoint")
 
 
 def _refuse_failed_download(file: Path, head: bytes) -> None:
@@ -97,13 +110,19 @@ def _unreadable(file: Path, error: Exception) -> DataError:
     )
 
 
-def _converter(file: Path) -> str:
-    return (
-        "python -c 'import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1],"
-        ' weights_only=False); d = d.get("model", d.get("state_dict", d)); s.save_file({k:'
-        f" v.contiguous() for k, v in d.items()}}, sys.argv[2])' '{printable(file)}'"
-        f" '{printable(file.with_suffix('.safetensors'))}'"
+def _converter(file: Path, keys: Sequence[str] = _WRAPPERS) -> str:
+    """Return a command that takes from a pickle what `_unwrapped` would, or is under ``keys``."""
+    code = (
+        "import sys, torch, safetensors.torch as s; "
+        'd = torch.load(sys.argv[1], map_location="cpu", weights_only=False); '
+        "f = lambda d: d.state_dict() if isinstance(d, torch.nn.Module) else d; "
+        f"g = lambda d: f(next((d[k] for k in {json.dumps(keys)}"
+        ' if hasattr(f(d.get(k)), "keys")), d)); '
+        "s.save_file({k: v.detach().clone().contiguous() for k, v in g(g(f(d))).items()"
+        " if isinstance(v, torch.Tensor)}, sys.argv[2])"
     )
+    files = (file, file.with_suffix(".safetensors"))
+    return shlex.join(["python", "-c", code, *map(printable, files)])
 
 
 def first_line(error: BaseException) -> str:
@@ -112,19 +131,29 @@ def first_line(error: BaseException) -> str:
 
 
 def _unwrapped(file: Path, found: Any) -> dict[str, Tensor]:
-    if isinstance(found, Mapping):
-        inner = (found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping))
-        found = next(inner, found)
-    if (
-        not isinstance(found, Mapping)
-        or not found
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
-    ):
-        raise DataError(f"{printable(file)} holds no weights: named tensors were expected")
+    for _ in range(2):  # {"model": {"state_dict": ...}} is wrapped twice
+        inner = found if isinstance(found, Mapping) else {}
+        others = [str(key) for key, value in inner.items() if _is_state(value)]
+        wrapped = (inner[key] for key in _WRAPPERS if isinstance(inner.get(key), Mapping))
+        found = next(wrapped, found)
+    if not _is_state(found):
+        what = f"{printable(file)} holds no weights: named tensors were expected"
+        if not others:
+            raise DataError(what)
+        command = f"to take those under {others[0]!r}: {_converter(file, others[:1])}"
+        raise DataError(f"{what}, and it holds some under {listed(others)}", command)
     bare = {bare_key(key): value for key, value in found.items()}
     if len(bare) < len(found):
         raise DataError(f"{printable(file)} holds tensors twice, with and without a prefix")
     return bare
+
+
+def _is_state(found: Any) -> bool:
+    return (
+        isinstance(found, Mapping)
+        and bool(found)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+    )
 
 
 def bare_key(key: str) -> str:

@@ -1,8 +1,10 @@
 """Networks saved in a folder or on the Hugging Face hub: what their config.json says."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,20 @@ import timm
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import is_model
 from timm.models._pretrained import PretrainedCfg
+from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..messages import printable
 from ..storage.atomic import read_bytes, sha256_file
 from ..storage.hub import settle_network
 from . import hugging_face
-from .files import first_line
+from .files import first_line, load_state_dict
 
 CONFIG = "config.json"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+MOST_CONFIG = 64 * 2**20  # bytes
+_MOST = {"depth": 1000, "num_classes": 10**7}  # of a network that a config.json may ask for
 
 # What timm's config says about where weights came from: they come from the folder.
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "source")
@@ -61,8 +67,8 @@ class Saved:
             return size, size
         return (int(size[0]), int(size[1])) if len(size) == 2 else None
 
-    def weights_file(self) -> Path:
-        """Return its weights file; `DataError` if there is none, or another than was exported."""
+    def load_weights(self) -> tuple[dict[str, Tensor], str]:
+        """Return its tensors and where they are; `DataError` if they are not what was exported."""
         for name in (self.cfg.get("hf_hub_filename"), *WEIGHTS_FILES):
             file = self.fetch(name) if name else None
             if file is None:
@@ -73,8 +79,25 @@ class Saved:
                     f" {CONFIG} beside it",
                     fix="export again",
                 )
-            return file
+            return load_state_dict(file), f"{self.place}/{name}"
+        for name in _SHARDS:
+            index = self.fetch(name)
+            if index is not None:
+                return self._load_shards(index), f"{self.place}/{name}"
         raise DataError(f"{self.place} has none of {', '.join(WEIGHTS_FILES)}")
+
+    def _load_shards(self, index: Path) -> dict[str, Tensor]:
+        try:
+            files = set(json.loads(read_bytes(index, MOST_CONFIG))["weight_map"].values())
+            shards = {name: self.fetch(name) for name in sorted(files) if Path(name).name == name}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{printable(index)} is no list of weights files") from error
+        state: dict[str, Tensor] = {}
+        for name, shard in shards.items():
+            if shard is None:
+                raise DataError(f"{self.place} lacks {printable(name)}, which {index.name} names")
+            state |= load_state_dict(shard)
+        return state
 
 
 def read_folder(folder: Path) -> Saved:
@@ -111,14 +134,16 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
         what = f"{place} has no {CONFIG}, so it is no network that can be built"
         raise ConfigError(what, "name timm's network, and give the weights as its checkpoint")
     try:
-        config = json.loads(read_bytes(path))
+        config = json.loads(read_bytes(path, MOST_CONFIG))
         if "model_type" in config and "architecture" not in config:
             beside = fetch(hugging_face.PREPROCESSOR)
             architecture, args, cfg, notes = hugging_face.timm_config(path, config, beside)
+            _check({**args, **cfg})
             return Saved(place, architecture, args, cfg, fetch, notes=notes)
         architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
         cfg = _pretrained_cfg(config)
         digest = (config.get("vitdistill") or {}).get("weights_sha256")
+        _check({**args, **cfg})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{printable(path)} is no configuration of timm's") from error
     if not is_model(architecture):
@@ -128,6 +153,19 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
             fix="install the timm that wrote it",
         )
     return Saved(place, architecture, args, cfg, fetch, digest)
+
+
+def _check(said: Mapping[str, Any]) -> None:
+    """Raise `ValueError` or `TypeError` for what no network has: text as a mean, a depth of 1e9."""
+    triples = [said[key] for key in ("mean", "std", "input_size") if said.get(key) is not None]
+    numbers = [*chain(*triples), said.get("crop_pct") or 1, said.get("num_classes") or 0]
+    if not all(map(math.isfinite, numbers)) or any(len(triple) != 3 for triple in triples):
+        raise ValueError(f"mean, std and input_size {triples}")
+    "".join(said.get("label_names") or ())
+    for key, value in said.items():
+        several = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(x, int) and x > _MOST.get(key, 10**5) for x in several):
+            raise ValueError(f"{key} {value}")
 
 
 def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,15 +35,19 @@ _NAMES = tuple(
         (r"^embeddings\.cls_token$", "cls_token"),
         (r"^embeddings\.position_embeddings$", "pos_embed"),
         (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^encoder\.layer\.", "blocks."),
+        (r"^(encoder\.layer|layers)\.", "blocks."),
         (r"^layernorm\.", "norm."),
         (r"^classifier\.", "head."),
         (r"^decoder\.decoder_layers\.", "decoder_blocks."),
         (r"^decoder\.", ""),
         (r"(?<=blocks)(\.\d+\.)layernorm_before\.", r"\1norm1."),
         (r"(?<=blocks)(\.\d+\.)layernorm_after\.", r"\1norm2."),
-        (r"(?<=blocks)(\.\d+\.)attention\.attention\.", r"\1attn."),
-        (r"(?<=blocks)(\.\d+\.)attention\.output\.dense\.", r"\1attn.proj."),
+        # The second name of each is of transformers 5.
+        (
+            r"(?<=blocks)(\.\d+\.)attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.",
+            r"\1attn.\2.",
+        ),
+        (r"(?<=blocks)(\.\d+\.)attention\.(?:output\.dense|o_proj)\.", r"\1attn.proj."),
         (r"(?<=blocks)(\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
         (r"(?<=blocks)(\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
     )
@@ -81,11 +85,10 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for pattern, name in _NAMES:
             key = pattern.sub(name, key)
         renamed[key] = value
-    for key in [key for key in renamed if ".attn.query." in key]:
-        parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+    for key in [key for key in renamed if ".attn.q." in key]:
+        parts = [key.replace(".q.", f".{part}.") for part in "qkv"]
         if all(part in renamed for part in parts):
-            qkv = torch.cat([renamed.pop(part) for part in parts])
-            renamed[key.replace(".query.", ".qkv.")] = qkv
+            renamed[key.replace(".q.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
     return renamed
 
 
@@ -171,7 +174,7 @@ def _normalisation(kind: str, preprocessor: Path | None) -> list[tuple[float, ..
     default = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
     if kind == "vit_mae":
         default = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
-    said = {} if preprocessor is None else dict(json.loads(read_bytes(preprocessor)))
+    said = {} if preprocessor is None else dict(json.loads(read_bytes(preprocessor, 2**26)))
     if said.get("do_normalize") is False:
         return [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
     return [tuple(float(x) for x in said.get(key, default[key])) for key in default]

@@ -5,10 +5,12 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import DataError, Set
 from ..messages import listed, plural
+from .files import check_finite
 from .vit_checkpoints import State, Target, convert
 
 _log = logging.getLogger(__name__)
@@ -21,14 +23,21 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
     for public files of the network's family. `DataError` names the first keys that differ.
     """
     model, name = target.model, target.name
+    raw = state
     state, said = convert(target, state)
     if _difference(model, state):
-        converted = _converted(model, state)
-        if converted is None or _difference(model, converted):
+        # Only a plain ViT's file is brought under timm's names by `convert`.
+        converted = _converted(model, state if isinstance(model, VisionTransformer) else raw)
+        converted, more = convert(target, converted or {})
+        if _difference(model, converted):
             # A sentence about the file as it is says more than one about a failed conversion.
             raise _misfit(model, state, name)
-        said.append(f"timm's converter for {_name_of(model)} was applied")
+        said = [
+            *dict.fromkeys([*said, *more]),
+            f"timm's converter for {_name_of(model)} was applied",
+        ]
         state = converted
+    check_finite(state, name)
     model.load_state_dict(state, strict=True)
     if said or notes:
         _log.warning("%s: %s", name, "; ".join([*said, *notes]))

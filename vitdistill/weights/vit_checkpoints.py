@@ -35,15 +35,14 @@ class Target:
 
     Attributes:
         name: of the file, for messages.
-        fresh_head: the network's own new head is used where the file has none,
-        other_classes: and where the file has one.
+        fresh_head: the network's own new head is used where the file has none, or one of another
+            number of classes.
         image_size: height and width of the images it was trained on, pixels; None: not known.
     """
 
     model: nn.Module
     name: str
     fresh_head: bool = False
-    other_classes: bool = False
     image_size: tuple[int, int] | None = None
 
 
@@ -130,18 +129,18 @@ def _check_patches(model: VisionTransformer, target: Target, state: State) -> Co
 
 
 def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
-    """Use the network's new head, and the norm in it, as far as the file has none."""
+    """Use the network's new head, and the norm in it, as far as the file has none that fits."""
     classifier, own = classifier_of(model), model.state_dict()
-    headless = not any(key.startswith(classifier) for key in state)
-    if not headless and not target.other_classes:
+    theirs = [key for key in state if key.startswith(classifier)]
+    others = [key for key in theirs if key not in own or own[key].shape[:1] != state[key].shape[:1]]
+    if theirs and not (others and target.fresh_head):
         return None
-    if target.other_classes:
-        state = _without(state, classifier)
+    state = _without(state, classifier) if theirs else state
     heads = (*classifier, "fc_norm.")
     fresh = {key: own[key] for key in own if key.startswith(heads) and key not in state}
     if not target.fresh_head or not fresh:
-        return state, ""
-    what = "it has no classifier" if headless else "its classifier is of other classes"
+        return state, "its classifier is not used" if theirs else ""
+    what = "its classifier is of other classes" if theirs else "it has no classifier"
     note = f"{what}: {', '.join(fresh)} start fresh"
     # The network norms after pooling (fc_norm), so it has no place for a norm of every token.
     if "norm.weight" not in own and "fc_norm.weight" in fresh and "norm.weight" in state:
