@@ -1,13 +1,17 @@
 """``vitdistill label`` as its user meets it: the whole way once, and mistakes that change no file."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.cli.home import CONFIG, DATA, SHORT, USAGE, VIT, make_home, run, tree
+from vitdistill.cli import main
 from vitdistill.labels import LabelStore
+from vitdistill.labels.layout import Layout
+from vitdistill.labels.manifest import Manifest
 
 pytestmark = pytest.mark.whole
 
@@ -82,6 +86,12 @@ def test_long_work_is_not_silent(
 
     assert lines(f"merge {tmp_path}/short --from labels/teacher") == []
     monkeypatch.setattr("vitdistill.cli.say.EVERY_S", 0.0)
+    monkeypatch.setattr("vitdistill.runs.label._EVERY_S", 0.0)
+    labelled = lines(
+        f"{LABEL.removeprefix('label ')} --output {tmp_path}/labels --set train.eval_batch_size=4"
+    )
+    shares = [float(line.split(" of 2 parts, ")[0]) for line in labelled if " of 2 parts, " in line]
+    assert shares == sorted(shares) and shares[-1] == 2 and len(set(shares)) > 8  # inside a part
     merged = lines(f"merge {tmp_path}/long --from labels/teacher")
     assert merged == ["1 of 2 parts copied", "2 of 2 parts copied"]
     assert lines(f"prune labels/teacher --to {tmp_path}/one --views 1") == ["1 of 1 parts written"]
@@ -140,3 +150,25 @@ def test_labelling_over_a_cut_part_does_not_say_done(
     assert run(f"{LABEL} --output {tmp_path / 'labels'}") == DATA
     out, error = capsys.readouterr()
     assert "done" not in out and part.name in error and error.count("\n") == 1
+
+
+def test_what_a_foreign_manifest_says_is_fit_for_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "a\x1b[31m\u202eb\udcff\n\x07"
+    folder = tmp_path / os.fsdecode(b"\xff\x1b")
+    layout = Layout(hidden=((0, 1, 1),))
+    manifest = Manifest(
+        identity={odd: odd, "list": [odd]},
+        layout=layout,
+        num_samples=1,
+        num_views=1,
+        about={"versions": {odd: odd}, "command": odd},
+    )
+    LabelStore.create(folder, manifest)
+    (folder / odd.replace("\n", "")).touch()
+    for command in ("info", "status", "verify", "check"):
+        main(["label", command, str(folder)])
+    out, error = capsys.readouterr()
+    assert "a teacher, hidden states" in out and "Traceback" not in error
+    assert all(c == "\n" or c.isprintable() for c in out + error)

@@ -78,8 +78,13 @@ class LabelRun:
                 field=f"teachers.{name}.precision",
             ) from error
 
-    def make(self, unit: Unit, stop: Callable[[], bool]) -> list[Records] | None:
-        """Return the records of a part for each of its stores; None when asked to stop."""
+    def make(
+        self, unit: Unit, stop: Callable[[], bool], tell: Callable[[float], None]
+    ) -> list[Records] | None:
+        """Return the records of a part for each of its stores; None when asked to stop.
+
+        ``tell`` is called with the share of the part that is made, after every batch.
+        """
         names = [store.path.name for store in unit.stores]
         made: dict[str, list[Records]] = {name: [] for name in names}
         for batch, answers in self.answers(unit.view, unit.lo, unit.hi):
@@ -87,6 +92,7 @@ class LabelRun:
                 return None
             for name in names:
                 made[name].append(self.records(name, unit.view, batch, answers[name]))
+            tell((int(batch.ids[-1]) + 1 - unit.lo) / (unit.hi - unit.lo))
         return [np.concatenate(made[name]) for name in names]
 
     def identity(self, name: str) -> dict[str, Any]:

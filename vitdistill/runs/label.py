@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import Progress
+
 from ..errors import Add, ConfigError, Drop, Give, Preempted, Set
 from ..labels.encoding import LogitEncoding
 from ..labels.layout import Layout
@@ -75,14 +78,15 @@ def label(
                     store.load(*place)
         # From here on processes do not meet: each writes parts of its own. The launcher stops the
         # others when one fails, and passes a signal on to all.
-        with StopRequest() as stop:
+        progress = _Progress(say, world.is_main)
+        with StopRequest() as stop, progress:
             parts = write_missing(
                 stores,
-                lambda unit: run.make(unit, lambda: bool(stop)),
+                lambda unit: run.make(unit, lambda: bool(stop), progress.within),
                 rank=world.rank,
                 world_size=world.size,
                 stop=lambda: bool(stop),
-                progress=_Progress(say),
+                progress=progress,
             )
         if stop:
             what = f"stopped by {stop.name}; what is written in {output} stays"
@@ -192,19 +196,30 @@ def _open_stores(output: Path, manifests: Mapping[str, Manifest], say: Say) -> l
     return [LabelStore.create(output / name, m) for name, m in manifests.items()]
 
 
-class _Progress:
-    """A line every few seconds of writing."""
+class _Progress(Progress):
+    """A bar on a terminal, elsewhere a line every few seconds; both move inside a part too."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, say: Say, enabled: bool) -> None:
+        console = Console()
+        silent = not (enabled and console.is_terminal)
+        super().__init__(console=console, transient=True, disable=silent)
+        self._bar = self.add_task("labelling", total=None)
+        self._say, self._parts = say, (0, 0)
         self._start: int | None = None
         self._begun = self._shown = time.perf_counter()
 
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
+    def __call__(self, done: int, total: int, share: float = 0.0) -> None:
+        """Show that ``done`` of ``total`` parts are there, and a ``share`` of the next one."""
+        self._parts, at, now = (done, total), done + share, time.perf_counter()
+        self.update(self._bar, completed=at, total=total)
+        due = self.disable and now - self._shown > _EVERY_S
         if self._start is None:  # some parts may have been there already
             self._start = done
-        elif done > self._start and (now - self._shown > _EVERY_S or done == total):
+        elif at > self._start and (due or done == total):
             self._shown = now
-            left = (now - self._begun) / (done - self._start) * (total - done)
-            self._say(f"{done} of {total} parts, {format_duration(left)} left")
+            left = (now - self._begun) / (at - self._start) * (total - at)
+            self._say(f"{round(at, 1):g} of {total} parts, {format_duration(left)} left")
+
+    def within(self, share: float) -> None:
+        """Show that a ``share`` of a part is made."""
+        self(*self._parts, share)
