@@ -156,7 +156,7 @@ def test_what_a_foreign_manifest_says_is_fit_for_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = "a\x1b[31m\u202eb\udcff\n\x07"
-    folder = tmp_path / os.fsdecode(b"\xff\x1b")
+    folder = tmp_path / "labels" / os.fsdecode(b"\xff\x1b")
     layout = Layout(hidden=((0, 1, 1),))
     manifest = Manifest(
         identity={odd: odd, "list": [odd]},
@@ -168,7 +168,7 @@ def test_what_a_foreign_manifest_says_is_fit_for_a_terminal(
     LabelStore.create(folder, manifest)
     (folder / odd.replace("\n", "")).touch()
     for command in ("info", "status", "verify", "check"):
-        main(["label", command, str(folder)])
+        main(["label", command, str(folder.parent)])
     out, error = capsys.readouterr()
     assert "a teacher, hidden states" in out and "Traceback" not in error
     assert all(c == "\n" or c.isprintable() for c in out + error)
