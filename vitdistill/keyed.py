@@ -45,6 +45,7 @@ class Stream(IntEnum):
     DROPOUT = 11
     OBJECTIVE = 12
     PAIRS = 13  # 14 was of a label encoding that is gone
+    SPLIT = 15
 
 
 def _mix(x: Any) -> Any:

@@ -9,11 +9,12 @@ import torch
 
 from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
 from vitdistill.data.batch import Batch
+from vitdistill.data.decoded import check_images
 from vitdistill.data.loader import EvalLoader, Loading, TrainLoader
 from vitdistill.data.sources.base import ImageSource
 from vitdistill.data.sources.open import open_source
 from vitdistill.data.views.single import eval_view, normalize
-from vitdistill.errors import ConfigError, DataError, OutOfMemory, UserError
+from vitdistill.errors import ConfigError, DataError, OutOfMemory, Set, UserError
 from vitdistill.world import World
 
 SPEC = InputSpec((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -115,6 +116,34 @@ def test_a_damaged_image_is_named_by_any_process(make_folder, augment, workers: 
             load(source, augment, 0, 3, workers=workers, in_memory=in_memory)
     with pytest.raises(DataError, match=r"002\.png: the image is damaged"):
         list(EvalLoader(open_source(str(root), "val"), SPEC, batch_size=4, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("sizes", [((32, 32),), ((32, 32), (50, 20))])
+def test_all_damaged_images_are_named_or_left_out(make_folder, sizes, workers: int) -> None:
+    root = make_folder(sizes=sizes)
+    names = ["class0/003.png", "class1/010.png", "class2/002.png", "class2/005.png"]
+    for split in ("train", "val"):
+        for name, content in zip(names, (b"", b"text", None, None), strict=True):
+            if (path := root / split / name).exists():
+                path.write_bytes(path.read_bytes()[:-60] if content is None else content)
+    train, val = open_source(str(root), "train"), open_source(str(root), "val")
+    everything = r"4 of 24 images .*" + ".*".join(names)
+    for in_memory in (True, False):
+        with pytest.raises(DataError, match=everything) as caught:
+            load(train, FULL, 0, 3, workers=workers, in_memory=in_memory)
+        assert Set("data.skip_damaged", True) in caught.value.fixes
+    with pytest.raises(DataError, match=r"3 of 6 images"):
+        list(EvalLoader(val, SPEC, batch_size=4, workers=workers))
+    with pytest.raises(DataError, match=everything):  # an empty file is known without decoding
+        check_images(train, False, workers)
+    kept = check_images(train, True, workers)
+    assert [kept.key(i) for i in range(20)] == [
+        k for k in map(train.key, range(24)) if k not in names
+    ]
+    (note,) = kept.notes
+    assert all(repr(name) in note for name in names)
+    load(kept, FULL, 0, 2, workers=workers)
 
 
 def test_images_that_do_not_fit_memory_are_one_sentence(make_folder) -> None:

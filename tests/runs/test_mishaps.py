@@ -82,7 +82,7 @@ def test_where_saving_fails_too_the_first_error_is_said(tmp_path, plain):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
     error = Child(lambda: run(recipe, folder, prepared=fill)).wait()
-    assert type(error) is DataError and path.name in str(error) and steps_saved(folder) == []
+    assert isinstance(error, DataError) and path.name in str(error) and steps_saved(folder) == []
 
 
 def allocate() -> None:

@@ -210,6 +210,9 @@ class EvalArguments:
     teacher_path: str | None = option(None, "the teacher's weights", "--teacher-path FILE")
     teacher_pretrained: bool = option(False, "timm's weights for it", "--teacher-pretrained")
     split: Literal["val", "train"] = option("val", "which images", "--split")
+    val_split: float | None = option(
+        None, "as of train", "--val-split", field="data.val_split", above=0, below=1
+    )
     batch_size: int = option(256, "images a step and process", "--batch-size -b", at_least=1)
     workers: int = option(2, "loader processes", "--workers -j", at_least=0)
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(

@@ -46,11 +46,12 @@ def _job(args: EvalArguments) -> Evaluation:
         pretrained=args.teacher_pretrained,
         reorder_classes=args.reorder_classes,
     )
-    same = ("data_dir", "split", "knn", "linear_probe", "batch_size", "workers", "amp_dtype")
+    same = ("data_dir", "split", "val_split", "knn", "linear_probe", "batch_size", "workers")
     return Evaluation(
         model=model,
         teacher=teacher if teacher.model else None,
         pool=args.pool or "mean",
+        amp_dtype=args.amp_dtype,
         **{name: getattr(args, name) for name in same},
     )
 

@@ -35,7 +35,9 @@ class Augment:
     ratio: tuple[float, float] = option(
         (3 / 4, 4 / 3), "smallest and largest aspect ratio of crop rrc"
     )
-    crop_padding: int = option(4, "black pixels on each side for crop pad", at_least=0)
+    crop_padding: int = option(
+        4, "black pixels on each side for crop pad", at_least=0, at_most=4096
+    )
     hflip: float = option(0.5, "probability of a mirrored image", "--hflip", at_least=0, at_most=1)
     aa: str | None = option(None, "timm's auto-augment string; none: none", "--aa")
     color_jitter: float = option(

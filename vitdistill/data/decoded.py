@@ -1,8 +1,9 @@
 """Images kept in memory, decoded once, when they are few enough."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -12,13 +13,19 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from ..errors import Set
+from ..messages import listed, plural
 from .augment import Augment, InputSpec
 from .sources.base import ImageSource, PartSource
+from .sources.decode import DamagedImage
 from .views.batched import can_batch
 from .views.single import prepare
 
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""
+
+MAX_CHECKED = 200_000
+"""Of larger data sets the damaged image that is met is named alone."""
 
 T = TypeVar("T")
 
@@ -44,6 +51,55 @@ def keep_decoded(
     if batched and augment.crop == "rrc" and len(set(sizes)) == 1:
         return _decode_alike(source, augment, spec, sizes[0], threads)
     return DecodedSource(source, threads)
+
+
+def check_images(source: ImageSource, skip_damaged: bool, threads: int) -> ImageSource:
+    """Leave out the images that cannot be decoded, with a note, or raise an error for empty files.
+
+    The first needs all images decoded once.
+    """
+    if not skip_damaged:
+        with name_all_damaged(source, threads):
+            for i in np.flatnonzero(source.sizes == 0):
+                source.load(int(i))
+        return source
+    damaged = _find_damaged(source, threads)
+    if not damaged:
+        return source
+    kept = PartSource(source, np.setdiff1d(np.arange(len(source), dtype=np.int64), damaged))
+    kept.notes += (f"{_describe(source, damaged)}, and left out",)
+    return kept
+
+
+@contextmanager
+def name_all_damaged(source: ImageSource, threads: int) -> Iterator[None]:
+    """Where one damaged image is met, raise an error that names all of the source."""
+    try:
+        yield
+    except DamagedImage as first:
+        damaged = _find_damaged(source, threads) if len(source) <= MAX_CHECKED else []
+        if len(damaged) < 2:
+            raise
+        fixes = Set("data.skip_damaged", True), "replace or remove them"
+        raise DamagedImage(_describe(source, damaged), fixes) from first
+
+
+def _find_damaged(source: ImageSource, threads: int) -> list[int]:
+    def is_damaged(i: int) -> bool:
+        try:
+            source.load(i)
+        except DamagedImage:
+            return True
+        return False
+
+    return [i for i, found in enumerate(_map(is_damaged, len(source), threads)) if found]
+
+
+def _describe(source: ImageSource, damaged: list[int]) -> str:
+    names = listed((source.key(i) for i in damaged), 100)
+    return (
+        f"{len(damaged)} of {plural(len(source), 'image')} of {source.name} are damaged ({names})"
+    )
 
 
 class DecodedSource(PartSource):

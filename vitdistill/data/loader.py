@@ -23,7 +23,7 @@ from ..messages import plural
 from ..world import ALONE, World
 from .augment import Augment, InputSpec
 from .batch import Batch, TargetReader, TeacherBatch
-from .decoded import keep_decoded
+from .decoded import keep_decoded, name_all_damaged
 from .order import Samples, epoch_order, evenly, view_samples
 from .sources.base import ImageSource, check_enough
 from .views.batched import BatchViews
@@ -76,9 +76,10 @@ class TrainLoader:
         self._labels = torch.from_numpy(source.labels)
         # The last incomplete batch of an epoch is left out.
         self.steps_per_epoch = len(self._epoch_order(0)[0]) // loading.batch_size
-        with memory_errors(
-            f"while {plural(len(source), 'image')} were decoded into it",
-            Set("data.in_memory", False),
+        place = f"while {plural(len(source), 'image')} were decoded into it"
+        with (
+            memory_errors(place, Set("data.in_memory", False)),
+            name_all_damaged(source, loading.workers),
         ):
             kept = keep_decoded(source, augment, spec, loading.in_memory, loading.workers)
         self._images = (
@@ -151,7 +152,11 @@ class TrainLoader:
                 yield shown, pixels, sums
             return
         make = partial(_make_train_views, self._images, augment, self.spec, seed, wanted)
-        with map_in_workers(make, samples, self.loading.workers) as made:
+        workers = self.loading.workers
+        with (
+            name_all_damaged(self.source, workers),
+            map_in_workers(make, samples, workers) as made,
+        ):
             for shown, pixels, sums in made:
                 yield shown, _send(pixels, device), sums
 
@@ -217,7 +222,10 @@ class EvalLoader:
             return
         seen: list[UInt8[Tensor, "B 3 H W"]] = []
         make = partial(_make_eval_views, self.source, self.spec)
-        with map_in_workers(make, self._samples, self.workers) as made:
+        with (
+            name_all_damaged(self.source, self.workers),
+            map_in_workers(make, self._samples, self.workers) as made,
+        ):
             for shown, pixels in made:
                 if self._keep:
                     seen.append(pixels.clone())  # out of shared memory

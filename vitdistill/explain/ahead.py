@@ -65,7 +65,7 @@ def _count_images(recipe: Recipe) -> tuple[int, int]:
     """Return the training images an epoch and their classes; those of ImageNet-1k without data."""
     if not recipe.data.dir:
         return IMAGENET_TRAIN_IMAGES, 1000
-    source = open_source(recipe.data.dir, "train")
+    source = open_source(recipe.data.dir, "train", val_split=recipe.data.val_split)
     check_enough(source, recipe.train.batch_size)
     count = len(source) // recipe.train.batch_size * recipe.train.batch_size
     return count, len(source.classes) or 1000

@@ -9,6 +9,8 @@ from .convert import flatten, from_dict, to_dict
 
 VOLATILE = (
     "data.workers",
+    "data.val_split",
+    "data.skip_damaged",
     "train.log_every",
     "train.keep_checkpoints",
     "train.accept_changed_images",

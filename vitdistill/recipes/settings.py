@@ -84,6 +84,16 @@ class DataConfig:
     in_memory: bool | None = option(
         None, "keep decoded images in memory; none: if they fit 2 GiB", "--in-memory"
     )
+    val_split: float | None = option(
+        None,
+        "fraction of each class's training images to validate on, where there are no others",
+        "--val-split",
+        above=0,
+        below=1,
+    )
+    skip_damaged: bool = option(
+        False, "leave out images that cannot be read, and say which", "--skip-damaged"
+    )
     augment: Augment = option(Augment, "the training views")
     views: int | None = option(
         None, "different views of an image, in turn; none: one an epoch", "--views", at_least=1
@@ -188,7 +198,7 @@ PARTS: dict[str, type] = {
 }
 """Where settings stand in a recipe; flags of a teacher are for the one called ``teacher``."""
 EVERY_STAGE = (
-    *("data.dir", "data.workers", "data.in_memory"),
+    *("data.dir", "data.workers", "data.in_memory", "data.val_split", "data.skip_damaged"),
     *("train.seed", "train.amp_dtype", "train.compile", "train.save_every", "train.log_every"),
 )
 FIRST_STAGE = ("student.model", "student.checkpoint", "student.pretrained", "student.image_size")

@@ -33,6 +33,7 @@ class Evaluation:
     teacher: TeacherConfig | None = None  # whose answers are compared with the model's
     data_dir: str
     split: Literal["val", "train"] = "val"
+    val_split: float | None = None  # the part of the training images that validates
     knn: int | None = None  # judge its features by so many nearest training images
     linear_probe: bool = False
     pool: Pool = "mean"
@@ -86,13 +87,14 @@ def evaluate_model(job: Evaluation, world: World) -> dict[str, Any]:
 
 def _open_images(job: Evaluation) -> tuple[ImageSource, ImageSource | None]:
     """Return the images, and those that probes learn from."""
-    source = open_source(job.data_dir, job.split)
+    source = open_source(job.data_dir, job.split, val_split=job.val_split)
     if not source.classes:
         what = f"the images in {job.data_dir} have no labels (no class folders) to evaluate against"
         raise ConfigError(what, field="data.dir")
     if not job.probes:
         return source, None
-    return source, open_source(job.data_dir, "train", classes=source.classes)
+    same = {"classes": source.classes, "val_split": job.val_split}
+    return source, open_source(job.data_dir, "train", **same)  # type: ignore[arg-type]
 
 
 def _build(job: Evaluation, classes: tuple[str, ...], device: torch.device) -> tuple[Teacher, str]:

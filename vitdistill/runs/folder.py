@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,10 @@ class RunFolder:
         """Where the logs end, on disk."""
         return {name: log.sync() for name, log in self._logs.items()}
 
-    def record_environment(self, step: int, processes: int) -> None:
-        """Note what the run runs on from ``step`` on."""
-        path, now = self.path / ENVIRONMENT, {**environment(), "processes": processes}
+    def record_environment(self, step: int, processes: int, images: Sequence[str] = ()) -> None:
+        """Note what the run runs on from ``step`` on, and what is to be known of its images."""
+        path = self.path / ENVIRONMENT
+        now = {**environment(), "processes": processes, "images": list(images)}
         known = {k: v for k, v in (read_record(path) or {}).items() if k.isdecimal()}
         if not known or now != known[max(known, key=int)]:
             kept = {begun: found for begun, found in known.items() if int(begun) < step}

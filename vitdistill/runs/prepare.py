@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import keyed
+from ..data.decoded import check_images
 from ..data.loader import EvalLoader, Loading, TrainLoader
 from ..data.sources.base import ImageSource
 from ..data.sources.open import open_source
@@ -43,6 +44,12 @@ class Images:
     train: ImageSource
     val: ImageSource | None  # None where there are none to judge the student by
     classes: tuple[str, ...]  # in the order of the logits; () where the run tells none apart
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how they were found."""
+        val = () if self.val is None else self.val.notes
+        return tuple(dict.fromkeys((*self.train.notes, *val)))
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ def build(recipe: Recipe, world: World, say: Say) -> Prepared:
     """Open the images, build the networks, and make the batches of this process."""
     images = open_images(recipe, say)
     networks = build_networks(recipe, images.classes, world.device, say)
+    images, networks = judge_by_teacher(images, networks, say)
     loaders = make_loaders(recipe, images, networks, world, say)
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
     return Prepared(recipe, world, images, networks, loaders, amp_dtype)
@@ -161,7 +169,8 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     if not folder:
         raise ConfigError("no images are named", Set("data.dir", "FOLDER"), field="data.dir")
     reading = [name for name, objective in recipe.objectives.items() if objective.reads_labels]
-    train, val = open_source(folder, "train"), None
+    val_split = recipe.data.val_split
+    train, val = open_source(folder, "train", val_split=val_split), None
     if reading and len(train.classes) < 2:
         found = "have no labels (no class folders)"
         if train.classes:
@@ -171,15 +180,37 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
             (Set("data.dir"), Drop(reading[0])),
             field="data.dir",
         )
-    if len(train.classes) > 1:
+    if len(train.classes) != 1:
         try:
-            val = open_source(folder, "val", classes=train.classes)
+            val = open_source(folder, "val", classes=train.classes or None, val_split=val_split)
         except MissingSplit:
             if reading:
                 raise
     if train.classes and val is None:
         say("no validation images, or one class alone: nothing is evaluated")
-    return Images(train, val, train.classes if val is not None else ())
+    how = recipe.data.skip_damaged, recipe.data.workers
+    train, val = check_images(train, *how), None if val is None else check_images(val, *how)
+    images = Images(train, val, train.classes if val is not None else ())
+    for note in images.notes:
+        say(note)
+    return images
+
+
+def judge_by_teacher(images: Images, networks: Networks, say: Say) -> tuple[Images, Networks]:
+    """Keep validation images beside unlabelled training images if their classes are the teacher's.
+
+    A teacher without names of its classes is taken at their number, and proved by its accuracy.
+    """
+    if images.val is None or images.train.classes:
+        return images, networks
+    classes, count = images.val.classes, networks.distillation.plan.student.num_classes
+    if networks.classes == classes or (not networks.classes and count == len(classes)):
+        return images, replace(networks, classes=classes)
+    say(
+        f"the training images are unlabelled, and the classes of {images.val.name}"
+        f" ({listed(classes)}) are not the teacher's: nothing is evaluated"
+    )
+    return replace(images, val=None), networks
 
 
 def make_loaders(

@@ -123,7 +123,8 @@ class Trainer:
                 self.folder.open_logs(offsets)
                 # A resume elsewhere sees the same samples and views; other libraries, processors or
                 # numbers of processes may change the last bits of what is computed.
-                self.folder.record_environment(self.state.step, self.world.size)
+                notes = self.prepared.images.notes
+                self.folder.record_environment(self.state.step, self.world.size, notes)
         if found is not None:
             self.say(f"resuming {self.output} at step {self.state.step} of {self.num_steps}")
 

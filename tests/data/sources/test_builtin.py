@@ -38,6 +38,7 @@ def test_arrays_are_images(tmp_path: Path, monkeypatch, name: str, split: str) -
     images = np.repeat(GREY[..., None], 3, axis=3) if name == "MNIST" else COLOUR
     assert np.array_equal(np.asarray(source.load(2)), images[2])
     assert source.image_size(0) == (20, 28)
+    assert ["best weights" in note for note in source.notes] == [True] * (split == "val")
 
 
 @pytest.mark.parametrize(

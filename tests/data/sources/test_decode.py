@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from vitdistill.data.sources.decode import MAX_PIXELS, decode_image, image_size
+from vitdistill.data.sources.decode import MAX_PIXELS, DamagedImage, decode_image, image_size
 from vitdistill.errors import DataError, PermissionDenied
 
 GREY = np.linspace(0, 65535, 20 * 30).reshape(20, 30)
@@ -91,14 +91,29 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_exif_orientation_is_applied(picture, kind: str, orientation: int) -> None:
-    exif = Image.Exif()
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in ("PNG", "WEBP", "JPEG", "AVIF", "TIFF")),
+        *(("TIFF", {"compression": how}) for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits")),
+    ],
+)
+def test_the_orientation_is_applied_once(picture, kind, options, orientation: int) -> None:
+    exif, image = Image.Exif(), picture(1, (48, 32)).resize((96, 64))
     exif[0x0112] = orientation
-    data = encoded(picture(1, (12, 8)), kind, exif=exif)
-    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert wanted.size == ((8, 12) if orientation > 4 else (12, 8))
-    assert np.array_equal(pixels(data), np.asarray(wanted))
+    got = pixels(encoded(image, kind, exif=exif, **options))
+    wanted = {
+        1: image,
+        2: ImageOps.mirror(image),
+        3: image.rotate(180),
+        4: ImageOps.flip(image),
+        5: ImageOps.mirror(image).rotate(90, expand=True),
+        6: image.rotate(-90, expand=True),
+        7: ImageOps.mirror(image).rotate(-90, expand=True),
+        8: image.rotate(90, expand=True),
+    }[orientation]
+    assert got.shape[:2] == wanted.size[::-1]
+    assert np.abs(got - np.asarray(wanted)).mean() < (20 if kind in ("JPEG", "AVIF") else 1e-9)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -107,12 +122,42 @@ def test_broken_exif_counts_as_none(picture) -> None:
     assert np.array_equal(pixels(data), pixels(encoded(picture(1), "JPEG")))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_cut_short_images_are_named(picture, kind: str) -> None:
+EVERY_KIND = ["PNG", "JPEG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "TGA", "PPM", "ICO"]
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_images_that_end_early_are_named(picture, kind: str) -> None:
     data = encoded(picture(2, (64, 64)), kind)
-    for share in (0.1, 0.5, 0.8):
-        with pytest.raises(DataError, match=r"^cat/1\.img: "):
-            decode_image(data[: int(len(data) * share)], "cat/1.img")
+    lengths = range(1, len(data) - 26, len(data) // 40)  # without the footer that TGA has
+    for length in lengths:
+        with pytest.raises(DamagedImage, match=r"^cat/1\.img: "):
+            decode_image(data[:length], "cat/1.img")
+
+
+@pytest.mark.parametrize("options", [{}, {"save_all": True}, {"optimize": True}, {"exif": True}])
+def test_a_flipped_bit_of_a_png_is_never_other_pixels(picture, options: dict) -> None:
+    """With the orientation behind the pixels, as some programs write it, too."""
+    image = picture(4, (40, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(image, "PNG", **(options | {"exif": exif} if "exif" in options else options))
+    whole, refused = pixels(data), 0
+    for i in range(200):
+        damaged = bytearray(data)
+        damaged[len(data) * i // 200] ^= 1 << i % 8
+        try:
+            assert np.array_equal(pixels(bytes(damaged)), whole)
+        except DamagedImage:
+            refused += 1
+    assert refused > 190
+
+
+def test_a_file_of_many_bytes_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(20 * 2**30)
+    for read in (decode_image, image_size):
+        with pytest.raises(DamagedImage, match="larger than 1 GiB"):
+            read(tmp_path / "sparse.png", "sparse.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"hello" * 40, bytes(100), None])

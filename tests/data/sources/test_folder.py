@@ -114,8 +114,6 @@ def test_what_is_wrong_with_the_images(make_folder, place: Place) -> None:
     assert "class9" in refused(place(root))
     image = (folder / "a.txt").rename(folder / "a.jpg")
     assert "class9" in open_source(place(root), "train").classes[-1]  # decoding comes later
-    image.write_bytes(b"")
-    assert "a.jpg" in refused(place(root))
     image.unlink()
     image.symlink_to(root / "gone.jpg")
     assert "a.jpg" in refused(place(root))
@@ -129,8 +127,8 @@ def test_splits_that_are_not_there(make_folder, place: Place) -> None:
     root = make_folder()
     (root / "val").rename(root / "other")
     assert "'other'" in refused(place(root), "val", MissingSplit)
-    photos = (root / "train").rename(root.parent / "photos")
-    assert "photos" in refused(place(photos), "train", MissingSplit)
+    (root / "train").rename(root / "val")
+    assert "'val'" in refused(place(root), "train", MissingSplit)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,16 @@ from typing import IO, Any
 
 from ...errors import DataError, DiskError, PermissionDenied
 from ...messages import printable
-from .base import SPLIT_NAMES, FileSource, ImageSource, Split, is_image, split_folder
+from .base import (
+    ALL_SPLIT_NAMES,
+    FileSource,
+    ImageSource,
+    Split,
+    choose_split,
+    find_images,
+    is_hidden,
+)
+from .decode import MAX_BYTES
 
 _BLOCK = 512
 
@@ -44,22 +53,34 @@ class TarSource(FileSource):
         self._file: IO[bytes] | None = None
         self.name = printable(path)
         members, folders = self._index()
-        prefix = _split_prefix(self.name, [*members], split)
+        images, left_out = find_images(members, lambda key: self._read(*members[key], 16))
+        prefix, taken = _split_prefix(self.name, images, split)
         start = len(prefix)
-        inside = {key[start:]: place for key, place in members.items() if key.startswith(prefix)}
+        inside = {key[start:]: members[key] for key in images if key.startswith(prefix)}
         classes = {key[start:].split("/")[0] for key in folders if key.startswith(prefix)}
+        for key, (_, size) in inside.items():
+            if size < 0:
+                raise DataError(
+                    f"{self.name} holds {printable(key)!r} as a link, a device or a sparse file",
+                    "make the archive again of plain files, with tar -h",
+                )
         super().__init__(
             f"{self.name}:{printable(prefix[:-1])}" if prefix else self.name,
             {key: size for key, (_, size) in inside.items()},
-            {name for name in classes if name and not name.startswith(".")},
+            classes - {""},
+            taken,
+            left_out,
         )
         self._offsets = [inside[key][0] for key in self._keys]
 
     def content(self, i: int) -> bytes:
         """Return the file's content."""
+        return self._read(self._offsets[i], int(self.sizes[i]))
+
+    def _read(self, offset: int, size: int, most: int = MAX_BYTES + 1) -> bytes:
         # pread has no shared file position, so forked workers may use one descriptor. An archive
         # that was cut short meanwhile gives fewer bytes, which the decoder refuses.
-        return os.pread(self._open().fileno(), int(self.sizes[i]), self._offsets[i])
+        return os.pread(self._open().fileno(), max(0, min(size, most)), offset)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open file: another process opens it for itself."""
@@ -76,7 +97,10 @@ class TarSource(FileSource):
         return self._file
 
     def _index(self) -> tuple[dict[str, tuple[int, int]], list[str]]:
-        """Read ``{member name: (offset, bytes)}`` of the images, and the names of the folders."""
+        """Read ``{member name: (offset, bytes)}`` of the files, and the names of the folders.
+
+        What is not hidden counts; a member that is no plain file has -1 bytes.
+        """
         file = self._open()
         length = os.fstat(file.fileno()).st_size
         members: dict[str, tuple[int, int]] = {}
@@ -86,16 +110,13 @@ class TarSource(FileSource):
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     name = "/".join(p for p in member.name.split("/") if p not in ("", "."))
+                    if is_hidden(name):
+                        continue
                     if member.isdir():
                         folders.append(name)
-                    elif is_image(name):
-                        if not member.isreg() or member.issparse():
-                            raise DataError(
-                                f"{self.name} holds {printable(name)!r} as a link, a device or a"
-                                " sparse file",
-                                "make the archive again of plain files, with tar -h",
-                            )
-                        members[name] = (member.offset_data, member.size)
+                    else:
+                        is_plain = member.isreg() and not member.issparse()
+                        members[name] = (member.offset_data, member.size if is_plain else -1)
                 end = os.pread(file.fileno(), _BLOCK, archive.offset)
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             reason = printable(str(error))
@@ -105,16 +126,16 @@ class TarSource(FileSource):
         return members, folders
 
 
-def _split_prefix(name: str, members: list[str], split: Split) -> str:
-    """Find the folder of the split, with a slash; "" or the one root of a set without labels."""
+def _split_prefix(name: str, members: list[str], split: Split) -> tuple[str, tuple[str, ...]]:
+    """Find the folder of the split, with a slash, or the one root; and do `choose_split`."""
     tops = {member.split("/", 1)[0] for member in members}
     nested = all("/" in member for member in members)
-    splits = {folder for folders in SPLIT_NAMES.values() for folder in folders}
-    root = f"{next(iter(tops))}/" if len(tops) == 1 and nested and not tops & splits else ""
+    is_split = ALL_SPLIT_NAMES & {top.lower() for top in tops}
+    root = f"{next(iter(tops))}/" if len(tops) == 1 and nested and not is_split else ""
     paths = [member.removeprefix(root) for member in members]
     inside = {path.split("/", 1)[0] for path in paths if "/" in path}
-    folder = split_folder(name, split, inside, any("/" not in path for path in paths))
-    return f"{root}{folder}/" if folder else root
+    folder, notes = choose_split(name, split, inside)
+    return (f"{root}{folder}/" if folder else root), notes
 
 
 def _decompress(file: IO[bytes], name: str) -> IO[bytes]:

@@ -3,7 +3,8 @@
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
@@ -11,10 +12,10 @@ from urllib.parse import parse_qsl
 import numpy as np
 from PIL import Image
 
-from ...errors import DataError, MissingSplit, Set
+from ...errors import DataError, Fix, MissingSplit, Set
 from ...keyed import I64
 from ...messages import listed, plural, printable
-from .decode import REMEDY, decode_image, image_size
+from .decode import decode_image, image_size
 
 Split = Literal["train", "val"]
 
@@ -24,9 +25,17 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 }
 """What a split's folder, table or part on the hub may be called; the first one found is used."""
 
+ALL_SPLIT_NAMES = frozenset(SPLIT_NAMES["train"] + SPLIT_NAMES["val"])
+
 _SUFFIXES = "jpg jpeg jpe jfif png apng webp gif avif jp2 bmp dib ico tga tif tiff pgm ppm pbm pnm"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""File names that count as images, in lower case; every other file is ignored."""
+"""File names that count as images, in lower case; files without a suffix are looked into."""
+
+_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5\n", b"P6\n")
+
+_OF_SYSTEMS = frozenset(
+    ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
 
 
 class ImageSource(ABC):
@@ -36,6 +45,7 @@ class ImageSource(ABC):
     classes: tuple[str, ...]  # ordered by label; () when unlabelled
     labels: I64  # (N,), -1 where unlabelled
     sizes: I64  # (N,), the bytes that hold each image
+    notes: tuple[str, ...] = ()  # what a person should know of how they were found
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -71,6 +81,7 @@ class PartSource(ImageSource):
         self._source, self._ids = source, ids
         self.name, self.classes = source.name, source.classes
         self.labels, self.sizes = source.labels[ids], source.sizes[ids]
+        self.notes = source.notes
 
     def key(self, i: int) -> str:
         return self._source.key(int(self._ids[i]))
@@ -82,13 +93,33 @@ class PartSource(ImageSource):
         return self._source.image_size(int(self._ids[i]))
 
 
-def is_image(path: str) -> bool:
-    """Whether the file at ``path``, inside a source, is an image: by its suffix, and not hidden.
+def is_hidden(path: str) -> bool:
+    """Whether the file or folder at ``path``, inside a source, belongs to a tool or a system.
 
-    Files and folders whose names begin with a dot belong to tools (``.cache``, ``._photo.png``).
+    That is the case where a name on the way begins with a dot (``.cache``, ``._photo.png``) or is
+    one that systems give to folders of their own.
     """
-    hidden = path.startswith(".") or "/." in path
-    return not hidden and os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+    return any(part.startswith(".") or part in _OF_SYSTEMS for part in path.split("/"))
+
+
+def find_images(paths: Iterable[str], read_head: Callable[[str], bytes]) -> tuple[list[str], str]:
+    """Choose the images among files, and say how many others there are.
+
+    A name without a suffix is looked into: ``read_head`` gives its first bytes.
+    """
+    images, others = [], Counter[str]()
+    for path in paths:
+        suffix = os.path.splitext(path)[1].lower()
+        head = b"" if suffix else read_head(path)
+        is_image = head.startswith(_HEADS) or head[4:12] == b"ftypavif" or head[8:12] == b"WEBP"
+        if is_image or suffix in IMAGE_SUFFIXES:
+            images.append(path)
+        else:
+            others[printable(suffix) or "without a suffix"] += 1
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(4))
+    count = plural(others.total(), "file")
+    note = f"{count} left out as no images ({kinds}): convert to JPEG or PNG those that are"
+    return images, note if others else ""
 
 
 def split_options(location: str) -> tuple[str, dict[str, str]]:
@@ -100,11 +131,17 @@ def split_options(location: str) -> tuple[str, dict[str, str]]:
 class FileSource(ImageSource):
     """Image files in one folder a class, classes ordered by name; without folders, unlabelled."""
 
-    def __init__(self, name: str, files: Mapping[str, int], folders: Iterable[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        files: Mapping[str, int],
+        folders: Iterable[str],
+        taken: tuple[str, ...] = (),
+        left_out: str = "",
+    ) -> None:
         """Arrange ``files``, bytes by path inside the split.
 
-        Raises `DataError` for an empty file, a mixture of both layouts, or one of the class
-        ``folders`` without images.
+        Raises `DataError` for a mixture of layouts, or a class folder without images.
         """
         owners = {path: path.split("/", 1)[0] if "/" in path else "" for path in files}
         found = set(owners.values())
@@ -115,14 +152,18 @@ class FileSource(ImageSource):
                 f" {printable(stray)!r}",
                 "move or remove those",
             )
-        for folder in sorted(set(folders) - found):
-            raise DataError(
-                f"the class folder {name}/{printable(folder)} has no images", "fill or remove it"
-            )
         for path in files:
-            if files[path] == 0:
-                raise DataError(f"{name}/{printable(path)}: the file is empty", REMEDY)
-        self.name = name
+            if ALL_SPLIT_NAMES.intersection(path.lower().split("/")[1:-1][:1]):
+                raise DataError(
+                    f"{name} holds several sets of images, one in {printable(owners[path])!r}",
+                    Set("data.dir", f"{name}/{printable(owners[path])}"),
+                )
+        for folder in sorted(set(folders) - found):
+            what = f"the class folder {name}/{printable(folder)} has no images"
+            raise DataError(f"{what} ({left_out})" if left_out else what, "fill or remove it")
+        self.name, self.notes = name, taken
+        if left_out:
+            self.notes += (f"{name}: {left_out}",)
         self.classes = tuple(sorted(found - {""}))
         self._keys = sorted(files, key=lambda path: (owners[path], path))
         label = {folder: i for i, folder in enumerate(self.classes)}
@@ -146,29 +187,35 @@ class FileSource(ImageSource):
         return f"{self.name}/{printable(self._keys[i])}"
 
 
-def split_folder(name: str, split: Split, folders: Collection[str], has_images: bool) -> str:
-    """Choose the split's among the ``folders`` of a place; "": the place itself, for training."""
-    for folder in SPLIT_NAMES[split]:
-        if folder in folders:
-            return folder
-    if split == "train" and has_images:
-        return ""
-    raise no_split(name, split, folders)
+def choose_split(name: str, split: Split, found: Collection[str]) -> tuple[str, tuple[str, ...]]:
+    """Choose the split's among the names at a place, and say which is taken for it.
+
+    "", all of the place, for training where no name is a split's. Raises `MissingSplit`.
+    """
+    known = {other.lower(): other for other in sorted(found)}
+    if split == "train" and not ALL_SPLIT_NAMES & known.keys():
+        return "", ()
+    chosen = next((word for word in SPLIT_NAMES[split] if word in known), None)
+    if chosen is not None:
+        taken = say_taken(name, split, known[chosen])
+        return known[chosen], () if chosen == split else (taken,)
+    fixes: tuple[Fix, ...] = (f"put the class folders into {name}/train/",)
+    if split == "val":
+        fixes = (Set("data.val_split", 0.1), f"put some images into {name}/val/CLASS/")
+        parent, folder = os.path.split(name)
+        beside = any(os.path.isdir(os.path.join(parent, other)) for other in SPLIT_NAMES["val"])
+        if folder in SPLIT_NAMES["train"] and beside:
+            fixes = (Set("data.dir", parent or "."),)
+    what = f"{name} has no {split!r} folder, but {listed(sorted(found), 5) or 'nothing'}"
+    raise MissingSplit(what, fixes, field="data.dir")
 
 
-def no_split(name: str, split: Split, found: Iterable[str]) -> MissingSplit:
-    """Make the error for a place without a split, naming what is there instead."""
-    found = sorted(found)
-    remedy = "put a part of the images, a tenth say, into class folders there"
-    if split == "train":
-        remedy = f"put the class folders into {name}/train/"
-        if not set(found) & set(SPLIT_NAMES["val"]):
-            remedy += f" and about a tenth of the images of each class into {name}/val/CLASS/"
-    return MissingSplit(
-        f"{name} has no {split!r} folder, but {listed(found, 5) or 'nothing'}",
-        remedy,
-        field="data.dir",
-    )
+def say_taken(name: str, split: Split, chosen: str) -> str:
+    """Return the note of a split under another name."""
+    note = f"{name}: {chosen!r} is taken for {split!r}"
+    if chosen.lower() in ("test", "testing"):
+        note += ", and chooses the best weights (beside a 'val' it would stay untouched)"
+    return note
 
 
 def check_classes(source: ImageSource, classes: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torchvision import datasets
 
 from ...errors import ConfigError, DataError
 from ...messages import printable, suggest
-from .base import ImageSource, Split, split_options
+from .base import ImageSource, Split, say_taken, split_options
 
 _BY_FLAG = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "USPS")
 _BY_NAME = ("STL10", "SVHN")
@@ -49,6 +49,8 @@ class TorchvisionSource(ImageSource):
         self._images = np.ascontiguousarray(images)
         labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
         self.labels = np.asarray(labels, dtype=np.int64)
+        if split == "val":
+            self.notes = (say_taken(f"torchvision/{name}", split, "test"),)
         self.classes = tuple(getattr(dataset, "classes", _DIGITS))
         self.sizes = np.full(len(self.labels), self._images[0].nbytes, dtype=np.int64)
 

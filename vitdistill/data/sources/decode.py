@@ -1,14 +1,15 @@
 """The one way an image file becomes RGB pixels, for teacher and student, training and evaluation.
 
 Rules, each tested: 16-bit grey is divided by 257 (a plain conversion would clip it to white);
-transparency is composited on white; CMYK is converted; an animation gives its first frame; the EXIF
-orientation is applied (an unreadable EXIF block counts as absent); colour profiles are ignored;
-floating point and 32-bit pixels are refused, because their white level is unknown. Images above
-`MAX_PIXELS` are refused from their header, before any pixel is decoded. A truncated file is an
-error, never half an image.
+transparency is composited on white; CMYK is converted; an animation gives its first frame; the
+orientation in the file is applied once (an unreadable EXIF block counts as absent); colour profiles
+are ignored; floating point and 32-bit pixels are refused, because their white level is unknown.
+Images above `MAX_PIXELS` are refused from their header, before any pixel is decoded. A truncated
+file, or one with a wrong checksum, is an error, never half an image.
 """
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ...errors import DataError, PermissionDenied, UserError
+from ...errors import DataError, PermissionDenied, Set, UserError
 from ...messages import printable
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Largest image that is decoded, in pixels."""
+
+MAX_BYTES = 2**30
+"""Largest file that is decoded."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -35,18 +39,26 @@ _TURNS = {
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-REMEDY = "replace or remove the file"
+_REMEDY = ("replace or remove the file", Set("data.skip_damaged", True))
+
+
+class DamagedImage(DataError):
+    """An image that cannot be decoded."""
 
 
 def decode_image(data: bytes | Path, name: str) -> Image.Image:
     """Decode a file's content, or the file at a path, as RGB; errors call it ``name``.
 
-    Raises `DataError` unless it is a whole image, and `PermissionDenied` for a file that may not
+    Raises `DamagedImage` unless it is a whole image, and `PermissionDenied` for a file that may not
     be read.
     """
     with _opened(data, name) as image:
-        turn = _TURNS.get(_orientation(image))
+        if image.format == "PNG":
+            # Pillow reads pixels without a look at their checksums.
+            with _opened(data, name) as twin:
+                twin.verify()
         image.load()
+        turn = _TURNS.get(_orientation(image))
         rgb = _to_rgb(image, name)
         return rgb if turn is None else rgb.transpose(turn)
 
@@ -62,13 +74,17 @@ def image_size(data: bytes | Path, name: str) -> tuple[int, int]:
 def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong with it inside the ``with`` block names it."""
     try:
+        size = len(data) if isinstance(data, bytes) else os.path.getsize(data)
+        if not 0 < size <= MAX_BYTES:
+            state = "is larger than 1 GiB" if size else "is empty"
+            raise DamagedImage(f"{name}: the file {state}", _REMEDY)
         with (
             io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file,
             Image.open(file) as image,
         ):
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise DataError(
+                raise DamagedImage(
                     f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels",
                     "make the image smaller",
                 )
@@ -78,15 +94,19 @@ def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
     except PermissionError as error:
         raise PermissionDenied(f"{name}: no permission to read this image") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{name}: not an image in a known format", REMEDY) from error
+        raise DamagedImage(f"{name}: not an image in a known format", _REMEDY) from error
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, a
         # DecompressionBombError and more.
         reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
-        raise DataError(f"{name}: the image is damaged or cut short ({reason})", REMEDY) from error
+        raise DamagedImage(
+            f"{name}: the image is damaged or cut short ({reason})", _REMEDY
+        ) from error
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # turned by Pillow, in its header's size and in its pixels
+        return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
@@ -100,7 +120,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _on_white(image)
     if image.mode in _PLAIN:
         return image.convert("RGB")
-    raise DataError(
+    raise DamagedImage(
         f"{name}: pixels of mode {image.mode!r} have no known white level",
         "convert the image to 8 or 16 bits",
     )

@@ -1,18 +1,20 @@
 """Image folders."""
 
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ...errors import DataError, PermissionDenied
 from ...messages import printable
-from .base import FileSource, ImageSource, Split, is_image, split_folder
+from .base import FileSource, ImageSource, Split, choose_split, find_images, is_hidden
 
 
 def open_folder(location: str, split: Split) -> ImageSource | None:
     """Open a folder ``root/{train,val}/<class>/*``; None for what is no folder.
 
-    For training, a folder that holds images itself is read as one set without labels.
+    For training, a folder without splits is read as a whole.
     """
     root = Path(location).expanduser()
     return FolderSource(root, split) if root.is_dir() else None
@@ -23,38 +25,58 @@ class FolderSource(FileSource):
 
     def __init__(self, root: Path, split: Split) -> None:
         """Index the folder. Raises `MissingSplit`, `DataError` or `PermissionDenied`."""
-        _, folders, names = next(_walk(root))
-        has_images = any(is_image(name) for name in names)
-        self.root = root / split_folder(printable(root), split, set(folders), has_images)
-        files: dict[str, int] = {}
+        _, folders, _ = next(_walk(str(root)))
+        inner, taken = choose_split(printable(root), split, folders)
+        self.root = root / inner
+        paths: list[str] = []
         classes: list[str] = []
-        for folder, folders, names in _walk(self.root):
+        for folder, folders, names in _walk(str(self.root)):
             inside = os.path.relpath(folder, self.root) + "/"
             if inside == "./":
                 inside, classes = "", folders
-            for name in names:
-                if is_image(name):
-                    files[inside + name] = _size(os.path.join(folder, name))
-        super().__init__(printable(self.root), files, classes)
+            paths += [inside + name for name in names]
+        images, left_out = find_images(paths, self._head)
+        sizes = {path: _size(str(self.root / path)) for path in images}
+        super().__init__(printable(self.root), sizes, classes, taken, left_out)
 
     def content(self, i: int) -> Path:
         """Return the file's path."""
         return self.root / self._keys[i]
 
+    def _head(self, path: str) -> bytes:
+        with suppress(OSError):
+            if (self.root / path).is_file():
+                with open(self.root / path, "rb") as file:
+                    return file.read(16)
+        return b""
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+
+def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield every folder below ``root`` that is not hidden: its path, folders and files."""
     for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield folder, folders, names
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in folders:
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and os.path.realpath(path) in _real_parents(folder, root):
+                raise DataError(f"{printable(path)} is a link to a folder around it", "remove it")
+        yield folder, folders, [name for name in names if not is_hidden(name)]
+
+
+def _real_parents(folder: str, root: str) -> set[str]:
+    """Return where ``folder`` and those around it, up to ``root``, really are."""
+    inside = os.path.relpath(folder, root).split(os.sep)
+    return {os.path.realpath(os.path.join(root, *inside[:i])) for i in range(len(inside) + 1)}
 
 
 def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except OSError as error:
         _refuse(error)
         raise
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{printable(path)} is no regular file", "remove it")
+    return found.st_size
 
 
 def _refuse(error: OSError) -> None:

@@ -1,11 +1,15 @@
 """Open a source of images by its location."""
 
 from collections.abc import Callable
+from pathlib import Path
 
-from ...errors import DataError, MissingSplit
-from ...messages import printable
+import numpy as np
+
+from ... import keyed
+from ...errors import ConfigError, DataError, MissingSplit, Set
+from ...messages import listed, printable
 from .archive import open_archive
-from .base import ImageSource, Split, check_classes
+from .base import ImageSource, PartSource, Split, check_classes
 from .builtin import open_builtin
 from .folder import open_folder
 from .table import open_hub, open_table
@@ -21,33 +25,43 @@ SOURCES: tuple[Callable[[str, Split], ImageSource | None], ...] = (
 
 
 def open_source(
-    location: str, split: Split, *, classes: tuple[str, ...] | None = None
+    location: str,
+    split: Split,
+    *,
+    classes: tuple[str, ...] | None = None,
+    val_split: float | None = None,
 ) -> ImageSource:
     """Open a ``split`` of the images at ``location``; with ``classes``, it must have exactly these.
 
     ``location`` is one of
 
-    * a folder ``root/{train,val}/<class>/*`` (``validation`` and ``test`` also serve as ``val``),
-      or, for training without labels, a folder of images;
+    * a folder ``root/{train,val}/<class>/*`` (or other usual names of the splits), or, for
+      training, a folder of class folders or of images without labels;
     * a ``.tar`` or ``.tar.gz`` that holds such a tree; it is read in place and never extracted;
     * a ``.parquet`` or ``.arrow`` file, or a folder of them, in the layout of Hugging Face
       datasets; ``hfds/NAME`` for the hub;
     * ``torchvision/NAME?root=FOLDER`` for a data set of torchvision that is already on disk.
 
+    ``val_split`` is the fraction of each class's training images that are validation images, where
+    there are no others.
+
     Raises `MissingSplit` when the split is absent or ``val`` has no labels to evaluate with,
     `DataError` when images or classes are missing or damaged, and `ConfigError` for options
     without meaning.
     """
-    found = (open_kind(location, split) for open_kind in SOURCES)
-    source = next((source for source in found if source is not None), None)
-    if source is None:
-        raise DataError(
-            f"{printable(location)!r} is no folder, .tar, .parquet or .arrow file",
-            "check the path",
-            field="data.dir",
-        )
-    if len(source) == 0:
-        raise DataError(f"{source.name} has no images", field="data.dir")
+    if val_split is None:
+        source = _open(location, split)
+    else:
+        try:
+            _open(location, "val")
+        except MissingSplit:
+            source = _split_off(_open(location, "train"), val_split, split)
+        else:
+            raise ConfigError(
+                f"val_split has no effect: {printable(location)} has validation images",
+                Set("data.val_split", "none"),
+                field="data.val_split",
+            )
     if split == "val" and not source.classes:
         raise MissingSplit(
             f"{source.name} has no class folders, and evaluation needs labels",
@@ -57,3 +71,37 @@ def open_source(
     if classes is not None:
         check_classes(source, classes)
     return source
+
+
+def _open(location: str, split: Split) -> ImageSource:
+    found = (open_kind(location, split) for open_kind in SOURCES)
+    source = next((source for source in found if source is not None), None)
+    if source is None:
+        raise DataError(
+            f"{printable(location)!r} is no folder, .tar, .parquet or .arrow file",
+            "unpack it into a folder" if Path(location).is_file() else "check the path",
+            field="data.dir",
+        )
+    if len(source) == 0:
+        what = "; ".join((f"{source.name} has no images", *source.notes))
+        raise DataError(what, field="data.dir")
+    if len(set(source.classes)) < len(source.classes):
+        twice = [name for name in set(source.classes) if source.classes.count(name) > 1]
+        raise DataError(f"{source.name} has two classes of one name ({listed(sorted(twice))})")
+    return source
+
+
+def _split_off(whole: ImageSource, fraction: float, split: Split) -> ImageSource:
+    """Return the training or the validation part of images: the same for every seed."""
+    order = keyed.permutation(0, 0, len(whole), keyed.Stream.SPLIT)
+    by_class = order[np.argsort(whole.labels[order], kind="stable")]
+    counts = np.bincount(whole.labels + 1)
+    groups = np.split(by_class, np.cumsum(counts)[:-1])
+    # At least one image of a class for either part, where it has two.
+    taken = [g[: min(max(round(fraction * len(g)), 1), len(g) - 1)] for g in groups if len(g)]
+    chosen = np.sort(np.concatenate(taken))
+    if split == "train":
+        chosen = np.setdiff1d(np.arange(len(whole), dtype=np.int64), chosen)
+    part = PartSource(whole, chosen)
+    part.name = f"{whole.name} ({split} part)"
+    return part

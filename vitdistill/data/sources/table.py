@@ -8,7 +8,7 @@ has no random access and is read into memory.
 import importlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,14 @@ from ...errors import ConfigError, DataError, MissingSplit, UserError
 from ...keyed import I64
 from ...messages import listed, plural, printable, suggest
 from ...storage.hub import settle_network
-from .base import SPLIT_NAMES, ImageSource, Split, split_options
+from .base import (
+    ALL_SPLIT_NAMES,
+    ImageSource,
+    Split,
+    choose_split,
+    is_hidden,
+    split_options,
+)
 from .decode import decode_image, image_size
 
 MAX_PARQUET_BYTES = 16 * 2**30
@@ -38,7 +45,7 @@ def open_table(location: str, split: Split) -> ImageSource | None:
     root = Path(path).expanduser()
     if not (_is_table(root) or _is_table_folder(root)):
         return None
-    files = _files_of_split(root, split)
+    files, notes = _files_of_split(root, split)
     name = f"{printable(root)} ({split})"
     parquet = sum(f.stat().st_size for f in files if f.suffix.lower() == ".parquet")
     if parquet > MAX_PARQUET_BYTES:
@@ -55,7 +62,9 @@ def open_table(location: str, split: Split) -> ImageSource | None:
     except (arrow.ArrowInvalid, KeyError) as error:
         reason = printable(str(error))
         raise DataError(f"the tables of {name} have different columns ({reason})") from error
-    return TableSource(name, table, *columns)
+    source = TableSource(name, table, *columns)
+    source.notes = notes
+    return source
 
 
 def open_hub(location: str, split: Split) -> ImageSource | None:
@@ -73,8 +82,11 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
     datasets = _extra("datasets")
     try:
         found = datasets.get_dataset_split_names(name)
-        chosen = next((word for word in SPLIT_NAMES[split] if word in found), None)
-        table = None if chosen is None else datasets.load_dataset(name, split=chosen).data.table
+        chosen, notes = choose_split(printable(path), split, found)
+        everything = "+".join(found)
+        table = datasets.load_dataset(name, split=chosen or everything).data.table
+    except MissingSplit:
+        raise
     except Exception as error:
         reason = printable(" ".join(str(error).split()))[:160]
         raise DataError(
@@ -82,19 +94,17 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
             "check its name and the network",
             field="data.dir",
         ) from error
-    if table is None:
-        raise MissingSplit(
-            f"{printable(path)} has no {split} split, but {listed(found, 5)}", field="data.dir"
-        )
     columns = _columns(path, table.schema, options)
-    return TableSource(f"{printable(path)} ({chosen})", table, *columns)
+    source = TableSource(f"{printable(path)} ({chosen})", table, *columns)
+    source.notes = notes
+    return source
 
 
 class TableSource(ImageSource):
     """The rows of a pyarrow table with an image column and, mostly, a label column."""
 
     def __init__(self, name: str, table: Any, image: str, label: str | None) -> None:
-        """Read the labels. Raises `DataError` for rows without an image or a class."""
+        """Read the labels. Raises `DataError` for rows without a class."""
         arrow, compute = _extra("pyarrow"), _extra("pyarrow.compute")
         self.name = name
         column = table.column(image)
@@ -103,20 +113,16 @@ class TableSource(ImageSource):
         self._bytes = column.cast(arrow.large_binary())  # of whatever size, layout or dictionary
         sizes = compute.fill_null(compute.binary_length(self._bytes), 0)
         self.sizes = np.asarray(sizes.to_numpy(), dtype=np.int64)
-        if not self.sizes.all():
-            raise DataError(
-                f"{name}: the image of row {self.sizes.argmin()} has no bytes", "embed the images"
-            )
         self.classes, self.labels = _labels(name, table, label)
 
     def key(self, i: int) -> str:
         return f"{i:08d}"
 
     def load(self, i: int) -> Image.Image:
-        return decode_image(self._bytes[i].as_py(), f"{self.name}: row {i}")
+        return decode_image(self._bytes[i].as_py() or b"", f"{self.name}: row {i}")
 
     def image_size(self, i: int) -> tuple[int, int]:
-        return image_size(self._bytes[i].as_py(), f"{self.name}: row {i}")
+        return image_size(self._bytes[i].as_py() or b"", f"{self.name}: row {i}")
 
 
 def _extra(module: str) -> ModuleType:
@@ -132,35 +138,44 @@ def _extra(module: str) -> ModuleType:
 
 
 def _is_table(path: Path) -> bool:
-    is_named = path.suffix.lower() in (".parquet", ".arrow") and not path.name.startswith(".")
-    return is_named and path.is_file()
+    is_named = path.suffix.lower() in (".parquet", ".arrow") and not is_hidden(path.name)
+    return is_named and path.is_file() and path.name in _files_in_use(path.parent, path.name)
+
+
+def _files_in_use(folder: Path, name: str) -> Collection[str]:
+    """Return the files that ``datasets`` counts in a folder; ``name`` alone where it says nothing.
+
+    Beside them lie what ``map`` and ``shuffle`` kept, and parts of earlier versions.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        return {file["filename"] for file in state["_data_files"]}
+    except FileNotFoundError:
+        return () if name.startswith(("cache-", "indices-")) else (name,)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{printable(folder)}/state.json is damaged", "save the set again"
+        ) from error
 
 
 def _is_table_folder(root: Path) -> bool:
     """Whether tables lie in ``root``, in its ``data`` folder or in the folder of a split."""
-    names = (".", "data", *(name for names in SPLIT_NAMES.values() for name in names))
+    names = (".", "data", *ALL_SPLIT_NAMES)
     return any(_is_table(path) for name in names for path in (root / name).glob("*"))
 
 
-def _files_of_split(root: Path, split: Split) -> list[Path]:
-    """Find the files whose name or folder says the split.
+def _files_of_split(root: Path, split: Split) -> tuple[list[Path], tuple[str, ...]]:
+    """Find the files whose name or folder says the split, and do `choose_split`.
 
     Where no file says any split, all of them are training data.
     """
     files = sorted(p for p in root.rglob("*") if _is_table(p)) if root.is_dir() else [root]
     place = root if root.is_dir() else root.parent
-    words = {f: set(re.split(r"[^a-z]+", str(f.relative_to(place)).lower())) for f in files}
-    for word in SPLIT_NAMES[split]:
-        chosen = [file for file in files if word in words[file]]
-        if chosen:
-            return chosen
-    known = {word for names in SPLIT_NAMES.values() for word in names}
-    if split == "train" and not any(words[file] & known for file in files):
-        return files
-    found = listed((file.name for file in files), 5)
-    raise MissingSplit(
-        f"{printable(root)} has no table whose name says {split!r}, but {found}", field="data.dir"
-    )
+    inside = {file: str(file.relative_to(place)).lower() for file in files}
+    words = {f: ALL_SPLIT_NAMES.intersection(re.split(r"[^a-z]+", inside[f])) for f in files}
+    found = {word for file in files for word in words[file]}
+    chosen, notes = choose_split(printable(root), split, found)
+    return [file for file in files if not chosen or chosen in words[file]], notes
 
 
 def _read_table(arrow: ModuleType, file: Path) -> Any:
