@@ -85,7 +85,7 @@ def has_learnt(folder: Path) -> bool:
     return (folder / SUMMARY).is_file() or any((folder / "checkpoints").glob("step-*"))
 
 
-def read_identity(folder: Path) -> dict[str, str]:
+def read_identity(folder: Path) -> dict[str, Any]:
     """Read what the run in this folder began with; {} if that was not noted."""
     return read_record(folder / IDENTITY) or {}
 
