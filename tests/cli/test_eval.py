@@ -1,6 +1,7 @@
 """``vitdistill eval`` on features: what is judged, what is shown, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,18 @@ def test_a_bank_of_other_classes_is_refused(tmp_path, home, evaluate):
     for name in COLOURS[:2]:
         (tmp_path / "train" / name).symlink_to(home / "photos" / "train" / name)
     assert evaluate("encoder", "--knn", data=tmp_path) == DATA
+
+
+def test_damaged_and_other_files_of_a_part_are_said(tmp_path, home, evaluate, capsys):
+    root = shutil.copytree(home / "photos" / "train", tmp_path / "mine")
+    for name in (*(f"ant/0{i}.png" for i in range(6)), "bee/x.heic"):
+        (root / name).write_bytes(b"not one")
+    half = ("classifier", "--val-split", "0.5")
+    assert evaluate("classifier", data=root) == DATA
+    assert "--val-split 0.1" in capsys.readouterr().err
+    assert evaluate(*half, data=root) == DATA
+    assert "--skip-damaged" in capsys.readouterr().err
+    assert evaluate(*half, "--skip-damaged", "--json", data=root) == 0
+    found = json.loads(capsys.readouterr().out)
+    text = " ".join(found["notes"])
+    assert 12 <= found["num_samples"] < 18 and "1 .heic" in text and "damaged" in text

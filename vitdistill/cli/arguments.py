@@ -213,6 +213,7 @@ class EvalArguments:
     val_split: float | None = option(
         None, "as of train", "--val-split", field="data.val_split", above=0, below=1
     )
+    skip_damaged: bool = option(False, "as of train", "--skip-damaged", field="data.skip_damaged")
     batch_size: int = option(256, "images a step and process", "--batch-size -b", at_least=1)
     workers: int = option(2, "loader processes", "--workers -j", at_least=0)
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(

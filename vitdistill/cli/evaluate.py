@@ -52,6 +52,7 @@ def _job(args: EvalArguments) -> Evaluation:
         teacher=teacher if teacher.model else None,
         pool=args.pool or "mean",
         amp_dtype=args.amp_dtype,
+        skip_damaged=args.skip_damaged,
         **{name: getattr(args, name) for name in same},
     )
 
@@ -59,6 +60,8 @@ def _job(args: EvalArguments) -> Evaluation:
 def _print(args: EvalArguments, result: dict[str, Any]) -> None:
     title = f"{args.model} on {args.data_dir} ({args.split})"
     say("\n".join(format_table([(title, ""), *_rows(result)])))
+    for note in result.get("notes", ()):
+        say(note)
     if "no_top1" in result:
         say(f"no accuracy of its own: {result['no_top1']}")
 

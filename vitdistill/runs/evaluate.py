@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..data.decoded import check_images
 from ..data.loader import EvalLoader
 from ..data.sources.base import ImageSource
 from ..data.sources.open import open_source
@@ -34,6 +35,7 @@ class Evaluation:
     data_dir: str
     split: Literal["val", "train"] = "val"
     val_split: float | None = None  # the part of the training images that validates
+    skip_damaged: bool = False
     knn: int | None = None  # judge its features by so many nearest training images
     linear_probe: bool = False
     pool: Pool = "mean"
@@ -68,6 +70,8 @@ def evaluate_model(job: Evaluation, world: World) -> dict[str, Any]:
 
     loader = load(source)
     scores: dict[str, Any] = {"num_samples": float(len(source))}
+    if source.notes:
+        scores["notes"] = source.notes
     if no_answers:
         scores["no_top1"] = no_answers
     else:
@@ -87,14 +91,15 @@ def evaluate_model(job: Evaluation, world: World) -> dict[str, Any]:
 
 def _open_images(job: Evaluation) -> tuple[ImageSource, ImageSource | None]:
     """Return the images, and those that probes learn from."""
-    source = open_source(job.data_dir, job.split, val_split=job.val_split)
+    how = job.skip_damaged, job.workers
+    source = check_images(open_source(job.data_dir, job.split, val_split=job.val_split), *how)
     if not source.classes:
         what = f"the images in {job.data_dir} have no labels (no class folders) to evaluate against"
         raise ConfigError(what, field="data.dir")
     if not job.probes:
         return source, None
-    same = {"classes": source.classes, "val_split": job.val_split}
-    return source, open_source(job.data_dir, "train", **same)  # type: ignore[arg-type]
+    bank = open_source(job.data_dir, "train", classes=source.classes, val_split=job.val_split)
+    return source, check_images(bank, *how)
 
 
 def _build(job: Evaluation, classes: tuple[str, ...], device: torch.device) -> tuple[Teacher, str]:

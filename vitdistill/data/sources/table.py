@@ -171,6 +171,7 @@ def _files_of_split(root: Path, split: Split) -> tuple[list[Path], tuple[str, ..
     """
     files = sorted(p for p in root.rglob("*") if _is_table(p)) if root.is_dir() else [root]
     place = root if root.is_dir() else root.parent
+    files = [file for file in files if not is_hidden(str(file.relative_to(place)))]
     inside = {file: str(file.relative_to(place)).lower() for file in files}
     words = {f: ALL_SPLIT_NAMES.intersection(re.split(r"[^a-z]+", inside[f])) for f in files}
     found = {word for file in files for word in words[file]}
