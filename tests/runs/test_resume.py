@@ -133,7 +133,12 @@ def test_no_part_of_the_state_is_forgotten_here(whole):
 
 @pytest.mark.parametrize(
     ("number", "calls", "saved"),
-    [(signal.SIGTERM, 1, 1), (signal.SIGUSR1, 11, 6), (signal.SIGINT, 18, 9)],
+    [
+        (signal.SIGTERM, 1, 1),
+        (signal.SIGHUP, 8, 4),
+        (signal.SIGUSR1, 11, 6),
+        (signal.SIGINT, 18, 9),
+    ],
 )
 def test_a_signal_in_a_step_finishes_it_and_saves(tmp_path, whole, taught, number, calls, saved):
     """Two forward passes a step: the 11th is in step 6. Nothing but the state of that step was
@@ -180,6 +185,17 @@ def test_only_a_later_signal_is_a_second_one():
     assert Child(lambda: work(60.0)).wait() == "alive"
     impatient = Child(lambda: work(0.01))
     assert impatient.wait() is None and impatient.code == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_nohup_or_a_shell_ignores_stays_ignored(number):
+    def work():
+        signal.signal(number, signal.SIG_IGN)
+        with StopRequest() as stop:
+            send(number)()
+        return bool(stop), signal.getsignal(number) == signal.SIG_IGN
+
+    assert Child(work).wait() == (False, True)
 
 
 def test_the_command_line_leaves_with_75_and_one_sentence(tmp_path, plain):

@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 # How torch and the standard library say that a worker, or a connection to one, is lost.
 _LOST = ("DataLoader worker", "Too many open files", "items of ancdata", "shared memory")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager

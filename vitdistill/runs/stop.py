@@ -7,10 +7,10 @@ from typing import Any
 
 
 class StopRequest:
-    """SIGTERM, Ctrl-C and SIGUSR1 ask the run to save and stop; a second one stops it at once.
+    """SIGTERM, Ctrl-C, SIGUSR1 and a terminal that closes ask the run to save and stop.
 
-    Signals within ``patience`` seconds are one request, because a launcher passes on what the whole
-    process group was sent already.
+    A second one stops it at once. Signals within ``patience`` seconds are one request, because a
+    launcher passes on what the whole process group was sent already.
     """
 
     def __init__(self, patience: float = 3.0) -> None:
@@ -23,8 +23,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
