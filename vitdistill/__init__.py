@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .distill.distiller import Distiller as Distiller
     from .distill.step import Distillation as Distillation
     from .distill.teacher import Teacher as Teacher
     from .labels import LabelStore as LabelStore
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Distillation": "distill.step",
+    "Distiller": "distill.distiller",
     "LabelStore": "labels",
     "Needs": "vit",
     "Recipe": "recipes.config",

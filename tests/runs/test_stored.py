@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from small_runs import ranks, records, run, said, write_images
 
+from vitdistill import Distiller
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.labels import identity
 from vitdistill.labels.store import LabelStore
@@ -145,6 +146,23 @@ def test_two_processes_read_the_labels_of_one(stored):
     one, (first, second) = read(1), ranks(2, read)
     for step in range(4):
         assert all(one[step][i] == first[step][i] + second[step][i] for i in (0, 1))
+
+
+def test_a_loop_of_ones_own_reads_labels_as_a_run_does(kd, store):
+    with join_world("cpu") as world:
+        prepared = prepare(from_labels(kd(), store), world, lambda text: None)
+        distillation = prepared.distillation.eval()  # without stochastic depth
+        distiller = Distiller(prepared.student, store, prepared.plan.objectives)
+        for step in prepared.loaders.train.batches(0, 2):
+            for batch in step:
+                given = {
+                    name: getattr(batch, name) for name in ("ids", "views", "mixed_labels", "lam")
+                }
+                losses = distiller(batch.images, batch.labels, **given)
+                assert torch.equal(losses["loss"], distillation(batch, {})["loss"])
+    with pytest.raises(ConfigError) as refused:
+        distiller(batch.images, batch.labels)
+    assert refused.value.field == "ids"
 
 
 # -- nothing that does not belong -----------------------------------------------------------------

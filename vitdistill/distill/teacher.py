@@ -55,6 +55,18 @@ class Teacher:
         self._scale = None if same else torch.tensor(scale, device=self.device).view(1, 3, 1, 1)
         self._shift = torch.tensor(shift, device=self.device).view(1, 3, 1, 1)
 
+    def to(self, device: torch.device) -> None:
+        """Move to ``device``, if it is elsewhere."""
+        if device == self.device:
+            return
+        self.device = device
+        self.model.to(device)
+        self._shift = self._shift.to(device)
+        if self._scale is not None:
+            self._scale = self._scale.to(device)
+        if self.class_index is not None:
+            self.class_index = self.class_index.to(device)
+
     def prepare(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 H W"]:
         """Return images with this teacher's own mean, std and size (bicubic, antialiased)."""
         if self._scale is not None:

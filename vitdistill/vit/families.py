@@ -19,7 +19,7 @@ def family_of(model: nn.Module) -> PlainViT | Whole:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for family in FAMILIES:
         if family.accepts(model):
-            return family(model)  # type: ignore[arg-type]
+            return family(model)
     return Whole(model)
 
 

@@ -30,8 +30,8 @@ class PlainViT:
     blocks: ClassVar[tuple[type, ...]] = (Block,)
     attentions: ClassVar[tuple[type, ...]] = (Attention,)
 
-    def __init__(self, model: VisionTransformer) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
         self.network = _describe(model, self.blocks, self.attentions)
         self.num_head_tokens: int | None = None
         if len(self.network.heads) > 1:
@@ -205,9 +205,7 @@ def _pool_reads_prefix(model: Any) -> bool:
     return bool(getattr(model, "pool_include_prefix", model.attn_pool is not None))
 
 
-def _describe(
-    model: VisionTransformer, blocks: tuple[type, ...], attentions: tuple[type, ...]
-) -> Network:
+def _describe(model: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> Network:
     depth, prefix = len(model.blocks), int(model.num_prefix_tokens)
     has_class_token = model.cls_token is not None and prefix > 0
     pools = model.attn_pool is not None or model.global_pool not in ("token", "")
