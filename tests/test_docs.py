@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def test_the_commands_of_the_documents_have_flags_that_exist() -> None:
     assert ["train", "mae_base"] in [words[:2] for words in checked]
     for command, *words in checked:
         cli.read_arguments(command, words)
+
+
+@pytest.mark.whole
+def test_the_loop_of_the_readme_runs() -> None:
+    (code,) = [block for block in _blocks("README.md", "python") if "Distiller" in block]
+    assert len(code.strip().splitlines()) < 15
+    small = "embed_dim=24, depth=2, num_heads=2, num_classes=10"
+    code = code.replace("num_classes=10", small)
+    images = torch.rand(2, 3, 224, 224)
+    space: dict[str, Any] = {"loader": [(images, torch.tensor([0, 1]))] * 3}
+    exec(compile(code, "README.md", "exec"), space)
+    assert set(space["losses"]) == {"ce", "kd", "loss"}
+    again = space["distiller"](images, torch.tensor([0, 1]))["loss"]
+    assert again.isfinite() and again < space["losses"]["loss"]
 
 
 @pytest.mark.whole

@@ -218,7 +218,7 @@ def _describe(model: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]
     source: AttentionSource | None = None
     num_heads = 0
     if all(type(b) in blocks and type(b.attn) in attentions for b in model.blocks):
-        num_heads = int(model.blocks[0].attn.num_heads)  # type: ignore[arg-type, union-attr]
+        num_heads = int(model.blocks[0].attn.num_heads)
         pool: AttentionSource = "pool" if type(model.attn_pool) is AttentionPoolLatent else "mean"
         source = "class" if has_class_token else pool
     height, width = model.patch_embed.patch_size
@@ -262,13 +262,13 @@ def embed_kept(patch_embed: PatchEmbed, images: Tensor, keep: Tensor) -> Float[T
 
 
 def attention_rows(
-    attn: Attention, q: Float[Tensor, "B H rows d"], k: Float[Tensor, "B H L d"]
+    attn: Any, q: Float[Tensor, "B H rows d"], k: Float[Tensor, "B H L d"]
 ) -> Float[Tensor, "B H rows L"]:
     """Return the post-softmax attention of some queries over all keys, in float32."""
     return ((q * attn.scale) @ k.transpose(-2, -1)).float().softmax(-1)
 
 
-def split_heads(attn: Attention, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+def split_heads(attn: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Split ``(B, L, parts * H * d)`` into ``parts`` tensors ``(B, H, L, d)``."""
     shape = (parts, attn.num_heads, attn.head_dim)
     return projected.unflatten(2, shape).permute(2, 0, 3, 1, 4).unbind(0)
