@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import is_model
 from timm.optim import get_optimizer_info, list_optimizers
 
-from ..errors import Add, ConfigError, Fix, Set, UserError
+from ..errors import Add, ConfigError, Set, UserError
 from ..messages import suggest
 from ..methods import method_class
 from ..methods.base import Masking, TeacherObjective, TokenSelector
@@ -138,17 +138,18 @@ def _require_field(recipe: Recipe, path: str) -> None:
     if path in flatten(recipe):
         return
     others = tuple(Set(f"teachers.{teacher}.{name}") for teacher in recipe.teachers)
-    fixes: dict[str, Fix | tuple[Fix, ...]] = {"selector": Add("maskedkd")}
-    fixes["teachers"] = others or Add("kd")
+    fixes: dict[str, Any] = {"selector": Add("maskedkd"), "teachers": others or Add("kd")}
     what = f"{recipe_flags()[path].name} cannot take effect: the recipe has no {path}"
     raise UserError(what, fixes.get(part, ()))
 
 
 def _labels_in(folder: str, teachers: Sequence[str]) -> Values:
-    """Return where each teacher's labels are; a folder may be that of the only teacher's."""
-    places = {name: Path(folder) / name for name in teachers}
-    alone = len(teachers) == 1 and not (places[teachers[0]] / MANIFEST).is_file()
-    return {f"teachers.{n}.labels": folder if alone else str(p) for n, p in places.items()}
+    """Return where each teacher's labels are: in a folder of its name there, or in this one."""
+    inside = {name: Path(folder) / name for name in teachers}
+    places = {
+        name: path if (path / MANIFEST).is_file() else folder for name, path in inside.items()
+    }
+    return {f"teachers.{name}.labels": str(place) for name, place in places.items()}
 
 
 def _without_args_of_others(
