@@ -33,8 +33,10 @@ from tests.cli.home import (
 )
 from vitdistill import __version__
 from vitdistill.cli import COMMANDS, main, read_arguments
-from vitdistill.cli.arguments import ExplainArguments, groups_of
+from vitdistill.cli.arguments import ExplainArguments, LabelArguments, groups_of
 from vitdistill.cli.recipe import resolve_recipe
+from vitdistill.cli.render import render
+from vitdistill.errors import ConfigError, Give, Set
 from vitdistill.recipes import RECIPES
 from vitdistill.recipes.config import Recipe
 from vitdistill.weights.create import create_model
@@ -316,3 +318,10 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(here: Path) -> No
     new = [key for key in after if key.startswith("runs/new")]
     assert not [key for key in new if key.endswith((".safetensors", ".tmp"))]
     assert run(ALONE) == 0
+
+
+@pytest.mark.parametrize("value", ["it's", "a b", "$HOME", "{a: 1}", "x;y", "*", "runs/mine-1.0"])
+def test_a_remedy_is_words_of_the_shell(value: str) -> None:
+    for fix in (Give("output", value), Set("student.model", value)):
+        sentence = render(ConfigError("what", fix), LabelArguments)
+        assert shlex.split(sentence.partition(": give ")[2])[-1] == value

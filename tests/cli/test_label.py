@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -87,11 +88,12 @@ def test_long_work_is_not_silent(
     assert lines(f"merge {tmp_path}/short --from labels/teacher") == []
     monkeypatch.setattr("vitdistill.cli.say.EVERY_S", 0.0)
     monkeypatch.setattr("vitdistill.runs.label._EVERY_S", 0.0)
-    labelled = lines(
-        f"{LABEL.removeprefix('label ')} --output {tmp_path}/labels --set train.eval_batch_size=4"
-    )
-    shares = [float(line.split(" of 2 parts, ")[0]) for line in labelled if " of 2 parts, " in line]
+    place = tmp_path / "it's $HOME; a folder"
+    assert run(f"{LABEL} --output {shlex.quote(str(place))} --set train.eval_batch_size=4") == 0
+    said = capsys.readouterr().out.splitlines()
+    shares = [float(line.split(" of 2 parts, ")[0]) for line in said if " of 2 parts, " in line]
     assert shares == sorted(shares) and shares[-1] == 2 and len(set(shares)) > 8  # inside a part
+    assert shlex.split(said[-1])[-2:] == ["--labels", str(place)]  # what is told can be run
     merged = lines(f"merge {tmp_path}/long --from labels/teacher")
     assert merged == ["1 of 2 parts copied", "2 of 2 parts copied"]
     assert lines(f"prune labels/teacher --to {tmp_path}/one --views 1") == ["1 of 1 parts written"]

@@ -56,8 +56,8 @@ STATE = {"blocks.0.weight": torch.arange(6.0).reshape(2, 3), "count": torch.tens
         "ema",
     ],
 )
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("suffix", [".pth", ".tar"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "model.", "backbone."])
+@pytest.mark.parametrize("suffix", [".pth", ".tar", ".ckpt"])
 def test_wrapped_and_prefixed_files_load(tmp_path, wrapper, prefix, suffix):
     content = {prefix + key: value for key, value in STATE.items()}
     path = tmp_path / f"w{suffix}"

@@ -43,7 +43,7 @@ def run(args: DemoArguments) -> int:
         f"The patches the teacher saw: {output}/maskedkd_50/pictures.png\n"
         f"Top-1 is on {NUM_VALIDATION} images: differences under about 2 points are noise. Times"
         " include start-up and evaluation.\n"
-        f"A student for timm: timm.create_model('local-dir:{output}/maskedkd_50/last',"
+        f"A student for timm: timm.create_model({f'local-dir:{output}/maskedkd_50/last'!r},"
         " pretrained=True)\n"
         "Your own: vitdistill train maskedkd --data-dir PHOTOS --model deit_tiny_patch16_224"
         " --teacher-model TEACHER --teacher-path WEIGHTS"

@@ -58,5 +58,5 @@ def _export_timm(model: nn.Module, folder: str, output: str) -> None:
     file = model_entrypoint(architecture.partition(".")[0]).__module__
     unknown = f", after 'import {file}', because plain timm does not know {architecture}"
     first = "" if file.startswith("timm.") else unknown
-    load = f"timm.create_model('local-dir:{output}', pretrained=True){first}"
+    load = f"timm.create_model({f'local-dir:{output}'!r}, pretrained=True){first}"
     say(f"wrote {output}: load it with {load}")

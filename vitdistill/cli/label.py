@@ -1,5 +1,6 @@
 """``vitdistill label``: write a recipe's labels, and look after label stores."""
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def write(args: LabelArguments) -> int:
     for name, store in done.stores.items():
         status = store.status()
         say(f"{name}: {status.records:,} records, {format_bytes(status.bytes)} in {store.path}")
-    say(f"done: train with the same recipe and --labels {output}")
+    say(f"done: train with the same recipe and --labels {shlex.quote(str(output))}")
     return 0
 
 

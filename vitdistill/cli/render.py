@@ -1,5 +1,6 @@
 """What an error says, with remedies spelled as flags."""
 
+import shlex
 from typing import Any
 
 from ..errors import Add, Drop, Fix, Give, Set, UserError
@@ -45,4 +46,4 @@ def _spell_field(fix: Set, place: str, known: dict[str, Flag]) -> str:
 
 def _word(value: Any) -> str:
     word = str(value).lower() if isinstance(value, bool) else str(value)
-    return f"'{word}'" if set(word) & set(" {}") else word
+    return shlex.quote(word)

@@ -6,6 +6,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -62,7 +63,10 @@ def check_folder(path: Path, recipe: Recipe, fix: Fix = "") -> bool:
         first = "; ".join([*lines[:3], *more])
         raise ConfigError(
             f"the output {path} holds another run ({first})",
-            (Give("output"), fix or f"go on with that one by 'vitdistill train {path}'"),
+            (
+                Give("output"),
+                fix or f"go on with that one by 'vitdistill train {shlex.quote(str(path))}'",
+            ),
             field="output",
         )
     return True

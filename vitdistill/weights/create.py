@@ -19,7 +19,7 @@ import vitdistill.models.involution  # noqa: F401 - their networks get their nam
 from ..errors import ConfigError, DataError, Give, UserError
 from ..messages import printable, suggest
 from ..storage.hub import settle_network
-from .files import first_line, load_state_dict
+from .files import check_finite, first_line, load_state_dict
 from .folder import Saved, read_folder, read_hub
 from .load import load_into
 from .vit_checkpoints import Target, classifier_of, is_headless, is_pretraining
@@ -175,6 +175,8 @@ def _build(
                 fix="without network, download the file elsewhere and give it as the checkpoint",
             ) from error
         raise _cannot_build(name, spelled, error) from error
+    if pretrained:
+        check_finite(model.state_dict(), f"what was downloaded for {printable(name)}")
     _record_input(model, size, build.get("in_chans"))
     _check_grid(name, model)
     return model

@@ -28,13 +28,14 @@ _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_d
 _LAST = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module")
 _WRAPPERS = (*_AVERAGES, *_LAST, "params", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
-_PICKLES = (".pth", ".pt", ".bin", ".tar")
+_PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+_ATTRIBUTES = ("model.", "net.", "network.", "backbone.")  # of Lightning's modules and the like
 
 
 def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a weights file, on the CPU, without a training script's wrappers.
 
-    Reads ``.safetensors``, and ``.pth .pt .bin .tar`` that hold tensors only; else `DataError`.
+    Reads ``.safetensors``, and ``.pth .pt .bin .tar .ckpt`` of tensors only; else `DataError`.
     """
     check_is_file(path)
     file = Path(path)
@@ -142,7 +143,9 @@ def _unwrapped(file: Path, found: Any) -> dict[str, Tensor]:
             raise DataError(what)
         command = f"to take those under {others[0]!r}: {_converter(file, others[:1])}"
         raise DataError(f"{what}, and it holds some under {listed(others)}", command)
-    bare = {bare_key(key): value for key, value in found.items()}
+    inside = (name for name in _ATTRIBUTES if all(key.startswith(name) for key in found))
+    prefix = next(inside, "")
+    bare = {bare_key(key.removeprefix(prefix)): value for key, value in found.items()}
     if len(bare) < len(found):
         raise DataError(f"{printable(file)} holds tensors twice, with and without a prefix")
     return bare
