@@ -61,7 +61,7 @@ STATE = {"blocks.0.weight": torch.arange(6.0).reshape(2, 3), "count": torch.tens
 def test_wrapped_and_prefixed_files_load(tmp_path, wrapper, prefix, suffix):
     content = {prefix + key: value for key, value in STATE.items()}
     path = tmp_path / f"w{suffix}"
-    wrapped = {wrapper: content, "epoch": 3, "optimizer": {"state": {}}} if wrapper else content
+    wrapped = {"ema": {"decay": 0.9}, wrapper: content, "epoch": 3} if wrapper else content
     for whole in (wrapped, {"model": wrapped}):
         path.write_bytes(torch_bytes(whole))
         assert equal(load_state_dict(path), STATE)
@@ -201,6 +201,7 @@ W, OTHER, LR = {"w": torch.arange(3.0)}, {"w": torch.zeros(3)}, argparse.Namespa
 CONVERTED = {
     "timm": lambda: torch_bytes({"state_dict": OTHER, "state_dict_ema": W, "args": LR}),
     "deit": lambda: torch_bytes({"model": W, "args": LR}),
+    "beside numbers": lambda: torch_bytes({"ema": {"decay": 0.9}, "model": W, "args": LR}),
     "twice": lambda: torch_bytes({"model": {"state_dict": W}, "args": LR}),
     "flat": lambda: torch_bytes({**W, "args": LR}),
     "module": lambda: torch_bytes(Odd()),

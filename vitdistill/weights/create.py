@@ -40,17 +40,16 @@ def create_model(
     Args:
         name: timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json``:
             timm's, which `export_timm` writes, or Hugging Face's of a ViT or ViTMAE.
-        num_classes: another number than the weights' gives a fresh head.
-        checkpoint: a weights file, loaded in place of the network's own. Without
-            ``num_classes``, a plain timm name gets the file's number of classes; a plain ViT's
-            file without a classifier then gives a network without one.
+        num_classes: another number than the weights' gives a fresh head. Without it, a plain timm
+            name gets the ``checkpoint``'s number, 0 for a plain ViT's file without a classifier.
+        checkpoint: a weights file, loaded in place of the network's own.
         pretrained: None: load the weights of a folder or the hub, none for timm's plain names;
             False: never; True: always, so that a plain name downloads.
-        image_size: height and width, or one number, pixels; the input size in ``pretrained_cfg``.
+        image_size: height and width, or one number, pixels.
 
     Raises:
         ConfigError: a name or an argument does not exist.
-        DataError: weights cannot be had, or do not fit.
+        DataError: weights cannot be had, do not fit, or are not finite.
     """
     if checkpoint is not None and pretrained:
         what = f"{printable(name)} has both pretrained weights and a checkpoint"

@@ -117,8 +117,10 @@ def _converter(file: Path, keys: Sequence[str] = _WRAPPERS) -> str:
         "import sys, torch, safetensors.torch as s; "
         'd = torch.load(sys.argv[1], map_location="cpu", weights_only=False); '
         "f = lambda d: d.state_dict() if isinstance(d, torch.nn.Module) else d; "
-        f"g = lambda d: f(next((d[k] for k in {json.dumps(keys)}"
-        ' if hasattr(f(d.get(k)), "keys")), d)); '
+        'm = lambda d: hasattr(d, "keys"); '
+        "t = lambda d: m(d) and all(isinstance(v, torch.Tensor) for v in d.values()); "
+        f"g = lambda d: next((f(d[k]) for p in (t, m) for k in {json.dumps(keys)}"
+        " if p(f(d.get(k)))), d); "
         "s.save_file({k: v.detach().clone().contiguous() for k, v in g(g(f(d))).items()"
         " if isinstance(v, torch.Tensor)}, sys.argv[2])"
     )
@@ -132,11 +134,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _unwrapped(file: Path, found: Any) -> dict[str, Tensor]:
+    found = found if isinstance(found, Mapping) else {}
+    others = [str(key) for key, value in found.items() if _is_state(value)]
     for _ in range(2):  # {"model": {"state_dict": ...}} is wrapped twice
-        inner = found if isinstance(found, Mapping) else {}
-        others = [str(key) for key, value in inner.items() if _is_state(value)]
-        wrapped = (inner[key] for key in _WRAPPERS if isinstance(inner.get(key), Mapping))
-        found = next(wrapped, found)
+        inner = [found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)]
+        found = next(filter(_is_state, inner), inner[0] if inner else found)
     if not _is_state(found):
         what = f"{printable(file)} holds no weights: named tensors were expected"
         if not others:

@@ -34,16 +34,10 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "source")
 
 @dataclass(frozen=True)
 class Saved:
-    """What a config.json says of a network.
+    """What a config.json says of a network: timm's architecture, arguments and ``pretrained_cfg``.
 
-    Attributes:
-        place: the folder or the hub's name, for messages.
-        architecture: timm's name of it.
-        args: what it was built with besides.
-        cfg: its ``pretrained_cfg``.
-        fetch: gets another file of the same place; None: it has no such file.
-        digest: sha256 of the weights, if we exported them.
-        notes: what to say when its weights are loaded.
+    ``fetch`` gets another file of the same place, or None; ``digest`` is the sha256 of weights that
+    we exported; ``notes`` are to be said when its weights are loaded.
     """
 
     place: str

@@ -32,11 +32,8 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
         if _difference(model, converted):
             # A sentence about the file as it is says more than one about a failed conversion.
             raise _misfit(model, state, name)
-        said = [
-            *dict.fromkeys([*said, *more]),
-            f"timm's converter for {_name_of(model)} was applied",
-        ]
-        state = converted
+        note = f"timm's converter for {_name_of(model)} was applied"
+        state, said = converted, [*dict.fromkeys([*said, *more]), note]
     check_finite(state, name)
     model.load_state_dict(state, strict=True)
     if said or notes:

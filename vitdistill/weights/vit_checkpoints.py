@@ -175,11 +175,7 @@ def _resample_positions(model: VisionTransformer, target: Target, state: State) 
 def _grid_of(
     model: VisionTransformer, target: Target, state: State, grid: tuple[int, int], count: int
 ) -> tuple[int, int]:
-    """Return the rows and columns in which a file's ``count`` patches lie.
-
-    The size of its images tells where it is known; else they are a square. What could be a square
-    and the network's own oblong as well is refused rather than guessed.
-    """
+    """Return the rows and columns in which a file's ``count`` patches lie; do not guess."""
     kernels = [weights.get(_PATCHES) for weights in (state, model.state_dict())]
     embed = model.patch_embed
     if target.image_size is not None and getattr(embed, "img_size", None):
