@@ -24,7 +24,7 @@ from .views.single import prepare
 IN_MEMORY_BYTES = 2 * 2**30
 """Data sets of fewer decoded bytes than this are kept in memory."""
 
-MAX_CHECKED = 200_000
+MAX_CHECKED = 50_000
 """Of larger data sets the damaged image that is met is named alone."""
 
 T = TypeVar("T")

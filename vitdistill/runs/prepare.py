@@ -189,6 +189,8 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     if train.classes and val is None:
         say("no validation images, or one class alone: nothing is evaluated")
     how = recipe.data.skip_damaged, recipe.data.workers
+    if recipe.data.skip_damaged:
+        say("every image is decoded once, to leave damaged ones out")
     train, val = check_images(train, *how), None if val is None else check_images(val, *how)
     images = Images(train, val, train.classes if val is not None else ())
     for note in images.notes:
