@@ -292,6 +292,23 @@ def test_a_measured_step_implies_hours(
     assert "s a step of 8 images" in printed and "the whole run would take" in printed
 
 
+@pytest.mark.parametrize("method", ["vitkd", "dist", "manifold", "tokens"])
+def test_shares_of_objectives_are_said_before_a_run_and_at_its_start(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    monkeypatch.setattr("vitdistill.explain.measure.SECONDS", 0.0)
+    words = f"small_images_kd --with {method} --teacher-model runs/teacher {SHORT}"
+    said = []
+    for command in (f"explain {words} --time", f"train {words} --output runs/{method}"):
+        assert run(command) == 0
+        printed = capsys.readouterr().out.splitlines()
+        said.append([line for line in printed if line.startswith("shares of the loss")])
+    assert said[0] == said[1] and f" {method} " in said[0][0]
+
+
 def test_exporting_a_run(here: Path, refused: Callable[[str, int], str]) -> None:
     assert run("export runs/teacher --output student") == 0
     model = timm.create_model("local-dir:student", pretrained=True).eval()

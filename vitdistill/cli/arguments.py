@@ -62,8 +62,8 @@ class RecipeArguments:
     )
     with_: tuple[str, ...] = option(
         (),
-        "methods to add; a selector or masking replaces the recipe's; METHOD:NAME is for the"
-        " teacher of that name; in stages: STAGE.METHOD",
+        "methods to add, as in the recipe of that name; a selector or masking replaces the"
+        " recipe's; METHOD:NAME is for the teacher of that name; in stages: STAGE.METHOD",
         "--with METHOD[:TEACHER]",
     )
     without: tuple[str, ...] = option(

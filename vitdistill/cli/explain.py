@@ -1,8 +1,10 @@
 """``vitdistill explain``."""
 
+from contextlib import suppress
+
 from ..errors import UserError
 from ..explain.ahead import Forecast, forecast
-from ..explain.measure import measure_step
+from ..explain.measure import measure_step, shares_ahead
 from ..messages import format_count, format_table
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, sources
@@ -34,6 +36,8 @@ def run(args: ExplainArguments) -> int:
         if args.time:
             device = args.device or "auto"
             say("\n" + measure_step(run.recipe, run.num_classes, run.num_images, device))
+            with suppress(UserError):  # images or weights may not be there yet
+                say(shares_ahead(run.recipe, device))
         if key:
             say("")
     if len(runs) > 1:

@@ -11,12 +11,11 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from ..errors import Add, ConfigError, Set, UserError
 from ..messages import suggest
-from ..methods import method_class
 from ..methods.base import Masking, TeacherObjective, TokenSelector
 from ..recipes import RECIPES
 from ..recipes.config import Recipe, TeacherConfig
 from ..recipes.convert import flatten, replace_fields
-from ..recipes.named import find_recipe, named_recipe
+from ..recipes.named import find_recipe, method_of_recipes, named_recipe
 from ..recipes.settings import EVERY_STAGE, FIRST_STAGE
 from ..recipes.stages import Stages, in_stage, refuse_sources
 from ..recipes.yaml import parse_yaml
@@ -229,22 +228,24 @@ def _drop(recipe: Recipe, name: str) -> Recipe:
 def _add(recipe: Recipe, word: str) -> Recipe:
     """Return the recipe with the method ``METHOD`` or ``METHOD:TEACHER``."""
     name, _, teacher = word.partition(":")
-    method = method_class(name)
-    reads_teacher = issubclass(method, TeacherObjective | TokenSelector)
-    if teacher and not reads_teacher:
+    method = method_of_recipes(name, recipe.name)
+    if isinstance(method, TeacherObjective) and teacher:
+        method = replace(method, teacher=teacher)
+    elif isinstance(method, TokenSelector) and teacher:
+        method = replace(method, teachers=(teacher,))
+    elif teacher:
         raise UserError(f"--with {word}: {name} is of no teacher", f"leave :{teacher} out")
-    if issubclass(method, Masking):
-        return replace(recipe, masking=method())
-    if issubclass(method, TokenSelector):
-        return replace(recipe, selector=method(teachers=(teacher,)) if teacher else method())
+    if isinstance(method, Masking):
+        return replace(recipe, masking=method)
+    if isinstance(method, TokenSelector):
+        return replace(recipe, selector=method)
     key = f"{name}_{teacher}" if teacher else name
     if key in recipe.objectives:
         raise UserError(f"--with {word}: the recipe has an objective of that name already")
-    objective = method(teacher=teacher) if teacher else method()
     teachers = dict(recipe.teachers)
-    if isinstance(objective, TeacherObjective):
-        teachers.setdefault(objective.teacher, TeacherConfig())
-    return replace(recipe, objectives={**recipe.objectives, key: objective}, teachers=teachers)
+    if isinstance(method, TeacherObjective):
+        teachers.setdefault(method.teacher, TeacherConfig())
+    return replace(recipe, objectives={**recipe.objectives, key: method}, teachers=teachers)
 
 
 def show_recipes(args: RecipesArguments) -> int:

@@ -12,7 +12,8 @@ from ..messages import format_duration, plural
 from ..recipes.config import Recipe
 from ..runs.networks import PRECISIONS, amp_dtype_of, build_blank, compile_networks, plan_of
 from ..runs.optim import clip_gradients, gradient_norm, make_optimizer
-from ..world import World, choose_device
+from ..runs.prepare import prepare, shares_at_start
+from ..world import World, choose_device, join_world
 from .cost import stand_in
 
 SECONDS = 10.0
@@ -49,6 +50,13 @@ def measure_step(
         f" {1 / per_image:,.0f} images/s, median of {len(times)};\nthe whole run would take"
         f" {hours} of one process, loading and evaluation not counted."
     )
+
+
+def shares_ahead(recipe: Recipe, device_name: str = "auto") -> str:
+    """Return what a run will say of its objectives' shares; raises as `prepare` does."""
+    with join_world(device_name) as world:
+        prepared = prepare(recipe, world, lambda text: None)
+        return "\n".join(shares_at_start(prepared))
 
 
 def _make_step(recipe: Recipe, num_classes: int, world: World) -> Callable[[int], float]:

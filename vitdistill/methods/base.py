@@ -106,8 +106,9 @@ class Objective(ABC):
         check_options(self, "")
         counts = self.weight > 0 or (self.schedule is not None and self.schedule.to > 0)
         require(counts, "weight", self.weight, "a number above 0, or leave the objective out")
-        factors = [getattr(self, name) for name in self.terms] or [1.0]
-        require(any(factors), "".join(self.terms[:1]), 0, "it or another term a number above 0")
+        if self.terms:
+            factors = [getattr(self, name) for name in self.terms]
+            require(any(factors), self.terms[0], 0, "a number above 0, to it or to another term")
 
     def weight_at(self, progress: float) -> float:
         """Return the weight after the fraction ``progress`` of the run."""

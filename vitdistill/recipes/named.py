@@ -1,10 +1,14 @@
 """Recipes by their name, by a file, or by the folder of a run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 from ..errors import ConfigError
 from ..messages import printable, suggest
+from ..methods import method_class
+from ..methods.base import Objective
 from . import RECIPES, find_file, unknown_recipe
 from .config import Recipe
 from .stages import Stages, load
@@ -22,6 +26,22 @@ def named_recipe(name: str) -> Recipe | Stages:
     make: Callable[..., Recipe | Stages]
     make = import_module(f".{family.module}", __package__).make
     return make(plain, **{variant: True}) if variant else make(plain)
+
+
+def method_of_recipes(name: str, beside: str = "") -> Any:
+    """Return the method ``name`` as the recipe of that name has it, but of weight 1.
+
+    One of the family of ``beside``, to which it is added, comes first: what fits small images need
+    not fit large ones. A method without a recipe has its defaults.
+    """
+    kind, family = method_class(name), RECIPES.get(beside.partition(":")[0])
+    words = [f"{family.module}_{name}" if family else name, name]
+    for found in (named_recipe(word) for word in words if word in RECIPES):
+        for recipe in found.stages.values() if isinstance(found, Stages) else [found]:
+            for method in (*recipe.objectives.values(), recipe.selector, recipe.masking):
+                if type(method) is kind:
+                    return replace(method, weight=1.0) if isinstance(method, Objective) else method
+    return kind()
 
 
 def find_recipe(name: str) -> Recipe | Stages:

@@ -14,6 +14,7 @@ from ..data.loader import EvalLoader, Loading, TrainLoader
 from ..data.sources.base import ImageSource
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
+from ..distill.shares import describe_shares, measure_shares
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, Drop, MissingSplit, Set
@@ -248,6 +249,19 @@ def make_loaders(
         proof,
         shown=EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone, limit=NUM_PICTURES),
     )
+
+
+def shares_at_start(prepared: Prepared) -> list[str]:
+    """Say how much each objective weighs before the first step, on a few images.
+
+    Nothing where labels are stored: they belong to the views of training.
+    """
+    if prepared.plan.stored:
+        return []
+    with prepared.in_micro_batch(0, 0):
+        batch = next(iter(prepared.loaders.shown))
+        shares = measure_shares(prepared.distillation.train(), batch, prepared.teachers)
+    return describe_shares(shares)
 
 
 def prove_teachers(prepared: Prepared, say: Say) -> None:

@@ -35,7 +35,7 @@ from .folder import RunFolder, finished, saved_recipe
 from .identity import SUMMARY
 from .nonfinite import last_good, nonfinite_error
 from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule
-from .prepare import Prepared, prepare
+from .prepare import Prepared, prepare, shares_at_start
 from .report import Report
 from .stop import StopRequest
 from .stored import with_views_of_labels
@@ -77,6 +77,8 @@ def train(
         folder = None
         with world.together():
             if world.is_main:
+                for line in shares_at_start(run) if saved_recipe(output) is None else ():
+                    display.say(line)
                 if prepared is not None:
                     prepared(run)
                 folder = stack.enter_context(RunFolder(output, recipe, run.identity()))

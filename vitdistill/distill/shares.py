@@ -1,0 +1,55 @@
+"""How much each objective weighs at the start of a run, in the loss and in its gradient."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ..data.batch import Batch
+from ..vit.walk import run_vit
+from .step import Distillation
+from .teacher import Teacher
+
+LEAST = 0.02  # the share of the gradient below which a term is nearly nothing
+SCALE = 2.0**10  # of losses, so that gradients do not vanish in float16
+
+Shares = dict[str, tuple[float, float]]  # of the loss, of the gradient's norm, by objective
+
+
+def measure_shares(
+    distillation: Distillation, batch: Batch, teachers: Mapping[str, Teacher]
+) -> Shares:
+    """Return the shares of objectives in a batch's loss and in what moves the student."""
+    parameters = [p for p in distillation.student.parameters() if p.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in distillation.named_buffers()}
+    # What is compiled is so for the run's batches, and cannot be walked backwards twice.
+    parts: list[Distillation | Teacher] = [distillation, *teachers.values()]
+    compiled = [part.run for part in parts]
+    for part in parts:
+        part.run = run_vit
+    losses = distillation(batch, teachers)
+    for part, run in zip(parts, compiled, strict=True):
+        part.run = run
+    found = {}
+    for name, objective in distillation.plan.objectives.items():
+        if objective.weight_at(0.0) > 0:  # else it comes in later
+            loss = losses[name] * SCALE
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
+            found[name] = abs(loss.item()), norm.item()
+    for name, buffer in distillation.named_buffers():
+        buffer.copy_(buffers[name])  # BatchNorm has seen the batch
+    whole, moved = (sum(values) or 1.0 for values in zip(*found.values(), strict=True))
+    return {name: (loss / whole, norm / moved) for name, (loss, norm) in found.items()}
+
+
+def describe_shares(shares: Shares) -> list[str]:
+    """Say what each of several objectives weighs, and which are nearly nothing."""
+    if len(shares) < 2:
+        return []
+    parts = [f"{name} {loss:.0%} / {of:.0%}" for name, (loss, of) in shares.items()]
+    lines = [f"shares of the loss / of its gradient at the start: {', '.join(parts)}"]
+    for name, (_, of) in shares.items():
+        if of < LEAST:
+            what = f"{name} is nearly nothing beside the others, {of:.1%} of the gradient"
+            lines.append(f"{what}: raise objectives.{name}.weight, or leave it out")
+    return lines
