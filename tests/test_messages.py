@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         shutil.rmtree("flat/train")
         shutil.rmtree("flat/val")
         Path("empty/train/violet").mkdir()
-        shutil.rmtree("uneven/val/red")
+        Path("uneven/val/red").rename("uneven/val/rot")
         Path("damaged", RED).write_bytes(Path("photos", RED).read_bytes()[:-200])
         Path("zero", RED).write_bytes(b"")
         rename_classes("other", ["blue", "green", "violet"])

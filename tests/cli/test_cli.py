@@ -265,7 +265,7 @@ def test_a_method_reads_the_teacher_it_is_given(
     assert recipe.selector is not None and recipe.selector.teachers == ("teacher",)
     assert run(f"explain {command} --data-dir photos -b 10") == 0
     printed = capsys.readouterr().out
-    assert "teacher, runs/teacher: 8 of 16 patches" in printed
+    assert "teacher, runs/teacher, 16 x 16 pixels: 8 of 16 patches" in printed
     assert "cnn, resnet10t: records logits" in printed
 
 

@@ -16,6 +16,10 @@ from vitdistill.data.sources.open import open_source
 from vitdistill.evaluate.features import extract
 from vitdistill.evaluate.knn import knn_accuracy
 from vitdistill.evaluate.linear import linear_probe
+from vitdistill.recipes.convert import replace_fields
+from vitdistill.recipes.named import named_recipe
+from vitdistill.recipes.yaml import dump_recipe
+from vitdistill.runs.display import Display
 from vitdistill.weights.create import create_model
 from vitdistill.weights.export import export_timm
 from vitdistill.world import World
@@ -42,6 +46,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = create_model(NAME, num_classes=len(classes or ()), **VIT)
         options = {"architecture": NAME, "model_args": VIT, "input_spec": SPEC}
         export_timm(model, root / name, classes=classes, **options)
+    for name, images in (("run", "photos"), ("other", "elsewhere")):
+        shutil.copytree(root / "classifier", root / name / "best")
+        recipe = replace_fields(named_recipe("small_images_alone"), {"data.dir": images})
+        (root / name / "recipe.yaml").write_text(dump_recipe(recipe))
     return root
 
 
@@ -52,9 +60,12 @@ def evaluate(home, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("vitdistill.runs.evaluate.measure_speed", lambda *args: 1.0)
     words = ["--workers", "0", "--device", "cpu"]
-    return lambda model, *more, data="photos": main(
-        ["eval", model, "--data-dir", str(data), *words, *more]
-    )
+
+    def run(*given: str, data: object = "photos") -> int:
+        where = [] if data is None else ["--data-dir", str(data)]
+        return main(["eval", *given, *where, *words])
+
+    return run
 
 
 @pytest.fixture
@@ -86,7 +97,7 @@ def test_an_encoder_is_judged_by_its_features(home, scores, evaluate, capsys):
             assert said["linear_top1"] == pytest.approx(probe, abs=1.5 / 20)
     assert evaluate("encoder", "--knn", "--linear-probe") == 0
     printed = capsys.readouterr().out
-    assert "k-NN top-1 (k 20, T 0.07)" in printed and "linear probe top-1 (L2 " in printed
+    assert "k-NN top-1 (k 20, T 0.07)" in printed and "linear probe top-1" in printed
     assert "calibration" not in printed
 
 
@@ -146,3 +157,66 @@ def test_damaged_and_other_files_of_a_part_are_said(tmp_path, home, evaluate, ca
     found = json.loads(capsys.readouterr().out)
     text = " ".join(found["notes"])
     assert 12 <= found["num_samples"] < 18 and "1 .heic" in text and "damaged" in text
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("classes", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_fewer_classes_than_the_model_has(tmp_path, home, evaluate, scores, capsys, classes, empty):
+    """Judged among all of its own, and among these: here alone, and with a teacher beside."""
+    for label, name in enumerate(COLOURS):
+        folder = tmp_path / "val" / name
+        if label in classes:
+            shutil.copytree(home / "photos" / "val" / name, folder)
+        elif empty:
+            folder.mkdir(parents=True)
+    model = create_model("classifier").eval()
+    images = open_source(str(tmp_path), "val", classes=COLOURS)
+    (batch,) = EvalLoader(images, SPEC, batch_size=50)
+    with torch.no_grad():
+        logits = model(batch.images)
+    of_these = torch.full((3,), -torch.inf).index_fill(0, torch.tensor(classes), 0.0)
+    right = [(x.argmax(1) == batch.labels).double().mean() for x in (logits, logits + of_these)]
+    found = scores("classifier", "--teacher-model", "classifier", data=tmp_path)
+    assert [found["top1"], found["top1_among"]] == pytest.approx([float(x) for x in right])
+    assert found["among"] == f"{len(classes)} of 3 classes" and found["agreement"] == 1
+    assert evaluate("classifier", data=tmp_path) == 0
+    assert f"top-1 among {len(classes)} of 3 classes" in capsys.readouterr().out
+
+
+def test_models_side_by_side(home, evaluate, scores, capsys):
+    alone = scores("classifier", "--knn")
+    capsys.readouterr()
+    assert evaluate("classifier", "encoder", "--knn", "--json") == 0
+    both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert both[0] == alone and [found["model"] for found in both] == ["classifier", "encoder"]
+    assert evaluate("classifier", "encoder", "--knn") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["photos", "(val)", "classifier", "encoder"]
+    for name, count in (("top-1", 1), ("k-NN top-1 (k 20, T 0.07)", 2)):
+        (row,) = [line for line in table if line.strip().startswith(name)]
+        assert row.count("%") == count
+    weights = "encoder/model.safetensors"
+    assert evaluate("classifier", "encoder", "--knn", "--model-path", weights) == CONFIG
+
+
+@pytest.mark.parametrize("models", [["run"], ["run/best"], ["run/"], ["run", "classifier"]])
+def test_a_run_knows_its_images(evaluate, scores, capsys, models):
+    expected = scores("classifier")
+    assert evaluate(*models, "--json", data=None) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert json.loads(line) == {**expected, "model": json.loads(line)["model"]}
+    for unknown in (["classifier"], ["run", "other"]):
+        assert evaluate(*unknown, data=None) == CONFIG
+        assert "--data-dir" in capsys.readouterr().err
+
+
+def test_a_bar_moves_with_every_batch(evaluate, monkeypatch):
+    seen = []
+    advance = Display.advance
+    monkeypatch.setattr(
+        Display,
+        "advance",
+        lambda self, *a: (seen.append(self.tasks[0].description), advance(self, *a)),
+    )
+    assert evaluate("classifier", "--knn", "--batch-size", "10") == 0
+    assert seen == ["evaluating"] * 2 + ["reading features"] * (4 + 2)

@@ -308,3 +308,18 @@ def test_counting_leaves_networks_alone() -> None:
     for network, state in zip(networks, before, strict=True):
         assert not network.training and all(p.grad is None for p in network.parameters())
         assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("side", [0, 1, 7, 8, 15, 16, 31, 32, 500])
+def test_inputs_have_a_size_and_enlarged_images_are_told(side: int) -> None:
+    student, teacher = small(), small(img_size=16, patch_size=4)
+    described = describe_network(teacher, "teacher", "a_model", (16, 16))
+    objectives: dict[str, Objective] = {"kd": SoftKD()}
+    plan = make_plan(of(student, "student"), {"teacher": described}, objectives)
+    page = explain(plan, cost_of(plan, student, {"teacher": teacher}), 50_000, 30, side)
+    page = " ".join(page.split())
+    for name, size, enlarged in (("student, student", 32, side < 16), ("teacher, a", 16, side < 8)):
+        told = f"{name}_model, {size} x {size} pixels"
+        times = f"enlarged to that: {size**2 / (side or 1) ** 2:.0f} times the pixels"
+        assert (f"{told} (images of {side} are {times}" in page) == (side > 0 and enlarged)
+        assert (f"{told}: " in page) == (side == 0 or not enlarged)

@@ -296,6 +296,33 @@ def test_one_set_of_labels_serves_students_of_any_seed(stored, live, tmp_path):
     assert records(tmp_path / "run")[0]["ce"] != live[0]["ce"]
 
 
+def test_one_set_of_labels_serves_students_of_any_normalisation(kd, tmp_path):
+    calm = {"data.augment.reprob": 0.0}
+    store = written(kd(**calm), tmp_path / "labels")
+    means = set()
+    for model in ("deit_tiny_patch16_224", "vit_base_patch16_clip_224", "resnet10t"):
+        recipe = kd(**calm, **{"student.model": model})
+        if model == "resnet10t":
+            recipe = replace_fields(recipe, {"student.model_args": {}, "student.image_size": 16})
+        with join_world("cpu") as world:
+            live = prepare(recipe, world, lambda text: None)
+            stored = prepare(from_labels(recipe, store), world, lambda text: None)
+        means.add(live.networks.spec.mean)
+        for (batch,), (other,) in zip(
+            live.loaders.train.batches(0, 3), stored.loaders.train.batches(0, 3), strict=True
+        ):
+            answer = live.teachers["teacher"](batch.images, live.plan.live["teacher"]).logits
+            found = other.targets["teacher"].logits()
+            torch.testing.assert_close(found, answer, rtol=1e-4, atol=1e-4)
+    assert len(means) == 2
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_patch16_224", "vit_base_patch16_clip_224"])
+def test_erased_views_belong_to_one_normalisation(stored, tmp_path, model):
+    words = r"view.mean.*label with data.augment.reprob=0"
+    refused(stored(**{"student.model": model}), tmp_path / "run", words)
+
+
 def test_the_same_command_resumes_whatever_was_labelled_since(kd, copy, tmp_path):
     store, _ = copy
     recipe = from_labels(kd(**{"data.views": None}), store)

@@ -182,13 +182,20 @@ class LabelExportArguments(StoreArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments:
-    """accuracy, calibration, agreement with a teacher, FLOPs and speed of a model
+    """accuracy, calibration, agreement with a teacher, FLOPs and speed of models, side by side
 
     Also k-NN and a linear probe of its features, where it has no classifier too.
     """
 
-    model: str = option(MISSING, "a run or export folder, timm name, or hf-hub:ORG/NAME", "MODEL")
-    data_dir: str = option(MISSING, "images, as of train", "--data-dir FOLDER")
+    models: tuple[str, ...] = option(
+        MISSING,
+        "run or export folders, timm names, or hf-hub:ORG/NAME",
+        "MODEL ...",
+        field="teachers.model.model",
+    )
+    data_dir: str | None = option(
+        None, "images, as of train; none: those the runs were trained on", "--data-dir FOLDER"
+    )
     model_path: str | None = _of_teacher("checkpoint", "--model-path FILE")
     pretrained: bool = _of_teacher("pretrained", "--pretrained")
     img_size: int | None = _of_teacher("image_size", "--img-size PIXELS")

@@ -1,29 +1,41 @@
 """``vitdistill eval``: what a model answers, and what its features are worth."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+from rich.console import Console
 
 from ..errors import ConfigError
 from ..evaluate.knn import TEMPERATURE
 from ..messages import format_count, format_table, plural
 from ..recipes.config import TeacherConfig
-from ..runs.evaluate import Evaluation, evaluate_model
+from ..runs.display import Display
+from ..runs.evaluate import Evaluation, evaluate_model, images_of
 from ..world import join_world
 from .arguments import EvalArguments
 from .say import say
 
 
 def run(args: EvalArguments) -> int:
-    """Evaluate one model exactly, on one process or torchrun's many."""
-    job = _job(args)
+    """Evaluate models exactly, on one process or torchrun's many."""
+    if args.data_dir is None:
+        folder, part = images_of(args.models)
+        args = replace(args, data_dir=folder, val_split=args.val_split or part)
+    jobs = [_job(args, model) for model in args.models]
     with join_world(args.device) as world:
-        result = evaluate_model(job, world)
-    if world.is_main:
-        print(json.dumps(result)) if args.json else _print(args, result)
+        shown = Display(Console(), world.is_main and not args.json)
+        with shown as display:
+            results = [evaluate_model(job, world, display) for job in jobs]
+    if world.is_main and args.json:
+        print("\n".join(map(json.dumps, results)))
+    elif world.is_main:
+        _print(results, f"{args.data_dir} ({args.split})")
     return 0
 
 
-def _job(args: EvalArguments) -> Evaluation:
+def _job(args: EvalArguments, name: str) -> Evaluation:
     probe = "--knn" if args.knn is not None else "--linear-probe" if args.linear_probe else ""
     if args.pool is not None and not probe:
         raise ConfigError("--pool has no effect without --knn or --linear-probe", field="pool")
@@ -33,8 +45,10 @@ def _job(args: EvalArguments) -> Evaluation:
     if args.teacher_model is None and (args.teacher_path or args.teacher_pretrained):
         what = "--teacher-path and --teacher-pretrained have no effect without --teacher-model"
         raise ConfigError(what, field="teacher_model")
+    if args.model_path and len(args.models) > 1:
+        raise ConfigError("--model-path is of one model, and several are given", field="models")
     model = TeacherConfig(
-        model=args.model,
+        model=name,
         checkpoint=args.model_path,
         pretrained=args.pretrained,
         image_size=args.img_size,
@@ -57,36 +71,43 @@ def _job(args: EvalArguments) -> Evaluation:
     )
 
 
-def _print(args: EvalArguments, result: dict[str, Any]) -> None:
-    title = f"{args.model} on {args.data_dir} ({args.split})"
-    say("\n".join(format_table([(title, ""), *_rows(result)])))
-    for note in result.get("notes", ()):
+def _print(results: Sequence[dict[str, Any]], images: str) -> None:
+    models, tables = [r["model"] for r in results], [dict(_rows(result)) for result in results]
+    several = len(models) > 1
+    head = (images, *models) if several else (f"{models[0]} on {images}", "")
+    names = dict.fromkeys(name for table in tables for name in table)
+    rows = [(name, *(table.get(name, "") for table in tables)) for name in names]
+    say("\n".join(format_table([head, *rows])))
+    for note in results[0].get("notes", ()):
         say(note)
-    if "no_top1" in result:
-        say(f"no accuracy of its own: {result['no_top1']}")
+    for result in results:
+        if "no_top1" in result:
+            who = f"{result['model']}: " if several else ""
+            say(f"{who}no accuracy of its own: {result['no_top1']}")
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is shown of the scores that there are."""
-    pool = {"class": "class token", "mean": "mean of the patches"}.get(result.get("pool", ""))
     found = {**result, "num_samples": f"{result['num_samples']:,.0f}"}
+    if "pool" in result:
+        pool = {"class": "class token", "mean": "mean of the patches"}[result["pool"]]
+        found["features"] = f"{pool}, {plural(result['num_train_samples'], 'training image')}"
     lines = [
         ("num_samples", "images", "{num_samples}"),
         ("top1", "top-1", "{top1:.2%}"),
+        ("top1_among", "top-1 among {among}", "{top1_among:.2%}"),
         ("top5", "top-5", "{top5:.2%}"),
         ("nll", "negative log-likelihood", "{nll:.4f} nats"),
         ("ece", "calibration error (ECE, 15 bins)", "{ece:.2%}"),
+        ("features", "features", "{features}"),
         ("knn_top1", f"k-NN top-1 (k {{knn_k}}, T {TEMPERATURE})", "{knn_top1:.2%}"),
         ("knn_top5", "k-NN top-5", "{knn_top5:.2%}"),
-        ("linear_top1", "linear probe top-1 (L2 {linear_l2:g})", "{linear_top1:.2%}"),
+        ("linear_top1", "linear probe top-1", "{linear_top1:.2%} (L2 {linear_l2:g})"),
         ("agreement", "top-1 agreement with teacher", "{agreement:.2%}"),
         ("kl", "KL(teacher || model)", "{kl:.4f} nats"),
     ]
     shown = [(name, text) for key, name, text in lines if key in found]
     rows = [(name.format_map(found), text.format_map(found)) for name, text in shown]
-    if pool is not None:
-        features = f"{pool}, {plural(result['num_train_samples'], 'training image')}"
-        rows.insert(5 if "top1" in found else 1, ("features", features))
     threads = f", {plural(result['threads'], 'thread')}" if result["device"] == "cpu" else ""
     speed = f"{result['images_per_second']:,.0f} images/s ({result['device']}{threads})"
     return [

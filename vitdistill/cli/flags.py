@@ -221,9 +221,9 @@ def _settings(flag: Flag) -> dict[str, Any]:
         "default": argparse.SUPPRESS,
         "help": text,
     }
-    if flag.positional:
-        return {**shared, "nargs": None if required else "?"}
     many = get_origin(flag.kind) is tuple
+    if flag.positional:
+        return {**shared, "nargs": "+" if many else None if required else "?"}
     action: dict[str, Any] = {"action": "extend", "nargs": "+"} if many else {"action": _Once}
     return {**shared, **action, "dest": flag.dest, "required": required}
 

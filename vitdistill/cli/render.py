@@ -41,7 +41,8 @@ def _spell_field(fix: Set, place: str, known: dict[str, Flag]) -> str:
         return f"--set {place}{fix.field}={'VALUE' if fix.value is None else _word(fix.value)}"
     if flag.alone and fix.value in (None, True):
         return flag.name
-    return f"{flag.name} {flag.metavar if fix.value is None else _word(fix.value)}"
+    value = flag.metavar if fix.value is None else _word(fix.value)
+    return f"{value} in place of it" if flag.positional else f"{flag.name} {value}"
 
 
 def _word(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..data.sources.base import typical_side
 from ..errors import UserError
 from ..explain.cost import cost_of
 from ..explain.text import explain
@@ -69,4 +70,5 @@ def _show(prepared: Prepared) -> None:
     micro_batch = train.batch_size // (train.accumulate * prepared.world.size)
     cost = cost_of(prepared.plan, prepared.student, models, micro_batch)
     images = loader.steps_per_epoch * train.batch_size
-    say(explain(prepared.plan, cost, images, train.epochs) + "\n")
+    side = typical_side(loader.source)
+    say(explain(prepared.plan, cost, images, train.epochs, side) + "\n")

@@ -125,7 +125,7 @@ class InputSpec:
     mean: tuple[float, float, float]  # of RGB, in units of white
     std: tuple[float, float, float]
     interpolation: str = "bicubic"  # of the evaluation crop
-    crop_pct: float = 0.875  # the fraction of the resized image that this crop keeps
+    crop_pct: float = 0.875  # the part of the resized image that this crop keeps; above 1: padded
     crop_mode: str = "center"  # timm's: center, squash or border
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class InputSpec:
         _require(len(size) == 2 and min(size) > 0, "image_size", size, "two positive numbers")
         _require(len(self.mean) == 3, "mean", self.mean, "three numbers")
         _require(len(std) == 3 and min(std) > 0, "std", std, "three positive numbers")
-        _require(0.0 < self.crop_pct <= 1.0, "crop_pct", self.crop_pct, "a number in (0, 1]")
+        _require(0.0 < self.crop_pct <= 2.0, "crop_pct", self.crop_pct, "a number in (0, 2]")
         modes = ("center", "squash", "border")
         _require(self.crop_mode in modes, "crop_mode", self.crop_mode, f"one of {modes}")
 

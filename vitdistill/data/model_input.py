@@ -1,6 +1,9 @@
 """What a network says about the images it wants."""
 
+from typing import Any
+
 from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed, to_2tuple
 from torch import nn
 
 from ..errors import ConfigError
@@ -14,12 +17,12 @@ def input_spec_of(model: nn.Module) -> InputSpec:
     """
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
-    # A model built with img_size=... keeps the pretrained_cfg of its original size.
-    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if built_for is not None:
-        height, width = built_for
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = first.in_channels if first is not None else channels
+    # What timm's own function builds with img_size=... or in_chans=... keeps its pretrained_cfg.
+    embed: Any = getattr(model, "patch_embed", None)
+    if type(embed) is PatchEmbed:
+        channels = embed.proj.in_channels
+    if getattr(embed, "img_size", None) is not None:
+        height, width = to_2tuple(embed.img_size)
     if channels != 3:
         raise ConfigError(f"the model takes {channels} channels; only RGB images are supported")
     red, green, blue = config["mean"]

@@ -140,14 +140,16 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     stop: Callable[[], bool] = lambda: False,
     teacher: Teacher | None = None,
+    among: Int[Tensor, " K"] | None = None,
 ) -> dict[str, float] | None:
     """Return a classifier's `Metrics` over all processes, every image once.
 
-    None if ``stop`` returned true on one of them on the way.
+    ``among``: the classes of the images, sorted, to tell ``top1_among`` them alone too. None if
+    ``stop`` returned true on one of them on the way.
     """
     training = model.training
     model.eval()
-    metrics = Metrics(world.device)
+    metrics, part = Metrics(world.device), Metrics(world.device)
     try:
         for batch in batches_together(loader, world, stop):
             answer = None
@@ -157,9 +159,14 @@ def evaluate(
                     answer = teacher(batch.images, Needs(logits=True)).logits
             assert logits is not None
             metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
+            if among is not None:
+                part.update(logits[:, among].float(), torch.searchsorted(among, batch.labels))
     except Stopped:
         return None
     finally:
         model.train(training)
     metrics.merge_across_processes()
-    return metrics.compute()
+    if among is None:
+        return metrics.compute()
+    part.merge_across_processes()
+    return {**metrics.compute(), "top1_among": part.compute()["top1"]}

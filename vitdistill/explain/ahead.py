@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.sources.base import check_enough
+from ..data.sources.base import check_enough, typical_side
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
 from ..recipes.config import Recipe
@@ -22,20 +22,22 @@ class Forecast:
     Args:
         recipe: of the run, with networks that can be built.
         num_images: training images an epoch.
-        num_classes: of the images.
+        num_classes, image_side: of the images.
         plan: what its networks compute in a step of one process, and ``cost`` what that takes.
     """
 
     recipe: Recipe
     num_images: int
     num_classes: int
+    image_side: int
     plan: Plan
     cost: Cost
 
     @property
     def text(self) -> str:
         """The page about it."""
-        return explain(self.plan, self.cost, self.num_images, self.recipe.train.epochs)
+        epochs = self.recipe.train.epochs
+        return explain(self.plan, self.cost, self.num_images, epochs, self.image_side)
 
     @property
     def flops(self) -> int:
@@ -46,10 +48,10 @@ class Forecast:
 def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
     """Return every run by its stage, whether or not the ones before it have run."""
     if isinstance(recipe, Recipe):
-        num_images, num_classes = _count_images(recipe)
+        counts = _count_images(recipe)
         with torch.device("meta"):
-            student, teachers = build_blank(recipe, num_classes)
-        return {"": _forecast(recipe, student, teachers, (num_images, num_classes))}
+            student, teachers = build_blank(recipe, counts[1])
+        return {"": _forecast(recipe, student, teachers, counts)}
     before: dict[str, int] = {}
     found = {}
     for key, stage in recipe.stages.items():
@@ -61,18 +63,18 @@ def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
     return found
 
 
-def _count_images(recipe: Recipe) -> tuple[int, int]:
-    """Return the training images an epoch and their classes; those of ImageNet-1k without data."""
+def _count_images(recipe: Recipe) -> tuple[int, int, int]:
+    """Return training images an epoch, classes and side of an image; ImageNet-1k's without data."""
     if not recipe.data.dir:
-        return IMAGENET_TRAIN_IMAGES, 1000
+        return IMAGENET_TRAIN_IMAGES, 1000, 0
     source = open_source(recipe.data.dir, "train", val_split=recipe.data.val_split)
     check_enough(source, recipe.train.batch_size)
     count = len(source) // recipe.train.batch_size * recipe.train.batch_size
-    return count, len(source.classes) or 1000
+    return count, len(source.classes) or 1000, typical_side(source)
 
 
 def _forecast(
-    recipe: Recipe, student: Built, teachers: dict[str, Built], counts: tuple[int, int]
+    recipe: Recipe, student: Built, teachers: dict[str, Built], counts: tuple[int, int, int]
 ) -> Forecast:
     plan = plan_of(recipe, student.network, {name: b.network for name, b in teachers.items()})
     models = {name: built.model for name, built in teachers.items()}

@@ -9,7 +9,7 @@ from ..vit.network import Network
 from .cost import Cost, vit_macs
 
 
-def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
+def explain(plan: Plan, cost: Cost, num_images: int, epochs: int, image_side: int = 0) -> str:
     """Write down what each network computes, its FLOPs an image, and those of the whole run.
 
     Args:
@@ -17,6 +17,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
         cost: its cost, as `cost_of` counts it.
         num_images: training images an epoch.
         epochs: of the run.
+        image_side: the shorter side of a typical image, pixels; 0: unknown.
     """
     run = f"{plural(num_images, 'image')} x {plural(epochs, 'epoch')}"
     sections = [
@@ -25,7 +26,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int) -> str:
             *format_table(_costs(plan, cost, num_images * epochs)),
             f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",
         ],
-        _networks(plan),
+        _networks(plan, image_side),
         _memory(plan, cost),
         *_as_the_paper_counts(plan, num_images * epochs),
         _objectives(plan),
@@ -89,7 +90,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
     return rows
 
 
-def _networks(plan: Plan) -> list[str]:
+def _networks(plan: Plan, image_side: int) -> list[str]:
     """What each network sees, runs and records."""
     student = plan.student
     lines = {"student": describe_needs(student, plan.student_needs, plan.student_keep)}
@@ -101,12 +102,15 @@ def _networks(plan: Plan) -> list[str]:
         lines[name] = describe_needs(teacher, plan.live[name], plan.num_keep[name])
         if name in plan.guides:
             lines[name] += "; and once more on the whole image, to choose its patches"
-    networks = {"student": student, **plan.teachers}
-    return [
-        line
-        for name, text in lines.items()
-        for line in _wrapped(f"{name}, {networks[name].architecture}: {text}")
-    ]
+    found = []
+    for name, network in {"student": student, **plan.teachers}.items():
+        height, width = network.image_size
+        size = f"{height} x {width} pixels"
+        if 0 < 2 * image_side < min(height, width) and name not in plan.stored:
+            times = f"{height * width / image_side**2:.0f} times the pixels, no detail more"
+            size += f" (images of {image_side} are enlarged to that: {times})"
+        found += _wrapped(f"{name}, {network.architecture}, {size}: {lines[name]}")
+    return found
 
 
 def _memory(plan: Plan, cost: Cost) -> list[str]:

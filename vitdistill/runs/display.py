@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -48,6 +48,16 @@ class Display(Progress):
     def working(self, text: str) -> None:
         """Name what is being done while no steps are taken (evaluating, saving)."""
         self.update(self._bar, description=text)
+
+    def watch(self, text: str, total: int) -> Callable[[], bool]:
+        """Begin a bar of ``total`` batches; return a ``stop`` that never does, and moves it."""
+
+        def tick() -> bool:
+            self.advance(self._bar)
+            return False
+
+        self.reset(self._bar, total=total, description=text)
+        return tick
 
     def tick(self, step: int) -> None:
         """Move the bar."""

@@ -2,16 +2,19 @@
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..data.decoded import check_images
 from ..data.loader import EvalLoader
-from ..data.sources.base import ImageSource
+from ..data.sources.base import ImageSource, renumber
 from ..data.sources.open import open_source
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, Give
@@ -22,8 +25,12 @@ from ..evaluate.linear import linear_probe
 from ..recipes.config import TeacherConfig
 from ..vit.flops import forward_flops
 from ..vit.needs import Needs
+from ..weights.create import class_names
 from ..world import World
-from .networks import amp_dtype_of, build_teacher, build_teacher_model
+from .display import Display
+from .folder import saved_recipe
+from .identity import resolve_run
+from .networks import Built, amp_dtype_of, build_teacher, build_teacher_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +56,35 @@ class Evaluation:
         return self.knn is not None or self.linear_probe
 
 
-def evaluate_model(job: Evaluation, world: World) -> dict[str, Any]:
+def images_of(models: Sequence[str]) -> tuple[str, float | None]:
+    """Return ``data.dir`` and ``data.val_split`` of these runs; `ConfigError` unless all agree."""
+    recipes = [saved_recipe(Path(resolve_run(model)).parent) for model in models]
+    found = {(r.data.dir, r.data.val_split) for r in recipes if r is not None and r.data.dir}
+    if len(found) != 1:
+        what = "the runs were trained on different images" if found else "no images are named"
+        raise ConfigError(what, Give("data_dir"), field="data_dir")
+    return found.pop()
+
+
+def evaluate_model(job: Evaluation, world: World, display: Display) -> dict[str, Any]:
     """Return the scores of a model, its size, FLOPs and speed, by name.
 
     Without a classifier for these classes its features can still be judged; ``no_top1`` says then
-    why there is no accuracy.
+    why there is no accuracy. Where the images are of some of its classes, ``top1`` is among all of
+    its own, and ``top1_among`` among these, of which ``among`` says how many.
 
     Raises:
         ConfigError: the images have no labels, or there is nothing to judge the model by.
     """
+    display.working(f"loading {job.model.model}")
     source, bank = _open_images(job)
     amp_dtype = amp_dtype_of(job.amp_dtype, world.device)
-    model, no_answers = _build(job, source.classes, world.device)
+    built = build_teacher_model(job.model, "model")
+    own = class_names(built.model) or ()
+    for images in (source, bank):
+        if images is not None and {*images.classes} < {*own}:
+            renumber(images, own)
+    model, no_answers = _build(job, built, source.classes, world.device)
     spec, teacher = model.spec, None
     if job.teacher is not None:
         teacher, _ = build_teacher(job.teacher, "teacher", source.classes, spec, world.device)
@@ -69,15 +93,24 @@ def evaluate_model(job: Evaluation, world: World) -> dict[str, Any]:
         return EvalLoader(images, spec, batch_size=job.batch_size, workers=job.workers, world=world)
 
     loader = load(source)
-    scores: dict[str, Any] = {"num_samples": float(len(source))}
+    scores: dict[str, Any] = {"model": job.model.model, "num_samples": float(len(source))}
     if source.notes:
         scores["notes"] = source.notes
     if no_answers:
         scores["no_top1"] = no_answers
     else:
-        scores |= evaluate(_Logits(model), loader, world, amp_dtype, teacher=teacher) or {}
+        shown = torch.from_numpy(np.unique(source.labels)).to(world.device)
+        among = shown if len(shown) < len(source.classes) else None
+        if among is not None:
+            scores["among"] = f"{len(shown)} of {len(source.classes)} classes"
+        tick = display.watch("evaluating", len(loader))
+        given = _Logits(model), loader, world, amp_dtype, tick
+        scores |= evaluate(*given, teacher=teacher, among=among) or {}
     if bank is not None:
-        scores |= _judge_features(job, model.model, (load(bank), loader), world, amp_dtype)
+        loaders = load(bank), loader
+        tick = display.watch("reading features", len(loaders[0]) + len(loader))
+        scores |= _judge_features(job, model.model, loaders, world, amp_dtype, tick)
+    display.working("measuring its cost")
     on_gpu = world.device.type == "cuda"
     return {
         **scores,
@@ -91,20 +124,22 @@ def evaluate_model(job: Evaluation, world: World) -> dict[str, Any]:
 
 def _open_images(job: Evaluation) -> tuple[ImageSource, ImageSource | None]:
     """Return the images, and those that probes learn from."""
-    how = job.skip_damaged, job.workers
-    source = check_images(open_source(job.data_dir, job.split, val_split=job.val_split), *how)
+    how, bank = (job.skip_damaged, job.workers), None
+    if job.probes:
+        bank = check_images(open_source(job.data_dir, "train", val_split=job.val_split), *how)
+    classes = None if bank is None else bank.classes
+    found = open_source(job.data_dir, job.split, classes=classes, val_split=job.val_split)
+    source = check_images(found, *how)
     if not source.classes:
         what = f"the images in {job.data_dir} have no labels (no class folders) to evaluate against"
         raise ConfigError(what, field="data.dir")
-    if not job.probes:
-        return source, None
-    bank = open_source(job.data_dir, "train", classes=source.classes, val_split=job.val_split)
-    return source, check_images(bank, *how)
+    return source, bank
 
 
-def _build(job: Evaluation, classes: tuple[str, ...], device: torch.device) -> tuple[Teacher, str]:
+def _build(
+    job: Evaluation, built: Built, classes: tuple[str, ...], device: torch.device
+) -> tuple[Teacher, str]:
     """Return the model, and why it has no answers to be counted; empty if it has."""
-    built = build_teacher_model(job.model, "model")
     about = "model", classes, built.spec, device
     if job.probes:
         check_pool(job.pool, built.network.has_class_token)
@@ -130,9 +165,10 @@ def _judge_features(
     loaders: tuple[EvalLoader, EvalLoader],
     world: World,
     amp_dtype: torch.dtype | None,
+    tick: Callable[[], bool],
 ) -> dict[str, Any]:
     """Return what the features are worth, learnt from the first loader and tried on the second."""
-    train, val = (extract(model, loader, world, amp_dtype, job.pool) for loader in loaders)
+    train, val = (extract(model, part, world, amp_dtype, job.pool, tick) for part in loaders)
     assert train is not None and val is not None
     found: dict[str, Any] = {"pool": job.pool, "num_train_samples": len(train[1])}
     if job.knn is not None:

@@ -183,7 +183,11 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
         )
     if len(train.classes) != 1:
         try:
-            val = open_source(folder, "val", classes=train.classes or None, val_split=val_split)
+            classes = train.classes or None
+            val = open_source(folder, "val", classes=classes, val_split=val_split)
+            shown = len(set(val.labels.tolist()))
+            if shown < len(train.classes):
+                say(f"{val.name} has images of {shown} of the {len(train.classes)} classes")
         except MissingSplit:
             if reading:
                 raise

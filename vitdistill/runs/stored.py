@@ -85,11 +85,19 @@ def check_labels(
         if name in digests:
             run["teacher.weights"] = digests[name]
             labels["teacher.weights"] = store.manifest.identity["teacher.weights"]
+        if not views["view.augment.reprob"]:
+            # Views are made before they are normalised, and every teacher has its own normalisation
+            # again. Only the noise of random erasing is drawn in the student's.
+            for key in ("view.mean", "view.std"):
+                labels[key] = run[key]
         changed = differing(labels, run)
         if changed:
+            fixes = ["make the recipe agree", "label again"]
+            if "view.mean" in changed or "view.std" in changed:
+                fixes.append("label with data.augment.reprob=0, for students of any normalisation")
             raise DataError(
                 f"the labels of the {name} ({store.path}) are not for this run: {changed}",
-                ("make the recipe agree", "label again"),
+                tuple(fixes),
                 field=f"teachers.{name}.labels",
             )
         num_views = recipe.data.views or recipe.train.epochs

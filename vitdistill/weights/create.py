@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model, list_models
 from timm.models._pretrained import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
@@ -208,7 +209,8 @@ def _check_grid(name: str, model: nn.Module) -> None:
     patch, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
     if not patch or not size or getattr(embed, "dynamic_img_pad", False):
         return
-    if any(side % step for side, step in zip(size, patch, strict=False)):
+    patch, size = to_2tuple(patch), to_2tuple(size)
+    if any(side % step for side, step in zip(size, patch, strict=True)):
         raise ConfigError(
             f"{printable(name)} cuts images into patches of {patch[0]} x {patch[1]}, which do not"
             f" fill {size[0]} x {size[1]}",

@@ -64,6 +64,7 @@ class TarSource(FileSource):
                     f"{self.name} holds {printable(key)!r} as a link, a device or a sparse file",
                     "make the archive again of plain files, with tar -h",
                 )
+        classes = classes if split == "train" else set()
         super().__init__(
             f"{self.name}:{printable(prefix[:-1])}" if prefix else self.name,
             {key: size for key, (_, size) in inside.items()},

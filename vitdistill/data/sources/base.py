@@ -141,7 +141,7 @@ class FileSource(ImageSource):
     ) -> None:
         """Arrange ``files``, bytes by path inside the split.
 
-        Raises `DataError` for a mixture of layouts, or a class folder without images.
+        Raises `DataError` for a mixture of layouts, or an empty folder of a training class.
         """
         owners = {path: path.split("/", 1)[0] if "/" in path else "" for path in files}
         found = set(owners.values())
@@ -218,22 +218,26 @@ def say_taken(name: str, split: Split, chosen: str) -> str:
     return note
 
 
-def check_classes(source: ImageSource, classes: Sequence[str]) -> None:
-    """Raise `DataError`, naming a difference, unless ``source`` has ``classes`` in this order."""
-    if tuple(classes) == source.classes:
-        return
-    missing = sorted(set(classes) - set(source.classes))
-    extra = sorted(set(source.classes) - set(classes))
-    parts = [
-        f"{verb} {len(names)} ({listed(names)})"
-        for verb, names in (("lacks", missing), ("adds", extra))
-        if names
-    ]
-    difference = " and ".join(parts) or "has them in another order"
-    raise DataError(
-        f"{source.name} has other classes than expected: it {difference}",
-        "make the class names equal",
-    )
+def typical_side(source: ImageSource) -> int:
+    """Return the median shorter side of some images, pixels."""
+    some = range(0, len(source), -(-len(source) // 32))
+    sides = sorted(min(source.image_size(i)) for i in some)
+    return sides[len(sides) // 2]
+
+
+def renumber(source: ImageSource, classes: Sequence[str]) -> None:
+    """Number the labels of ``source``, in place, as in ``classes``; it may lack some of them.
+
+    Raises `DataError` for a class that is not among them.
+    """
+    extra = [name for name in source.classes if name not in set(classes)]
+    if extra:
+        raise DataError(
+            f"{source.name} has classes that are not expected ({listed(extra)})",
+            "make the class names equal",
+        )
+    index = np.array([*map(classes.index, source.classes), -1], dtype=np.int64)
+    source.labels, source.classes = index[source.labels], tuple(classes)  # -1 stays -1
 
 
 def check_enough(source: ImageSource, batch_size: int) -> None:

@@ -37,6 +37,7 @@ class FolderSource(FileSource):
             paths += [inside + name for name in names]
         images, left_out = find_images(paths, self._head)
         sizes = {path: _size(str(self.root / path)) for path in images}
+        classes = classes if split == "train" else []
         super().__init__(printable(self.root), sizes, classes, taken, left_out)
 
     def content(self, i: int) -> Path:

@@ -9,7 +9,7 @@ from ... import keyed
 from ...errors import ConfigError, DataError, MissingSplit, Set
 from ...messages import listed, printable
 from .archive import open_archive
-from .base import ImageSource, PartSource, Split, check_classes
+from .base import ImageSource, PartSource, Split, renumber
 from .builtin import open_builtin
 from .folder import open_folder
 from .table import open_hub, open_table
@@ -31,7 +31,7 @@ def open_source(
     classes: tuple[str, ...] | None = None,
     val_split: float | None = None,
 ) -> ImageSource:
-    """Open a ``split`` of the images at ``location``; with ``classes``, it must have exactly these.
+    """Open a ``split`` of the images at ``location``; with ``classes``, in these or some of them.
 
     ``location`` is one of
 
@@ -69,7 +69,7 @@ def open_source(
             field="data.dir",
         )
     if classes is not None:
-        check_classes(source, classes)
+        renumber(source, classes)
     return source
 
 
