@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,32 @@ def test_class_names_that_are_numbers_or_come_twice(tmp_path: Path, picture, row
     for names in (["cat", "dog", "cat"], [1, "1", 2]):
         write(named(names, rows), path)
         refused(str(path), "two classes of one name")
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        (("train", "validation", "test"), "train", "validation"),
+        (("train", "test"), "train", "test"),
+        (("test", "train", "valid"), "train", "valid"),
+        (("part1", "part2"), "part1+part2", None),
+    ],
+)
+def test_splits_on_the_hub(monkeypatch, picture, rows, names, train, val) -> None:
+    asked: list[str] = []
+
+    def load(name: str, split: str) -> SimpleNamespace:
+        asked.append(split)
+        return SimpleNamespace(data=SimpleNamespace(table=hugging_face(*rows(4))))
+
+    hub = SimpleNamespace(get_dataset_split_names=lambda name: names, load_dataset=load)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    check(open_source("hfds/some/name", "train"), picture, 4)
+    if val is None:
+        refused("hfds/some/name", "no 'val'", split="val")
+        assert asked == [train]
+    else:
+        assert len(open_source("hfds/some/name", "val").notes) == 1 and asked == [train, val]
 
 
 def test_a_folder_of_the_hub_without_tables(tmp_path: Path) -> None:
