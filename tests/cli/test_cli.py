@@ -243,12 +243,17 @@ def test_a_damaged_record_is_one_sentence(
         assert code == DATA and f"runs/new/{name} is damaged" in said and said.count("\n") == 1
 
 
-def test_fine_tuning_on_a_folder_of_ones_own(here: Path) -> None:
-    short = "--data-dir photos --epochs 2 --warmup-epochs 0 -b 12 --workers 0 --device cpu"
+def test_the_road_of_the_readme(here: Path) -> None:
+    """From a folder of classes without splits to a fine-tuned teacher, a student and an export."""
+    shutil.copytree("photos/train", "mine")
+    images = "--data-dir mine --val-split 0.25"
+    short = f"{images} --epochs 2 --warmup-epochs 0 -b 9 --workers 0 --device cpu"
     assert run(f"train finetune {short} --model runs/teacher --output runs/new") == 0
     command = f"train distill {short} --teacher-model runs/new --output runs/student"
     assert run(f"{command} --model vit_tiny_patch16_224 --pretrained false {VIT}") == 0
-    assert create_model("runs/student/best").num_classes == 3
+    assert "val_split: 0.25" in Path("runs/student/recipe.yaml").read_text()
+    assert run(f"eval runs/student {images} --teacher-model runs/new --workers 0") == 0
+    assert run("export runs/student --output student") == 0
 
 
 def test_a_method_reads_the_teacher_it_is_given(
