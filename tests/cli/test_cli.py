@@ -252,7 +252,7 @@ def test_the_road_of_the_readme(here: Path) -> None:
     command = f"train distill {short} --teacher-model runs/new --output runs/student"
     assert run(f"{command} --model vit_tiny_patch16_224 --pretrained false {VIT}") == 0
     assert "val_split: 0.25" in Path("runs/student/recipe.yaml").read_text()
-    assert run(f"eval runs/student {images} --teacher-model runs/new --workers 0") == 0
+    assert run("eval runs/new runs/student --workers 0") == 0
     assert run("export runs/student --output student") == 0
 
 
