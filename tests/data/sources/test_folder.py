@@ -104,6 +104,7 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("nowhere", "empty", "a.zip", "link"):
         assert name in refused(tmp_path / name)
+    refused(tmp_path / "empty", val_split=0.5)
 
 
 def test_what_is_wrong_with_the_images(make_folder, place: Place) -> None:

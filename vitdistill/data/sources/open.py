@@ -62,6 +62,9 @@ def open_source(
                 Set("data.val_split", "none"),
                 field="data.val_split",
             )
+    if len(source) == 0:
+        what = "; ".join((f"{source.name} has no images", *source.notes))
+        raise DataError(what, field="data.dir")
     if split == "val" and not source.classes:
         raise MissingSplit(
             f"{source.name} has no class folders, and evaluation needs labels",
@@ -82,9 +85,6 @@ def _open(location: str, split: Split) -> ImageSource:
             "unpack it into a folder" if Path(location).is_file() else "check the path",
             field="data.dir",
         )
-    if len(source) == 0:
-        what = "; ".join((f"{source.name} has no images", *source.notes))
-        raise DataError(what, field="data.dir")
     if len(set(source.classes)) < len(source.classes):
         twice = [name for name in set(source.classes) if source.classes.count(name) > 1]
         raise DataError(f"{source.name} has two classes of one name ({listed(sorted(twice))})")
@@ -99,7 +99,7 @@ def _split_off(whole: ImageSource, fraction: float, split: Split) -> ImageSource
     groups = np.split(by_class, np.cumsum(counts)[:-1])
     # At least one image of a class for either part, where it has two.
     taken = [g[: min(max(round(fraction * len(g)), 1), len(g) - 1)] for g in groups if len(g)]
-    chosen = np.sort(np.concatenate(taken))
+    chosen = np.sort(np.concatenate([*taken, order[:0]]))
     if split == "train":
         chosen = np.setdiff1d(np.arange(len(whole), dtype=np.int64), chosen)
     part = PartSource(whole, chosen)
