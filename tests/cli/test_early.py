@@ -157,15 +157,8 @@ def test_words_are_answered_without_torch() -> None:
     assert found.stderr.count("\n") == sum("--help" not in words for words in MISTAKES)
 
 
-@pytest.mark.parametrize(
-    ("words", "channel"),
-    [
-        (["explain", "alone"], "stdout"),
-        (["explain", "alone", "--recipe-yaml"], "stderr"),
-        (["eval", "x", "--data-dir", ".", "--json"], "stderr"),
-    ],
-)
-def test_the_first_word_comes_before_torch(words: list[str], channel: str) -> None:
+@pytest.mark.parametrize("words", [["explain", "alone"], ["eval", "x", "--json"]])
+def test_the_first_word_comes_before_torch_beside_the_results(words: list[str]) -> None:
     script = (
         "import sys; sys.modules['torch'] = None; del sys.modules['torch']\n"
         "class Blocked:\n"
@@ -175,5 +168,4 @@ def test_the_first_word_comes_before_torch(words: list[str], channel: str) -> No
         f"from vitdistill.cli import main; main({words!r})"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    said = {"stdout": found.stdout, "stderr": found.stderr}
-    assert said.pop(channel) == f"vitdistill {words[0]}: starting\n" and set(said.values()) == {""}
+    assert (found.stdout, found.stderr) == ("", f"vitdistill {words[0]}: starting\n")

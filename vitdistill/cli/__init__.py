@@ -121,10 +121,8 @@ def _run(name: str, words: Sequence[str], prog: str) -> int:
     arguments = read_arguments(name, words)
     refuse_early(arguments)
     if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
-        # Importing torch and timm takes seconds. What is printed for other programs stays alone.
-        alone = getattr(arguments, "json", False) or getattr(arguments, "recipe_yaml", False)
-        where = sys.stderr if alone else sys.stdout
-        print(f"{prog}: starting", file=where, flush=True)
+        # Importing torch and timm takes seconds. Results alone go to the standard output.
+        print(f"{prog}: starting", file=sys.stderr, flush=True)
     module, _, function = place.partition(":")
     run: Callable[[Any], int] = getattr(import_module(f".{module}", __package__), function)
     return run(arguments)
