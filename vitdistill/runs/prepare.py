@@ -11,7 +11,7 @@ from torch import nn
 from .. import keyed
 from ..data.decoded import check_images
 from ..data.loader import EvalLoader, Loading, TrainLoader
-from ..data.sources.base import ImageSource
+from ..data.sources.base import ImageSource, renumber
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
 from ..distill.shares import describe_shares, measure_shares
@@ -204,15 +204,17 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
 
 
 def judge_by_teacher(images: Images, networks: Networks, say: Say) -> tuple[Images, Networks]:
-    """Keep validation images beside unlabelled training images if their classes are the teacher's.
+    """Keep validation images beside unlabelled training images if the teacher has their classes.
 
     A teacher without names of its classes is taken at their number, and proved by its accuracy.
     """
     if images.val is None or images.train.classes:
         return images, networks
     classes, count = images.val.classes, networks.distillation.plan.student.num_classes
-    if networks.classes == classes or (not networks.classes and count == len(classes)):
-        return images, replace(networks, classes=classes)
+    answered = networks.classes or (classes if count == len(classes) else ())
+    if set(classes) <= set(answered):
+        renumber(images.val, answered)
+        return images, replace(networks, classes=answered)
     say(
         f"the training images are unlabelled, and the classes of {images.val.name}"
         f" ({listed(classes)}) are not the teacher's: nothing is evaluated"
