@@ -26,13 +26,7 @@ from small_runs import (
     write_images,
 )
 
-from vitdistill.errors import (
-    ConfigError,
-    DataError,
-    DiskError,
-    NonFiniteError,
-    Preempted,
-)
+from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.storage import checkpoint
 from vitdistill.world import ProcessLost

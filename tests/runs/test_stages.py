@@ -12,15 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from small_runs import (
-    interrupted,
-    ranks,
-    records,
-    result,
-    three_stages,
-    tree,
-    write_images,
-)
+from small_runs import interrupted, ranks, records, result, three_stages, tree, write_images
 
 from vitdistill.cli import main
 from vitdistill.data.sources.open import open_source
