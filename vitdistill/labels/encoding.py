@@ -57,11 +57,8 @@ class LogitEncoding:
             raise ConfigError(f"topk labels of {self.k} classes hold nothing", Give("k"), field="k")
         low, high = _TEMPERATURES
         if not self.temperatures or not all(low <= t <= high for t in self.temperatures):
-            raise ConfigError(
-                f"temperatures of topk labels are {listed(self.temperatures) or 'missing'}",
-                f"give numbers from {low:g} to {high:g}",
-                field="temperatures",
-            )
+            what = f"temperatures of topk labels are {listed(self.temperatures) or 'missing'}"
+            raise ConfigError(what, f"give numbers from {low:g} to {high:g}", field="temperatures")
         # One way to write each encoding, so that equal stores have equal manifests.
         object.__setattr__(self, "k", min(self.k, self.num_classes))
         once = tuple(sorted({float(t) for t in self.temperatures}))
@@ -161,11 +158,8 @@ class LogitEncoding:
         if other == self:
             return
         if other.kind != "topk" and (self.kind, other.kind) != ("float32", "float16"):
-            raise ConfigError(
-                f"labels stored as {self.kind} gain nothing as {other.kind}",
-                "keep them as they are",
-                field="encoding",
-            )
+            what = f"labels stored as {self.kind} gain nothing as {other.kind}"
+            raise ConfigError(what, "keep them as they are", field="encoding")
         if self.kind == "topk":
             if other.k > self.k:
                 what = f"the stored labels hold {self.k} classes an image, not {other.k}"

@@ -93,7 +93,5 @@ def read_store_manifest(folder: Path) -> Manifest:
             return manifest
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
         pass
-    raise DataError(
-        f"{printable(folder)} holds no labels, or labels of a format that is not read",
-        "use the version of vitdistill that wrote them",
-    )
+    what = f"{printable(folder)} holds no labels, or labels of a format that is not read"
+    raise DataError(what, "use the version of vitdistill that wrote them")

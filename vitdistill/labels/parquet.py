@@ -42,10 +42,8 @@ def export_labels(
         raise ConfigError(what, Give("views"), field="views")
     missing = [place for place in store.missing_parts() if place[0] in chosen]
     if missing:
-        raise DataError(
-            f"{printable(store.path)} lacks {plural(len(missing), 'part')} of these views",
-            "run the command that wrote it again, which writes what is missing",
-        )
+        what = f"{printable(store.path)} lacks {plural(len(missing), 'part')} of these views"
+        raise DataError(what, "run the command that wrote it again, which writes what is missing")
     write = partial(_write, _pyarrow(), store=store, views=chosen)
     if os.path.lexists(file) or not write_first(file, write):
         raise ConfigError(f"{printable(file)} exists already", Give("to"), field="to")

@@ -63,10 +63,8 @@ def require_free(path: StrPath, needed: int) -> None:
 
 
 def _full(path: StrPath, why: str) -> DiskError:
-    return DiskError(
-        f"{printable(path)} cannot be written: the disk is full ({why}); nothing has changed",
-        fix="make room and run the same command again",
-    )
+    what = f"{printable(path)} cannot be written: the disk is full ({why}); nothing has changed"
+    return DiskError(what, "make room and run the same command again")
 
 
 # -- files ----------------------------------------------------------------------------------------

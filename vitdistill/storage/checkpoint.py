@@ -119,10 +119,8 @@ def load_latest(run_dir: StrPath, warn: Warn = lambda text: None) -> tuple[Path,
             damaged.append(folder)
             warn(f"{printable(folder)} is damaged, and the checkpoint before it is used: {error}")
     if damaged:
-        raise DataError(
-            f"none of the checkpoints in {printable(damaged[0].parent)} is intact",
-            fix=("restore one from a copy", "start again in a new folder"),
-        )
+        what = f"none of the checkpoints in {printable(damaged[0].parent)} is intact"
+        raise DataError(what, ("restore one from a copy", "start again in a new folder"))
     return None
 
 

@@ -82,11 +82,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> Lock:
         owner = "another process"
         with suppress(OSError):
             owner = printable(path.read_text(errors="replace")) or owner
-        raise ConfigError(
-            f"{printable(folder)} is in use by {owner}",
-            fix=("wait for it", Give("output")),
-            field="output",
-        )
+        what = f"{printable(folder)} is in use by {owner}"
+        raise ConfigError(what, ("wait for it", Give("output")), field="output")
     with disk_errors(path):
         os.ftruncate(lock._fd, 0)
         os.write(lock._fd, f"process {os.getpid()} on {socket.gethostname()}".encode())

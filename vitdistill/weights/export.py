@@ -167,10 +167,8 @@ def _check_reload(
     again = create_model(str(folder))
     for key, tensor in again.state_dict().items():
         if tensor.dtype != state[key].dtype or not torch.equal(tensor, state[key]):
-            raise DataError(
-                f"the export of {architecture} loads with another {key}",
-                fix="export a float32 network",
-            )
+            what = f"the export of {architecture} loads with another {key}"
+            raise DataError(what, "export a float32 network")
     images = _probe(spec)
     reference = copy.deepcopy(network).to("cpu")
     twins = dict(again.named_modules())
@@ -257,7 +255,5 @@ def _onnx_bytes(network: nn.Module, images: Tensor, about: Mapping[str, Any]) ->
             proto.metadata_props.add(key=key, value=json.dumps(value))
         return proto.SerializeToString()  # above 2 GB, a ValueError
     except Exception as error:
-        raise ConfigError(
-            f"{type(network).__name__} cannot be exported to ONNX ({first_line(error)})",
-            fix="export for timm",
-        ) from error
+        what = f"{type(network).__name__} cannot be exported to ONNX ({first_line(error)})"
+        raise ConfigError(what, "export for timm") from error

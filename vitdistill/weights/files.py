@@ -58,10 +58,8 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def check_is_file(path: str | os.PathLike[str]) -> None:
     """Raise `DataError` where there is no regular file: reading a pipe would wait for ever."""
     if Path(path).is_dir():
-        raise DataError(
-            f"{printable(path)} is a folder, not a weights file",
-            fix=("give it as the model's name", "name the file in it"),
-        )
+        what = f"{printable(path)} is a folder, not a weights file"
+        raise DataError(what, ("give it as the model's name", "name the file in it"))
     if not Path(path).is_file():
         raise DataError(f"there is no weights file {printable(path)}")
 
@@ -105,10 +103,8 @@ def _read_pickle(file: Path) -> Any:
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{printable(file)} is cut short, damaged or no weights file ({first_line(error)})",
-        fix="download it again",
-    )
+    what = f"{printable(file)} is cut short, damaged or no weights file ({first_line(error)})"
+    return DataError(what, "download it again")
 
 
 def _converter(file: Path, keys: Sequence[str] = _WRAPPERS) -> str:

@@ -51,10 +51,8 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> DataErr
             f" {_name_of(model)} norms every token",
             fix=(Set("model_args.global_pool", "avg"), "give what it was fine-tuned from"),
         )
-    return DataError(
-        f"{name} does not fit {_name_of(model)}: {_difference(model, state)}",
-        fix="use its own file, or its number of classes and image size",
-    )
+    what = f"{name} does not fit {_name_of(model)}: {_difference(model, state)}"
+    return DataError(what, "use its own file, or its number of classes and image size")
 
 
 def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:

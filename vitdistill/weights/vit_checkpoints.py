@@ -121,10 +121,8 @@ def _check_patches(model: VisionTransformer, target: Target, state: State) -> Co
         return None
     if theirs.shape[2:] != own.shape[2:]:
         sizes = ["x".join(map(str, kernel.shape[2:])) for kernel in (theirs, own)]
-        raise DataError(
-            f"{target.name} has patches of {sizes[0]}, the network {sizes[1]}",
-            fix="name the network it belongs to",
-        )
+        what = f"{target.name} has patches of {sizes[0]}, the network {sizes[1]}"
+        raise DataError(what, "name the network it belongs to")
     return None
 
 
