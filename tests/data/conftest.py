@@ -1,5 +1,6 @@
 """Tiny images, and folders of them, for the data tests."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,3 +57,16 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         return root
 
     return make
+
+
+@pytest.fixture(params=["folder", "tar"])
+def place(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    """``place(root)``: a location that holds what the folder holds."""
+
+    def packed(root: Path) -> str:
+        path = root.parent / f"{root.name}.tar"
+        with tarfile.open(path, "w") as archive:
+            archive.add(root, root.name)
+        return str(path)
+
+    return str if request.param == "folder" else packed

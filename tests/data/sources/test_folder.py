@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,19 +13,6 @@ from vitdistill.data.sources.open import open_source
 from vitdistill.errors import DataError, MissingSplit, PermissionDenied, UserError
 
 Place = Callable[[Path], str]
-
-
-@pytest.fixture(params=["folder", "tar"])
-def place(request: pytest.FixtureRequest) -> Place:
-    """``place(root)``: a location that holds what the folder holds."""
-
-    def packed(root: Path) -> str:
-        path = root.parent / f"{root.name}.tar"
-        with tarfile.open(path, "w") as archive:
-            archive.add(root, root.name)
-        return str(path)
-
-    return str if request.param == "folder" else packed
 
 
 def refused(
