@@ -42,8 +42,18 @@ class Whole:
         """Run the model on whole images, and record what the resolved ``needs`` ask for.
 
         Raises:
-            ConfigError: it has no attention to record, or no feature maps.
+            ConfigError: it has no attention to record, or no feature maps; or it cannot run on the
+                meta device, where costs are counted, for it reads what its tensors hold.
         """
+        try:
+            return self._run(images, needs)
+        except RuntimeError as error:
+            if not images.is_meta:
+                raise
+            what = f"the cost of what is read of a {type(self.model).__name__} cannot be counted"
+            raise ConfigError(f"{what} ({error})") from error
+
+    def _run(self, images: Float[Tensor, "B c h w"], needs: Needs) -> ViTOutput:
         kind = type(self.model).__name__
         if needs.attention or needs.qkv:
             raise ConfigError(f"{kind} is not a plain ViT and has no attention to record")

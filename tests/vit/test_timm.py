@@ -1,0 +1,80 @@
+"""timm's networks: built, described and run as their configuration says, whatever is inside."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vitdistill.data.model_input import input_spec_of
+from vitdistill.errors import ConfigError
+from vitdistill.vit import Needs, describe_network, run_vit
+from vitdistill.weights.create import create_model
+
+# One of a kind; the first of each list is one that a guess at its insides once refused.
+FAMILIES = {
+    "one number for sizes": "xcit_*",
+    "channels of a stem that is no image": "csatv2*",
+    "channels of unfolded images": "tresnet_*",
+    "crops wider than the image": "volo_d*_[45]*",
+    "convolutions before blocks": "vitamin_xl*",
+    "positions beside patches": "gemma4_vit_167m*",
+    "tokens behind tokens": "cait_xxs*",
+    "windows": "swin_tiny*",
+    "mask units": "hiera_tiny*",
+    "patches of several sizes": "flexivit_small*",
+    "images in sequence": "naflexvit_base*",
+    "rotations": "vit_small_patch16_dinov3*",
+    "no image size at all": "mobilenetv4_conv_small*",
+    "hybrids": "levit_128*",
+}
+
+
+def check(name: str) -> None:
+    with torch.device("meta"):
+        model: Any = create_model(name, num_classes=5).eval()
+    spec = input_spec_of(model)
+    channels, *size = model.pretrained_cfg["input_size"]
+    assert channels == 3 and spec.image_size == tuple(size)
+    network = describe_network(model, "student", name, spec.image_size)
+    assert network.num_classes == 5 and network.dim > 0 and network.depth > 0
+    output = run_vit(model, torch.empty(2, 3, *size, device="meta"), Needs(logits=True))
+    assert output.logits is not None and output.logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_network_of_every_kind(kind: str) -> None:
+    check(timm.list_models(FAMILIES[kind])[0])
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", [*FAMILIES][:6])
+def test_every_network_of_a_kind_that_was_refused(kind: str) -> None:
+    for name in timm.list_models(FAMILIES[kind])[::3]:
+        if "volo" not in name or name.endswith(("448", "512")):
+            check(name)
+
+
+@pytest.mark.parametrize("side", [32, 48, (32, 64)])
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224", "resnet10t"])
+def test_another_image_size_is_the_one_that_is_asked_for(name: str, side: Any) -> None:
+    with torch.device("meta"):
+        model = create_model(name, image_size=side)
+    assert input_spec_of(model).image_size == ((side, side) if isinstance(side, int) else side)
+
+
+class Reading(nn.Module):
+    """Its features depend on what a tensor holds."""
+
+    feature_info = ({"num_chs": 3},)
+
+    def forward_intermediates(self, images: torch.Tensor, **_: Any) -> Any:
+        return [images * images.max().item()]
+
+
+def test_what_cannot_be_counted_is_refused_and_still_runs() -> None:
+    images, needs = torch.rand(1, 3, 4, 4), Needs(hidden=frozenset({0}))
+    assert run_vit(Reading(), images, needs).hidden[0].shape == (1, 16, 3)
+    with pytest.raises(ConfigError, match="cannot be counted"):
+        run_vit(Reading(), images.to("meta"), needs)
