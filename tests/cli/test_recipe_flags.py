@@ -187,3 +187,30 @@ def test_advice_is_only_given_where_it_can_be_followed() -> None:
         read_arguments("eval", ["--mask-ratio", "x"])
     assert "write --set masking" in refused("alone", "--mask-ratio", "x")
     assert refused("alone", "--mixup-prob", "1").endswith("--set data.augment.mixup_prob=VALUE")
+
+
+# --- a run cut short -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("name", RECIPES)
+def test_fewer_epochs_shorten_the_warm_up_in_proportion(
+    name: str, epochs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = resolve_recipe(read_arguments("explain", [name]))
+    stages = {"": whole} if isinstance(whole, Recipe) else whole.stages
+    words = [f"--set={key}.train.epochs={epochs}" for key in stages if key]
+    short = resolve_recipe(read_arguments("explain", [name, *(words or [f"--epochs={epochs}"])]))
+    said = capsys.readouterr().out
+    for key, recipe in stages.items():
+        cut = short if isinstance(short, Recipe) else short.stages[key]
+        warmup, fits = recipe.optim.warmup_epochs, recipe.optim.warmup_epochs < epochs
+        expected = warmup if fits else warmup * epochs / recipe.train.epochs
+        assert cut.optim.warmup_epochs == pytest.approx(expected) and cut.train.epochs == epochs
+        assert fits or f"warm-up of {warmup:g} of {recipe.train.epochs} epochs" in said
+
+
+def test_a_warm_up_that_is_given_is_kept_or_refused() -> None:
+    given = ("small_images_alone", "--epochs", "2", "--warmup-epochs")
+    assert parsed(*given, "0.5").optim.warmup_epochs == 0.5
+    assert "warm-up of 2 epochs" in refused(*given, "2")

@@ -165,6 +165,7 @@ def run(name: str, file: Path, output: Path, folder: Path) -> None:
 def computed(folder: Path) -> dict[str, Any]:
     """The losses of a run's steps, its scores, and one digest of both and of every weight."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if not k.endswith("_unweighted")} for line in lines]
     digest = hashlib.sha256(json.dumps(lines, sort_keys=True).encode())
     for name, tensor in sorted(
         safetensors.torch.load_file(folder / "last" / "model.safetensors").items()

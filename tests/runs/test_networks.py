@@ -1,6 +1,7 @@
 """What a recipe's networks and labels are made of, and what is said when something lacks."""
 
 import pytest
+import torch
 
 from vitdistill.errors import ConfigError, Set
 from vitdistill.labels.encoding import LogitEncoding
@@ -11,7 +12,7 @@ from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.settings import TeacherConfig, TrainConfig
-from vitdistill.runs.networks import build_teacher_model
+from vitdistill.runs.networks import amp_dtype_of, build_teacher_model
 from vitdistill.runs.stored import with_views_of_labels
 
 
@@ -47,3 +48,18 @@ def test_a_teacher_needs_a_model_and_weights():
         build_teacher_model(TeacherConfig(model="resnet18"), "conv")
     assert caught.value.field == "teachers.conv.checkpoint"
     assert Set("teachers.conv.pretrained", True) in caught.value.fixes
+
+
+@pytest.mark.parametrize(
+    ("native", "emulated", "expected"),
+    [(True, True, torch.bfloat16), (False, True, None), (False, False, None)],
+)
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch, native, emulated, expected):
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: emulated if including_emulation else native,
+    )
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert amp_dtype_of("auto", gpu) is expected and amp_dtype_of("auto", cpu) is None
+    assert amp_dtype_of("bfloat16", gpu) is torch.bfloat16

@@ -3,10 +3,13 @@ ends as it should.
 """
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
-from small_runs import records, result, run, steps_saved
+from small_runs import records, result, run, steps_saved, unfinished
+from timm.utils import ModelEmaV3
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from vitdistill.errors import NonFiniteError
 from vitdistill.methods.kd import HardKD, SoftKD
@@ -93,8 +96,63 @@ def test_float16_that_never_becomes_finite_stops(tmp_path, plain):
 
 def test_an_explosion_is_seen_before_it_is_saved(tmp_path, plain):
     recipe = plain(**{"optim.lr": 1e30, "optim.opt": "sgd"})
-    with pytest.raises(NonFiniteError, match=r"the (loss 'ce'|gradient of) .*last good checkpoint"):
+    with pytest.raises(NonFiniteError, match=r"is NaN or infinite; (the last good|no) checkpoint"):
         run(recipe, tmp_path / "run")
     for step in steps_saved(tmp_path / "run"):
         tensors, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", step))
         assert all(value.isfinite().all() for value in tensors.values())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", ["weight", "exp_avg", "exp_avg_sq", "ema"])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, plain, monkeypatch, part, value):
+    """Nor does it take the place of the checkpoint before it; the same command goes on from that."""
+    recipe = plain(**{"train.ema_decay": 0.5, "train.keep_checkpoints": 1})
+    folder, student, steps = tmp_path / "run", [], count(1)
+
+    @torch.no_grad()
+    def spoil(optimizer, *_):
+        if next(steps) == 2:
+            weight = student[0].norm.weight
+            (weight if part == "weight" else optimizer.state[weight][part])[0] = value
+
+    update = ModelEmaV3.update
+
+    def spoil_average(average, *args, step):
+        update(average, *args, step=step)
+        if step == 2:
+            average.module.norm.weight.data[0] = value
+
+    handle = None
+    with monkeypatch.context() as patch:
+        if part == "ema":
+            patch.setattr(ModelEmaV3, "update", spoil_average)
+        else:
+            handle = register_optimizer_step_post_hook(spoil)
+        with pytest.raises(NonFiniteError, match=r"at step 2, .*checkpoint is .*step-00000001"):
+            run(recipe, folder, prepared=lambda job: student.append(job.student))
+    if handle is not None:
+        handle.remove()
+    assert steps_saved(folder) == [1]
+    run(recipe, folder)
+    run(recipe, tmp_path / "whole")
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def test_a_rate_that_no_weight_survives_saves_nothing(tmp_path, plain):
+    recipe = plain(**{"optim.lr": 3e38, "optim.warmup_epochs": 0.0})
+    with pytest.raises(NonFiniteError, match="no checkpoint had been saved yet"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_a_checkpoint_of_such_a_state_is_passed_over(tmp_path, whole, taught):
+    """Earlier versions saved them: the one before is used."""
+    folder = unfinished(whole, tmp_path / "run", 5)
+    tensors, state = checkpoint.load(checkpoint.folder_of(folder, 5))
+    tensors["distillation.student.norm.weight"][0] = torch.nan
+    checkpoint.save(folder, 5, tensors, state, keep=99)
+    lines = []
+    run(taught(), folder, lines)
+    assert f"resuming {folder} at step 4 of 9" in lines
+    assert result(folder) == result(whole)

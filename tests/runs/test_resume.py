@@ -35,6 +35,7 @@ from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.runs.stop import StopRequest
 from vitdistill.storage import checkpoint
+from vitdistill.storage.atomic import sha256_file
 
 pytestmark = pytest.mark.whole
 
@@ -322,3 +323,14 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_work_since(tmp_path, whole, 
     assert tree(folder / "checkpoints") == before
     run(taught(), folder)
     assert result(folder) == result(whole)
+
+
+def test_a_finished_run_is_trained_longer_by_one_command(tmp_path, whole, capsys):
+    """A new run, from its weights and with its recipe; it is left as it was."""
+    before, new = tree(whole), tmp_path / "longer"
+    words = f"train {whole} --model {whole} --epochs 2 --output {new} --device cpu"
+    assert main(words.split()) == 0
+    assert "next: vitdistill eval" in capsys.readouterr().out and tree(whole) == before
+    first = json.loads((new / "identity.json").read_text())["student.model"]
+    assert first == sha256_file(whole / "best" / "model.safetensors")
+    assert records(new, "eval")[0]["top1"] >= 0.9 and steps_saved(new)[-1] == 6

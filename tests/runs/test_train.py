@@ -1,10 +1,13 @@
 """What a run computes, end to end."""
 
+import io
 import json
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from small_runs import (
     VIT,
@@ -23,7 +26,7 @@ from timm.models import create_model
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.open import open_source
-from vitdistill.errors import ConfigError, Drop
+from vitdistill.errors import ConfigError, Drop, Set
 from vitdistill.evaluate.accuracy import evaluate
 from vitdistill.evaluate.knn import knn_evaluation
 from vitdistill.methods.base import WeightSchedule
@@ -31,6 +34,8 @@ from vitdistill.methods.kd import HardKD, SoftKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.settings import TeacherConfig
+from vitdistill.runs.display import Display
+from vitdistill.runs.train import train
 from vitdistill.storage import checkpoint
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.walk import run_vit
@@ -56,7 +61,8 @@ def test_a_run_repeats_itself(tmp_path, whole, taught):
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("train", 2), ("train", 3), ("eval", 3), ("train", 4), ("train", 6), ("eval", 6), ("train", 8), ("train", 9), ("eval", 9),
     ]  # fmt: skip
-    assert lines[0].keys() == {"kind", "step", "epoch", "lr", "ce", "kd", "loss", "grad_norm"}
+    terms = {"ce", "kd", "ce_unweighted", "kd_unweighted", "loss"}
+    assert lines[0].keys() == {"kind", "step", "epoch", "lr", "grad_norm", *terms}
     assert lines[-1]["num_samples"] == 21
 
 
@@ -156,7 +162,7 @@ def test_a_student_with_a_distillation_token(tmp_path, taught):
 
 def test_what_no_gradient_reaches_is_named_and_kept(tmp_path, plain):
     lines = said(plain(**{"student.model": spare_vit()}), tmp_path / "run")
-    assert any("1 parameter of the student ('spare')" in line for line in lines)
+    assert any("1 parameter ('spare')" in line for line in lines)
     first, last = saved(tmp_path / "run", 1), saved(tmp_path / "run", 9)
     same = {key for key in first if torch.equal(first[key], last[key])}
     assert "distillation.student.spare" in same and "distillation.student.head.weight" not in same
@@ -242,7 +248,7 @@ def test_a_student_of_features_alone_has_no_classifier_and_is_judged_by_knn(
 ):
     folder, lines = tmp_path / "run", []
     summary = run(features(), folder, lines)
-    assert any("no objective trains the student's classifier" in line for line in lines)
+    assert any("no objective trains a classifier" in line for line in lines)
     assert any("the 20 nearest of 48 training images" in line for line in lines)
     assert not any("no gradient reaches" in line for line in lines)
     assert summary["best_top1"] is summary["best_epoch"] is None and not (folder / "best").exists()
@@ -270,3 +276,78 @@ def test_features_without_labels_are_not_judged(tmp_path, images, features):
     recipe = features(**{"data.dir": str(flat(images, tmp_path / "flat"))})
     assert run(recipe, tmp_path / "run")["scores"] == {}
     assert records(tmp_path / "run", "eval") == []
+
+
+# -- compiled networks ----------------------------------------------------------------------------
+
+
+class _CompilerError(Exception):
+    """Of a kind of its own, as compilers raise."""
+
+
+@pytest.mark.parametrize("error", [_CompilerError, RuntimeError, OSError, ImportError])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_compiler_that_fails_does_so_before_a_file_is_written(
+    tmp_path, taught, monkeypatch, error, call
+):
+    """Over the student (1) or its teacher (2)."""
+    compiled = count(1)
+
+    def fails(*_):
+        raise error("no compiler\nand its log")
+
+    monkeypatch.setattr(torch, "compile", lambda run: fails if next(compiled) == call else run)
+    with pytest.raises(ConfigError, match="no compiler") as caught:
+        run(taught(**{"train.compile": True}), tmp_path / "run")
+    assert caught.value.fixes == (Set("train.compile", False),)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["vit", "cnn"])
+def test_the_step_that_compiles_leaves_no_trace(tmp_path, plain, monkeypatch, model):
+    """Nor in the running means of BatchNorm."""
+    changes = {"student.model": "resnet10t", "student.image_size": 32} if model == "cnn" else {}
+    changes |= {"student.model_args": {"channels": [8, 8, 16, 16]}} if model == "cnn" else {}
+    monkeypatch.setattr(torch, "compile", lambda run: run)
+    for compiled in (False, True):
+        run(plain(**changes, **{"train.compile": compiled}), tmp_path / str(compiled))
+    assert result(tmp_path / "True") == result(tmp_path / "False")
+
+
+# -- what is said and logged ----------------------------------------------------------------------
+
+
+def test_losses_are_logged_weighted_and_not(tmp_path, taught):
+    schedule = {"to": 0.0, "begin": 0.0, "end": 1.0}
+    recipe = taught(**{"train.log_every": 1, "objectives.ce.schedule": schedule})
+    run(recipe, tmp_path / "run")
+    lines = records(tmp_path / "run", "train")
+    for done, line in enumerate(lines):
+        weight = recipe.objectives["ce"].weight_at(done / 9)
+        assert line["ce"] == pytest.approx(weight * line["ce_unweighted"], rel=1e-5)
+        assert line["kd"] == pytest.approx(0.5 * line["kd_unweighted"], rel=1e-5)
+        assert line["loss"] == pytest.approx(line["ce"] + line["kd"], rel=1e-5)
+
+
+def test_the_summary_knows_the_teachers(whole, teacher):
+    summaries = (json.loads((run / "summary.json").read_text()) for run in (whole, teacher))
+    assert [summary["teachers"] for summary in summaries] == [{"teacher": 1.0}, {}]
+
+
+def test_the_bar_moves_every_step_and_names_what_else_is_done(tmp_path, plain, monkeypatch):
+    moved, named, update = [], [], Display.update
+
+    def watch(display, task, **changes):
+        moved.extend([changes["completed"]] if "completed" in changes else [])
+        named.append(changes.get("description"))
+        update(display, task, **changes)
+
+    monkeypatch.setattr(Display, "update", watch)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    train(plain(), tmp_path / "run", device="cpu", console=console)
+    assert moved == list(range(10)) and named[0].startswith("preparing")
+    assert [n for n in named if n and n.startswith("evaluating")][:2] == [
+        "evaluating, batch 1",
+        "evaluating, batch 2",
+    ]
+    assert "saving" in named

@@ -224,7 +224,7 @@ class EvalArguments:
     batch_size: int = option(256, "images a step and process", "--batch-size -b", at_least=1)
     workers: int = option(2, "loader processes", "--workers -j", at_least=0)
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "precision; auto: bfloat16 on a GPU, float32 on a CPU", "--amp-dtype"
+        "auto", "precision; auto: bfloat16 on a GPU that has it, else float32", "--amp-dtype"
     )
     device: str = _device()
     json: bool = option(False, "print one line of JSON instead of a table", "--json")

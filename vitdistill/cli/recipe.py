@@ -52,6 +52,7 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
             # Some recipes give the size of the input among the model's arguments.
             if "img_size" in recipe.student.model_args and "student.image_size" in values[key]:
                 values[key]["student.model_args.img_size"] = values[key].pop("student.image_size")
+            notes = [*notes, *_shorten_warmup(recipe, values[key])]
             recipes[key] = replace_fields(recipe, values[key])
             _refuse_idle(recipes[key], values[key])
         prints_recipe = isinstance(args, ExplainArguments) and args.recipe_yaml
@@ -61,6 +62,18 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
         return replace(found, stages=recipes)
     refuse_sources(recipes[""])
     return recipes[""]
+
+
+def _shorten_warmup(recipe: Recipe, values: Values) -> list[str]:
+    """Fit a warm-up that nobody gave into fewer epochs, in proportion; return what to say of it."""
+    epochs, warmup = values.get("train.epochs"), recipe.optim.warmup_epochs
+    if "optim.warmup_epochs" in values or type(epochs) is not int or not 0 < epochs <= warmup:
+        return []
+    values["optim.warmup_epochs"] = fitting = warmup * epochs / recipe.train.epochs
+    return [
+        f"the recipe's warm-up of {warmup:g} of {recipe.train.epochs} epochs is shortened in"
+        f" proportion, to {fitting:.2g} (optim.warmup_epochs)"
+    ]
 
 
 def _put(values: Values, path: str, value: Any) -> None:

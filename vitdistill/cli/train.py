@@ -1,5 +1,6 @@
 """``vitdistill train``."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from ..data.sources.base import typical_side
 from ..errors import UserError
 from ..explain.cost import cost_of
 from ..explain.text import explain
+from ..messages import format_duration
 from ..recipes import RECIPES
 from ..recipes.config import Recipe
 from ..recipes.stages import STAGES, Stages
+from ..recipes.yaml import load_recipe
 from ..runs.folder import RECIPE
 from ..runs.prepare import Prepared
 from ..runs.stages import train_stages
@@ -55,12 +58,22 @@ def _output(args: TrainArguments, recipe: Recipe | Stages) -> Path:
 
 
 def _done_text(summary: dict[str, Any], output: Path) -> str:
-    best, scores, where = summary["best_top1"], summary["scores"], f"weights in {output / 'last'}"
+    """Say what a run came to, in what time, how far from its teachers, and what to do next."""
+    best, scores, teachers = summary["best_top1"], summary["scores"], summary.get("teachers", {})
+    folder = output / ("last" if best is None else "best")
+    text, where = "", f"weights in {output / 'last'}"
+    following = ["eval", folder, "--data-dir", load_recipe(output / RECIPE).data.dir]
     if best is not None:
-        text = f"top-1 {scores['top1']:.2%} (best {best:.2%} at epoch {summary['best_epoch']:g})"
-        return f"done: {text}; {where} and {output / 'best'}"
-    knn = f"top-1 of nearest neighbours {scores['knn_top1']:.2%}; " if "knn_top1" in scores else ""
-    return f"done: {knn}{where}"
+        at = f"(best {best:.2%} at epoch {summary['best_epoch']:g})"
+        gaps = "".join(f"{(best - t) * 100:+.1f} points to {n}, " for n, t in teachers.items())
+        text, where = f"top-1 {scores['top1']:.2%} {at}, {gaps}", f"{where} and {folder}"
+    elif "knn_top1" in scores:
+        text = f"top-1 of nearest neighbours {scores['knn_top1']:.2%}, "
+        following.append("--knn")
+    else:
+        following = ["export", output, "--output", "student"]
+    command = shlex.join(["vitdistill", *map(str, following)])
+    return f"done: {text}{format_duration(summary['seconds'])}; {where}\nnext: {command}"
 
 
 def _show(prepared: Prepared) -> None:

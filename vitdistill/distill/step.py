@@ -18,6 +18,7 @@ from .plan import Plan
 from .teacher import Teacher
 
 Order = Int[Tensor, "B N"] | None
+UNWEIGHTED = "_unweighted"
 
 Answers = dict[str, ViTOutput | StoredAnswer]
 """What each teacher says of a batch, by name."""
@@ -45,21 +46,23 @@ class Distillation(nn.Module):
     ) -> dict[str, Scalar]:
         """Return the weighted loss of every objective by name, and their sum as ``loss``.
 
-        Losses are means over the batch. ``progress`` is the fraction of the run that is done. The
-        sum is NaN when a teacher's logits are not finite, which an argmax would hide.
+        ``NAME_unweighted`` is each before its weight. Losses are means over the batch; ``progress``
+        is the fraction of the run that is done. The sum is NaN when a teacher's logits are not
+        finite, which an argmax would hide.
         """
         student, answers = self.answer(batch, teachers)
-        losses = {
-            name: objective.weight_at(progress) * self.loss(name, student, answers, batch)
-            for name, objective in self.plan.objectives.items()
-        }
+        losses, unweighted = {}, {}
+        for name, objective in self.plan.objectives.items():
+            loss = self.loss(name, student, answers, batch)
+            losses[name] = objective.weight_at(progress) * loss
+            unweighted[f"{name}{UNWEIGHTED}"] = loss.detach()
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for answer in answers.values():
             live = answer.live if isinstance(answer, StoredAnswer) else answer
             if live is not None and live.logits is not None:
                 broken = ~live.logits.isfinite().all()
                 losses["loss"] = losses["loss"].masked_fill(broken, torch.nan)
-        return losses
+        return losses | unweighted
 
     def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, Answers]:
         """Return what the student and each teacher record of a batch.

@@ -10,7 +10,14 @@ import torch
 from ..distill.step import Distillation, blank_batch
 from ..messages import format_duration, plural
 from ..recipes.config import Recipe
-from ..runs.networks import PRECISIONS, amp_dtype_of, build_blank, compile_networks, plan_of
+from ..runs.networks import (
+    PRECISIONS,
+    amp_dtype_of,
+    build_blank,
+    compile_errors,
+    compile_networks,
+    plan_of,
+)
 from ..runs.optim import clip_gradients, gradient_norm, make_optimizer
 from ..runs.prepare import prepare, shares_at_start
 from ..world import World, choose_device, join_world
@@ -30,7 +37,8 @@ def measure_step(
     world, train = World(0, 1, choose_device(device_name)), recipe.train
     step, whole = _make_step(recipe, num_classes, world), train.batch_size // train.accumulate
     size = min(4, whole)
-    step(size)
+    with compile_errors(train.compile):
+        step(size)
     while size < whole and step(size) < SECONDS / 8:
         size = min(2 * size, whole)
     times: list[float] = []

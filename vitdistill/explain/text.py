@@ -61,6 +61,11 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
     return "; ".join([*parts, "records " + " and ".join(recorded)])
 
 
+def _trained(plan: Plan) -> str:
+    """Name the network that is trained; without a teacher it is nobody's student."""
+    return "student" if plan.teachers else "network"
+
+
 def _numbers(blocks: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(blocks)))
 
@@ -76,7 +81,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
     against = "plain KD" if plan.teachers else "plain training"
     rows = [
         ("", "parameters", "FLOPs", f"against {against}", "whole run"),
-        row("student", plan.student.num_parameters, cost.student, cost.student_plain),
+        row(_trained(plan), plan.student.num_parameters, cost.student, cost.student_plain),
     ]
     for name, teacher in plan.teachers.items():
         stored = " (stored)" if name in plan.stored else ""
@@ -93,7 +98,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
 def _networks(plan: Plan, image_side: int) -> list[str]:
     """What each network sees, runs and records."""
     student = plan.student
-    lines = {"student": describe_needs(student, plan.student_needs, plan.student_keep)}
+    lines = {_trained(plan): describe_needs(student, plan.student_needs, plan.student_keep)}
     for name, teacher in plan.teachers.items():
         if name in plan.stored:
             size = format_bytes(plan.labels[name].record_bytes)
@@ -103,7 +108,7 @@ def _networks(plan: Plan, image_side: int) -> list[str]:
         if name in plan.guides:
             lines[name] += "; and once more on the whole image, to choose its patches"
     found = []
-    for name, network in {"student": student, **plan.teachers}.items():
+    for name, network in {_trained(plan): student, **plan.teachers}.items():
         height, width = network.image_size
         size = f"{height} x {width} pixels"
         if 0 < 2 * image_side < min(height, width) and name not in plan.stored:
@@ -119,7 +124,7 @@ def _memory(plan: Plan, cost: Cost) -> list[str]:
     size, count = format_bytes(16 * trained), format_count(trained, "").strip()
     return [
         "Training memory",
-        f"  kept for the backward pass: {kept} an image; the student alone: {alone}",
+        f"  kept for the backward pass: {kept} an image; the {_trained(plan)} alone: {alone}",
         f"  weights, gradients and AdamW's two moments: {size} ({count} parameters)",
     ]
 

@@ -143,7 +143,7 @@ class TrainConfig:
         1, "micro-batches of a step", "--accumulate --grad-accum-steps --accum-iter", at_least=1
     )
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "precision; auto: bfloat16 on a GPU, float32 on a CPU", "--amp-dtype"
+        "auto", "precision; auto: bfloat16 on a GPU that has it, else float32", "--amp-dtype"
     )
     compile: bool = option(False, "torch.compile the networks", "--torchcompile")
     ema_decay: float | None = option(

@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..distill.step import UNWEIGHTED
 from ..messages import format_duration, printable_lines
 
 SHOWN = ("top1", "top5", "nll", "knn_top1", "knn_top5")  # of the scores; all are logged
@@ -66,7 +67,8 @@ class Display(Progress):
     def step(self, step: int, losses: Mapping[str, float], lr: float, speed: "Speed") -> None:
         """Show the state after ``step`` steps; ``losses`` are means since the last call."""
         total = int(self.tasks[0].total or 0)
-        terms = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        shown = {n: value for n, value in losses.items() if not n.endswith(UNWEIGHTED)}
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         line = (
             f"step {step}/{total}  epoch {step / self.steps_per_epoch:.2f}  {terms}  lr {lr:.2e} "
             f" {speed.images_per_second:,.0f} images/s  {speed.wait_share:.0%} waiting for data "

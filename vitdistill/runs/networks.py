@@ -1,7 +1,8 @@
 """From a recipe to networks: the student, its teachers, and the plan that ties them."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +18,14 @@ from ..distill.classes import ClassMatch, match_classes
 from ..distill.plan import Plan, make_plan
 from ..distill.step import Distillation
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, Set
+from ..errors import ConfigError, Set, UserError
 from ..methods.base import Objective, TeacherObjective
 from ..models.mae import hold_positions, init_mae
 from ..recipes.config import Recipe, StudentConfig, TeacherConfig
 from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
-from ..weights.files import check_is_file
+from ..weights.files import check_is_file, first_line
 from .identity import resolve_run
 from .stored import made_by, open_labels, stored_network
 
@@ -44,7 +45,10 @@ class Built:
 def amp_dtype_of(name: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast precision of a run; None: none."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        # A GPU without bfloat16 of its own (T4, V100) emulates it, slower than float32.
+        on_gpu = device.type == "cuda"
+        native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else None
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -242,7 +246,7 @@ def build_networks(
     state = torch.get_rng_state()
     teachers, answers = _build_teachers(recipe, classes, student.spec, device, say)
     if not trained:
-        say("no objective trains the student's classifier: it is built without one")
+        say("no objective trains a classifier: the network is built without one")
         # Building teachers drew numbers; adapters begin alike, whatever the teachers are.
         torch.set_rng_state(state)
         classes = ()
@@ -326,6 +330,19 @@ def compile_networks(distillation: Distillation, teachers: Mapping[str, Teacher]
     distillation.run = torch.compile(distillation.run)
     for teacher in teachers.values():
         teacher.run = torch.compile(teacher.run)
+
+
+@contextmanager
+def compile_errors(compiled: bool) -> Iterator[None]:
+    """Raise `ConfigError` for what a compiler raises, which is of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, UserError | MemoryError | torch.OutOfMemoryError)
+        if known or not compiled:
+            raise
+        what = f"the networks cannot be compiled ({first_line(error)})"
+        raise ConfigError(what, Set("train.compile", False), field="train.compile") from error
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,6 +1,6 @@
 """Which number of a step was the first to be NaN or infinite."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -62,3 +62,10 @@ def last_good(output: Path) -> str:
     if not saved:
         return "no checkpoint had been saved yet"
     return f"the last good checkpoint is {saved[-1]}"
+
+
+def refuse_nonfinite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `NonFiniteError` that names the first of a run's tensors with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _all_finite([tensor]):
+            raise NonFiniteError(f"{name} of the state is NaN or infinite", _CALMER)

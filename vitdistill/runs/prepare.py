@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from ..memory import memory_errors
 from ..messages import listed, plural
 from ..recipes.config import Recipe
 from ..world import World
-from .networks import Networks, amp_dtype_of, build_networks, compile_networks
+from .length import check_length
+from .networks import Networks, amp_dtype_of, build_networks, compile_errors, compile_networks
 from .optim import make_optimizer
 from .pictures import NUM_PICTURES
 from .preflight import NUM_IMAGES, prove_features, prove_teacher
@@ -75,6 +76,7 @@ class Prepared:
     loaders: Loaders
     amp_dtype: torch.dtype | None  # of autocast; None: none
     unused: tuple[str, ...] = ()  # parameters no gradient reaches
+    proofs: dict[str, float] = field(default_factory=dict)  # accuracy of the teachers, by name
 
     @property
     def distillation(self) -> Distillation:
@@ -138,16 +140,17 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Prepared:
         networks = prepared.networks
         make_optimizer(networks.distillation, recipe.optim)  # raises for a wrong name or argument
         check_labels(recipe, prepared.identity_of_views(), networks.digests, say)
-        unused = unused_parameters(networks, world.device)
+        loader = prepared.loaders.train
+        check_length(recipe, len(loader.source), loader.steps_per_epoch, say)
+    proofs = prove_teachers(prepared, say)
+    with world.together(), memory_errors("before the first step", less):
+        unused = unused_parameters(prepared)
         if unused:
             say(
-                f"no gradient reaches {plural(len(unused), 'parameter')} of the student"
-                f" ({listed(unused)}): no objective reads {'it' if len(unused) == 1 else 'them'}"
+                f"no gradient reaches {plural(len(unused), 'parameter')} ({listed(unused)}): no"
+                f" objective reads {'it' if len(unused) == 1 else 'them'}"
             )
-    prove_teachers(prepared, say)
-    if recipe.train.compile:
-        compile_networks(networks.distillation, networks.teachers)
-    return replace(prepared, unused=unused)
+    return replace(prepared, unused=unused, proofs=proofs)
 
 
 def build(recipe: Recipe, world: World, say: Say) -> Prepared:
@@ -270,11 +273,11 @@ def shares_at_start(prepared: Prepared) -> list[str]:
     return describe_shares(shares)
 
 
-def prove_teachers(prepared: Prepared, say: Say) -> None:
-    """Prove every teacher that runs on validation images, if there are any."""
-    world, images = prepared.world, prepared.loaders.proof
+def prove_teachers(prepared: Prepared, say: Say) -> dict[str, float]:
+    """Prove every teacher that runs, on validation images; return accuracies by name."""
+    world, images, found = prepared.world, prepared.loaders.proof, dict[str, float]()
     if images is None:
-        return
+        return found
     for name, teacher in prepared.teachers.items():
         needs = prepared.plan.reads(name)
         with world.autocast(prepared.amp_dtype):
@@ -283,19 +286,33 @@ def prove_teachers(prepared: Prepared, say: Say) -> None:
                 say(f"{name}: its features are finite and differ from image to image")
                 continue
             proof = prove_teacher(teacher, images, prepared.networks.classes, world)
+        found[name] = proof.accuracy
         say(
             f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images"
             f" (chance {proof.chance:.1%})"
         )
+    return found
 
 
-def unused_parameters(networks: Networks, device: torch.device) -> tuple[str, ...]:
-    """Name the trainable parameters no loss reaches, by a backward pass over two blank images."""
-    distillation, training = networks.distillation, networks.distillation.training
-    distillation.eval()
+def unused_parameters(prepared: Prepared) -> tuple[str, ...]:
+    """Name the trainable parameters no loss reaches, by a backward pass over blank images.
+
+    Networks that are to be compiled are so by that pass, which is then of a step's size.
+    """
+    distillation, train, size = prepared.distillation, prepared.recipe.train, 2
+    if train.compile:
+        size = train.batch_size // (train.accumulate * prepared.world.size)
+        compile_networks(distillation, prepared.teachers)
+    batch = blank_batch(prepared.plan, size, prepared.world.device)
     named = {name: p for name, p in distillation.named_parameters() if p.requires_grad}
-    loss = distillation(blank_batch(distillation.plan, 2, device), networks.teachers)["loss"]
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    distillation.train(training)
+    before = [buffer.clone() for buffer in distillation.buffers()]
+    distillation.train(train.compile)
+    with compile_errors(train.compile):
+        with prepared.in_micro_batch(0, 0):
+            loss = distillation(batch, prepared.teachers)["loss"]
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    with torch.no_grad():
+        for buffer, value in zip(distillation.buffers(), before, strict=True):
+            buffer.copy_(value)  # running means of BatchNorm
     reached = zip(named, grads, strict=True)
     return tuple(name.removeprefix("student.") for name, grad in reached if grad is None)

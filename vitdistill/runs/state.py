@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -13,6 +14,7 @@ from ..storage import checkpoint
 from ..storage.optimizer import pack_optimizer, unpack_optimizer
 from ..world import World
 from .folder import RunFolder
+from .nonfinite import refuse_nonfinite
 from .optim import make_optimizer
 from .prepare import Prepared, Say
 
@@ -39,6 +41,13 @@ class State:
     best: float | None = None  # highest top-1 accuracy, after step best_step
     best_step: int = -1
     seconds: float = 0.0  # spent in all sessions of the run
+
+    def pack(self) -> tuple[dict[str, Tensor], Any]:
+        """Return all tensors by their name in a checkpoint, and how the optimizer holds its own."""
+        tensors, structure = pack_optimizer(self.optimizer.state_dict())
+        for name, module in self.modules.items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        return tensors, structure
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -71,9 +80,9 @@ def save(state: State, prepared: Prepared, folder: RunFolder | None) -> None:
     with world.together():
         if folder is None:
             return
-        tensors, structure = pack_optimizer(state.optimizer.state_dict())
-        for name, module in state.modules.items():
-            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        # A checkpoint is good because this was looked at: only then may it take older ones' place.
+        tensors, structure = state.pack()
+        refuse_nonfinite(tensors)
         numbers = {name: getattr(state, name) for name in _NUMBERS} | {
             "sums": sums,
             "optimizer": structure,
@@ -89,7 +98,7 @@ def find(output: Path, world: World, say: Say) -> tuple[Path, checkpoint.State] 
     saved = None
     with world.together():
         if world.is_main:
-            saved = checkpoint.load_latest(output, warn=say)
+            saved = checkpoint.load_latest(output, warn=say, check=refuse_nonfinite)
     path = world.gather(None if saved is None else saved[0])[0]
     with world.together():
         return saved if saved or path is None else (path, checkpoint.load(path))
@@ -118,5 +127,6 @@ def load(state: State, world: World, saved: tuple[Path, checkpoint.State]) -> di
         ) from error
     # Each process goes on with its own sums; another number of processes shares their mean.
     sums = torch.tensor(numbers["sums"], dtype=torch.float64)
-    state.sums.copy_(sums[world.rank] if len(sums) == world.size else sums.mean(0))
+    if sums.shape[1] == len(state.sums):  # earlier versions logged fewer values
+        state.sums.copy_(sums[world.rank] if len(sums) == world.size else sums.mean(0))
     return dict(numbers["offsets"])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batch import Batch
+from ..distill.step import UNWEIGHTED
 from ..errors import NonFiniteError, Preempted, Set, UserError
 from ..evaluate.accuracy import evaluate
 from ..evaluate.knn import knn_evaluation
@@ -33,7 +35,7 @@ from .display import Display, Speed
 from .feed import Feed
 from .folder import RunFolder, finished, saved_recipe
 from .identity import SUMMARY
-from .nonfinite import last_good, nonfinite_error
+from .nonfinite import last_good, nonfinite_error, refuse_nonfinite
 from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule
 from .prepare import Prepared, prepare, shares_at_start
 from .report import Report
@@ -73,6 +75,8 @@ def train(
         if summary is not None:
             display.say(f"{output} is finished already: nothing to do")
             return summary
+        stack.enter_context(display)
+        display.working("preparing: images, networks, and the proof of teachers")
         run = prepare(recipe, world, display.say)
         folder = None
         with world.together():
@@ -97,7 +101,8 @@ class Trainer:
         self.world, self.recipe = prepared.world, prepared.recipe
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
         self.num_steps = self.steps_per_epoch * self.recipe.train.epochs
-        self.names = [*prepared.plan.objectives, "loss", "grad_norm"]
+        terms = prepared.plan.objectives
+        self.names = [*terms, "loss", *(f"{name}{UNWEIGHTED}" for name in terms), "grad_norm"]
         self.stop = StopRequest()
         self.unsaved = False
         self.ending: UserError | None = None  # ends the run after a save, on every process
@@ -147,7 +152,6 @@ class Trainer:
         begun = time.perf_counter() - state.seconds
         with ExitStack() as stack:
             stack.enter_context(self.stop)
-            stack.enter_context(self.display)
             stack.enter_context(self._errors())
             stack.callback(self.feed.close)
             if self.report is not None:
@@ -261,9 +265,9 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate and export the student; an error ends the run, with its state as before."""
         begun = time.perf_counter()
-        self.display.working("evaluating")
         try:
             with memory_errors("in an evaluation", SMALLER_EVALUATION):
+                refuse_nonfinite(self.state.pack()[0])
                 self._evaluate()
         except NonFiniteError:  # such a state is not worth saving
             raise
@@ -278,7 +282,13 @@ class Trainer:
         model = self.prepared.student if state.ema is None else state.ema.module
         scores, best = None, False
         if loaders.val is not None:
-            how = self.world, self.prepared.amp_dtype, lambda: bool(self.stop)
+
+            def stop() -> bool:  # asked before every batch
+                self.display.working(f"evaluating, batch {next(batch)}")
+                return bool(self.stop)
+
+            batch = count(1)
+            how = self.world, self.prepared.amp_dtype, stop
             if loaders.bank is None:
                 scores = evaluate(model, loaders.val, *how)
             else:
@@ -351,6 +361,7 @@ class Trainer:
             "scores": state.scores,
             "best_top1": state.best,
             "best_epoch": best_at / self.steps_per_epoch if best_at >= 0 else None,
+            "teachers": self.prepared.proofs,
             "seconds": state.seconds,
             "processes": self.world.size,
         }

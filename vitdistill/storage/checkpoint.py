@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import DataError, DiskError
+from ..errors import DataError, DiskError, NonFiniteError
 from ..messages import printable
 from . import atomic, manifest
 from .atomic import StrPath, disk_errors
@@ -106,16 +106,23 @@ def latest(run_dir: StrPath, warn: Warn = lambda text: None) -> Path | None:
     return None if found is None else found[0]
 
 
-def load_latest(run_dir: StrPath, warn: Warn = lambda text: None) -> tuple[Path, State] | None:
+def load_latest(
+    run_dir: StrPath,
+    warn: Warn = lambda text: None,
+    check: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None,
+) -> tuple[Path, State] | None:
     """Load the newest checkpoint that verifies, and its folder; None when there is none at all.
 
     ``warn`` is told of each damaged one on the way; `DataError` if there are some, all damaged.
+    ``check`` raises `NonFiniteError` for tensors that no run can go on from.
     """
     damaged = []
     for folder in _candidates(Path(run_dir) / "checkpoints"):
         try:
-            return folder, load(folder)
-        except (DataError, DiskError) as error:
+            state = load(folder)
+            check(state[0])
+            return folder, state
+        except (DataError, DiskError, NonFiniteError) as error:
             damaged.append(folder)
             warn(f"{printable(folder)} is damaged, and the checkpoint before it is used: {error}")
     if damaged:
