@@ -44,7 +44,7 @@ def test_from_a_teacher_to_a_student_that_never_saw_it(
     assert store.records(1, [32, 0]).logits().shape == (2, 3)
     explain = TRAIN.replace("train", "explain", 1).replace("--output runs/stored", "")
     assert run(explain.replace("--device cpu", "")) == 0
-    assert "teacher, runs/teacher/last: does not run" in capsys.readouterr().out
+    assert "does not run" in capsys.readouterr().out
     assert run(f"{TRAIN} --seed 3") == 0
     assert "66 of 66 records, 2 views used" in capsys.readouterr().out
     assert "seed: 0" in Path("runs/stored/recipe.yaml").read_text()  # the labels', for the views
