@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -193,7 +193,8 @@ def test_splits_on_the_hub(monkeypatch, picture, rows, names, train, val) -> Non
         asked.append(split)
         return SimpleNamespace(data=SimpleNamespace(table=hugging_face(*rows(4))))
 
-    hub = SimpleNamespace(get_dataset_split_names=lambda name: names, load_dataset=load)
+    hub = ModuleType("datasets")
+    vars(hub).update(get_dataset_split_names=lambda name: names, load_dataset=load)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     check(open_source("hfds/some/name", "train"), picture, 4)
     if val is None:
