@@ -113,7 +113,8 @@ def _networks(plan: Plan, image_side: int) -> list[str]:
         size = f"{height} x {width} pixels"
         if 0 < 2 * image_side < min(height, width) and name not in plan.stored:
             times = f"{height * width / image_side**2:.0f} times the pixels, no detail more"
-            size += f" (images of {image_side} are enlarged to that: {times})"
+            field = f"{'student' if network is student else f'teachers.{name}'}.image_size"
+            size += f" (images of {image_side} are enlarged to that: {times}; {field} sets it)"
         found += _wrapped(f"{name}, {network.architecture}, {size}: {lines[name]}")
     return found
 
