@@ -2,34 +2,42 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from small_runs import CLASSES, run, tree
+from small_runs import CLASSES, VIT, run, tree
 from timm.models import create_model
 
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.open import open_source
 from vitdistill.distill.classes import match_classes
-from vitdistill.errors import ConfigError, NonFiniteError
+from vitdistill.distill.teacher import Teacher
+from vitdistill.errors import ConfigError, NonFiniteError, Set
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.vitkd import ViTKD
+from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.settings import TeacherConfig
+from vitdistill.runs.label import LabelOptions, label
 from vitdistill.runs.networks import build_teacher, reads_logits, trains_classifier
+from vitdistill.runs.orders import natural_order
 from vitdistill.runs.preflight import (
-    best_order,
     chance_accuracy,
     chance_level,
     prove_features,
     prove_teacher,
 )
+from vitdistill.runs.prepare import prepare
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
+from vitdistill.vit.output import ViTOutput
 from vitdistill.weights.export import export_timm
 from vitdistill.world import ALONE
 
@@ -62,17 +70,6 @@ def changed(tmp_path, teacher):
     return make
 
 
-def broken(folder, key, value):
-    """An export with a number that is none, and no digest that would tell."""
-    state = load_file(folder / "model.safetensors")
-    state[key][1] = value
-    save_file(state, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    del config["vitdistill"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def random(model):
     model.init_weights("reset")
 
@@ -82,10 +79,14 @@ def rotate(model):
         parameter.copy_(parameter.roll(1, 0))
 
 
-def build(folder, objectives=None, **settings):
+def build(folder, objectives=None, poison=None, **settings):
+    """The teacher there; ``poison``: a parameter, and what its second number becomes."""
     spec = input_spec_of(create_model(f"local-dir:{folder}"))
     config = TeacherConfig(model=str(folder), **settings)
-    return build_teacher(config, "teacher", CLASSES, spec, "cpu", objectives)[0]
+    teacher = build_teacher(config, "teacher", CLASSES, spec, "cpu", objectives)[0]
+    if poison is not None:
+        teacher.model.get_parameter(poison[0])[1] = poison[1]
+    return teacher
 
 
 @pytest.fixture
@@ -105,8 +106,8 @@ def prove(images):
 def prove_its_features(images):
     """``prove_its_features(folder, needs)``: the proof of what is recorded, whatever its classes."""
 
-    def make(folder, needs=NEEDS):
-        teacher = build(folder, {"vitkd": ViTKD()})
+    def make(folder, needs=NEEDS, poison=None):
+        teacher = build(folder, {"vitkd": ViTKD()}, poison)
         assert teacher.class_index is None
         spec = input_spec_of(create_model(f"local-dir:{folder}"))
         loader = EvalLoader(open_source(str(images), "val"), spec, batch_size=8)
@@ -121,32 +122,70 @@ def test_a_good_teacher_is_proved(teacher, prove):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (random, r"right on [0-9.]+% of 21 validation images, which is not above chance"),
-        (rotate, r"in another order it would be right on 100\.0% \(its class 0 is .*'cat'\)"),
-    ],
+    ("change", "place"), [(random, "teachers.teacher"), (rotate, "teachers.teacher.class_order")]
 )
-def test_a_teacher_at_chance_or_of_permuted_classes_is_refused(changed, prove, change, sentence):
-    with pytest.raises(ConfigError, match=sentence) as caught:
+def test_a_teacher_at_chance_or_of_permuted_classes_is_refused(changed, prove, change, place):
+    with pytest.raises(ConfigError) as caught:
         prove(changed(change))
-    assert caught.value.field == "teachers.teacher"
+    assert caught.value.field.startswith(place)
+
+
+def test_the_order_that_a_remedy_sets_is_the_teachers(changed, prove):
+    folder = changed(rotate, classes=None)
+    with pytest.raises(ConfigError) as caught:
+        prove(folder)
+    (fix,) = caught.value.fixes
+    assert prove(folder, class_order=tuple(fix.value)).accuracy == 1.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_answer_that_is_no_number_is_refused(changed, prove, value):
-    with pytest.raises(NonFiniteError, match="answers with NaN or infinity on validation images"):
-        prove(broken(changed(), "head.bias", value))
+    with pytest.raises(NonFiniteError, match="gives NaN or infinity on validation images"):
+        prove(changed(), poison=("head.bias", value))
 
 
 @pytest.mark.whole
 def test_a_refusal_changes_no_file(tmp_path, taught, changed):
     folder = changed(random)
     before = tree(tmp_path)
-    for model, words in ((str(folder), "chance"), ("vit_tiny_patch16_224", "random weights")):
+    for model, words in (
+        (str(folder), "looks untrained"),
+        ("vit_tiny_patch16_224", "random weights"),
+    ):
         with pytest.raises(ConfigError, match=words):
             run(taught(**{"teachers.teacher.model": model}), tmp_path / "run")
     assert tree(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+@pytest.mark.whole
+def test_label_refuses_it_too_and_both_take_the_remedy(tmp_path, kd, changed):
+    recipe = replace_fields(kd(), {"teachers.teacher.model": str(changed(rotate, None))})
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        label(recipe, tmp_path / "labels", LabelOptions(), device="cpu")
+    assert tree(tmp_path) == before
+    (fix,) = caught.value.fixes
+    recipe = replace_fields(recipe, {fix.field: fix.value})
+    label(recipe, tmp_path / "labels", LabelOptions(), device="cpu")
+    run(recipe, tmp_path / "run")
+    store = str(tmp_path / "labels" / "teacher")
+    run(replace_fields(recipe, {"teachers.teacher.labels": store}), tmp_path / "stored")
+
+
+@pytest.mark.whole
+def test_an_untrained_teacher_of_features_is_doubted_aloud(tmp_path, plain, changed):
+    def begin(model):
+        model.init_weights("reset")
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.reset_parameters()
+
+    vitkd = {"ce": CrossEntropy(), "vitkd": ViTKD(reduction="mean")}
+    teachers = {"teacher": TeacherConfig(model=str(changed(begin)))}
+    recipe = replace(plain(), objectives=vitkd, teachers=teachers)
+    said = []
+    run(recipe, tmp_path / "run", said)
+    assert any(line.startswith("warning: the teacher") for line in said)
 
 
 # -- features -------------------------------------------------------------------------------------
@@ -172,13 +211,13 @@ def test_features_need_no_classes(changed, prove_its_features, change, classes):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_that_are_no_numbers_are_refused(changed, prove_its_features, value):
-    folder = broken(changed(), "blocks.0.mlp.fc2.bias", value)
+    folder, poison = changed(), ("blocks.0.mlp.fc2.bias", value)
     reading = ({"hidden": {0}}, {"features": True}, {"qkv": {1}}, {"attention": {1}})
     for fields in reading:
         needs = Needs(**{k: v if v is True else frozenset(v) for k, v in fields.items()})
         with pytest.raises(NonFiniteError, match="gives NaN or infinity on validation images"):
-            prove_its_features(folder, needs)
-    prove_its_features(folder, Needs(qkv=frozenset({0})))  # what is broken is not read
+            prove_its_features(folder, needs, poison)
+    prove_its_features(folder, Needs(qkv=frozenset({0})), poison)  # what is broken is not read
 
 
 def test_features_that_are_the_same_for_every_image_are_refused(changed, prove_its_features):
@@ -245,25 +284,260 @@ def test_matching_picks_every_class_by_its_name(order, size):
     assert tuple(picked) == match.classes == tuple(sorted(order)[:size])
 
 
-# -- chance ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (None, (2, 0, 1)),
+        (CLASSES, (1, 0, 2)),
+        (None, (0, 0, 1)),
+        (None, (0, 1)),
+        (OTHER, (1, 0, 2)),
+    ],
+)
+def test_an_order_that_is_set_is_one_of_all_classes_and_names_do_not_contradict_it(
+    changed, names, order
+):
+    folder = changed(classes=names)
+    if names is OTHER or sorted(order) != [0, 1, 2]:
+        with pytest.raises(ConfigError) as caught:
+            build(folder, class_order=order)
+        assert caught.value.field == "teachers.teacher.class_order"
+    else:
+        assert build(folder, class_order=order).class_index.tolist() == [*order]
+
+
+@pytest.mark.whole
+def test_labels_beside_unlabelled_training_images_prove_the_teacher(tmp_path, images, kd, changed):
+    """The places that set it right work without labels, too; the natural order needs them."""
+    (tmp_path / "set").mkdir()
+    shutil.copytree(images / "val", tmp_path / "set" / "val")
+    shutil.copytree(images / "train" / "ant", tmp_path / "set" / "train")
+    teacher = {"teachers.teacher.model": str(changed(rotate, None))}
+    recipe = replace(kd(**teacher), objectives={"kd": SoftKD()})
+    recipe = replace_fields(recipe, {"data.dir": str(tmp_path / "set"), "data.views": None})
+    with pytest.raises(ConfigError) as caught:
+        prepare(recipe, ALONE, lambda text: None)
+    (fix,) = caught.value.fixes
+    said = []
+    prepare(replace_fields(recipe, {fix.field: fix.value}), ALONE, said.append)
+    assert any(line.startswith("teacher: right on 100.0%") for line in said)
+    with pytest.raises(ConfigError, match="does not place"):
+        prepare(replace_fields(recipe, {fix.field: "natural"}), ALONE, said.append)
+
+
+# -- luck and order -------------------------------------------------------------------------------
 
 
 def test_always_the_same_answer_is_chance_however_unequal_the_classes():
-    assert chance_accuracy([(0, 0)] * 90 + [(1, 0)] * 10) == 0.9
-    assert chance_accuracy([(i % 4, i % 4) for i in range(40)]) == 0.25
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    assert chance_accuracy(labels, torch.zeros_like(labels)) == pytest.approx(0.9)
+    assert chance_accuracy(torch.arange(40) % 4, torch.arange(40) % 4) == pytest.approx(0.25)
 
 
 @given(st.integers(2, 200), st.integers(0, 10_000))
 def test_guessing_stays_below_the_level(classes, seed):
     generator = torch.Generator().manual_seed(seed)
-    labels, answers = torch.randint(classes, (2, 512), generator=generator).tolist()
-    pairs = list(zip(labels, answers, strict=True))
-    right = sum(a == b for a, b in pairs) / 512
-    assert right <= chance_level(chance_accuracy(pairs), 512) + 0.01
+    labels, answers = torch.randint(classes, (2, 512), generator=generator)
+    right = float((labels == answers).double().mean())
+    assert right <= chance_level(chance_accuracy(labels, answers), 512) + 0.01
 
 
-@given(st.permutations(range(8)), st.integers(0, 3))
-def test_the_best_order_undoes_a_permutation(order, mistakes):
-    pairs = [(label, order[label]) for label in range(8) for _ in range(5)]
-    pairs += [(0, order[1])] * mistakes
-    assert best_order(pairs) == {answer: label for label, answer in enumerate(order)}
+def numbered(num_classes):
+    """Class names as folders sort them."""
+    return tuple(sorted(map(str, range(num_classes))))
+
+
+def answered(num_classes, accuracy, count=512, seed=0, moved=None):
+    """Labels, and logits of a teacher that is right on ``accuracy`` of them, with noise.
+
+    ``moved`` gives the class that stands in each of its columns.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % num_classes
+    logits = torch.randn(count, num_classes, generator=generator)
+    knows = torch.rand(count, generator=generator) < (accuracy - 1 / num_classes) / (
+        1 - 1 / num_classes
+    )
+    logits[torch.arange(count), labels] += 8.0 * knows
+    return logits if moved is None else logits[:, moved], labels
+
+
+def proof_of(logits, labels, classes, model=None):
+    """The proof of a teacher that gives these answers."""
+    spec = InputSpec((1, len(classes)), (0.0,) * 3, (1.0,) * 3)
+    model = model or torch.nn.Module()
+    model.patch_embed = None  # it takes one size
+    teacher = Teacher(model, Network("teacher", "big", num_classes=len(classes)), spec, spec)
+    teacher.run = lambda model, images, needs, keep: ViTOutput(logits=images[:, 0, 0])
+    images = logits[:, None, None].expand(-1, 3, 1, -1)
+    ids = torch.arange(len(labels))
+    parts = ids.split(100)
+    batches = [Batch(images[i], labels[i], i, torch.zeros_like(i), 0) for i in parts]
+    return prove_teacher(teacher, batches, classes, ALONE)
+
+
+def found_of(logits, labels, classes):
+    """What is wrong with a teacher that gives these answers, and whether it is refused for that."""
+    try:
+        (doubt,) = proof_of(logits, labels, classes).doubts
+    except ConfigError as error:
+        return error, True
+    return doubt, False
+
+
+@pytest.mark.parametrize("num_classes", [*range(11, 51), 100, 102, 1000])
+@pytest.mark.parametrize("accuracy", [0.4, 1.0])
+def test_the_order_of_numbers_is_named_with_its_setting(num_classes, accuracy):
+    classes = numbered(num_classes)
+    by_number = torch.tensor(natural_order(classes)).argsort()
+    assert [classes[i] for i in by_number] == [str(i) for i in range(num_classes)]
+    logits, labels = answered(num_classes, accuracy, moved=by_number)
+    with pytest.raises(ConfigError) as caught:
+        proof_of(logits, labels, classes)
+    assert caught.value.fixes == (Set("teachers.teacher.class_order", "natural"),)
+    assert not proof_of(logits[:, by_number.argsort()], labels, classes).doubts
+
+
+@given(
+    st.integers(5, 12).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.integers(2, n))),
+    st.floats(0.25, 1.0),
+    st.integers(0, 99),
+)
+def test_any_order_is_found_and_spelled(drawn, above_chance, seed):
+    """From two exchanged classes to all of them; each is a cycle of the first classes drawn."""
+    order, size = drawn
+    cycle, moved = torch.tensor(order[:size]), torch.arange(len(order))
+    moved[cycle] = cycle.roll(1)
+    accuracy = 1 / len(order) + above_chance * (1 - 1 / len(order))
+    logits, labels = answered(len(order), accuracy, seed=seed, moved=moved)
+    classes = tuple(f"kind {chr(97 + i)}" for i in range(len(order)))
+    found, certain = found_of(logits, labels, classes)
+    assert found.fixes == (Set("teachers.teacher.class_order", moved.argsort().tolist()),)
+    assert certain or above_chance < 0.5
+
+
+@given(
+    st.sampled_from((2, 3, 5, 10, 12, 30, 100, 200)), st.floats(0.1, 1.0), st.integers(0, 10_000)
+)
+def test_an_honest_teacher_passes_without_a_doubt(num_classes, above_chance, seed):
+    accuracy = min(1 / num_classes + above_chance + 0.05, 1.0)
+    logits, labels = answered(num_classes, accuracy, seed=seed)
+    assert not proof_of(logits, labels, numbered(num_classes)).doubts
+
+
+@pytest.mark.parametrize("count", [12, 21, 60])
+@pytest.mark.parametrize("num_classes", [3, 10])
+def test_few_images_do_not_condemn_a_good_teacher(count, num_classes):
+    for seed in range(20):
+        logits, labels = answered(num_classes, 0.8, count, seed)
+        proof_of(logits, labels, numbered(num_classes))
+
+
+def test_validation_images_of_some_classes_are_enough():
+    logits, labels = answered(10, 0.8)
+    for seen in (2, 3, 5):
+        some = labels < seen
+        assert not proof_of(logits[some], labels[some], numbered(10)).doubts
+
+
+def test_two_classes_of_a_hundred_on_few_images_are_a_doubt():
+    moved = torch.arange(100)
+    moved[[7, 8]] = torch.tensor([8, 7])
+    logits, labels = answered(100, 0.6, moved=moved)
+    (doubt,) = proof_of(logits, labels, numbered(100)).doubts
+    assert doubt.field == "teachers.teacher.class_order" and "its class 7 is" in str(doubt)
+
+
+# -- weights that were never loaded ---------------------------------------------------------------
+
+UNTRAINED = {
+    "vit_tiny_patch16_224": VIT | {"img_size": 32},
+    "deit3_small_patch16_224": VIT | {"img_size": 32},
+    "resnet10t": {},
+    "mobilenetv3_small_050": {},
+    "convnext_atto": {},
+    "regnetx_002": {},
+    "edgenext_xx_small": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 4, "depths": (1, 1)}
+    | {"num_heads": (2, 2), "embed_dim": 24},
+}
+
+
+def colours(num_classes, count=200):
+    """Images whose colour tells their class, and their labels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % num_classes
+    colour = 2 * torch.randn(num_classes, 3, 1, 1, generator=generator)
+    return torch.randn(count, 3, 32, 32, generator=generator) + colour[labels], labels
+
+
+@pytest.mark.parametrize("moved_norms", [False, True])
+@pytest.mark.parametrize("architecture", UNTRAINED)
+def test_untrained_networks_are_refused(architecture, moved_norms):
+    images, labels = colours(10)
+    ids = torch.arange(len(labels))
+    spec = InputSpec((32, 32), (0.5,) * 3, (0.5,) * 3)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = create_model(architecture, num_classes=10, **UNTRAINED[architecture]).eval()
+        if moved_norms:  # as half of a file, or another file, leaves them
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+        network = Network("teacher", architecture, num_classes=10)
+        teacher = Teacher(model, network, spec, spec)
+        teacher.run = lambda model, images, needs, keep: ViTOutput(logits=model(images))
+        with pytest.raises(ConfigError) as caught:
+            batch = Batch(images, labels, ids, torch.zeros_like(ids), 0)
+            prove_teacher(teacher, [batch], numbered(10), ALONE)
+        place = "teachers.teacher" + ("" if moved_norms else ".checkpoint")
+        assert caught.value.field.startswith(place)
+
+
+# -- other normalisations and sizes ---------------------------------------------------------------
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF, NONE = ((0.5,) * 3, (0.5,) * 3), ((0.0,) * 3, (1.0,) * 3)
+
+
+def brightness(images):
+    """Answers by the brightness that classes have in [-1, 1]."""
+    return -40.0 * (images.mean((1, 2, 3))[:, None] - torch.linspace(-0.8, 0.8, 8)).square()
+
+
+@pytest.mark.parametrize(("told", "size"), [(HALF, 64), (IMAGENET, 64), (NONE, 64), (HALF, 128)])
+def test_a_teacher_told_another_input_is_named_with_its_setting(told, size):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(256) % 8
+    level = torch.linspace(-0.8, 0.8, 8)[labels] + 0.06 * torch.randn(256, generator=generator)
+    images = level[:, None, None, None].expand(-1, 3, 64, 64)
+    given, own = InputSpec((64, 64), *HALF), InputSpec((size, size), *told)
+    teacher = Teacher(torch.nn.Module(), Network("teacher", "cnn", num_classes=8), own, given)
+
+    def run(model, images, needs, keep):
+        blur = 1.0 if images.shape[-1] == 64 else 0.0
+        return ViTOutput(logits=blur * brightness(images) + torch.eye(8)[0])
+
+    teacher.run = run
+    ids = torch.arange(256)
+    batches = [Batch(images[i], labels[i], i, torch.zeros_like(i), 0) for i in ids.split(100)]
+    try:
+        doubts = prove_teacher(teacher, batches, numbered(8), ALONE).doubts
+    except ConfigError as error:
+        doubts = (error,)
+    fixes = {
+        (HALF, 64): (),
+        (HALF, 128): (Set("teachers.teacher.image_size", 64),),
+    }
+    overlay = Set(
+        "teachers.teacher.model_args.pretrained_cfg_overlay", {"mean": [0.5] * 3, "std": [0.5] * 3}
+    )
+    assert [fix for doubt in doubts for fix in doubt.fixes] == [
+        *fixes.get((told, size), (overlay,))
+    ]
+
+
+def test_the_normalisation_that_a_remedy_sets_is_the_teachers(changed):
+    overlay = {"pretrained_cfg_overlay": {"mean": [0.1, 0.2, 0.3], "std": [0.4] * 3}}
+    teacher = build(changed(), model_args=overlay)
+    assert teacher.spec.mean == (0.1, 0.2, 0.3) and teacher.spec.std == (0.4,) * 3

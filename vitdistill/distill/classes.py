@@ -23,12 +23,13 @@ def match_classes(
     teacher_count: int,
     classes: Sequence[str],
     reorder: bool,
+    index: Sequence[int] | None = None,
 ) -> ClassMatch:
     """Match a teacher's classes to the data set's by name.
 
     A teacher that knows more classes answers for the data set's alone. Another order is accepted
     only with ``reorder``, so that nobody is surprised by it. A teacher without class names is taken
-    at its count; the preflight proves its order.
+    at its count, its classes in the order of ``index``; the preflight proves that order.
 
     Raises:
         ConfigError: a class is missing, or the order or the count differs.
@@ -44,6 +45,12 @@ def match_classes(
             " own (label_names)",
             field=model,
         )
+    if index is not None and known not in (None, wanted):
+        ordering = f"teachers.{name}.class_order"
+        what = f"the classes of the {name} have names, which give their order"
+        raise ConfigError(what, Set(ordering, "same"), field=ordering)
+    if index is not None:
+        return ClassMatch(tuple(index), "its classes are in the order that is set", wanted)
     if known is None:
         remark = "it carries no class names: their order is proved by its accuracy"
         return ClassMatch(None, remark, wanted)

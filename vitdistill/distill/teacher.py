@@ -1,6 +1,7 @@
 """A frozen teacher: a plain object, never saved, never trained, never wrapped for distribution."""
 
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -39,12 +40,22 @@ class Teacher:
         device: torch.device | str = "cpu",
     ) -> None:
         self.network = network
-        self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
         self.model = model.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
         self.class_index = None if class_index is None else class_index.to(self.device)
         self.run = run_vit
+        self._images_spec = images_spec
+        self._set_spec(spec)
+
+    def with_spec(self, spec: InputSpec) -> "Teacher":
+        """Return a teacher with the same network and another input contract."""
+        other = copy(self)
+        other._set_spec(spec)
+        return other
+
+    def _set_spec(self, spec: InputSpec) -> None:
+        self.spec, images_spec = spec, self._images_spec
         # (x * std + mean - own mean) / own std, in one product and one sum.
         scale = [given / own for given, own in zip(images_spec.std, spec.std, strict=True)]
         shift = [

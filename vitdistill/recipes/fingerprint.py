@@ -35,7 +35,10 @@ def fingerprint(recipe: Recipe) -> str:
     # A recipe made in Python may hold 5 where the one read from its YAML holds 5.0.
     flat = flatten(from_dict(to_dict(recipe)))
     files = {f"{path}.checkpoint" for path, config in recipe.networks.items() if config.checkpoint}
-    fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in files}
+    # A field that came later is left out while it says what was so before.
+    later = {key for key, value in flat.items() if key.endswith(".class_order") and value == "same"}
+    out = files | later
+    fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in out}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 

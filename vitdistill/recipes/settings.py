@@ -64,6 +64,11 @@ class TeacherConfig:
     reorder_classes: bool = option(
         False, "accept its classes in another order, matched by name", "--reorder-classes"
     )
+    class_order: tuple[int, ...] | Literal["same", "natural"] = option(
+        "same",
+        "of a network without class names: the data set's, people's (2 before 10), or the place of"
+        " each class among its own",
+    )
     model_args: dict[str, Any] = option(dict, "further arguments of the model")
     labels: str | None = option(None, "folder of its stored labels; none: it runs")
     missing: Literal["error", "online"] = option(

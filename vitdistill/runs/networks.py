@@ -27,6 +27,7 @@ from ..vit.network import Network
 from ..weights import create as weights
 from ..weights.files import check_is_file, first_line
 from .identity import resolve_run
+from .orders import natural_order
 from .stored import made_by, open_labels, stored_network
 
 PRECISIONS = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -194,10 +195,13 @@ def build_teacher(
     if objectives is not None and not reads_logits(objectives, built.network):
         match = ClassMatch(None, "only its features are read")
     elif classes:
+        place = _class_order(config, name, classes, built.network.num_classes)
         count = built.network.num_classes
-        match = match_classes(name, names, count, classes, config.reorder_classes)
+        match = match_classes(name, names, count, classes, config.reorder_classes, place)
     else:
-        match = ClassMatch(None, "the images are unlabelled: its own classes are kept", names or ())
+        place = _class_order(config, name, classes, built.network.num_classes)
+        kept = "the images are unlabelled: its own classes are kept"
+        match = ClassMatch(place, kept, names or ())
     network, index = built.network, None
     if match.index is not None:
         network, index = replace(network, num_classes=len(match.index)), torch.tensor(match.index)
@@ -211,6 +215,20 @@ def build_teacher(
         device=device,
     )
     return teacher, match
+
+
+def _class_order(
+    config: TeacherConfig, name: str, classes: tuple[str, ...], count: int
+) -> tuple[int, ...] | None:
+    """Return the places that a recipe gives a teacher's classes; None: as they are."""
+    order, field = config.class_order, f"teachers.{name}.class_order"
+    if order == "same":
+        return None
+    places = natural_order(classes) if isinstance(order, str) else order
+    if sorted(places) != [*range(count)]:
+        what = f"{field} is {order!r}, which does not place the {count} classes of the {name}"
+        raise ConfigError(what, Set(field, "same"), field=field)
+    return places
 
 
 @dataclass(frozen=True)

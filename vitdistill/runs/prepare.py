@@ -29,7 +29,7 @@ from .length import check_length
 from .networks import Networks, amp_dtype_of, build_networks, compile_errors, compile_networks
 from .optim import make_optimizer
 from .pictures import NUM_PICTURES
-from .preflight import NUM_IMAGES, prove_features, prove_teacher
+from .preflight import NUM_IMAGES, doubt_weights, prove_features, prove_teacher
 from .stored import check_labels, open_labels
 
 # Images a k-NN evaluation during training looks at: the standard error of 2000 answers is at most
@@ -274,23 +274,28 @@ def shares_at_start(prepared: Prepared) -> list[str]:
 
 
 def prove_teachers(prepared: Prepared, say: Say) -> dict[str, float]:
-    """Prove every teacher that runs, on validation images; return accuracies by name."""
+    """Prove every teacher that runs, on validation images; return accuracies by name.
+
+    What is suspicious of one is said.
+    """
     world, images, found = prepared.world, prepared.loaders.proof, dict[str, float]()
-    if images is None:
-        return found
     for name, teacher in prepared.teachers.items():
-        needs = prepared.plan.reads(name)
+        needs, doubt = prepared.plan.reads(name), doubt_weights(teacher)
+        doubts: tuple[ConfigError, ...] = () if doubt is None else (doubt,)
         with world.autocast(prepared.amp_dtype):
-            if not needs.logits:
+            if images is not None and needs.logits:
+                classes = prepared.networks.classes or prepared.images.classes
+                proof = prove_teacher(teacher, images, classes, world)
+                doubts, found[name] = proof.doubts, proof.accuracy
+                say(
+                    f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images"
+                    f" (chance {proof.chance:.1%})"
+                )
+            elif images is not None:
                 prove_features(teacher, needs, images, world)
                 say(f"{name}: its features are finite and differ from image to image")
-                continue
-            proof = prove_teacher(teacher, images, prepared.networks.classes, world)
-        found[name] = proof.accuracy
-        say(
-            f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images"
-            f" (chance {proof.chance:.1%})"
-        )
+        for suspicion in doubts:
+            say(f"warning: {suspicion}")
     return found
 
 

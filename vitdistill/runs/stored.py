@@ -66,9 +66,9 @@ def made_by(store: LabelStore, config: TeacherConfig) -> bool:
     """
     recipe = store.manifest.about.get("recipe") or {}
     then = recipe.get("teachers", {}).get(store.manifest.about.get("teacher"))
-    now = to_dict(config)
+    now, fresh = to_dict(config), to_dict(TeacherConfig())
     return then is not None and all(
-        then.get(key) == now[key] for key in now if key not in ("labels", "missing")
+        then.get(key, fresh[key]) == now[key] for key in now if key not in ("labels", "missing")
     )
 
 
