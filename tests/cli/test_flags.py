@@ -47,7 +47,7 @@ def test_a_flag_that_can_stand_alone_takes_a_number_if_there_is_one() -> None:
     words = ["MODEL", "--data-dir", "x", "--knn"]
     assert read_arguments("eval", words).knn == K
     assert read_arguments("eval", [*words, "5"]).knn == 5
-    assert read_arguments("eval", ["--knn", *words[:3]]).model == "MODEL"
+    assert read_arguments("eval", ["--knn", *words[:3]]).models == ("MODEL",)
 
 
 @pytest.mark.parametrize(
