@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -13,7 +14,7 @@ from vitdistill.data.augment import InputSpec
 from vitdistill.errors import ConfigError, DataError, DiskError, UserError
 from vitdistill.weights import export
 from vitdistill.weights.create import class_names, create_model
-from vitdistill.weights.export import export_onnx, export_timm
+from vitdistill.weights.export import export_onnx, export_timm, settle_exports
 
 
 def spec_of(image_size=(32, 32), **changes) -> InputSpec:
@@ -122,6 +123,29 @@ def test_exporting_again_replaces_and_anything_else_is_refused(tmp_path, tree):
         with pytest.raises(UserError, match=sentence):
             export_timm(model, tmp_path / name, **options)
     assert tree(tmp_path) == before
+
+
+def test_an_export_killed_half_way_is_settled(tmp_path, monkeypatch):
+    model, options = make("plain")
+    folder = export_timm(model, tmp_path / "best-of", **options, prove=False)
+    rename = os.rename
+
+    def die(source, target):
+        if Path(target) == folder:  # between the old one's leaving and the new one's arrival
+            os._exit(9)
+        rename(source, target)
+
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(os, "rename", die)
+        export_timm(model, folder, **options, prove=False)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9 and not folder.exists()
+    settle_exports(tmp_path)
+    assert (folder / "config.json").is_file() and not list(tmp_path.glob(".replaced-*"))
+    shutil.copytree(folder, tmp_path / ".replaced-best-of-01234567")
+    settle_exports(tmp_path)
+    assert folder.is_dir() and not list(tmp_path.glob(".replaced-*"))
 
 
 def test_what_would_not_load_the_same_is_refused_before_anything_is_written(tmp_path):

@@ -88,6 +88,17 @@ def export_timm(
     return final
 
 
+def settle_exports(folder: Path) -> None:
+    """Finish what a killed `export_timm` left in ``folder``: its old export goes, or comes back."""
+    with disk_errors(folder):
+        for old in folder.glob(".replaced-*-*"):
+            final = folder / old.name.removeprefix(".replaced-").rpartition("-")[0]
+            if final.exists():
+                atomic.clear_aside(old, final, FILES)
+            else:  # it was killed between the two renames
+                os.rename(old, final)
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the network inside torch.compile and DistributedDataParallel."""
     wrappers = nn.parallel.DistributedDataParallel | nn.DataParallel
