@@ -75,7 +75,7 @@ def test_the_loop_of_the_readme_runs() -> None:
     images = torch.rand(2, 3, 224, 224)
     space: dict[str, Any] = {"loader": [(images, torch.tensor([0, 1]))] * 3}
     exec(compile(code, "README.md", "exec"), space)
-    assert set(space["losses"]) == {"ce", "kd", "loss"}
+    assert {"ce", "kd", "loss"} <= set(space["losses"])
     again = space["distiller"](images, torch.tensor([0, 1]))["loss"]
     assert again.isfinite() and again < space["losses"]["loss"]
 

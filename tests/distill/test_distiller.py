@@ -84,7 +84,7 @@ def test_methods_may_be_named_and_torch_draws_for_images_without_numbers() -> No
     def loss(seed: int, **given: Any) -> float:
         torch.manual_seed(seed)
         losses = distiller(batch.images, batch.labels, **given)
-        assert set(losses) == {"ce", "kd", "loss"}
+        assert {"ce", "kd", "loss"} <= set(losses)
         return losses["loss"].item()
 
     assert loss(1) == loss(1) != loss(2)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from small_runs import Child, tree
 
-from vitdistill.errors import ConfigError, DiskError, PermissionDenied
+from vitdistill.errors import ConfigError, DataError, DiskError, PermissionDenied
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.yaml import load_recipe
 from vitdistill.runs.folder import METRICS, RunFolder, check_folder, finished
+from vitdistill.storage.atomic import write_atomic
 
 RECIPE = Recipe()
 
@@ -35,8 +36,12 @@ def test_a_run_is_recognised_by_its_recipe(tmp_path):
         assert load_recipe(tmp_path / "run" / "recipe.yaml") == RECIPE
     assert check_folder(tmp_path / "run", replace(RECIPE, name="other", description="other"))
     assert finished(tmp_path / "run", RECIPE) is None
-    (tmp_path / "run" / "summary.json").write_text('{"steps": 3}')
-    assert finished(tmp_path / "run", RECIPE) == {"steps": 3}
+    summary = {"scores": {}, "best_top1": None, "best_epoch": None, "seconds": 1.5}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(DataError, match="weights in last are gone"):
+        finished(tmp_path / "run", RECIPE)
+    write_atomic(tmp_path / "run" / "last" / "model.safetensors", b"")
+    assert finished(tmp_path / "run", RECIPE) == summary
 
 
 def test_other_fields_are_named_and_nothing_changes(tmp_path):

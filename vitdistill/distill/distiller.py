@@ -113,6 +113,8 @@ class Distiller(nn.Module):
     ) -> dict[str, Scalar]:
         """Return the weighted loss of every objective by name, and their sum as ``loss``.
 
+        ``NAME_unweighted`` is each before its weight.
+
         Args:
             images: normalised as ``images_spec`` says; or a batch of a `TrainLoader`.
             labels: of the images; None: unlabelled.
