@@ -26,6 +26,7 @@ from small_runs import (
     write_images,
 )
 
+from vitdistill.data.sources.decode import DamagedImage
 from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.storage import checkpoint
@@ -113,7 +114,7 @@ def test_an_image_only_one_process_meets(tmp_path, plain, taught, place, fields,
     path = write_images(tmp_path / "images") / place
     path.write_bytes(path.read_bytes()[:-40])
     recipe = (taught if preflight else plain)(**fields, **{"data.dir": str(tmp_path / "images")})
-    together(recipe, tmp_path / "run", DataError, place[-10:])
+    together(recipe, tmp_path / "run", DamagedImage, place[-10:])
     assert (tmp_path / "run").exists() != (preflight and place[:3] == "val")
 
 

@@ -12,9 +12,10 @@ import torch
 
 from vitdistill.data.augment import InputSpec
 from vitdistill.errors import ConfigError, DataError, DiskError, UserError
+from vitdistill.storage.atomic import settle_asides
 from vitdistill.weights import export
 from vitdistill.weights.create import class_names, create_model
-from vitdistill.weights.export import export_onnx, export_timm, settle_exports
+from vitdistill.weights.export import export_onnx, export_timm
 
 
 def spec_of(image_size=(32, 32), **changes) -> InputSpec:
@@ -141,10 +142,10 @@ def test_an_export_killed_half_way_is_settled(tmp_path, monkeypatch):
         export_timm(model, folder, **options, prove=False)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9 and not folder.exists()
-    settle_exports(tmp_path)
+    settle_asides(tmp_path, export.FILES)
     assert (folder / "config.json").is_file() and not list(tmp_path.glob(".replaced-*"))
     shutil.copytree(folder, tmp_path / ".replaced-best-of-01234567")
-    settle_exports(tmp_path)
+    settle_asides(tmp_path, export.FILES)
     assert folder.is_dir() and not list(tmp_path.glob(".replaced-*"))
 
 

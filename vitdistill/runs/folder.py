@@ -22,10 +22,10 @@ from .. import __version__
 from ..errors import ConfigError, DataError, Fix, Give, UserError
 from ..recipes.config import Recipe
 from ..recipes.yaml import dump_recipe, load_recipe
-from ..storage.atomic import disk_errors, remove_temporaries, write_atomic
+from ..storage.atomic import disk_errors, remove_temporaries, settle_asides, write_atomic
 from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
-from ..weights.export import settle_exports
+from ..weights.export import FILES
 from .identity import RECIPE, SUMMARY, WEIGHTS, changes, note_identity, read_record
 
 METRICS, TIMING, ENVIRONMENT = "metrics.jsonl", "timing.jsonl", "environment.json"
@@ -120,7 +120,7 @@ class RunFolder:
                 write_atomic(path / RECIPE, dump_recipe(recipe).encode())
             note_identity(path, recipe, identity)
             remove_temporaries(path)
-            settle_exports(path)
+            settle_asides(path, FILES)
             self._open = stack.pop_all()
 
     def open_logs(self, offsets: Mapping[str, int]) -> None:

@@ -216,6 +216,25 @@ def remove_dir(path: StrPath, known: Collection[str]) -> bool:
     return True
 
 
+def aside_of(final: Path) -> Path:
+    """Return a new name for what stands at ``final`` while it is replaced."""
+    return final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
+
+
+def settle_asides(folder: Path, known: Collection[str]) -> None:
+    """Finish what a process left that was killed while it replaced a folder in ``folder``.
+
+    The old one comes back where the new one did not arrive, and goes where it did.
+    """
+    with disk_errors(folder):
+        for old in folder.glob(".replaced-*-*"):
+            final = folder / old.name.removeprefix(".replaced-").rpartition("-")[0]
+            if final.exists():
+                clear_aside(old, final, known)
+            else:
+                os.rename(old, final)
+
+
 def clear_aside(aside: StrPath, final: StrPath, known: Collection[str]) -> None:
     """Remove a folder that ``final`` has replaced, after moving hidden files (``.DS_Store``) over.
 

@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -73,7 +72,7 @@ def export_timm(
     digest = hashlib.sha256(content).hexdigest()
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
     config["vitdistill"] = {"version": __version__, "weights_sha256": digest}
-    old = final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
+    old = atomic.aside_of(final)
     with atomic.staged_dir(final, aside=old) as temporary:
         atomic.write_new(temporary / WEIGHTS, content)
         atomic.write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
@@ -86,17 +85,6 @@ def export_timm(
     if old.exists():
         atomic.clear_aside(old, final, FILES)
     return final
-
-
-def settle_exports(folder: Path) -> None:
-    """Finish what a killed `export_timm` left in ``folder``: its old export goes, or comes back."""
-    with disk_errors(folder):
-        for old in folder.glob(".replaced-*-*"):
-            final = folder / old.name.removeprefix(".replaced-").rpartition("-")[0]
-            if final.exists():
-                atomic.clear_aside(old, final, FILES)
-            else:  # it was killed between the two renames
-                os.rename(old, final)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
