@@ -132,3 +132,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     assert refused.value.field
     with pytest.raises(ConfigError):
         Distiller(vit(0), vit(1), ["no_such"], images_spec=SPEC)
+    distiller = Distiller(vit(0), vit(1), ["kd", "ce"], images_spec=SPEC)
+    with pytest.raises(ConfigError) as refused:
+        distiller(batch_of().images)
+    assert refused.value.field == "labels"

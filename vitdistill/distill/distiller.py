@@ -12,7 +12,7 @@ from .. import keyed
 from ..data.augment import InputSpec
 from ..data.batch import Batch
 from ..data.model_input import input_spec_of
-from ..errors import ConfigError, Give
+from ..errors import ConfigError, Drop, Give
 from ..labels.identity import network_from_json
 from ..labels.reader import LabelReader
 from ..labels.store import LabelStore
@@ -47,7 +47,8 @@ class Distiller(nn.Module):
         plan: what every network computes.
 
     Raises:
-        ConfigError: these networks and methods do not go together.
+        ConfigError: these networks and methods do not go together; or, when it is called, labels
+            or ids that they read are missing.
     """
 
     def __init__(
@@ -127,6 +128,10 @@ class Distiller(nn.Module):
         batch = images
         if not isinstance(batch, Batch):
             assert isinstance(images, Tensor)
+            reading = [name for name, o in self.plan.objectives.items() if o.reads_labels]
+            if labels is None and reading:
+                what = f"the objective {reading[0]!r} reads labels, and none are given"
+                raise ConfigError(what, (Give("labels"), Drop(reading[0])), field="labels")
             none = torch.full((len(images),), -1, device=images.device)
             kind = _Drawn if ids is None else Batch
             batch = kind(
