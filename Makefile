@@ -10,14 +10,18 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo check test docs lint lock clean
+.PHONY: setup demo check units test docs lint lock clean
 
 setup: $(READY)
 
 demo: setup
 	$(BIN)/vitdistill demo
 
-check: lint
+# Types take one core for a while, and tests leave a core idle at their end: so both at once.
+check: setup
+	@$(MAKE) --no-print-directory -j2 lint units
+
+units: setup
 	$(BIN)/python -m pytest tests vitdistill --doctest-modules -n $(WORKERS) -m "not whole" --timeout 60
 
 test: lint
