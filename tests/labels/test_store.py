@@ -234,29 +234,24 @@ def test_an_open_store_is_read_by_workers_and_pickled_small(made, tmp_path):
     assert pickle.loads(data).records(1, [36, 2]).pixels.tolist() == [1_000_039, 1_000_005]
 
 
-def test_many_parts_need_few_open_files_and_a_replaced_one_is_checked_anew(
+def test_many_parts_need_few_open_files_and_one_that_is_cut_meanwhile_is_noticed(
     made, tmp_path, fork, join
 ):
     made(tmp_path / "s", num_samples=300, part_size=2)
 
     def read():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
         store = LabelStore.open(tmp_path / "s")
         rng = np.random.default_rng(0)
         at, ids = rng.integers(0, 2, 900), rng.integers(0, 300, 900)
         found, present = store.read(at, ids)
         assert present.all() and (found["pixels"] == at * 1_000_003 + ids).all()
-        store.records(0, [0])
-        store.records(1, range(300))  # more parts than may be open at once
         path = store.part_path(0, 0)
-        before = path.stat()
-        data = bytearray(path.read_bytes())
-        data[0] ^= 1
-        path.rename(tmp_path / "keeps its number in use")
-        path.write_bytes(data)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        path.write_bytes(path.read_bytes()[:30])
         with pytest.raises(DataError, match=r"view-00000/part-00000.bin"):
             store.records(0, [0])
+        path.unlink()
+        assert not store.read([0], [0])[1].any()
 
     gc.collect()  # parts that earlier tests left mapped would count
     assert join(fork(read)) == 0

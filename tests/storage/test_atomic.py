@@ -4,7 +4,7 @@ import ast
 import errno
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from vitdistill.errors import DiskError, PermissionDenied, UserError
 from vitdistill.storage import atomic, checkpoint
 from vitdistill.storage.atomic import (
-    clear_aside,
     remove_dir,
     remove_temporaries,
     require_free,
@@ -85,8 +84,8 @@ def check_durable(calls: list[tuple]) -> int:
     return named
 
 
-def publish(final: Path, aside: Path | None = None) -> None:
-    with staged_dir(final, aside) as temp:
+def publish(final: Path, replaces: Collection[str] | None = None) -> None:
+    with staged_dir(final, replaces) as temp:
         write_new(temp / "file", NEW)
         write_manifest(temp, {"file": NEW}, {"kind": "test"})
 
@@ -98,7 +97,7 @@ def publish(final: Path, aside: Path | None = None) -> None:
         (lambda root: write_atomic(root / "deep" / "er" / "file", lambda f: f.write(NEW)), 1),
         (lambda root: write_first(root / "part", NEW), 1),
         (lambda root: publish(root / "deep" / "final"), 1),
-        (lambda root: publish(root / "there", root / "aside"), 2),
+        (lambda root: publish(root / "there", {"file", "manifest.json"}), 3),
         (lambda root: checkpoint.save(root, 3, {"w": torch.ones(9)}, {"lr": 0.1}), 1),
     ],
     ids=["replace", "new", "first", "folder", "replaced-folder", "checkpoint"],
@@ -114,13 +113,10 @@ def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch, w
 
 @pytest.mark.parametrize("older_than", [0.0, 3600.0])
 def test_only_temporaries_are_removed(tmp_path, older_than):
-    """Those of an earlier version, with a host and a process in the name, are left over too."""
-    (tmp_path / ".tmp-host.0123-17-0123456789ab").write_bytes(b"half")
     (tmp_path / ".tmp-0123456789ab" / "deep").mkdir(parents=True)
     for name in (".tmp-0123456789ab/deep/file", ".tmp-mine", ".tmp-ba9876543210"):
         (tmp_path / name).write_bytes(b"x")
-    for name in (".tmp-host.0123-17-0123456789ab", ".tmp-0123456789ab"):
-        os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / ".tmp-0123456789ab", (0, 0))
     remove_temporaries(tmp_path, older_than)
     young = {".tmp-ba9876543210"} if older_than else set()
     assert set(os.listdir(tmp_path)) == {".tmp-mine"} | young
@@ -248,7 +244,7 @@ def test_a_published_folder_is_not_overwritten(tmp_path, tree):
 
 
 def test_a_replaced_folder_comes_back_when_publishing_fails(tmp_path, monkeypatch, tree):
-    final, aside, real = tmp_path / "final", tmp_path / "aside", os.rename
+    final, real = tmp_path / "final", os.rename
     with staged_dir(final) as temp:
         write_new(temp / "file", OLD)
 
@@ -258,14 +254,13 @@ def test_a_replaced_folder_comes_back_when_publishing_fails(tmp_path, monkeypatc
         real(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(DiskError), staged_dir(final, aside) as temp:
+    with pytest.raises(DiskError), staged_dir(final, {"file"}) as temp:
         write_new(temp / "file", NEW)
     assert tree(tmp_path) == {"final/file": OLD}
     monkeypatch.setattr(os, "rename", real)
-    with staged_dir(final, aside) as temp:
+    (final / ".DS_Store").write_bytes(b"finder")
+    with staged_dir(final, {"file"}) as temp:
         write_new(temp / "file", NEW)
-    (aside / ".DS_Store").write_bytes(b"finder")
-    clear_aside(aside, final, {"file"})
     assert tree(tmp_path) == {"final/file": NEW, "final/.DS_Store": b"finder"}
 
 

@@ -144,6 +144,9 @@ def test_a_step_is_saved_again_and_a_later_one_stays(tmp_path):
         assert same(checkpoint.save(tmp_path, 20, *state_of(content)), content)
     assert same(checkpoint.save(tmp_path, 5, *state_of(5), keep=1), 5)
     assert steps_in(tmp_path) == ["step-00000005", "step-00000010", "step-00000020"]
+    newest = checkpoint.folder_of(tmp_path, 20)
+    newest.rename(newest.with_name(f".replaced-{newest.name}-01234567"))  # killed half way
+    assert checkpoint.latest(tmp_path) == newest and same(newest, 20)
 
 
 def test_foreign_files_are_never_deleted(tmp_path):

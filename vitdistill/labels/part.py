@@ -30,15 +30,15 @@ Raw = npt.NDArray[Any]  # records as opaque items of a fixed size
 
 
 class Part:
-    """A part's ``file``, mapped into memory.
+    """A part's file, mapped for each reading: a process may have few files open.
 
-    The ``crcs`` of blocks are compared when they are first touched, and then ``checked``.
+    The ``crcs`` of blocks are compared when they are first read.
     """
 
     def __init__(self, path: Path, manifest: Manifest, view: int, part: int) -> None:
-        """Map the file, if it is that part, whole; `FileNotFoundError` if there is none."""
+        """Read the footer. Raises `FileNotFoundError`, or `DataError` for damage."""
         self._path = path
-        data, self.file = _mapped(path)
+        data = self._map()
         footer, length = self._footer(data)
         if (footer["store"], footer["view"], footer["part"]) != (manifest.digest, view, part):
             raise self._damaged("it is another part, or of another store, under its name")
@@ -48,8 +48,8 @@ class Part:
             raise self._damaged(f"it does not hold samples {lo} to {hi - 1}")
         self._block: int = footer["block"]
         self.crcs: list[int] = footer["crc32"]
-        self._records: Raw = np.frombuffer(data, np.dtype((np.void, item)), count=hi - lo)
-        self.checked = np.zeros(len(self.crcs), dtype=bool)
+        self._dtype, self._count, self._size = np.dtype((np.void, item)), hi - lo, len(data)
+        self._checked = np.zeros(len(self.crcs), dtype=bool)
 
     def _footer(self, data: mmap.mmap) -> tuple[dict[str, Any], int]:
         """Return the footer and where it begins."""
@@ -65,34 +65,37 @@ class Part:
 
     def take(self, rows: I64) -> Raw:
         """Return the records at these places of the part; `DataError` for a damaged block."""
-        if not self.checked.all():
-            self._check(np.unique(rows // self._block))
-        return self._records.take(rows)
+        records = self._records()
+        self._check(records, np.unique(rows // self._block))
+        return records.take(rows)
 
     def read_all(self) -> Raw:
         """Return all records, every block compared with its checksum now."""
-        self.checked[:] = False
-        self._check(np.arange(len(self.crcs)))
-        return self._records
+        self._checked[:] = False
+        records = self._records()
+        self._check(records, np.arange(len(self.crcs)))
+        return records
 
-    def _check(self, blocks: I64) -> None:
-        for block in blocks[~self.checked[blocks]].tolist():
-            records = self._records[block * self._block : (block + 1) * self._block]
-            if zlib.crc32(records.data) != self.crcs[block]:
+    def _records(self) -> Raw:
+        data = self._map()
+        if len(data) != self._size:
+            raise self._damaged("it has changed")
+        return np.frombuffer(data, self._dtype, self._count)
+
+    def _map(self) -> mmap.mmap:
+        if not self._path.is_file():
+            raise FileNotFoundError(self._path)
+        with disk_errors(self._path), open(self._path, "rb") as file:
+            if not os.path.getsize(file.fileno()):  # which cannot be mapped
+                raise self._damaged("it is empty")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _check(self, records: Raw, blocks: I64) -> None:
+        for block in blocks[~self._checked[blocks]].tolist():
+            content = records[block * self._block : (block + 1) * self._block]
+            if zlib.crc32(content.data) != self.crcs[block]:
                 raise self._damaged(f"block {block} does not match its checksum")
-            self.checked[block] = True
-
-
-def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    with disk_errors(path), open(path, "rb") as file:
-        s = os.fstat(file.fileno())
-        if not s.st_size:  # which cannot be mapped
-            raise DataError(f"{printable(path)} is damaged: it is empty", _REMEDY)
-        # With its times: a new file may get the number of a deleted one.
-        which = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), which
+            self._checked[block] = True
 
 
 def write_part(path: Path, manifest: Manifest, view: int, part: int, records: Raw) -> bool:

@@ -8,8 +8,8 @@ be seen is complete. So any number of processes may write and read at once.
 """
 
 import os
-import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -47,12 +47,7 @@ class LabelStore:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self.layout, self.num_parts = manifest.layout, manifest.num_parts
-        self._open: dict[tuple[int, int], Part] = {}  # the one used longest ago comes first
-        # A map holds a file descriptor, of which a process has few, so parts are closed and opened
-        # again. Which blocks are intact is remembered by file, or each opening would read whole
-        # blocks for their checksums again.
-        self._most_open = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._checked: dict[tuple[int, ...], npt.NDArray[np.bool_]] = {}
+        self._parts: dict[tuple[int, int], Part] = {}  # that were read from
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LabelStore, (self.path, self.manifest)
@@ -167,29 +162,17 @@ class LabelStore:
         rows = ids[order] % self.manifest.part_size
         edges = np.flatnonzero(np.diff(ranked, prepend=-1, append=-1)).tolist()
         for start, end in pairwise(edges):  # all records of one part together
-            part = self._part(*divmod(int(ranked[start]), self.num_parts))
-            if part is not None:
-                raw[order[start:end]] = part.take(rows[start:end])
+            place = divmod(int(ranked[start]), self.num_parts)
+            with suppress(FileNotFoundError):
+                if place not in self._parts:
+                    self._parts[place] = self.load(*place)
+                raw[order[start:end]] = self._parts[place].take(rows[start:end])
                 present[order[start:end]] = True
         return raw.view(self.layout.dtype), present
 
     def _check_range(self, what: str, values: I64, count: int) -> None:
         for wrong in values[(values < 0) | (values >= count)]:
             raise DataError(f"{printable(self.path)} has no {what} {wrong}, but {count} of them")
-
-    def _part(self, view: int, part: int) -> Part | None:
-        """Return the open part; None if it is not there."""
-        found = self._open.pop((view, part), None)
-        if found is None:
-            try:
-                found = self.load(view, part)
-            except FileNotFoundError:
-                return None
-            found.checked = self._checked.setdefault(found.file, found.checked)
-            while len(self._open) >= self._most_open:
-                self._open.pop(next(iter(self._open)))
-        self._open[view, part] = found
-        return found
 
     def load(self, view: int, part: int) -> Part:
         """Open a part anew and check its footer; `FileNotFoundError` if it is not there."""

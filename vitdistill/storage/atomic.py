@@ -25,8 +25,7 @@ StrPath = str | os.PathLike[str]
 Content = bytes | memoryview | Callable[[BinaryIO], object]
 """What a file is to hold, or a function that writes it into the open file."""
 
-# Earlier versions put the host and the process between the two.
-_TEMPORARY = re.compile(r"\.tmp-([A-Za-z0-9._]+-[0-9]+-)?[0-9a-f]{12}")
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}")
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -168,11 +167,11 @@ def fsync_dir(path: StrPath) -> None:
 
 
 @contextmanager
-def staged_dir(final: StrPath, aside: StrPath | None = None) -> Iterator[Path]:
+def staged_dir(final: StrPath, replaces: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a temporary folder, to be filled with `write_new`; it becomes ``final`` with no error.
 
-    A ``final`` that is not empty is first renamed to ``aside`` (and back if publishing fails);
-    without ``aside`` it is a `DiskError`.
+    A ``final`` with files in it is replaced as a whole or not at all if ``replaces`` names them,
+    and a `DiskError` otherwise. After a kill half way, `settle_asides` finishes the work.
     """
     final = Path(final)
     make_dirs(final.parent)
@@ -183,18 +182,20 @@ def staged_dir(final: StrPath, aside: StrPath | None = None) -> Iterator[Path]:
         yield temporary
         with disk_errors(final):
             fsync_dir(temporary)
-            moved = None
-            if aside is not None and final.is_dir() and any(final.iterdir()):
-                moved = aside
-                os.rename(final, moved)
+            aside = None
+            if replaces is not None and final.is_dir() and any(final.iterdir()):
+                aside = final.with_name(f".replaced-{final.name}-{secrets.token_hex(4)}")
+                os.rename(final, aside)
             try:
                 os.rename(temporary, final)
                 fsync_dir(final.parent)
             except BaseException:
-                if moved is not None:
+                if aside is not None:
                     with suppress(OSError):
-                        os.rename(moved, final)
+                        os.rename(aside, final)
                 raise
+        if aside is not None:
+            _clear_aside(aside, final, replaces or ())
     finally:
         _remove(temporary)
 
@@ -216,13 +217,8 @@ def remove_dir(path: StrPath, known: Collection[str]) -> bool:
     return True
 
 
-def aside_of(final: Path) -> Path:
-    """Return a new name for what stands at ``final`` while it is replaced."""
-    return final.with_name(f".replaced-{final.name[:100]}-{secrets.token_hex(4)}")
-
-
 def settle_asides(folder: Path, known: Collection[str]) -> None:
-    """Finish what a process left that was killed while it replaced a folder in ``folder``.
+    """Finish what a process left that was killed in `staged_dir` while it replaced a folder here.
 
     The old one comes back where the new one did not arrive, and goes where it did.
     """
@@ -230,20 +226,20 @@ def settle_asides(folder: Path, known: Collection[str]) -> None:
         for old in folder.glob(".replaced-*-*"):
             final = folder / old.name.removeprefix(".replaced-").rpartition("-")[0]
             if final.exists():
-                clear_aside(old, final, known)
+                _clear_aside(old, final, known)
             else:
                 os.rename(old, final)
 
 
-def clear_aside(aside: StrPath, final: StrPath, known: Collection[str]) -> None:
+def _clear_aside(aside: Path, final: Path, known: Collection[str]) -> None:
     """Remove a folder that ``final`` has replaced, after moving hidden files (``.DS_Store``) over.
 
     What cannot go is left where it is: the folder that counts is in place.
     """
     with suppress(OSError, UserError):
-        for entry in Path(aside).iterdir():
-            if entry.name.startswith(".") and not (Path(final) / entry.name).exists():
-                os.rename(entry, Path(final) / entry.name)
+        for entry in aside.iterdir():
+            if entry.name.startswith(".") and not (final / entry.name).exists():
+                os.rename(entry, final / entry.name)
         remove_dir(aside, known)
 
 

@@ -11,9 +11,7 @@ before it if that is damaged. Only one process saves, and it holds the lock of t
 """
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +31,7 @@ TENSORS = "state.safetensors"
 STATE = "state.json"
 FILES = frozenset({TENSORS, STATE, MANIFEST})
 
-_NAME = re.compile(r"step-(?P<step>[0-9]{8,})(?P<replaced>\.replaced-[0-9a-f]{8})?")
+_NAME = re.compile(r"step-([0-9]{8,})")
 _KIND = "vitdistill checkpoint"
 
 Warn = Callable[[str], None]
@@ -67,10 +65,8 @@ def save(
     contents = {TENSORS: tensor_bytes(tensors), STATE: text}
     atomic.make_dirs(final.parent)
     atomic.remove_temporaries(final.parent)
-    # A resumed run may reach a step that is on disk already, whole or damaged: that one stays
-    # findable until the new one is in place.
-    aside = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
-    with atomic.staged_dir(final, aside=aside) as temporary:
+    # A resumed run may reach a step that is on disk already, whole or damaged.
+    with atomic.staged_dir(final, replaces=FILES) as temporary:
         for name, content in contents.items():
             atomic.write_new(temporary / name, content)
         manifest.write_manifest(temporary, contents, {"kind": _KIND, "step": step})
@@ -113,11 +109,13 @@ def load_latest(
 ) -> tuple[Path, State] | None:
     """Load the newest checkpoint that verifies, and its folder; None when there is none at all.
 
+    Only for the process that saves: what a kill left half replaced is settled first.
     ``warn`` is told of each damaged one on the way; `DataError` if there are some, all damaged.
     ``check`` raises `NonFiniteError` for tensors that no run can go on from.
     """
-    damaged = []
-    for folder in _candidates(Path(run_dir) / "checkpoints"):
+    damaged, place = [], Path(run_dir) / "checkpoints"
+    atomic.settle_asides(place, FILES)
+    for folder in _candidates(place):
         try:
             state = load(folder)
             check(state[0])
@@ -126,18 +124,17 @@ def load_latest(
             damaged.append(folder)
             warn(f"{printable(folder)} is damaged, and the checkpoint before it is used: {error}")
     if damaged:
-        what = f"none of the checkpoints in {printable(damaged[0].parent)} is intact"
+        what = f"none of the checkpoints in {printable(place)} is intact"
         raise DataError(what, ("restore one from a copy", "start again in a new folder"))
     return None
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """List checkpoints, newest first; of two of one step, first the one that replaced the other."""
+    """List checkpoints, newest first."""
     with disk_errors(folder):
-        names = os.listdir(folder) if folder.is_dir() else []
-    matches = [match for match in map(_NAME.fullmatch, names) if match is not None]
-    matches.sort(key=lambda m: (int(m["step"]), m["replaced"] is None, m[0]), reverse=True)
-    return [folder / match[0] for match in matches if (folder / match[0]).is_dir()]
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+    found = [entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]
+    return sorted(found, key=_step, reverse=True)
 
 
 def _prune(newest: Path, keep: int) -> None:
@@ -148,9 +145,9 @@ def _prune(newest: Path, keep: int) -> None:
     """
     kept = 1
     for folder in _candidates(newest.parent):
-        if folder == newest or _step(folder) > _step(newest):
+        if _step(folder) >= _step(newest):
             continue
-        if kept < keep and _step(folder) < _step(newest):
+        if kept < keep:
             with suppress(DataError):
                 manifest.check_sizes(folder)
                 kept += 1
@@ -159,6 +156,4 @@ def _prune(newest: Path, keep: int) -> None:
 
 
 def _step(folder: Path) -> int:
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match["step"])
+    return int(folder.name.removeprefix("step-"))

@@ -72,8 +72,7 @@ def export_timm(
     digest = hashlib.sha256(content).hexdigest()
     config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
     config["vitdistill"] = {"version": __version__, "weights_sha256": digest}
-    old = atomic.aside_of(final)
-    with atomic.staged_dir(final, aside=old) as temporary:
+    with atomic.staged_dir(final, replaces=FILES) as temporary:
         atomic.write_new(temporary / WEIGHTS, content)
         atomic.write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
         if sha256_file(temporary / WEIGHTS) != digest:
@@ -82,8 +81,6 @@ def export_timm(
             )
         if prove:
             _check_reload(network, state, temporary, input_spec, name)
-    if old.exists():
-        atomic.clear_aside(old, final, FILES)
     return final
 
 
