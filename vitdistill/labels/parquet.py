@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, DataError, Give, UserError
+from ..data.sources.table import import_extra
+from ..errors import ConfigError, DataError, Give
 from ..messages import plural, printable
 from ..storage.atomic import write_first
 from .layout import Targets
@@ -44,19 +45,11 @@ def export_labels(
     if missing:
         what = f"{printable(store.path)} lacks {plural(len(missing), 'part')} of these views"
         raise DataError(what, "run the command that wrote it again, which writes what is missing")
-    write = partial(_write, _pyarrow(), store=store, views=chosen)
+    import_extra("pyarrow.parquet")
+    write = partial(_write, import_extra("pyarrow"), store=store, views=chosen)
     if os.path.lexists(file) or not write_first(file, write):
         raise ConfigError(f"{printable(file)} exists already", Give("to"), field="to")
     return manifest.num_samples * len(chosen), file.stat().st_size
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        fix = 'install it with pip install "vitdistill[data]"'
-        raise UserError(".parquet files need pyarrow", fix) from error
-    return pyarrow
 
 
 def _write(arrow: Any, file: BinaryIO, store: LabelStore, views: Sequence[int]) -> None:

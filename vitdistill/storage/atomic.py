@@ -113,12 +113,17 @@ def _write_synced(path: Path, content: Content) -> None:
             with open(fd, "wb", closefd=False) as file:
                 content(file)
         else:
-            left = memoryview(content).cast("B")
-            while left:
-                left = left[os.write(fd, left) :]
+            write_all(fd, content)
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_all(fd: int, content: bytes | memoryview) -> None:
+    """Write all of ``content``: one call may write a part of it."""
+    left = memoryview(content).cast("B")
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def read_bytes(path: StrPath, most: int | None = None) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..messages import printable
-from .atomic import StrPath, disk_errors, fsync_dir, make_dirs
+from .atomic import StrPath, disk_errors, fsync_dir, make_dirs, write_all
 
 
 class AppendLog:
@@ -54,9 +54,7 @@ class AppendLog:
         assert data.count(b"\n") == 1
         with disk_errors(self.path):
             try:
-                left = memoryview(data)
-                while left:
-                    left = left[os.write(self._fd, left) :]
+                write_all(self._fd, data)
             except OSError:
                 with suppress(OSError):
                     os.ftruncate(self._fd, self.offset)

@@ -51,7 +51,7 @@ def test_cut_short_archives(make_folder) -> None:
 def test_an_archive_that_is_cut_while_it_is_open(make_folder) -> None:
     path = packed(make_folder())
     source = open_source(str(path), "train")
-    os.truncate(path, source._offsets[3] + 40)
+    os.truncate(path, source._members[source.key(3)][0] + 40)
     with pytest.raises(DataError, match=r"class0/009\.png"):
         source.load(3)
 
@@ -62,7 +62,7 @@ def test_damaged_gzip(make_folder) -> None:
     flipped = content[:5000] + b"\0" * 50 + content[5050:]
     for damaged in (content[: len(content) // 2], content[:-4], flipped):
         path.write_bytes(damaged)
-        assert "damaged or cut short" in refused(path)
+        assert "is damaged" in refused(path)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])

@@ -14,8 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import DataError, DiskError, PermissionDenied
+from ...errors import DataError
 from ...messages import printable
+from ...storage.atomic import disk_errors
 from .base import (
     ALL_SPLIT_NAMES,
     FileSource,
@@ -52,35 +53,36 @@ class TarSource(FileSource):
         self._path = path
         self._file: IO[bytes] | None = None
         self.name = printable(path)
-        members, folders = self._index()
-        images, left_out = find_images(members, lambda key: self._read(*members[key], 16))
-        prefix, taken = _split_prefix(self.name, images, split)
+        self._members, folders = self._index()
+        images, _ = find_images(self._members, self._head)
+        prefix, self.notes = _split_prefix(self.name, images, split)
         start = len(prefix)
-        inside = {key[start:]: members[key] for key in images if key.startswith(prefix)}
-        classes = {key[start:].split("/")[0] for key in folders if key.startswith(prefix)}
-        for key, (_, size) in inside.items():
-            if size < 0:
-                raise DataError(
-                    f"{self.name} holds {printable(key)!r} as a link, a device or a sparse file",
-                    "make the archive again of plain files, with tar -h",
-                )
-        classes = classes if split == "train" else set()
-        super().__init__(
-            f"{self.name}:{printable(prefix[:-1])}" if prefix else self.name,
-            {key: size for key, (_, size) in inside.items()},
-            classes - {""},
-            taken,
-            left_out,
-        )
-        self._offsets = [inside[key][0] for key in self._keys]
+        inside = {key[start:]: at for key, at in self._members.items() if key.startswith(prefix)}
+        self._members = inside
+        classes = {key[start:].split("/")[0] for key in folders if key.startswith(prefix)} - {""}
+        name = f"{self.name}:{printable(prefix[:-1])}" if prefix else self.name
+        self._arrange(name, split, self._members, classes)
 
     def content(self, i: int) -> bytes:
         """Return the file's content."""
-        return self._read(self._offsets[i], int(self.sizes[i]))
+        return self._read(self._keys[i], MAX_BYTES + 1)
 
-    def _read(self, offset: int, size: int, most: int = MAX_BYTES + 1) -> bytes:
+    def _head(self, path: str) -> bytes:
+        return self._read(path, 16)
+
+    def _size(self, path: str) -> int:
+        size = self._members[path][1]
+        if size < 0:
+            raise DataError(
+                f"{self.name} holds {printable(path)!r} as a link, a device or a sparse file",
+                "make the archive again of plain files, with tar -h",
+            )
+        return size
+
+    def _read(self, path: str, most: int) -> bytes:
         # pread has no shared file position, so forked workers may use one descriptor. An archive
         # that was cut short meanwhile gives fewer bytes, which the decoder refuses.
+        offset, size = self._members[path]
         return os.pread(self._open().fileno(), max(0, min(size, most)), offset)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,10 +91,8 @@ class TarSource(FileSource):
 
     def _open(self) -> IO[bytes]:
         if self._file is None:
-            try:
+            with disk_errors(self._path):
                 plain = open(self._path, "rb")  # noqa: SIM115 - stays open as long as the source
-            except PermissionError as error:
-                raise PermissionDenied(f"no permission to read {self._path}") from error
             self._file = _decompress(plain, self.name) if plain.read(2) == b"\x1f\x8b" else plain
             weakref.finalize(self, self._file.close)
         return self._file
@@ -142,20 +142,15 @@ def _split_prefix(name: str, members: list[str], split: Split) -> tuple[str, tup
 def _decompress(file: IO[bytes], name: str) -> IO[bytes]:
     with ExitStack() as cleanup:
         plain = cleanup.enter_context(tempfile.TemporaryFile())
+        file.seek(0)
         try:
-            file.seek(0)
             with file, gzip.GzipFile(fileobj=file) as stream:
                 shutil.copyfileobj(stream, plain, 2**22)
             plain.flush()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise DataError(
-                f"{name} is damaged or cut short ({error})", "copy or download it again"
-            ) from error
-        except OSError as error:
-            place = tempfile.gettempdir()
-            raise DiskError(
-                f"{name} could not be decompressed into {place} ({error.strerror})",
-                ("make room there", "gunzip it"),
+                f"{name} is damaged, or has no room in {tempfile.gettempdir()} ({error})",
+                ("copy or download it again", "make room there", "gunzip it"),
             ) from error
         cleanup.pop_all()
     return plain

@@ -4,7 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
@@ -74,6 +74,24 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
 
+class EncodedSource(ImageSource):
+    """A source of image files, of whatever format."""
+
+    @abstractmethod
+    def content(self, i: int) -> bytes | Path:
+        """Return what image ``i``'s file holds, or its path."""
+
+    @abstractmethod
+    def title(self, i: int) -> str:
+        """Return what messages call image ``i``."""
+
+    def load(self, i: int) -> Image.Image:
+        return decode_image(self.content(i), self.title(i))
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        return image_size(self.content(i), self.title(i))
+
+
 class PartSource(ImageSource):
     """Some images of a source, in the order of their numbers there, int64 (N,)."""
 
@@ -128,22 +146,18 @@ def split_options(location: str) -> tuple[str, dict[str, str]]:
     return path, dict(parse_qsl(options, keep_blank_values=True))
 
 
-class FileSource(ImageSource):
+class FileSource(EncodedSource):
     """Image files in one folder a class, classes ordered by name; without folders, unlabelled."""
 
-    def __init__(
-        self,
-        name: str,
-        files: Mapping[str, int],
-        folders: Iterable[str],
-        taken: tuple[str, ...] = (),
-        left_out: str = "",
+    def _arrange(
+        self, name: str, split: Split, files: Iterable[str], folders: Iterable[str]
     ) -> None:
-        """Arrange ``files``, bytes by path inside the split.
+        """Take the images among ``files``, paths inside the split, whose classes are ``folders``.
 
         Raises `DataError` for a mixture of layouts, or an empty folder of a training class.
         """
-        owners = {path: path.split("/", 1)[0] if "/" in path else "" for path in files}
+        images, left_out = find_images(files, self._head)
+        owners = {path: path.split("/", 1)[0] if "/" in path else "" for path in images}
         found = set(owners.values())
         if "" in found and len(found) > 1:
             stray = next(path for path, owner in owners.items() if not owner)
@@ -152,38 +166,37 @@ class FileSource(ImageSource):
                 f" {printable(stray)!r}",
                 "move or remove those",
             )
-        for path in files:
+        for path in images:
             if ALL_SPLIT_NAMES.intersection(path.lower().split("/")[1:-1][:1]):
                 raise DataError(
                     f"{name} holds several sets of images, one in {printable(owners[path])!r}",
                     Set("data.dir", f"{name}/{printable(owners[path])}"),
                 )
-        for folder in sorted(set(folders) - found):
+        empty = sorted(set(folders) - found) if split == "train" else []
+        for folder in empty:
             what = f"the class folder {name}/{printable(folder)} has no images"
             raise DataError(f"{what} ({left_out})" if left_out else what, "fill or remove it")
-        self.name, self.notes = name, taken
+        self.name = name
         if left_out:
             self.notes += (f"{name}: {left_out}",)
         self.classes = tuple(sorted(found - {""}))
-        self._keys = sorted(files, key=lambda path: (owners[path], path))
+        self._keys = sorted(images, key=lambda path: (owners[path], path))
         label = {folder: i for i, folder in enumerate(self.classes)}
         self.labels = np.array([label.get(owners[key], -1) for key in self._keys], dtype=np.int64)
-        self.sizes = np.array([files[key] for key in self._keys], dtype=np.int64)
+        self.sizes = np.array([self._size(key) for key in self._keys], dtype=np.int64)
 
     @abstractmethod
-    def content(self, i: int) -> bytes | Path:
-        """Return what image ``i``'s file holds, or its path."""
+    def _head(self, path: str) -> bytes:
+        """Return the first bytes of a file."""
+
+    @abstractmethod
+    def _size(self, path: str) -> int:
+        """Return the bytes of a file. Raises `DataError` for what is none."""
 
     def key(self, i: int) -> str:
         return self._keys[i]
 
-    def load(self, i: int) -> Image.Image:
-        return decode_image(self.content(i), self._title(i))
-
-    def image_size(self, i: int) -> tuple[int, int]:
-        return image_size(self.content(i), self._title(i))
-
-    def _title(self, i: int) -> str:
+    def title(self, i: int) -> str:
         return f"{self.name}/{printable(self._keys[i])}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import DataError, PermissionDenied
 from ...messages import printable
-from .base import FileSource, ImageSource, Split, choose_split, find_images, is_hidden
+from .base import FileSource, ImageSource, Split, choose_split, is_hidden
 
 
 def open_folder(location: str, split: Split) -> ImageSource | None:
@@ -26,19 +26,16 @@ class FolderSource(FileSource):
     def __init__(self, root: Path, split: Split) -> None:
         """Index the folder. Raises `MissingSplit`, `DataError` or `PermissionDenied`."""
         _, folders, _ = next(_walk(str(root)))
-        inner, taken = choose_split(printable(root), split, folders)
+        inner, self.notes = choose_split(printable(root), split, folders)
         self.root = root / inner
-        paths: list[str] = []
+        files: list[str] = []
         classes: list[str] = []
         for folder, folders, names in _walk(str(self.root)):
             inside = os.path.relpath(folder, self.root) + "/"
             if inside == "./":
                 inside, classes = "", folders
-            paths += [inside + name for name in names]
-        images, left_out = find_images(paths, self._head)
-        sizes = {path: _size(str(self.root / path)) for path in images}
-        classes = classes if split == "train" else []
-        super().__init__(printable(self.root), sizes, classes, taken, left_out)
+            files += [inside + name for name in names]
+        self._arrange(printable(self.root), split, files, classes)
 
     def content(self, i: int) -> Path:
         """Return the file's path."""
@@ -50,6 +47,16 @@ class FolderSource(FileSource):
                 with open(self.root / path, "rb") as file:
                     return file.read(16)
         return b""
+
+    def _size(self, path: str) -> int:
+        try:
+            found = os.stat(self.root / path)
+        except OSError as error:
+            _refuse(error)
+            raise
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{printable(self.root / path)} is no regular file", "remove it")
+        return found.st_size
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -67,17 +74,6 @@ def _real_parents(folder: str, root: str) -> set[str]:
     """Return where ``folder`` and those around it, up to ``root``, really are."""
     inside = os.path.relpath(folder, root).split(os.sep)
     return {os.path.realpath(os.path.join(root, *inside[:i])) for i in range(len(inside) + 1)}
-
-
-def _size(path: str) -> int:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        _refuse(error)
-        raise
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{printable(path)} is no regular file", "remove it")
-    return found.st_size
 
 
 def _refuse(error: OSError) -> None:

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ...errors import ConfigError, DataError, MissingSplit, UserError
 from ...keyed import I64
@@ -22,13 +21,13 @@ from ...messages import listed, plural, printable, suggest
 from ...storage.hub import settle_network
 from .base import (
     ALL_SPLIT_NAMES,
+    EncodedSource,
     ImageSource,
     Split,
     choose_split,
     is_hidden,
     split_options,
 )
-from .decode import decode_image, image_size
 
 MAX_PARQUET_BYTES = 16 * 2**30
 """Parquet files of one split above this total are refused: they would be held in memory."""
@@ -53,18 +52,15 @@ def open_table(location: str, split: Split) -> ImageSource | None:
             f"{name} has {parquet >> 30} GiB of parquet, which would be held in memory",
             "save it as arrow with datasets.load_dataset(...).save_to_disk(...)",
         )
-    arrow = _extra("pyarrow")
+    arrow = import_extra("pyarrow")
     tables = [_read_table(arrow, file) for file in files]
-    columns = _columns(name, tables[0].schema, options)
-    chosen = [column for column in columns if column is not None]
+    columns = [c for c in _columns(name, tables[0].schema, options) if c is not None]
     try:
-        table = arrow.concat_tables([table.select(chosen) for table in tables])
+        table = arrow.concat_tables([table.select(columns) for table in tables])
     except (arrow.ArrowInvalid, KeyError) as error:
         reason = printable(str(error))
         raise DataError(f"the tables of {name} have different columns ({reason})") from error
-    source = TableSource(name, table, *columns)
-    source.notes = notes
-    return source
+    return TableSource(name, table, *columns, notes=notes)
 
 
 def open_hub(location: str, split: Split) -> ImageSource | None:
@@ -79,7 +75,7 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
     if Path(name).expanduser().exists():
         return open_table(location.partition("/")[2], split)
     settle_network()
-    datasets = _extra("datasets")
+    datasets = import_extra("datasets")
     try:
         found = datasets.get_dataset_split_names(name)
         chosen, notes = choose_split(printable(path), split, found)
@@ -95,18 +91,24 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
             field="data.dir",
         ) from error
     columns = _columns(path, table.schema, options)
-    source = TableSource(f"{printable(path)} ({chosen})", table, *columns)
-    source.notes = notes
-    return source
+    return TableSource(f"{printable(path)} ({chosen})", table, *columns, notes=notes)
 
 
-class TableSource(ImageSource):
+class TableSource(EncodedSource):
     """The rows of a pyarrow table with an image column and, mostly, a label column."""
 
-    def __init__(self, name: str, table: Any, image: str, label: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        table: Any,
+        image: str,
+        label: str | None = None,
+        *,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         """Read the labels. Raises `DataError` for rows without a class."""
-        arrow, compute = _extra("pyarrow"), _extra("pyarrow.compute")
-        self.name = name
+        arrow, compute = import_extra("pyarrow"), import_extra("pyarrow.compute")
+        self.name, self.notes = name, notes
         column = table.column(image)
         if arrow.types.is_struct(column.type):
             column = compute.struct_field(column, "bytes")
@@ -118,22 +120,20 @@ class TableSource(ImageSource):
     def key(self, i: int) -> str:
         return f"{i:08d}"
 
-    def load(self, i: int) -> Image.Image:
-        return decode_image(self._bytes[i].as_py() or b"", f"{self.name}: row {i}")
+    def content(self, i: int) -> bytes:
+        return self._bytes[i].as_py() or b""
 
-    def image_size(self, i: int) -> tuple[int, int]:
-        return image_size(self._bytes[i].as_py() or b"", f"{self.name}: row {i}")
+    def title(self, i: int) -> str:
+        return f"{self.name}: row {i}"
 
 
-def _extra(module: str) -> ModuleType:
+def import_extra(module: str) -> ModuleType:
     """Import a module of the optional extra ``data``."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"reading this data set needs {module.split('.')[0]}",
-            'pip install "vitdistill[data]"',
-            field="data.dir",
+            f"tables need {module.split('.')[0]}", 'pip install "vitdistill[data]"'
         ) from error
 
 
@@ -182,7 +182,7 @@ def _files_of_split(root: Path, split: Split) -> tuple[list[Path], tuple[str, ..
 def _read_table(arrow: ModuleType, file: Path) -> Any:
     try:
         if file.suffix.lower() == ".parquet":
-            return _extra("pyarrow.parquet").read_table(file, partitioning=None)
+            return import_extra("pyarrow.parquet").read_table(file, partitioning=None)
         mapped = arrow.memory_map(str(file))
         try:
             return arrow.ipc.open_stream(mapped).read_all()
@@ -215,7 +215,7 @@ def _columns(name: str, schema: Any, options: dict[str, str]) -> tuple[str, str 
                 suggest(word, known),
                 field="data.dir",
             )
-    types = _extra("pyarrow").types
+    types = import_extra("pyarrow").types
     kinds = {column: feature.get("_type") for column, feature in _features(schema).items()}
 
     def holds_images(column: str) -> bool:
@@ -252,7 +252,7 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
 
     Names come from the schema, or are the distinct values: texts, or numbers from 0 on.
     """
-    arrow = _extra("pyarrow")
+    arrow = import_extra("pyarrow")
     if label is None:
         return (), np.full(table.num_rows, -1, dtype=np.int64)
     column = table.column(label)
