@@ -5,6 +5,7 @@ encoder.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,6 +301,25 @@ def test_any_plain_vit_starts_as_maes(name: str, options: dict[str, object], pre
     assert model.pos_embed is not None and not model.pos_embed.requires_grad
     assert (model.pos_embed[:, :prefix] == 0).all()
     assert torch.equal(model.pos_embed[:, prefix:], sincos_positions(32, (4, 6))[:, 1:])
+
+
+def test_a_bias_by_relative_position_is_learned() -> None:
+    shape = {"img_size": 32, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    model: Any = timm.create_model("beit_base_patch16_224", **shape)
+    for change in (init_mae, hold_positions):
+        change(model)
+        assert all(p.requires_grad for p in model.parameters())
+    assert not model.blocks[0].attn.relative_position_bias_table.any()
+
+
+def test_a_table_of_any_grid_is_filled_and_held() -> None:
+    args = {"embed_dim": 12, "depth": 1, "num_heads": 2, "pos_embed_grid_size": (3, 5)}
+    model: Any = timm.create_model("naflexvit_base_patch16_gap", **args)
+    init_mae(model)
+    held = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert held == ["embeds.pos_embed"]
+    assert torch.equal(model.embeds.pos_embed.flatten(1, 2), sincos_positions(12, (3, 5))[:, 1:])
+    assert model.embeds.reg_token.std() > 0.01
 
 
 @pytest.mark.parametrize("positions", ["learn", "none"])

@@ -18,6 +18,15 @@ from vitdistill.vit.walk import run_vit
 SIZE = (16, 16)
 DISTILLED = "deit_tiny_distilled_patch16_224"
 ROTARY = "vit_small_patch16_dinov3"
+WALKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "rotary": (ROTARY, {}),
+    "biased": ("beitv2_base_patch16_224", {"global_pool": "token"}),
+    "native": (
+        "naflexvit_base_patch16_map",
+        {"class_token": True, "global_pool": "token", "pos_embed_grid_size": (3, 5)},
+    ),
+}
+"""A network of each family that is walked besides the plain ones."""
 NO_CLASS = {"class_token": False, "global_pool": "avg"}
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
 

@@ -5,15 +5,20 @@ from typing import Any
 import pytest
 import timm
 import torch
+from small_vits import WALKED, vit
 from torch import nn
 
 from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError
-from vitdistill.vit import Needs, describe_network, run_vit
+from vitdistill.vit import Needs, describe_network, family_of, run_vit
+from vitdistill.vit.beit import BiasedViT
+from vitdistill.vit.families import FAMILIES
+from vitdistill.vit.naflex import NaFlexViT
+from vitdistill.vit.plain import PlainViT
 from vitdistill.weights.create import create_model
 
 # One of a kind; the first of each list is one that a guess at its insides once refused.
-FAMILIES = {
+KINDS = {
     "one number for sizes": "xcit_*",
     "channels of a stem that is no image": "csatv2*",
     "channels of unfolded images": "tresnet_*",
@@ -43,17 +48,47 @@ def check(name: str) -> None:
     assert output.logits is not None and output.logits.shape == (2, 5)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_network_of_every_kind(kind: str) -> None:
-    check(timm.list_models(FAMILIES[kind])[0])
+    check(timm.list_models(KINDS[kind])[0])
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("kind", [*FAMILIES][:6])
+@pytest.mark.parametrize("kind", [*KINDS][:6])
 def test_every_network_of_a_kind_that_was_refused(kind: str) -> None:
-    for name in timm.list_models(FAMILIES[kind])[::3]:
+    for name in timm.list_models(KINDS[kind])[::3]:
         if "volo" not in name or name.endswith(("448", "512")):
             check(name)
+
+
+TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, BiasedViT) for name in timm.list_models(module="beit")),
+        *((name, NaFlexViT) for name in timm.list_models(module="naflexvit")),
+    ],
+)
+@torch.no_grad()
+def test_every_name_of_a_family_is_walked_on_any_patches(name: str, family: type) -> None:
+    torch.manual_seed(0)
+    model: Any = create_model(name, **TINY).eval()
+    assert type(family_of(model)) is family
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    keep = torch.stack([torch.randperm(16) for _ in images])
+    needs = Needs(logits=True, attention=frozenset({-1}))
+    for given in (None, keep):
+        assert torch.allclose(run_vit(model, images, needs, given).logits, expected, atol=1e-5)
+    half = run_vit(model, images, needs, keep[:, :8])
+    assert half.logits.isfinite().all() and half.attention[1].shape[2] == 8 + half.num_prefix_tokens
+
+
+def test_every_family_is_in_the_contract_suite() -> None:
+    seen = {type(family_of(vit(name=name, **args))) for name, args in WALKED.values()}
+    assert {PlainViT, *seen} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("side", [32, 48, (32, 64)])

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers import RmsNorm
-from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -276,7 +275,7 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
         return self.decode(encoder.norm(tokens), keep, encoder.network.num_prefix_tokens), mask
 
 
-def init_mae(model: VisionTransformer | Eva) -> None:
+def init_mae(model: nn.Module) -> None:
     """Initialise a ViT as MAE does, in place; positions become the fixed sine-cosine table.
 
     Raises `ConfigError` for a network that does not know where a patch is.
@@ -285,37 +284,49 @@ def init_mae(model: VisionTransformer | Eva) -> None:
     """
     hold_positions(model)
     model.apply(_init_module)
+    embeds: Any = getattr(model, "embeds", model)  # NaFlexVit's module of patches and tokens
+    projection: Any = getattr(embeds, "patch_embed", embeds).proj
     # The patch projection is seen as a matrix; its bias keeps PyTorch's own initialisation.
-    projection = model.patch_embed.proj
     fan_out, fan_in = len(projection.weight), projection.weight[0].numel()
     bound = math.sqrt(6 / (fan_in + fan_out))
     nn.init.uniform_(projection.weight, -bound, bound)
     if projection.bias is not None:
         nn.init.uniform_(projection.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
     for name in ("cls_token", "dist_token", "reg_token"):
-        token = getattr(model, name, None)
+        token = getattr(embeds, name, None)
         if token is not None:
             nn.init.normal_(token, std=0.02)
-    positions = model.pos_embed
-    if positions is None:  # rotary positions alone, which nothing learns
+    positions = embeds.pos_embed
+    if positions is None:  # rotary positions alone, which nothing learns, or a learned bias
         return
-    table = sincos_positions(positions.shape[2], model.patch_embed.grid_size)
-    num_prefix_tokens = positions.shape[1] - table.shape[1] + 1  # 0: they have no position
+    of_rows = positions.ndim == 4
+    grid = positions.shape[1:3] if of_rows else embeds.patch_embed.grid_size
+    table = sincos_positions(positions.shape[-1], grid)
     with torch.no_grad():
-        positions[:, :num_prefix_tokens] = 0
-        positions[:, num_prefix_tokens:] = table[:, 1:]
+        tokens = positions.flatten(1, 2) if of_rows else positions
+        num_prefix_tokens = tokens.shape[1] - table.shape[1] + 1  # 0: they have no position
+        tokens[:, :num_prefix_tokens] = 0
+        tokens[:, num_prefix_tokens:] = table[:, 1:]
 
 
-def hold_positions(model: VisionTransformer | Eva) -> None:
+def hold_positions(model: nn.Module) -> None:
     """Leave the table of positions out of training, as MAE does.
 
-    Raises `ConfigError` for a network that has neither a table nor rotary positions.
+    Rotary positions stay as they are, and a bias by relative position is learned, as BEiT does.
+
+    Raises `ConfigError` for a network that has none of these.
     """
-    if model.pos_embed is not None:
-        model.pos_embed.requires_grad_(False)
-    elif getattr(model, "rope", None) is None:
+    positions = getattr(getattr(model, "embeds", model), "pos_embed", None)
+    if positions is not None:
+        positions.requires_grad_(False)
+    elif getattr(model, "rope", None) is None and not _has_bias(model):
         what = f"masked autoencoding needs positions of patches, which {type(model).__name__} lacks"
         raise ConfigError(what, "take a plain ViT with a table of them", field="student.model")
+
+
+def _has_bias(model: nn.Module) -> bool:
+    tables = (getattr(module, "relative_position_bias_table", None) for module in model.modules())
+    return any(table is not None for table in tables)
 
 
 def _init_module(module: nn.Module) -> None:

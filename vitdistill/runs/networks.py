@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from timm.models import is_model
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..data.augment import InputSpec, evaluated_as_trained
@@ -59,7 +57,7 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
     built = _build(config, "student", num_classes, with_weights, drop_path=drop_path)
     if config.init == "model":
         return built
-    if not isinstance(built.model, VisionTransformer | Eva):
+    if not built.network.walks:
         raise ConfigError(
             f"init mae is for plain ViTs, and {config.model} is none",
             (Set("student.init", "model"), Set("student.model")),

@@ -11,7 +11,7 @@ from timm.layers import AttentionRope, apply_keep_indices_nlc, apply_rot_embed_c
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from .plain import PlainViT, project_qkv
+from .plain import PlainViT, add_scaled, project_qkv
 
 
 class RotaryViT(PlainViT):
@@ -62,7 +62,7 @@ class RotaryViT(PlainViT):
     def _project(self, i: int, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
         attn: Any = self.model.blocks[i].attn
         if attn.qkv is not None:
-            q, k, v = project_qkv(attn, x, rows, _bias(attn))
+            q, k, v = project_qkv(attn, x, rows, _bias_of(attn))
         else:
             q, k, v = (
                 projection(tokens).unflatten(2, (-1, attn.head_dim)).transpose(1, 2)
@@ -85,12 +85,10 @@ class RotaryViT(PlainViT):
         if isinstance(block, EvaBlockPostNorm):
             tokens = tokens + block.drop_path1(block.norm1(attended))
             return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))
-        tokens = tokens + block.drop_path1(_scaled(attended, block.gamma_1))
-        answer = block.mlp(block.norm2(tokens))
-        return tokens + block.drop_path2(_scaled(answer, block.gamma_2))
+        return add_scaled(block, tokens, attended)
 
 
-def _bias(attn: Any) -> Tensor | None:
+def _bias_of(attn: Any) -> Tensor | None:
     """Return the bias of the joint projection; `EvaAttention` trains it in parts, k has none."""
     if isinstance(attn, EvaAttention):
         parts: Any = (attn.q_bias, attn.k_bias, attn.v_bias)
@@ -105,7 +103,3 @@ def _rotate(attn: Any, vectors: Float[Tensor, "B H rows d"], rope: Tensor) -> Te
     before, patches = vectors[:, :, :prefix], vectors[:, :, prefix:]
     turned = apply_rot_embed_cat(patches, rope[..., : patches.shape[2], :], half=attn.rotate_half)
     return torch.cat([before, turned], dim=2)
-
-
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else gamma * x

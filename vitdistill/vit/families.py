@@ -5,12 +5,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from .beit import BiasedViT
 from .eva import RotaryViT
+from .naflex import NaFlexViT
 from .network import Network
 from .plain import PlainViT
 from .whole import Whole
 
-FAMILIES = (PlainViT, RotaryViT)
+FAMILIES = (PlainViT, RotaryViT, BiasedViT, NaFlexViT)
 """Networks that are walked; the first family that accepts a model takes it."""
 
 

@@ -15,6 +15,7 @@ from ..errors import ConfigError, Set
 from .heads import TokenHeads
 from .network import AttentionSource, Network
 from .output import QKV, BlockRun
+from .patches import gather_patches
 
 
 class PlainViT:
@@ -32,11 +33,11 @@ class PlainViT:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self.network = _describe(model, self.blocks, self.attentions)
+        self.network = self._describe()
         self.num_head_tokens: int | None = None
         if len(self.network.heads) > 1:
             self.num_head_tokens = len(self.network.heads)
-        elif model.attn_pool is None and model.global_pool == "token":
+        elif self._attn_pool is None and self.model.global_pool == "token":
             self.num_head_tokens = 1
 
     @classmethod
@@ -50,39 +51,69 @@ class PlainViT:
             in (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
         )
 
+    @property
+    def patch_embed(self) -> Any:
+        """The module that embeds patches."""
+        return self.model.patch_embed
+
+    @property
+    def _attn_pool(self) -> Any:
+        return self.model.attn_pool
+
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Return rows and columns of the patch grid for images of this size."""
-        return patch_grid(self.model.patch_embed, images)
+        """Return rows and columns of the patch grid for images of this size.
+
+        Pixels that do not fill a patch may be dropped.
+        """
+        rows, columns = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        return int(rows), int(columns)
 
     def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
         """Return the tokens before block 0, ``(B, P+K, D)``."""
         model, prefix = self.model, self.network.num_prefix_tokens
         if keep is None:
-            return model.norm_pre(self._drop_patches(self._place(model.patch_embed(images))))
-        if model.training and not isinstance(model.patch_drop, nn.Identity | None):
+            return self._begin(self._drop_patches(self._embed_all(images)))
+        if model.training and not isinstance(
+            getattr(model, "patch_drop", None), nn.Identity | None
+        ):
             field = "student.model_args.patch_drop_rate"
             raise ConfigError("patches are both chosen and dropped", Set(field, 0), field=field)
-        # Kept patches are embedded alone where that gives the same numbers. Dropout of positions
-        # draws a mask for all tokens, and a stem of several convolutions looks beyond its patch.
-        drops_positions = model.training and model.pos_drop.p > 0
-        if type(model.patch_embed) is PatchEmbed and not drops_positions:
+        if self._embeds_patches_alone():
             positions = self._positions(images)
-            patches = embed_kept(model.patch_embed, images, keep)
+            patches = self._embed_kept(images, keep)
             patches = patches + positions[0, prefix:][keep]
             before = positions[:, :prefix].expand(len(images), -1, -1).to(patches.dtype)
         else:
-            whole = self._place(model.patch_embed(images))
-            batch = torch.arange(len(images), device=images.device)[:, None]
-            before, patches = whole[:, :prefix], whole[batch, prefix + keep]
-        return model.norm_pre(torch.cat([before, patches], dim=1))
+            whole = self._embed_all(images)
+            before, patches = whole[:, :prefix], gather_patches(whole[:, prefix:], keep)
+        return self._begin(torch.cat([before, patches], dim=1))
+
+    def _embed_all(self, images: Tensor) -> Float[Tensor, "B L D"]:
+        """Return every token with its position."""
+        return self._place(self.patch_embed(images))
+
+    def _embed_kept(self, images: Tensor, keep: Tensor) -> Float[Tensor, "B K D"]:
+        """Return the kept patches without positions, embedded alone."""
+        return embed_kept(self.patch_embed, images, keep, self.grid(images))
+
+    def _embeds_patches_alone(self) -> bool:
+        """Whether kept patches can be embedded alone, to the same numbers."""
+        # Dropout of positions draws a mask for all tokens, and a stem of several convolutions looks
+        # beyond its patch.
+        return type(self.patch_embed) is PatchEmbed and not self._drops(self.model.pos_drop)
+
+    def _drops(self, dropout: Any) -> bool:
+        return bool(self.model.training and dropout.p > 0)
 
     def _positions(self, images: Tensor) -> Float[Tensor, "1 L D"]:
         """Return the position of every token: what the model itself adds to zero patches."""
-        model, dim = self.model, self.network.dim
         rows, columns = self.grid(images)
-        shape = (1, rows, columns, dim) if model.dynamic_img_size else (1, rows * columns, dim)
-        dtype = model.patch_embed.proj.weight.dtype
-        return self._place(torch.zeros(shape, device=images.device, dtype=dtype))
+        dynamic = getattr(self.model, "dynamic_img_size", False)
+        shape = (1, rows, columns) if dynamic else (1, rows * columns)
+        dtype = self.patch_embed.proj.weight.dtype
+        return self._place(
+            torch.zeros((*shape, self.network.dim), device=images.device, dtype=dtype)
+        )
 
     def _place(self, patches: Tensor) -> Float[Tensor, "B L D"]:
         """Put the prefix tokens before the patches, and add positions."""
@@ -90,6 +121,10 @@ class PlainViT:
 
     def _drop_patches(self, tokens: Tensor) -> Tensor:
         return self.model.patch_drop(tokens)
+
+    def _begin(self, tokens: Tensor) -> Tensor:
+        """Apply what comes between the embedding and block 0."""
+        return self.model.norm_pre(tokens)
 
     def run_block(
         self, i: int, tokens: Tensor, rows: int | None, attention: bool = False, qkv: bool = False
@@ -109,9 +144,14 @@ class PlainViT:
         if source is not None and (attention or qkv or rows is not None):
             return self._walk_block(i, tokens, rows, attention, qkv)
         extra = self._extra(i)
-        if self.model.grad_checkpointing and self.model.training and torch.is_grad_enabled():
+        if self._checkpoints():
             return BlockRun(checkpoint(block, tokens, use_reentrant=False, **extra))
         return BlockRun(block(tokens, **extra))
+
+    def _checkpoints(self) -> bool:
+        """Whether activations are computed again backward, to save memory."""
+        model = self.model
+        return bool(model.grad_checkpointing and model.training and torch.is_grad_enabled())
 
     def _extra(self, i: int) -> dict[str, Any]:
         """Return what block ``i`` is given besides its tokens."""
@@ -122,7 +162,7 @@ class PlainViT:
     ) -> BlockRun:
         """Compute the block's own forward by hand, and record from its q, k and v."""
         block: Any = self.model.blocks[i]
-        attn: Attention = block.attn
+        attn: Any = block.attn
         x = self._enter(block, tokens)
         mean_row = attention and self.network.attention_source != "class"
         q, k, v = self._project(i, x, None if rows is None or mean_row or qkv else max(rows, 1))
@@ -131,11 +171,15 @@ class PlainViT:
         # computes the class token's row a second time. A shortened block is cheaper explicitly,
         # and the row is a by-product.
         fused = rows is None and not mean_row and attn.fused_attn
+        all_queries = mean_row or (rows is None and not fused)
+        num_queries = q.shape[2] if all_queries else max(rows or 1, 1)
+        bias = None
+        if attention or rows != 0:
+            bias = self._bias(i, None if fused else num_queries)
         weights = row = None
         if attention or (rows != 0 and not fused):
-            all_queries = mean_row or (rows is None and not fused)
-            num_queries = q.shape[2] if all_queries else max(rows or 1, 1)
-            weights = attention_rows(attn, q[:, :, :num_queries], k)
+            of_rows = None if bias is None else bias[..., :num_queries, :]
+            weights = attention_rows(attn, q[:, :, :num_queries], k, of_rows)
         if attention:
             assert weights is not None
             row = weights.mean(2) if mean_row else weights[:, :, 0]
@@ -143,14 +187,11 @@ class PlainViT:
             return BlockRun(tokens[:, :0], row, recorded)
         if weights is None or fused:
             dropout = float(attn.attn_drop.p) if attn.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         else:
             out = attn.attn_drop(weights[:, :, :rows].to(v.dtype)) @ v
-        out = attn.norm(out.transpose(1, 2).flatten(2))
-        gate = getattr(attn, "gate", None)
-        if gate is not None:
-            out = out * gate(x[:, : out.shape[1]]).sigmoid()
-        out = attn.proj_drop(attn.proj(out))
+        out = out.transpose(1, 2).flatten(2)
+        out = attn.proj_drop(attn.proj(self._merge(attn, x[:, : out.shape[1]], out)))
         return BlockRun(self._leave(block, tokens[:, : out.shape[1]], out), row, recorded)
 
     def _enter(self, block: Any, tokens: Tensor) -> Tensor:
@@ -162,6 +203,16 @@ class PlainViT:
         attn: Any = self.model.blocks[i].attn
         return project_qkv(attn, x, rows, attn.qkv.bias)
 
+    def _bias(self, i: int, rows: int | None) -> Float[Tensor, "*images H rows L"] | None:
+        """Return what is added to the scores of the first ``rows`` queries (None: of all)."""
+        return None
+
+    def _merge(self, attn: Any, x: Tensor, attended: Tensor) -> Tensor:
+        """Return what the output projection reads, from the joined heads."""
+        attended = attn.norm(attended)
+        gate = getattr(attn, "gate", None)
+        return attended if gate is None else attended * gate(x).sigmoid()
+
     def _leave(self, block: Any, tokens: Tensor, attended: Tensor) -> Tensor:
         """Add the attention's output to the tokens, and run the MLP on them."""
         tokens = tokens + block.drop_path1(block.ls1(attended))
@@ -169,10 +220,10 @@ class PlainViT:
 
     def _pool_attention(self, tokens: Tensor) -> Float[Tensor, "B H L"]:
         """Return the attention of the pool's first latent; 0 on prefix tokens it does not read."""
-        model, pool = self.model, self.model.attn_pool
+        pool = self._attn_pool
         heads, size = (pool.num_heads, pool.head_dim), pool.num_heads * pool.head_dim
-        skipped = 0 if _pool_reads_prefix(model) else model.num_prefix_tokens
-        x = model.norm(tokens)[:, skipped:]
+        skipped = 0 if self._pool_reads_prefix() else self.network.num_prefix_tokens
+        x = self.norm(tokens)[:, skipped:]
         if pool.pos_embed is not None:
             x = x + pool.pos_embed.unsqueeze(0).to(x.dtype)
         bias = None if pool.kv.bias is None else pool.kv.bias[:size]
@@ -199,57 +250,53 @@ class PlainViT:
             return model.head.predict(logits), logits
         return model.forward_head(features), None
 
+    def _pool_reads_prefix(self) -> bool:
+        # Eva has no setting for it: its attention pool reads every token, its other pools patches.
+        return bool(getattr(self.model, "pool_include_prefix", self._attn_pool is not None))
 
-def _pool_reads_prefix(model: Any) -> bool:
-    # Eva has no setting for it: its attention pool reads every token, its other pools patches.
-    return bool(getattr(model, "pool_include_prefix", model.attn_pool is not None))
+    def _has_class_token(self) -> bool:
+        return self.model.cls_token is not None and self.model.num_prefix_tokens > 0
 
-
-def _describe(model: Any, blocks: tuple[type, ...], attentions: tuple[type, ...]) -> Network:
-    depth, prefix = len(model.blocks), int(model.num_prefix_tokens)
-    has_class_token = model.cls_token is not None and prefix > 0
-    pools = model.attn_pool is not None or model.global_pool not in ("token", "")
-    heads: tuple[str, ...] = ("class",)
-    if isinstance(model, VisionTransformerDistilled):
-        heads = ("class", "distillation")
-    answering = heads
-    if isinstance(model.head, TokenHeads):
-        heads, answering = model.head.names, model.head.answering
-    source: AttentionSource | None = None
-    num_heads = 0
-    if all(type(b) in blocks and type(b.attn) in attentions for b in model.blocks):
-        num_heads = int(model.blocks[0].attn.num_heads)
-        pool: AttentionSource = "pool" if type(model.attn_pool) is AttentionPoolLatent else "mean"
-        source = "class" if has_class_token else pool
-    height, width = model.patch_embed.patch_size
-    return Network(
-        depth=depth,
-        dim=model.embed_dim,
-        num_classes=int(model.num_classes),
-        patch_size=(int(height), int(width)),
-        num_prefix_tokens=prefix,
-        has_class_token=has_class_token,
-        heads=heads,
-        answering=answering,
-        walks=True,
-        attention_source=source,
-        dims=(model.embed_dim,) * depth,
-        num_heads=num_heads,
-        final_norm=not isinstance(model.norm, nn.Identity),
-        reads_class_token=has_class_token and (not pools or _pool_reads_prefix(model)),
-    )
-
-
-def patch_grid(patch_embed: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Return rows and columns of patches; pixels that do not fill a patch may be dropped."""
-    rows, columns = patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))  # type: ignore[operator]
-    return int(rows), int(columns)
+    def _describe(self) -> Network:
+        model, has_class_token = self.model, self._has_class_token()
+        pools = self._attn_pool is not None or model.global_pool not in ("token", "")
+        heads: tuple[str, ...] = ("class",)
+        if isinstance(model, VisionTransformerDistilled):
+            heads = ("class", "distillation")
+        answering = heads
+        if isinstance(model.head, TokenHeads):
+            heads, answering = model.head.names, model.head.answering
+        source: AttentionSource | None = None
+        num_heads, depth = 0, len(model.blocks)
+        if all(type(b) in self.blocks and type(b.attn) in self.attentions for b in model.blocks):
+            num_heads = int(model.blocks[0].attn.num_heads)
+            by_pool = type(self._attn_pool) is AttentionPoolLatent
+            source = "class" if has_class_token else "pool" if by_pool else "mean"
+        height, width = self.patch_embed.patch_size
+        return Network(
+            depth=depth,
+            dim=model.embed_dim,
+            num_classes=int(model.num_classes),
+            patch_size=(int(height), int(width)),
+            num_prefix_tokens=int(model.num_prefix_tokens),
+            has_class_token=has_class_token,
+            heads=heads,
+            answering=answering,
+            walks=True,
+            attention_source=source,
+            dims=(model.embed_dim,) * depth,
+            num_heads=num_heads,
+            final_norm=not isinstance(model.norm, nn.Identity),
+            reads_class_token=has_class_token and (not pools or self._pool_reads_prefix()),
+        )
 
 
-def embed_kept(patch_embed: PatchEmbed, images: Tensor, keep: Tensor) -> Float[Tensor, "B K D"]:
+def embed_kept(
+    patch_embed: Any, images: Tensor, keep: Tensor, grid: tuple[int, int]
+) -> Float[Tensor, "B K D"]:
     """Embed the kept patches alone: gather their pixels, then project them in one product."""
     height, width = patch_embed.patch_size
-    rows, columns = patch_grid(patch_embed, images)
+    rows, columns = grid
     if patch_embed.dynamic_img_pad:
         below, right = rows * height - images.shape[-2], columns * width - images.shape[-1]
         images = F.pad(images, (0, right, 0, below))
@@ -262,16 +309,20 @@ def embed_kept(patch_embed: PatchEmbed, images: Tensor, keep: Tensor) -> Float[T
 
 
 def attention_rows(
-    attn: Any, q: Float[Tensor, "B H rows d"], k: Float[Tensor, "B H L d"]
+    attn: Any,
+    q: Float[Tensor, "B H rows d"],
+    k: Float[Tensor, "B H L d"],
+    bias: Float[Tensor, "*images H rows L"] | None = None,
 ) -> Float[Tensor, "B H rows L"]:
     """Return the post-softmax attention of some queries over all keys, in float32."""
-    return ((q * attn.scale) @ k.transpose(-2, -1)).float().softmax(-1)
+    scores = ((q * attn.scale) @ k.transpose(-2, -1)).float()
+    return (scores if bias is None else scores + bias).softmax(-1)
 
 
 def split_heads(attn: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Split ``(B, L, parts * H * d)`` into ``parts`` tensors ``(B, H, L, d)``."""
-    shape = (parts, attn.num_heads, attn.head_dim)
-    return projected.unflatten(2, shape).permute(2, 0, 3, 1, 4).unbind(0)
+    heads = projected.unflatten(2, (parts, attn.num_heads, -1))
+    return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def project_qkv(
@@ -281,12 +332,31 @@ def project_qkv(
 
     They come from one joint projection with ``bias``, and are normed where the attention norms.
     """
+    q, k, v = project_jointly(attn, x, rows, bias)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def project_jointly(
+    attn: Any, x: Tensor, rows: int | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `project_qkv` does, of an attention that does not norm."""
     weight = attn.qkv.weight
     if rows is None:
         q, k, v = split_heads(attn, F.linear(x, weight, bias), 3)
-    else:
-        size = attn.num_heads * attn.head_dim
-        of_q, of_kv = (None, None) if bias is None else (bias[:size], bias[size:])
-        (q,) = split_heads(attn, F.linear(x[:, :rows], weight[:size], of_q), 1)
-        k, v = split_heads(attn, F.linear(x, weight[size:], of_kv), 2)
-    return attn.q_norm(q), attn.k_norm(k), v
+        return q, k, v
+    size = len(weight) // 3
+    of_q, of_kv = (None, None) if bias is None else (bias[:size], bias[size:])
+    (q,) = split_heads(attn, F.linear(x[:, :rows], weight[:size], of_q), 1)
+    k, v = split_heads(attn, F.linear(x, weight[size:], of_kv), 2)
+    return q, k, v
+
+
+def add_scaled(block: Any, tokens: Tensor, attended: Tensor) -> Tensor:
+    """Add attention and MLP to the tokens as timm's pre-norm blocks with ``gamma_1`` do."""
+    tokens = tokens + block.drop_path1(_scaled(attended, block.gamma_1))
+    answer = block.mlp(block.norm2(tokens))
+    return tokens + block.drop_path2(_scaled(answer, block.gamma_2))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
