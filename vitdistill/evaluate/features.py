@@ -36,7 +36,9 @@ def image_features(output: ViTOutput, pool: Pool = "mean") -> Float[Tensor, "B D
 def check_pool(pool: Pool, has_class_token: bool) -> None:
     """Raise `ConfigError` for the class token of a network that has none."""
     if pool == "class" and not has_class_token:
-        raise ConfigError("the network has no class token", Give("pool", "mean"), field="pool")
+        raise ConfigError(
+            "the network has no class token that can be read", Give("pool", "mean"), field="pool"
+        )
 
 
 class Stopped(Exception):

@@ -44,7 +44,8 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
     if needs.hidden:
         recorded.append(f"hidden states after block {_numbers(needs.hidden)}")
     if needs.features and not network.walks:
-        recorded.append("the last feature map")
+        token = "the class token and " if network.has_class_token else ""
+        recorded.append(f"{token}the last feature map")
     elif needs.features:
         before = "features before its norm, which follows the pool"
         recorded.append("features after the final norm" if network.final_norm else before)

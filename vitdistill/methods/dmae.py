@@ -167,11 +167,10 @@ class DMAE(TeacherObjective):
         for n, (i, j) in enumerate(self.pairs(student.depth, teacher.depth)):
             places = teacher.patches(j)
             z_student, z_teacher = student.patches(i).at(places), places.vectors
-            if student.has_class_token and teacher.has_class_token:
-                of_student = student.hidden[i % student.depth]
-                of_teacher = teacher.hidden[j % teacher.depth]
-                z_student = torch.cat([of_student[:, :1], z_student], dim=1)
-                z_teacher = torch.cat([of_teacher[:, :1], z_teacher], dim=1)
+            of_student, of_teacher = student.class_token(i), teacher.class_token(j)
+            if of_student is not None and of_teacher is not None:
+                z_student = torch.cat([of_student, z_student], dim=1)
+                z_teacher = torch.cat([of_teacher, z_teacher], dim=1)
             if isinstance(adapter, DMAEAdapter):
                 z_student = adapter.projections[n](z_student)
             terms.append(

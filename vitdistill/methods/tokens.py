@@ -77,8 +77,9 @@ class TokenFeatures(TeacherObjective):
     """Feature distillation after the final norm; needs no head and no labels.
 
     The mean of the patches stands in for a missing class token (of those both saw, if the teacher
-    sees more than the student). Networks that are run whole (CNNs) give the last feature map, after
-    the final norm if they have one. Between unequal grids the student's features are resampled to
+    sees more than the student). Networks that are run whole give the last feature map, after the
+    final norm if they have one, and the class token where timm's features have it (CaiT, XCiT, not
+    CNNs). Between unequal grids the student's features are resampled to
     the teacher's by position.
     """
 

@@ -33,12 +33,13 @@ class ViTOutput:
     Attributes:
         logits: the prediction that the model's own ``forward`` gives in evaluation.
         head_logits: each head's own, in the order of ``network.heads``, if there are several.
-        hidden: tokens by block, P prefix tokens first, then K patches.
+        hidden: tokens by block, P prefix tokens first, then K patches; patches alone of a network
+            whose class token joins them at the end (CaiT).
         attention: by block, float32: how the class token attends to all tokens, or its stand-in,
             see `Network.attention_source`.
         qkv: queries, keys and values by block.
-        features: tokens after the final norm, if the network has one; the last feature map of a
-            network that is run whole.
+        features: tokens after the final norm, if the network has one: P prefix tokens, then K
+            patches, or the last feature map of a network that is run whole.
         keep: row-major indices of the patches that were seen; None: all, in order.
         grid: rows and columns of the patch grid of these images.
         grids: rows and columns of hidden states by block, if they differ from ``grid``.
@@ -87,9 +88,16 @@ class ViTOutput:
         block %= self.depth
         return self._places(self.hidden[block], block)
 
+    def class_token(self, block: int) -> Float[Tensor, "B 1 D"] | None:
+        """Return the class token after ``block``; None: it has none there."""
+        tokens = self.hidden[block % self.depth]
+        alone = tokens.shape[1] == self.patches(block).vectors.shape[1]
+        return None if alone or not self.has_class_token else tokens[:, :1]
+
     def _places(self, tokens: Tensor, block: int) -> PatchMap:
         grid = self.grids.get(block, self.grid)
-        return PatchMap(tokens[:, self.num_prefix_tokens :], grid, self.keep)
+        count = grid[0] * grid[1] if self.keep is None else self.keep.shape[1]
+        return PatchMap(tokens[:, tokens.shape[1] - count :], grid, self.keep)
 
     def first_patches(self, keep: Int[Tensor, "B K"]) -> "ViTOutput":
         """Return the record of the first K patches that were seen, ``keep``, alone."""

@@ -1,7 +1,9 @@
 """Networks that are run whole: CNNs, hierarchical transformers, a user's own."""
 
+import inspect
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,7 +17,10 @@ class Whole:
     """A network run by its own ``forward``: no patch subsets, no attention.
 
     Its "blocks" are its feature stages, whose maps come from timm's ``forward_intermediates``;
-    width and grid may differ from stage to stage.
+    width and grid may differ from stage to stage. Prefix tokens are recorded where timm gives them:
+    at every stage (TNT, ViTs with a forward of their own), or in the features alone, for a class
+    token that joins the patches at the end (CaiT, XCiT, VOLO, PiT). Of several scales with a class
+    token each (CrossViT, CoaT) none is read.
 
     Attributes:
         network: the description of the model.
@@ -23,13 +28,17 @@ class Whole:
 
     def __init__(self, model: nn.Module) -> None:
         stages = getattr(model, "feature_info", ())
-        recorded = stages if hasattr(model, "forward_intermediates") else ()
+        forward = getattr(model, "forward_intermediates", None)
+        recorded = () if forward is None else stages
         self.model = model
+        num_prefix_tokens, self._at_every_stage = _prefix_tokens(model) if recorded else (0, False)
         self.network = Network(
             depth=max(len(stages), 1),
             dim=int(getattr(model, "num_features", 0)),
             dims=tuple(int(stage["num_chs"]) for stage in recorded),
             num_classes=int(getattr(model, "num_classes", 0)),
+            num_prefix_tokens=num_prefix_tokens,
+            has_class_token=num_prefix_tokens > 0 and _class_token(model) is not None,
             answering=("class",),
             final_norm=not isinstance(getattr(model, "norm", None), nn.Identity),
         )
@@ -67,46 +76,64 @@ class Whole:
             raise ConfigError(f"{kind} has no forward_intermediates, and no states to record")
         last = self.network.depth - 1
         stages = sorted(needs.hidden | {last} if needs.features else needs.hidden)
+        asked = {"return_prefix_tokens": True} if self._at_every_stage else {}
         final = None
         if needs.logits or needs.features:
-            final, found = forward(images, indices=stages)
+            final, found = forward(images, indices=stages, **asked)
         else:
-            found = forward(images, indices=stages, intermediates_only=True)
+            found = forward(images, indices=stages, intermediates_only=True, **asked)
         maps = dict(zip(stages, found, strict=True))
-        hidden = {i: maps[i] for i in needs.hidden}
-        grids = {i: _size(stage) for i, stage in hidden.items()}
-        features = None
-        if needs.features:
-            features = _as_map(final, maps[last], getattr(self.model, "output_fmt", "") == "NHWC")
-            grids[last] = _size(features)
+        grids = {i: _size(stage) for i, stage in maps.items()}
         return ViTOutput(
             logits=self.model.forward_head(final) if needs.logits else None,  # type: ignore[operator]
-            hidden={i: _as_tokens(stage) for i, stage in hidden.items()},
-            features=None if features is None else _as_tokens(features),
+            hidden={i: _as_tokens(maps[i]) for i in needs.hidden},
+            features=self._features(final, maps[last]) if needs.features else None,
             grids=grids,
             network=self.network,
         )
 
+    def _features(self, final: Any, last: Any) -> Float[Tensor, "B L D"]:
+        """Return the output of ``forward_features`` as tokens, or ``last`` if it is no such map."""
+        patches = _as_tokens(last[0] if isinstance(last, tuple) else last)
+        prefix, count = self.network.num_prefix_tokens, patches.shape[1]
+        if isinstance(final, Tensor) and final.ndim == 4:
+            if getattr(self.model, "output_fmt", "") == "NHWC":
+                final = final.movedim(-1, 1)
+            final = _as_tokens(final) if _size(final) == _size(last) else None
+        if isinstance(final, Tensor) and final.ndim == 3 and final.shape[2] == patches.shape[2]:
+            if final.shape[1] == prefix > 0:  # class tokens alone (PiT)
+                return torch.cat([final, patches], dim=1)
+            if final.shape[1] >= prefix + count:
+                return final[:, final.shape[1] - prefix - count :]
+        if prefix:
+            kind = type(self.model).__name__
+            raise ConfigError(f"the class token of {kind} is not where its patches are")
+        return patches
 
-def _size(stage: Tensor) -> tuple[int, int]:
-    return int(stage.shape[2]), int(stage.shape[3])
+
+def _class_token(model: nn.Module) -> Tensor | None:
+    # NaFlexVit has its tokens in a module.
+    token = getattr(getattr(model, "embeds", model), "cls_token", None)
+    return token if isinstance(token, Tensor) and token.ndim == 3 else None
 
 
-def _as_tokens(stage: Float[Tensor, "B D rows columns"]) -> Float[Tensor, "B L D"]:
+def _prefix_tokens(model: Any) -> tuple[int, bool]:
+    """Return how many tokens precede the patches, and whether they do so at every stage."""
+    count = int(getattr(model, "num_prefix_tokens", 0) or 0)
+    if "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters:
+        return count, count > 0  # without any, timm's `Eva` fails where it is asked for them
+    token = _class_token(model)
+    return (0 if token is None else token.shape[1]), False
+
+
+def _size(stage: Any) -> tuple[int, int]:
+    patches = stage[0] if isinstance(stage, tuple) else stage
+    return int(patches.shape[2]), int(patches.shape[3])
+
+
+def _as_tokens(stage: Any) -> Float[Tensor, "B L D"]:
+    """Return a stage's patches as tokens, behind its prefix tokens if it has any."""
+    if isinstance(stage, tuple):
+        patches, prefix = stage
+        return torch.cat([prefix, _as_tokens(patches)], dim=1)
     return stage.flatten(2).transpose(1, 2)
-
-
-def _as_map(
-    final: Any, last: Float[Tensor, "B D rows columns"], channels_last: bool
-) -> Float[Tensor, "B D rows columns"]:
-    """Return the output of ``forward_features`` as a map, or ``last`` if it is none."""
-    if not isinstance(final, Tensor):
-        return last
-    rows, columns = last.shape[2:]
-    if final.ndim == 3 and final.shape[2] == last.shape[1] and final.shape[1] >= rows * columns:
-        # Tokens, behind prefix tokens.
-        final = final[:, final.shape[1] - rows * columns :].unflatten(1, (rows, columns))
-        channels_last = True
-    if final.ndim == 4 and channels_last:
-        final = final.movedim(-1, 1)
-    return final if final.shape == last.shape else last
