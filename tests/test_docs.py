@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from small_runs import plain_recipe, ranks, run, taught_recipe, write_images
+from torch.utils.data import DataLoader, TensorDataset
 
 from vitdistill import cli, methods
+from vitdistill.data.augment import Augment
 from vitdistill.methods.base import TeacherObjective
 from vitdistill.recipes import RECIPES
+from vitdistill.recipes.convert import replace_fields, to_dict
+from vitdistill.recipes.settings import LabelOptions
+from vitdistill.runs.label import label
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
@@ -66,18 +73,69 @@ def test_the_commands_of_the_documents_have_flags_that_exist() -> None:
         cli.read_arguments(command, words)
 
 
+BATCH = torch.rand(4, 3, 224, 224), torch.arange(4)
+
+
+def _run(code: str, space: dict[str, Any]) -> None:
+    """Run a block on small networks, and without a compiler of C."""
+    code = code.replace("num_classes=10", "embed_dim=24, depth=2, num_heads=2, num_classes=10")
+    code = code.replace("compile(student)", 'compile(student, backend="eager")')
+    exec(compile(code, "a document", "exec"), space)
+
+
 @pytest.mark.whole
 def test_the_loop_of_the_readme_runs() -> None:
     (code,) = [block for block in _blocks("README.md", "python") if "Distiller" in block]
     assert len(code.strip().splitlines()) < 15
-    small = "embed_dim=24, depth=2, num_heads=2, num_classes=10"
-    code = code.replace("num_classes=10", small)
-    images = torch.rand(2, 3, 224, 224)
-    space: dict[str, Any] = {"loader": [(images, torch.tensor([0, 1]))] * 3}
-    exec(compile(code, "README.md", "exec"), space)
+    assert code == _blocks("docs/own_loop.md", "python")[0]
+    space: dict[str, Any] = {"loader": [BATCH] * 3}
+    _run(code, space)
     assert {"ce", "kd", "loss"} <= set(space["losses"])
-    again = space["distiller"](images, torch.tensor([0, 1]))["loss"]
+    again = space["distiller"](*BATCH)["loss"]
     assert again.isfinite() and again < space["losses"]["loss"]
+
+
+def _loops() -> dict[str, str]:
+    """The blocks of the page on loops by their heading."""
+    parts = (ROOT / "docs" / "own_loop.md").read_text().split("\n## ")[1:]
+    return {part.partition("\n")[0]: part.split("```python\n")[1].split("```")[0] for part in parts}
+
+
+def _labelled(folder: Path) -> torch.nn.Module:
+    """Store the answers of a teacher of photos; return a student for them."""
+    images = write_images(folder / "photos")
+    run(plain_recipe(images), folder / "teacher")
+    network = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    changes = {"student.model": "deit_tiny_patch16_224", "student.model_args": network}
+    changes |= {"selector": None, "data.augment": to_dict(Augment()), "train.accumulate": 1}
+    recipe = replace_fields(taught_recipe(images, folder / "teacher"), changes)
+    label(recipe, folder / "labels", LabelOptions(), device="cpu")
+    return timm.create_model("deit_tiny_patch16_224", num_classes=3, **network)
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")  # of Lightning's and Accelerate's own
+@pytest.mark.parametrize("heading", _loops())
+def test_loops_of_ones_own_run(
+    heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if heading in ("Lightning", "Accelerate"):
+        pytest.importorskip(heading.lower())
+    space: dict[str, Any] = {"loader": DataLoader(TensorDataset(*BATCH), 1)}
+    _run(_blocks("docs/own_loop.md", "python")[0], space)
+    if heading == "Stored labels":
+        space["student"] = _labelled(tmp_path)
+    before = [p.detach().clone() for p in space["student"].parameters()]
+
+    def work(_: int = 0) -> bool:
+        _run(_loops()[heading], space)
+        after = space["distiller"].student.parameters()
+        return any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+    alone = heading != "Several processes"
+    changed = [work()] if alone else ranks(2, work)
+    assert all(changed) or heading.startswith(("Saved", "Stored"))
 
 
 @pytest.mark.whole

@@ -1,16 +1,21 @@
 """`Distiller`: the product's own step, in anybody's loop."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from small_runs import plain_recipe, ranks, run, taught_recipe, write_images
 from small_vits import ROTARY, batch_of, network, teacher_of, vit
 from torch import Tensor, nn
 
 from vitdistill import Distiller
 from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.errors import ConfigError
@@ -20,6 +25,10 @@ from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
+from vitdistill.recipes.convert import replace_fields
+from vitdistill.runs.label import LabelOptions, label
+from vitdistill.runs.prepare import prepare
+from vitdistill.world import ALONE
 
 SPEC = InputSpec((16, 16), (0.5,) * 3, (0.5,) * 3)
 CASES: dict[str, dict[str, Any]] = {
@@ -136,3 +145,173 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigError) as refused:
         distiller(batch_of().images)
     assert refused.value.field == "labels"
+
+
+# -- anybody's loop -------------------------------------------------------------------------------
+
+
+def adapted(**given: Any) -> Distiller:
+    """One whose losses have adapters, and a selector."""
+    torch.manual_seed(0)
+    teacher = vit(1, embed_dim=36, num_heads=3)
+    methods = ["ce", "kd", ViTKD(reduction="mean"), NKD()]
+    return Distiller(vit(0), teacher, methods, "maskedkd", images_spec=SPEC, **given).train()
+
+
+def gradients(distiller: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
+    distiller.zero_grad()
+    loss().backward()
+    found = [parameter.grad for parameter in distiller.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in found)
+    return [grad.clone() for grad in found if grad is not None]
+
+
+def numbered(batch: Batch, part: int) -> dict[str, Tensor]:
+    """Every second sample of a batch, as it is given to a Distiller."""
+    return {name: getattr(batch, name)[part::2] for name in ("images", "labels", "ids")}
+
+
+def close(ours: list[Tensor], theirs: list[Tensor], rel: float) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all((a - b).norm() <= rel * b.norm() + 1e-7 for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_and_with_scaled_losses(dtype: torch.dtype) -> None:
+    distiller, batch = adapted(), batch_of(4)
+    exact = gradients(distiller, lambda: distiller(batch)["loss"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0, enabled=dtype is torch.float16)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype):
+            losses = distiller(batch)
+        assert all(value.dtype is torch.float32 for value in losses.values())
+        return scaler.scale(losses["loss"])
+
+    found = [grad / scaler.get_scale() for grad in gradients(distiller, loss)]
+    assert close(found, exact, 0.5) and not close(found, exact, 1e-6)
+
+
+def test_networks_of_another_precision() -> None:
+    expected, batch = adapted()(batch_of(4)), batch_of(4)
+    distiller = adapted().bfloat16()
+    distiller._teachers["teacher"].model.to(torch.float32)
+    found = distiller(batch.images.bfloat16(), batch.labels)
+    found["loss"].backward()
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.05)
+    half = Distiller(vit(0), vit(1).bfloat16(), ["kd"], images_spec=SPEC)
+    assert half(batch.images)["loss"].isfinite()
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    distiller, batch = adapted(), batch_of(4)
+    whole = gradients(distiller, lambda: distiller(batch)["loss"])
+    parts = [numbered(batch, i) for i in range(2)]
+    both = gradients(distiller, lambda: sum(distiller(**part)["loss"] / 2 for part in parts))
+    assert close(both, whole, 1e-5)
+
+
+@pytest.mark.whole
+def test_two_processes_have_the_gradients_of_one() -> None:
+    batch = batch_of(4)
+
+    def work(rank: int) -> list[Any]:
+        dist.init_process_group("gloo")
+        distiller = adapted()
+        module = nn.parallel.DistributedDataParallel(distiller)
+        found = gradients(distiller, lambda: module(**numbered(batch, rank))["loss"])
+        dist.destroy_process_group()
+        return [grad.numpy() for grad in found]
+
+    distiller = adapted()
+    one = gradients(distiller, lambda: distiller(batch)["loss"])
+    for found in ranks(2, work):
+        assert close([torch.from_numpy(grad) for grad in found], one, 1e-5)
+
+
+@pytest.mark.whole
+def test_what_is_compiled_runs_compiled_and_computes_the_same() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    def compiled(module: nn.Module) -> Any:
+        return torch.compile(module, backend=backend)
+
+    batch = batch_of()
+    student, teacher = vit(0), vit(1)
+    plain = Distiller(student, teacher, ["ce", "kd"], "maskedkd", images_spec=SPEC)
+    expected = plain(batch.images, batch.labels)["loss"]
+    for ours, theirs in ((compiled(student), teacher), (student, compiled(teacher))):
+        graphs.clear()
+        distiller = Distiller(ours, theirs, ["ce", "kd"], "maskedkd", images_spec=SPEC)
+        assert torch.allclose(distiller(batch.images, batch.labels)["loss"], expected)
+        assert graphs and distiller.student is student
+    graphs.clear()
+    losses = compiled(plain)(batch.images, batch.labels)
+    losses["loss"].backward()
+    assert graphs and torch.allclose(losses["loss"], expected)
+
+
+def test_teachers_by_name_and_functions_that_answer() -> None:
+    first, second, batch = vit(1), vit(2), batch_of()
+    teachers = {"a": first, "b": lambda images: second(images)}
+    distiller = Distiller(vit(0), teachers, ["kd:a", SoftKD(teacher="b")], images_spec=SPEC)
+    losses = distiller(batch.images)
+    for key, teacher in {"kd_a": first, "kd_b": second}.items():
+        alone = Distiller(vit(0), teacher, ["kd"], images_spec=SPEC)
+        assert torch.allclose(losses[key], alone(batch.images)["kd"])
+    with pytest.raises(ConfigError) as refused:
+        Distiller(vit(0), first, ["kd", SoftKD(weight=2.0)], images_spec=SPEC)
+    assert refused.value.field == "objectives"
+
+
+def test_what_is_saved_is_the_student_and_the_adapters() -> None:
+    distiller, other, batch = adapted(), adapted(), batch_of()
+    learn(distiller, lambda batch: distiller(batch))
+    other.load_state_dict(distiller.state_dict())
+    assert torch.equal(other(batch)["loss"], distiller(batch)["loss"])
+    parts = {name.split(".")[1] for name in distiller.state_dict()}
+    assert parts == {"student", "adapters"}
+
+
+def test_networks_that_cannot_be_looked_into() -> None:
+    with pytest.raises(ConfigError):
+        Distiller(nn.DataParallel(vit(0)), vit(1), ["kd"], images_spec=SPEC)
+    with pytest.raises(ConfigError) as refused:
+        Distiller(Own(), vit(1), ["kd"])  # of 16 x 16 images, which nobody says
+    assert refused.value.field == "images_spec"
+
+
+@pytest.mark.whole
+def test_labels_that_were_stored(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    run(plain_recipe(images), tmp_path / "teacher")
+    recipe = replace_fields(
+        taught_recipe(images, tmp_path / "teacher", **{"train.accumulate": 1}), {"selector": None}
+    )
+    options = LabelOptions(encoding="float32")
+    (store,) = label(recipe, tmp_path / "labels", options, device="cpu").stores.values()
+    labels = {"teachers.teacher.labels": str(store.path)}
+    prepared = prepare(replace_fields(recipe, labels), ALONE, lambda _: None)
+    distiller = Distiller(
+        copy.deepcopy(prepared.student), store, recipe.objectives, images_spec=SPEC
+    ).eval()
+    prepared.distillation.eval()
+    for (batch,) in prepared.loaders.train.batches(2, 2):
+        expected = prepared.distillation(batch, {})
+        names = ("labels", "ids", "views", "mixed_labels", "lam")
+        given = {name: getattr(batch, name) for name in names}
+        for found in (
+            distiller(batch.images, **given),
+            distiller(batch),
+            distiller(replace(batch, targets={})),
+        ):
+            assert {k: v.item() for k, v in found.items()} == {
+                k: v.item() for k, v in expected.items()
+            }
+    with pytest.raises(ConfigError) as refused:
+        distiller(batch.images, batch.labels)
+    assert refused.value.field == "ids"

@@ -1,6 +1,6 @@
 """Distillation inside a training loop of your own: no recipe, no run folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,14 @@ from ..methods import method_class, method_name
 from ..methods.base import Masking, Objective, Scalar, TokenSelector
 from ..vit.families import describe_network
 from ..vit.network import Network
+from ..vit.output import ViTOutput
+from ..vit.walk import run_vit
 from .plan import Plan, make_plan
 from .step import Distillation
 from .teacher import Teacher
+
+Answering = nn.Module | Callable[[Tensor], Tensor]
+"""What answers images with logits."""
 
 
 class Distiller(nn.Module):
@@ -31,12 +36,16 @@ class Distiller(nn.Module):
     ``distiller(images, labels)["loss"]`` is what to minimise, and ``distiller.parameters()`` what
     to train: the student's and those of the losses' adapters. Teachers are frozen and are no part
     of the module, so they are neither saved nor synchronised. Autocast, accumulation,
-    ``DistributedDataParallel`` and ``torch.compile`` treat it as any other module.
+    ``DistributedDataParallel`` and ``torch.compile`` treat it as any other module
+    (``docs/own_loop.md``). Networks that ``torch.compile`` wraps run compiled.
 
     Args:
         student: a timm network, or any module that answers images with logits.
-        teachers: likewise, one or several by name; or a `LabelStore` of stored answers.
-        objectives: by name, or a list of methods: names (``"kd"``) or objects (``NKD(gamma=2)``).
+        teachers: one or several by name: likewise, or any function of images; or a `LabelStore` of
+            stored answers. Each computes in its parameters' precision, and a float32 one under the
+            loop's autocast.
+        objectives: by name, or a list of methods: names (``"kd"``, or ``"kd:NAME"`` for the teacher
+            of that name) or objects (``NKD(gamma=2)``).
         selector: chooses the patches that teachers see, such as ``"maskedkd"``.
         masking: hides patches from student and teachers, such as ``"random_masking"``.
         images_spec: size and normalisation of the batches; None: the student's own. A teacher that
@@ -54,7 +63,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teachers: nn.Module | LabelStore | Mapping[str, nn.Module | LabelStore],
+        teachers: Answering | LabelStore | Mapping[str, Answering | LabelStore],
         objectives: Mapping[str, Objective] | Sequence[Objective | str],
         selector: TokenSelector | str | None = None,
         masking: Masking | str | None = None,
@@ -65,6 +74,7 @@ class Distiller(nn.Module):
         super().__init__()
         if not isinstance(teachers, Mapping):
             teachers = {"teacher": teachers}
+        run, student = _unwrap(student)
         spec = images_spec or input_spec_of(student)
         self.seed = seed
         self._readers = {
@@ -75,7 +85,7 @@ class Distiller(nn.Module):
         self._teachers = {
             name: _freeze(model, name, spec)
             for name, model in teachers.items()
-            if isinstance(model, nn.Module)
+            if not isinstance(model, LabelStore)
         }
         networks = {name: teacher.network for name, teacher in self._teachers.items()}
         for name, reader in self._readers.items():
@@ -90,6 +100,7 @@ class Distiller(nn.Module):
             {name: reader.store.layout for name, reader in self._readers.items()},
         )
         self.distillation = Distillation(student, plan)
+        self.distillation.run = run
 
     @property
     def plan(self) -> Plan:
@@ -144,12 +155,13 @@ class Distiller(nn.Module):
                 lam=lam,
                 seed=self.seed,
             )
-            for name, reader in self._readers.items():
-                if ids is None:
-                    what = f"the {name}'s stored labels are read by the samples' numbers"
-                    raise ConfigError(what, Give("ids"), field="ids")
+        for name, reader in self._readers.items():
+            if isinstance(batch, _Drawn):
+                what = f"the {name}'s stored labels are read by the samples' numbers"
+                raise ConfigError(what, Give("ids"), field="ids")
+            if name not in batch.targets:
                 of_views, of_ids = (t.cpu().numpy() for t in (batch.views, batch.ids))
-                batch.targets[name] = reader(of_views, of_ids, None, images.device)
+                batch.targets[name] = reader(of_views, of_ids, None, batch.images.device)
         for teacher in self._teachers.values():
             teacher.to(batch.images.device)
         return self.distillation(batch, self._teachers, progress)
@@ -165,14 +177,29 @@ class _Drawn(Batch):
         return torch.rand(len(self.images), count, device=self.images.device)
 
 
+def _unwrap(model: nn.Module) -> tuple[Callable[..., ViTOutput], nn.Module]:
+    """Return how to run a network, and the network that ``torch.compile`` wraps."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        what = f"a network in {type(model).__name__} cannot be looked into"
+        raise ConfigError(what, "give the network itself, and wrap the Distiller", field="student")
+    inner: Any = getattr(model, "_orig_mod", None)
+    # Its own forward is never called: what is compiled, with the same options, is the walk.
+    return (run_vit, model) if inner is None else (model.dynamo_ctx(run_vit), inner)  # type: ignore[operator]
+
+
 def _describe(model: nn.Module, name: str, image_size: tuple[int, int]) -> Network:
     network = describe_network(model, name, _architecture(model), image_size)
     if network.walks or hasattr(model, "num_classes"):
         return network
     # A module of the user's own says how many classes it knows by answering.
-    training, place = model.training, next(model.parameters(), torch.empty(0)).device
-    with torch.no_grad():
-        answer = model.eval()(torch.zeros(1, 3, *image_size, device=place))
+    training, weight = model.training, next(model.parameters(), torch.empty(0))
+    blank = torch.zeros(1, 3, *image_size, device=weight.device, dtype=weight.dtype)
+    try:
+        with torch.no_grad():
+            answer = model.eval()(blank)
+    except RuntimeError as error:
+        what = f"the {name} does not take images of {image_size[0]} x {image_size[1]}"
+        raise ConfigError(f"{what} ({error})", Give("images_spec"), field="images_spec") from error
     model.train(training)
     return replace(network, num_classes=answer.shape[-1])
 
@@ -182,16 +209,31 @@ def _architecture(model: nn.Module) -> str:
     return str(known.get("architecture") or type(model).__name__)
 
 
-def _freeze(model: nn.Module, name: str, images_spec: InputSpec) -> Teacher:
+class _Called(nn.Module):
+    """A function that answers images with logits."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = answer
+
+
+def _freeze(answering: Answering, name: str, images_spec: InputSpec) -> Teacher:
+    run, model = _unwrap(answering if isinstance(answering, nn.Module) else _Called(answering))
     known = bool(getattr(model, "pretrained_cfg", None))
     spec = input_spec_of(model) if known else images_spec
     network = _describe(model, name, spec.image_size)
-    device = next(model.parameters(), torch.empty(0)).device
-    return Teacher(model, network, spec, images_spec, device=device)
+    weight = next(model.parameters(), torch.empty(0))
+    own = None if weight.dtype is torch.float32 else weight.dtype
+    teacher = Teacher(model, network, spec, images_spec, dtype=own, device=weight.device)
+    teacher.run = run
+    return teacher
 
 
 def _made(method: Any) -> Any:
-    return method_class(method)() if isinstance(method, str) else method
+    if not isinstance(method, str):
+        return method
+    name, _, teacher = method.partition(":")
+    return method_class(name)(**({"teacher": teacher} if teacher else {}))
 
 
 def _named(
@@ -199,5 +241,12 @@ def _named(
 ) -> dict[str, Objective]:
     if isinstance(objectives, Mapping):
         return dict(objectives)
-    made = [_made(objective) for objective in objectives]
-    return {method_name(objective): objective for objective in made}
+    named: dict[str, Objective] = {}
+    for made in map(_made, objectives):
+        key, teacher = method_name(made), getattr(made, "teacher", "teacher")
+        key = key if teacher == "teacher" else f"{key}_{teacher}"
+        if key in named:
+            what = f"two objectives are called {key!r}"
+            raise ConfigError(what, "give objectives by name, as a mapping", field="objectives")
+        named[key] = made
+    return named

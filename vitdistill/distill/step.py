@@ -55,7 +55,7 @@ class Distillation(nn.Module):
         for name, objective in self.plan.objectives.items():
             loss = self.loss(name, student, answers, batch)
             losses[name] = objective.weight_at(progress) * loss
-            unweighted[f"{name}{UNWEIGHTED}"] = loss.detach()
+            unweighted[f"{name}{UNWEIGHTED}"] = loss  # a detached one is too much for inductor
         losses["loss"] = torch.stack(list(losses.values())).sum()
         for answer in answers.values():
             live = answer.live if isinstance(answer, StoredAnswer) else answer

@@ -80,6 +80,7 @@ class Teacher:
 
     def prepare(self, images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 H W"]:
         """Return images with this teacher's own mean, std and size (bicubic, antialiased)."""
+        images = images.float()
         if self._scale is not None:
             images = images * self._scale + self._shift
         if tuple(images.shape[-2:]) != tuple(self.spec.image_size):
