@@ -37,7 +37,9 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     text = capsys.readouterr().out
     for words in ("teacher, 64 wide", "+ plain distillation", "8 of 16 patches", "top-1", "MFLOPs"):
         assert words in text
-    assert f"{output}/maskedkd_50/pictures.png" in text
+    assert f"{output}/report.html" in text
+    page = (output / "report.html").read_text()
+    assert "Did it help?" in page and page.count("<img ") > 2
     student = timm.create_model(f"local-dir:{output}/maskedkd_50/last", pretrained=True)
     assert student(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
 

@@ -1,4 +1,4 @@
-"""The command line: ``vitdistill demo | train | label | eval | explain | export | recipes``.
+"""The command line: ``vitdistill demo | train | label | eval | report | ...``.
 
 Words are read before a command is imported: help and mistyped flags do not wait for torch or timm.
 """
@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "label": ("label:write", given.LabelArguments),
     "explain": ("explain:run", given.ExplainArguments),
     "eval": ("evaluate:run", given.EvalArguments),
+    "report": ("report:run", given.ReportArguments),
     "export": ("export:run", given.ExportArguments),
     "recipes": ("recipe:show_recipes", given.RecipesArguments),
     "label status": ("label:status", given.StoreArguments),

@@ -246,8 +246,32 @@ class ExportArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """whether it helped and what it cost: a page on finished runs, with tables, charts, pictures
+
+    Of runs of the same student, with and without a teacher and with several seeds, it says which is
+    better, which is not, and what cannot be told from so few. The HTML file needs nothing else.
+    """
+
+    paths: tuple[str, ...] = option(
+        MISSING, "run folders, or folders with runs in them", "PATH ..."
+    )
+    output: str = option("report.html", "the file to write", "--output FILE")
+    format: Literal["html", "md"] | None = option(
+        None, "none: md for a FILE that ends so, else html", "--format"
+    )
+    ask: bool = option(
+        False,
+        "have students and teachers answer to the validation images first, which is kept in each"
+        " run's folder: agreement, confused classes, sharper verdicts",
+        "--ask",
+    )
+    device: str | None = option(None, "for --ask: auto, cpu, cuda or cuda:N", "--device")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoArguments:
-    """the whole job in two minutes on a laptop: teacher, student, table, picture
+    """the whole job in two minutes on a laptop: teacher, student, report
 
     On scikit-learn's 1,797 handwritten digits: train a ViT teacher on the spot, then a small ViT
     alone, by plain distillation, and by MaskedKD.

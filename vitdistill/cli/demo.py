@@ -15,15 +15,20 @@ from ..explain.ahead import forecast
 from ..explain.cost import Cost
 from ..messages import format_count, format_table
 from ..recipes.demo import demo_recipes
+from ..report.answers import ask
 from ..runs.train import train
+from ..world import ALONE
 from .arguments import DemoArguments
+from .report import write_report
 from .say import say
 
 NUM_VALIDATION = 360
 
 
 def run(args: DemoArguments) -> int:
-    """Teacher, student alone, plain distillation, MaskedKD at several keep rates; then a table."""
+    """Teacher, student alone, plain distillation, MaskedKD at several keep rates; then a table, and
+    a report.
+    """
     output, console = Path(args.output), Console()
     # Matrices this small lose more to waiting for each other than they gain.
     torch.set_num_threads(1)
@@ -39,8 +44,10 @@ def run(args: DemoArguments) -> int:
         summary = train(recipe, output / name, device="cpu", console=quiet)
         rows.append(_row(recipe.description, summary, forecast(recipe)[""].cost))
     say("\n".join(["", *format_table(rows)]))
+    for name in recipes:
+        ask(output / name, ALONE, lambda text: None)
+    write_report([output / name for name in recipes], output / "report.html")
     say(
-        f"The patches the teacher saw: {output}/maskedkd_50/pictures.png\n"
         f"Top-1 is on {NUM_VALIDATION} images: differences under about 2 points are noise. Times"
         " include start-up and evaluation.\n"
         f"A student for timm: timm.create_model({f'local-dir:{output}/maskedkd_50/last'!r},"

@@ -48,10 +48,7 @@ class Forecast:
 def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
     """Return every run by its stage, whether or not the ones before it have run."""
     if isinstance(recipe, Recipe):
-        counts = _count_images(recipe)
-        with torch.device("meta"):
-            student, teachers = build_blank(recipe, counts[1])
-        return {"": _forecast(recipe, student, teachers, counts)}
+        return {"": foresee(recipe, _count_images(recipe))}
     before: dict[str, int] = {}
     found = {}
     for key, stage in recipe.stages.items():
@@ -61,6 +58,13 @@ def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
         with in_stage(key):
             found[key] = _forecast(resolved, student, teachers, counts)
     return found
+
+
+def foresee(recipe: Recipe, counts: tuple[int, int, int]) -> Forecast:
+    """Return a run on so many training images an epoch, of so many classes and of that side."""
+    with torch.device("meta"):
+        student, teachers = build_blank(recipe, counts[1])
+    return _forecast(recipe, student, teachers, counts)
 
 
 def _count_images(recipe: Recipe) -> tuple[int, int, int]:

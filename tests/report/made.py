@@ -1,0 +1,100 @@
+"""Folders of runs as they would be left behind, written without training."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitdistill.data.augment import InputSpec
+from vitdistill.methods.cross_entropy import CrossEntropy
+from vitdistill.methods.kd import SoftKD
+from vitdistill.recipes.config import DataConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from vitdistill.recipes.yaml import dump_recipe
+from vitdistill.storage.atomic import sha256_file
+from vitdistill.weights.create import create_model
+from vitdistill.weights.export import export_timm
+
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+SPEC = InputSpec((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NUM_IMAGES = 40
+
+
+def alone(name: str, seed: int = 0, **changes: Any) -> Recipe:
+    """A student without a teacher."""
+    recipe = Recipe(
+        name=name,
+        student=StudentConfig(model="vit_tiny_patch16_224", model_args=VIT),
+        data=DataConfig(dir="photos"),
+        train=TrainConfig(epochs=10, batch_size=4, seed=seed),
+    )
+    return replace(recipe, **changes)
+
+
+def taught(name: str, seed: int = 0, teacher: str = "teacher", **changes: Any) -> Recipe:
+    """The same student with a teacher."""
+    objectives = {"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)}
+    return alone(
+        name,
+        seed,
+        teachers={"teacher": TeacherConfig(model=teacher)},
+        objectives=objectives,
+        **changes,
+    )
+
+
+def make_run(
+    folder: Path,
+    recipe: Recipe,
+    top1: float | None = None,
+    *,
+    learnt_from: Path | None = None,
+    right: int | None = None,
+    classes: tuple[str, ...] = ("a", "b"),
+    environment: dict[str, Any] | None = None,
+) -> Path:
+    """Write a run's folder; ``top1`` None: one that has only begun. ``right``: how many of its
+    answers are right, if they were kept one by one; ``learnt_from``: the run of its teacher.
+    """
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    identity = {"validation images": "the images"}
+    if learnt_from is not None:
+        identity["teachers.teacher.model"] = sha256_file(learnt_from / "last" / "model.safetensors")
+    (folder / "identity.json").write_text(json.dumps(identity))
+    if top1 is None:
+        return folder
+    model = create_model(recipe.student.model, num_classes=2, **recipe.student.model_args)
+    export_timm(
+        model,
+        folder / "last",
+        architecture=recipe.student.model,
+        model_args=recipe.student.model_args,
+        classes=("a", "b"),
+        input_spec=SPEC,
+        prove=False,
+    )
+    scores = {"num_samples": NUM_IMAGES, "top1": top1, "nll": 0.5, "ece": 0.1}
+    summary = {"steps": 30, "scores": scores, "best_top1": top1, "best_epoch": 1.0, "seconds": 75.0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [{"kind": "eval", "step": 3 * e, "epoch": e, "top1": top1 * e / 10} for e in (1, 5, 10)]
+    lines += [{"kind": "train", "step": 3 * e, "epoch": e, "loss": 2 / e} for e in (1, 5, 10)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "timing.jsonl").write_text('{"step": 3, "images_per_second": 120.0}\n{"step": 6, "im')
+    (folder / "environment.json").write_text(json.dumps({"0": environment or {"torch": "2.15"}}))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "pictures.png")
+    if right is not None:
+        student = [0] * right + [1] * (NUM_IMAGES - right)
+        answers = {
+            "weights": sha256_file(folder / "last" / "model.safetensors"),
+            "images": "the images",
+            "classes": classes,
+            "labels": [0] * NUM_IMAGES,
+            "student": student,
+            "teachers": {"teacher": [0] * NUM_IMAGES} if recipe.teachers else {},
+            "scores": {"agreement.teacher": right / NUM_IMAGES} if recipe.teachers else {},
+        }
+        (folder / "answers.json").write_text(json.dumps(answers))
+    return folder

@@ -1,0 +1,38 @@
+"""``vitdistill report``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..report.answers import ask
+from ..report.files import find_runs
+from ..report.html import write_html
+from ..report.markdown import write_markdown
+from ..report.page import make_report
+from ..storage.atomic import write_atomic
+from ..world import join_world
+from .arguments import ReportArguments
+from .say import say
+
+
+def run(args: ReportArguments) -> int:
+    """Write one file about runs."""
+    if args.device is not None and not args.ask:
+        raise UserError("--device cannot take effect: only --ask runs anything on a device")
+    output = Path(args.output)
+    if args.ask:
+        with join_world(args.device or "auto") as world:
+            for folder in find_runs(args.paths):
+                ask(folder, world, say)
+    markdown = (args.format or output.suffix.lower().lstrip(".")) == "md"
+    write_report(args.paths, output, markdown)
+    return 0
+
+
+def write_report(paths: Sequence[str | Path], output: Path, markdown: bool = False) -> None:
+    """Write the report on runs, unless it is there already."""
+    document = make_report(paths)
+    text = (write_markdown if markdown else write_html)(document).encode()
+    if not output.is_file() or output.read_bytes() != text:
+        write_atomic(output, text)
+    say(f"the report on {document.about}: {output}")

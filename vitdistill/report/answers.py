@@ -1,0 +1,189 @@
+"""What a run's student and its teachers say of each validation image, kept beside the run.
+
+A run keeps sums alone. Which images two networks answer alike, which classes are confused, and how
+sure a difference is over images can only be told from the answers one by one.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.decoded import check_images
+from ..data.loader import EvalLoader
+from ..data.sources.base import ImageSource
+from ..data.sources.open import open_source
+from ..distill.teacher import Teacher
+from ..errors import MissingSplit, UserError
+from ..evaluate.accuracy import Metrics
+from ..keyed import I64
+from ..recipes.config import Recipe, TeacherConfig
+from ..recipes.convert import from_dict
+from ..recipes.yaml import load_recipe
+from ..runs.evaluate import measure_speed
+from ..runs.identity import RECIPE, WEIGHTS, read_record
+from ..runs.networks import Built, amp_dtype_of, build_teacher, build_teacher_model
+from ..runs.stored import open_labels
+from ..storage.atomic import sha256_file, write_atomic
+from ..vit.needs import Needs
+from ..world import World
+from .verdict import Right
+
+ANSWERS = "answers.json"
+STUDENT = "last"
+_KEYS = ("weights", "images", "classes", "labels", "student", "teachers", "scores")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was said of N validation images, by class number.
+
+    Args:
+        images: their fingerprint.
+        classes: their names.
+        labels, student: (N,).
+        teachers: by name, (N,).
+        scores: of the student, as `Metrics` has them, agreement with each teacher as
+            ``agreement.NAME`` and ``kl.NAME``, its own top-1 as ``teacher.NAME``, and speed.
+    """
+
+    images: str
+    classes: tuple[str, ...]
+    labels: I64
+    student: I64
+    teachers: dict[str, I64]
+    scores: dict[str, float]
+
+    @property
+    def right(self) -> Right:
+        return self.student == self.labels
+
+
+def read_answers(run: Path) -> Answers | None:
+    """Read the answers of a run's last weights; None if there are none, or of other weights."""
+    found, weights = read_record(run / ANSWERS, _KEYS), run / STUDENT / WEIGHTS
+    if found is None or not weights.is_file() or found["weights"] != sha256_file(weights):
+        return None
+    return Answers(
+        images=found["images"],
+        classes=tuple(found["classes"]),
+        labels=np.array(found["labels"]),
+        student=np.array(found["student"]),
+        teachers={name: np.array(said) for name, said in found["teachers"].items()},
+        scores=found["scores"],
+    )
+
+
+def open_validation(recipe: Recipe) -> ImageSource | None:
+    """Open a run's validation images; None where it has no labelled ones."""
+    data = recipe.data
+    try:
+        source = open_source(data.dir, "val", val_split=data.val_split)
+    except MissingSplit:
+        return None
+    return check_images(source, data.skip_damaged, data.workers) if source.classes else None
+
+
+def ask(run: Path, world: World, say: Callable[[str], None]) -> None:
+    """Have a run's last student, and its teachers that are there, answer to its validation images.
+
+    Nothing is done where they did, and where there is nobody or nothing to ask.
+
+    Raises:
+        UserError: the images that the recipe names are not there.
+    """
+    weights = run / STUDENT / WEIGHTS
+    if not weights.is_file() or read_answers(run) is not None:
+        return
+    recipe = load_recipe(run / RECIPE)
+    built = build_teacher_model(TeacherConfig(model=str(run / STUDENT)), "student")
+    source = open_validation(recipe) if built.network.num_classes else None
+    if source is None:
+        return
+    say(f"asking {run}")
+    student, teachers = _build(recipe, built, source, world, say)
+    loader = EvalLoader(
+        source,
+        student.spec,
+        batch_size=recipe.train.eval_batch_size,
+        workers=recipe.data.workers,
+        world=world,
+    )
+    said, scores = _answers(recipe, student, teachers, loader, world)
+    found = {
+        "weights": sha256_file(weights),
+        "images": source.fingerprint(),
+        "classes": source.classes,
+        "labels": source.labels.tolist(),
+        "student": said.pop(""),
+        "teachers": said,
+        "scores": scores,
+    }
+    write_atomic(run / ANSWERS, json.dumps(found).encode())
+
+
+def teachers_of(recipe: Recipe) -> dict[str, TeacherConfig]:
+    """Return a recipe's teachers, those that wrote stored labels too."""
+    found = dict(recipe.teachers)
+    for name, store in open_labels(recipe).items():
+        about = store.manifest.about
+        if not found[name].model and "recipe" in about:
+            found[name] = from_dict(about["recipe"]).teachers[about["teacher"]]
+    return found
+
+
+def _build(
+    recipe: Recipe, built: Built, source: ImageSource, world: World, say: Callable[[str], None]
+) -> tuple[Teacher, dict[str, Teacher]]:
+    """Return the student, and the teachers with a classifier that are there, in its classes."""
+    place = source.classes, built.spec, world.device
+    config = TeacherConfig(model="student")
+    student, _ = build_teacher(config, "student", *place, built=built)
+    teachers = {}
+    for name, config in teachers_of(recipe).items():
+        try:
+            network = build_teacher_model(config, name)
+            if network.network.num_classes:
+                teachers[name], _ = build_teacher(config, name, *place, built=network)
+        except UserError as error:
+            say(f"{name} cannot be asked: {error}")
+    return student, teachers
+
+
+@torch.no_grad()
+def _answers(
+    recipe: Recipe,
+    student: Teacher,
+    teachers: dict[str, Teacher],
+    loader: EvalLoader,
+    world: World,
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Return everybody's answers in the images' order, the student's as "", and the scores."""
+    amp_dtype, needs = amp_dtype_of(recipe.train.amp_dtype, world.device), Needs(logits=True)
+    answers = {name: [0] * len(loader.source) for name in ("", *teachers)}
+    sums = {name: Metrics(world.device) for name in ("", *teachers)}
+    own = {name: Metrics(world.device) for name in teachers}
+    for batch in loader:
+        with world.autocast(amp_dtype):
+            networks = {"": student, **teachers}
+            logits = {name: run(batch.images, needs).logits for name, run in networks.items()}
+        for name, values in logits.items():
+            of_student = logits[""]
+            assert values is not None and of_student is not None
+            for i, answer in zip(batch.ids.tolist(), values.argmax(1).tolist(), strict=True):
+                answers[name][i] = answer
+            if name:
+                own[name].update(values.float(), batch.labels)
+            taught = values.float() if name else None
+            sums[name].update(of_student.float(), batch.labels, taught)
+    scores: dict[str, Any] = dict(sums[""].compute())
+    for name in teachers:
+        both = sums[name].compute()
+        scores |= {f"{key}.{name}": both[key] for key in ("agreement", "kl")}
+        scores[f"teacher.{name}"] = own[name].compute()["top1"]
+    speed = measure_speed(student, min(recipe.train.eval_batch_size, 64), world, amp_dtype)
+    return answers, scores | {"images_per_second": speed}

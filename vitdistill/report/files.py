@@ -1,0 +1,138 @@
+"""Runs as their folders tell them: nothing is trained, and nothing is written."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from ..messages import printable
+from ..recipes.config import Recipe
+from ..recipes.yaml import load_recipe
+from ..runs.folder import ENVIRONMENT, METRICS, PICTURES, SUMMED_UP, TIMING
+from ..runs.identity import RECIPE, SUMMARY, WEIGHTS, read_identity, read_record
+from ..storage.atomic import sha256_file
+from .answers import Answers, read_answers
+from .verdict import Seed
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says; whatever is missing in it is None or empty."""
+
+    path: Path
+    recipe: Recipe
+    summary: dict[str, Any]  # {}: it is not finished
+    metrics: Sequence[dict[str, Any]]
+    images_per_second: float | None  # of training, median of its log lines
+    environment: dict[str, Any]
+    identity: dict[str, Any]
+    answers: Answers | None
+
+    @property
+    def seed(self) -> Seed:
+        return self.recipe.train.seed, self.recipe.data_seed
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of its last weights, as they were evaluated or, else, asked for later."""
+        kept = {} if self.answers is None else self.answers.scores
+        return numbers(kept) | numbers(self.summary.get("scores") or {})
+
+    @property
+    def val_images(self) -> str:
+        """What tells its validation images from others."""
+        return str(self.identity.get("validation images", self.recipe.data.dir))
+
+    @property
+    def num_trained(self) -> int:
+        """Training images it saw, each as often as it did; 0: it is not finished."""
+        return int(numbers(self.summary).get("steps", 0)) * self.recipe.train.batch_size
+
+    @property
+    def pictures(self) -> Path | None:
+        path = self.path / PICTURES
+        return path if path.is_file() else None
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """Digests of the weights it has made, by which other runs name it."""
+        files = (self.path / kind / WEIGHTS for kind in ("last", "best"))
+        return frozenset(sha256_file(file) for file in files if file.is_file())
+
+    def curve(self, kind: str, name: str) -> list[tuple[float, float]]:
+        """Return the logged values of ``name`` by epoch; ``kind``: train or eval."""
+        lines = [numbers(line) for line in self.metrics if line.get("kind") == kind]
+        return [(line["epoch"], line[name]) for line in lines if {"epoch", name} <= line.keys()]
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a record."""
+    return {
+        key: value
+        for key, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the folders of runs among ``paths`` and below them, each once, in order.
+
+    Raises:
+        ConfigError: there is none in one of the paths.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        inside = [path] if (path / RECIPE).is_file() else []
+        if not inside:
+            for folder, names, files in os.walk(path):
+                names.sort()
+                names[:] = [name for name in names if not name.startswith(".")]
+                if RECIPE in files:
+                    inside.append(Path(folder))
+                    names.clear()
+        if not inside:
+            what = f"there is no run in {printable(path)}"
+            raise ConfigError(what, "give the folder of a run, or one above it", field="paths")
+        found |= {run.resolve(): run for run in inside if run.resolve() not in found}
+    return [*found.values()]
+
+
+def read_run(path: Path) -> Run:
+    """Read what there is of a run; `UserError` for a file that is damaged or of another version."""
+    identity = read_identity(path)
+    timing = [numbers(line) for line in _read_log(path / TIMING)]
+    pace = [line["images_per_second"] for line in timing if "images_per_second" in line]
+    known = read_record(path / ENVIRONMENT) or {}
+    steps = [step for step in known if step.isdecimal() and isinstance(known[step], dict)]
+    return Run(
+        path,
+        load_recipe(path / RECIPE),
+        read_record(path / SUMMARY, SUMMED_UP) or {},
+        _read_log(path / METRICS),
+        statistics.median(pace) if pace else None,
+        known[max(steps, key=int)] if steps else {},
+        identity,
+        read_answers(path),
+    )
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a log; its last line may be one that is being written."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            found.append(record)
+        elif number < len(lines):
+            raise DataError(f"line {number} of {printable(path)} is damaged", "delete the line")
+    return found

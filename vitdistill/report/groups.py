@@ -1,0 +1,159 @@
+"""Runs of one recipe with several seeds together, and what is asked of two recipes."""
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..recipes.convert import flatten
+from ..recipes.fingerprint import is_volatile
+from .cost import Paid, costs_of
+from .files import Run
+from .verdict import Comparison, Scores, compare
+
+SEEDS = ("train.seed", "data.seed")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seeds.
+
+    Args:
+        name: what people call it.
+        runs: at least one, with what each cost.
+    """
+
+    name: str
+    runs: Sequence[Run]
+    paid: Sequence[Paid]
+
+    @property
+    def recipe(self) -> Any:
+        return self.runs[0].recipe
+
+    @property
+    def taught(self) -> bool:
+        return bool(self.recipe.teachers)
+
+    def mean(self, read: Callable[[Run], float | None]) -> float | None:
+        """Return the mean over the runs; None where one of them does not say."""
+        values = [read(run) for run in self.runs]
+        return None if None in values else statistics.fmean(value or 0 for value in values)
+
+    def score(self, name: str) -> float | None:
+        return self.mean(lambda run: run.scores.get(name))
+
+    def cost(self, name: str) -> float | None:
+        """Return the mean of a cost over the runs; None where it is not known of one."""
+        values = [getattr(paid, name) for paid in self.paid]
+        return None if None in values else statistics.fmean(values)
+
+    @property
+    def scores(self) -> Scores | None:
+        """Return the top-1 of its finished runs, for statistics; None: there is none."""
+        done = [run for run in self.runs if run.summary and "top1" in run.scores]
+        if not done:
+            return None
+        answered = {
+            run.seed: run.answers.right
+            for run in done
+            if run.answers is not None and run.answers.images == run.val_images
+        }
+        count = int(min(run.scores.get("num_samples", 1) for run in done))
+        return Scores({run.seed: run.scores["top1"] for run in done}, answered, count)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Is ``ours`` better than ``theirs``, which is ``baseline`` or ``rival``."""
+
+    ours: Group
+    theirs: Group
+    comparison: Comparison
+
+    @property
+    def cost_ratio(self) -> float | None:
+        """Return how many times the compute of the other one this one took, teachers included."""
+        ours, theirs = self.ours.cost("total"), self.theirs.cost("total")
+        return ours / theirs if ours and theirs else None
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Put runs of one recipe together, in the order in which each recipe comes first."""
+    costs = costs_of(runs)
+    made = {digest: run for run in runs for digest in run.weights}
+    together: dict[str, list[int]] = {}
+    for i, run in enumerate(runs):
+        together.setdefault(_key(run, made), []).append(i)
+    names = [_common_name([runs[i] for i in members]) for members in together.values()]
+    return [
+        Group(
+            name if names.count(name) == 1 else str(runs[members[0]].path),
+            [runs[i] for i in members],
+            [costs[i] for i in members],
+        )
+        for name, members in zip(names, together.values(), strict=True)
+    ]
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """Return what of a run's recipe can change its result, but for the seeds."""
+    flat = flatten(run.recipe)
+    return {k: v for k, v in flat.items() if not is_volatile(k) and k not in SEEDS}
+
+
+def _key(run: Run, made: dict[str, Run]) -> str:
+    """Return what runs of one recipe share: weights of other runs are known by their recipe."""
+    found = settings(run)
+    for field, digest in run.identity.items():
+        if field in found and digest in made:
+            found[field] = _key(made[digest], made)
+    return repr((sorted(found.items()), run.val_images))
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    """Return the name that runs share but for the number of their seed, or that of the first."""
+    names = [run.recipe.name for run in runs]
+    plain = {re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) for name in names}
+    common = plain.pop()
+    return common if len(names) > 1 and common and not plain else names[0]
+
+
+def ask_questions(groups: Sequence[Group]) -> list[Question]:
+    """Compare every taught recipe with the same student alone, and with the first taught one.
+
+    Of several recipes of the student alone, the best one is the measure.
+    """
+    found = []
+    for group in groups:
+        others = [other for other in groups if other is not group and _comparable(group, other)]
+        alone = [other for other in others if not other.taught]
+        best = max(alone, key=lambda other: other.scores.mean if other.scores else 0, default=None)
+        first = next((other for other in groups if other in others and other.taught), None)
+        earlier = first if first is not None and _before(groups, first, group) else None
+        for other in (best, earlier):
+            if other is not None and group.taught:
+                ours, theirs = group.scores, other.scores
+                assert ours is not None and theirs is not None
+                found.append(Question(group, other, compare(ours, theirs)))
+    return found
+
+
+def _before(groups: Sequence[Group], one: Group, other: Group) -> bool:
+    return groups.index(one) < groups.index(other)
+
+
+def _comparable(one: Group, other: Group) -> bool:
+    """Whether two recipes train the same student and are judged on the same images."""
+    if one.scores is None or other.scores is None:
+        return False
+    sides = [
+        {k: v for k, v in settings(group.runs[0]).items() if k.startswith(_STUDENT)}
+        for group in (one, other)
+    ]
+    return sides[0] == sides[1] and one.runs[0].val_images == other.runs[0].val_images
+
+
+_STUDENT = ("student.model", "student.image_size", "student.checkpoint", "student.pretrained")
+"""What makes two students the same; how they are trained may differ."""

@@ -1,0 +1,95 @@
+"""What each recipe came to and what it cost, a row a recipe."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from ..messages import format_bytes, format_count, format_duration
+from .document import Table
+from .groups import Group
+
+Column = Callable[[Group], str]
+
+
+def tabulate_scores(groups: Sequence[Group]) -> Table:
+    """Return accuracy, calibration, and agreement with the teacher where it is known."""
+
+    def error(kind: str) -> Column:
+        def show(group: Group) -> str:
+            value = getattr(group.scores, kind, math.nan)
+            return "" if math.isnan(value) else f"{100 * value:.1f}"
+
+        return show
+
+    def of_teacher(what: str) -> Column:
+        def show(group: Group) -> str:
+            found = {name: group.score(f"{what}.{name}") for name in group.recipe.teachers}
+            known = {name: f"{value:.1%}" for name, value in found.items() if value is not None}
+            if len(known) == 1:
+                return next(iter(known.values()))
+            return ", ".join(f"{name} {value}" for name, value in known.items())
+
+        return show
+
+    columns = {
+        "runs": _count_runs,
+        "top-1": _score("top1", "{:.1%}"),
+        "± seeds": error("seeds_error"),
+        "± images": error("images_error"),
+        "k-NN top-1": _score("knn_top1", "{:.1%}"),
+        "calibration error": _score("ece", "{:.1%}"),
+        "negative log-likelihood": _score("nll", "{:.3f}"),
+        "its teacher's top-1": of_teacher("teacher"),
+        "agrees with it on": of_teacher("agreement"),
+    }
+    return _table("What it learnt, means over the runs of a recipe", groups, columns)
+
+
+def tabulate_costs(groups: Sequence[Group]) -> Table:
+    """Return what was counted, of labels and teachers too, and what was measured."""
+
+    def flops(name: str) -> Column:
+        return lambda group: _shown(group.cost(name) or None, format_count)
+
+    def seconds(group: Group) -> str:
+        return _shown(group.mean(lambda run: run.summary.get("seconds")), format_duration)
+
+    def speed(group: Group) -> str:
+        return _shown(group.mean(lambda run: run.images_per_second), "{:,.0f}".format)
+
+    def memory(group: Group) -> str:
+        return _shown(group.cost("memory"), lambda value: format_bytes(int(value)))
+
+    columns = {
+        "a prediction": flops("prediction"),
+        "teachers, a training image": flops("teachers"),
+        "this training": flops("own"),
+        "stored labels": flops("labels"),
+        "runs before it": flops("before"),
+        "all together": flops("total"),
+        "time": seconds,
+        "images/s": speed,
+        "memory": memory,
+        "predictions/s": _score("images_per_second", "{:,.0f}"),
+    }
+    return _table("What it cost, means over the runs of a recipe", groups, columns)
+
+
+def _table(caption: str, groups: Sequence[Group], columns: dict[str, Column]) -> Table:
+    """Leave out columns of which nothing is known."""
+    cells = {head: [show(group) for group in groups] for head, show in columns.items()}
+    known = {head: column for head, column in cells.items() if any(column)}
+    rows = [(g.name, *(known[head][i] for head in known)) for i, g in enumerate(groups)]
+    return Table(caption, ("recipe", *known), rows)
+
+
+def _score(name: str, spelled: str) -> Column:
+    return lambda group: _shown(group.score(name), spelled.format)
+
+
+def _shown(value: float | None, show: Callable[[float], str]) -> str:
+    return "" if value is None else show(value)
+
+
+def _count_runs(group: Group) -> str:
+    done, count = sum(bool(run.summary) for run in group.runs), len(group.runs)
+    return str(done) if done == count else f"{done} of {count} finished"
