@@ -28,6 +28,7 @@ TEXT_FLAGS = [
 REQUIRED = {
     "eval": ["--data-dir=x", "MODEL"],
     "export": ["RUN"],
+    "report": ["PATH"],
     "label merge": ["TARGET", "--from=x"],
     "label prune": ["FOLDER", "--to=x"],
     "label export": ["FOLDER", "--to=x"],
