@@ -23,6 +23,11 @@ def listed(names: Iterable[str], count: int = 3) -> str:
     return ", ".join([*quoted, "..."] if len(names) > count else quoted)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, to quote in ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+
+
 def plural(number: int, noun: str) -> str:
     """``1 image``, ``2 images``, ``1,000 images``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

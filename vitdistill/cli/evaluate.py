@@ -110,9 +110,10 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(name.format_map(found), text.format_map(found)) for name, text in shown]
     threads = f", {plural(result['threads'], 'thread')}" if result["device"] == "cpu" else ""
     speed = f"{result['images_per_second']:,.0f} images/s ({result['device']}{threads})"
+    flops = f"{format_count(result['flops'])} an image" if result["flops"] else "not counted"
     return [
         *rows,
         ("parameters", format_count(result["num_parameters"], "").strip()),
-        ("forward pass", f"{format_count(result['flops'])} an image"),
+        ("forward pass", flops),
         ("speed, without loading", speed),
     ]

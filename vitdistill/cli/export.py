@@ -10,6 +10,7 @@ from ..errors import ConfigError, Give
 from ..runs.identity import resolve_run
 from ..weights import create as weights
 from ..weights.export import export_onnx, export_timm
+from ..weights.outside import is_outside
 from .arguments import ExportArguments
 from .say import say
 
@@ -55,6 +56,9 @@ def _export_timm(model: nn.Module, folder: str, output: str) -> None:
         classes=weights.class_names(model),
         input_spec=input_spec_of(model),
     )
+    if is_outside(architecture):
+        say(f"wrote {output}: load it with vitdistill.create_model({output!r})")
+        return
     file = model_entrypoint(architecture.partition(".")[0]).__module__
     unknown = f", after 'import {file}', because plain timm does not know {architecture}"
     first = "" if file.startswith("timm.") else unknown

@@ -1,7 +1,7 @@
 """Distillation inside a training loop of your own: no recipe, no run folder."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +12,21 @@ from .. import keyed
 from ..data.augment import InputSpec
 from ..data.batch import Batch
 from ..data.model_input import input_spec_of
-from ..errors import ConfigError, Drop, Give
+from ..errors import ConfigError, DataError, Drop, Give
 from ..labels.identity import network_from_json
 from ..labels.reader import LabelReader
 from ..labels.store import LabelStore
 from ..methods import method_class, method_name
 from ..methods.base import Masking, Objective, Scalar, TokenSelector
 from ..vit.families import describe_network
-from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
+from ..weights.adopted import adopt
 from .plan import Plan, make_plan
 from .step import Distillation
 from .teacher import Teacher
 
-Answering = nn.Module | Callable[[Tensor], Tensor]
+Answering = nn.Module | Callable[[Tensor], Any]
 """What answers images with logits."""
 
 
@@ -91,8 +91,9 @@ class Distiller(nn.Module):
         for name, reader in self._readers.items():
             about = reader.store.manifest.about
             networks[name] = network_from_json(about.get("network", {}), name)
+        student = _adopted(student, "student", spec)
         plan = make_plan(
-            _describe(student, "student", spec.image_size),
+            describe_network(student, "student", _architecture(student), spec.image_size),
             networks,
             _named(objectives),
             _made(selector),
@@ -177,31 +178,14 @@ class _Drawn(Batch):
         return torch.rand(len(self.images), count, device=self.images.device)
 
 
-def _unwrap(model: nn.Module) -> tuple[Callable[..., ViTOutput], nn.Module]:
+def _unwrap(model: Any) -> tuple[Callable[..., ViTOutput], Any]:
     """Return how to run a network, and the network that ``torch.compile`` wraps."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         what = f"a network in {type(model).__name__} cannot be looked into"
         raise ConfigError(what, "give the network itself, and wrap the Distiller", field="student")
     inner: Any = getattr(model, "_orig_mod", None)
     # Its own forward is never called: what is compiled, with the same options, is the walk.
-    return (run_vit, model) if inner is None else (model.dynamo_ctx(run_vit), inner)  # type: ignore[operator]
-
-
-def _describe(model: nn.Module, name: str, image_size: tuple[int, int]) -> Network:
-    network = describe_network(model, name, _architecture(model), image_size)
-    if network.walks or hasattr(model, "num_classes"):
-        return network
-    # A module of the user's own says how many classes it knows by answering.
-    training, weight = model.training, next(model.parameters(), torch.empty(0))
-    blank = torch.zeros(1, 3, *image_size, device=weight.device, dtype=weight.dtype)
-    try:
-        with torch.no_grad():
-            answer = model.eval()(blank)
-    except RuntimeError as error:
-        what = f"the {name} does not take images of {image_size[0]} x {image_size[1]}"
-        raise ConfigError(f"{what} ({error})", Give("images_spec"), field="images_spec") from error
-    model.train(training)
-    return replace(network, num_classes=answer.shape[-1])
+    return (run_vit, model) if inner is None else (model.dynamo_ctx(run_vit), inner)
 
 
 def _architecture(model: nn.Module) -> str:
@@ -209,24 +193,29 @@ def _architecture(model: nn.Module) -> str:
     return str(known.get("architecture") or type(model).__name__)
 
 
-class _Called(nn.Module):
-    """A function that answers images with logits."""
-
-    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.forward = answer
-
-
 def _freeze(answering: Answering, name: str, images_spec: InputSpec) -> Teacher:
-    run, model = _unwrap(answering if isinstance(answering, nn.Module) else _Called(answering))
+    run, model = _unwrap(answering)
     known = bool(getattr(model, "pretrained_cfg", None))
+    model = _adopted(model, name, images_spec)
     spec = input_spec_of(model) if known else images_spec
-    network = _describe(model, name, spec.image_size)
+    network = describe_network(model, name, _architecture(model), spec.image_size)
     weight = next(model.parameters(), torch.empty(0))
     own = None if weight.dtype is torch.float32 else weight.dtype
     teacher = Teacher(model, network, spec, images_spec, dtype=own, device=weight.device)
     teacher.run = run
     return teacher
+
+
+def _adopted(model: Any, name: str, spec: InputSpec) -> nn.Module:
+    """Return a network that says how many classes it has; where it says nothing, on ``spec``."""
+    if isinstance(model, nn.Module) and hasattr(model, "num_classes"):
+        return model
+    known = getattr(model, "pretrained_cfg", None)
+    said = {} if known else {"mean": spec.mean, "std": spec.std}
+    try:
+        return adopt(model, f"the {name}", said, None if known else spec.image_size)
+    except DataError as error:
+        raise ConfigError(error.what, Give("images_spec"), field="images_spec") from error
 
 
 def _made(method: Any) -> Any:

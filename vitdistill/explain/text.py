@@ -76,18 +76,21 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
 
     def row(name: str, parameters: int, flops: int, plain: int | None) -> tuple[str, ...]:
         size = format_count(parameters, "") if parameters else ""
+        if plain == 0 and name not in stored:  # it may compute anything anywhere
+            return name, size, "not counted", "", ""
         share = f"{flops / plain:.0%} of {format_count(plain)}" if plain else ""
         return name, size, format_count(flops), share, format_count(flops * num_images)
 
+    stored = [f"{name} (stored)" for name in plan.stored]
     against = "plain KD" if plan.teachers else "plain training"
     rows = [
         ("", "parameters", "FLOPs", f"against {against}", "whole run"),
         row(_trained(plan), plan.student.num_parameters, cost.student, cost.student_plain),
     ]
     for name, teacher in plan.teachers.items():
-        stored = " (stored)" if name in plan.stored else ""
+        shown = f"{name} (stored)" if name in plan.stored else name
         flops, plain = cost.teachers[name], cost.teachers_plain[name]
-        rows.append(row(f"{name}{stored}", teacher.num_parameters, flops, plain))
+        rows.append(row(shown, teacher.num_parameters, flops, plain))
     for name, flops in cost.objectives.items():
         if flops or name in cost.adapters:
             rows.append(row(f"{name}, its own part", cost.adapters.get(name, 0), flops, None))

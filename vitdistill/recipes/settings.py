@@ -20,7 +20,9 @@ class StudentConfig:
     """The network to train."""
 
     model: str = option(
-        "deit_tiny_patch16_224", "timm name, hf-hub:ORG/NAME, or a folder", "--model"
+        "deit_tiny_patch16_224",
+        "timm name, hf-hub:ORG/NAME, a folder, or module:factory",
+        "--model",
     )
     checkpoint: str | None = option(
         None, "weights to start from (.safetensors, .pth)", "--model-path --initial-checkpoint FILE"
@@ -51,7 +53,9 @@ class TeacherConfig:
     """
 
     model: str = option(
-        "", "timm name, hf-hub:ORG/NAME, or a run or folder", "--teacher-model --kd-model-name"
+        "",
+        "timm name, hf-hub:ORG/NAME, run or folder, module:factory, or .onnx file",
+        "--teacher-model --kd-model-name",
     )
     checkpoint: str | None = option(None, "its weights (.safetensors, .pth)", "--teacher-path FILE")
     pretrained: bool = option(False, "take timm's pretrained weights", "--teacher-pretrained")

@@ -60,7 +60,8 @@ def weights_identity(recipe: Recipe) -> dict[str, str]:
             files[f"{path}.checkpoint"] = Path(config.checkpoint)
         elif config.model:
             with suppress(ConfigError):  # a run without weights yet
-                files[f"{path}.model"] = Path(resolve_run(config.model), WEIGHTS)
+                place = Path(resolve_run(config.model))
+                files[f"{path}.model"] = place if place.is_file() else place / WEIGHTS
     return {field: sha256_file(file) for field, file in files.items() if file.is_file()}
 
 

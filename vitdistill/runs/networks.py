@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.models import is_model
 from torch import nn
 
 from ..data.augment import InputSpec, evaluated_as_trained
@@ -17,13 +16,14 @@ from ..distill.plan import Plan, make_plan
 from ..distill.step import Distillation
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, Set, UserError
+from ..messages import first_line
 from ..methods.base import Objective, TeacherObjective
 from ..models.mae import hold_positions, init_mae
 from ..recipes.config import Recipe, StudentConfig, TeacherConfig
 from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
-from ..weights.files import check_is_file, first_line
+from ..weights.files import check_is_file
 from .identity import resolve_run
 from .orders import natural_order
 from .stored import made_by, open_labels, stored_network
@@ -110,8 +110,7 @@ def check_has_weights(config: TeacherConfig, name: str) -> None:
     """Raise `ConfigError` for a teacher without weights, `DataError` where their file is absent."""
     if config.checkpoint:
         check_is_file(config.checkpoint)
-    # An unknown name is left to the error of building it.
-    if is_model(config.model.partition(".")[0]) and not _has_weights(config):
+    if not _has_weights(config):
         field = f"teachers.{name}"
         file, pretrained = Set(f"{field}.checkpoint", "FILE"), Set(f"{field}.pretrained", True)
         raise ConfigError(

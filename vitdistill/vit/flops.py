@@ -22,9 +22,10 @@ def forward_flops(
     """Count the FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2).
 
     The pass runs on the meta device. ``needs=None`` counts the model's own forward; ``num_keep``:
-    on so many patches; ``backward``: with the backward pass of everything that is recorded.
+    on so many patches; ``backward``: with the backward pass of everything that is recorded. 0: it
+    cannot be counted, for it reads what its tensors hold.
     """
-    model, size = on_meta(model), 2  # some batch norms refuse to train on one value a channel
+    size = 2  # some batch norms refuse to train on one value a channel
     images, keep = torch.empty(size, 3, *image_size, device="meta"), None
     if num_keep is not None:
         keep = torch.zeros(size, num_keep, dtype=torch.int64, device="meta")
@@ -32,9 +33,12 @@ def forward_flops(
     # network that hands a parameter to a block (CaiT).
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         if needs is None:
-            outputs = [model(images)]
+            try:
+                outputs = [on_meta(model)(images)]
+            except Exception:  # whatever somebody's code raises
+                return 0
         else:
-            outputs = run_vit(model, images, needs, keep).tensors()
+            outputs = run_vit(on_meta(model), images, needs, keep).tensors()
         if backward:
             torch.autograd.backward([t.sum() for t in outputs])
     return counter.get_total_flops() // size

@@ -51,14 +51,19 @@ class Whole:
         """Run the model on whole images, and record what the resolved ``needs`` ask for.
 
         Raises:
-            ConfigError: it has no attention to record, or no feature maps; or it cannot run on the
-                meta device, where costs are counted, for it reads what its tensors hold.
+            ConfigError: it has no attention to record, or no feature maps; or they cannot be had on
+                the meta device, where costs are counted, for it reads what its tensors hold.
         """
         try:
             return self._run(images, needs)
-        except RuntimeError as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever somebody's code raises
             if not images.is_meta:
                 raise
+            if not needs.hidden and not needs.features:  # its logits cost what is not counted
+                blank = images.new_empty(len(images), self.network.num_classes)
+                return ViTOutput(logits=blank.requires_grad_(), network=self.network)
             what = f"the cost of what is read of a {type(self.model).__name__} cannot be counted"
             raise ConfigError(f"{what} ({error})") from error
 

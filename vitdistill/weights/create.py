@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 
 from ..errors import ConfigError, DataError, Give, UserError
-from ..messages import printable, suggest
+from ..messages import first_line, printable, suggest
 from ..storage.hub import settle_network
-from .files import check_finite, first_line, load_state_dict
+from .files import check_finite, load_state_dict
 from .folder import Saved, read_folder, read_hub
 from .load import load_into
+from .outside import build_outside, is_outside
 from .vit_checkpoints import Target, classifier_of, is_headless, is_pretraining
 
 
@@ -64,18 +66,18 @@ def create_model(
             raise ConfigError(f"{key} is given twice", f"leave {key} out", field="model_args")
     saved = _read_saved(name)
     if saved is None:
-        model = _from_registry(name, build, pretrained=bool(pretrained))
+        model = _build(name, build, pretrained=bool(pretrained))
     else:
         model = _build(saved.architecture, {**saved.args, **build}, saved.cfg)
         if checkpoint is None and pretrained is not False:
             _load_saved(model, saved)
     if checkpoint is None:
         return model
-    state, notes = load_state_dict(checkpoint), []
+    state, notes = load_state_dict(checkpoint, model.state_dict()), []
     if saved is None:
         num_classes = _num_answers(model, state)
         if "num_classes" not in build and num_classes not in (None, model.num_classes):
-            model = _from_registry(name, {**build, "num_classes": num_classes}, pretrained=False)
+            model = _build(name, {**build, "num_classes": num_classes})
         notes = _set_normalisation(model, state, name)
     fresh = "num_classes" in build or not getattr(model, "num_classes", 1)
     load_into(Target(model, printable(checkpoint), fresh), state, notes)
@@ -93,8 +95,8 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def carries_weights(name: str) -> bool:
-    """Return whether a network of this name comes with weights: not a plain timm name."""
-    return _split(name)[0] != "timm"
+    """Return whether a network of this name comes with weights, or is left to its own error."""
+    return _split(name)[0] != "timm" or not is_model(name.partition(".")[0])
 
 
 def describe(name: str, model_args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -112,6 +114,8 @@ def _split(name: str) -> tuple[str, str]:
         return "hub", rest
     if colon and scheme == "local-dir":
         return "folder", rest
+    if is_outside(name):
+        return "outside", name
     # A plain timm name stays one, even where a folder happens to be called the same.
     is_path = os.sep in name or name.startswith(("~", "."))
     if is_path or (not is_model(name.partition(".")[0]) and Path(name).is_dir()):
@@ -130,7 +134,8 @@ def _read_saved(name: str) -> Saved | None:
 # -- building -------------------------------------------------------------------------------------
 
 
-def _from_registry(name: str, build: dict[str, Any], pretrained: bool) -> nn.Module:
+def _check_name(name: str, pretrained: bool) -> None:
+    """Raise `ConfigError` unless timm has a network, and weights, of this name."""
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
         near = suggest(architecture, list_models(), otherwise="timm.list_models() lists them")
@@ -141,7 +146,6 @@ def _from_registry(name: str, build: dict[str, Any], pretrained: bool) -> nn.Mod
     if pretrained and not _default_cfg(name).has_weights:
         fixes = ("name one of its tags", Give("checkpoint"))
         raise ConfigError(f"timm has no pretrained weights for {name}", fixes, field="pretrained")
-    return _build(name, build, pretrained=pretrained)
 
 
 def _default_cfg(name: str) -> PretrainedCfg:
@@ -154,18 +158,24 @@ def _build(
     cfg: Mapping[str, Any] | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """Have timm build a network, and put the image size into its configuration."""
+    """Have a network built, and put the image size into its configuration."""
     size = build.get("img_size")
-    fixed = cfg.get("fixed_input_size", False) if cfg else _default_cfg(name).fixed_input_size
-    if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
-        # Fully convolutional: it takes any size, and no argument for it.
-        build = {key: value for key, value in build.items() if key != "img_size"}
-    extra: dict[str, Any] = {"pretrained_cfg": cfg} if cfg else {}
     spelled = ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
+    make: Callable[[], nn.Module]
+    if is_outside(name):
+        make = partial(build_outside, name, build, cfg)
+    else:
+        _check_name(name, pretrained)
+        fixed = cfg.get("fixed_input_size", False) if cfg else _default_cfg(name).fixed_input_size
+        if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
+            # Fully convolutional: it takes any size, and no argument for it.
+            build = {key: value for key, value in build.items() if key != "img_size"}
+        extra: dict[str, Any] = {"pretrained_cfg": cfg} if cfg else {}
+        make = partial(timm.create_model, name, pretrained=pretrained, **extra, **build)
     if pretrained:
         settle_network()
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **extra, **build)
+        model = make()
     except UserError:
         raise
     except Exception as error:  # whatever a network's own code raises for such arguments
@@ -224,7 +234,7 @@ def _check_grid(name: str, model: nn.Module) -> None:
 
 def _load_saved(model: nn.Module, saved: Saved) -> None:
     """Load the weights of a saved network, all but the head where the classes are others."""
-    state, place = saved.load_weights()
+    state, place = saved.load_weights(model.state_dict())
     same_head = getattr(model, "num_classes", None) == saved.num_classes
     target = Target(
         model,

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from .. import __version__
 from ..data.augment import InputSpec
 from ..errors import ConfigError, DataError, DiskError, Give
-from ..messages import printable
+from ..messages import first_line, printable
 from ..storage import atomic
 from ..storage.atomic import disk_errors, sha256_file
 from ..storage.tensors import tensor_bytes
 from .create import create_model
-from .files import bare_key, check_finite, first_line
+from .files import bare_key, check_finite
 from .folder import CONFIG, WEIGHTS_FILES
 
 WEIGHTS = WEIGHTS_FILES[0]

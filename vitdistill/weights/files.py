@@ -10,7 +10,7 @@ import pickle
 import re
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..messages import listed, printable
+from ..messages import first_line, listed, printable
 from ..storage.atomic import disk_errors
 
 # Where public checkpoints keep their weights, best first: an average before the last ones, as timm.
@@ -29,13 +29,15 @@ _LAST = ("state_dict", "model_state_dict", "model_state", "model", "net", "netwo
 _WRAPPERS = (*_AVERAGES, *_LAST, "params", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
 _PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
-_ATTRIBUTES = ("model.", "net.", "network.", "backbone.")  # of Lightning's modules and the like
+# Of Lightning's modules and the like, and of transformers' around a network of timm's.
+_ATTRIBUTES = ("model.", "net.", "network.", "backbone.", "timm_model.")
 
 
-def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_state_dict(path: str | os.PathLike[str], own: Collection[str] = ()) -> dict[str, Tensor]:
     """Read the tensors of a weights file, on the CPU, without a training script's wrappers.
 
-    Reads ``.safetensors``, and ``.pth .pt .bin .tar .ckpt`` of tensors only; else `DataError`.
+    Reads ``.safetensors``, and ``.pth .pt .bin .tar .ckpt`` of tensors only; else `DataError`. What
+    is in ``own``, the names in a network's own, is not taken for a wrapper's.
     """
     check_is_file(path)
     file = Path(path)
@@ -48,9 +50,9 @@ def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     # Some publish safetensors under a name of PyTorch's: the content tells.
     is_safe = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size - 8
     if file.suffix != ".safetensors" and not is_safe:
-        return _unwrapped(file, _read_pickle(file))
+        return _unwrapped(file, _read_pickle(file), own)
     try:
-        return _unwrapped(file, safetensors.torch.load_file(file))
+        return _unwrapped(file, safetensors.torch.load_file(file), own)
     except safetensors.SafetensorError as error:
         raise _unreadable(file, error) from error
 
@@ -124,12 +126,7 @@ def _converter(file: Path, keys: Sequence[str] = _WRAPPERS) -> str:
     return shlex.join(["python", "-c", code, *map(printable, files)])
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, to quote in ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
-
-
-def _unwrapped(file: Path, found: Any) -> dict[str, Tensor]:
+def _unwrapped(file: Path, found: Any, own: Collection[str]) -> dict[str, Tensor]:
     found = found if isinstance(found, Mapping) else {}
     others = [str(key) for key, value in found.items() if _is_state(value)]
     for _ in range(2):  # {"model": {"state_dict": ...}} is wrapped twice
@@ -141,9 +138,14 @@ def _unwrapped(file: Path, found: Any) -> dict[str, Tensor]:
             raise DataError(what)
         command = f"to take those under {others[0]!r}: {_converter(file, others[:1])}"
         raise DataError(f"{what}, and it holds some under {listed(others)}", command)
-    inside = (name for name in _ATTRIBUTES if all(key.startswith(name) for key in found))
-    prefix = next(inside, "")
-    bare = {bare_key(key.removeprefix(prefix)): value for key, value in found.items()}
+    names = {key: key if key in own else bare_key(key) for key in found}
+    if not {*own} & {*names.values()}:
+        inside = (
+            name for name in _ATTRIBUTES if all(key.startswith(name) for key in names.values())
+        )
+        prefix = next(inside, "")
+        names = {key: bare_key(name.removeprefix(prefix)) for key, name in names.items()}
+    bare = {names[key]: value for key, value in found.items()}
     if len(bare) < len(found):
         raise DataError(f"{printable(file)} holds tensors twice, with and without a prefix")
     return bare

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,11 +16,12 @@ from timm.models._pretrained import PretrainedCfg
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from ..messages import printable
+from ..messages import first_line, printable
 from ..storage.atomic import read_bytes, sha256_file
 from ..storage.hub import settle_network
 from . import hugging_face
-from .files import first_line, load_state_dict
+from .files import load_state_dict
+from .outside import is_outside
 
 CONFIG = "config.json"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -61,8 +62,11 @@ class Saved:
             return size, size
         return (int(size[0]), int(size[1])) if len(size) == 2 else None
 
-    def load_weights(self) -> tuple[dict[str, Tensor], str]:
-        """Return its tensors and where they are; `DataError` if they are not what was exported."""
+    def load_weights(self, own: Collection[str]) -> tuple[dict[str, Tensor], str]:
+        """Return its tensors, for a network that calls its ``own``, and where they are.
+
+        `DataError` if they are not what was exported.
+        """
         for name in (self.cfg.get("hf_hub_filename"), *WEIGHTS_FILES):
             file = self.fetch(name) if name else None
             if file is None:
@@ -73,14 +77,14 @@ class Saved:
                     f" {CONFIG} beside it",
                     fix="export again",
                 )
-            return load_state_dict(file), f"{self.place}/{name}"
+            return load_state_dict(file, own), f"{self.place}/{name}"
         for name in _SHARDS:
             index = self.fetch(name)
             if index is not None:
-                return self._load_shards(index), f"{self.place}/{name}"
+                return self._load_shards(index, own), f"{self.place}/{name}"
         raise DataError(f"{self.place} has none of {', '.join(WEIGHTS_FILES)}")
 
-    def _load_shards(self, index: Path) -> dict[str, Tensor]:
+    def _load_shards(self, index: Path, own: Collection[str]) -> dict[str, Tensor]:
         try:
             files = set(json.loads(read_bytes(index, MOST_CONFIG))["weight_map"].values())
             shards = {name: self.fetch(name) for name in sorted(files) if Path(name).name == name}
@@ -90,7 +94,7 @@ class Saved:
         for name, shard in shards.items():
             if shard is None:
                 raise DataError(f"{self.place} lacks {printable(name)}, which {index.name} names")
-            state |= load_state_dict(shard)
+            state |= load_state_dict(shard, own)
         return state
 
 
@@ -140,7 +144,7 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
         _check({**args, **cfg})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{printable(path)} is no configuration of timm's") from error
-    if not is_model(architecture):
+    if not (is_model(architecture) or is_outside(architecture)):
         raise ConfigError(
             f"{printable(path)} names the architecture {printable(architecture)!r}, which timm"
             f" {timm.__version__} does not have",
