@@ -1,7 +1,7 @@
 """A frozen teacher: a plain object, never saved, never trained, never wrapped for distribution."""
 
 from contextlib import nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 
 import torch
@@ -49,8 +49,12 @@ class Teacher:
         self._set_spec(spec)
 
     def with_spec(self, spec: InputSpec) -> "Teacher":
-        """Return a teacher with the same network and another input contract."""
+        """Return a teacher with the same weights and another input contract."""
         other = copy(self)
+        if spec.image_size != self.spec.image_size and self.network.walks:
+            # Only what depends on the size is another's: parameters stay the same ones.
+            other.model = deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+            other.model.set_input_size(img_size=spec.image_size)  # type: ignore[operator]
         other._set_spec(spec)
         return other
 

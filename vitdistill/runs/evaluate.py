@@ -143,20 +143,15 @@ def _build(
     about = "model", classes, built.spec, device
     if job.probes:
         check_pool(job.pool, built.network.has_class_token)
-    must_answer = not job.probes or job.teacher is not None
-    if built.network.num_classes:
-        try:
-            return build_teacher(job.model, *about, built=built)[0], ""
-        except ConfigError as error:
-            if must_answer:
-                raise
-            reason = str(error)
-    else:
-        reason = f"{job.model.model} has no classifier"
-        if must_answer:
-            what = f"{reason}, so it has neither accuracy nor agreement with a teacher"
+    try:
+        if not built.network.num_classes:
+            what = f"{job.model.model} has no classifier, so it has no accuracy"
             raise ConfigError(what, (Give("knn"), Give("linear_probe")), field="model")
-    return build_teacher(job.model, *about, objectives={}, built=built)[0], reason
+        return build_teacher(job.model, *about, built=built)[0], ""
+    except ConfigError as error:
+        if not job.probes or job.teacher is not None:
+            raise
+        return build_teacher(job.model, *about, objectives={}, built=built)[0], error.what
 
 
 def _judge_features(

@@ -44,33 +44,20 @@ def check_folder(path: Path, recipe: Recipe, fix: Fix = "") -> bool:
     with disk_errors(path):
         parent = next(place for place in (path, *path.absolute().parents) if place.exists())
         found = contents(path) if parent == path and path.is_dir() else []
+    fixes: tuple[Fix, ...] = (Give("output"),)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"the output {path} cannot be made: {parent} is a file, or may not be written",
-            Give("output"),
-            field="output",
-        )
-    if not found:
+        what = f"cannot be made: {parent} is a file, or may not be written"
+    elif not found:
         return False
-    if not (path / RECIPE).is_file():
-        raise ConfigError(
-            f"the output {path} is not empty ({found[0]} is in it) and holds no run",
-            Give("output"),
-            field="output",
-        )
-    lines = changes(path, recipe)
-    if lines:
+    elif not (path / RECIPE).is_file():
+        what = f"is not empty ({found[0]} is in it) and holds no run"
+    elif not (lines := changes(path, recipe)):
+        return True
+    else:
         more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
-        first = "; ".join([*lines[:3], *more])
-        raise ConfigError(
-            f"the output {path} holds another run ({first})",
-            (
-                Give("output"),
-                fix or f"go on with that one by 'vitdistill train {shlex.quote(str(path))}'",
-            ),
-            field="output",
-        )
-    return True
+        what = f"holds another run ({'; '.join([*lines[:3], *more])})"
+        fixes += (fix or f"go on with that one by 'vitdistill train {shlex.quote(str(path))}'",)
+    raise ConfigError(f"the output {path} {what}", fixes, field="output")
 
 
 def contents(path: Path) -> list[str]:

@@ -16,7 +16,6 @@ from ..labels.store import LabelStore
 from ..labels.writing import write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import format_bytes, format_duration, listed, printable
-from ..methods.base import TeacherObjective
 from ..recipes.config import Recipe
 from ..recipes.settings import LabelOptions
 from ..storage.atomic import disk_errors, require_free
@@ -26,6 +25,7 @@ from ..vit.output import ViTOutput
 from ..world import agreed, join_world
 from .answers import LabelRun, prepare_teachers
 from .folder import contents
+from .networks import find_logit_readers
 from .prepare import Prepared, Say
 from .stop import StopRequest
 
@@ -124,13 +124,8 @@ def _without_labels(recipe: Recipe) -> Recipe:
 
 def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> LogitEncoding:
     """Return how this teacher's logits are stored."""
-    readers = [
-        objective.teacher_temperatures
-        for objective in recipe.objectives.values()
-        if isinstance(objective, TeacherObjective)
-        and objective.teacher == teacher.name
-        and objective.teacher_needs(teacher).logits
-    ]
+    reading = find_logit_readers(recipe.objectives, teacher)
+    readers = [objective.teacher_temperatures for objective in reading]
     kind = options.encoding
     if kind == "auto":
         sparse = all(wanted is not None and len(wanted) <= 1 for wanted in readers)

@@ -35,19 +35,12 @@ def check_length(
             f"that is little: train.batch_size={size} with optim.lr={rate:.2g} in proportion makes"
             f" {num_images // size * epochs:,} steps, and more train.epochs more"
         )
-    if train.ema_decay is not None:
-        _check_average(train.ema_decay, steps, say)
-
-
-def _check_average(decay: float, steps: int, say: Callable[[str], None]) -> None:
-    share = decay**steps
-    what = (
-        f"the moving average remembers {1 / (1 - decay):,.0f} steps and the run has {steps:,}, so"
-        f" that {share:.0%} of it are the weights it began with"
-    )
-    # A memory of a tenth of the run leaves e^-10 of them.
-    fitting = f"{1 - 10 / steps:.3g}" if steps > 20 else "none"
-    if share > 0.5:
-        raise ConfigError(what, Set("train.ema_decay", fitting), field="train.ema_decay")
+    share = 0.0 if train.ema_decay is None else train.ema_decay**steps
     if share > 0.01:
-        say(f"{what}: train.ema_decay={fitting} leaves none of them")
+        # A memory of a tenth of the run leaves e^-10 of them.
+        fix = Set("train.ema_decay", f"{1 - 10 / steps:.3g}" if steps > 20 else "none")
+        what = f"{share:.0%} of the moving average of {steps:,} steps are the weights it began with"
+        error = ConfigError(what, fix, field=fix.field)
+        if share > 0.5:
+            raise error
+        say(str(error))

@@ -125,14 +125,17 @@ def trains_classifier(objectives: Mapping[str, Objective], student: Network) -> 
     return any(objective.trains_heads(student) for objective in objectives.values())
 
 
-def reads_logits(objectives: Mapping[str, Objective], teacher: Network) -> bool:
-    """Return whether any objective reads this teacher's logits."""
-    return any(
-        isinstance(objective, TeacherObjective)
+def find_logit_readers(
+    objectives: Mapping[str, Objective], teacher: Network
+) -> list[TeacherObjective]:
+    """Return the objectives that read this teacher's logits."""
+    return [
+        objective
+        for objective in objectives.values()
+        if isinstance(objective, TeacherObjective)
         and objective.teacher == teacher.name
         and objective.teacher_needs(teacher).logits
-        for objective in objectives.values()
-    )
+    ]
 
 
 def build_blank(
@@ -153,11 +156,11 @@ def build_blank(
         built = build_teacher_model(config, name, with_weights=False)
         if name in heads:
             built = _with_classes(built, heads[name])
-        elif config.checkpoint and not reads_logits(objectives, built.network):
+        elif config.checkpoint and not find_logit_readers(objectives, built.network):
             # We cannot know before loading whether a checkpoint has a head. If no objective reads
             # logits, assume it has none.
             built = _with_classes(built, 0)
-        if built.network.num_classes and reads_logits(objectives, built.network):
+        if built.network.num_classes and find_logit_readers(objectives, built.network):
             built = replace(built, network=replace(built.network, num_classes=num_classes))
         teachers[name] = built
     return student, teachers
@@ -188,18 +191,17 @@ def build_teacher(
     ``built`` is its network, if that exists already.
     """
     built = built or build_teacher_model(config, name)
-    names = weights.class_names(built.model)
-    if objectives is not None and not reads_logits(objectives, built.network):
+    network, index, names = built.network, None, weights.class_names(built.model)
+    if objectives is not None and not find_logit_readers(objectives, network):
         match = ClassMatch(None, "only its features are read")
-    elif classes:
-        place = _class_order(config, name, classes, built.network.num_classes)
-        count = built.network.num_classes
-        match = match_classes(name, names, count, classes, config.reorder_classes, place)
     else:
-        place = _class_order(config, name, classes, built.network.num_classes)
-        kept = "the images are unlabelled: its own classes are kept"
-        match = ClassMatch(place, kept, names or ())
-    network, index = built.network, None
+        order = _class_order(config, name, classes, network.num_classes)
+        match = ClassMatch(
+            order, "the images are unlabelled: its own classes are kept", names or ()
+        )
+        if classes:
+            how = config.reorder_classes, order
+            match = match_classes(name, names, network.num_classes, classes, *how)
     if match.index is not None:
         network, index = replace(network, num_classes=len(match.index)), torch.tensor(match.index)
     teacher = Teacher(
@@ -298,7 +300,7 @@ def _build_teachers(
     for name, config in recipe.teachers.items():
         if name in stores:
             network = stored_network(stores[name], name)
-            if reads_logits(recipe.objectives, network):
+            if find_logit_readers(recipe.objectives, network):
                 names = tuple(stores[name].manifest.about.get("classes", ()))
                 answers.append((network.num_classes, names))
             # Others may have to answer, or are compared with the one that made the labels.
@@ -308,7 +310,7 @@ def _build_teachers(
             config, name, classes, images_spec, device, recipe.objectives
         )
         teachers[name] = teacher
-        if name not in stores and reads_logits(recipe.objectives, teacher.network):
+        if name not in stores and find_logit_readers(recipe.objectives, teacher.network):
             answers.append((teacher.network.num_classes, match.classes))
         say(f"{name}: {teacher.network.architecture}, {match.remark}")
     return teachers, answers

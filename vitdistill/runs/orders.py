@@ -1,8 +1,8 @@
-"""Whether a teacher's answers fit the classes in the order they have, or in another one better."""
+"""Whether another order of a teacher's classes explains its answers better than the present one."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,30 +48,15 @@ def alignment(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
     """
     scores = logits.double().softmax(-1)
     seen, rows = labels.unique(return_inverse=True)
-    table = scores.new_zeros(len(seen), scores.shape[1])
-    table.index_add_(0, rows, scores - scores.mean(0))
+    table = _add_rows(scores - scores.mean(0), rows)
     spread = (table.square().sum() / (scores.shape[1] - 1)).sqrt()
     return float(table[torch.arange(len(seen)), seen].sum() / spread.clamp_min(1e-300))
 
 
-def log_likelihoods(
-    logits: Float[Tensor, "N C"], orders: Sequence[Int[Tensor, " N"]]
-) -> Float[Tensor, "N C"]:
-    """Return the log-probability of every answer, as sharp as suits the best of ``orders`` best.
-
-    Networks are sure of themselves to different degrees, and one is believed as far as its record
-    warrants.
-    """
-    scores = logits.double() - logits.double().mean(1, keepdim=True)
-    scores = scores / scores.std().clamp_min(1e-12)
-    images, best, found = torch.arange(len(scores)), -math.inf, scores
-    for sharpness in _SHARPNESS:
-        answers = (scores * sharpness).softmax(-1)
-        logs = ((1 - _AT_RANDOM) * answers + _AT_RANDOM / scores.shape[1]).log()
-        likelihood = max(float(logs[images, order].sum()) for order in orders)
-        if likelihood > best:
-            best, found = likelihood, logs
-    return found
+def log_likelihoods(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Return the log-probability of each label, at the sharpness that suits all of them best."""
+    each = [_pick(logs, labels) for logs in _temper(logits)]
+    return max(each, key=lambda found: float(found.sum()))
 
 
 def find_better_order(
@@ -82,36 +67,55 @@ def find_better_order(
     The natural order is tried, and any order of the classes that have images: there, each class
     that moves costs ``log C`` nats, the price of naming its new place.
     """
-    images, answers = torch.arange(len(labels)), logits.argmax(1)
     seen, rows = labels.unique(return_inverse=True)
-    natural, present = torch.tensor(natural_order(classes)), torch.arange(len(seen))
-
-    def sums(scores: Float[Tensor, "N C"]) -> Float[Tensor, "K K"]:
-        return scores.new_zeros(len(seen), len(seen)).index_add_(0, rows, scores[:, seen])
-
-    start = _improve(sums(logits.double() - logits.double().mean(0)), present)
-    logs = log_likelihoods(logits, [labels, natural[labels], seen[start][rows]])
-    table = sums(logs) + math.log(len(classes)) * torch.eye(len(seen))
-    orders = [_improve(table, order) for order in (present, start)]
-    values = [float(table[present, order].sum() - table.trace()) for order in orders]
-    gain = float((logs[images, natural[labels]] - logs[images, labels]).sum())
-    is_natural = gain > max(EVIDENCE, *values)
-    if not is_natural and max(values) < EVIDENCE:
+    present, natural = torch.arange(len(classes)), torch.tensor(natural_order(classes))
+    price, found, most = math.log(len(classes)), present, -math.inf
+    for logs in _temper(logits):
+        chosen = _exchange(_add_rows(logs[:, seen], rows), price)
+        order = present.index_copy(0, seen, seen[chosen])
+        value = float(_pick(logs, order[labels]).sum() - price * (order != present).sum())
+        if value > most:
+            found, most = order, value
+    now, then = (
+        float(log_likelihoods(logits, order[labels]).sum()) for order in (present, natural)
+    )
+    if max(then, most) < now + EVIDENCE:
         return None
-    index = natural
-    if not is_natural:
-        index = torch.arange(len(classes))
-        index[seen] = seen[orders[values.index(max(values))]]
-    moved = index[labels] != labels
-    new, old = answers == index[labels], answers == labels
-    gained, lost = int((new & moved).sum()), int((old & moved).sum())
+    order = natural if then > most else found
+    answers = logits.argmax(1)
+    new, old = answers == order[labels], answers == labels
+    gained, lost = int((new & ~old).sum()), int((old & ~new).sum())
     certain = gained - lost > 4 * math.sqrt(gained + lost)
-    return Reordering(tuple(index.tolist()), is_natural, float(new.double().mean()), certain)
+    index, accuracy = tuple(order.tolist()), float(new.double().mean())
+    return Reordering(index, order is natural, accuracy, certain)
 
 
-def _improve(table: Float[Tensor, "K K"], order: Int[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """Exchange columns of pairs of rows as long as that raises the sum."""
-    order, rows = order.clone(), torch.arange(len(order))
+def _temper(logits: Float[Tensor, "N C"]) -> Iterator[Float[Tensor, "N C"]]:
+    """Yield the log-probabilities of all answers, from nearly even to nearly certain ones.
+
+    Networks are sure of themselves to different degrees, and one is believed as far as its record
+    warrants.
+    """
+    scores = logits.double() - logits.double().mean(1, keepdim=True)
+    scores = scores / scores.std().clamp_min(1e-12)
+    for sharpness in _SHARPNESS:
+        answers = (scores * sharpness).softmax(-1)
+        yield ((1 - _AT_RANDOM) * answers + _AT_RANDOM / scores.shape[1]).log()
+
+
+def _pick(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    return scores.gather(1, labels[:, None])[:, 0]
+
+
+def _add_rows(scores: Float[Tensor, "N C"], rows: Int[Tensor, " N"]) -> Float[Tensor, "K C"]:
+    """Return the sum of the scores of each row."""
+    return scores.new_zeros(int(rows.max()) + 1, scores.shape[1]).index_add_(0, rows, scores)
+
+
+def _exchange(table: Float[Tensor, "K K"], price: float) -> Int[Tensor, " K"]:
+    """Exchange columns as long as that raises the diagonal's sum, less a price a column moved."""
+    rows = torch.arange(len(table))
+    order, table = rows.clone(), table + price * torch.eye(len(table))
     for _ in rows:
         crossed = table[:, order]
         now = crossed.diagonal()

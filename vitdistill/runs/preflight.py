@@ -1,16 +1,17 @@
 """Preflight: before money is spent, every teacher is proved on a slice of the validation images."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..data.augment import InputSpec
 from ..data.batch import Batch
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, NonFiniteError, Set
+from ..errors import ConfigError, NonFiniteError, Set, UserError
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..vit.needs import Needs
 from ..vit.output import ViTOutput
@@ -25,6 +26,8 @@ _NORMALISATIONS = (  # ImageNet's mean and std, Inception's, none
     ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 )
 _SPELLED = 20  # classes up to which a remedy spells their order
+
+_Answered = tuple[Tensor, Tensor, Tensor]  # images, logits and labels
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,18 @@ def prove_teacher(
         ConfigError: luck explains its answers, or another order of its classes does far better.
     """
     found, labels = [torch.empty(0, len(classes))], [torch.empty(0, dtype=torch.long)]
-    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+    shown: list[_Answered] = []
     with world.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
         for batch in batches:
-            found.append(_logits(_record(teacher, Needs(logits=True), batch.images)))
+            found.append(_answer(teacher, batch.images))
             labels.append(batch.labels.cpu())
             if sum(len(images) for images, _, _ in shown) < _NUM_TRIED:
                 shown.append((batch.images, found[-1], labels[-1]))
         doubt = _doubt_input(teacher, shown)
     parts = world.gather((torch.cat(found), torch.cat(labels), doubt))
-    answers, truth = torch.cat([a for a, _, _ in parts]), torch.cat([y for _, y, _ in parts])
-    contract = next((doubt for _, _, doubt in parts if doubt is not None), None)
-    return _judge(teacher, answers, truth, classes, contract)
+    answers, truth, doubts = zip(*parts, strict=True)
+    misfit = next((doubt for doubt in doubts if doubt is not None), None)
+    return _judge(teacher, torch.cat(answers), torch.cat(truth), classes, misfit)
 
 
 def _judge(
@@ -74,23 +77,19 @@ def _judge(
     logits: Float[Tensor, "N C"],
     labels: Int[Tensor, " N"],
     classes: Sequence[str],
-    contract: ConfigError | None,
+    misfit: ConfigError | None,
 ) -> Proof:
     """Compare answers with labels, the same on every process."""
-    answers, count, where = logits.argmax(1), len(labels), f"teachers.{teacher.network.name}"
-    accuracy = _accuracy(logits, labels)
-    chance = chance_accuracy(labels, answers)
+    where = f"teachers.{teacher.network.name}"
+    accuracy, chance = _accuracy(logits, labels), chance_accuracy(labels, logits.argmax(1))
     # Few classes or images cannot show more: with K of C classes seen, perfection is the root of
     # (K - 1)(C - 1), and what a weak teacher shows grows with the root of the images.
     perfect = math.sqrt((len(labels.unique()) - 1) * (len(classes) - 1))
-    enough = min(3.1, perfect / 2, 0.14 * math.sqrt(count))
-    proven = accuracy > chance_level(chance, count) and alignment(logits, labels) > enough
-    half_way = (1 + chance) / 2
-    what = f"{_name(teacher)} is right on {accuracy:.1%} of {count} validation images"
-    untrained, reordered = doubt_weights(teacher), None
-    if untrained is not None and accuracy < half_way:
-        raise agreed(untrained)
-    order = find_better_order(logits, labels, classes)
+    enough = min(3.1, perfect / 2, 0.14 * math.sqrt(len(labels)))
+    untrained = doubt_weights(teacher) if accuracy < (1 + chance) / 2 else None
+    proven = untrained is None and accuracy > chance and alignment(logits, labels) > enough
+    what = f"{_name(teacher)} is right on {accuracy:.1%} of {len(labels)} validation images"
+    order, reordered = find_better_order(logits, labels, classes), None
     if order is not None:
         own, i = min((own, i) for i, own in enumerate(order.index) if own != i)
         fix = Set(f"{where}.class_order", "natural" if order.natural else [*order.index])
@@ -102,19 +101,17 @@ def _judge(
             fix if spelled else "give its config.json the names of its classes (label_names)",
             field=fix.field,
         )
-        # A weak teacher confuses classes without being in another order.
-        if order.certain or (not proven and (order.natural or order.accuracy > half_way)):
-            raise agreed(reordered)
-    if not proven:
+    doubts = [doubt for doubt in (untrained, misfit, reordered) if doubt is not None]
+    # A weak teacher confuses classes without being in another order.
+    if not proven or (order is not None and order.certain):
         luck = ConfigError(
             f"{what}, which an untrained network reaches by luck (chance: {chance:.1%} for"
             f" {len(classes)} classes): its weights are not loaded, its classes are others, or its"
             " normalisation is not its own",
             field=where,
         )
-        raise agreed(contract or luck)
-    doubts = (untrained, reordered, contract)
-    return Proof(accuracy, chance, count, tuple(doubt for doubt in doubts if doubt is not None))
+        raise agreed(next(iter(doubts), luck))
+    return Proof(accuracy, chance, len(labels), tuple(doubts))
 
 
 @torch.no_grad()
@@ -143,9 +140,10 @@ def _record(teacher: Teacher, needs: Needs, images: Float[Tensor, "B 3 H W"]) ->
     return output
 
 
-def _logits(output: ViTOutput) -> Float[Tensor, "B C"]:
-    assert output.logits is not None
-    return output.logits.float().cpu()
+def _answer(teacher: Teacher, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+    logits = _record(teacher, Needs(logits=True), images).logits
+    assert logits is not None
+    return logits.float().cpu()
 
 
 def _name(teacher: Teacher) -> str:
@@ -163,51 +161,41 @@ def doubt_weights(teacher: Teacher) -> ConfigError | None:
     return ConfigError(what, fix, field=fix.field)
 
 
-def _doubt_input(
-    teacher: Teacher, shown: Sequence[tuple[Tensor, Tensor, Tensor]]
-) -> ConfigError | None:
-    """Return an error if answers are clearly better with another mean and std, or at half or twice
-    the size where a network takes any.
-
-    ``shown`` holds batches of images, answers and labels.
-    """
-    spec, config = teacher.spec, getattr(teacher.model, "pretrained_cfg", None) or {}
-    others = [replace(spec, mean=mean, std=std) for mean, std in _NORMALISATIONS]
-    if not hasattr(teacher.model, "patch_embed") and not config.get("fixed_input_size"):
-        height, width = spec.image_size
-        for size in ((max(height // 2, 32), max(width // 2, 32)), (2 * height, 2 * width)):
-            others.append(replace(spec, image_size=size))
+def _doubt_input(teacher: Teacher, shown: Sequence[_Answered]) -> ConfigError | None:
+    """Return an error if answers are clearly better with another mean and std, or another size."""
     doubt, best = None, 0.0
-    for other in others:
+    for spec, fix in _other_inputs(teacher):
         # A larger size is tried on fewer images, so that it costs as much.
-        every = math.ceil(math.prod(other.image_size) / math.prod(spec.image_size))
+        every = math.ceil(math.prod(spec.image_size) / math.prod(teacher.spec.image_size))
         few = [(images[::every], own[::every], y[::every]) for images, own, y in shown]
-        if other == spec or sum(len(y) for _, _, y in few) < _FEWEST:
+        labels = torch.cat([y for _, _, y in few]) if few else torch.empty(0)
+        if spec == teacher.spec or len(labels) < _FEWEST:
             continue
         try:
-            told = teacher.with_spec(other)
-            answers = [
-                _logits(told(images, Needs(logits=True))).nan_to_num() for images, _, _ in few
-            ]
-        except RuntimeError:  # a network may take no other size
+            other = teacher.with_spec(spec)
+            then = torch.cat([_answer(other, images) for images, _, _ in few])
+        except (AssertionError, RuntimeError, UserError):  # a network may take no other size
             continue
-        labels = torch.cat([y for _, _, y in few])
-        now, then = torch.cat([own for _, own, _ in few]), torch.cat(answers)
-        each = [log_likelihoods(x, [labels]).gather(1, labels[:, None]) for x in (now, then)]
-        gain, (before, after) = each[1] - each[0], (_accuracy(x, labels) for x in (now, then))
-        mean = float(gain.mean())
-        if after <= before or mean < max(best, 3 * float(gain.std()) / math.sqrt(len(labels))):
-            continue
-        fix = Set(f"teachers.{teacher.network.name}.image_size", other.image_size[0])
-        how = f"images of {other.image_size[0]} pixels"
-        if other.image_size == spec.image_size:
-            overlay = {"mean": [*other.mean], "std": [*other.std]}
-            place = f"teachers.{teacher.network.name}.model_args.pretrained_cfg_overlay"
-            how, fix = str(overlay), Set(place, overlay)
-        what = f"{_name(teacher)} is right on {before:.1%} of {len(labels)} validation images as it"
-        what = f"{what} is given them, and on {after:.1%} with {how}"
-        doubt, best = ConfigError(what, fix, field=fix.field), mean
+        now = torch.cat([own for _, own, _ in few])
+        gain = log_likelihoods(then, labels) - log_likelihoods(now, labels)
+        before, after, mean = _accuracy(now, labels), _accuracy(then, labels), float(gain.mean())
+        if after > before and mean > max(best, 3 * float(gain.std()) / math.sqrt(len(labels))):
+            what = f"{_name(teacher)} is right on {before:.1%} of {len(labels)} validation images"
+            what = f"{what}, and on {after:.1%} with another input"
+            doubt, best = ConfigError(what, fix, field=fix.field), mean
     return doubt
+
+
+def _other_inputs(teacher: Teacher) -> Iterator[tuple[InputSpec, Set]]:
+    """Yield what else a teacher may have been trained with, and how a recipe says so."""
+    where, spec = f"teachers.{teacher.network.name}", teacher.spec
+    for mean, std in _NORMALISATIONS:
+        overlay = {"mean": [*mean], "std": [*std]}
+        fix = Set(f"{where}.model_args.pretrained_cfg_overlay", overlay)
+        yield replace(spec, mean=mean, std=std), fix
+    height, width = spec.image_size
+    for size in ((height // 2, width // 2), (2 * height, 2 * width)):
+        yield replace(spec, image_size=size), Set(f"{where}.image_size", size[0])
 
 
 def _accuracy(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
@@ -219,10 +207,3 @@ def chance_accuracy(labels: Int[Tensor, " N"], answers: Int[Tensor, " N"]) -> fl
     size = int(torch.cat((labels, answers)).max()) + 1
     counts = (every.bincount(minlength=size).double() for every in (labels, answers))
     return float(torch.stack([*counts]).prod(0).sum()) / len(labels) ** 2
-
-
-def chance_level(chance: float, count: int) -> float:
-    """The accuracy a guess stays below, but for one time in a thousand; at most 0.1 above chance:
-    few images do not condemn a useful teacher.
-    """
-    return chance + min(3.1 * math.sqrt(chance * (1 - chance) / max(count, 1)), 0.1)

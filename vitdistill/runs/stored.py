@@ -101,21 +101,16 @@ def check_labels(
                 field=f"teachers.{name}.labels",
             )
         num_views = recipe.data.views or recipe.train.epochs
-        if recipe.teachers[name].missing == "error":
-            _refuse_missing(name, store, num_views)
+        absent = [(view, part) for view, part in store.missing_parts() if view < num_views]
+        if absent and recipe.teachers[name].missing == "error":
+            raise DataError(
+                f"the labels of the {name} lack {plural(len(absent), 'part')} of"
+                f" {num_views * store.num_parts}",
+                ("label the rest", Set("data.views"), Set(f"teachers.{name}.missing", "online")),
+                field=f"teachers.{name}.labels",
+            )
         written, whole = store.status().records, store.manifest.num_samples
         say(
             f"{name}: {store.manifest.about['network']['architecture']}, stored labels,"
             f" {written:,} of {whole * store.manifest.num_views:,} records, {num_views} views used"
-        )
-
-
-def _refuse_missing(name: str, store: LabelStore, num_views: int) -> None:
-    absent = [(view, part) for view, part in store.missing_parts() if view < num_views]
-    if absent:
-        raise DataError(
-            f"the labels of the {name} lack {plural(len(absent), 'part')} of"
-            f" {num_views * store.num_parts}",
-            ("label the rest", Set("data.views"), Set(f"teachers.{name}.missing", "online")),
-            field=f"teachers.{name}.labels",
         )
