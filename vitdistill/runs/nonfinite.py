@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from ..data.batch import Batch
 from ..errors import NonFiniteError, Set
 from ..vit.output import ViTOutput
 from ..world import agreed
@@ -14,26 +13,22 @@ from .prepare import Prepared
 _CALMER = (Set("optim.lr"), Set("optim.clip_grad"), Set("train.amp_dtype", "float32"))
 
 
-def nonfinite_error(
-    prepared: Prepared, micro_batches: tuple[Batch, ...], step: int, progress: float
-) -> NonFiniteError:
-    """Repeat a step's forward passes to name the culprit; call it on every process."""
-    own = _culprit(prepared, micro_batches, step, progress)
-    found = [error for error in prepared.world.gather(own) if error is not None]
+def nonfinite_error(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError:
+    """Repeat a step that was not applied, to name the culprit; call it on every process."""
+    found = [error for error in prepared.world.gather(_culprit(prepared, step, num_steps)) if error]
     # One process's loss is in everybody's gradients: the cause, which has a field, comes first.
     unknown = NonFiniteError("the loss is NaN or infinite", _CALMER)
     return agreed(min(found, key=lambda error: not error.field, default=unknown))
 
 
-@torch.no_grad()
-def _culprit(
-    prepared: Prepared, micro_batches: tuple[Batch, ...], step: int, progress: float
-) -> NonFiniteError | None:
+def _culprit(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError | None:
     distillation, teachers = prepared.distillation, prepared.teachers
+    named = {name: p for name, p in distillation.named_parameters() if p.requires_grad}
+    (micro_batches,) = prepared.loaders.train.batches(step, 1)
     for i, batch in enumerate(micro_batches):
         samples = f"(samples {', '.join(map(str, batch.ids[:4].tolist()))}, ...) is NaN or infinite"
         # Each pass begins with the draws of the step: it repeats its dropout.
-        with prepared.in_micro_batch(step, i):
+        with torch.no_grad(), prepared.in_micro_batch(step, i):
             _, answers = distillation.answer(batch, teachers)
         for name, answer in answers.items():
             if isinstance(answer, ViTOutput) and not _all_finite(answer.tensors()):
@@ -41,14 +36,15 @@ def _culprit(
                 fixes = "check its weights", Set(f"{field}.precision", "float32")
                 return NonFiniteError(f"the answer of the {name} {samples}", fixes, field=field)
         with prepared.in_micro_batch(step, i):
-            losses = distillation(batch, teachers, progress)
+            losses = distillation(batch, teachers, step / num_steps)
         for name, loss in losses.items():
             if not _all_finite([loss]):
                 field = f"objectives.{name}"
                 return NonFiniteError(f"the loss {name!r} {samples}", _CALMER, field=field)
-    for name, parameter in distillation.named_parameters():
-        if parameter.grad is not None and not _all_finite([parameter.grad]):
-            return NonFiniteError(f"the gradient of {name} is NaN or infinite", _CALMER)
+        grads = torch.autograd.grad(losses["loss"], [*named.values()], allow_unused=True)
+        for name, grad in zip(named, grads, strict=True):
+            if grad is not None and not _all_finite([grad]):
+                return NonFiniteError(f"the gradient of {name} is NaN or infinite", _CALMER)
     return None
 
 

@@ -133,3 +133,20 @@ def clip_gradients(module: nn.Module, max_norm: float | None, norm: torch.Tensor
     """Scale gradients in place so that ``norm``, theirs, is at most ``max_norm``; None: never."""
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, finite: torch.Tensor
+) -> None:
+    """Step where ``finite`` is true; a scaler judges its gradients itself.
+
+    Fused optimizers decide it on the device; for any other one the host waits.
+    """
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(finite):
+        optimizer.step()

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batch import Batch
@@ -36,7 +36,7 @@ from .feed import Feed
 from .folder import RunFolder, finished, saved_recipe
 from .identity import SUMMARY
 from .nonfinite import last_good, nonfinite_error, refuse_nonfinite
-from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule
+from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule, take_step
 from .prepare import Prepared, prepare, shares_at_start
 from .report import Report
 from .stop import StopRequest
@@ -107,6 +107,7 @@ class Trainer:
         self.unsaved = False
         self.ending: UserError | None = None  # ends the run after a save, on every process
         self._resume()
+        self.window = int(self.state.sums[-1])  # steps since the last log line
         # Weights are loaded by now: DistributedDataParallel sends rank 0's to all when it is made.
         self.module = _distributed(prepared)
         left = self.num_steps - self.state.step
@@ -176,54 +177,50 @@ class Trainer:
                     self.log()
 
     def step(self) -> None:
-        """Take one optimizer step; `NonFiniteError` before it is applied, if a number is none."""
+        """Take one optimizer step; the host does not wait for the device.
+
+        From the first number on that is NaN or infinite no step is applied: `_read` finds it.
+        """
         prepared, state, micro_batches = self.prepared, self.state, self.feed.batches
         assert micro_batches is not None
         self.schedule(state.step)
         state.optimizer.zero_grad()
-        finite = self._backward(micro_batches)
+        self._backward(micro_batches)
         if state.scaler is not None:
             # Gradients are clipped and judged at their own scale.
             state.scaler.unscale_(state.optimizer)
-        norm = gradient_norm(prepared.distillation)
-        # float16 gradients overflow now and then, and the scaler skips such a step. Once its scale
-        # is used up, they are not finite for another reason.
-        if state.scaler is None or state.scaler.get_scale() < 1:
-            finite &= norm.isfinite()
-        # The device has all its work by now: the host fetches the next batches meanwhile.
-        self.feed.fetch()
-        # bool(finite) is the one wait for the device, and the processes meet here once. What only
-        # one of them knows (a signal, a damaged image) is known to all after it.
-        not_finite, stopped, failed = self.world.any(
-            not bool(finite), bool(self.stop), self.feed.error is not None
-        )
-        if not_finite:
-            progress = state.step / self.num_steps
-            raise nonfinite_error(prepared, micro_batches, state.step, progress)
+        norm = noted = gradient_norm(prepared.distillation)
+        if state.scaler is not None:
+            # float16 gradients overflow now and then, and the scaler skips such a step. Once its
+            # scale is used up, they are not finite for another reason.
+            usable = state.scaler.scale(torch.ones_like(norm)) >= 1
+            noted = norm.masked_fill(usable & ~norm.isfinite(), 0)
+        state.sums[-2] += noted
+        finite = state.sums.isfinite().all()  # of this step and those before: it stays in the sums
+        state.sums[-1] += finite
         clip_gradients(prepared.distillation, self.recipe.optim.clip_grad, norm)
-        if state.scaler is None:
-            state.optimizer.step()
-        else:
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-        state.sums[-2] += torch.where(norm.isfinite(), norm, 0)
-        state.sums[-1] += 1
+        take_step(state.optimizer, state.scaler, finite)
+        self.window += 1
         state.step += 1
         if state.ema is not None:
             state.ema.update(prepared.student, step=state.step)
         self.unsaved = True
         self.speed.tick()
         self.display.tick(state.step)
+        # The device has all its work by now: the host fetches the next batches meanwhile.
+        self.feed.fetch()
+        # The processes meet here once. What only one of them knows (a signal, a damaged image) is
+        # known to all after it.
+        stopped, failed = self.world.any(bool(self.stop), self.feed.error is not None)
         # The step counts: an error of the next batch, or a signal, ends the run after it is saved.
         if failed:
             self.ending = self.world.settle(self.feed.error)
         elif stopped:
             self.ending = self._preempted()
 
-    def _backward(self, micro_batches: tuple[Batch, ...]) -> Tensor:
-        """Add up a step's gradients and losses; return on the device whether losses are finite."""
+    def _backward(self, micro_batches: tuple[Batch, ...]) -> None:
+        """Add up a step's gradients, and its losses on the device."""
         state, count = self.state, len(micro_batches)
-        finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         self.prepared.distillation.train()
         for i, batch in enumerate(micro_batches):
             # Processes exchange gradients once a step, with those of the last micro-batch.
@@ -233,11 +230,21 @@ class Trainer:
                     losses = self.module(batch, self.prepared.teachers, state.step / self.num_steps)
                 loss = losses["loss"] / count
                 (loss if state.scaler is None else state.scaler.scale(loss)).backward()
-            # Sums stay on the device; a log line reads them.
             values = torch.stack([losses[name].detach() for name in self.names[:-1]])
-            finite &= values.isfinite().all()
             state.sums[: len(values)] += values / count
-        return finite
+
+    def _read(self) -> list[float]:
+        """Return the sums since the last log line, as means over the processes.
+
+        Raises:
+            NonFiniteError: a number was none; the state is that before the first such step.
+        """
+        sums: list[float] = self.world.mean(self.state.sums).tolist()
+        if not all(map(math.isfinite, sums)):
+            good = min(self.world.gather(int(self.state.sums[-1])))
+            self.state.step += good - self.window
+            raise nonfinite_error(self.prepared, self.state.step, self.num_steps)
+        return sums
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -311,9 +318,10 @@ class Trainer:
     def log(self) -> None:
         """Show and write the means since the last log line."""
         state = self.state
-        sums = self.world.mean(state.sums)
-        means = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        *sums, number = self._read()
+        means = {name: total / number for name, total in zip(self.names, sums, strict=True)}
         state.sums.zero_()
+        self.window = 0
         rate = learning_rate(state.optimizer)
         self.speed.read(self.feed.waited)
         self.feed.waited = 0.0
@@ -329,6 +337,7 @@ class Trainer:
         """Save the state."""
         begun = time.perf_counter()
         self.display.working("saving")
+        self._read()
         states.save(self.state, self.prepared, self.folder)
         self.unsaved = False
         self.speed.pause(time.perf_counter() - begun)
