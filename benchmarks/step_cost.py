@@ -45,7 +45,7 @@ from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.config import OptimConfig
-from vitdistill.runs.optim import gradient_norm, make_optimizer
+from vitdistill.runs.optim import gradient_norm, make_optimizer, take_step
 from vitdistill.storage.atomic import write_atomic
 from vitdistill.vit.families import describe_network
 
@@ -148,15 +148,14 @@ def our_step(
     distillation.train()
     config = OptimConfig(lr=LR, weight_decay=WEIGHT_DECAY, sched="none", warmup_epochs=0)
     optimizer = make_optimizer(distillation, config)
+    sums = torch.zeros(2, dtype=torch.float64)
 
     def step() -> None:
         optimizer.zero_grad()
         loss: Tensor = distillation(batch, teachers)["loss"]
         loss.backward()
-        norm = gradient_norm(distillation)
-        if not bool(loss.isfinite() & norm.isfinite()):
-            raise AssertionError("the benchmark diverged")
-        optimizer.step()
+        sums.add_(torch.stack([loss.detach(), gradient_norm(distillation)]))
+        take_step(optimizer, None, sums.isfinite().all())
 
     return step
 
