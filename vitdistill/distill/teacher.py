@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..data.augment import InputSpec
@@ -51,7 +53,8 @@ class Teacher:
     def with_spec(self, spec: InputSpec) -> "Teacher":
         """Return a teacher with the same weights and another input contract."""
         other = copy(self)
-        if spec.image_size != self.spec.image_size and self.network.walks:
+        plain = isinstance(self.model, VisionTransformer | Eva)
+        if plain and spec.image_size != self.spec.image_size:
             # Only what depends on the size is another's: parameters stay the same ones.
             other.model = deepcopy(self.model, {id(p): p for p in self.model.parameters()})
             other.model.set_input_size(img_size=spec.image_size)  # type: ignore[operator]
