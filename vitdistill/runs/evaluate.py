@@ -145,7 +145,9 @@ def _build(
         check_pool(job.pool, built.network.has_class_token)
     try:
         if not built.network.num_classes:
-            what = f"{job.model.model} has no classifier: neither accuracy nor agreement with a teacher"
+            what = (
+                f"{job.model.model} has no classifier, so no accuracy or agreement with a teacher"
+            )
             raise ConfigError(what, (Give("knn"), Give("linear_probe")), field="model")
         return build_teacher(job.model, *about, built=built)[0], ""
     except ConfigError as error:
