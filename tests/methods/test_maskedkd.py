@@ -1,13 +1,21 @@
 """MaskedKD: which patches are chosen, and where they lie on another grid."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from small_vits import TEACHER, batch_of, teacher_of, vit
 from torch import Tensor
 
+from vitdistill.distill.plan import make_plan
+from vitdistill.distill.step import Distillation
+from vitdistill.errors import ConfigError
+from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import (
     MaskedKD,
     RandomPatches,
@@ -16,8 +24,11 @@ from vitdistill.methods.maskedkd import (
     resample_saliency,
     select_patches,
 )
+from vitdistill.vit.families import describe_network
+from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
+from vitdistill.vit.walk import run_vit
 
 
 def attention_of(
@@ -107,3 +118,77 @@ def test_keeping_all_keeps_every_patch_once(kind: Any) -> None:
     seen = output(attention_of(0), (4, 4))
     keep = kind(keep_rate=1.0).select((4, 4), 16, seen, seen, torch.rand(2, 16))
     assert all(sorted(row) == list(range(16)) for row in keep.tolist())
+
+
+# --- students without attention ------------------------------------------------------------------
+
+CNNS: dict[str, dict[str, Any]] = {
+    "resnet10t": {"channels": [8, 8, 16, 16]},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64,
+        "embed_dim": 12,
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+        "window_size": 4,
+    },
+    "repvit_m0_9": {"embed_dim": (8, 8, 8, 8), "depth": (1, 1, 1, 1)},
+    "mobilenetv4_conv_small_050": {},
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 2},
+}
+ENERGY = MaskedKD(saliency="energy", keep_rate=0.5)
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_energy_of_any_students_features_chooses_the_teachers_patches(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, num_classes=5, **CNNS[name])
+    student, teacher = (
+        describe_network(model, "student", name, (64, 64)),
+        teacher_of(vit(), side=16),
+    )
+    plan = make_plan(student, {"teacher": teacher.network}, {"kd": SoftKD()}, ENERGY)
+    images = torch.randn(3, 3, 64, 64)
+    output = run_vit(model.eval(), images, plan.student_needs)
+    assert torch.allclose(output.logits, model(images), atol=1e-4)
+    keep = ENERGY.select((4, 4), 8, output, None, None)
+    assert keep.shape == (3, 8) and not keep.requires_grad
+    places = output.patches(-1)
+    energy = F.interpolate(
+        places.vectors.square().mean(-1).unflatten(1, places.grid)[:, None],
+        (4, 4),
+        mode="bilinear",
+        antialias=True,
+    ).flatten(1)
+    chosen = torch.zeros(3, 16).scatter(1, keep, 1.0).bool()
+    assert (energy[chosen].view(3, 8).amin(1) >= energy[~chosen].view(3, 8).amax(1) - 1e-5).all()
+
+
+def test_a_whole_step_of_a_cnn_teaches_it() -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model("convnext_atto", num_classes=5, **CNNS["convnext_atto"])
+    student, teacher = (
+        describe_network(model, "student", "cnn", (64, 64)),
+        teacher_of(vit(), side=16),
+    )
+    plan = make_plan(student, {"teacher": teacher.network}, {"kd": SoftKD()}, ENERGY)
+    assert plan.num_keep == {"teacher": 8}
+    batch = replace(batch_of(), images=torch.randn(3, 3, 64, 64))
+    losses = Distillation(model.train(), plan)(batch, {"teacher": teacher})
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and all(p.grad is not None for p in model.parameters())
+
+
+def test_what_energy_cannot_choose_by_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no softmax"):
+        MaskedKD(saliency="energy", softmax_over="patches")
+    model: Any = timm.create_model("resnet10t", num_classes=5, **CNNS["resnet10t"]).eval()
+    output = run_vit(model, torch.randn(1, 3, 32, 32), Needs(hidden=frozenset({-1, -2})))
+    with pytest.raises(ConfigError, match="one place") as caught:
+        ENERGY.select((4, 4), 8, output, None, None)
+    assert caught.value.field == "selector.block"
+    replace(ENERGY, block=-2).select((4, 4), 8, output, None, None)
+    student = describe_network(model, "student", "resnet10t", (64, 64))
+    with pytest.raises(ConfigError, match="has none") as caught:
+        MaskedKD().check(student, TEACHER)
+    assert caught.value.field == "student.model"

@@ -5,7 +5,7 @@ Transformers", Son et al., ECCV 2024, arXiv 2302.10494, checked against effl-lab
 Where they differ the code is followed by default: its softmax runs over all tokens, the class token
 included; the paper's formula over patches alone is ``softmax_over="patches"``. What the authors'
 code cannot do: map unequal patch grids by position, and leave distillation and register tokens out
-of the choice.
+of the choice. ``saliency="energy"`` is no part of the paper: it is for students without attention.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ from typing import ClassVar, Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Set
 from ..option import option
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from ..vit.patches import resample_patches
-from .base import Grid, Keep, Noise, TokenSelector
+from ..vit.patches import PatchMap, resample_patches
+from .base import Grid, Keep, Noise, TokenSelector, require
 
 SoftmaxOver = Literal["tokens", "patches"]
+Saliency = Literal["attention", "energy"]
 
 
 def patch_saliency(
@@ -55,6 +56,15 @@ def resample_saliency(
     return resample_patches(saliency[:, :, None], grid, to_grid)[:, :, 0]
 
 
+def activation_energy(places: PatchMap) -> Float[Tensor, "B N"]:
+    """Return the mean square over the channels of a whole feature map, float32, at its places.
+
+    Source: the attention map ``F_sum^2`` of Zagoruyko and Komodakis, "Paying More Attention to
+    Attention", ICLR 2017, arXiv 1612.03928, section 3.1, but for a factor.
+    """
+    return places.vectors.float().square().mean(-1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttendedPatches(TokenSelector):
     """The patches that the class token of one network attends to most."""
@@ -71,25 +81,52 @@ class AttendedPatches(TokenSelector):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedKD(AttendedPatches):
-    """The teacher sees the patches the student attends to most."""
+    """The teacher sees the patches the student attends to most.
+
+    A student without attention (CNN, Swin) can choose by the energy of a feature map, the mean
+    square over its channels: our extension, not the paper's. ``block`` is then that of a stage.
+    """
+
+    saliency: Saliency = option(
+        "attention", "`attention` as published; `energy` of the student's feature map after `block`"
+    )
 
     paper = "MaskedKD (Son et al., ECCV 2024, arXiv 2302.10494)"
     use_when = "The teacher is a plain ViT; half of the patches costs half of its forward pass."
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.saliency == "energy":
+            wanted = "left out: the energy of a feature map has no softmax"
+            require(
+                self.softmax_over == "tokens", "selector.softmax_over", self.softmax_over, wanted
+            )
+
     def student_needs(self, student: Network) -> Needs:
-        return Needs(attention=frozenset({self.block}))
+        block = frozenset({self.block})
+        return Needs(hidden=block) if self.saliency == "energy" else Needs(attention=block)
 
     def check(self, student: Network, teacher: Network) -> None:
-        if student.attention_source is None:
+        if self.saliency == "attention" and student.attention_source is None:
             what = f"MaskedKD reads the student's attention, and {student.architecture} has none"
-            fix = "take a plain ViT as student", "take the selector random_patches"
+            fix = Set("selector.saliency", "energy"), "take the selector random_patches"
             raise ConfigError(what, fix, field="student.model")
         super().check(student, teacher)
 
     def select(
         self, grid: Grid, num_keep: int, student: ViTOutput, teacher: ViTOutput | None, noise: Noise
     ) -> Keep:
-        return self.most_attended(student, grid, num_keep)
+        if self.saliency == "attention":
+            return self.most_attended(student, grid, num_keep)
+        places = student.patches(self.block)
+        if places.grid == (1, 1):
+            what = (
+                f"the student's map after block {self.block} has one place, and no patch stands out"
+            )
+            earlier = Set("selector.block", max(self.block % student.depth - 1, 0))
+            raise ConfigError(what, earlier, field="selector.block")
+        energy = activation_energy(places).detach()
+        return resample_saliency(energy, places.grid, grid).topk(num_keep, dim=-1).indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +134,7 @@ class RandomPatches(TokenSelector):
     """The teacher sees random patches, others for every sample and view: the paper's control."""
 
     paper = "the control of MaskedKD (Son et al., ECCV 2024, arXiv 2302.10494)"
-    use_when = "To see what choosing is worth, or with a student that has no attention."
+    use_when = "To see what choosing is worth."
     reads_noise: ClassVar[bool] = True
 
     def select(

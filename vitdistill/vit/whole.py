@@ -72,10 +72,7 @@ class Whole:
         if needs.attention or needs.qkv:
             raise ConfigError(f"{kind} is not a plain ViT and has no attention to record")
         if not needs.hidden and not needs.features:
-            answer = self.model(images)
-            if isinstance(answer, tuple):  # a distilled hybrid in training: one answer a head
-                answer = sum(answer) / len(answer)
-            return ViTOutput(logits=answer, network=self.network)
+            return ViTOutput(logits=_mean(self.model(images)), network=self.network)
         forward = getattr(self.model, "forward_intermediates", None)
         if forward is None:
             raise ConfigError(f"{kind} has no forward_intermediates, and no states to record")
@@ -90,7 +87,7 @@ class Whole:
         maps = dict(zip(stages, found, strict=True))
         grids = {i: _size(stage) for i, stage in maps.items()}
         return ViTOutput(
-            logits=self.model.forward_head(final) if needs.logits else None,  # type: ignore[operator]
+            logits=_mean(self.model.forward_head(final)) if needs.logits else None,  # type: ignore[operator]
             hidden={i: _as_tokens(maps[i]) for i in needs.hidden},
             features=self._features(final, maps[last]) if needs.features else None,
             grids=grids,
@@ -114,6 +111,14 @@ class Whole:
             kind = type(self.model).__name__
             raise ConfigError(f"the class token of {kind} is not where its patches are")
         return patches
+
+
+def _mean(answer: Any) -> Tensor:
+    """Return one answer of a distilled hybrid, which gives one a head in training."""
+    if isinstance(answer, tuple):
+        answer = sum(answer) / len(answer)
+    mean: Tensor = answer
+    return mean
 
 
 def _class_token(model: nn.Module) -> Tensor | None:

@@ -1,0 +1,152 @@
+"""Whether a CNN chooses a ViT teacher's patches well by the energy of its own features.
+
+    python benchmarks/energy.py photos --classes 10 --seeds 2
+
+A small ViT is trained on some classes of small images; then a small ConvNeXt learns from it, the
+teacher seeing a part of its patches: those of the highest energy (`saliency="energy"`), random
+ones, those the teacher itself attends to, or all of them. Everything but the choice is equal:
+first weights, batches and augmentation by seed. Top-1 on validation images, mean over seeds, with
+the teacher's own top-1 on the patches that were chosen for it. One thread.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitdistill import Distiller
+from vitdistill.data.augment import InputSpec
+from vitdistill.data.batch import Batch
+from vitdistill.data.sources.open import open_source
+from vitdistill.methods.base import TokenSelector
+from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
+from vitdistill.vit import Needs, run_vit
+
+SIDE = 32
+TEACHER = {"img_size": SIDE, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}
+STUDENT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}
+STAGE = 1
+"""Of the student: 4 x 4 places on 32 pixels; those after it have 2 x 2 and 1."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("photos", help="images that vitdistill opens, of 32 pixels")
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=6, help="of the student")
+    parser.add_argument("--teacher-epochs", type=int, default=15)
+    parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.5, 0.25])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    train, val = (load(args.photos, split, args.classes) for split in ("train", "val"))
+    teacher = train_teacher(train, args.teacher_epochs, args.classes)
+    print(f"teacher: top-1 {accuracy(teacher, val):.1%}", flush=True)
+    choices: dict[str, TokenSelector | None] = {"all patches": None}
+    for rate in args.keep_rates:
+        energy = MaskedKD(saliency="energy", block=STAGE, keep_rate=rate)
+        choices[f"energy, {rate:.0%}"] = energy
+        choices[f"random, {rate:.0%}"] = RandomPatches(keep_rate=rate)
+        choices[f"teacher-guided, {rate:.0%}"] = TeacherGuided(keep_rate=rate)
+    print("| patches | student, top-1 by seed | mean | teacher on them |\n|---|---|---:|---:|")
+    for name, selector in choices.items():
+        found = [distil(teacher, selector, train, val, args, s) for s in range(args.seeds)]
+        students, teachers = zip(*found, strict=True)
+        each = ", ".join(f"{top1:.1%}" for top1 in students)
+        means = (statistics.mean(students), statistics.mean(teachers))
+        print(f"| {name} | {each} | {means[0]:.1%} | {means[1]:.1%} |", flush=True)
+    print(f"\n`{' '.join(['python', 'benchmarks/energy.py', *sys.argv[1:]])}`")
+
+
+def load(photos: str, split: str, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the images of the first classes, normalised, and their labels."""
+    source = open_source(photos, "train" if split == "train" else "val")
+    numbers = np.flatnonzero(np.asarray(source.labels) < num_classes)
+    pixels = np.stack([np.asarray(source.load(int(i)).convert("RGB")) for i in numbers])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, torch.from_numpy(np.asarray(source.labels)[numbers]).long()
+
+
+def batches(data: tuple[Tensor, Tensor], epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of 64, shifted by up to 4 pixels and mirrored at random."""
+    images, labels = data
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(labels), generator=draw).split(64)[:-1]:
+            y, x, mirrored = torch.randint(0, 18, (3,), generator=draw).tolist()
+            batch = F.pad(images[rows], (4, 4, 4, 4))[..., y % 9 :, x % 9 :][..., :SIDE, :SIDE]
+            yield batch.flip(3) if mirrored % 2 else batch, labels[rows]
+
+
+def fit(
+    module: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    steps: list[tuple[Tensor, Tensor]],
+    lr: float,
+) -> None:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(steps))
+    module.train()
+    for images, labels in steps:
+        optimizer.zero_grad()
+        loss_of(images, labels).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def train_teacher(data: tuple[Tensor, Tensor], epochs: int, num_classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **TEACHER)
+    steps = list(batches(data, epochs, seed=0))
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    fit(model, lambda images, labels: loss(model(images), labels), steps, 1e-3)
+    return model.eval()
+
+
+def distil(
+    teacher: nn.Module,
+    selector: TokenSelector | None,
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
+    seed: int,
+) -> tuple[float, float]:
+    """Return the top-1 of the student, and of the teacher on the patches it saw at the end."""
+    torch.manual_seed(seed)
+    student = timm.create_model("convnext_atto", num_classes=args.classes, **STUDENT)
+    spec = InputSpec((SIDE, SIDE), (0.5,) * 3, (0.5,) * 3)
+    distiller = Distiller(student, teacher, ["ce", "kd"], selector, images_spec=spec)
+    steps = list(batches(train, args.epochs, seed))
+    fit(distiller, lambda images, labels: distiller(images, labels)["loss"], steps, 2e-3)
+    return accuracy(student, val), on_chosen(distiller.eval(), teacher, val)
+
+
+@torch.no_grad()
+def on_chosen(distiller: Distiller, teacher: nn.Module, val: tuple[Tensor, Tensor]) -> float:
+    """Return the teacher's top-1 on the patches that are chosen for it."""
+    plan, right = distiller.plan, 0
+    frozen = distiller._teachers["teacher"]
+    for images, labels in zip(*(part.split(250) for part in val), strict=True):
+        batch = Batch(images, labels, *(torch.arange(len(labels)),) * 2, view=0)
+        output = run_vit(distiller.student, images, plan.student_needs)
+        keep = distiller.distillation.choose("teacher", frozen, batch, output)
+        answer = run_vit(teacher, images, Needs(logits=True), keep).logits
+        right += int((answer.argmax(1) == labels).sum())  # type: ignore[union-attr]
+    return right / len(val[1])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    images, labels = data
+    answers = [model.eval()(part).argmax(1) for part in images.split(250)]
+    return float((torch.cat(answers) == labels).float().mean())
+
+
+if __name__ == "__main__":
+    main()
