@@ -46,6 +46,7 @@ class Stream(IntEnum):
     OBJECTIVE = 12
     PAIRS = 13  # 14 was of a label encoding that is gone
     SPLIT = 15
+    UNLABELLED = 16
 
 
 def _mix(x: Any) -> Any:

@@ -4,7 +4,17 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitdistill.data.order import epoch_order, evenly, pair_partners, view_samples
+from vitdistill.data.order import (
+    Kind,
+    Order,
+    divide,
+    epoch_order,
+    epoch_samples,
+    evenly,
+    pair_partners,
+    view_samples,
+)
+from vitdistill.keyed import Stream
 
 SIZES, SEEDS = st.integers(2, 60), st.integers(-(2**70), 2**70)
 
@@ -60,8 +70,9 @@ def test_partners_are_the_neighbours_of_the_order(size: int, seed: int, view: in
 @given(first=st.integers(0, 20), count=st.integers(0, 20), batch_size=st.integers(1, 9))
 def test_samples_of_a_view_come_in_order(first: int, count: int, batch_size: int) -> None:
     last, partners = first + count, pair_partners(41, 3, 2)
-    plain = list(view_samples(41, 3, 2, first, last, batch_size, mixed=False))
-    mixed = list(view_samples(41, 3, 2, first, last, batch_size, mixed=True))
+    kinds = (Kind(0, 41, 8),)
+    plain = list(view_samples(Order(kinds, 3), 2, first, last, batch_size))
+    mixed = list(view_samples(Order(kinds, 3, paired=True), 2, first, last, batch_size))
     assert [i for it in plain for i in it.ids.tolist()] == list(range(first, last))
     for alone, pair in zip(plain, mixed, strict=True):
         assert len(alone.ids) <= batch_size and (pair.views == 2).all()
@@ -86,3 +97,80 @@ def test_a_part_has_every_class_in_its_share(num: int, size: int, count: int, or
     for label in set(labels.tolist()):
         share = (labels == label).sum() * len(part) / size
         assert abs((labels[part] == label).sum() - share) < 1
+
+
+# -- images with and without labels ---------------------------------------------------------------
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[Order, int]:
+    """An order of two kinds, and the number of images a micro-batch may have."""
+    paired = draw(st.booleans())
+    unit, parts = 2 if paired else 1, draw(st.integers(1, 4))
+    per_part = [unit * draw(st.integers(1, 4)) for _ in range(2)]
+    counts = [parts * count for count in per_part]
+    labelled = draw(st.integers(2, 60))
+    others = draw(st.integers(max(counts[1], 2), 90))
+    labels = np.r_[np.zeros(labelled, np.int64), np.full(others, -1)]
+    kinds = divide(labels, sum(counts), counts[0] / sum(counts))
+    assert [kind.count for kind in kinds] == counts
+    views = draw(st.none() | st.integers(1, 5))
+    repeats = draw(st.integers(1, 3)) if views is None else 1
+    return Order(kinds, draw(SEEDS), repeats, views, paired), sum(per_part)
+
+
+@given(divided(), st.integers(0, 4))
+def test_every_micro_batch_has_its_share_of_both_kinds(made: tuple[Order, int], epoch: int) -> None:
+    order, micro_batch = made
+    labelled = order.kinds[0]
+    batch_size = sum(kind.count for kind in order.kinds)
+    ids, views = epoch_samples(order, epoch)
+    assert len(ids) == len(views) == order.steps * batch_size
+    share = labelled.count * micro_batch // batch_size
+    is_labelled = ids < labelled.size
+    assert (is_labelled.reshape(-1, micro_batch).sum(1) == share).all()
+    if order.paired:  # partners are of one kind and view, and the two that labels were stored for
+        pairs, seen = ids.reshape(-1, 2), views.reshape(-1, 2)
+        assert (seen[:, 0] == seen[:, 1]).all() and (pairs[:, 0] != pairs[:, 1]).all()
+        if order.repeats == 1:
+            for (a, b), view in zip(pairs, seen[:, 0], strict=True):
+                assert order.partners(int(view))[[a, b]].tolist() == [b, a]
+
+
+@given(divided(), st.integers(0, 4))
+def test_an_epoch_shows_every_image_as_often_as_another_of_its_kind(made, epoch) -> None:
+    order, _ = made
+    ids, views = epoch_samples(order, epoch)
+    for kind in order.kinds:
+        counts = np.bincount(ids, minlength=200)[kind.first : kind.first + kind.size]
+        assert counts.sum() == order.steps * kind.count
+        if order.repeats == 1:
+            passes = order.steps * kind.count / len(order.one_pass(kind, 0)[0])
+            left_out = 1 if order.paired and kind.size % 2 else 0  # of each pass
+            assert counts.max() <= -(-passes // 1) and counts.min() >= passes // 1 - left_out * (
+                passes // 1 + 1
+            )
+    seen = list(zip(ids.tolist(), views.tolist(), strict=True))
+    if order.num_views is None:  # a new view each time, in this epoch and in the next
+        later = zip(*(part.tolist() for part in epoch_samples(order, epoch + 1)), strict=True)
+        assert len(set(seen)) == len(seen) and not set(seen) & set(later)
+    else:
+        assert views.max() < order.num_views
+
+
+@given(SIZES, st.integers(1, 9), st.integers(0, 5), SEEDS, st.booleans(), st.booleans())
+def test_one_kind_is_in_the_order_of_before(size, count, epoch, seed, paired, unlabelled) -> None:
+    count = 2 * count if paired else count
+    if size < count:
+        return
+    (kind,) = kinds = divide(np.full(size, -int(unlabelled)), count, 0.25)
+    assert (kind.size, kind.count) == (size, count)
+    found = epoch_samples(Order(kinds, seed, paired=paired), epoch)
+    for part, whole in zip(found, epoch_order(size, seed, epoch), strict=True):
+        assert part.tolist() == whole[: size // count * count].tolist()
+
+
+def test_the_kinds_have_orders_of_their_own() -> None:
+    order = Order((Kind(0, 40, 4), Kind(40, 40, 4, Stream.UNLABELLED)), 3)
+    first, second = (order.one_pass(kind, 0)[0] - kind.first for kind in order.kinds)
+    assert sorted(first) == sorted(second) and first.tolist() != second.tolist()

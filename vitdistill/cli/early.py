@@ -11,7 +11,7 @@ from ..recipes import RECIPES, find_file
 from ..recipes.settings import PARTS, TeacherConfig
 from .arguments import ExplainArguments, RecipeArguments, recipe_flags
 
-IMAGES = ("data.dir", "data_dir")
+IMAGES = ("data.dir", "data_dir", "data.unlabelled")
 WEIGHTS = ("student.checkpoint", "teachers.teacher.checkpoint", "model_path", "teacher_path")
 
 

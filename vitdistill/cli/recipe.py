@@ -16,7 +16,7 @@ from ..recipes import RECIPES
 from ..recipes.config import Recipe, TeacherConfig
 from ..recipes.convert import flatten, replace_fields
 from ..recipes.named import find_recipe, method_of_recipes, named_recipe
-from ..recipes.settings import EVERY_STAGE, FIRST_STAGE
+from ..recipes.settings import EVERY_STAGE, FIRST_STAGE, UNLABELLED
 from ..recipes.stages import Stages, in_stage, refuse_sources
 from ..recipes.yaml import parse_yaml
 from ..storage.manifest import MANIFEST
@@ -136,6 +136,8 @@ def _stages_of(recipes: Mapping[str, Recipe], path: str, value: Any) -> list[str
         return keys
     if path in FIRST_STAGE:
         return keys[:1]
+    if path in UNLABELLED:
+        return [key for key in keys if recipes[key].learns_without_labels] or keys
     having = [key for key in keys if path in flatten(recipes[key])]
     if len(having) > 1:
         word = "null" if value is None else value

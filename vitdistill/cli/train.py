@@ -84,4 +84,5 @@ def _show(prepared: Prepared) -> None:
     cost = cost_of(prepared.plan, prepared.student, models, micro_batch)
     images = loader.steps_per_epoch * train.batch_size
     side = typical_side(loader.source)
-    say(explain(prepared.plan, cost, images, train.epochs, side) + "\n")
+    kinds = loader.order.describe()
+    say(explain(prepared.plan, cost, images, train.epochs, side, kinds) + "\n")

@@ -1,7 +1,7 @@
 """A batch of training views."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,24 @@ class Batch:
     view: int  # the epoch
     mixed_labels: Int[Tensor, " B"] | None = None  # of the images mixed in
     lam: Float[Tensor, " B"] | None = None  # the weight of ``labels`` against ``mixed_labels``
+    labelled: Int[Tensor, " L"] | None = None  # the rows with labels; None: no row without
     seed: int = 0  # of the run's data, which keys `uniforms`
     targets: dict[str, Any] = field(default_factory=dict)  # what each `TargetReader` returned
+
+    def rows(self, index: Int[Tensor, " L"]) -> "Batch":
+        """Return some of the images, without what is stored of them."""
+        mixed, lam = self.mixed_labels, self.lam
+        return replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            ids=self.ids[index],
+            views=self.views[index],
+            mixed_labels=None if mixed is None else mixed[index],
+            lam=None if lam is None else lam[index],
+            labelled=None,
+            targets={},
+        )
 
     def uniforms(
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE

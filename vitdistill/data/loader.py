@@ -16,15 +16,14 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from .. import keyed
-from ..errors import ConfigError, Set
+from ..errors import ConfigError, DataError, Set
 from ..memory import memory_errors
 from ..messages import plural
 from ..world import ALONE, World
 from .augment import Augment, InputSpec
 from .batch import Batch, TargetReader, TeacherBatch
 from .decoded import keep_decoded, name_all_damaged
-from .order import Samples, epoch_order, evenly, view_samples
+from .order import Kind, Order, Samples, divide, epoch_samples, evenly, view_samples
 from .sources.base import ImageSource, check_enough
 from .views.batched import BatchViews
 from .views.checksums import view_checksums
@@ -49,6 +48,7 @@ class Loading:
     workers: int = 0  # processes that make views, or threads that decode into memory
     in_memory: bool | None = None  # keep images decoded; None: when they take less than 2 GiB
     views: int | None = None  # different views of an image; None: a new one every epoch
+    labelled_share: float = 0.25  # of a batch, where some images have labels and some have none
     world: World = ALONE  # this process, and the device the batches go to
 
 
@@ -69,13 +69,13 @@ class TrainLoader:
         than one batch or an image is damaged.
         """
         world = loading.world
-        check_batches(source, augment, loading.batch_size, world.size, loading.accumulate)
+        check_batches(source, augment, loading)
         self.source, self.augment, self.spec, self.loading = source, augment, spec, loading
         self._device = world.device
         self._targets = dict(labels or {})
         self._labels = torch.from_numpy(source.labels)
-        # The last incomplete batch of an epoch is left out.
-        self.steps_per_epoch = len(self._epoch_order(0)[0]) // loading.batch_size
+        self.order = order_of(source, augment, loading)
+        self.steps_per_epoch = self.order.steps
         place = f"while {plural(len(source), 'image')} were decoded into it"
         with (
             memory_errors(place, Set("data.in_memory", False)),
@@ -107,19 +107,13 @@ class TrainLoader:
         Where images are mixed, each comes mixed with its partner in that view; the one without a
         partner (of an odd number) comes as it is.
         """
-        mixed = self.augment.mixes
-        size, seed = len(self.source), self.loading.seed
-        samples = view_samples(size, seed, view, first, last, batch_size, mixed=mixed)
-        own = slice(None, None, 2 if mixed else 1)
+        samples = view_samples(self.order, view, first, last, batch_size)
+        own = slice(None, None, 2 if self.order.paired else 1)
         with closing(self._views(samples, checked=True)) as views:
             for shown, pixels, checksums in views:
                 assert checksums is not None
                 images = self._mixed(shown, pixels).images
                 yield TeacherBatch(images[own], shown.ids[own], checksums[own])
-
-    def _epoch_order(self, epoch: int) -> tuple[keyed.I64, keyed.I64]:
-        loading, repeats = self.loading, self.augment.repeated_aug
-        return epoch_order(len(self.source), loading.seed, epoch, repeats, loading.views)
 
     def _samples(self, start_step: int, end_step: int | None) -> Iterator[Samples]:
         """Yield this process's micro-batches of the steps from ``start_step`` on."""
@@ -128,7 +122,7 @@ class TrainLoader:
         micro = share // self.loading.accumulate
         for step in count(start_step) if end_step is None else range(start_step, end_step):
             epoch, k = divmod(step, self.steps_per_epoch)
-            ids, views = self._epoch_order(epoch)
+            ids, views = epoch_samples(self.order, epoch)
             first = k * batch_size + world.rank * share
             for start in range(first, first + share, micro):
                 part = slice(start, start + micro)
@@ -167,6 +161,9 @@ class TrainLoader:
         checksums: npt.NDArray[np.uint32] | None,
     ) -> Batch:
         batch = self._mixed(shown, pixels)
+        if len(self.order.kinds) > 1:
+            rows = np.flatnonzero(shown.ids < self.order.kinds[0].size)
+            batch.labelled = torch.from_numpy(rows).to(self._device, non_blocking=True)
         for name, read in self._targets.items():
             batch.targets[name] = read(shown.views, shown.ids, checksums, self._device)
         return batch
@@ -236,20 +233,50 @@ class EvalLoader:
         return _plain_batch(shown, _send(pixels, self.device), self.spec, self._labels)
 
 
-def check_batches(
-    source: ImageSource, augment: Augment, batch_size: int, num_processes: int, accumulate: int
-) -> None:
+def order_of(source: ImageSource, augment: Augment, loading: Loading) -> Order:
+    """Return the order of a run's training images."""
+    kinds = divide(source.labels, loading.batch_size, loading.labelled_share)
+    return Order(kinds, loading.seed, augment.repeated_aug, loading.views, augment.mixes)
+
+
+def check_batches(source: ImageSource, augment: Augment, loading: Loading) -> None:
     """Raise `ConfigError` or `DataError` unless ``source`` can be divided into such batches."""
-    micro_batch, rest = divmod(batch_size, num_processes * accumulate)
+    batch_size, accumulate, processes = loading.batch_size, loading.accumulate, loading.world.size
+    micro_batch, rest = divmod(batch_size, processes * accumulate)
     problem = ""
     if rest:
-        problem = f"does not divide by {num_processes} processes x {accumulate} micro-batches"
+        problem = f"does not divide by {processes} processes x {accumulate} micro-batches"
     elif augment.mixes and micro_batch % 2:
         problem = f"makes micro-batches of {micro_batch}, and mixup and cutmix need an even number"
     if problem:
         fixes = Set("train.batch_size"), Set("train.accumulate")
         raise ConfigError(f"batch_size {batch_size} {problem}", fixes, field="train.batch_size")
     check_enough(source, batch_size)
+    kinds = divide(source.labels, batch_size, loading.labelled_share)
+    if len(kinds) > 1:
+        _check_kinds(source.name, kinds[1], loading, micro_batch, 2 if augment.mixes else 1)
+
+
+def _check_kinds(name: str, others: Kind, loading: Loading, micro_batch: int, unit: int) -> None:
+    """Refuse a share that is no multiple of ``unit`` images of a micro-batch."""
+    batch_size, share = loading.batch_size, loading.labelled_share
+    wanted = micro_batch * share / unit
+    number = round(wanted)
+    if abs(wanted - number) > 1e-6 or not 0 < number * unit < micro_batch:
+        nearest = min(max(number, 1), micro_batch // unit - 1) * unit / micro_batch
+        raise ConfigError(
+            f"labelled_share {share:g} of a micro-batch of {micro_batch} is {wanted * unit:g}"
+            f" images, no {'even' if unit == 2 else 'whole'} number",
+            (Set("data.labelled_share", nearest), Set("train.batch_size")),
+            field="data.labelled_share",
+        )
+    if others.size < others.count:
+        raise DataError(
+            f"{name} has {plural(others.size, 'image')} without labels, fewer than the"
+            f" {others.count} of one batch of {batch_size}",
+            (Set("train.batch_size"), Set("data.unlabelled", "none")),
+            field="data.unlabelled",
+        )
 
 
 def _make_train_views(

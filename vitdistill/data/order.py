@@ -3,12 +3,15 @@
 The order of an epoch is a keyed permutation; step ``k`` of epoch ``e`` takes its ``k``-th slice,
 process ``r`` the ``r``-th part of that slice, micro-batch ``m`` the ``m``-th part of that. Nothing
 is carried from one step to the next, so a run resumes at any step.
+
+Images with and without labels are two kinds, each with permutations of its own and a fixed number
+of places in a step. The places are spread so that any micro-batch has its share of both.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -25,9 +28,107 @@ class Samples:
     views: I64  # which view of each sample, (B,)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """``size`` images from number ``first`` on, of which a step shows ``count``."""
+
+    first: int
+    size: int
+    count: int
+    stream: Stream = Stream.ORDER
+
+
+def divide(labels: I64, batch_size: int, labelled_share: float) -> tuple[Kind, ...]:
+    """Divide images by whether they have labels, those with labels first; one kind is left whole.
+
+    ``labels`` are -1 where there are none.
+    """
+    size, labelled = len(labels), int((labels >= 0).sum())
+    if labelled in (0, size):
+        return (Kind(0, size, batch_size),)
+    assert (labels[:labelled] >= 0).all()
+    count = round(batch_size * labelled_share)
+    others = Kind(labelled, size - labelled, batch_size - count, Stream.UNLABELLED)
+    return Kind(0, labelled, count), others
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a run's training images; ``paired``: neighbours are mixed.
+
+    An epoch is as long as the longest pass over a kind, what does not fill a step left out. Another
+    kind comes several times in it, its last pass cut off, each time in another order and view.
+    """
+
+    kinds: tuple[Kind, ...]
+    seed: int
+    repeats: int = 1
+    num_views: int | None = None
+    paired: bool = False
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return max(len(self.one_pass(kind, 0)[0]) // kind.count for kind in self.kinds)
+
+    def describe(self) -> str:
+        """Say how often an epoch shows each kind, and how many of a step; "" for one kind."""
+        if len(self.kinds) == 1:
+            return ""
+        parts = [
+            f"{kind.count} of a step are of the {kind.size:,} images {what} labels, each seen"
+            f" {self.steps * kind.count / kind.size:.3g} times an epoch"
+            for kind, what in zip(self.kinds, ("with", "without"), strict=True)
+        ]
+        return "; ".join(parts)
+
+    def one_pass(self, kind: Kind, number: int) -> tuple[I64, I64]:
+        """Return the (sample ids, view ids) of a pass over a kind, whole pairs of ``paired``."""
+        ids, views = epoch_order(
+            kind.size, self.seed, number, self.repeats, self.num_views, kind.stream
+        )
+        end = len(ids) // 2 * 2 if self.paired else len(ids)
+        return kind.first + ids[:end], views[:end]
+
+    def places(self) -> I64:
+        """Return the number of the kind at each place of a step, int64 (batch size,)."""
+        unit = 2 if self.paired else 1
+        counts = [kind.count // unit for kind in self.kinds]
+        reached = np.arange(sum(counts) + 1, dtype=np.int64) * counts[0] // sum(counts)
+        return np.repeat(1 - np.diff(reached), unit)
+
+    def partners(self, view: int) -> I64:
+        """Return, for each sample, the one of its kind that it is mixed with in ``view``."""
+        return np.concatenate(
+            [
+                kind.first + pair_partners(kind.size, self.seed, view, kind.stream)
+                for kind in self.kinds
+            ]
+        )
+
+
+@lru_cache(maxsize=2)
+def epoch_samples(order: Order, epoch: int) -> tuple[I64, I64]:
+    """Return the (sample ids, view ids) of an epoch's steps, int64 (steps x batch size,) each."""
+    places = order.places()
+    ids, views = np.zeros((2, order.steps, len(places)), dtype=np.int64)
+    for number, kind in enumerate(order.kinds):
+        wanted = order.steps * kind.count
+        passes = -(-wanted // len(order.one_pass(kind, 0)[0]))
+        made = [order.one_pass(kind, epoch * passes + i) for i in range(passes)]
+        for whole, parts in zip((ids, views), zip(*made, strict=True), strict=True):
+            whole[:, places == number] = np.concatenate(parts)[:wanted].reshape(order.steps, -1)
+    return ids.flatten(), views.flatten()
+
+
 @lru_cache(maxsize=2)
 def epoch_order(
-    size: int, seed: int, epoch: int, repeats: int = 1, num_views: int | None = None
+    size: int,
+    seed: int,
+    epoch: int,
+    repeats: int = 1,
+    num_views: int | None = None,
+    stream: Stream = Stream.ORDER,
 ) -> tuple[I64, I64]:
     """Return the (sample ids, view ids) of an epoch, int64 (N,) each; treat them as read-only.
 
@@ -41,12 +142,12 @@ def epoch_order(
     if num_views is not None and epoch >= num_views:
         assert repeats == 1
         view = epoch % num_views
-        order = keyed.permutation(seed, view, size)
+        order = keyed.permutation(seed, view, size, stream)
         couples = order[: size // 2 * 2].reshape(-1, 2)
         shuffled = couples[keyed.permutation(seed, epoch, len(couples), Stream.PAIRS)].flatten()
         ids = np.concatenate([shuffled, order[len(shuffled) :]])
         return ids, np.full(size, view, dtype=np.int64)
-    order = keyed.permutation(seed, epoch, size)
+    order = keyed.permutation(seed, epoch, size, stream)
     if repeats == 1:
         return order, np.full(size, epoch, dtype=np.int64)
     distinct = math.ceil(size / repeats)
@@ -58,12 +159,12 @@ def epoch_order(
 
 
 @lru_cache(maxsize=2)
-def pair_partners(size: int, seed: int, view: int) -> I64:
+def pair_partners(size: int, seed: int, view: int, stream: Stream = Stream.ORDER) -> I64:
     """Return, for each sample, the one it is mixed with in ``view``; treat it as read-only.
 
     The sample left over of an odd number is its own partner.
     """
-    order = keyed.permutation(seed, view, size)
+    order = keyed.permutation(seed, view, size, stream)
     partners = np.arange(size, dtype=np.int64)
     pairs = order[: size // 2 * 2].reshape(-1, 2)
     partners[pairs[:, 0]], partners[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
@@ -81,13 +182,14 @@ def evenly(labels: I64, count: int) -> I64:
 
 
 def view_samples(
-    size: int, seed: int, view: int, first: int, last: int, batch_size: int, *, mixed: bool
+    order: Order, view: int, first: int, last: int, batch_size: int
 ) -> Iterator[Samples]:
-    """Yield the samples ``first`` to ``last - 1`` in one view, each followed by its partner if
-    ``mixed``.
+    """Yield the samples ``first`` to ``last - 1`` in one view, each followed by its partner if the
+    order is ``paired``.
     """
+    partners = order.partners(view) if order.paired else None
     for start in range(first, last, batch_size):
         ids = np.arange(start, min(start + batch_size, last), dtype=np.int64)
-        if mixed:
-            ids = np.stack([ids, pair_partners(size, seed, view)[ids]], axis=1).flatten()
+        if partners is not None:
+            ids = np.stack([ids, partners[ids]], axis=1).flatten()
         yield Samples(view, ids, np.full(len(ids), view, dtype=np.int64))

@@ -91,11 +91,18 @@ class Distillation(nn.Module):
         return student, answers
 
     def loss(self, name: str, student: ViTOutput, answers: Answers, batch: Batch) -> Scalar:
-        """Return the loss of one objective, without its weight."""
+        """Return the loss of one objective, without its weight.
+
+        One that reads labels sees the images with labels alone.
+        """
         objective = self.plan.objectives[name]
         teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
         if isinstance(teacher, StoredAnswer):
             teacher = teacher.at(self.plan.temperatures.get(name))
+        if objective.reads_labels and batch.labelled is not None:
+            rows = batch.labelled
+            student, batch = student.rows(rows), batch.rows(rows)
+            teacher = None if teacher is None else teacher.rows(rows)
         return objective.loss(student, teacher, batch, self._adapter(name))
 
     def _adapter(self, name: str) -> nn.Module | None:

@@ -4,13 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.loader import order_of
 from ..data.sources.base import check_enough, typical_side
+from ..data.sources.joined import join
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, in_stage
 from ..runs.networks import Built, build_blank, plan_of
+from ..runs.prepare import loading_of, open_unlabelled
 from ..runs.stages import networks_ahead
+from ..world import ALONE
 from .cost import IMAGENET_TRAIN_IMAGES, Cost, cost_of
 from .text import explain
 
@@ -23,6 +27,7 @@ class Forecast:
         recipe: of the run, with networks that can be built.
         num_images: training images an epoch.
         num_classes, image_side: of the images.
+        kinds: what an epoch shows of labelled and unlabelled images, see `Order.describe`.
         plan: what its networks compute in a step of one process, and ``cost`` what that takes.
     """
 
@@ -30,6 +35,7 @@ class Forecast:
     num_images: int
     num_classes: int
     image_side: int
+    kinds: str
     plan: Plan
     cost: Cost
 
@@ -37,7 +43,7 @@ class Forecast:
     def text(self) -> str:
         """The page about it."""
         epochs = self.recipe.train.epochs
-        return explain(self.plan, self.cost, self.num_images, epochs, self.image_side)
+        return explain(self.plan, self.cost, self.num_images, epochs, self.image_side, self.kinds)
 
     @property
     def flops(self) -> int:
@@ -64,21 +70,24 @@ def foresee(recipe: Recipe, counts: tuple[int, int, int]) -> Forecast:
     """Return a run on so many training images an epoch, of so many classes and of that side."""
     with torch.device("meta"):
         student, teachers = build_blank(recipe, counts[1])
-    return _forecast(recipe, student, teachers, counts)
+    return _forecast(recipe, student, teachers, (*counts, ""))
 
 
-def _count_images(recipe: Recipe) -> tuple[int, int, int]:
-    """Return training images an epoch, classes and side of an image; ImageNet-1k's without data."""
+def _count_images(recipe: Recipe) -> tuple[int, int, int, str]:
+    """Return the first fields of a `Forecast`; ImageNet-1k's without data."""
     if not recipe.data.dir:
-        return IMAGENET_TRAIN_IMAGES, 1000, 0
+        return IMAGENET_TRAIN_IMAGES, 1000, 0, ""
     source = open_source(recipe.data.dir, "train", val_split=recipe.data.val_split)
+    if recipe.data.unlabelled is not None:
+        source = join(source, open_unlabelled(recipe, source), None)
     check_enough(source, recipe.train.batch_size)
-    count = len(source) // recipe.train.batch_size * recipe.train.batch_size
-    return count, len(source.classes) or 1000, typical_side(source)
+    order = order_of(source, recipe.data.augment, loading_of(recipe, ALONE))
+    count = order.steps * recipe.train.batch_size
+    return count, len(source.classes) or 1000, typical_side(source), order.describe()
 
 
 def _forecast(
-    recipe: Recipe, student: Built, teachers: dict[str, Built], counts: tuple[int, int, int]
+    recipe: Recipe, student: Built, teachers: dict[str, Built], counts: tuple[int, int, int, str]
 ) -> Forecast:
     plan = plan_of(recipe, student.network, {name: b.network for name, b in teachers.items()})
     models = {name: built.model for name, built in teachers.items()}

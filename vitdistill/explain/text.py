@@ -9,7 +9,9 @@ from ..vit.network import Network
 from .cost import Cost, vit_macs
 
 
-def explain(plan: Plan, cost: Cost, num_images: int, epochs: int, image_side: int = 0) -> str:
+def explain(
+    plan: Plan, cost: Cost, num_images: int, epochs: int, image_side: int = 0, kinds: str = ""
+) -> str:
     """Write down what each network computes, its FLOPs an image, and those of the whole run.
 
     Args:
@@ -18,6 +20,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int, image_side: in
         num_images: training images an epoch.
         epochs: of the run.
         image_side: the shorter side of a typical image, pixels; 0: unknown.
+        kinds: what an epoch shows of labelled and unlabelled images, see `Order.describe`.
     """
     run = f"{plural(num_images, 'image')} x {plural(epochs, 'epoch')}"
     sections = [
@@ -25,6 +28,7 @@ def explain(plan: Plan, cost: Cost, num_images: int, epochs: int, image_side: in
             "What each network computes for an image",
             *format_table(_costs(plan, cost, num_images * epochs)),
             f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",
+            *([f"  {kinds}"] if kinds else []),
         ],
         _networks(plan, image_side),
         _memory(plan, cost),

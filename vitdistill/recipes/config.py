@@ -51,6 +51,10 @@ class Recipe:
             _check_missing_labels(f"teachers.{name}", teacher)
         _check_schedule(self.optim, self.train.epochs)
         _check_args(self)
+        if self.data.unlabelled is None and self.data.labelled_share != DataConfig.labelled_share:
+            what = "labelled_share has no effect without unlabelled images"
+            fixes = Set("data.unlabelled"), Set("data.labelled_share", DataConfig.labelled_share)
+            raise ConfigError(what, fixes, field="data.labelled_share")
         repeats = self.data.augment.repeated_aug
         if self.data.views is not None and repeats > 1:
             what = f"views of an image cannot be counted where an epoch shows {repeats} of them"
@@ -60,6 +64,11 @@ class Recipe:
     def networks(self) -> dict[str, StudentConfig | TeacherConfig]:
         """The networks by the field that describes them: ``student``, ``teachers.NAME``."""
         return {"student": self.student, **{f"teachers.{n}": t for n, t in self.teachers.items()}}
+
+    @property
+    def learns_without_labels(self) -> bool:
+        """Whether an objective learns from images without labels."""
+        return not all(objective.reads_labels for objective in self.objectives.values())
 
     @property
     def data_seed(self) -> int:

@@ -17,6 +17,7 @@ VOLATILE = (
     "name",
     "description",
     "data.dir",
+    "data.unlabelled",
 )
 """Fields that do not change the result, so that a run may be resumed with others. Images and stored
 labels (``teachers.NAME.labels``) are known by their content, not by their path.
@@ -37,6 +38,8 @@ def fingerprint(recipe: Recipe) -> str:
     files = {f"{path}.checkpoint" for path, config in recipe.networks.items() if config.checkpoint}
     # A field that came later is left out while it says what was so before.
     later = {key for key, value in flat.items() if key.endswith(".class_order") and value == "same"}
+    if recipe.data.unlabelled is None:
+        later.add("data.labelled_share")
     out = files | later
     fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in out}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()

@@ -100,6 +100,14 @@ class DataConfig:
         above=0,
         below=1,
     )
+    unlabelled: str | None = option(
+        None,
+        "further training images without labels, as data.dir; what reads labels does not see them",
+        "--unlabelled-dir FOLDER",
+    )
+    labelled_share: float = option(
+        0.25, "of a batch, beside unlabelled images", "--labelled-share", above=0, below=1
+    )
     skip_damaged: bool = option(
         False, "leave out images that cannot be read, and say which", "--skip-damaged"
     )
@@ -214,6 +222,8 @@ FIRST_STAGE = ("student.model", "student.checkpoint", "student.pretrained", "stu
 """What flags set in every stage of a staged recipe, and in the first. Another flag sets the only
 stage with such a field.
 """
+UNLABELLED = ("data.unlabelled", "data.labelled_share")
+"""What flags set in the stages that learn from images without labels."""
 
 # Methods are not imported here (they need torch), so those of their fields that have a flag are
 # described here: a selector's, and those of objectives of these names.

@@ -5,19 +5,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .. import keyed
 from ..data.decoded import check_images
 from ..data.loader import EvalLoader, Loading, TrainLoader
-from ..data.sources.base import ImageSource, renumber
+from ..data.sources.base import ImageSource, PartSource, renumber
+from ..data.sources.joined import join
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
 from ..distill.shares import describe_shares, measure_shares
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, Drop, MissingSplit, Set
+from ..errors import ConfigError, Drop, MissingSplit, Set, UserError
 from ..evaluate.knn import K
 from ..labels.identity import views_identity
 from ..labels.reader import LabelReader
@@ -43,7 +45,7 @@ Say = Callable[[str], None]
 class Images:
     """The images of a run."""
 
-    train: ImageSource
+    train: ImageSource  # those with labels first
     val: ImageSource | None  # None where there are none to judge the student by
     classes: tuple[str, ...]  # in the order of the logits; () where the run tells none apart
 
@@ -52,6 +54,11 @@ class Images:
         """What a person should know of how they were found."""
         val = () if self.val is None else self.val.notes
         return tuple(dict.fromkeys((*self.train.notes, *val)))
+
+    @property
+    def labelled(self) -> ImageSource:
+        """The training images with labels."""
+        return PartSource(self.train, np.flatnonzero(self.train.labels >= 0))
 
 
 @dataclass(frozen=True)
@@ -200,10 +207,31 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     if recipe.data.skip_damaged:
         say("every image is decoded once, to leave damaged ones out")
     train, val = check_images(train, *how), None if val is None else check_images(val, *how)
+    if recipe.data.unlabelled is not None:
+        train = join(train, check_images(open_unlabelled(recipe, train), *how), val)
     images = Images(train, val, train.classes if val is not None else ())
     for note in images.notes:
         say(note)
     return images
+
+
+def open_unlabelled(recipe: Recipe, train: ImageSource) -> ImageSource:
+    """Open the images without labels; `ConfigError` where they would have no effect."""
+    assert recipe.data.unlabelled is not None
+    why = "" if train.classes else f"the images in {train.name} have no labels either"
+    if not recipe.learns_without_labels:
+        why = "every objective reads labels"
+    if why:
+        raise ConfigError(
+            f"images without labels beside the others have no effect: {why}",
+            Set("data.unlabelled", "none"),
+            field="data.unlabelled",
+        )
+    try:
+        return open_source(recipe.data.unlabelled, "train")
+    except UserError as error:
+        error.field = "data.unlabelled"
+        raise
 
 
 def judge_by_teacher(images: Images, networks: Networks, say: Say) -> tuple[Images, Networks]:
@@ -225,13 +253,26 @@ def judge_by_teacher(images: Images, networks: Networks, say: Say) -> tuple[Imag
     return replace(images, val=None), networks
 
 
+def loading_of(recipe: Recipe, world: World) -> Loading:
+    """Return how a process loads the training images of a recipe."""
+    data, train = recipe.data, recipe.train
+    return Loading(
+        batch_size=train.batch_size,
+        seed=recipe.data_seed,
+        accumulate=train.accumulate,
+        workers=data.workers,
+        in_memory=data.in_memory,
+        views=data.views,
+        labelled_share=data.labelled_share,
+        world=world,
+    )
+
+
 def make_loaders(
     recipe: Recipe, images: Images, networks: Networks, world: World, say: Say
 ) -> Loaders:
     """Make the batches of this process."""
     spec, data, train = networks.spec, recipe.data, recipe.train
-    sizes = train.batch_size, recipe.data_seed, train.accumulate
-    loading = Loading(*sizes, data.workers, data.in_memory, data.views, world)
     labels = {
         name: LabelReader(name, store, recipe.teachers[name].missing == "online")
         for name, store in open_labels(recipe).items()
@@ -247,12 +288,12 @@ def make_loaders(
     if images.val is not None:
         proof, val = judge(images.val, NUM_IMAGES), judge(images.val)
         if not networks.classes:
-            bank, val = judge(images.train, NUM_BANK), judge(images.val, NUM_QUERIES)
-            num = min(NUM_BANK, len(images.train))
+            bank, val = judge(images.labelled, NUM_BANK), judge(images.val, NUM_QUERIES)
+            num = min(NUM_BANK, len(images.labelled))
             say(f"evaluated by the {min(K, num)} nearest of {num} training images (k-NN)")
     few, alone = images.val or images.train, World(0, 1, world.device)
     return Loaders(
-        TrainLoader(images.train, data.augment, spec, loading, labels),
+        TrainLoader(images.train, data.augment, spec, loading_of(recipe, world), labels),
         val,
         bank,
         proof,

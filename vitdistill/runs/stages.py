@@ -30,13 +30,13 @@ from ..recipes.stages import (
 from ..recipes.yaml import dump_recipe
 from ..storage.atomic import disk_errors, write_atomic
 from ..weights.files import check_is_file
-from ..world import join_world
+from ..world import World, join_world
 from .display import Display
 from .folder import check_folder, contents, saved_recipe
 from .identity import SUMMARY
 from .networks import Built, build_blank, check_has_weights, plan_of
 from .optim import make_optimizer
-from .prepare import open_images
+from .prepare import loading_of, open_images
 from .stored import open_labels, stored_network, with_views_of_labels
 from .train import train
 
@@ -146,9 +146,8 @@ def _check_ahead(stages: Stages, pending: list[str], num_processes: int) -> None
             plan = plan_of(recipe, student.network, {n: t.network for n, t in teachers.items()})
             if key == pending[0]:  # the rest of it is found when it begins, which is at once
                 continue
-            train, images = stage.train, open_images(stage).train
-            sizes = train.batch_size, num_processes, train.accumulate
-            check_batches(images, stage.data.augment, *sizes)
+            world = World(0, num_processes, torch.device("cpu"))
+            check_batches(open_images(stage).train, stage.data.augment, loading_of(stage, world))
             if stage.student.checkpoint:
                 check_is_file(stage.student.checkpoint)
             for name, config in stage.teachers.items():

@@ -111,6 +111,23 @@ class ViTOutput:
             keep=keep,
         )
 
+    def rows(self, index: Int[Tensor, " R"]) -> "ViTOutput":
+        """Return the record of some of the images."""
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return replace(
+            self,
+            logits=take(self.logits),
+            head_logits=take(self.head_logits),
+            hidden={i: tokens[index] for i, tokens in self.hidden.items()},
+            attention={i: rows[index] for i, rows in self.attention.items()},
+            qkv={i: QKV(*(t[index] for t in qkv)) for i, qkv in self.qkv.items()},
+            features=take(self.features),
+            keep=take(self.keep),
+        )
+
     def tensors(self) -> list[Tensor]:
         """Return every recorded floating-point tensor, in a flat list."""
         single = [t for t in (self.logits, self.head_logits, self.features) if t is not None]

@@ -63,6 +63,10 @@ class ImageSource(ABC):
         """Return (width, height) of image ``i``."""
         return self.load(i).size
 
+    def digest(self, i: int) -> bytes:
+        """Hash the content of image ``i`` (SHA-256)."""
+        return hashlib.sha256(self.load(i).tobytes()).digest()
+
     def fingerprint(self) -> str:
         """Hash the class list and every image's key, label and size, in order (SHA-256)."""
         digest = hashlib.sha256()
@@ -84,6 +88,11 @@ class EncodedSource(ImageSource):
     @abstractmethod
     def title(self, i: int) -> str:
         """Return what messages call image ``i``."""
+
+    def digest(self, i: int) -> bytes:
+        content = self.content(i)
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        return hashlib.sha256(data).digest()
 
     def load(self, i: int) -> Image.Image:
         return decode_image(self.content(i), self.title(i))
@@ -109,6 +118,9 @@ class PartSource(ImageSource):
 
     def image_size(self, i: int) -> tuple[int, int]:
         return self._source.image_size(int(self._ids[i]))
+
+    def digest(self, i: int) -> bytes:
+        return self._source.digest(int(self._ids[i]))
 
 
 def is_hidden(path: str) -> bool:

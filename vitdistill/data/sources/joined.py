@@ -1,0 +1,82 @@
+"""Labelled images, and others of the same kind without labels, as one source."""
+
+import numpy as np
+from PIL import Image
+
+from ...errors import DataError, Set
+from ...keyed import I64
+from ...messages import plural
+from .base import ImageSource, PartSource
+
+
+class JoinedSource(ImageSource):
+    """The images of a labelled source, then those of another, whose labels are not read."""
+
+    def __init__(self, labelled: ImageSource, others: ImageSource) -> None:
+        self._labelled, self._others = labelled, others
+        self.name = f"{labelled.name} and {others.name}"
+        self.classes = labelled.classes
+        self.labels = np.concatenate([labelled.labels, np.full(len(others), -1, dtype=np.int64)])
+        self.sizes = np.concatenate([labelled.sizes, others.sizes])
+        counts = f"{len(labelled):,} labelled images, and {len(others):,} without labels"
+        self.notes = (*labelled.notes, *others.notes, f"{counts} in {others.name}")
+        if others.classes:
+            self.notes += (f"{others.name}: its classes are not read",)
+
+    def _place(self, i: int) -> tuple[ImageSource, int]:
+        count = len(self._labelled)
+        return (self._labelled, i) if i < count else (self._others, i - count)
+
+    def key(self, i: int) -> str:
+        source, number = self._place(i)
+        return (
+            source.key(number) if source is self._labelled else f"unlabelled/{source.key(number)}"
+        )
+
+    def load(self, i: int) -> Image.Image:
+        source, number = self._place(i)
+        return source.load(number)
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        source, number = self._place(i)
+        return source.image_size(number)
+
+    def digest(self, i: int) -> bytes:
+        source, number = self._place(i)
+        return source.digest(number)
+
+
+def join(labelled: ImageSource, others: ImageSource, val: ImageSource | None) -> ImageSource:
+    """Join images without labels to the labelled ones of a run.
+
+    What is a labelled or a validation image too is left out of them, with a note. Raises
+    `DataError` where nothing is left.
+    """
+    known = (labelled,) if val is None else (labelled, val)
+    copies = np.unique(np.concatenate([find_copies(others, source) for source in known]))
+    if len(copies):
+        kept = np.setdiff1d(np.arange(len(others), dtype=np.int64), copies)
+        what = f"{len(copies):,} of {plural(len(others), 'image')} of {others.name} are labelled or"
+        if not len(kept):
+            raise DataError(
+                f"{what} validation images too, which leaves none",
+                Set("data.unlabelled", "none"),
+                field="data.unlabelled",
+            )
+        others = PartSource(others, kept)
+        others.notes += (f"{what} validation images too, and left out",)
+    return JoinedSource(labelled, others)
+
+
+def find_copies(source: ImageSource, of: ImageSource) -> I64:
+    """Return which images of ``source`` are in ``of`` too: of one file name, size and content."""
+
+    def outside(images: ImageSource) -> list[tuple[str, int]]:
+        names = (images.key(i).rpartition("/")[2] for i in range(len(images)))
+        return list(zip(names, images.sizes.tolist(), strict=True))
+
+    theirs, ours = outside(of), outside(source)
+    alike = set(theirs) & set(ours)
+    known = {of.digest(i) for i, look in enumerate(theirs) if look in alike}
+    found = [i for i, look in enumerate(ours) if look in alike and source.digest(i) in known]
+    return np.array(found, dtype=np.int64)
