@@ -12,7 +12,7 @@ from vitdistill.cli.recipe import resolve_recipe
 from vitdistill.cli.render import render
 from vitdistill.errors import UserError
 from vitdistill.recipes.convert import flatten
-from vitdistill.recipes.settings import EVERY_STAGE, FIRST_STAGE
+from vitdistill.recipes.settings import EVERY_STAGE, FIRST_STAGE, UNLABELLED
 from vitdistill.recipes.stages import Stages
 from vitdistill.recipes.yaml import dump_recipe
 
@@ -44,7 +44,7 @@ def sentence_of(*words: str, code: int) -> str:
 WORDS = {"--model": "deit_tiny_patch16_224.fb_in1k", "--teacher-model": "stage:finetune"}
 
 
-@pytest.mark.parametrize("path", recipe_flags())
+@pytest.mark.parametrize("path", sorted(recipe_flags().keys() - UNLABELLED))
 def test_a_flag_is_for_every_stage_for_the_first_or_for_the_only_one_with_the_field(
     path: str,
 ) -> None:
@@ -94,6 +94,16 @@ def test_a_flag_is_for_every_stage_for_the_first_or_for_the_only_one_with_the_fi
 )
 def test_a_flag_that_is_not_plain_is_refused(command: str, part: str, code: int) -> None:
     assert part in sentence_of(*command.split(), code=code)
+
+
+def test_unlabelled_images_are_for_the_stages_that_learn_from_them() -> None:
+    plain, stages = composed(), three().stages
+    changed = composed("--unlabelled-dir", ".", "--labelled-share", "0.5")
+    for key in plain:
+        differing = {path for path in plain[key] if plain[key][path] != changed[key][path]}
+        assert differing == (set(UNLABELLED) if stages[key].learns_without_labels else set())
+    assert {stages[key].learns_without_labels for key in stages} == {True, False}
+    assert sentence_of("--labelled-share", "0.5", code=CONFIG)
 
 
 def test_methods_come_and_go_by_stage() -> None:

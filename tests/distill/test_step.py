@@ -246,3 +246,18 @@ def test_a_teacher_sees_more_of_the_mask_and_is_compared_where_the_student_looks
     answer = answers["teacher"]
     assert isinstance(answer, ViTOutput) and answer.features is not None
     assert answer.features.shape[1] == 1 + 4 and answer.keep is student.keep
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(smoothing=0.1), NKD()])
+def test_what_reads_labels_sees_the_images_with_labels_alone(objective: Objective) -> None:
+    """And what does not, sees all."""
+    teacher, batch = teacher_of(vit(1)), batch_of(6)
+    batch.labels[[0, 3, 4]] = -1
+    batch.labelled = torch.tensor([1, 2, 5])
+    run = build(vit(0), {"teacher": teacher}, {"labels": objective, "kd": SoftKD()})
+    found = run(batch, {"teacher": teacher})
+    part = run(batch.rows(batch.labelled), {"teacher": teacher})
+    whole = run(batch_of(6), {"teacher": teacher})
+    torch.testing.assert_close(found["labels"], part["labels"])
+    torch.testing.assert_close(found["kd"], whole["kd"])
+    assert not torch.isclose(found["labels"], whole["labels"])

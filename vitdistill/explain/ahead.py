@@ -66,11 +66,11 @@ def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
     return found
 
 
-def foresee(recipe: Recipe, counts: tuple[int, int, int]) -> Forecast:
-    """Return a run on so many training images an epoch, of so many classes and of that side."""
+def foresee(recipe: Recipe, counts: tuple[int, int, int, str]) -> Forecast:
+    """Return a run of these first fields of a `Forecast`."""
     with torch.device("meta"):
         student, teachers = build_blank(recipe, counts[1])
-    return _forecast(recipe, student, teachers, (*counts, ""))
+    return _forecast(recipe, student, teachers, counts)
 
 
 def _count_images(recipe: Recipe) -> tuple[int, int, int, str]:

@@ -6,6 +6,7 @@ import re
 
 from .config import Recipe
 from .convert import flatten, from_dict, to_dict
+from .settings import DataConfig
 
 VOLATILE = (
     "data.workers",
@@ -38,7 +39,7 @@ def fingerprint(recipe: Recipe) -> str:
     files = {f"{path}.checkpoint" for path, config in recipe.networks.items() if config.checkpoint}
     # A field that came later is left out while it says what was so before.
     later = {key for key, value in flat.items() if key.endswith(".class_order") and value == "same"}
-    if recipe.data.unlabelled is None:
+    if recipe.data.labelled_share == DataConfig.labelled_share:
         later.add("data.labelled_share")
     out = files | later
     fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in out}

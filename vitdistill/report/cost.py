@@ -95,7 +95,8 @@ def _paid(run: Run, places: dict[str, str]) -> Paid:
             teacher = stored_network(store, name)
             labels += teacher.flops * store.manifest.num_samples * store.manifest.num_views
         images = run.num_trained // recipe.train.epochs
-        ahead = foresee(recipe, (images, max(getattr(student, "num_classes", 0), 2), 0))
+        counts = images, max(getattr(student, "num_classes", 0), 2), 0, ""
+        ahead = foresee(recipe, counts)
         trained = ahead.plan.student.num_parameters + sum(ahead.cost.adapters.values())
         micro_batch = recipe.train.batch_size // recipe.train.accumulate
         found = Paid(

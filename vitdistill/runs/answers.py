@@ -30,9 +30,13 @@ from .prepare import Prepared, Say, build, prove_teachers
 def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
     """Build and prove a recipe's teachers, and the views of its student, on this process."""
     # Labelling makes batches of its own: any that divide among the processes will do.
-    small = replace(recipe.train, batch_size=2 * world.size, accumulate=1)
+    small, data = replace(recipe.train, batch_size=2 * world.size, accumulate=1), recipe.data
+    if data.unlabelled is not None:
+        small = replace(small, batch_size=4 * world.size)
+        data = replace(data, labelled_share=0.5)
     with world.together(), memory_errors("while the teachers were built", SMALLER_EVALUATION):
-        prepared = replace(build(replace(recipe, train=small), world, say), recipe=recipe)
+        prepared = build(replace(recipe, train=small, data=data), world, say)
+        prepared = replace(prepared, recipe=recipe)
     prove_teachers(prepared, say)
     return prepared
 

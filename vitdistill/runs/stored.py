@@ -45,7 +45,9 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     if began is not None:
         views, seed = began.data.views, began.data.seed
     else:
-        views = fewest if fewest < recipe.train.epochs else None
+        # Of labelled images an epoch shows more than one view where they stand beside others.
+        few = fewest < recipe.train.epochs or data.unlabelled is not None
+        views = fewest if few else None
         seeds = [store.manifest.identity.get("view.seed") for store in stores.values()]
         seed = next((s for s in seeds if s not in (None, recipe.train.seed)), None)
     views = views if data.views is None else data.views
