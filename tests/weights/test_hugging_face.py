@@ -268,14 +268,12 @@ def test_a_damaged_list_of_shards_is_one_sentence(tmp_path, text):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "dinov2"}, "of model_type dinov2"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act quick_gelu"),
-        ({"hidden_size": "wide"}, "is not a ViT's"),
-        ({"hidden_size": 0}, "is not a ViT's"),
+        ({"hidden_size": "wide"}, "makes no sense"),
+        ({"hidden_size": 0}, "makes no sense"),
         ({"num_hidden_layers": 10**9}, r"config\.json"),
         ({"num_hidden_layers": 1e9}, r"config\.json"),
-        ({"id2label": {"0": "a", "2": "c"}}, "is not a ViT's"),
-        ({"id2label": ["a"]}, "is not a ViT's"),
+        ({"id2label": {"0": "a", "2": "c"}}, "makes no sense"),
+        ({"id2label": ["a"]}, "makes no sense"),
     ],
 )
 def test_other_configurations_are_one_sentence(tmp_path, changes, sentence):

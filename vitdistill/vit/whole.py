@@ -97,6 +97,7 @@ class Whole:
     def _features(self, final: Any, last: Any) -> Float[Tensor, "B L D"]:
         """Return the output of ``forward_features`` as tokens, or ``last`` if it is no such map."""
         patches = _as_tokens(last[0] if isinstance(last, tuple) else last)
+        final = getattr(final, "features", final)  # where it holds the logits too
         prefix, count = self.network.num_prefix_tokens, patches.shape[1]
         if isinstance(final, Tensor) and final.ndim == 4:
             if getattr(self.model, "output_fmt", "") == "NHWC":
@@ -122,7 +123,7 @@ def _mean(answer: Any) -> Tensor:
 
 
 def _class_token(model: nn.Module) -> Tensor | None:
-    # NaFlexVit has its tokens in a module.
+    # NaFlexVit has its tokens in a module, and transformers' networks where they like.
     token = getattr(getattr(model, "embeds", model), "cls_token", None)
     return token if isinstance(token, Tensor) and token.ndim == 3 else None
 

@@ -24,7 +24,7 @@ from ..storage.hub import settle_network
 from .files import check_finite, load_state_dict
 from .folder import Saved, read_folder, read_hub
 from .load import load_into
-from .outside import build_outside, is_outside
+from .outside import TRANSFORMERS, build_outside, is_outside
 from .vit_checkpoints import Target, classifier_of, is_headless, is_pretraining
 
 
@@ -114,7 +114,7 @@ def _split(name: str) -> tuple[str, str]:
         return "hub", rest
     if colon and scheme == "local-dir":
         return "folder", rest
-    if is_outside(name):
+    if is_outside(name) and not name.startswith(TRANSFORMERS):
         return "outside", name
     # A plain timm name stays one, even where a folder happens to be called the same.
     is_path = os.sep in name or name.startswith(("~", "."))
@@ -166,7 +166,7 @@ def _build(
         make = partial(build_outside, name, build, cfg)
     else:
         _check_name(name, pretrained)
-        fixed = cfg.get("fixed_input_size", False) if cfg else _default_cfg(name).fixed_input_size
+        fixed = (cfg or {}).get("fixed_input_size", _default_cfg(name).fixed_input_size)
         if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
             # Fully convolutional: it takes any size, and no argument for it.
             build = {key: value for key, value in build.items() if key != "img_size"}

@@ -134,9 +134,9 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
     try:
         config = json.loads(read_bytes(path, MOST_CONFIG))
         if "model_type" in config and "architecture" not in config:
-            beside = fetch(hugging_face.PREPROCESSOR)
-            architecture, args, cfg, notes = hugging_face.timm_config(path, config, beside)
-            _check({**args, **cfg})
+            beside = fetch(hugging_face.PREPROCESSOR) or fetch(hugging_face.PROCESSOR)
+            architecture, args, cfg, notes = hugging_face.read_config(path, config, beside)
+            _check({**dict(args.get("config") or {}).get("vision_config", {}), **args, **cfg})
             return Saved(place, architecture, args, cfg, fetch, notes=notes)
         architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
         cfg = _pretrained_cfg(config)

@@ -1,4 +1,4 @@
-"""Hugging Face's ViT and ViTMAE as timm's plain ViT: the names of their tensors, and their config.
+"""Hugging Face's networks: their config, and the tensors' names of those that timm's plain ViT is.
 
 One thing differs: timm's norms add 1e-6 to the variance, as the networks did from which the
 published files were converted. Hugging Face's config.json says 1e-12, which moves the last digits
@@ -9,35 +9,53 @@ convert_vit_timm_to_pytorch.py of huggingface/transformers@00a5ab1.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageNetInfo,
+)
 from torch import Tensor
 
 from ..errors import DataError
 from ..messages import printable
 from ..storage.atomic import read_bytes
+from .transformers_network import NAME as TRANSFORMERS
 
-PREPROCESSOR = "preprocessor_config.json"
-PATCHES = (
-    "vit.embeddings.patch_embeddings.projection.weight",
-    "embeddings.patch_embeddings.projection.weight",
-)
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_BASES = ("vit.", "deit.", "ijepa.", "dinov2.", "dinov2_with_registers.", "")
+PATCHES = tuple(f"{base}embeddings.patch_embeddings.projection.weight" for base in _BASES)
+# What timm's plain ViT is told besides sizes, to have the layout of these.
+_KINDS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "vit_mae": {},
+    "vit_msn": {},
+    "ijepa": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "deit": {"reg_tokens": 1},  # its distillation token has no head
+    "dinov2": {"init_values": 1.0},
+    "dinov2_with_registers": {"init_values": 1.0, "no_embed_class": True},
+}
 # Their names to timm's, applied in this order.
 _NAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
-        (r"^vit\.", ""),
-        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^(vit|deit|ijepa|dinov2|dinov2_with_registers)\.", ""),
+        (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+        (r"^embeddings\.distillation_token$", "dist_token"),
         (r"^embeddings\.position_embeddings$", "pos_embed"),
         (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
         (r"^(encoder\.layer|layers)\.", "blocks."),
         (r"^layernorm\.", "norm."),
-        (r"^classifier\.", "head."),
+        (r"^(cls_)?classifier\.", "head."),
+        (r"^distillation_classifier\.", "head_dist."),
         (r"^decoder\.decoder_layers\.", "decoder_blocks."),
         (r"^decoder\.", ""),
         (r"(?<=blocks)(\.\d+\.)layernorm_before\.", r"\1norm1."),
@@ -50,6 +68,9 @@ _NAMES = tuple(
         (r"(?<=blocks)(\.\d+\.)attention\.(?:output\.dense|o_proj)\.", r"\1attn.proj."),
         (r"(?<=blocks)(\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
         (r"(?<=blocks)(\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
+        (r"(?<=blocks)(\.\d+\.)mlp\.weights_in\.", r"\1mlp.fc1."),
+        (r"(?<=blocks)(\.\d+\.)mlp\.weights_out\.", r"\1mlp.fc2."),
+        (r"(?<=blocks)(\.\d+\.)layer_scale([12])\.lambda1$", r"\1ls\2.gamma"),
     )
 )
 _ARCHITECTURES = {
@@ -89,50 +110,67 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = [key.replace(".q.", f".{part}.") for part in "qkv"]
         if all(part in renamed for part in parts):
             renamed[key.replace(".q.", ".qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    if "dist_token" in renamed and "head_dist.weight" not in renamed:
+        renamed["reg_token"] = renamed.pop("dist_token")  # DeiT's with one classifier
     return renamed
 
 
-def timm_config(
+def read_config(
     path: Path, config: Mapping[str, Any], preprocessor: Path | None
 ) -> tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """Translate what Hugging Face's config.json at ``path`` holds, for ``vit`` or ``vit_mae``.
+    """Translate what Hugging Face's config.json at ``path`` holds.
 
-    The ``preprocessor`` file has the normalisation. Returns timm's architecture, its arguments, its
-    ``pretrained_cfg``, and notes for the user.
+    The ``preprocessor`` file has size and normalisation. Returns the architecture, timm's where its
+    plain ViT has the same layout and else transformers', its arguments, its ``pretrained_cfg``, and
+    notes for the user.
     """
-    kind = config["model_type"]
-    said = _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
-    if kind not in ("vit", "vit_mae") or said["hidden_act"] != "gelu":
-        raise DataError(
-            f"{printable(path)} is of a Hugging Face network of model_type {kind} with hidden_act"
-            f" {said['hidden_act']}, and only vit and vit_mae with gelu can be built",
-            fix="give the network in timm's form",
-        )
+    kind = str(config["model_type"])
     try:
-        args = _arguments(said)
+        said = _DEFAULTS | {key: config[key] for key in _DEFAULTS if config.get(key) is not None}
         names = _class_names(config)
-        mean, std = _normalisation(kind, preprocessor)
+        cfg = _preprocessing(kind, config, preprocessor)
+        architecture, args = _as_timms(kind, said, config, cfg)
         epsilon = float(said["layer_norm_eps"])
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise DataError(
-            f"{printable(path)} or the {PREPROCESSOR} beside it is not a ViT's"
+            f"{printable(path)} or the {PREPROCESSOR} beside it makes no sense"
             f" ({type(error).__name__}: {error})"
         ) from error
-    cfg: dict[str, Any] = {
-        "input_size": (int(said["num_channels"]), *args["img_size"]),
-        "fixed_input_size": True,
-        "crop_pct": 0.875 if kind == "vit_mae" else 0.9,  # as timm evaluates the same networks
-        "mean": mean,
-        "std": std,
-        "num_classes": len(names),
-        "classifier": "head",
-        "first_conv": "patch_embed.proj",
-    }
+    cfg |= {"fixed_input_size": True, "num_classes": len(names)}
+    cfg |= {"classifier": "network.classifier"}
     if names and not _of_imagenet(names) and names != [f"LABEL_{i}" for i in range(len(names))]:
         cfg["label_names"] = names
+    if not args:
+        return f"{TRANSFORMERS}{kind}", {"config": dict(config)}, cfg, ()
+    cfg |= {"classifier": "head", "first_conv": "patch_embed.proj"}
     note = f"its norms add 1e-06 to the variance, and its config.json says {epsilon:g}"
-    notes = (note,) if epsilon != 1e-6 else ()
-    return _ARCHITECTURES.get(args["embed_dim"], "vit_base_patch16_224"), args, cfg, notes
+    return architecture, args, cfg, (note,) if epsilon != 1e-6 else ()
+
+
+def _as_timms(
+    kind: str, said: Mapping[str, Any], config: Mapping[str, Any], cfg: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Return timm's plain ViT of the same layout and its arguments; no arguments: there is none."""
+    heads = str(config.get("architectures") or "")
+    # DINOv2's classifier reads the class token beside the mean of the patches.
+    other_head = kind.startswith("dinov2") and "ForImageClassification" in heads
+    if kind not in _KINDS or said["hidden_act"] != "gelu" or other_head:
+        return "", {}
+    args = {**_arguments(said), **_KINDS[kind], "img_size": [*cfg["input_size"][1:]]}
+    width = args["embed_dim"]
+    if kind == "deit" and "WithTeacher" in heads:
+        args.pop("reg_tokens")
+        return "deit_base_distilled_patch16_224", args
+    if not kind.startswith("dinov2"):
+        return _ARCHITECTURES.get(width, "vit_base_patch16_224"), args
+    registers = "_reg4" if "registers" in kind else ""
+    args["mlp_ratio"] = ratio = float(config.get("mlp_ratio", 4))
+    if registers:
+        args["reg_tokens"] = int(config.get("num_register_tokens", 4))
+    if config.get("use_swiglu_ffn"):
+        args["mlp_ratio"] = 2 * ((int(int(width * ratio) * 2 / 3) + 7) // 8 * 8) / width
+        return f"vit_giant_patch14{registers}_dinov2", args
+    return f"vit_base_patch14{registers}_dinov2", args
 
 
 def _arguments(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,12 +207,49 @@ def _of_imagenet(names: list[str]) -> bool:
     return len(names) == len(described) and same > 0.9 * len(names)
 
 
-def _normalisation(kind: str, preprocessor: Path | None) -> list[tuple[float, ...]]:
-    """Return mean and std per channel; theirs for ``vit`` are 0.5."""
-    default = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
-    if kind == "vit_mae":
-        default = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+def _preprocessing(
+    kind: str, config: Mapping[str, Any], preprocessor: Path | None
+) -> dict[str, Any]:
+    """Return size, crop, mean and std of a network's images, in timm's words."""
     said = {} if preprocessor is None else dict(json.loads(read_bytes(preprocessor, 2**26)))
+    said = dict(said.get("image_processor") or said)
+    vision = {**config, **dict(config.get("vision_config") or {})}
+    half, clip = ((0.5,) * 3,) * 2, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    usual = half if kind in ("vit", "beit") or "siglip" in kind else None
+    usual = usual or (clip if "clip" in kind else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    names = ("image_mean", "image_std")
+    mean, std = (said.get(name, default) for name, default in zip(names, usual, strict=True))
     if said.get("do_normalize") is False:
-        return [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
-    return [tuple(float(x) for x in said.get(key, default[key])) for key in default]
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    if "num_patches" in vision:  # of a network that takes any grid of so many
+        side = math.isqrt(int(vision["num_patches"])) * int(vision["patch_size"])
+        own: Any = side
+    else:
+        own = vision.get("image_size") or 224
+    found = {
+        "input_size": (int(vision.get("num_channels", 3)), *_sides(own)),
+        "crop_pct": 0.875 if kind == "vit_mae" else 0.9,  # as timm evaluates the same networks
+        "mean": tuple(float(x) for x in mean),
+        "std": tuple(float(x) for x in std),
+    }
+    if kind in ("vit", "vit_mae") or not said:
+        return found
+    size, crop = said.get("size"), said.get("crop_size") if said.get("do_center_crop") else None
+    sides = _sides(crop or size or own)
+    if "num_patches" in vision:
+        sides = _sides(own)
+    found["input_size"] = (found["input_size"][0], *sides)
+    found["crop_pct"] = (
+        min(sides) / min(_sides(size or sides)) if crop else said.get("crop_pct") or 1.0
+    )
+    if not crop and isinstance(size, Mapping) and "height" in size:
+        found["crop_mode"] = "squash"
+    return found
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    if isinstance(size, Mapping):
+        side = size.get("shortest_edge")
+        return int(side or size["height"]), int(side or size["width"])
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)

@@ -32,8 +32,9 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
         if _difference(model, converted):
             # A sentence about the file as it is says more than one about a failed conversion.
             raise _misfit(model, state, name)
-        note = f"timm's converter for {_name_of(model)} was applied"
-        state, said = converted, [*dict.fromkeys([*said, *more]), note]
+        state, said = converted, [*dict.fromkeys([*said, *more])]
+        if type(model).__module__.startswith("timm."):
+            said.append(f"timm's converter for {_name_of(model)} was applied")
     check_finite(state, name)
     model.load_state_dict(state, strict=True)
     if said or notes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, UserError
@@ -19,6 +20,8 @@ from ..messages import first_line, printable, suggest
 from ..storage.atomic import sha256_file
 from .adopted import Called, adopt
 from .files import check_is_file
+from .transformers_network import NAME as TRANSFORMERS
+from .transformers_network import build_transformers
 
 _FACTORY = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")
@@ -26,7 +29,7 @@ _SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")
 
 def is_outside(name: str) -> bool:
     """Return whether a network of this name is built here, not by timm."""
-    return bool(_FACTORY.fullmatch(name)) or is_program(name)
+    return bool(_FACTORY.fullmatch(name)) or is_program(name) or name.startswith(TRANSFORMERS)
 
 
 def is_program(name: str) -> bool:
@@ -54,6 +57,11 @@ def build_outside(
     overlay, size = args.pop("pretrained_cfg_overlay", None), args.get("img_size")
     if is_program(name):
         network: Any = _open_program(Path(name))
+    elif name.startswith(TRANSFORMERS):
+        assert cfg is not None
+        with torch.device("cpu"):
+            sides = to_2tuple(size)
+            network = build_transformers(args["config"], args.get("num_classes"), sides)
     else:
         factory = _find_factory(name, own_code_only=cfg is not None)
         with torch.device("cpu"):  # somebody's code need not know of meta tensors

@@ -52,7 +52,6 @@ class TransformersNetwork(nn.Module):
         self.resizes = own is not None and {*image_size} != (
             {own} if isinstance(own, int) else {*own}
         )
-        self.tower: Any = getattr(network, "vision_model", None) or network.base_model
         has_head = _HEAD in type(network).__name__
         self.num_classes = config.num_labels if has_head else 0
         with torch.no_grad():
@@ -63,10 +62,12 @@ class TransformersNetwork(nn.Module):
             {"num_chs": state.shape[-1 if state.ndim == 3 else 1], "module": f"stage {i}"}
             for i, state in enumerate(states)
         ]
-        self.num_prefix_tokens = 0
+        self.num_prefix_tokens, self.cls_token = 0, None
         if states[-1].ndim == 3:
             rows, columns = self._grid(image_size)
             self.num_prefix_tokens = states[-1].shape[1] - rows * columns
+        if self.num_prefix_tokens:  # the first; its place alone is asked for
+            self.cls_token = torch.empty(1, 1, self.num_features, device="meta")
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
         return self._answer(self._run(images, False))
@@ -87,8 +88,9 @@ class TransformersNetwork(nn.Module):
 
         As timm's: with ``return_prefix_tokens`` each is a pair with the tokens before the patches.
         """
-        tower: list[Any] = []
-        hook = self.tower.register_forward_hook(lambda module, args, output: tower.append(output))
+        ended: list[Any] = []
+        tower = getattr(self.network, "vision_model", None) or self.network.base_model
+        hook = tower.register_forward_hook(lambda module, args, output: ended.append(output))
         try:
             output = self._run(images, True)
         finally:
@@ -109,7 +111,7 @@ class TransformersNetwork(nn.Module):
             found.append((state, prefix) if return_prefix_tokens and count else state)
         if intermediates_only:
             return found
-        ends = [end.last_hidden_state for end in (output, *tower) if "last_hidden_state" in end]
+        ends = [end.last_hidden_state for end in (output, *ended) if "last_hidden_state" in end]
         return Final(self._answer(output), ends[0]), found
 
     def _grid(self, size: Sequence[int]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 # What a checkpoint of a masked autoencoder holds for pre-training alone: its decoder, and the
 # projections that DMAE adds.
 _PRETRAINING = ("decoder_", "mask_token", "aligned_feature_projection_heads.")
-_CLASSIFIER = ("head.", "head_dist.", "classifier.")
+_CLASSIFIER = ("head.", "head_dist.", "classifier.", "cls_classifier.")
 _PATCHES = "patch_embed.proj.weight"
 
 
