@@ -226,7 +226,7 @@ def _preprocessing(
         own: Any = side
     else:
         own = vision.get("image_size") or 224
-    found = {
+    found: dict[str, Any] = {
         "input_size": (int(vision.get("num_channels", 3)), *_sides(own)),
         "crop_pct": 0.875 if kind == "vit_mae" else 0.9,  # as timm evaluates the same networks
         "mean": tuple(float(x) for x in mean),
