@@ -41,7 +41,13 @@ from vitdistill.recipes.config import OptimConfig
 from vitdistill.runs.optim import gradient_norm, make_optimizer, take_step
 from vitdistill.vit.families import describe_network
 
-PAIR = replace(PAIRS["cifar"], batch_size=4)
+_STUDENT = PAIRS["cifar"].student
+PAIR = replace(  # of twelve blocks each, as DeiT-Ti and DeiT-S are
+    PAIRS["cifar"],
+    title="ViT of width 192 from width 384, 12 blocks each, patch 4 on 32 x 32",
+    student=(_STUDENT[0], {**_STUDENT[1], "depth": 12}),
+    batch_size=4,
+)
 PHASES = ("student", "teachers", "losses", "backward", "rest")
 RESERVES = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")
 RESERVES += ("_unsafe_view", "alias", "lift_fresh", "_reshape_alias", "promote_types")
@@ -119,10 +125,11 @@ def our_step(distillation: Distillation, teachers: dict[str, Teacher], batch: Ba
         losses: dict[str, Tensor] = counted.during("losses", distillation)(batch, teachers, 0.0)
         counted.during("backward", losses["loss"].backward)()
         values = torch.stack([loss.detach() for loss in losses.values()])
-        sums[:-2] += values
-        sums[-2] += gradient_norm(distillation)
-        finite = sums.isfinite().all()
-        sums[-1] += finite
+        sums[:-2].add_(values / 1)
+        sums[-2].add_(gradient_norm(distillation))
+        total = sums.sum()
+        finite = total - total == 0
+        sums[-1].add_(finite)
         take_step(optimizer, None, finite)
 
     return step

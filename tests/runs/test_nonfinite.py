@@ -81,6 +81,14 @@ def test_a_run_stops_before_the_step_and_goes_on(tmp_path, taught, fault, object
     assert result(folder) == result(tmp_path / "whole")
 
 
+def test_the_step_is_named_however_late_it_is_read(tmp_path, plain):
+    """At the end of the epoch, where the log is written; nothing of it is saved."""
+    recipe = plain(**{"train.log_every": 9, "train.save_every": 3})
+    with pytest.raises(NonFiniteError, match=r"^at step 4, the gradient of .*norm2\.weight is"):
+        run(recipe, tmp_path / "run", prepared=gradient)
+    assert steps_saved(tmp_path / "run") == [3]
+
+
 def test_float16_that_never_becomes_finite_stops(tmp_path, plain):
     """The scaler leaves out a step that overflows; it may not do so for ever without a word."""
 

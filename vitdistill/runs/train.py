@@ -195,9 +195,11 @@ class Trainer:
             # scale is used up, they are not finite for another reason.
             usable = state.scaler.scale(torch.ones_like(norm)) >= 1
             noted = norm.masked_fill(usable & ~norm.isfinite(), 0)
-        state.sums[-2] += noted
-        finite = state.sums.isfinite().all()  # of this step and those before: it stays in the sums
-        state.sums[-1] += finite
+        state.sums[-2].add_(noted)
+        # What is no number stays in the sums, be it of a step before, and less itself is NaN.
+        total = state.sums.sum()
+        finite = total - total == 0
+        state.sums[-1].add_(finite)
         clip_gradients(prepared.distillation, self.recipe.optim.clip_grad, norm)
         take_step(state.optimizer, state.scaler, finite)
         self.window += 1
@@ -231,7 +233,7 @@ class Trainer:
                 loss = losses["loss"] / count
                 (loss if state.scaler is None else state.scaler.scale(loss)).backward()
             values = torch.stack([losses[name].detach() for name in self.names[:-1]])
-            state.sums[: len(values)] += values / count
+            state.sums[: len(values)].add_(values / count)
 
     def _read(self) -> list[float]:
         """Return the sums since the last log line, as means over the processes.
