@@ -2,6 +2,7 @@
 
     python benchmarks/networks.py                  # all of them
     python benchmarks/networks.py convnext eva02   # those whose name has one of these
+    python benchmarks/networks.py --part 1/2       # every second one, from the first
 
 For each: whether it is walked or run whole, whether `run_vit` equals ``model(images)``; whether all
 patches in another order do, and half of them in another order equal half of them; what it records
@@ -12,7 +13,6 @@ that refuses it; anything else is a fault.
 """
 
 import argparse
-import copy
 import sys
 import tempfile
 import time
@@ -30,6 +30,7 @@ from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import UserError
 from vitdistill.methods.tokens import TokenFeatures
 from vitdistill.vit import Needs, family_of, run_vit
+from vitdistill.vit.copies import copy_network
 from vitdistill.vit.flops import forward_flops
 from vitdistill.weights.create import create_model
 from vitdistill.weights.export import export_timm
@@ -71,39 +72,43 @@ qwen3_vit_88m deepseek_vit_412m
 """.split()  # noqa: SIM905
 
 Row = dict[str, str]
+COLUMNS = (
+    *("network", "class", "run", "equal", "permuted", "half", "records", "flops", "copy"),
+    *("export", "student", "teacher"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of names; none: all networks")
+    parser.add_argument("--part", default="1/1", help="every so many-th network")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    first, step_by = map(int, args.part.split("/"))
     wanted = [n for n in (*VITS, *OTHERS) if not args.names or any(p in n for p in args.names)]
     known = set(timm.list_models())
-    rows = [measure(name) for name in wanted if name in known]
-    absent = [name for name in wanted if name not in known]
-    faults = [row for row in rows if any("FAULT" in cell for cell in row.values())]
-    print("\n# What is true of timm's networks\n")
+    print("# What is true of timm's networks\n")
     print(describe_machine("networks.py"))
+    print("\n| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
+    rows = []
+    for name in wanted[first - 1 :: step_by]:
+        if name in known:
+            rows.append(measure(name))
+            print("| " + " | ".join(rows[-1][column] for column in COLUMNS) + " |", flush=True)
+    faults = [row for row in rows if any("FAULT" in cell for cell in row.values())]
     kinds = len({row["class"] for row in rows})
-    print(f"{len(rows)} networks of {kinds} classes; with a fault: {len(faults)}")
+    print(f"\n{len(rows)} networks of {kinds} classes; with a fault: {len(faults)}")
+    absent = [name for name in wanted if name not in known]
     if absent:
         print(f"This timm has no {', '.join(absent)}.")
-    columns = [*rows[0]]
-    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(row[column] for column in columns) + " |")
 
 
 def measure(name: str) -> Row:
     """Return the row of one network."""
     began = time.perf_counter()
     torch.manual_seed(0)
-    row = dict.fromkeys(
-        ("network", "class", "run", "equal", "permuted", "half", "records", "flops", "copy",
-         "export", "student", "teacher"), "-"
-    )  # fmt: skip
+    row = dict.fromkeys(COLUMNS, "-")
     row["network"] = name
     args = {**SMALL} if name in VITS else {}
     if "xcit" in name:
@@ -131,12 +136,12 @@ def measure(name: str) -> Row:
                 lambda: difference(answer(model, images, some.flip(1)), answer(model, images, some))
             )
         row["records"] = tried(lambda: records(model, images))
-        row["copy"] = tried(lambda: difference(copy.deepcopy(model)(images), whole))
+    row["copy"] = tried(lambda: difference(copied(model, images), whole))
     last = frozenset({-1})
     everything = Needs(True, last if network.dims else frozenset(), features=bool(network.dims))
     row["flops"] = tried(lambda: f"{forward_flops(model, spec.image_size, everything):.2e}")
     row["export"] = tried(lambda: exported(model, name, args, images, whole))
-    row["student"] = tried(lambda: step(copy.deepcopy(model), small(spec.image_size), "kd"))
+    row["student"] = tried(lambda: step(copy_network(model), small(spec.image_size), "kd"))
     row["teacher"] = tried(
         lambda: step(small(spec.image_size), model, TokenFeatures() if network.dims else "kd")
     )
@@ -197,15 +202,21 @@ def records(model: nn.Module, images: Tensor) -> str:
     return ", ".join(found) or "logits alone"
 
 
+@torch.enable_grad()
+def copied(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the answer of a copy made after a pass with gradients."""
+    model(images)
+    return copy_network(model)(images).detach()
+
+
 def exported(
     model: nn.Module, name: str, args: dict[str, Any], images: Tensor, whole: Tensor
 ) -> str:
     with tempfile.TemporaryDirectory() as folder:
         spec = input_spec_of(model)
         given = {key: value for key, value in args.items() if key != "num_classes"}
-        export_timm(
-            model, folder, architecture=name, model_args=given, classes=None, input_spec=spec
-        )
+        about = {"architecture": name, "model_args": given, "classes": None, "input_spec": spec}
+        export_timm(model, folder, **about, prove=False)  # which is proved here
         again = create_model(folder).eval()
     with torch.no_grad():
         return difference(again(images), whole)

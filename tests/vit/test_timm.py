@@ -12,6 +12,7 @@ from vitdistill.data.model_input import input_spec_of
 from vitdistill.errors import ConfigError
 from vitdistill.vit import Needs, describe_network, family_of, run_vit
 from vitdistill.vit.beit import BiasedViT
+from vitdistill.vit.copies import copy_network, on_meta
 from vitdistill.vit.families import FAMILIES
 from vitdistill.vit.naflex import NaFlexViT
 from vitdistill.vit.plain import PlainViT
@@ -97,6 +98,21 @@ def test_another_image_size_is_the_one_that_is_asked_for(name: str, side: Any) -
     with torch.device("meta"):
         model = create_model(name, image_size=side)
     assert input_spec_of(model).image_size == ((side, side) if isinstance(side, int) else side)
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "levit_128s", "vit_tiny_patch16_224"])
+def test_a_network_is_copied_wherever_it_has_run(name: str) -> None:
+    """LeViT and its kin keep what they computed from their weights, with its gradients."""
+    model: Any = create_model(name, num_classes=5).eval()
+    images = torch.randn(1, 3, 224, 224)
+    expected = model(images)
+    copied = copy_network(model)
+    assert torch.equal(copied(images), expected)
+    own = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    assert own.isdisjoint(id(tensor) for tensor in copied.state_dict(keep_vars=True).values())
+    counted = on_meta(model)
+    assert all(p.is_meta and p.requires_grad for p in counted.parameters())
+    assert counted(images.to("meta")).shape == (1, 5)
 
 
 class Reading(nn.Module):

@@ -141,25 +141,33 @@ def test_dropping_patches_at_random_is_refused_with_a_choice_of_patches() -> Non
         run_vit(model, torch.randn(1, 3, 64, 64), Needs(logits=True), torch.arange(4)[None])
 
 
-def test_position_dropout_and_checkpointing_are_honoured() -> None:
-    model, images = build("class token")
-    model.pos_drop.p = 0.5
+FAMILIES = ("class token", "relative bias (BEiT)", "any grid, class token (C-RADIO)")
+
+
+@pytest.mark.parametrize("form", FAMILIES)
+def test_position_dropout_and_checkpointing_are_honoured(form: str) -> None:
+    model, images = build(form)
+    embeds = getattr(model, "embeds", model)
+    embeds.pos_drop.p = 0.5
     model.train()
-    keep = torch.arange(16).expand(3, -1)
+    rows, columns = family_of(model).grid(images)
+    keep = torch.arange(rows * columns).expand(3, -1)
     torch.manual_seed(0)
     dropped = run_vit(model, images, Needs(logits=True), keep).logits
     torch.manual_seed(0)
     assert torch.allclose(dropped, model(images), atol=1e-5)
     model.set_grad_checkpointing(True)
     torch.manual_seed(0)
-    again = run_vit(model, images, Needs(logits=True), keep).logits
+    again = run_vit(model, images, Needs(logits=True, hidden=frozenset({0})), keep).logits
     assert torch.allclose(dropped, again, atol=1e-5)
     again.sum().backward()
-    assert model.patch_embed.proj.weight.grad is not None
+    weight = getattr(embeds, "patch_embed", embeds).proj.weight
+    assert weight.grad is not None and weight.grad.any()
 
 
-def test_traces_as_one_graph() -> None:
-    model, images = build("class token")
+@pytest.mark.parametrize("form", FAMILIES)
+def test_traces_as_one_graph(form: str) -> None:
+    model, images = build(form)
     needs = Needs(logits=True, attention=frozenset({-1}))
     keep = torch.arange(8).expand(3, -1)
     explanation = torch._dynamo.explain(run_vit)(model, images, needs, keep)

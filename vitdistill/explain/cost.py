@@ -12,7 +12,8 @@ from ..data.augment import InputSpec
 from ..distill.plan import Plan
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
-from ..vit.flops import forward_flops, on_meta, training_flops
+from ..vit.copies import on_meta
+from ..vit.flops import forward_flops, training_flops
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 

@@ -1,12 +1,10 @@
 """FLOPs of a forward pass, counted on the code that runs."""
 
-import copy
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .copies import on_meta
 from .needs import Needs
 from .walk import run_vit
 
@@ -49,15 +47,3 @@ def training_flops(
 ) -> int:
     """Count the FLOPs of one forward and backward pass on one image."""
     return forward_flops(model, image_size, needs, backward=True)
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """Copy the architecture without its weights, so that counting costs no memory and no time."""
-    # deepcopy takes what it finds in ``memo`` for already copied.
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        fake: Tensor = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, tensor.requires_grad)
-        memo[id(tensor)] = fake
-    return copy.deepcopy(model, memo)

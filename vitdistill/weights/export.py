@@ -4,7 +4,6 @@ The first export of a run is proved: timm's network is built from the folder alo
 bit for bit the same. Later ones differ in their weights alone, whose digest is read back.
 """
 
-import copy
 import hashlib
 import importlib
 import json
@@ -26,6 +25,7 @@ from ..messages import first_line, printable
 from ..storage import atomic
 from ..storage.atomic import disk_errors, sha256_file
 from ..storage.tensors import tensor_bytes
+from ..vit.copies import copy_network
 from .create import create_model
 from .files import bare_key, check_finite
 from .folder import CONFIG, WEIGHTS_FILES
@@ -166,7 +166,7 @@ def _check_reload(
             what = f"the export of {architecture} loads with another {key}"
             raise DataError(what, "export a float32 network")
     images = _probe(spec)
-    reference = copy.deepcopy(network).to("cpu")
+    reference = copy_network(network).to("cpu")
     twins = dict(again.named_modules())
     for name, module in reference.named_modules():
         # A choice of kernel for this machine, not of the network.
@@ -211,7 +211,7 @@ def export_onnx(
         raise ConfigError(
             f"ONNX export needs {error.name}", fix='pip install "vitdistill[onnx]"'
         ) from error
-    network = copy.deepcopy(_unwrapped(model)).to("cpu", torch.float32).eval()
+    network = copy_network(_unwrapped(model)).to("cpu", torch.float32).eval()
     images = _probe(spec)
     check_finite(network.state_dict(), f"the network for {printable(path)}")
     about = asdict(spec) | ({"classes": list(classes)} if classes is not None else {})
