@@ -115,6 +115,13 @@ def test_a_network_is_copied_wherever_it_has_run(name: str) -> None:
     assert counted(images.to("meta")).shape == (1, 5)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "naflexvit_base_patch16_gap"])
+def test_patches_that_do_not_fill_an_image_are_refused(name: str) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError) as caught:
+        create_model(name, image_size=50)
+    assert caught.value.field == "image_size"
+
+
 class Reading(nn.Module):
     """Its features depend on what a tensor holds."""
 

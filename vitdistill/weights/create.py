@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model, list_models
 from timm.models._pretrained import PretrainedCfg
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -215,8 +216,11 @@ def _record_input(model: nn.Module, size: Any, in_chans: int | None) -> None:
 
 
 def _check_grid(name: str, model: nn.Module) -> None:
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     patch, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+    if isinstance(model, NaFlexVit):  # built for no size
+        cfg: Any = model.pretrained_cfg
+        embed, patch, size = model.embeds, model.embeds.patch_size, cfg["input_size"][1:]
     if not patch or not size or getattr(embed, "dynamic_img_pad", False):
         return
     patch, size = to_2tuple(patch), to_2tuple(size)
