@@ -33,13 +33,14 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def suggest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+def suggest(word: str, known: Iterable[str], otherwise: str = "", closeness: float = 0.6) -> str:
     """What to write in place of an unknown ``word``: ``did you mean 'kd'?``, or the known words.
 
-    ``otherwise`` is said where nothing is close; empty: ``choose from ...``.
+    ``otherwise`` is said where nothing is close; empty: ``choose from ...``. ``closeness`` is the
+    part of their letters that words share at least.
     """
     known = [str(name) for name in known]
-    close = get_close_matches(str(word), known, n=1)
+    close = get_close_matches(str(word), known, n=1, cutoff=closeness)
     if close:
         return f"did you mean {close[0]!r}?"
     return otherwise or (f"choose from {', '.join(known)}" if known else "")

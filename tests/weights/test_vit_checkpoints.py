@@ -100,7 +100,7 @@ def test_patches_of_another_size_go_through_timms_converter(tmp_path, caplog):
 # -- masked autoencoders --------------------------------------------------------------------------
 
 _DROPPED = f"{DECODER} tensors of its decoder are not used; "
-_RENAMED = "its names are Hugging Face's, and were translated; "
+_RENAMED = "its names are another library's, and were translated; "
 FILES = {
     "encoder": (encoder_of, ""),
     "full": (lambda model: model.state_dict(), _DROPPED),

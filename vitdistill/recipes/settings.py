@@ -21,7 +21,7 @@ class StudentConfig:
 
     model: str = option(
         "deit_tiny_patch16_224",
-        "timm name, hf-hub:ORG/NAME, a folder, or module:factory",
+        "timm name, torchvision/NAME, hf-hub:ORG/NAME, a folder, or module:factory",
         "--model",
     )
     checkpoint: str | None = option(
@@ -54,7 +54,7 @@ class TeacherConfig:
 
     model: str = option(
         "",
-        "timm name, hf-hub:ORG/NAME, run or folder, module:factory, or .onnx file",
+        "timm name, torchvision/NAME, hf-hub:ORG/NAME, run or folder, module:factory, .onnx file",
         "--teacher-model --kd-model-name",
     )
     checkpoint: str | None = option(None, "its weights (.safetensors, .pth)", "--teacher-path FILE")

@@ -24,6 +24,8 @@ from ..messages import first_line, printable, suggest
 from ..storage.hub import settle_network
 from .files import check_finite, load_state_dict
 from .folder import Saved, read_folder, read_hub
+from .from_torchvision import NAME as TORCHVISION
+from .from_torchvision import as_timms, list_torchvision, torchvision_weights
 from .load import load_into
 from .outside import TRANSFORMERS, build_outside, is_outside
 from .vit_checkpoints import Target, classifier_of, is_headless, is_pretraining
@@ -65,9 +67,13 @@ def create_model(
     for key, value in given.items():
         if value is not None and build.setdefault(key, value) != value:
             raise ConfigError(f"{key} is given twice", f"leave {key} out", field="model_args")
-    saved = _read_saved(name)
+    saved, own = _read_saved(name), name.startswith(TORCHVISION)
+    architecture, build = as_timms(name, build)
     if saved is None:
-        model = _build(name, build, pretrained=bool(pretrained))
+        model = _build(architecture, build, pretrained=bool(pretrained) and not own)
+        if own and pretrained:
+            fresh = model.num_classes != 1000
+            load_into(Target(model, name, fresh), torchvision_weights(name))
     else:
         model = _build(saved.architecture, {**saved.args, **build}, saved.cfg)
         if checkpoint is None and pretrained is not False:
@@ -78,7 +84,7 @@ def create_model(
     if saved is None:
         num_classes = _num_answers(model, state)
         if "num_classes" not in build and num_classes not in (None, model.num_classes):
-            model = _build(name, {**build, "num_classes": num_classes})
+            model = _build(architecture, {**build, "num_classes": num_classes})
         notes = _set_normalisation(model, state, name)
     fresh = "num_classes" in build or not getattr(model, "num_classes", 1)
     load_into(Target(model, printable(checkpoint), fresh), state, notes)
@@ -97,6 +103,8 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
 
 def carries_weights(name: str) -> bool:
     """Return whether a network of this name comes with weights, or is left to its own error."""
+    if name.startswith(TORCHVISION):
+        return False
     return _split(name)[0] != "timm" or not is_model(name.partition(".")[0])
 
 
@@ -104,7 +112,8 @@ def describe(name: str, model_args: Mapping[str, Any]) -> tuple[str, dict[str, A
     """Return timm's architecture and arguments of ``create_model(name, **model_args)``."""
     saved = _read_saved(name)
     if saved is None:
-        return name, dict(model_args)
+        architecture, args = as_timms(name, model_args)
+        return architecture, {k: v for k, v in args.items() if k != "pretrained_cfg_overlay"}
     return saved.architecture, {**saved.args, **model_args}
 
 
@@ -139,14 +148,27 @@ def _check_name(name: str, pretrained: bool) -> None:
     """Raise `ConfigError` unless timm has a network, and weights, of this name."""
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
-        near = suggest(architecture, list_models(), otherwise="timm.list_models() lists them")
-        raise ConfigError(f"timm {timm.__version__} has no network {printable(name)!r}: {near}")
+        raise ConfigError(
+            f"timm {timm.__version__} has no network {printable(name)!r}", _near(architecture)
+        )
     tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
         raise ConfigError(f"{architecture} has no weights {printable(tag)!r}: {suggest(tag, tags)}")
     if pretrained and not _default_cfg(name).has_weights:
         fixes = ("name one of its tags", Give("checkpoint"))
         raise ConfigError(f"timm has no pretrained weights for {name}", fixes, field="pretrained")
+
+
+def _near(name: str) -> str:
+    """Return what to say of a name that timm does not know."""
+    if name in list_torchvision():
+        return f"name torchvision's by {TORCHVISION}{name}"
+    start = name.lower().replace("-", "_")
+    begun = [other for other in list_models() if other.startswith(start)]
+    if begun:
+        return f"did you mean {begun[0]!r}?"
+    # Names are long and much alike: what shares most of its letters may be of another kind.
+    return suggest(start, list_models(), "timm.list_models() lists them", closeness=0.8)
 
 
 def _default_cfg(name: str) -> PretrainedCfg:
@@ -253,8 +275,12 @@ def _load_saved(model: nn.Module, saved: Saved) -> None:
 
 def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     """Return a file's number of classes, 0 for a ViT's without a head; None: not known."""
-    if isinstance(model, VisionTransformer) and is_headless(state):
-        return 0
+    if isinstance(model, VisionTransformer):
+        if any(key.startswith("visual.") for key in state):  # open_clip's: its embedding answers
+            proj, head = state.get("visual.proj"), state.get("visual.head.proj.weight")
+            return len(head) if head is not None else 0 if proj is None else proj.shape[1]
+        if is_headless(state):
+            return 0
     heads = [state[f"{name}weight"] for name in classifier_of(model) if f"{name}weight" in state]
     return len(heads[0]) if heads else None
 
@@ -262,17 +288,19 @@ def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str) -> list[str]:
     """Normalise as ImageNet where the file is a masked autoencoder's; return what to say of it."""
     # A timm name decides the normalisation, but a plain ViT's file without a classifier need not be
-    # of the network that the name stands for.
+    # of the network that the name stands for, and torchvision's is not.
     cfg = getattr(model, "pretrained_cfg", None) or {}
     imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     has_it = all(tuple(cfg.get(key) or value) == value for key, value in imagenet.items())
-    if has_it or not isinstance(model, VisionTransformer) or not is_headless(state):
+    of_torchvision = "conv_proj.weight" in state
+    if has_it or not isinstance(model, VisionTransformer):
         return []
-    if is_pretraining(state):
+    if not (is_headless(state) or of_torchvision):
+        return []
+    if is_pretraining(state) or of_torchvision:
         cfg.update(imagenet)
-        return [
-            f"images are normalised as ImageNet's, as for masked autoencoders, not as for {name}"
-        ]
+        whose = "torchvision's networks" if of_torchvision else "masked autoencoders"
+        return [f"images are normalised as ImageNet's, as for {whose}, not as for {name}"]
     return [
         f"images are normalised as for {name} (mean {cfg['mean']}, std {cfg['std']}); if it was"
         " trained with ImageNet's, name a network that has them, such as deit's or one tagged mae"

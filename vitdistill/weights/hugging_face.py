@@ -33,6 +33,7 @@ from .transformers_network import NAME as TRANSFORMERS
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _BASES = ("vit.", "deit.", "ijepa.", "dinov2.", "dinov2_with_registers.", "")
 PATCHES = tuple(f"{base}embeddings.patch_embeddings.projection.weight" for base in _BASES)
+PATCHES += ("conv_proj.weight",)  # torchvision's ViT
 # What timm's plain ViT is told besides sizes, to have the layout of these.
 _KINDS: dict[str, dict[str, Any]] = {
     "vit": {},
@@ -43,7 +44,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "dinov2": {"init_values": 1.0},
     "dinov2_with_registers": {"init_values": 1.0, "no_embed_class": True},
 }
-# Their names to timm's, applied in this order.
+# Their names to timm's, applied in this order; those of torchvision's ViT too.
 _NAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -68,6 +69,17 @@ _NAMES = tuple(
         (r"(?<=blocks)(\.\d+\.)attention\.(?:output\.dense|o_proj)\.", r"\1attn.proj."),
         (r"(?<=blocks)(\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
         (r"(?<=blocks)(\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
+        (r"^class_token$", "cls_token"),
+        (r"^conv_proj\.", "patch_embed.proj."),
+        (r"^encoder\.pos_embedding$", "pos_embed"),
+        (r"^encoder\.layers\.encoder_layer_", "blocks."),
+        (r"^encoder\.ln\.", "norm."),
+        (r"^heads\.head\.", "head."),
+        (r"(?<=blocks)(\.\d+\.)ln_([12])\.", r"\1norm\2."),
+        (r"(?<=blocks)(\.\d+\.)self_attention\.in_proj_", r"\1attn.qkv."),
+        (r"(?<=blocks)(\.\d+\.)self_attention\.out_proj\.", r"\1attn.proj."),
+        (r"(?<=blocks)(\.\d+\.)mlp\.(?:0|linear_1)\.", r"\1mlp.fc1."),
+        (r"(?<=blocks)(\.\d+\.)mlp\.(?:3|linear_2)\.", r"\1mlp.fc2."),
         (r"(?<=blocks)(\.\d+\.)mlp\.weights_in\.", r"\1mlp.fc1."),
         (r"(?<=blocks)(\.\d+\.)mlp\.weights_out\.", r"\1mlp.fc2."),
         (r"(?<=blocks)(\.\d+\.)layer_scale([12])\.lambda1$", r"\1ls\2.gamma"),

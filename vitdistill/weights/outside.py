@@ -20,6 +20,8 @@ from ..messages import first_line, printable, suggest
 from ..storage.atomic import sha256_file
 from .adopted import Called, adopt
 from .files import check_is_file
+from .from_torchvision import NAME as TORCHVISION
+from .from_torchvision import build_torchvision
 from .transformers_network import NAME as TRANSFORMERS
 from .transformers_network import build_transformers
 
@@ -29,7 +31,11 @@ _SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")
 
 def is_outside(name: str) -> bool:
     """Return whether a network of this name is built here, not by timm."""
-    return bool(_FACTORY.fullmatch(name)) or is_program(name) or name.startswith(TRANSFORMERS)
+    return (
+        bool(_FACTORY.fullmatch(name))
+        or is_program(name)
+        or name.startswith((TRANSFORMERS, TORCHVISION))
+    )
 
 
 def is_program(name: str) -> bool:
@@ -62,6 +68,10 @@ def build_outside(
         with torch.device("cpu"):
             sides = to_2tuple(size)
             network = build_transformers(args["config"], args.get("num_classes"), sides)
+    elif name.startswith(TORCHVISION):
+        options = {key: args[key] for key in args.keys() - {"img_size", "num_classes"}}
+        with torch.device("cpu"):
+            network = build_torchvision(name, args.get("num_classes"), **options)
     else:
         factory = _find_factory(name, own_code_only=cfg is not None)
         with torch.device("cpu"):  # somebody's code need not know of meta tensors

@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 # What a checkpoint of a masked autoencoder holds for pre-training alone: its decoder, and the
 # projections that DMAE adds.
 _PRETRAINING = ("decoder_", "mask_token", "aligned_feature_projection_heads.")
-_CLASSIFIER = ("head.", "head_dist.", "classifier.", "cls_classifier.")
+_CLASSIFIER = ("head.", "head_dist.", "classifier.", "cls_classifier.", "heads.head.")
 _PATCHES = "patch_embed.proj.weight"
 
 
@@ -93,7 +93,7 @@ def _without(state: State, prefixes: str | tuple[str, ...]) -> State:
 def _rename(model: VisionTransformer, target: Target, state: State) -> Converted:
     if not hugging_face.has_its_names(state):
         return None
-    return hugging_face.timm_names(state), "its names are Hugging Face's, and were translated"
+    return hugging_face.timm_names(state), "its names are another library's, and were translated"
 
 
 def _drop_decoder(model: VisionTransformer, target: Target, state: State) -> Converted:
