@@ -72,7 +72,7 @@ def create_model(
     if saved is None:
         model = _build(architecture, build, pretrained=bool(pretrained) and not own)
         if own and pretrained:
-            fresh = model.num_classes != 1000
+            fresh = bool(model.num_classes != 1000)
             load_into(Target(model, name, fresh), torchvision_weights(name))
     else:
         model = _build(saved.architecture, {**saved.args, **build}, saved.cfg)
