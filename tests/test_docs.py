@@ -46,7 +46,7 @@ def test_the_method_of_the_guide_works() -> None:
     assert objective.student_needs(student).resolve(2).hidden == {1}
 
 
-COMMANDS = ("train", "explain", "label", "eval", "export", "report")
+COMMANDS = ("train", "explain", "label", "eval", "export", "report", "study", "show")
 
 
 def _commands() -> list[list[str]]:

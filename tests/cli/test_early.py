@@ -29,6 +29,8 @@ REQUIRED = {
     "eval": ["--data-dir=x", "MODEL"],
     "export": ["RUN"],
     "report": ["PATH"],
+    "study": ["FILE"],
+    "show": ["RUN", "IMAGE"],
     "label merge": ["TARGET", "--from=x"],
     "label prune": ["FOLDER", "--to=x"],
     "label export": ["FOLDER", "--to=x"],
@@ -40,6 +42,8 @@ def value_of(command: str, flag: Any, word: str) -> Any:
     others = [w for w in REQUIRED.get(command, ["FOLDER"] if "label " in command else []) if w]
     others = [w for w in others if w.partition("=")[0] != flag.name]
     words = [word, *others] if flag.positional else [f"{flag.name}={word}", *others]
+    if flag.name == "IMAGE":  # the second of its kind
+        words = [*others, word]
     found = read_arguments(command, words)
     value = {**vars(found), **getattr(found, "settings", {})}[flag.dest]
     return value[0] if isinstance(value, tuple) else value

@@ -37,6 +37,8 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "label": ("label:write", given.LabelArguments),
     "explain": ("explain:run", given.ExplainArguments),
     "eval": ("evaluate:run", given.EvalArguments),
+    "show": ("show:run", given.ShowArguments),
+    "study": ("study:run", given.StudyArguments),
     "report": ("report:run", given.ReportArguments),
     "export": ("export:run", given.ExportArguments),
     "recipes": ("recipe:show_recipes", given.RecipesArguments),

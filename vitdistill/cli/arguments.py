@@ -231,6 +231,20 @@ class EvalArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShowArguments:
+    """what a run's student and teachers see and say of your own images, as a picture
+
+    A row each: the patches the student leaves a teacher (MaskedKD), what a decoder predicts of
+    hidden patches (MAE), where the student attends to; under them the likeliest classes of all.
+    """
+
+    run: str = option(MISSING, "a run folder", "RUN")
+    images: tuple[str, ...] = option(MISSING, "image files", "IMAGE ...")
+    output: str = option("show.png", "the PNG file to write", "--output FILE")
+    device: str = _device()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportArguments:
     """a run's student as a folder timm loads, or as ONNX
 
@@ -243,6 +257,25 @@ class ExportArguments:
         None, "folder to write for timm: config.json and model.safetensors", "--output FOLDER"
     )
     onnx: str | None = option(None, "file to write (extra 'vitdistill[onnx]')", "--onnx FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyArguments:
+    """several recipes, or settings of one, with several seeds each, and the report on them
+
+    The student without a teacher is among them, and what they share is done once. The same command
+    goes on where it was stopped; more rows and seeds may be added.
+    """
+
+    study: str = option(MISSING, "a study's YAML file, or the name of a recipe", "FILE")
+    output: str | None = option(None, "folder of it all; none: studies/NAME", "--output FOLDER")
+    data_dir: str | None = option(None, "the images, of all rows", "--data-dir FOLDER")
+    set: tuple[str, ...] = option((), "any field of a recipe, in all rows", "--set FIELD=VALUE")
+    seeds: tuple[int, ...] = option((), "none: those of the file, or 0 1 2", "--seeds N")
+    dry_run: bool = option(
+        False, "only print what every row will cost, and how long by measured steps", "--dry-run"
+    )
+    device: str = _device()
 
 
 @dataclass(frozen=True, kw_only=True)

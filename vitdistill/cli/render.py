@@ -1,12 +1,13 @@
 """What an error says, with remedies spelled as flags."""
 
 import shlex
+from functools import partial
 from typing import Any
 
-from ..errors import Add, Drop, Fix, Give, Set, UserError
+from ..errors import Add, Drop, Fix, Give, Set, UserError, spell_python
 from ..messages import printable
 from ..recipes.settings import EVERY_STAGE
-from .arguments import recipe_flags
+from .arguments import StudyArguments, recipe_flags
 from .flags import Flag, flags_of
 
 
@@ -17,10 +18,16 @@ def render(error: UserError, arguments: type) -> str:
     flags = [*flags_of(arguments)]
     own = {flag.option.field or flag.dest: flag for flag in flags}
     known = {**recipe_flags(), **own}
-    sentence = error.sentence(lambda fix, stage: _spell(fix, stage, known))
+    spell = partial(_spell_row if arguments is StudyArguments else _spell, known=known)
+    sentence = error.sentence(spell)
     if error.field in known and sentence.startswith(f"{error.field} "):
         sentence = known[error.field].name + sentence.removeprefix(error.field)
     return printable(sentence)
+
+
+def _spell_row(fix: Fix, stage: str, known: dict[str, Flag]) -> str:
+    """Spell a remedy as for the ``set`` of a row; that of an argument as a flag."""
+    return _spell(fix, stage, known) if isinstance(fix, Give) else spell_python(fix, stage)
 
 
 def _spell(fix: Fix, stage: str, known: dict[str, Flag]) -> str:

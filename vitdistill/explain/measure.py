@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,10 +26,18 @@ from .cost import stand_in
 SECONDS = 10.0
 
 
-def measure_step(
-    recipe: Recipe, num_classes: int, num_images: int, device_name: str = "auto"
-) -> str:
-    """Time optimizer steps of ``recipe`` on this machine; return one sentence or two.
+@dataclass(frozen=True)
+class Measured:
+    """Seconds an image of a training step: the median of ``count`` steps of ``size`` images."""
+
+    per_image: float
+    count: int
+    size: int
+    device: torch.device
+
+
+def time_step(recipe: Recipe, num_classes: int, device_name: str = "auto") -> Measured:
+    """Time optimizer steps of ``recipe`` on this machine.
 
     Weights are random, which costs the same. Images are random and on the device already, so that
     loading is not measured. A batch larger than a few seconds allow is timed in part.
@@ -45,17 +53,26 @@ def measure_step(
     begun = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - begun < SECONDS and len(times) < 30):
         times.append(step(size))
-    per_image = statistics.median_high(times) / size
+    return Measured(statistics.median_high(times) / size, len(times), size, world.device)
+
+
+def measure_step(
+    recipe: Recipe, num_classes: int, num_images: int, device_name: str = "auto"
+) -> str:
+    """Time optimizer steps of ``recipe`` on this machine; return one sentence or two."""
+    found, train = time_step(recipe, num_classes, device_name), recipe.train
+    per_image = found.per_image
     where = f"this CPU ({plural(torch.get_num_threads(), 'thread')})"
-    if world.device.type == "cuda":
-        where = torch.cuda.get_device_name(world.device)
-    part = f" (timed in batches of {size})" if size < whole else ""
-    amp_dtype = amp_dtype_of(train.amp_dtype, world.device) or torch.float32
+    if found.device.type == "cuda":
+        where = torch.cuda.get_device_name(found.device)
+    whole = train.batch_size // train.accumulate
+    part = f" (timed in batches of {found.size})" if found.size < whole else ""
+    amp_dtype = amp_dtype_of(train.amp_dtype, found.device) or torch.float32
     hours = format_duration(per_image * num_images * train.epochs)
     return (
         f"Measured on {where}, {str(amp_dtype).removeprefix('torch.')}:"
         f" {per_image * train.batch_size:.3g} s a step of {train.batch_size} images{part},"
-        f" {1 / per_image:,.0f} images/s, median of {len(times)};\nthe whole run would take"
+        f" {1 / per_image:,.0f} images/s, median of {found.count};\nthe whole run would take"
         f" {hours} of one process, loading and evaluation not counted."
     )
 

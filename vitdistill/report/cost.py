@@ -48,7 +48,13 @@ def costs_of(runs: Sequence[Run]) -> list[Paid]:
     made = {digest: i for i, run in enumerate(runs) for digest in run.weights}
     # Folders may have moved since; what is among the runs is known by its weights.
     places = {digest: str(runs[i].path / "last") for digest, i in made.items()}
-    alone = [_paid(run, places) for run in runs]
+    known: dict[str, Paid] = {}  # seeds cost the same
+    alone = []
+    for run in runs:
+        key = repr((run.settings, run.num_trained, sorted(run.recipe.teachers.items())))
+        if key not in known:
+            known[key] = _paid(run, places)
+        alone.append(known[key])
     return [
         Paid(**{**vars(paid), "before": _sum([alone[i] for i in ancestors(runs, made, run)])})
         for run, paid in zip(runs, alone, strict=True)

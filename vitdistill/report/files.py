@@ -13,12 +13,16 @@ from typing import Any
 from ..errors import ConfigError, DataError
 from ..messages import printable
 from ..recipes.config import Recipe
+from ..recipes.convert import flatten
+from ..recipes.fingerprint import is_volatile
 from ..recipes.yaml import load_recipe
 from ..runs.folder import ENVIRONMENT, METRICS, PICTURES, SUMMED_UP, TIMING
 from ..runs.identity import RECIPE, SUMMARY, WEIGHTS, read_identity, read_record
 from ..storage.atomic import sha256_file
 from .answers import Answers, read_answers
 from .verdict import Seed
+
+SEEDS = ("train.seed", "data.seed")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,12 @@ class Run:
     @property
     def seed(self) -> Seed:
         return self.recipe.train.seed, self.recipe.data_seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of its recipe can change its result, but for the seeds."""
+        flat = flatten(self.recipe)
+        return {k: v for k, v in flat.items() if not is_volatile(k) and k not in SEEDS}
 
     @property
     def scores(self) -> dict[str, float]:

@@ -6,13 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..recipes.convert import flatten
-from ..recipes.fingerprint import is_volatile
 from .cost import Paid, costs_of
 from .files import Run
 from .verdict import Comparison, Scores, compare
-
-SEEDS = ("train.seed", "data.seed")
 
 
 @dataclass(frozen=True)
@@ -97,15 +93,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
-def settings(run: Run) -> dict[str, Any]:
-    """Return what of a run's recipe can change its result, but for the seeds."""
-    flat = flatten(run.recipe)
-    return {k: v for k, v in flat.items() if not is_volatile(k) and k not in SEEDS}
-
-
 def _key(run: Run, made: dict[str, Run]) -> str:
     """Return what runs of one recipe share: weights of other runs are known by their recipe."""
-    found = settings(run)
+    found = run.settings
     for field, digest in run.identity.items():
         if field in found and digest in made:
             found[field] = _key(made[digest], made)
@@ -149,7 +139,7 @@ def _comparable(one: Group, other: Group) -> bool:
     if one.scores is None or other.scores is None:
         return False
     sides = [
-        {k: v for k, v in settings(group.runs[0]).items() if k.startswith(_STUDENT)}
+        {k: v for k, v in group.runs[0].settings.items() if k.startswith(_STUDENT)}
         for group in (one, other)
     ]
     return sides[0] == sides[1] and one.runs[0].val_images == other.runs[0].val_images

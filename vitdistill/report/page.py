@@ -11,7 +11,7 @@ from .document import Block, Document, Section, Strong, Table, Text, Verdicts
 from .figures import draw_curves, draw_scatters
 from .files import find_runs, read_run
 from .gallery import confusions, parted_pictures, saved_pictures
-from .groups import Group, Question, ask_questions, group_runs, settings
+from .groups import Group, Question, ask_questions, group_runs
 from .tables import tabulate_costs, tabulate_scores
 from .verdict import ERROR_RATE
 
@@ -99,7 +99,7 @@ def _differences(groups: Sequence[Group]) -> list[Block]:
     flat = []
     for group in groups:
         run = group.runs[0]
-        recipe, values = run.recipe, settings(run)
+        recipe, values = run.recipe, run.settings
         parts: dict[str, Any] = {"selector": recipe.selector, "masking": recipe.masking}
         parts |= {f"objectives.{name}": o for name, o in recipe.objectives.items()}
         parts |= {f"teachers.{name}": t for name, t in recipe.teachers.items()}

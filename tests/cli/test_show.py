@@ -1,0 +1,81 @@
+"""``vitdistill show``: a sheet with a row for each way to look, and what networks say of it."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.cli.home import CONFIG, DATA, SHORT, make_home, run, tree
+from vitdistill.recipes.yaml import load_recipe
+from vitdistill.report.answers import read_answers
+from vitdistill.report.show import show
+from vitdistill.world import ALONE
+
+pytestmark = pytest.mark.whole
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, its student under MaskedKD, and a masked autoencoder."""
+    root = make_home(tmp_path_factory.mktemp("home"))
+    with contextlib.chdir(root):
+        taught = f"--output runs/masked {SHORT} --teacher-model runs/teacher"
+        assert run(f"train small_images_maskedkd {taught} --keep-rate 0.5") == 0
+        assert run(f"train small_images_mae --output runs/mae {SHORT}") == 0
+        assert run("report runs --ask --device cpu --output page.html") == 0
+    return root
+
+
+@pytest.fixture
+def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(home)
+    return home
+
+
+def test_what_is_shown_is_what_the_networks_answer(here: Path) -> None:
+    images = sorted(Path("photos/val").rglob("*.png"))[::7]
+    shown = show(Path("runs/masked"), images, ALONE)
+    answers = read_answers(Path("runs/masked"))
+    assert answers is not None
+    order = sorted(Path("photos/val").rglob("*.png"))
+    for path, words in zip(images, shown.said, strict=True):
+        i = order.index(path)
+        assert words["student"][0].startswith(f"{answers.classes[answers.student[i]]} ")
+        assert words["teacher"][0].startswith(f"{answers.classes[answers.teachers['teacher'][i]]} ")
+
+
+@pytest.mark.parametrize(("name", "rows"), [("teacher", 2), ("masked", 3), ("mae", 4)])
+def test_a_sheet_has_a_row_for_each_way_to_look(here: Path, name: str, rows: int) -> None:
+    images = sorted(Path("photos/val").rglob("*.png"))[:3]
+    before = tree(here)
+    words = " ".join(map(str, images))
+    assert run(f"show runs/{name} {words} --output sheet.png --device cpu") == 0
+    with Image.open("sheet.png") as sheet:
+        height = rows * 102 + 6
+        assert sheet.width == 130 + 3 * 102
+        assert sheet.height == height if name == "mae" else sheet.height > height
+        columns = [130 + i * 102 for i in range(3)]
+        shown = [
+            {sheet.getpixel((x + dx, 30 + 102 * r)) for x in columns for dx in (5, 50, 90)}
+            for r in range(rows)
+        ]
+    assert all(len(pixels) > 1 for pixels in shown), "no row is blank"
+    Path("sheet.png").unlink()
+    assert tree(here) == before
+
+
+def test_what_cannot_be_shown_is_refused(here: Path, tmp_path: Path) -> None:
+    image = "photos/val/red/00.png"
+    (tmp_path / "damaged.png").write_bytes(Path(image).read_bytes()[:60])
+    before = tree(here)
+    assert run(f"show runs/teacher {tmp_path}/damaged.png --device cpu") == DATA
+    assert run(f"show runs/teacher {tmp_path}/none.png --device cpu") == DATA
+    assert run(f"show photos {image} --device cpu") == CONFIG
+    Path("runs/begun").mkdir()
+    Path("runs/begun/recipe.yaml").write_bytes(Path("runs/teacher/recipe.yaml").read_bytes())
+    assert load_recipe("runs/begun/recipe.yaml").name == "teacher"
+    assert run(f"show runs/begun {image} --device cpu") == CONFIG
+    Path("runs/begun/recipe.yaml").unlink()
+    Path("runs/begun").rmdir()
+    assert tree(here) == before

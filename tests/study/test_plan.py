@@ -1,0 +1,111 @@
+"""Which runs a study comes to."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitdistill.errors import ConfigError
+from vitdistill.methods.base import TeacherObjective
+from vitdistill.recipes import RECIPES
+from vitdistill.recipes.convert import to_dict
+from vitdistill.recipes.named import named_recipe
+from vitdistill.recipes.stages import Stages, sources
+from vitdistill.recipes.yaml import dump_yaml
+from vitdistill.study.plan import Row, Study, jobs_of, load_study, together, without_teachers
+
+PLAIN = [name for name in RECIPES if not isinstance(named_recipe(name), Stages)]
+
+
+def study(**changes: Any) -> Study:
+    rows = {"kd": Row(recipe="kd"), "masked": Row(recipe="maskedkd")}
+    shared = {"teacher": Row(recipe="alone", set={"student.model_args.depth": 6})}
+    return replace(Study(rows=rows, shared=shared, seeds=(3, 5)), **changes)
+
+
+def test_rows_by_seeds_after_what_they_share_and_beside_the_student_alone() -> None:
+    jobs = jobs_of(study())
+    rows = ["alone", "kd", "masked"]
+    assert [job.folder for job in jobs] == [
+        "teacher",
+        *(f"{r}/seed-{s}" for s in (3, 5) for r in rows),
+    ]
+    for job in jobs[1:]:
+        assert job.recipe.train.seed == int(job.folder.rpartition("-")[2])
+        assert job.recipe.name == job.row == job.folder.partition("/")[0]
+        taught = {"teachers.teacher.model": "teacher"} if job.row != "alone" else {}
+        assert sources(job.recipe) == taught
+        assert isinstance(together(jobs, job), Stages) == bool(taught)
+    done = jobs[2].resolved(Path("out")).teachers["teacher"].model
+    assert done == "out/teacher"
+
+
+@given(st.lists(st.sampled_from([1.0, 2.0, 4.0]), min_size=1, unique=True))
+def test_a_grid_makes_a_row_of_every_combination(temperatures: list[float]) -> None:
+    grid = {"objectives.kd.temperature": tuple(temperatures), "optim.lr": (1e-3, 1e-4)}
+    jobs = jobs_of(study(rows={"kd": Row(recipe="kd")}, grid=grid, seeds=(0,)))
+    found = {job.row: job.recipe for job in jobs if job.row.startswith("kd")}
+    assert len(found) == 2 * len(temperatures)
+    for name, recipe in found.items():
+        kd: Any = recipe.objectives["kd"]
+        assert name == f"kd-temperature={kd.temperature}-lr={recipe.optim.lr}"
+    assert [job.row for job in jobs].count("alone") == 1
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_recipe_has_a_student_alone(name: str) -> None:
+    recipe = named_recipe(name)
+    assert not isinstance(recipe, Stages)
+    alone = without_teachers(recipe, "alone")
+    assert not alone.teachers and alone.selector is None
+    assert not any(isinstance(o, TeacherObjective) for o in alone.objectives.values())
+    assert (alone.student, alone.optim, alone.train) == (recipe.student, recipe.optim, recipe.train)
+
+
+def test_the_student_alone_is_there_once_a_student() -> None:
+    own = study(rows={"kd": Row(recipe="kd"), "own": Row(recipe="alone")}, seeds=(0,))
+    assert [job.row for job in jobs_of(own)] == ["teacher", "kd", "own"]
+    larger = Row(recipe="kd", set={"student.model": "deit_small_patch16_224"})
+    two = study(rows={"kd": Row(recipe="kd"), "larger": larger}, seeds=(0,))
+    assert [job.row for job in jobs_of(two)] == ["teacher", "alone", "alone_2", "kd", "larger"]
+    assert len(jobs_of(study(alone=False))) == 1 + 2 * 2
+
+
+def test_the_study_of_the_guide_is_one(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "studies.md"
+    (text,) = re.findall(r"```yaml\n(.*?)```", guide.read_text(), re.DOTALL)
+    (tmp_path / "study.yaml").write_text(text)
+    jobs = jobs_of(load_study(tmp_path / "study.yaml"))
+    assert len(jobs) == 1 + 4 * (1 + 2 * 2)
+    assert {job.recipe.train.epochs for job in jobs} == {50}
+
+
+def test_a_file_is_read_back_and_unknown_fields_are_refused(tmp_path: Path) -> None:
+    file, wanted = tmp_path / "s.yaml", study(grid={"optim.lr": (1e-3, 1e-4)})
+    file.write_text(dump_yaml(to_dict(wanted)))
+    assert load_study(file) == wanted
+    for text in (
+        "row: {kd: {recipe: kd}}",
+        "rows: {kd: {recipes: kd}}",
+        "rows: {}",
+        "{rows: {kd: {recipe: kd}}, seeds: []}",
+        "{rows: {kd: {recipe: kd}}, seeds: [1, 1]}",
+        "{rows: {kd: {recipe: kd}}, grid: {optim.lr: []}}",
+        "{rows: {alone: {recipe: kd}}}",
+        "{rows: {kd: {recipe: kd}}, shared: {kd: {recipe: alone}}}",
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError):
+            load_study(file)
+    for row in (
+        Row(recipe="nothing"),
+        Row(recipe="mae_base"),
+        Row(recipe="kd", set={"optim.rate": 1}),
+        Row(recipe="kd", set={"teachers.teacher.model": "stage:other"}),
+    ):
+        with pytest.raises(ConfigError):
+            jobs_of(study(rows={"kd": row}))

@@ -1,0 +1,53 @@
+"""``vitdistill study``."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from ..errors import UserError
+from ..recipes import find_file
+from ..recipes.yaml import parse_yaml
+from ..report.answers import ask
+from ..study.plan import Row, Study, load_study
+from ..study.run import Work, describe, run_study
+from ..world import World, choose_device
+from .arguments import StudyArguments
+from .report import write_report
+from .say import say
+
+
+def run(args: StudyArguments) -> int:
+    """Do a study, or go on with it, and write the report on it; or only say what it will cost."""
+    study = _study(args)
+    output = Path(args.output or Path("studies") / study.name)
+    if args.dry_run:
+        say("\n".join(describe(Work(study, output), args.device)))
+        return 0
+    console = Console()
+    quiet = Console(file=console.file, quiet=not console.is_terminal)
+    run_study(study, output, say, device=args.device, console=quiet)
+    world = World(0, 1, choose_device(args.device))
+    for job in Work(study, output).jobs:
+        ask(output / job.folder, world, lambda text: None)
+    write_report([output], output / "report.html")
+    return 0
+
+
+def _study(args: StudyArguments) -> Study:
+    """Return the study of a file, or of one recipe, with what the words change in it."""
+    file, name = find_file(args.study), args.study.replace(":", "_")
+    if file is not None:
+        study = load_study(file)
+    else:
+        study = Study(name=name, rows={name: Row(recipe=args.study)})
+    values = dict(study.set)
+    for item in args.set:
+        path, equals, text = item.partition("=")
+        if not equals:
+            fix = "write FIELD=VALUE, e.g. optim.lr=0.001"
+            raise UserError(f"--set {item!r} has no '='", fix)
+        values[path] = parse_yaml(text, f"the value of --set {path}")
+    if args.data_dir is not None:
+        values["data.dir"] = args.data_dir
+    return replace(study, set=values, seeds=args.seeds or study.seeds)

@@ -1,0 +1,148 @@
+"""What a run's networks make of images of one's own: one sheet, a row for each way to look."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..data.sources.decode import decode_image
+from ..data.views.single import eval_view, normalize
+from ..distill.step import Distillation
+from ..distill.teacher import Teacher
+from ..errors import ConfigError, DataError
+from ..messages import printable
+from ..methods.maskedkd import patch_saliency
+from ..recipes.config import Recipe, TeacherConfig
+from ..recipes.yaml import load_recipe
+from ..runs.identity import RECIPE, WEIGHTS
+from ..runs.networks import Built, build_teacher, build_teacher_model, plan_of, runs
+from ..runs.pictures import draw_sheet
+from ..storage import checkpoint
+from ..vit.needs import Needs
+from ..vit.walk import run_vit
+from ..weights.create import class_names
+from ..world import World
+
+NUM_CLASSES = 3
+Rows = Mapping[str, Float[Tensor, "B 3 h w"]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sheet, and what each network says of each image: its likeliest classes, in words."""
+
+    sheet: Image.Image
+    said: list[dict[str, list[str]]]
+
+
+@torch.no_grad()
+def show(run: Path, images: Sequence[Path], world: World) -> Shown:
+    """Return what a run's last student and its teachers see and say of images.
+
+    Rows are the input, what the step shows of it (the patches a selector leaves each teacher, what
+    a decoder predicts of hidden ones), and where the student attends to.
+
+    Raises:
+        UserError: an image, a teacher, or a decoder's checkpoint is not there or damaged.
+    """
+    recipe = load_recipe(run / RECIPE)
+    if not (run / "last" / WEIGHTS).is_file():
+        what = f"the run {printable(run)} has no weights yet"
+        raise ConfigError(what, "train it to its first evaluation", field="run")
+    built = build_teacher_model(TeacherConfig(model=str(run / "last")), "student")
+    model, classes = built.model.to(world.device).eval(), class_names(built.model) or ()
+    teachers = _teachers(recipe, built, classes, world)
+    pixels = [eval_view(decode_image(path, printable(path)), built.spec) for path in images]
+    batch = _batch(normalize(torch.stack(pixels), built.spec).to(world.device), recipe.train.seed)
+    networks = {name: teacher.network for name, teacher in teachers.items()}
+    distillation = Distillation(model, plan_of(recipe, built.network, networks)).to(world.device)
+    rows: dict[str, Tensor] = {"input": batch.images}
+    said: list[dict[str, list[str]]] = [{} for _ in images]
+    has_attention = built.network.attention_source is not None
+    seen = frozenset({built.network.depth - 1} if has_attention else ())
+    needs = Needs(logits=bool(built.network.num_classes), attention=seen)
+    output = run_vit(model, batch.images, needs)
+    for attention in output.attention.values():
+        saliency = patch_saliency(attention, output.num_prefix_tokens)
+        heat = saliency / saliency.amax(1, keepdim=True)
+        size = batch.images.shape[-2:]
+        rows["the student\nattends to"] = batch.images * F.interpolate(
+            heat.view(-1, 1, *output.grid), size, mode="bilinear"
+        )
+    answers = {"student": output.logits}
+    for name, teacher in teachers.items():
+        if teacher.network.num_classes:
+            answers[name] = teacher(batch.images, Needs(logits=True)).logits
+    for name, logits in answers.items():
+        for words, row in zip(said, logits if logits is not None else (), strict=False):
+            words[name] = _likeliest(row, classes)
+    _load_adapters(distillation, run)
+    rows = {**distillation.eval().pictures(batch, teachers), **rows}
+    return Shown(_with_words(draw_sheet(rows, built.spec), said), said)
+
+
+def _teachers(
+    recipe: Recipe, built: Built, classes: tuple[str, ...], world: World
+) -> dict[str, Teacher]:
+    """Return the teachers that run in training."""
+    return {
+        name: build_teacher(config, name, classes, built.spec, world.device, recipe.objectives)[0]
+        for name, config in recipe.teachers.items()
+        if runs(config)
+    }
+
+
+def _batch(images: Float[Tensor, "B 3 H W"], seed: int) -> Batch:
+    ids = torch.arange(len(images), device=images.device)
+    zeros = torch.zeros_like(ids)
+    return Batch(images, zeros - 1, ids, zeros, 0, seed=seed)
+
+
+def _load_adapters(distillation: Distillation, run: Path) -> None:
+    """Load decoders and the student they were trained with, where the run has any."""
+    if not len(distillation.adapters):
+        return
+    saved = checkpoint.load_latest(run, warn=lambda text: None)
+    if saved is None:
+        what = f"the run {printable(run)} has no checkpoint, which holds its decoder"
+        raise DataError(what, "train it again", field="run")
+    tensors, prefix = saved[1][0], "distillation."
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    distillation.load_state_dict(own)
+
+
+def _likeliest(logits: Float[Tensor, " C"], classes: tuple[str, ...]) -> list[str]:
+    top = logits.float().softmax(0).topk(min(NUM_CLASSES, len(logits)))
+    names = [printable(classes[i]) if classes else f"class {i}" for i in top.indices.tolist()]
+    return [f"{n} {p:.0%}" for n, p in zip(names, top.values.tolist(), strict=True)]
+
+
+def _with_words(sheet: Image.Image, said: Sequence[Mapping[str, list[str]]]) -> Image.Image:
+    """Return the sheet with what is said of each image written under it."""
+    margin, size = 130, 12
+    width = (sheet.width - margin) // len(said)
+    longest = max(width // 7, 8)
+    columns = [
+        [
+            line
+            for name, found in words.items()
+            for part in (f"{name}:", *found)
+            for line in textwrap.wrap(part, longest)
+        ]
+        for words in said
+    ]
+    height = max(map(len, columns)) * (size + 4)
+    whole = Image.new("RGB", (sheet.width, sheet.height + height + 6 * bool(height)), "white")
+    whole.paste(sheet)
+    draw = ImageDraw.Draw(whole)
+    for i, lines in enumerate(columns):
+        place = margin + i * width, sheet.height
+        draw.multiline_text(place, "\n".join(lines), fill="black", font_size=size, spacing=4)
+    return whole

@@ -1,0 +1,1 @@
+"""Several recipes and seeds as one piece of work, where what they share is done once."""
