@@ -59,7 +59,7 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     built = build_teacher_model(TeacherConfig(model=str(run / "last")), "student")
     model, classes = built.model.to(world.device).eval(), class_names(built.model) or ()
     teachers = _teachers(recipe, built, classes, world)
-    pixels = [eval_view(decode_image(path, printable(path)), built.spec) for path in images]
+    pixels = [eval_view(_decode(path), built.spec) for path in images]
     batch = _batch(normalize(torch.stack(pixels), built.spec).to(world.device), recipe.train.seed)
     networks = {name: teacher.network for name, teacher in teachers.items()}
     distillation = Distillation(model, plan_of(recipe, built.network, networks)).to(world.device)
@@ -86,6 +86,13 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     _load_adapters(distillation, run)
     rows = {**distillation.eval().pictures(batch, teachers), **rows}
     return Shown(_with_words(draw_sheet(rows, built.spec), said), said)
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        return decode_image(path, printable(path))
+    except DataError as error:
+        raise DataError(error.what, "give another image", field="images") from error
 
 
 def _teachers(
