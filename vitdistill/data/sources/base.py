@@ -101,7 +101,31 @@ class EncodedSource(ImageSource):
         return image_size(self.content(i), self.title(i))
 
 
-class PartSource(ImageSource):
+class IndirectSource(ImageSource):
+    """Images of other sources."""
+
+    @abstractmethod
+    def place(self, i: int) -> tuple[ImageSource, int]:
+        """Return the source of image ``i``, and its number there."""
+
+    def key(self, i: int) -> str:
+        source, number = self.place(i)
+        return source.key(number)
+
+    def load(self, i: int) -> Image.Image:
+        source, number = self.place(i)
+        return source.load(number)
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        source, number = self.place(i)
+        return source.image_size(number)
+
+    def digest(self, i: int) -> bytes:
+        source, number = self.place(i)
+        return source.digest(number)
+
+
+class PartSource(IndirectSource):
     """Some images of a source, in the order of their numbers there, int64 (N,)."""
 
     def __init__(self, source: ImageSource, ids: I64) -> None:
@@ -110,17 +134,8 @@ class PartSource(ImageSource):
         self.labels, self.sizes = source.labels[ids], source.sizes[ids]
         self.notes = source.notes
 
-    def key(self, i: int) -> str:
-        return self._source.key(int(self._ids[i]))
-
-    def load(self, i: int) -> Image.Image:
-        return self._source.load(int(self._ids[i]))
-
-    def image_size(self, i: int) -> tuple[int, int]:
-        return self._source.image_size(int(self._ids[i]))
-
-    def digest(self, i: int) -> bytes:
-        return self._source.digest(int(self._ids[i]))
+    def place(self, i: int) -> tuple[ImageSource, int]:
+        return self._source, int(self._ids[i])
 
 
 def is_hidden(path: str) -> bool:

@@ -1,15 +1,14 @@
 """Labelled images, and others of the same kind without labels, as one source."""
 
 import numpy as np
-from PIL import Image
 
 from ...errors import DataError, Set
 from ...keyed import I64
 from ...messages import plural
-from .base import ImageSource, PartSource
+from .base import ImageSource, IndirectSource, PartSource
 
 
-class JoinedSource(ImageSource):
+class JoinedSource(IndirectSource):
     """The images of a labelled source, then those of another, whose labels are not read."""
 
     def __init__(self, labelled: ImageSource, others: ImageSource) -> None:
@@ -23,27 +22,13 @@ class JoinedSource(ImageSource):
         if others.classes:
             self.notes += (f"{others.name}: its classes are not read",)
 
-    def _place(self, i: int) -> tuple[ImageSource, int]:
+    def place(self, i: int) -> tuple[ImageSource, int]:
         count = len(self._labelled)
         return (self._labelled, i) if i < count else (self._others, i - count)
 
     def key(self, i: int) -> str:
-        source, number = self._place(i)
-        return (
-            source.key(number) if source is self._labelled else f"unlabelled/{source.key(number)}"
-        )
-
-    def load(self, i: int) -> Image.Image:
-        source, number = self._place(i)
-        return source.load(number)
-
-    def image_size(self, i: int) -> tuple[int, int]:
-        source, number = self._place(i)
-        return source.image_size(number)
-
-    def digest(self, i: int) -> bytes:
-        source, number = self._place(i)
-        return source.digest(number)
+        key = super().key(i)
+        return key if i < len(self._labelled) else f"unlabelled/{key}"
 
 
 def join(labelled: ImageSource, others: ImageSource, val: ImageSource | None) -> ImageSource:
