@@ -223,7 +223,7 @@ def open_unlabelled(recipe: Recipe, train: ImageSource) -> ImageSource:
         why = "every objective reads labels"
     if why:
         raise ConfigError(
-            f"images without labels beside the others have no effect: {why}",
+            f"{why}, so further images without labels have no effect",
             Set("data.unlabelled", "none"),
             field="data.unlabelled",
         )

@@ -191,7 +191,7 @@ class FileSource(EncodedSource):
             raise DataError(
                 f"{name} has class folders and also images beside them, such as"
                 f" {printable(stray)!r}",
-                "move or remove those",
+                ("move or remove those", Set("data.unlabelled")),
             )
         for path in images:
             if ALL_SPLIT_NAMES.intersection(path.lower().split("/")[1:-1][:1]):
