@@ -15,6 +15,7 @@ from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
+from vitdistill.recipes.convert import replace_fields
 from vitdistill.runs.feed import Feed
 from vitdistill.runs.train import Trainer
 
@@ -42,21 +43,27 @@ class Reads(TorchDispatchMode):
 
 
 class Moves(TorchFunctionMode):
-    """Refuse functions that move values between host and device, while ``reads`` watches."""
+    """Refuse functions that move values between host and device, while ``reads`` watches; else those
+    that wait until what is sent has arrived, behind all work of the device.
+    """
 
     def __init__(self, reads):
         super().__init__()
         self.reads = reads
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        sent = name == "to" and any(isinstance(x, torch.device) for x in (*args, *kwargs.values()))
+        waits = sent and not kwargs.get("non_blocking")
         if self.reads.watching:
-            assert getattr(func, "__name__", "") not in FUNCTIONS, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
+            waits = name in FUNCTIONS
+        assert not waits, f"{name} waits for the device"
+        return func(*args, **kwargs)
 
 
 @pytest.fixture
 def watch(monkeypatch):
-    """Watch every training step, but for the fetching of its next batches, which are the host's."""
+    """Watch every training step; what its next batches are made of may be read, it is the host's."""
     reads, step, fetch = Reads(), Trainer.step, Feed.fetch
 
     def watched(trainer):
@@ -92,7 +99,7 @@ def recipes(taught):
     return {
         "alone": replace(kd, objectives={"ce": CrossEntropy()}, teachers={}),
         "kd": replace(kd, objectives={"ce": CrossEntropy(weight=0.5), "kd": SoftKD(weight=0.5)}),
-        "maskedkd": whole,
+        "maskedkd": replace_fields(whole, {"data.augment.aa": "rand-m9-mstd0.5-inc1"}),
         "vitkd_nkd": replace(
             taught(**mixed),
             selector=None,
@@ -132,3 +139,12 @@ def test_what_reads_a_tensor_back_is_seen(read):
     with reads, Moves(reads), pytest.raises(AssertionError, match="waits for the device"):
         read(x)
     read(x)
+
+
+def test_what_is_sent_and_waited_for_is_seen():
+    reads, x = Reads(), torch.arange(4.0)
+    reads.watching = False
+    with Moves(reads):
+        x.to(torch.device("cpu"), non_blocking=True)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            x.to(torch.device("cpu"))

@@ -34,8 +34,9 @@ def erase(
     if not len(rows):
         return images
     device = images.device
-    boxes = torch.from_numpy(np.stack([top, top + h, left, left + w], axis=1)).to(device)
-    index = torch.from_numpy(rows).to(device)
+    boxes = torch.from_numpy(np.stack([top, top + h, left, left + w], axis=1))
+    boxes = boxes.to(device, non_blocking=True)
+    index = torch.from_numpy(rows).to(device, non_blocking=True)
     # Noise of whole images, of which the box is kept: the number of pixels does not depend on the
     # draws, so nothing here waits for the device.
     address = torch.arange(channels * height * width, device=device).view(
