@@ -152,10 +152,8 @@ def apply_operation(
     kind, device, (height, width) = operation.kind, images.device, images.shape[2:]
 
     def transform(chosen: Tensor, kind: I64, value: F64) -> Tensor:
-        sent = (
-            x.to(device, non_blocking=True) for x in (_matrices(kind, value, height, width), fill)
-        )
-        return affine(chosen, *sent, interpolation)
+        matrices = _matrices(kind, value, height, width).to(device, non_blocking=True)
+        return affine(chosen, matrices, fill.to(device, non_blocking=True), interpolation)
 
     groups: tuple[tuple[np.ndarray, Callable[[Tensor, I64, F64], Tensor]], ...] = (
         ((kind > Kind.NOTHING) & (kind <= _LAST_TABLE), _through_tables),
