@@ -246,17 +246,27 @@ class ShowArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
-    """a run's student as a folder timm loads, or as ONNX
+    """a run's student for timm, as ONNX, as torch.export, or on the Hugging Face hub
 
-    timm.create_model('local-dir:FOLDER', pretrained=True) gives the same answers, and an ONNX file
-    is checked against torch. There is no teacher and no adapter in it.
+    timm.create_model('local-dir:FOLDER', pretrained=True) gives the same answers, and an ONNX or
+    torch.export file is checked against torch. There is no teacher and no adapter in any. All say
+    which networks and licences the weights come from, and claim none.
     """
 
-    model: str = option(MISSING, "a run (its best weights), or a folder with config.json", "RUN")
+    model: str = option(MISSING, "a run, or a folder with config.json", "RUN")
+    weights: Literal["best", "last"] | None = option(
+        None, "which of a run's; none: best, or last where none was best", "--weights"
+    )
     output: str | None = option(
         None, "folder to write for timm: config.json and model.safetensors", "--output FOLDER"
     )
+    card: bool = option(False, "write a model card beside them, README.md", "--card")
     onnx: str | None = option(None, "file to write (extra 'vitdistill[onnx]')", "--onnx FILE")
+    pt2: str | None = option(None, "torch.export file to write", "--pt2 FILE")
+    push: str | None = option(
+        None, "Hugging Face repository to put weights and card into", "--push ORG/NAME"
+    )
+    private: bool = option(False, "make that repository, if it is new, a private one", "--private")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,66 +1,98 @@
 """``vitdistill export``."""
 
 from pathlib import Path
+from typing import Any
 
 from timm.models import model_entrypoint
-from torch import nn
 
 from ..data.model_input import input_spec_of
 from ..errors import ConfigError, Give
 from ..runs.identity import resolve_run
+from ..storage.atomic import write_atomic
 from ..weights import create as weights
-from ..weights.export import export_onnx, export_timm
+from ..weights.export import export_onnx, export_pt2, export_timm, push
+from ..weights.folder import Saved
+from ..weights.origin import LINEAGE, origin_of
 from ..weights.outside import is_outside
 from .arguments import ExportArguments
+from .card import CARD, model_card
 from .say import say
 
 
 def run(args: ExportArguments) -> int:
     """Write a run's student where other tools load it."""
     _check(args)
-    folder = resolve_run(args.model)
+    folder = resolve_run(args.model, (args.weights,) if args.weights else ("best", "last"))
     if not Path(folder.removeprefix("local-dir:")).is_dir():
         raise ConfigError(f"there is no run or export folder {args.model}", field="model")
+    if folder != args.model:
+        say(f"exporting {folder}")
+    elif args.weights is not None:
+        what = f"{folder} is no run that has best and last weights"
+        raise ConfigError(what, Give("weights", "none"), field="weights")
     model = weights.create_model(folder).eval()
+    saved = weights.read_saved(folder)
+    assert saved is not None
+    if args.push is not None and is_outside(saved.architecture):
+        what = f"timm does not know {saved.architecture}, and so cannot push it"
+        raise ConfigError(what, Give("output", "FOLDER"), field="push")
+    origin, spec, classes = _origin(saved, folder), input_spec_of(model), weights.class_names(model)
+    built: dict[str, Any] = {"model_args": saved.args, "origin": origin}
+    named = args.push or Path(args.output or args.model).name
+    card = model_card(model, Path(folder), named, origin) if args.card or args.push else ""
     if args.output is not None:
-        _export_timm(model, folder, args.output)
-    if args.onnx is not None:
-        spec = input_spec_of(model)
-        off = export_onnx(model, args.onnx, spec, weights.class_names(model))
-        height, width = spec.image_size
+        given: dict[str, Any] = {"classes": classes, "input_spec": spec}
+        export_timm(model, args.output, architecture=saved.architecture, **built, **given)
+        say(f"wrote {args.output}: load it with {_loading(saved.architecture, args.output)}")
+        if args.card:
+            write_atomic(Path(args.output) / CARD, card.encode())
+            say(f"wrote {Path(args.output) / CARD}: its licence is left for you to fill in")
+    for path, export in ((args.onnx, export_onnx), (args.pt2, export_pt2)):
+        if path is not None:
+            off = export(model, path, spec, classes, origin)
+            height, width = spec.image_size
+            say(
+                f"wrote {path}: input 'images' float32 (B, 3, {height}, {width}) normalised by"
+                f" mean {spec.mean} and std {spec.std}; largest difference from torch {off:.1e}"
+            )
+    if args.push is not None:
+        address = push(model, args.push, card, **built, private=args.private)
         say(
-            f"wrote {args.onnx}: input 'images' float32 (B, 3, {height}, {width}) normalised by"
-            f" mean {spec.mean} and std {spec.std}; largest difference from torch {off:.1e}"
+            f"pushed to {address}: load it with {_loading(saved.architecture, args.push, 'hf-hub')}"
         )
     return 0
 
 
+def _origin(saved: Saved, folder: str) -> dict[str, Any]:
+    """Return where an export's weights come from; others' weights are what they began from."""
+    if saved.record:
+        return {key: saved.record[key] for key in LINEAGE if key in saved.record}
+    return {"began_from": origin_of(folder)}
+
+
 def _check(args: ExportArguments) -> None:
     """Raise `ConfigError` unless there is something to write, and room for it."""
-    fixes = {"output": Give("output", "FOLDER"), "onnx": Give("onnx", "FILE")}
-    if args.output is None and args.onnx is None:
+    files = {"onnx": args.onnx, "pt2": args.pt2}
+    fixes = {"output": Give("output", "FOLDER"), "push": Give("push", "ORG/NAME")}
+    fixes |= {name: Give(name, "FILE") for name in files}
+    if not (args.output or args.push or any(files.values())):
         raise ConfigError("nothing to write", tuple(fixes.values()), field="output")
-    if args.onnx is not None and Path(args.onnx).exists():
-        raise ConfigError(f"{args.onnx} exists already", fixes["onnx"], field="onnx")
+    for name, path in files.items():
+        if path is not None and Path(path).exists():
+            raise ConfigError(f"{path} exists already", fixes[name], field=name)
     if args.output is not None and Path(args.output).is_dir() and any(Path(args.output).iterdir()):
         raise ConfigError(f"{args.output} is not empty", fixes["output"], field="output")
+    if args.card and args.output is None:
+        raise ConfigError("a card is written beside weights", fixes["output"], field="card")
+    if args.private and args.push is None:
+        raise ConfigError("only what is pushed can be private", fixes["push"], field="private")
 
 
-def _export_timm(model: nn.Module, folder: str, output: str) -> None:
-    architecture, model_args = weights.describe(folder, {})
-    export_timm(
-        model,
-        output,
-        architecture=architecture,
-        model_args=model_args,
-        classes=weights.class_names(model),
-        input_spec=input_spec_of(model),
-    )
+def _loading(architecture: str, place: str, scheme: str = "local-dir") -> str:
+    """Spell how an export is loaded."""
     if is_outside(architecture):
-        say(f"wrote {output}: load it with vitdistill.create_model({output!r})")
-        return
+        return f"vitdistill.create_model({place!r})"
     file = model_entrypoint(architecture.partition(".")[0]).__module__
     unknown = f", after 'import {file}', because plain timm does not know {architecture}"
     first = "" if file.startswith("timm.") else unknown
-    load = f"timm.create_model({f'local-dir:{output}'!r}, pretrained=True){first}"
-    say(f"wrote {output}: load it with {load}")
+    return f"timm.create_model({f'{scheme}:{place}'!r}, pretrained=True){first}"

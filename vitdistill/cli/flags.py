@@ -24,6 +24,7 @@ ELSEWHERE: dict[str, str] = {
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",
     "--finetune": "write --model-path FILE",
+    "--log-wandb": "write --log-to wandb",
     "--log-dir": "curves are written into the run's folder, --output",
     "--mask-ratio": "write --set masking.mask_rate=0.75",
     "--model-ema": "write --model-ema-decay 0.9998",

@@ -13,6 +13,7 @@ VOLATILE = (
     "data.val_split",
     "data.skip_damaged",
     "train.log_every",
+    "train.log_to",
     "train.keep_checkpoints",
     "train.accept_changed_images",
     "name",

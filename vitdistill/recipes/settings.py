@@ -178,6 +178,11 @@ class TrainConfig:
         None, "steps between checkpoints; none: once an epoch", "--save-every", at_least=1
     )
     log_every: int = option(50, "steps between log lines", "--log-every", at_least=1)
+    log_to: tuple[str, ...] = option(
+        ("auto",),
+        "tensorboard, wandb, trackio, mlflow; auto: tensorboard, if installed",
+        "--log-to NAME",
+    )
     keep_checkpoints: int = option(2, "checkpoints to keep", at_least=1)
     accept_changed_images: bool = option(False, "go on with other images than the run began with")
     eval_batch_size: int = option(256, "images a step of evaluation and process", at_least=1)
@@ -216,7 +221,8 @@ PARTS: dict[str, type] = {
 """Where settings stand in a recipe; flags of a teacher are for the one called ``teacher``."""
 EVERY_STAGE = (
     *("data.dir", "data.workers", "data.in_memory", "data.val_split", "data.skip_damaged"),
-    *("train.seed", "train.amp_dtype", "train.compile", "train.save_every", "train.log_every"),
+    *("train.seed", "train.amp_dtype", "train.compile", "train.save_every"),
+    *("train.log_every", "train.log_to"),
 )
 FIRST_STAGE = ("student.model", "student.checkpoint", "student.pretrained", "student.image_size")
 """What flags set in every stage of a staged recipe, and in the first. Another flag sets the only

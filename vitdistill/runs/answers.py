@@ -23,7 +23,7 @@ from ..vit.network import Network
 from ..vit.output import ViTOutput
 from ..weights import create as weights
 from ..world import World
-from .identity import resolve_run
+from .identity import origin_of_config, resolve_run
 from .prepare import Prepared, Say, build, prove_teachers
 
 
@@ -135,6 +135,7 @@ class LabelRun:
                 "network": network_to_json(replace(network, flops=flops)),
                 "recipe": to_dict(recipe),
                 "classes": list(self.prepared.networks.classes),
+                "origin": origin_of_config(recipe.teachers[name]),
                 "command": shlex.join(["vitdistill", *sys.argv[1:]]),
             },
         )

@@ -5,7 +5,7 @@ tell whether anything changed; a file or a folder that moved has not.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from ..recipes.settings import StudentConfig, TeacherConfig
 from ..recipes.stages import STAGES, Stages, load
 from ..recipes.yaml import load_recipe
 from ..storage.atomic import sha256_file, write_atomic
+from ..weights.origin import Origin, origin_of
 
 RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
 WEIGHTS = "model.safetensors"
 IMAGES = ("training images", "validation images")
 
 
-def resolve_run(name: str) -> str:
+def resolve_run(name: str, kinds: Sequence[str] = ("best", "last")) -> str:
     """Return the folder of weights that a model's name stands for.
 
-    A run stands for its ``best/`` weights, or ``last/`` if it had nothing to choose by; a folder of
-    stages for the run of its last stage; any other name for itself.
+    A run stands for its ``best/`` weights, or ``last/`` if it had nothing to choose by: the first
+    of ``kinds``; a folder of stages for the run of its last stage; any other name for itself.
 
     Raises:
         ConfigError: the run has no weights yet.
@@ -41,10 +42,11 @@ def resolve_run(name: str) -> str:
         folder /= stages.last.name
     elif not (folder / RECIPE).is_file():
         return name
-    for kind in ("best", "last"):
+    for kind in kinds:
         if (folder / kind / "config.json").is_file():
             return str(folder / kind)
-    raise ConfigError(f"the run {folder} has no weights yet", "train it to its first evaluation")
+    what = f"the run {folder} has no {' or '.join(kinds)} weights yet"
+    raise ConfigError(what, "train it to its first evaluation")
 
 
 def weights_identity(recipe: Recipe) -> dict[str, str]:
@@ -63,6 +65,11 @@ def weights_identity(recipe: Recipe) -> dict[str, str]:
                 place = Path(resolve_run(config.model))
                 files[f"{path}.model"] = place if place.is_file() else place / WEIGHTS
     return {field: sha256_file(file) for field, file in files.items() if file.is_file()}
+
+
+def origin_of_config(config: StudentConfig | TeacherConfig) -> Origin | None:
+    """Describe where the weights that a recipe names come from; None: they are random."""
+    return origin_of(resolve_run(config.model), config.checkpoint, config.pretrained)
 
 
 def changes(folder: Path, recipe: Recipe) -> list[str]:

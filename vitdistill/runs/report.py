@@ -1,38 +1,43 @@
-"""What a run writes of itself, on the main process: logs, exports, pictures and TensorBoard."""
+"""What a run writes of itself, on the main process: logs, exports and pictures."""
 
+import json
 import math
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..recipes.convert import flatten
 from ..storage.atomic import write_atomic
 from ..weights.export import export_timm
 from .display import Speed
 from .folder import METRICS, PICTURES, TIMING, RunFolder
+from .identity import origin_of_config, read_record
+from .loggers import LoggedRun, Loggers, new_id
 from .pictures import draw_sheet, png
-from .prepare import Prepared
+from .prepare import Prepared, Say
+from .stored import open_labels
+
+LOG_ID = "log_id.json"
 
 
 class Report:
     """Writes into the folder of a run that goes on after ``step``."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, step: int) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, step: int, say: Say) -> None:
         self.prepared, self.folder = prepared, folder
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
-        self.board: Any = None
-        with suppress(ImportError):  # an extra; metrics.jsonl holds everything
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)
+        recipe, log_id = prepared.recipe, _id_of(folder.path / LOG_ID)
+        run = LoggedRun(recipe.name, folder.path, log_id, step, flatten(recipe))
+        self._loggers = Loggers(recipe.train.log_to, run, say)
         self._proved = False  # an export of this network, by loading it
+        self._origin = lineage(prepared)
 
     def close(self) -> None:
-        """Close TensorBoard's files."""
-        if self.board is not None:
-            self.board.close()
+        """Close the loggers."""
+        self._loggers.close()
 
     def training(self, step: int, values: dict[str, float], speed: Speed) -> None:
         """Log what was computed since the last line, and how fast it went."""
@@ -59,6 +64,7 @@ class Report:
                 model_args=args,
                 classes=networks.classes or None,
                 input_spec=networks.spec,
+                origin=self._origin,
                 prove=not self._proved,
             )
             self._proved = True
@@ -81,8 +87,7 @@ class Report:
         if rows:
             sheet = draw_sheet(rows, prepared.networks.spec)
             write_atomic(self.folder.path / PICTURES, png(sheet))
-            if self.board is not None:
-                self.board.add_image("pictures", np.array(sheet), step, dataformats="HWC")
+            self._loggers.picture("pictures", np.array(sheet), step)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         at = {"kind": kind, "step": step, "epoch": step / self.steps_per_epoch}
@@ -90,6 +95,28 @@ class Report:
         self._show("validation" if kind == "eval" else kind, step, values)
 
     def _show(self, group: str, step: int, values: dict[str, float]) -> None:
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, step)
+        self._loggers.log({f"{group}/{name}": value for name, value in values.items()}, step)
+
+
+def _id_of(file: Path) -> str:
+    """Return the id by which loggers know a run, kept in its folder from its beginning."""
+    known = read_record(file, ("id",)) or {"id": new_id()}
+    write_atomic(file, json.dumps(known).encode())
+    return str(known["id"])
+
+
+def lineage(prepared: Prepared) -> dict[str, Any]:
+    """Return what the student's weights come from: what it began with, and its teachers."""
+    recipe, stores = prepared.recipe, open_labels(prepared.recipe)
+    began, teachers = origin_of_config(recipe.student), {}
+    for name, config in recipe.teachers.items():
+        if name in stores:
+            manifest = stores[name].manifest
+            network = {"model": manifest.about["network"]["architecture"]}
+            known = manifest.about.get("origin") or network
+            digest = manifest.identity["teacher.weights"]
+        else:
+            known = origin_of_config(config) or {"model": Path(config.model).name}
+            digest = prepared.networks.digests[name]
+        teachers[name] = {**known, "network_sha256": digest}
+    return ({} if began is None else {"began_from": began}) | {"teachers": teachers}

@@ -35,6 +35,7 @@ from .display import Display, Speed
 from .feed import Feed
 from .folder import RunFolder, finished, saved_recipe
 from .identity import SUMMARY
+from .loggers import check_loggers
 from .nonfinite import last_good, nonfinite_error, refuse_nonfinite
 from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule, take_step
 from .prepare import Prepared, prepare, shares_at_start
@@ -75,6 +76,7 @@ def train(
         if summary is not None:
             display.say(f"{output} is finished already: nothing to do")
             return summary
+        check_loggers(recipe.train.log_to)
         stack.enter_context(display)
         display.working("preparing: images, networks, and the proof of teachers")
         run = prepare(recipe, world, display.say)
@@ -114,7 +116,9 @@ class Trainer:
         steps = prepared.loaders.train.batches(self.state.step, left)
         self.feed = Feed(steps, self.world.device)
         self.speed = Speed(self.recipe.train.batch_size)
-        self.report = None if folder is None else Report(prepared, folder, self.state.step)
+        self.report = None
+        if folder is not None:
+            self.report = Report(prepared, folder, self.state.step, self.say)
         display.begin(self.state.step, self.num_steps, self.steps_per_epoch)
 
     def _resume(self) -> None:

@@ -67,7 +67,7 @@ def create_model(
     for key, value in given.items():
         if value is not None and build.setdefault(key, value) != value:
             raise ConfigError(f"{key} is given twice", f"leave {key} out", field="model_args")
-    saved, own = _read_saved(name), name.startswith(TORCHVISION)
+    saved, own = read_saved(name), name.startswith(TORCHVISION)
     architecture, build = as_timms(name, build)
     if saved is None:
         model = _build(architecture, build, pretrained=bool(pretrained) and not own)
@@ -110,7 +110,7 @@ def carries_weights(name: str) -> bool:
 
 def describe(name: str, model_args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return timm's architecture and arguments of ``create_model(name, **model_args)``."""
-    saved = _read_saved(name)
+    saved = read_saved(name)
     if saved is None:
         architecture, args = as_timms(name, model_args)
         return architecture, {k: v for k, v in args.items() if k != "pretrained_cfg_overlay"}
@@ -133,7 +133,7 @@ def _split(name: str) -> tuple[str, str]:
     return "timm", name
 
 
-def _read_saved(name: str) -> Saved | None:
+def read_saved(name: str) -> Saved | None:
     """Return what is saved in a folder or on the hub; None for a plain timm name."""
     source, place = _split(name)
     if source == "folder":

@@ -1,4 +1,5 @@
-"""A trained network as others load it: a folder for timm, or an ONNX file, checked against it.
+"""A trained network as others load it: a folder for timm, an ONNX or a torch.export file, each
+checked against it.
 
 The first export of a run is proved: timm's network is built from the folder alone, and must answer
 bit for bit the same. Later ones differ in their weights alone, whose digest is read back.
@@ -6,15 +7,18 @@ bit for bit the same. Later ones differ in their weights alone, whose digest is 
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +37,8 @@ from .folder import CONFIG, WEIGHTS_FILES
 WEIGHTS = WEIGHTS_FILES[0]
 FILES = frozenset({CONFIG, WEIGHTS})
 
-ONNX_TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the logits of a traced network
+ABOUT = "about.json"
 
 
 def export_timm(
@@ -44,6 +49,7 @@ def export_timm(
     model_args: Mapping[str, Any] | None,
     classes: Sequence[str] | None,
     input_spec: InputSpec,
+    origin: Mapping[str, Any] | None = None,
     prove: bool = True,
 ) -> Path:
     """Write ``config.json`` and ``model.safetensors`` for timm, and return the folder.
@@ -55,6 +61,7 @@ def export_timm(
         architecture: timm's name, with or without a tag.
         model_args: what the network was built with besides, as plain JSON.
         classes: the names in the order of the logits, if known.
+        origin: where the weights come from, ``began_from`` and ``teachers`` (`origin_of`).
         prove: load what was written and compare answers before it gets its name. False where an
             export of the same network and arguments was proved: only the digest is read back.
 
@@ -63,15 +70,15 @@ def export_timm(
         DataError: the weights do not load, or load as others.
     """
     final = Path(folder)
-    name, _, tag = architecture.partition(".")
+    name = architecture.partition(".")[0]
     network = _unwrapped(model)
     _refuse_foreign(final)
     state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
     check_finite(state, f"the network for {printable(final)}")
     content = tensor_bytes(state, {"format": "pt"})
     digest = hashlib.sha256(content).hexdigest()
-    config = _config(network, name, tag, dict(model_args or {}), classes, input_spec)
-    config["vitdistill"] = {"version": __version__, "weights_sha256": digest}
+    config = _config(network, name, dict(model_args or {}), classes, input_spec)
+    config["vitdistill"] = {"version": __version__, "weights_sha256": digest, **(origin or {})}
     with atomic.staged_dir(final, replaces=FILES) as temporary:
         atomic.write_new(temporary / WEIGHTS, content)
         atomic.write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
@@ -110,7 +117,6 @@ def _refuse_foreign(folder: Path) -> None:
 def _config(
     network: nn.Module,
     architecture: str,
-    tag: str,
     args: dict[str, Any],
     classes: Sequence[str] | None,
     spec: InputSpec,
@@ -127,7 +133,7 @@ def _config(
         args["img_size"] = [int(side) for side in embed_size]
     args["num_classes"] = num_classes
     pretrained_cfg = {
-        "tag": tag or "vitdistill",
+        "tag": "vitdistill",
         "custom_load": False,
         "input_size": [3, *map(int, spec.image_size)],
         "fixed_input_size": bool(cfg.get("fixed_input_size", False)) and not dynamic,
@@ -139,8 +145,6 @@ def _config(
         "num_classes": num_classes,
         **{key: cfg.get(key) for key in ("pool_size", "first_conv", "classifier")},
     }
-    if cfg.get("license"):
-        pretrained_cfg["license"] = cfg["license"]
     if classes is not None:
         pretrained_cfg["label_names"] = [str(name) for name in classes]
     return {
@@ -192,39 +196,32 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
     return answer
 
 
-def export_onnx(
+def _trace(
     model: nn.Module,
     path: str | os.PathLike[str],
     spec: InputSpec,
-    classes: Sequence[str] | None = None,
+    kind: str,
+    save: Callable[[nn.Module, Tensor], tuple[bytes, Callable[[Tensor], Tensor]]],
 ) -> float:
-    """Write a single-file ONNX network with a free batch size; return its distance from torch's.
+    """Write what ``save`` makes of a network if, loaded again, it answers the same.
 
-    The input is ``images`` float32 (B, 3, H, W), already normalised; the output ``logits`` (B, C).
-    The distance is the largest absolute difference of logits over batches of 1 and 3; above 1e-4 it
-    is a `DataError`, and nothing is written. The file's metadata hold the ``classes`` and what
-    ``spec`` says, as JSON.
+    Return its distance: the largest absolute difference of logits over batches of 1 and 3.
     """
-    try:
-        modules = [importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")]
-    except ImportError as error:
-        raise ConfigError(
-            f"ONNX export needs {error.name}", fix='pip install "vitdistill[onnx]"'
-        ) from error
     network = copy_network(_unwrapped(model)).to("cpu", torch.float32).eval()
     images = _probe(spec)
     check_finite(network.state_dict(), f"the network for {printable(path)}")
-    about = asdict(spec) | ({"classes": list(classes)} if classes is not None else {})
-    data = _onnx_bytes(network, images, about)
-    session = modules[-1].InferenceSession(data, providers=["CPUExecutionProvider"])
+    try:
+        data, run = save(network, images)
+    except Exception as error:
+        what = f"{type(network).__name__} cannot be exported to {kind} ({first_line(error)})"
+        raise ConfigError(what, "export for timm") from error
     off = 0.0
     for batch in (images[:1], torch.cat([images, images[:1].flip(-1)])):
-        found = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
-        distance = (found - _answers(network, batch)).abs().max().item()
-        if not distance <= ONNX_TOLERANCE:  # NaN is not
+        distance = (run(batch) - _answers(network, batch)).abs().max().item()
+        if not distance <= TOLERANCE:  # NaN is not
             raise DataError(
-                f"the ONNX network's logits are {distance:.3g} away from torch's, more than"
-                f" {ONNX_TOLERANCE:g}; nothing was written",
+                f"the {kind} network's logits are {distance:.3g} away from torch's, more than"
+                f" {TOLERANCE:g}; nothing was written",
                 fix="export for timm",
             )
         off = max(off, distance)
@@ -232,9 +229,28 @@ def export_onnx(
     return off
 
 
-def _onnx_bytes(network: nn.Module, images: Tensor, about: Mapping[str, Any]) -> bytes:
-    """Serialise in memory: torch's own save would write the final name, and not atomically."""
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    spec: InputSpec,
+    classes: Sequence[str] | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> float:
+    """Write a single-file ONNX network with a free batch size; return its distance from torch's.
+
+    The input is ``images`` float32 (B, 3, H, W), already normalised; the output ``logits`` (B, C).
+    A distance above 1e-4 is a `DataError`, and nothing is written. The file's metadata hold the
+    ``classes``, the ``origin`` and what ``spec`` says, as JSON.
+    """
     try:
+        modules = [importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")]
+    except ImportError as error:
+        raise ConfigError(
+            f"ONNX export needs {error.name}", fix='pip install "vitdistill[onnx]"'
+        ) from error
+
+    def save(network: nn.Module, images: Tensor) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+        # In memory: torch's own save would write the final name, and not atomically.
         program = torch.onnx.export(
             network,
             (images,),
@@ -247,9 +263,82 @@ def _onnx_bytes(network: nn.Module, images: Tensor, about: Mapping[str, Any]) ->
         )
         assert program is not None
         proto = program.model_proto
-        for key, value in about.items():
+        for key, value in _about(spec, classes, origin).items():
             proto.metadata_props.add(key=key, value=json.dumps(value))
-        return proto.SerializeToString()  # above 2 GB, a ValueError
-    except Exception as error:
-        what = f"{type(network).__name__} cannot be exported to ONNX ({first_line(error)})"
-        raise ConfigError(what, "export for timm") from error
+        data = proto.SerializeToString()  # above 2 GB, a ValueError
+        session = modules[-1].InferenceSession(data, providers=["CPUExecutionProvider"])
+        return data, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+
+    return _trace(model, path, spec, "ONNX", save)
+
+
+def export_pt2(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    spec: InputSpec,
+    classes: Sequence[str] | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> float:
+    """Write a ``torch.export`` file with a free batch size; return its distance from the network.
+
+    ``torch.export.load(path).module()`` answers ``images`` as in `export_onnx`; the extra file
+    ``about.json`` says what an ONNX file's metadata say.
+    """
+
+    def save(network: nn.Module, images: Tensor) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+        dynamic = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
+        file, about = io.BytesIO(), json.dumps(_about(spec, classes, origin))
+        torch.export.save(program, file, extra_files={ABOUT: about})
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        return file.getvalue(), lambda batch: loaded(batch).detach()
+
+    return _trace(model, path, spec, "torch.export", save)
+
+
+def _about(
+    spec: InputSpec, classes: Sequence[str] | None, origin: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    named = {} if classes is None else {"classes": list(classes)}
+    return {**asdict(spec), **named, "vitdistill": {"version": __version__, **(origin or {})}}
+
+
+def push(
+    model: nn.Module,
+    repository: str,
+    card: str,
+    *,
+    model_args: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    private: bool = False,
+) -> str:
+    """Put an exported network on the Hugging Face hub by timm's own `push_to_hf_hub`.
+
+    The ``card`` becomes its README.md, unless there is one. Return the address.
+
+    Raises:
+        ConfigError: the hub cannot be reached, or refuses; its own words are passed on.
+    """
+    api = huggingface_hub.HfApi()
+    record = {"version": __version__, **origin}
+    try:
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        if not api.file_exists(repository, "README.md"):
+            # timm's own card would claim a licence.
+            api.upload_file(
+                path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository
+            )
+        timm.models.push_to_hf_hub(
+            model,
+            repository,
+            private=private,
+            model_args=dict(model_args),
+            model_config={"vitdistill": record},
+            safe_serialization=True,
+        )
+    except Exception as error:  # of the hub's client, its transport, its validation
+        what = f"{printable(repository)} cannot be pushed ({first_line(error)})"
+        fix = "log in by 'hf auth login' with a token that may write, and check the network"
+        raise ConfigError(what, fix, field="push") from error
+    return f"{huggingface_hub.constants.ENDPOINT}/{repository}"

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Saved:
     """What a config.json says of a network: timm's architecture, arguments and ``pretrained_cfg``.
 
     ``fetch`` gets another file of the same place, or None; ``digest`` is the sha256 of weights that
-    we exported; ``notes`` are to be said when its weights are loaded.
+    we exported, and ``record`` what we said of them; ``notes`` are to be said when its weights are
+    loaded.
     """
 
     place: str
@@ -47,6 +48,7 @@ class Saved:
     cfg: dict[str, Any]
     fetch: Callable[[str], Path | None]
     digest: str | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -140,7 +142,9 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
             return Saved(place, architecture, args, cfg, fetch, notes=notes)
         architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
         cfg = _pretrained_cfg(config)
-        digest = (config.get("vitdistill") or {}).get("weights_sha256")
+        record = dict(config.get("vitdistill") or {})
+        if record:
+            cfg.pop("license", None)  # version 0.1.0 copied the architecture's from the registry
         _check({**args, **cfg})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{printable(path)} is no configuration of timm's") from error
@@ -150,7 +154,7 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
             f" {timm.__version__} does not have",
             fix="install the timm that wrote it",
         )
-    return Saved(place, architecture, args, cfg, fetch, digest)
+    return Saved(place, architecture, args, cfg, fetch, record.get("weights_sha256"), record)
 
 
 def _check(said: Mapping[str, Any]) -> None:
