@@ -46,7 +46,7 @@ def value_of(command: str, flag: Any, word: str) -> Any:
         words = [*others, word]
     found = read_arguments(command, words)
     value = {**vars(found), **getattr(found, "settings", {})}[flag.dest]
-    return value[0] if isinstance(value, tuple) else value
+    return value[0] if isinstance(value, tuple | list) else value
 
 
 @pytest.mark.parametrize(("command", "flag"), TEXT_FLAGS, ids=lambda of: getattr(of, "name", of))
