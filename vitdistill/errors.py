@@ -132,9 +132,7 @@ class DiskError(UserError):
 
 
 class Preempted(UserError):
-    exit_code = (
-        75  # the run was asked to stop, has saved its state, and the same command resumes it
-    )
+    exit_code = 75  # the run was asked to stop and has saved its state: the same command goes on
 
 
 class PermissionDenied(UserError):

@@ -57,11 +57,6 @@ class Option:
         """Return ``at least 0 and below 1``, or nothing."""
         return " and ".join(f"{k.replace('_', ' ')} {bound:g}" for k, bound in self.bounds.items())
 
-    def bounds_broken_by(self, value: Any) -> str:
-        """Return the bounds if a number is not within them, or not finite; else nothing."""
-        within = all(BOUNDS[name](value, bound) for name, bound in self.bounds.items())
-        return "" if within and abs(value) < math.inf else self.describe_bounds()
-
 
 def option(default: Any, help: str, flag: str = "", **facts: Any) -> Any:
     """Declare a dataclass field with its `Option`.
@@ -99,10 +94,12 @@ def check_option(value: Any, kind: Any, about: Option, field: str) -> None:
     args = get_args(kind)
     if get_origin(kind) is Literal and value not in args:
         raise ConfigError(f"{field} is {value!r}", suggest(value, args), field=field)
-    wanted = about.bounds_broken_by(value) if about.bounds and value is not None else ""
-    if wanted:
-        or_null = ", or null" if type(None) in args else ""
-        raise ConfigError(f"{field} is {value!r}", f"give {wanted}{or_null}", field=field)
+    if value is None or not about.bounds:
+        return
+    within = all(BOUNDS[name](value, bound) for name, bound in about.bounds.items())
+    if not within or abs(value) == math.inf:
+        wanted = about.describe_bounds() + (", or null" if type(None) in args else "")
+        raise ConfigError(f"{field} is {value!r}", f"give {wanted}", field=field)
 
 
 RAW = re.compile(
@@ -112,27 +109,26 @@ RAW = re.compile(
 NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def convert_scalar(value: Any, kind: type, name: str, source: str = "") -> Any:
+def convert_scalar(value: Any, kind: type, name: str) -> Any:
     """Return ``value`` as an int, a float, a bool or text; numbers are also read from text.
 
-    Raises:
-        ConfigError: it is none; ``name`` in ``source`` is named.
+    Raises `ConfigError`, with ``name``, if it is none.
     """
     if kind in (int, float):
         number = _number(value)
         if number is not None and (kind is float or number == int(number)):
             return kind(number)
     elif kind is str and isinstance(value, str):
-        return _read_text(value, name, source)
+        return _read_text(value, name)
     elif isinstance(value, kind):
         return value
-    raise refusal(value, f"{NEEDED.get(kind, kind.__name__)} is needed", name, source)
+    raise refusal(value, f"{NEEDED.get(kind, kind.__name__)} is needed", name)
 
 
-def _read_text(text: str, name: str, source: str) -> str:
+def _read_text(text: str, name: str) -> str:
     """Return ``text`` with ``~`` expanded where a path begins, of an option inside it too."""
     if RAW.search(text):
-        raise refusal(text, "text without control characters is needed", name, source)
+        raise refusal(text, "text without control characters is needed", name)
     return re.sub(r"(?<![^=])~[^/=]*(?=/)", lambda home: os.path.expanduser(home[0]), text)
 
 
@@ -149,15 +145,14 @@ def _number(value: Any) -> int | float | None:
     return None
 
 
-def unknown_field(path: str, known: Iterable[str], source: str = "the recipe") -> ConfigError:
+def unknown_field(path: str, known: Iterable[str]) -> ConfigError:
     """Return the error of a field that does not exist at a dotted path."""
-    what = f"{source} has no field {path!r}"
+    what = f"the recipe has no field {path!r}"
     return ConfigError(what, suggest(path.rpartition(".")[2], known), field=path)
 
 
-def refusal(value: Any, wanted: str, name: str, source: str = "") -> ConfigError:
+def refusal(value: Any, wanted: str, name: str) -> ConfigError:
     """Return the error of a value that is not ``wanted``."""
     text = repr(value)
-    where = " in ".join(part for part in (name, source) if part)
     shown = text if len(text) <= 80 else text[:77] + "..."
-    return ConfigError(f"{where} is {shown}", wanted, field=name)
+    return ConfigError(f"{name or 'it'} is {shown}", wanted, field=name)

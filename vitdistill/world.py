@@ -22,18 +22,8 @@ from .messages import plural
 T = TypeVar("T")
 Error = TypeVar("Error", bound=UserError)
 
-# torch raises a plain RuntimeError when a peer is gone: gloo's words, then NCCL's.
-_PEER_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "Socket Timeout",
-    "NCCL",
-    # Of the store where processes find each other, which rank 0 keeps.
-    "Connection was likely closed",
-    "client socket",
-)
+# What gloo says, by a plain RuntimeError, when a peer is gone; others raise a DistError.
+_PEER_LOST = ("by peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
 
 
 class ProcessLost(UserError):
@@ -133,8 +123,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 def choose_device(name: str = "auto") -> torch.device:
     """Return this process's device; ``auto``: its GPU if there is one, else the CPU.
 
-    Raises:
-        ConfigError: there is no such device, or not one for every process.
+    Raises `ConfigError` where there is no such device, or not one for every process.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,7 +169,8 @@ def join_world(device: str = "auto") -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
         yield World(dist.get_rank(), size, chosen)
     except RuntimeError as error:
-        if not any(words in str(error) for words in _PEER_LOST):
+        by_gloo = any(words in str(error) for words in _PEER_LOST)
+        if not by_gloo and not isinstance(error, dist.DistError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise ProcessLost(

@@ -56,7 +56,10 @@ RECIPES = st.builds(
     )
     | st.builds(TeacherGuided, softmax_over=st.sampled_from(["tokens", "patches"])),
     optim=st.builds(
-        OptimConfig, lr=st.floats(1e-12, 1e3), clip_grad=st.none() | st.floats(1e-3, 9)
+        OptimConfig,
+        lr=st.floats(1e-12, 1e3),
+        min_lr=st.just(0.0),
+        clip_grad=st.none() | st.floats(1e-3, 9),
     ),
     train=st.builds(TrainConfig, epochs=st.integers(6, 10**6), seed=st.integers(-(2**40), 2**40)),
 )

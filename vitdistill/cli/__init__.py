@@ -18,10 +18,9 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
+from .. import __version__
 from ..errors import DiskError, PermissionDenied, UserError
 from ..messages import printable, suggest
-from ..option import check_options
-from ..recipes import FAMILIES
 from . import arguments as given
 from .console import lasting_console
 from .early import refuse_early
@@ -41,7 +40,7 @@ COMMANDS: dict[str, tuple[str, type]] = {
     "study": ("study:run", given.StudyArguments),
     "report": ("report:run", given.ReportArguments),
     "export": ("export:run", given.ExportArguments),
-    "recipes": ("recipe:show_recipes", given.RecipesArguments),
+    "recipes": ("recipes:run", given.RecipesArguments),
     "label status": ("label:status", given.StoreArguments),
     "label info": ("label:info", given.StoreArguments),
     "label verify": ("label:verify", given.StoreArguments),
@@ -86,8 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if words[0] == "--version":
-        from .. import __version__
-
         print(f"vitdistill {__version__}")
         return 0
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
@@ -113,17 +110,13 @@ def _run(name: str, words: Sequence[str], prog: str) -> int:
     if name not in COMMANDS:
         known = [known for known in COMMANDS if " " not in known]
         raise UserError(f"there is no command {printable(name)!r}", suggest(name, known))
-    if name == "label" and len(words) > 1 and not any(w.startswith("-") for w in words[:2]):
-        verbs = [known.removeprefix("label ") for known in COMMANDS if known.startswith("label ")]
-        hint = suggest(words[0], verbs)
-        raise UserError(f"there is no 'vitdistill label {printable(words[0])}'", hint)
     place, kind = COMMANDS[name]
     if {"-h", "--help"} & {*words}:
         print(_help(kind, prog))
         return 0
     arguments = read_arguments(name, words)
     refuse_early(arguments)
-    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+    if "torch" not in sys.modules and name != "recipes" and os.environ.get("RANK", "0") == "0":
         # Importing torch and timm takes seconds. Results alone go to the standard output.
         print(f"{prog}: starting", file=sys.stderr, flush=True)
     module, _, function = place.partition(":")
@@ -136,18 +129,9 @@ def read_arguments(name: str, words: Sequence[str]) -> Any:
     wrong flag.
     """
     kind = COMMANDS[name][1]
-    return _fill(kind, parse_words(given.groups_of(kind), words, f"vitdistill {name}"))
-
-
-def _fill(kind: type, values: dict[str, Any]) -> Any:
-    """Return the arguments of a command with the given values; those of paths are settings."""
-    names = {field.name for field in fields(kind)}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    own = {name: value for name, value in {**values, **lists}.items() if name in names}
-    settings = {path: value for path, value in values.items() if path not in names}
-    filled = kind(**own, **({"settings": settings} if settings else {}))
-    check_options(filled, "")
-    return filled
+    values = parse_words(given.groups_of(kind), words, f"vitdistill {name}")
+    own = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
+    return kind(**own, **({"settings": values} if values else {}))  # the rest are of the recipe
 
 
 def _about(kind: type) -> list[str]:
@@ -158,14 +142,8 @@ def _about(kind: type) -> list[str]:
 def _help(kind: type, prog: str) -> str:
     about = _about(kind)
     if issubclass(kind, given.RecipeArguments):
-        about += _families()
+        about += [
+            "'vitdistill recipes' lists the recipes,"
+            " 'vitdistill explain RECIPE --recipe-yaml' prints all settings of one."
+        ]
     return format_help(given.groups_of(kind), prog, "\n".join(wrap(text, "    ") for text in about))
-
-
-def _families() -> list[str]:
-    lines = ["\nRecipes ('vitdistill recipes' lists all with a line each):"]
-    for family in FAMILIES:
-        names = ", ".join(family.names[:3]) + (", ..." if len(family.names) > 3 else "")
-        also = "".join(f" (and NAME:{variant})" for variant in family.variants)
-        lines.append(f"  {family.about}: {names}{also}")
-    return [*lines, "\n'vitdistill explain RECIPE --recipe-yaml' prints all settings of one."]

@@ -11,19 +11,6 @@ from ..option import option, options_of
 from ..recipes.settings import LabelOptions, TeacherConfig, settings_with_flags
 from .flags import Flag, Groups, flags_of
 
-TITLES = {
-    "data": "data",
-    "student": "student",
-    "teachers.teacher": "teacher",
-    "selector": "teacher",
-    "objectives.ce": "loss",
-    "objectives.kd": "loss",
-    "optim": "optimizer",
-    "data.augment": "augmentation",
-    "train": "loop",
-}
-"""Headings of the help, by the part of the recipe that flags lead to."""
-
 
 def _device() -> Any:
     return option("auto", "auto, cpu, cuda or cuda:N", "--device")
@@ -335,7 +322,6 @@ def groups_of(arguments: type) -> Groups:
     own = [*flags_of(arguments)]
     groups: dict[str, list[Flag]] = {"arguments": [flag for flag in own if flag.positional]}
     if issubclass(arguments, RecipeArguments):
-        groups |= {title: [] for title in TITLES.values()}
         for path, flag in recipe_flags().items():
-            groups[TITLES[path.rpartition(".")[0]]].append(flag)
+            groups.setdefault(path.partition(".")[0], []).append(flag)
     return {**groups, "flags": [flag for flag in own if not flag.positional]}

@@ -1,4 +1,4 @@
-"""Standard output and error that may go away: a command does not depend on who reads it."""
+"""Standard output and error, which may go away: a command does not depend on who reads it."""
 
 import io
 import os
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
+
+from ..messages import printable_lines
 
 
 class Lasting:
@@ -30,6 +32,11 @@ class Lasting:
 
     def flush(self) -> None:
         """Do nothing: all is written."""
+
+
+def say(text: str) -> None:
+    """Print lines as they are, however long; what cannot be printed is escaped."""
+    print(printable_lines(text))
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from ..report.answers import ask
 from ..runs.train import train
 from ..world import ALONE
 from .arguments import DemoArguments
+from .console import say
 from .report import write_report
-from .say import say
 
 NUM_VALIDATION = 360
 

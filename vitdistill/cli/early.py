@@ -6,10 +6,10 @@ from typing import Any
 from ..errors import DataError
 from ..messages import printable
 from ..methods import check_method
-from ..option import check_option, options_of, unknown_field
+from ..option import options_of, unknown_field
 from ..recipes import RECIPES, find_file
 from ..recipes.settings import PARTS, TeacherConfig
-from .arguments import ExplainArguments, RecipeArguments, recipe_flags
+from .arguments import ExplainArguments, RecipeArguments
 
 IMAGES = ("data.dir", "data_dir", "data.unlabelled")
 WEIGHTS = ("student.checkpoint", "teachers.teacher.checkpoint", "model_path", "teacher_path")
@@ -26,9 +26,6 @@ def refuse_early(args: Any) -> None:
     if not isinstance(args, RecipeArguments):
         return
     find_file(args.recipe)
-    flags = recipe_flags()
-    for path, value in args.settings.items():
-        check_option(value, flags[path].kind, flags[path].option, path)
     for word in args.with_:
         check_method(word.rpartition(".")[2].partition(":")[0])
     if args.recipe not in RECIPES:

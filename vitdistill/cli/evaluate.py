@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from ..runs.display import Display
 from ..runs.evaluate import Evaluation, evaluate_model, images_of
 from ..world import join_world
 from .arguments import EvalArguments
-from .say import say
+from .console import say
 
 
 def run(args: EvalArguments) -> int:
@@ -60,30 +60,21 @@ def _job(args: EvalArguments, name: str) -> Evaluation:
         pretrained=args.teacher_pretrained,
         reorder_classes=args.reorder_classes,
     )
-    same = ("data_dir", "split", "val_split", "knn", "linear_probe", "batch_size", "workers")
-    return Evaluation(
-        model=model,
-        teacher=teacher if teacher.model else None,
-        pool=args.pool or "mean",
-        amp_dtype=args.amp_dtype,
-        skip_damaged=args.skip_damaged,
-        **{name: getattr(args, name) for name in same},
-    )
+    given = {f.name: getattr(args, f.name) for f in fields(Evaluation) if f.name in vars(args)}
+    compared = teacher if teacher.model else None
+    return Evaluation(**{**given, "model": model, "teacher": compared, "pool": args.pool or "mean"})
 
 
 def _print(results: Sequence[dict[str, Any]], images: str) -> None:
     models, tables = [r["model"] for r in results], [dict(_rows(result)) for result in results]
-    several = len(models) > 1
-    head = (images, *models) if several else (f"{models[0]} on {images}", "")
     names = dict.fromkeys(name for table in tables for name in table)
     rows = [(name, *(table.get(name, "") for table in tables)) for name in names]
-    say("\n".join(format_table([head, *rows])))
+    say("\n".join(format_table([(images, *models), *rows])))
     for note in results[0].get("notes", ()):
         say(note)
     for result in results:
         if "no_top1" in result:
-            who = f"{result['model']}: " if several else ""
-            say(f"{who}no accuracy of its own: {result['no_top1']}")
+            say(f"{result['model']}: no accuracy of its own: {result['no_top1']}")
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:

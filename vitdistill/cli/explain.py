@@ -10,8 +10,8 @@ from ..recipes.config import Recipe
 from ..recipes.stages import Stages, sources
 from ..recipes.yaml import dump_recipe
 from .arguments import ExplainArguments
+from .console import say
 from .recipe import resolve_recipe
-from .say import say
 
 
 def run(args: ExplainArguments) -> int:

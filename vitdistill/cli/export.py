@@ -16,7 +16,7 @@ from ..weights.origin import LINEAGE, origin_of
 from ..weights.outside import is_outside
 from .arguments import ExportArguments
 from .card import CARD, model_card
-from .say import say
+from .console import say
 
 
 def run(args: ExportArguments) -> int:

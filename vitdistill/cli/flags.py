@@ -14,20 +14,15 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from ..errors import ConfigError, UserError
 from ..messages import printable, suggest
-from ..option import Option, convert_scalar, options_of
+from ..option import Option, check_option, convert_scalar, options_of
 from ..recipes.settings import PARTS
 
 ELSEWHERE: dict[str, str] = {
-    "--amp": "write --amp-dtype bfloat16, which is the default on a GPU",
     "--blr": "write --lr, which is not scaled: blr x batch size / 256",
-    "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",
-    "--finetune": "write --model-path FILE",
     "--log-wandb": "write --log-to wandb",
-    "--log-dir": "curves are written into the run's folder, --output",
     "--mask-ratio": "write --set masking.mask_rate=0.75",
-    "--model-ema": "write --model-ema-decay 0.9998",
     "--nb-classes": "the classes are those of the images",
     "--num-classes": "the classes are those of the images",
     "--opt-betas": "write --set optim.opt_args.betas=[0.9,0.95]",
@@ -112,14 +107,16 @@ Groups = Mapping[str, Sequence[Flag]]
 
 
 def parse_words(groups: Groups, words: Sequence[str], prog: str) -> dict[str, Any]:
-    """Return the values that the words give, by the flags' ``dest``.
-
-    Raises:
-        UserError: a flag does not exist, is given twice, lacks its value or has a wrong one.
-    """
-    known = {s: flag for flags in groups.values() for flag in flags for s in flag.option.spellings}
-    spelled = _spell_out(words, known, prog)
-    return vars(_make_parser(groups, prog).parse_intermixed_args(spelled))
+    """Return the values that the words give, by the flags' ``dest``; raises `UserError`."""
+    every = [flag for flags in groups.values() for flag in flags]
+    known = {spelling: flag for flag in every for spelling in flag.option.spellings}
+    parser = _make_parser(groups, prog)
+    found = vars(parser.parse_intermixed_args(_spell_out(words, known, prog)))
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    for flag in every:
+        if flag.dest in values:
+            check_option(values[flag.dest], flag.kind, flag.option, flag.option.field or flag.dest)
+    return values
 
 
 def _is_flag(word: str) -> bool:
@@ -168,8 +165,7 @@ def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
     names = [spelling for spelling in known if spelling.startswith("--")]
     longer = [spelling for spelling in names if spelling.startswith(f"{plain}-")]
     hint = suggest(longer[0] if longer else plain, names, f"'{prog} --help' lists them")
-    hint = advice or hint.replace("'--", "--")
-    return UserError(f"there is no flag {printable(name)}", hint.replace("'?", "?"))
+    return UserError(f"there is no flag {printable(name)}", advice or hint)
 
 
 def _without_flag(name: str) -> str:

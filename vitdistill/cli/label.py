@@ -4,6 +4,8 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
+from rich.console import Console
+
 from ..errors import ConfigError, DataError, UserError
 from ..labels.encoding import LogitEncoding
 from ..labels.layout import Layout
@@ -12,6 +14,7 @@ from ..labels.store import LabelStore, Status
 from ..labels.tools import merge, prune
 from ..messages import format_bytes, plural
 from ..recipes.stages import Stages
+from ..runs.display import Display
 from ..runs.label import LabelOptions, label
 from ..runs.label_check import check as check_labels
 from ..storage.manifest import MANIFEST
@@ -23,8 +26,8 @@ from .arguments import (
     PruneArguments,
     StoreArguments,
 )
+from .console import say
 from .recipe import resolve_recipe
-from .say import now_and_then, say
 
 
 def write(args: LabelArguments) -> int:
@@ -119,7 +122,8 @@ def check(args: CheckArguments) -> int:
 
 
 def merge_stores(args: MergeArguments) -> int:
-    store = merge(args.from_, args.target, say=now_and_then())
+    with Display(Console()) as display:
+        store = merge(args.from_, args.target, say=display.working)
     say(f"{args.target}: {_amount(store.status())}")
     return 0
 
@@ -130,9 +134,11 @@ def _amount(status: Status) -> str:
 
 
 def prune_store(args: PruneArguments) -> int:
-    source, tell = LabelStore.open(args.store), now_and_then()
+    source = LabelStore.open(args.store)
     encoding = _encoding(source.layout, args.encoding, args.k, args.temperatures)
-    store = prune(args.store, args.to, num_views=args.views, encoding=encoding, say=tell)
+    with Display(Console()) as display:
+        say_part = display.working
+        store = prune(args.store, args.to, num_views=args.views, encoding=encoding, say=say_part)
     after, before = store.status(), format_bytes(source.status().bytes)
     say(f"{args.to}: {after.records:,} records, {format_bytes(after.bytes)} (from {before})")
     return 0

@@ -1,6 +1,7 @@
 """The recipe that the words of a command mean: a named one, or a file, and what flags change."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,17 @@ from typing import Any
 from timm.models import is_model
 from timm.optim import get_optimizer_info, list_optimizers
 
-from ..errors import Add, ConfigError, Set, UserError
+from ..errors import Add, Set, UserError
 from ..messages import suggest
 from ..methods.base import Masking, TeacherObjective, TokenSelector
-from ..recipes import RECIPES
 from ..recipes.config import Recipe, TeacherConfig
 from ..recipes.convert import flatten, replace_fields
-from ..recipes.named import find_recipe, method_of_recipes, named_recipe
+from ..recipes.named import find_recipe, method_of_recipes
 from ..recipes.settings import EVERY_STAGE, FIRST_STAGE, UNLABELLED
 from ..recipes.stages import Stages, in_stage, refuse_sources
 from ..recipes.yaml import parse_yaml
 from ..storage.manifest import MANIFEST
-from .arguments import ExplainArguments, RecipeArguments, RecipesArguments, recipe_flags
+from .arguments import RecipeArguments, recipe_flags
 
 Values = dict[str, Any]
 """What fields of a recipe are to be, by dotted path."""
@@ -29,8 +29,7 @@ Values = dict[str, Any]
 def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
     """Return the recipe a command is to run.
 
-    What is left out of it because the command line names another network is printed, except before
-    a recipe that is itself printed.
+    What is left out of it because the command line names another network is said.
 
     Raises:
         UserError: an unknown recipe, method or field, a wrong value, or a flag that cannot take
@@ -55,9 +54,8 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
             notes = [*notes, *_shorten_warmup(recipe, values[key])]
             recipes[key] = replace_fields(recipe, values[key])
             _refuse_idle(recipes[key], values[key])
-        prints_recipe = isinstance(args, ExplainArguments) and args.recipe_yaml
-        if os.environ.get("RANK", "0") == "0" and not prints_recipe:
-            print("".join(f"{note}\n" for note in notes), end="")
+        if os.environ.get("RANK", "0") == "0":
+            print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     if isinstance(found, Stages):
         return replace(found, stages=recipes)
     refuse_sources(recipes[""])
@@ -198,13 +196,6 @@ def _refuse_idle(recipe: Recipe, values: Values) -> None:
         "optim.min_lr": (optim.sched == "none", "without a schedule the learning rate stays"),
         "optim.warmup_lr": (optim.warmup_epochs == 0, "there is no warm-up"),
     }
-    if (
-        optim.sched != "none"
-        and optim.min_lr > optim.lr
-        and {"optim.lr", "optim.min_lr"} & {*values}
-    ):
-        what = f"optim.min_lr {optim.min_lr:g} is above optim.lr {optim.lr:g}"
-        raise ConfigError(what, Set("optim.min_lr", 0.0), field="optim.min_lr")
     for path, (is_idle, why) in idle.items():
         if is_idle and path in values:
             raise UserError(f"{recipe_flags()[path].name} cannot take effect: {why}")
@@ -261,13 +252,3 @@ def _add(recipe: Recipe, word: str) -> Recipe:
     if isinstance(method, TeacherObjective):
         teachers.setdefault(method.teacher, TeacherConfig())
     return replace(recipe, objectives={**recipe.objectives, key: method}, teachers=teachers)
-
-
-def show_recipes(args: RecipesArguments) -> int:
-    """Print every named recipe with its description."""
-    width = max(map(len, RECIPES)) + 2
-    for name, family in RECIPES.items():
-        print(f"{name:<{width}}{named_recipe(name).description}")
-        for variant in family.variants:
-            print(f"{f'{name}:{variant}':<{width}}")
-    return 0

@@ -12,7 +12,7 @@ from ..report.page import make_report
 from ..storage.atomic import write_atomic
 from ..world import join_world
 from .arguments import ReportArguments
-from .say import say
+from .console import say
 
 
 def run(args: ReportArguments) -> int:

@@ -21,8 +21,8 @@ from ..runs.prepare import Prepared
 from ..runs.stages import train_stages
 from ..runs.train import train
 from .arguments import TrainArguments
+from .console import say
 from .recipe import resolve_recipe
-from .say import say
 
 
 def run(args: TrainArguments) -> int:

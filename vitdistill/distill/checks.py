@@ -162,17 +162,10 @@ def check_masking(
             what = f"{kind} hides patches, and {_the(network)} cannot be run on a part of them"
             raise ConfigError(what, "take a plain ViT", field=_model(network))
         if network.grid != student.grid:
-            of_student, of_teacher = (
-                f"{n.grid[0]} x {n.grid[1]} patches of {n.patch_size[0]} x {n.patch_size[1]} pixels"
-                for n in (student, network)
-            )
+            grids = " and ".join(f"{n.grid[0]} x {n.grid[1]}" for n in (student, network))
+            what = f"{kind} shows the same patches to all, and student and {_the(network)} have"
             size = f"teachers.{network.name}.image_size"
-            raise ConfigError(
-                f"{kind} shows the same patches to all, and the student has {of_student},"
-                f" {_the(network)} {of_teacher}",
-                fix=(Set("student.image_size"), Set(size)),
-                field=size,
-            )
+            raise ConfigError(f"{what} {grids}", (Set("student.image_size"), Set(size)), field=size)
     count, more = masking.count(student.num_patches), masking.teacher_count(student.num_patches)
     if more > count and (not teachers or any(needs.attention for needs in live.values())):
         why = "an objective compares their attention" if teachers else "there is no teacher"

@@ -1,7 +1,6 @@
 """Exact accuracy, log-likelihood, calibration, and agreement with a teacher."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,12 @@ from ..world import World
 from .features import Stopped, batches_together
 
 NUM_BINS = 15
+SUMS = ("num", "bad", "labelled", "top1", "top5", "nll", "taught", "agree", "kl")
+BINNED = ("bin_right", "bin_confidence")
 
 
 class Metrics:
-    """Sums over an evaluation: counts int64, the rest float64, on the device without a host sync.
+    """Sums over an evaluation in float64, exact counts too, on the device without a host sync.
 
     Every sample must be given exactly once over all processes (no padding). Labels of -1 mean
     unlabelled: such rows count only for the agreement with a teacher. All values are fractions in
@@ -33,16 +34,15 @@ class Metrics:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._counts = torch.zeros(7 + 2 * NUM_BINS, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(2 + NUM_BINS, dtype=torch.float64, device=device)
-        # Views: samples, labelled, top-1, top-5, agreeing, with a teacher, unusable; then per bin
-        # how many and how many right.
-        self._num, self._labelled, self._top1, self._top5, self._agree, self._taught, self._bad = (
-            self._counts[:7].unbind()
-        )
-        self._bin_num, self._bin_right = self._counts[7:].view(2, NUM_BINS).unbind()
-        self._nll, self._kl = self._sums[:2].unbind()
-        self._bin_confidence = self._sums[2:]
+        self._sums = {
+            name: torch.zeros(size, dtype=torch.float64, device=device)
+            for size, names in {1: SUMS, NUM_BINS: BINNED}.items()
+            for name in names
+        }
+
+    def _add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._sums[name] += value
 
     @torch.no_grad()
     def update(
@@ -60,8 +60,7 @@ class Metrics:
         finite = ~log_probs.isnan().any(dim=1)
         known = labels >= 0
         usable = finite & (labels < num_classes)
-        self._num += logits.shape[0]
-        self._bad += (~usable).sum()
+        self._add(num=torch.tensor(len(logits)), bad=(~usable).sum())
         self._add_labelled(logits, log_probs, labels.clamp(0, num_classes - 1), known & usable)
         if teacher_logits is not None:
             of_teacher = teacher_logits.detach().double().log_softmax(dim=1)
@@ -76,31 +75,35 @@ class Metrics:
         # often as its first class.
         rank = ((logits > own) | (logits == own) & earlier).sum(dim=1)
         right = counted & (rank == 0)
-        self._labelled += counted.sum()
-        self._top1 += right.sum()
-        self._top5 += (counted & (rank < 5)).sum()
         nll = -log_probs.gather(1, labels[:, None])[:, 0]
-        self._nll += torch.where(counted, nll, 0).sum()
+        self._add(
+            labelled=counted.sum(),
+            top1=right.sum(),
+            top5=(counted & (rank < 5)).sum(),
+            nll=torch.where(counted, nll, 0).sum(),
+        )
         confidence = torch.where(counted, log_probs.amax(dim=1).exp(), 0)
         bins = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
-        self._bin_num.index_add_(0, bins, counted.long())
-        self._bin_right.index_add_(0, bins, right.long())
-        self._bin_confidence.index_add_(0, bins, confidence)
+        self._sums["bin_right"].index_add_(0, bins, right.double())
+        self._sums["bin_confidence"].index_add_(0, bins, confidence)
 
     def _add_teacher(self, student: Tensor, teacher: Tensor, student_finite: Tensor) -> None:
         counted = student_finite & ~teacher.isnan().any(dim=1)
-        self._bad += (student_finite & ~counted).sum()
-        self._taught += counted.sum()
-        self._agree += (counted & (student.argmax(dim=1) == teacher.argmax(dim=1))).sum()
+        agree = counted & (student.argmax(dim=1) == teacher.argmax(dim=1))
         # xlogy-like: a class the teacher rules out adds nothing, whatever the student thinks of it.
         term = torch.where(teacher.isneginf(), 0, teacher.exp() * (teacher - student)).sum(dim=1)
-        self._kl += torch.where(counted, term, 0).sum()
+        self._add(
+            bad=(student_finite & ~counted).sum(),
+            taught=counted.sum(),
+            agree=agree.sum(),
+            kl=torch.where(counted, term, 0).sum(),
+        )
 
     def merge_across_processes(self) -> None:
         """Add up the sums of all processes of the default group; call it once, at the end."""
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._counts)
-            dist.all_reduce(self._sums)
+            for total in self._sums.values():
+                dist.all_reduce(total)
 
     def compute(self) -> dict[str, float]:
         """Return ``num_samples``, and ``top1 top5 nll ece`` (labels), ``agreement kl`` (teacher).
@@ -112,8 +115,9 @@ class Metrics:
             NonFiniteError: an answer is NaN or infinite, or a label is beyond the classes.
             DataError: there was no sample.
         """
-        counts, sums = self._counts.cpu(), self._sums.cpu()
-        num, labelled, top1, top5, agree, taught, bad = counts[:7].tolist()
+        num, bad, labelled, taught = (
+            int(self._sums[name]) for name in ("num", "bad", "labelled", "taught")
+        )
         if bad:
             raise NonFiniteError(
                 f"{bad} of {num} answers are NaN or infinite, or to a label beyond the classes",
@@ -121,14 +125,14 @@ class Metrics:
             )
         if num == 0:
             raise DataError("there is no image to evaluate", field="data.dir")
-        values: dict[str, Any] = {"num_samples": float(num)}
+        values: dict[str, float] = {"num_samples": float(num)}
         if labelled:
-            bin_right, bin_confidence = counts[7 + NUM_BINS :].double(), sums[2:]
-            off = (bin_right - bin_confidence).abs().sum().item()
-            values |= {"top1": top1 / labelled, "top5": top5 / labelled}
-            values |= {"nll": sums[0].item() / labelled, "ece": off / labelled}
+            means = {name: self._sums[name].item() / labelled for name in ("top1", "top5", "nll")}
+            off = (self._sums["bin_right"] - self._sums["bin_confidence"]).abs().sum().item()
+            values |= {**means, "ece": off / labelled}
         if taught:
-            values |= {"agreement": agree / taught, "kl": sums[1].item() / taught}
+            agree, kl = self._sums["agree"].item(), self._sums["kl"].item()
+            values |= {"agreement": agree / taught, "kl": kl / taught}
         return values
 
 

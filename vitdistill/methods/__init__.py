@@ -30,14 +30,11 @@ METHODS: dict[str, str] = {
 }
 
 
+@cache
 def method_names() -> dict[str, str]:
     """Return every method's class by name, those of installed packages' entry points included."""
-    return {**_outside(), **METHODS}
-
-
-@cache
-def _outside() -> dict[str, str]:
-    return {point.name: point.value for point in entry_points(group="vitdistill.methods")}
+    outside = {point.name: point.value for point in entry_points(group="vitdistill.methods")}
+    return {**outside, **METHODS}
 
 
 def check_method(name: str) -> None:

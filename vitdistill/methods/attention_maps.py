@@ -126,11 +126,6 @@ def attention_loss(
     are replaced by the mean of their probabilities. ``mse``: the squared difference of the scores
     themselves, as in MAE-Lite's code, mean over tokens too; unequal heads are replaced by the mean
     of their scores. No gradient reaches the teacher.
-
-    Example:
-        >>> import torch
-        >>> attention_loss(torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 2.0)).item()
-        4.0
     """
     student, teacher = student.float(), teacher.detach().float()
     unequal = student.shape[1] != teacher.shape[1]

@@ -45,10 +45,6 @@ def chosen_head(
 
     Raises:
         ConfigError: the student has no such head, or none that ``auto`` could mean.
-
-    Example:
-        >>> chosen_head(("class", "conv", "inv"), "auto", "inv")
-        'inv'
     """
     if head == "all" or head in heads:
         return head

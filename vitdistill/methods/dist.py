@@ -46,9 +46,6 @@ def dist_loss(
     a softmax at temperature T. The second term compares the images of a batch, so the loss depends
     on what shares a batch; in a batch of 1 that term is the constant ``gamma T^2``. No gradient
     reaches the teacher.
-
-    Raises:
-        ValueError: the shapes differ, or ``temperature`` is not above 0.
     """
     check_logits(student_logits, teacher_logits, temperature)
     student = (student_logits.float() / temperature).softmax(-1)

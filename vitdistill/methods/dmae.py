@@ -52,11 +52,6 @@ def alignment_loss(
     of unit length differ by about width^-0.5 a channel, far below a ``beta`` of 1.
 
     Source: eq. 2 of the paper.
-
-    Example:
-        >>> import torch
-        >>> alignment_loss(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 5.0]]])).item()
-        1.0
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(wide), teacher.detach().to(wide)

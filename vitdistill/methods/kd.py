@@ -22,9 +22,6 @@ def kd_loss(student_logits: Logits, teacher_logits: Logits, temperature: float =
 
     Summed over classes, mean over the batch. No gradient reaches the teacher.
 
-    Raises:
-        ValueError: the shapes differ, or ``temperature`` is not above 0.
-
     Source: arXiv 1503.02531; effl-lab/MaskedKD@96d052d (``batchmean``).
     """
     check_logits(student_logits, teacher_logits, temperature)

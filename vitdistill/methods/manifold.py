@@ -24,26 +24,15 @@ from .base import Scalar, TeacherObjective, Truth, block_pairs, require
 
 
 def gram_difference(student: Float[Tensor, "G M Ds"], teacher: Float[Tensor, "G M Dt"]) -> Scalar:
-    """Return the mean squared difference of ``G`` matrices ``(M, M)`` of cosines, in float32."""
+    """Return the mean squared difference of ``G`` matrices ``(M, M)`` of cosines, in float32.
+
+    Of the patches of each image it is the term within an image.
+    """
     student = F.normalize(student.float(), dim=-1)
     teacher = F.normalize(teacher.detach().float(), dim=-1)
     with full_precision(student):
         difference = student @ student.transpose(-2, -1) - teacher @ teacher.transpose(-2, -1)
     return difference.square().mean()
-
-
-def patch_gram_loss(student: Float[Tensor, "B K Ds"], teacher: Float[Tensor, "B K Dt"]) -> Scalar:
-    """Compare the cosines between patches of one image: mean squared difference of ``(K, K)``.
-
-    Mean over the batch.
-
-    Example:
-        >>> import torch
-        >>> student = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
-        >>> patch_gram_loss(student, torch.tensor([[[1.0], [3.0]]])).item()
-        0.5
-    """
-    return gram_difference(student, teacher)
 
 
 def sample_gram_loss(
@@ -121,7 +110,7 @@ class Manifold(TeacherObjective):
             places = teacher.patches(teacher_block)
             patches, target = student.patches(block).at(places), places.vectors
             if self.patch_weight > 0:
-                losses.append(self.patch_weight * patch_gram_loss(patches, target))
+                losses.append(self.patch_weight * gram_difference(patches, target))
             if self.sample_weight > 0:
                 losses.append(self.sample_weight * sample_gram_loss(patches, target, places.keep))
             if self.random_weight > 0:

@@ -154,13 +154,6 @@ class TeacherGuided(AttendedPatches):
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(attention=frozenset({self.block}))
 
-    def check(self, student: Network, teacher: Network) -> None:
-        super().check(student, teacher)
-        if teacher.attention_source is None:
-            what = f"the {teacher.name} ({teacher.architecture}) has no attention to guide by"
-            field = f"teachers.{teacher.name}.model"
-            raise ConfigError(what, "take a plain ViT as teacher", field=field)
-
     def select(
         self, grid: Grid, num_keep: int, student: ViTOutput, teacher: ViTOutput | None, noise: Noise
     ) -> Keep:

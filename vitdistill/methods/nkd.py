@@ -27,8 +27,7 @@ Reduction = Literal["mean", "none"]
 def label_classes(labels: Classes | Logits, logits: Logits) -> Classes:
     """Return one class an image: a soft label's class with the largest share, the first of equals.
 
-    Raises:
-        ValueError: the labels do not fit ``logits``, or there is one class, which leaves no rest.
+    Raises `ValueError` unless the labels fit ``logits`` of at least two classes.
     """
     batch, classes = logits.shape
     if classes < 2:
@@ -69,16 +68,6 @@ def nkd_loss(
         labels: y, or soft labels, of which the class with the largest share is y (the first of
             equal ones).
         reduction: ``mean`` over the batch, or ``none``.
-
-    Raises:
-        ValueError: the shapes do not fit, there is one class only, or ``temperature`` is not above
-            0.
-
-    Example:
-        >>> import torch
-        >>> loss = nkd_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0, 1]))
-        >>> round(loss.item(), 4)  # log(2) / 2
-        0.3466
     """
     check_logits(student_logits, teacher_logits, temperature)
     label = label_classes(labels, student_logits)

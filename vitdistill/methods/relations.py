@@ -43,12 +43,7 @@ def relation_loss(
 
 
 def relation_heads(student_dim: int, teacher_dim: int, teacher_heads: int) -> int:
-    """Return the largest number of heads, at most the teacher's, that divides both widths.
-
-    Example:
-        >>> relation_heads(192, 768, 12), relation_heads(192, 1280, 20)
-        (12, 16)
-    """
+    """Return the largest number of heads, at most the teacher's, that divides both widths."""
     return max(
         heads
         for heads in range(1, teacher_heads + 1)

@@ -154,13 +154,9 @@ def vitkd_loss(
 
     The student's patches are on the teacher's ``grid`` (None: a square), after the mimicked blocks
     (low) and the final norm (high); the teacher's are those it saw, at the row-major indices
-    ``keep`` (None: all), and get no gradient. ``low_weight``, ``high_weight`` and ``mask_rate`` are
-    alpha, beta and lambda of the paper. ``noise`` chooses the masked patches (None: drawn here).
-    ``reduction`` is ``sum`` as published, or ``mean`` for weights that do not depend on N, K and
-    Dt.
-
-    Raises:
-        ValueError: shapes do not fit, or the mask rate is out of range.
+    ``keep`` (None: all). ``low_weight``, ``high_weight`` and ``mask_rate`` are alpha, beta and
+    lambda of the paper; the rest is as of `mimicking_loss` and `generation_loss`. Raises
+    `ValueError` for shapes or a rate that do not fit.
 
     Source: arXiv 2209.02432 eq. 3-6; yzd-v/cls_KD@ad4876f.
     """

@@ -20,9 +20,6 @@ def wttm_loss(student_logits: Logits, teacher_logits: Logits, temperature: float
     p_j^(1/T)`` of the teacher's p at temperature 1: for T above 1 it is 1 where the teacher is sure
     and ``C^(1 - 1/T)`` where it knows nothing. There is no T^2, as the student has no temperature.
     At T = 1 the loss is `kd_loss`.
-
-    Raises:
-        ValueError: the shapes differ, or ``temperature`` is not above 0.
     """
     check_logits(student_logits, teacher_logits, temperature)
     logits = teacher_logits.detach().float()

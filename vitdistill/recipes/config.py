@@ -119,6 +119,9 @@ def _check_args(recipe: Recipe) -> None:
 
 def _check_schedule(optim: OptimConfig, epochs: int) -> None:
     warmup, field = optim.warmup_epochs, "optim.warmup_epochs"
+    if optim.sched != "none" and optim.min_lr > optim.lr:
+        what = f"optim.min_lr {optim.min_lr:g} is above optim.lr {optim.lr:g}"
+        raise ConfigError(what, Set("optim.min_lr", 0.0), field="optim.min_lr")
     if optim.sched == "none" and warmup > 0:
         fixes = (Set(field, 0), Set("optim.sched", "cosine"))
         raise ConfigError(f"without a schedule {field} cannot take effect", fixes, field=field)

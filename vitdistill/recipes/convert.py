@@ -1,10 +1,11 @@
 """Recipes to and from plain data: dicts, lists, text, numbers, booleans, None."""
 
 import dataclasses
+import json
 import types
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import Add, ConfigError, Set, fields_below
 from ..messages import suggest
@@ -13,7 +14,6 @@ from ..methods.base import Masking, Objective, TokenSelector
 from ..option import convert_scalar, refusal, unknown_field
 from .config import Recipe
 
-Made = TypeVar("Made")
 METHOD_KINDS: dict[type, str] = {
     Objective: "an objective",
     TokenSelector: "a patch selector",
@@ -54,120 +54,104 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_dict(data: Any, source: str = "") -> Recipe:
-    """Return the recipe that plain data describes.
-
-    Raises:
-        ConfigError: a key is unknown, or a value is wrong; ``source`` is named.
-    """
-    return from_plain(data, Recipe, source)
+    """Return the recipe that plain data describes; raises `ConfigError`, naming ``source``."""
+    with in_file(source):
+        recipe: Recipe = convert(data, Recipe)
+        return recipe
 
 
-def from_plain(data: Any, kind: type[Made], source: str = "") -> Made:
-    """Return what plain data describes, as `from_dict`."""
+@contextmanager
+def in_file(source: str) -> Iterator[None]:
+    """Begin the errors raised inside with the file that is wrong."""
     try:
-        made = convert(data, kind, "", source or "the recipe")
+        yield
     except ConfigError as error:
-        if source not in error.what:
-            error.what = f"{source}: {error.what}"
+        error.what = f"{source}: {error.what}" if source else error.what
         raise
-    assert isinstance(made, kind)
-    return made
 
 
-def convert(value: Any, kind: Any, path: str, source: str = "") -> Any:
+def convert(value: Any, kind: Any, path: str = "") -> Any:
     """Return ``value`` as a ``kind``: a scalar, dataclass, method, union, Literal, dict or tuple.
 
-    Raises:
-        ConfigError: it is none; ``path`` in ``source`` is named.
+    Raises `ConfigError`, naming ``path``, if it is none.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _convert_union(value, args, path, source)
+        return _convert_union(value, args, path)
     if origin is Literal:
         if value not in args:
-            raise refusal(value, suggest(value, args), path, source)
+            raise refusal(value, suggest(value, args), path)
         return value
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise refusal(value, "a mapping is needed", path, source)
-        return {str(key): convert(v, args[1], _join(path, key), source) for key, v in value.items()}
+            raise refusal(value, "a mapping is needed", path)
+        return {str(key): convert(v, args[1], _join(path, key)) for key, v in value.items()}
     if origin is tuple:
-        return _convert_tuple(value, args, path, source)
+        return _convert_tuple(value, args, path)
     if kind in METHOD_KINDS:
-        return _convert_method(value, kind, path, source)
+        return _convert_method(value, kind, path)
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
-        return _convert_dataclass(value, kind, path, source)
-    if kind is Any:
-        _require_plain(value, path, source)
-        return value
-    return convert_scalar(value, kind, path, source)
+        return _convert_dataclass(value, kind, path)
+    if kind is not Any:
+        return convert_scalar(value, kind, path)
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise refusal(value, "plain data is needed, such as text or a number", path) from None
+    return value
 
 
-def _require_plain(value: Any, path: str, source: str) -> None:
-    """Raise `ConfigError` unless YAML and JSON can hold ``value``."""
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        for key, item in value.items():
-            _require_plain(item, _join(path, key), source)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _require_plain(item, path, source)
-    elif isinstance(value, float):
-        convert_scalar(value, float, path, source)
-    elif not isinstance(value, bool | int | str | None):
-        raise refusal(value, "plain data is needed, such as text or a number", path, source)
-
-
-def _convert_union(value: Any, options: tuple[Any, ...], path: str, source: str) -> Any:
+def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
     if value is None and type(None) in options:
         return None
     options = tuple(option for option in options if option is not type(None))
     for option in options[:-1]:
         with suppress(ConfigError):
-            return convert(value, option, path, source)
-    return convert(value, options[-1], path, source)
+            return convert(value, option, path)
+    return convert(value, options[-1], path)
 
 
-def _convert_tuple(value: Any, args: tuple[Any, ...], path: str, source: str) -> Any:
+def _convert_tuple(value: Any, args: tuple[Any, ...], path: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise refusal(value, "a list is needed, e.g. [0, 1]", path, source)
+        raise refusal(value, "a list is needed, e.g. [0, 1]", path)
     if args[-1] is Ellipsis:
         args = (args[0],) * len(value)
     if len(value) != len(args):
-        raise refusal(value, f"a list of {len(args)} numbers is needed", path, source)
+        raise refusal(value, f"a list of {len(args)} numbers is needed", path)
     items = enumerate(zip(value, args, strict=True))
-    return tuple(convert(item, arg, f"{path}[{i}]", source) for i, (item, arg) in items)
+    return tuple(convert(item, arg, f"{path}[{i}]") for i, (item, arg) in items)
 
 
-def _convert_dataclass(value: Any, kind: type, path: str, source: str) -> Any:
+def _convert_dataclass(value: Any, kind: type, path: str) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        raise refusal(value, "a mapping is needed", path, source)
+        raise refusal(value, "a mapping is needed", path)
     hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
-            raise unknown_field(_join(path, str(key)), fields, source)
+            raise unknown_field(_join(path, str(key)), fields)
     for name, field in fields.items():
         if name not in value and field.default is field.default_factory is dataclasses.MISSING:
-            raise refusal(dict(value), f"it lacks {name!r}", _join(path, name), source)
-    parts = {key: convert(v, hints[key], _join(path, key), source) for key, v in value.items()}
+            raise refusal(dict(value), f"it lacks {name!r}", _join(path, name))
+    parts = {key: convert(v, hints[key], _join(path, key)) for key, v in value.items()}
     return kind(**parts)
 
 
-def _convert_method(value: Any, kind: type, path: str, source: str) -> Any:
+def _convert_method(value: Any, kind: type, path: str) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping) or "method" not in value:
         wanted = "a mapping with the key 'method' is needed, e.g. {method: kd, weight: 0.5}"
-        raise refusal(value, wanted, path, source)
+        raise refusal(value, wanted, path)
     cls = method_class(str(value["method"]))
     if not issubclass(cls, kind):
-        raise refusal(value["method"], f"it is not {METHOD_KINDS[kind]}", path, source)
+        raise refusal(value["method"], f"it is not {METHOD_KINDS[kind]}", path)
     rest = {key: item for key, item in value.items() if key != "method"}
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     with fields_below(path, names):
-        return _convert_dataclass(rest, cls, path, source)
+        return _convert_dataclass(rest, cls, path)
 
 
 def _join(path: str, name: Any) -> str:
@@ -178,11 +162,7 @@ def _join(path: str, name: Any) -> str:
 
 
 def replace_fields(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the fields at dotted paths (``optim.lr``) replaced, all at once.
-
-    Raises:
-        ConfigError: a path or a value is wrong, or the whole no longer makes sense.
-    """
+    """Return the recipe with the fields at dotted paths (``optim.lr``) replaced, all at once."""
     data = to_dict(recipe)
     for path, value in values.items():
         node, walked, (*parents, last) = data, "", path.split(".")

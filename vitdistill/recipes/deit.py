@@ -28,15 +28,9 @@ IMAGENET = Recipe(
 def make(name: str) -> Recipe:
     """Return a recipe of this family."""
     if name == "deit_tiny":
-        what = "DeiT-Ti alone, ImageNet-1k, 300 epochs; the DeiT paper reports 72.2 % top-1"
-        return replace(IMAGENET, name=name, description=what)
+        return IMAGENET
     return replace(
         IMAGENET,
-        name=name,
-        description=(
-            "DeiT-Ti with distillation token, hard labels of RegNetY-16GF; the DeiT paper reports"
-            " 74.5 % top-1"
-        ),
         student=StudentConfig(model="deit_tiny_distilled_patch16_224", drop_path=0.1),
         teachers={"teacher": TeacherConfig(model="regnety_160.deit_in1k", pretrained=True)},
         objectives={"ce": CrossEntropy(weight=0.5, smoothing=0.1), "kd": HardKD(weight=0.5)},

@@ -38,7 +38,6 @@ from .stages import Stages
 def pretraining(size: str, teacher: str, mask_rate: float, first: bool) -> Recipe:
     """Return the first stage; ``first``: as first released."""
     return Recipe(
-        name="pretrain",
         student=StudentConfig(model=f"deit_{size}_patch16_224", init="mae"),
         teachers={"teacher": TeacherConfig(model=f"vit_{teacher}_patch16_224.mae")},
         objectives={"mae": PixelReconstruction(norm_pix=first), "dmae": DMAE()},
@@ -80,27 +79,9 @@ def fine_tuning(first: bool) -> Recipe:
     )
 
 
-_PAPER = {
-    "dmae_base_from_mae_large": "84.0 % top-1 in the paper",
-    "dmae_base_from_mae_large_95": "83.6 % top-1 in the paper",
-    "dmae_base_from_mae_large_98": "82.4 % top-1 in the paper",
-    "dmae_small_from_mae_base": "79.3 % top-1 in the paper, which others could not reproduce",
-}
-"""What was published."""
-
-
 def make(name: str, first_release: bool = False) -> Stages:
     """Return the recipe ``dmae_SIZE_from_mae_TEACHER[_RATE]``, at 75 % masked without a rate."""
     _, size, _, _, teacher, *rate = name.split("_")
     mask_rate = int(rate[0]) / 100 if rate else 0.75
-    release = "first release" if first_release else "last release"
-    pair = f"ViT-{size[0].upper()} from MAE ViT-{teacher[0].upper()}"
-    top1 = _PAPER.get(name, "no number is known")
-    return Stages(
-        name=name + ("_first_release" if first_release else ""),
-        description=f"DMAE at {mask_rate:.0%} masked: {pair}, then fine-tuned; {top1}; {release}",
-        stages={
-            "pretrain": pretraining(size, teacher, mask_rate, first_release),
-            "finetune": fine_tuning(first_release),
-        },
-    )
+    pretrain = pretraining(size, teacher, mask_rate, first_release)
+    return Stages(stages={"pretrain": pretrain, "finetune": fine_tuning(first_release)})

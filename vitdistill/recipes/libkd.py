@@ -40,8 +40,6 @@ def make(name: str) -> Recipe:
     """Return a recipe of this family."""
     recipe = replace(
         IMAGENET,
-        name=name,
-        description="DeiT-Ti with a token for each of two teachers, conv and inv",
         student=StudentConfig(
             model="advised_vit",
             drop_path=0.1,
@@ -55,13 +53,9 @@ def make(name: str) -> Recipe:
     )
     if name == "libkd":
         return recipe
-    size, short = ("small", "S") if name == "libkd_cit_small" else ("tiny", "Ti")
+    size = name.removeprefix("libkd_cit_")
     return replace(
         recipe,
-        description=(
-            f"Co-advise's CiT-{short} from RegNetY-4GF (timm's"
-            " weights) and RedNet-101 (give its weights: teachers.inv.checkpoint)"
-        ),
         student=StudentConfig(model=f"cit_{size}_patch16_224", drop_path=0.1),
         teachers={
             "conv": TeacherConfig(model="regnety_040.ra3_in1k", pretrained=True, image_size=224),

@@ -27,17 +27,9 @@ def make(name: str) -> Stages:
         objectives={"mae": PixelReconstruction(norm_pix=True)},
         train=replace(taught.train, epochs=800),
     )
-    size, top1, optim = "ViT-B", "83.6 %", replace(fine.optim, layer_decay=0.65)
+    optim = replace(fine.optim, layer_decay=0.65)
     if name == "mae_large":
-        size, top1 = "ViT-L", "85.9 %"
         optim = replace(fine.optim, lr=4e-3, layer_decay=0.75)  # 1e-3 for 256 images
         student, train = replace(fine.student, drop_path=0.2), replace(fine.train, epochs=50)
         fine = replace(fine, student=student, train=train)
-    return Stages(
-        name=name,
-        description=(
-            f"MAE at 75% masked: {size}, 800 epochs, then fine-tuned; {top1} top-1 in the paper,"
-            " after 1,600 epochs"
-        ),
-        stages={"pretrain": pretrain, "finetune": replace(fine, optim=optim)},
-    )
+    return Stages(stages={"pretrain": pretrain, "finetune": replace(fine, optim=optim)})

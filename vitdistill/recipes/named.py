@@ -1,6 +1,5 @@
 """Recipes by their name, by a file, or by the folder of a run."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -23,9 +22,10 @@ def named_recipe(name: str) -> Recipe | Stages:
     if variant and variant not in family.variants:
         fix = suggest(variant, family.variants, f"write {plain} alone")
         raise ConfigError(f"{plain} has no variant {printable(variant)!r}", fix, field="recipe")
-    make: Callable[..., Recipe | Stages]
     make = import_module(f".{family.module}", __package__).make
-    return make(plain, **{variant: True}) if variant else make(plain)
+    made: Recipe | Stages = make(plain, **({variant: True} if variant else {}))
+    about = "; ".join([family.recipes[plain], *([variant.replace("_", " ")] if variant else [])])
+    return replace(made, name=name.replace(":", "_"), description=about)
 
 
 def method_of_recipes(name: str, beside: str = "") -> Any:

@@ -25,7 +25,9 @@ class StudentConfig:
         "--model",
     )
     checkpoint: str | None = option(
-        None, "weights to start from (.safetensors, .pth)", "--model-path --initial-checkpoint FILE"
+        None,
+        "weights to start from (.safetensors, .pth)",
+        "--model-path --initial-checkpoint --finetune FILE",
     )
     pretrained: bool = option(False, "start from timm's pretrained weights", "--pretrained")
     image_size: int | None = option(

@@ -56,46 +56,24 @@ _SOFT = {"ce": HALF, "kd": SoftKD(weight=0.5, temperature=2.0)}
 _BOTH = {"ce": CE, "nkd": NKD(), "vitkd": VITKD}
 _HALF_SEEN = MaskedKD(keep_rate=0.5)
 
-_TAUGHT: dict[str, tuple[str, dict[str, Any]]] = {
-    "kd": ("plain KD", {"objectives": _SOFT}),
-    "maskedkd": ("MaskedKD", {"objectives": _SOFT, "selector": _HALF_SEEN}),
-    "nkd": ("NKD", {"objectives": {"ce": CE, "nkd": NKD()}}),
-    "vitkd": ("ViTKD (features)", {"objectives": {"ce": CE, "vitkd": VITKD}}),
-    "vitkd_nkd": ("ViTKD and NKD", {"objectives": _BOTH}),
-    "masked_vitkd_nkd": (
-        "ViTKD and NKD under MaskedKD",
-        {"objectives": _BOTH, "selector": _HALF_SEEN},
-    ),
+_TAUGHT: dict[str, dict[str, Any]] = {
+    "kd": {"objectives": _SOFT},
+    "maskedkd": {"objectives": _SOFT, "selector": _HALF_SEEN},
+    "nkd": {"objectives": {"ce": CE, "nkd": NKD()}},
+    "vitkd": {"objectives": {"ce": CE, "vitkd": VITKD}},
+    "vitkd_nkd": {"objectives": _BOTH},
+    "masked_vitkd_nkd": {"objectives": _BOTH, "selector": _HALF_SEEN},
 }
 """How the student learns from a teacher run."""
 
-_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "alone": ("ViT 96 wide, 6 deep, on 32 x 32 images, alone, 30 epochs", {}),
-    "teacher": (
-        "ViT 192 wide, 6 deep, on 32 x 32 images: a teacher for the other small_images recipes",
-        {
-            "student": StudentConfig(
-                model=VIT, drop_path=0.1, model_args={**SHAPE, "embed_dim": 192}
-            )
-        },
-    ),
-    "conv_teacher": (
-        "a narrow ResNet at 64 x 64, 30 epochs: the convolutional teacher of small_images_libkd",
-        {"student": StudentConfig(model="resnet18", image_size=64, model_args=_RESNET)},
-    ),
-    "inv_teacher": (
-        "a narrow RedNet at 64 x 64, 30 epochs: the involutional teacher of small_images_libkd",
-        {"student": StudentConfig(model="rednet26", image_size=64, model_args=_REDNET)},
-    ),
-    "libkd": (
-        "the small_images student with a token for each of two teachers, conv and inv",
-        {"student": StudentConfig(model="advised_vit", model_args=_ADVISED), **_TWO},
-    ),
-    "cit": (
-        "small_images_libkd with Co-advise's convolutional and involutional stems in the place of"
-        " the patch embedding",
-        {"student": StudentConfig(model="cit_tiny_patch16_224", model_args=SHAPE), **_TWO},
-    ),
+_WIDE = StudentConfig(model=VIT, drop_path=0.1, model_args={**SHAPE, "embed_dim": 192})
+_OTHERS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "teacher": {"student": _WIDE},
+    "conv_teacher": {"student": StudentConfig(model="resnet18", image_size=64, model_args=_RESNET)},
+    "inv_teacher": {"student": StudentConfig(model="rednet26", image_size=64, model_args=_REDNET)},
+    "libkd": {"student": StudentConfig(model="advised_vit", model_args=_ADVISED), **_TWO},
+    "cit": {"student": StudentConfig(model="cit_tiny_patch16_224", model_args=SHAPE), **_TWO},
 }
 
 
@@ -103,20 +81,11 @@ def make(name: str) -> Recipe | Stages:
     """Return a recipe of this family."""
     key = name.removeprefix("small_images_")
     if key in _TAUGHT:
-        method, changes = _TAUGHT[key]
-        what = f"the small_images student by {method} from a teacher run"
-        return replace(_BASE, name=name, description=what, teachers=_ONE, **changes)
+        return replace(_BASE, teachers=_ONE, **_TAUGHT[key])
     if key in _OTHERS:
-        what, changes = _OTHERS[key]
-        return replace(_BASE, name=name, description=what, **changes)
+        return replace(_BASE, **_OTHERS[key])
     if key == "mae":
-        what = "the small_images student pre-trained by MAE at 75 % masked: no labels, 30 epochs"
-        return replace(_MAE, name=name, description=what)
-    what = "the small_images student pre-trained by MAE, then fine-tuned, 30 epochs each"
-    pretrain = _MAE
-    if key == "dmae":
-        what = "the same by DMAE from the run of a wider small_images_mae"
-        objectives = {**_MAE.objectives, "dmae": DMAE()}
-        pretrain = replace(_MAE, teachers=_ONE, objectives=objectives)
-    stages = {"pretrain": pretrain, "finetune": _FINE_TUNING}
-    return Stages(name=name, description=what, stages=stages)
+        return _MAE
+    dmae = replace(_MAE, teachers=_ONE, objectives={**_MAE.objectives, "dmae": DMAE()})
+    pretrain = dmae if key == "dmae" else _MAE
+    return Stages(stages={"pretrain": pretrain, "finetune": _FINE_TUNING})

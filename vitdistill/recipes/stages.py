@@ -2,7 +2,7 @@
 an earlier one trained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..errors import ConfigError, Set, UserError
 from ..messages import suggest
 from . import FILES
 from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name, check_names
-from .convert import convert, from_dict, from_plain
+from .convert import convert, from_dict, in_file
 from .yaml import read_mapping
 
 STAGES = FILES[0]
@@ -64,11 +64,8 @@ class Stages:
                 if recipe.name in taken:
                     what = f"the folder {recipe.name!r} is taken"
                     raise ConfigError(what, Set("name"), field="name")
-                for path, source in sources(recipe).items():
-                    if source not in earlier:
-                        what = f"{path} is '{PREFIX}{source}', and no earlier stage has that name"
-                        raise ConfigError(what, suggest(source, earlier), field=path)
-                    used.add(source)
+                refuse_sources(recipe, earlier)
+            used |= {*sources(recipe).values()}
             taken.add(recipe.name)
             earlier.append(key)
         for key in [key for key in earlier[:-1] if key not in used]:
@@ -94,8 +91,7 @@ def in_stage(key: str) -> Iterator[None]:
 def sources(recipe: Recipe) -> dict[str, str]:
     """Return the stages a recipe builds on, by the field that names them.
 
-    Raises:
-        ConfigError: a network is to take a stage's weights and others too.
+    Raises `ConfigError` where a network is to take a stage's weights and others too.
     """
     found = {}
     for path, config in recipe.networks.items():
@@ -109,11 +105,12 @@ def sources(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def refuse_sources(recipe: Recipe) -> None:
-    """Raise `ConfigError` when a recipe of one run names a stage."""
+def refuse_sources(recipe: Recipe, earlier: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` where a recipe names a stage that is not one of the ``earlier`` ones."""
     for path, source in sources(recipe).items():
-        what = f"{path} is '{PREFIX}{source}', but this recipe has no stages"
-        raise ConfigError(what, "name a model, or the folder of a run", field=path)
+        if source not in earlier:
+            what = f"{path} is '{PREFIX}{source}', and no earlier stage has that name"
+            raise ConfigError(what, suggest(source, earlier), field=path)
 
 
 def foreseen(stages: Stages, key: str) -> Recipe:
@@ -153,17 +150,14 @@ def _merged(config: Config, base: StudentConfig) -> Config:
 
 
 def load(path: str | Path) -> Recipe | Stages:
-    """Read a recipe file, of one run or of stages.
-
-    Raises:
-        ConfigError: it cannot be read; the line or the field that is wrong is named.
-    """
+    """Read a recipe file, of one run or of stages; raises `ConfigError` naming what is wrong."""
     data = read_mapping(path)
-    if "stages" not in data:
-        return from_dict(data, str(path))
-    staged = convert(data["stages"], dict[str, dict[str, Any]], "stages", str(path))
-    recipes = {}
-    for key, item in staged.items():
-        with in_stage(key):
-            recipes[key] = from_dict(item, str(path))
-    return from_plain({**data, "stages": recipes}, Stages, str(path))
+    with in_file(str(path)):
+        if "stages" not in data:
+            return from_dict(data)
+        recipes = {}
+        for key, item in convert(data["stages"], dict[str, dict[str, Any]], "stages").items():
+            with in_stage(key):
+                recipes[key] = from_dict(item)
+        staged: Stages = convert({**data, "stages": recipes}, Stages)
+        return staged

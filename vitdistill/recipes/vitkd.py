@@ -20,39 +20,21 @@ from ..methods.vitkd import ViTKD
 from .config import DataConfig, Recipe, StudentConfig, TeacherConfig
 from .deit import IMAGENET
 
-_TEACHERS = {"tiny": ("small", "74.4"), "small": ("base", "80.6"), "base": ("large", "81.8")}
-"""The teacher of each student, and what the student reaches alone."""
-_TOP1 = {
-    "deit_tiny_nkd": "76.7",
-    "deit_tiny_vitkd": "76.1",
-    "deit_tiny_vitkd_nkd": "77.8",
-    "deit_small_vitkd": "82.0",
-    "deit_small_vitkd_nkd": "83.6",
-    "deit_base_nkd": "85.0",
-    "deit_base_vitkd": "83.5",
-    "deit_base_vitkd_nkd": "85.4",
-}
-"""Published accuracies."""
+_TEACHERS = {"tiny": "small", "small": "base", "base": "large"}
 
 
 def make(name: str) -> Recipe:
     """Return the recipe ``deit_SIZE_METHOD``."""
     _, size, method = name.split("_", 2)
-    teacher, alone = _TEACHERS[size]
-    losses = method.replace("_", " + ").replace("vitkd", "ViTKD").replace("nkd", "NKD")
-    pair = f"DeiT-{size[0].upper()} from DeiT III-{teacher[0].upper()} (21k)"
-    top1 = f"{_TOP1[name]} % top-1 in the paper" if name in _TOP1 else "no number was published"
     objectives: dict[str, Objective] = {"ce": CrossEntropy(smoothing=0.1)}
     if "nkd" in method.split("_"):
         objectives["nkd"] = NKD(gamma=1.0, temperature=1.0)
     if "vitkd" in method:
         objectives["vitkd"] = ViTKD()
     base = size == "base"
-    weights = f"deit3_{teacher}_patch16_224.fb_in22k_ft_in1k"
+    weights = f"deit3_{_TEACHERS[size]}_patch16_224.fb_in22k_ft_in1k"
     return replace(
         IMAGENET,
-        name=name,
-        description=f"{losses}: {pair}; {top1}, {alone} % alone",
         student=StudentConfig(model=f"deit_{size}_patch16_224", drop_path=0.1 if base else 0.0),
         teachers={"teacher": TeacherConfig(model=weights, pretrained=True)},
         objectives=objectives,
