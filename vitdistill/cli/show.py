@@ -8,7 +8,7 @@ from ..runs.pictures import png
 from ..storage.atomic import write_atomic
 from ..world import join_world
 from .arguments import ShowArguments
-from .say import say
+from .console import say
 
 
 def run(args: ShowArguments) -> int:

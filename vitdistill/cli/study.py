@@ -13,8 +13,8 @@ from ..study.plan import Row, Study, load_study
 from ..study.run import Work, describe, run_study
 from ..world import World, choose_device
 from .arguments import StudyArguments
+from .console import say
 from .report import write_report
-from .say import say
 
 
 def run(args: StudyArguments) -> int:

@@ -21,6 +21,7 @@ METHODS: dict[str, str] = {
     "relations": "vitdistill.methods.relations:Relations",
     "manifold": "vitdistill.methods.manifold:Manifold",
     "tokens": "vitdistill.methods.tokens:TokenFeatures",
+    "guidance": "vitdistill.methods.guidance:LocalityGuidance",
     "mae": "vitdistill.methods.mae:PixelReconstruction",
     "dmae": "vitdistill.methods.dmae:DMAE",
     "random_masking": "vitdistill.methods.masking:RandomMasking",

@@ -2,12 +2,14 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Set
 from ..option import option
 from ..vit.network import Network
 from ..vit.output import ViTOutput
@@ -28,6 +30,21 @@ def kd_loss(student_logits: Logits, teacher_logits: Logits, temperature: float =
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def standardize(logits: Logits) -> Logits:
+    """Return ``(v - mean(v)) / (std(v) + 1e-7)`` of each image's logits, in float32.
+
+    Mean and (unbiased) standard deviation are over the classes, so that a student need reach the
+    order and the proportions of its teacher's logits, and not their scale. Equal logits become 0.
+
+    Source: "Logit Standardization in Knowledge Distillation", Sun et al., CVPR 2024, arXiv
+        2403.01427, eq. 9 and algorithm 1; sunshangquan/logit-standardization-KD@f6e5aa5.
+    """
+    centred = logits.float() - logits.float().mean(-1, keepdim=True)
+    # Its gradient is 0 where that of a standard deviation is not a number: at equal logits.
+    length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    return centred / (length / (logits.shape[-1] - 1) ** 0.5 + 1e-7)
 
 
 def kl_rows(
@@ -55,6 +72,18 @@ class LogitObjective(TeacherObjective):
         "of the student, or `all`: their prediction. `auto`: the head named like the teacher, or"
         " else the distillation token's",
     )
+    standardize: bool = option(
+        False, "compare logits of mean 0 and deviation 1 over an image's classes: T 2 as published"
+    )
+
+    # The temperatures T at which `compare` reads the softmax of the teacher's logits; as
+    # `teacher_temperatures`.
+    reads_at: ClassVar[tuple[float, ...] | None] = None
+
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...] | None:
+        # Mean and deviation are of all classes; the order of the logits stays as it is.
+        return None if self.standardize and self.reads_at else self.reads_at
 
     def check(self, student: Network, teacher: Network | None) -> None:
         if teacher is not None and teacher.num_classes != student.num_classes:
@@ -63,6 +92,13 @@ class LogitObjective(TeacherObjective):
                 f"the {teacher.name} answers with {counts}, and logits are compared class by class"
             )
             raise ConfigError(what, field=f"teachers.{self.teacher}.model")
+        if self.standardize and student.num_classes <= 2:
+            what = "standardised logits of two classes are the same whatever a teacher says"
+            raise ConfigError(what, Set("standardize", False), field="standardize")
+
+    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
+        free = "of standardised logits: it leaves the scale of the student's free"
+        return free if self.standardize else ""
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:
         return heads_read(student, self.head, self.teacher)
@@ -75,7 +111,10 @@ class LogitObjective(TeacherObjective):
         self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
     ) -> Scalar:
         assert teacher is not None and teacher.logits is not None
-        return self.compare(head_logits(student, self.head, self.teacher), teacher.logits, batch)
+        logits = head_logits(student, self.head, self.teacher), teacher.logits
+        if self.standardize:
+            logits = standardize(logits[0]), standardize(logits[1])
+        return self.compare(*logits, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +124,7 @@ class SoftLogitObjective(LogitObjective):
     temperature: float = option(1.0, "T; the loss carries T^2", above=0)
 
     @property
-    def teacher_temperatures(self) -> tuple[float, ...]:
+    def reads_at(self) -> tuple[float, ...]:  # type: ignore[override]
         return (self.temperature,)
 
 
@@ -105,7 +144,7 @@ class SoftKD(SoftLogitObjective):
 class HardKD(LogitObjective):
     """Hard distillation: cross-entropy with the teacher's top class."""
 
-    teacher_temperatures = ()
+    reads_at = ()
     formula = "cross-entropy with the teacher's top class, batch mean"
     paper = "hard distillation (DeiT, Touvron et al., ICML 2021, arXiv 2012.12877)"
     use_when = "With a distillation token, or a teacher whose probabilities are not to be trusted."

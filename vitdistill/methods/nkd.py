@@ -127,7 +127,7 @@ class NKD(TargetObjective):
     )
 
     @property
-    def teacher_temperatures(self) -> tuple[float, ...]:
+    def reads_at(self) -> tuple[float, ...]:  # type: ignore[override]
         return tuple({1.0, self.temperature})
 
     def per_image(self, student: Logits, teacher: Logits, labels: Classes) -> PerImage:

@@ -48,7 +48,7 @@ class WTTM(SoftLogitObjective):
     )
 
     @property
-    def teacher_temperatures(self) -> tuple[float, ...]:
+    def reads_at(self) -> tuple[float, ...]:  # type: ignore[override]
         return tuple({1.0, self.temperature})
 
     def compare(self, student: Logits, teacher: Logits, batch: Truth) -> Scalar:

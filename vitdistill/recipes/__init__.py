@@ -46,13 +46,15 @@ FAMILIES = (
         "plain",
         "any data, student and teacher",
         """
-        maskedkd   MaskedKD from a teacher that sees half of its patches
-        kd         plain logit distillation from a teacher
-        alone      a ViT without a teacher, DeiT's training recipe
-        hard_kd    from the top class of a teacher (DeiT's form: a student with its token)
-        nkd        NKD from a teacher
-        vitkd      ViTKD (features) from a teacher
-        vitkd_nkd  ViTKD (features) and NKD (logits) from a teacher
+        maskedkd         MaskedKD from a teacher that sees half of its patches
+        kd               plain logit distillation from a teacher
+        alone            a ViT without a teacher, DeiT's training recipe
+        hard_kd          from the top class of a teacher (DeiT's form: a student with its token)
+        standardized_kd  KD of standardised logits from a teacher
+        nkd              NKD from a teacher
+        vitkd            ViTKD (features) from a teacher
+        vitkd_nkd        ViTKD (features) and NKD (logits) from a teacher
+        guidance         locality guidance (stages) from a convolutional teacher
         """,
     ),
     Family(
@@ -128,9 +130,11 @@ FAMILIES = (
         small_images_alone             the student, a ViT 96 wide, 6 deep, alone, 30 epochs
         small_images_kd                the student by plain KD from a teacher run
         small_images_maskedkd          the student by MaskedKD from a teacher run
+        small_images_standardized_kd   the student by KD of standardised logits
         small_images_nkd               the student by NKD from a teacher run
         small_images_vitkd             the student by ViTKD (features) from a teacher run
         small_images_vitkd_nkd         the student by ViTKD and NKD from a teacher run
+        small_images_guidance          the student by the stages of a small_images_conv_teacher
         small_images_masked_vitkd_nkd  the student by ViTKD and NKD under MaskedKD
         small_images_mae               the student pre-trained by MAE at 75 %: no labels, 30 epochs
         small_images_mae_finetuned     the student pre-trained by MAE, then fine-tuned

@@ -25,6 +25,14 @@ VOLATILE = (
 labels (``teachers.NAME.labels``) are known by their content, not by their path.
 """
 
+LATER = {
+    "class_order": "same",
+    "labelled_share": DataConfig.labelled_share,
+    "saliency": "attention",
+    "standardize": False,
+}
+"""Fields that came later, which are left out while they say what was so before."""
+
 
 def is_volatile(path: str) -> bool:
     """Whether the field at ``path`` has no influence on the result."""
@@ -38,10 +46,7 @@ def fingerprint(recipe: Recipe) -> str:
     # A recipe made in Python may hold 5 where the one read from its YAML holds 5.0.
     flat = flatten(from_dict(to_dict(recipe)))
     files = {f"{path}.checkpoint" for path, config in recipe.networks.items() if config.checkpoint}
-    # A field that came later is left out while it says what was so before.
-    later = {key for key, value in flat.items() if key.endswith(".class_order") and value == "same"}
-    if recipe.data.labelled_share == DataConfig.labelled_share:
-        later.add("data.labelled_share")
+    later = {key for key, value in flat.items() if (key.rpartition(".")[2], value) in LATER.items()}
     out = files | later
     fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in out}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from ..data.augment import Augment
 from ..methods.base import Objective
 from ..methods.cross_entropy import CrossEntropy
+from ..methods.guidance import LocalityGuidance
 from ..methods.kd import HardKD, SoftKD
 from ..methods.maskedkd import MaskedKD
 from ..methods.nkd import NKD
@@ -16,6 +17,9 @@ CE = CrossEntropy(smoothing=0.1)
 HALF = CrossEntropy(weight=0.5, smoothing=0.1)
 # The paper's weight of ViTKD is for sums over 196 patches; means fit any resolution and width.
 VITKD = ViTKD(reduction="mean")
+# Weights as published, beside a cross-entropy of weight 0.1 and of 1.
+STANDARDIZED = SoftKD(weight=9.0, temperature=2.0, standardize=True)
+GUIDANCE = LocalityGuidance(weight=2.5, normalize=True)
 
 _SOFT: dict[str, Objective] = {"ce": HALF, "kd": SoftKD(weight=0.5)}
 _OBJECTIVES: dict[str, dict[str, Objective]] = {
@@ -23,9 +27,11 @@ _OBJECTIVES: dict[str, dict[str, Objective]] = {
     "kd": _SOFT,
     "hard_kd": {"ce": HALF, "kd": HardKD(weight=0.5)},
     "maskedkd": _SOFT,
+    "standardized_kd": {"ce": CE, "kd": STANDARDIZED},
     "nkd": {"ce": CE, "nkd": NKD()},
     "vitkd": {"ce": CE, "vitkd": VITKD},
     "vitkd_nkd": {"ce": CE, "nkd": NKD(), "vitkd": VITKD},
+    "guidance": {"ce": CE, "guidance": GUIDANCE},
 }
 
 # Fine-tuning is BEiT's and MAE's (arXiv 2106.08254, 2111.06377): a new head, a small learning rate,

@@ -14,7 +14,7 @@ from ..methods.masking import RandomMasking
 from ..methods.nkd import NKD
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from .libkd import LOSSES
-from .plain import CE, HALF, VITKD
+from .plain import CE, GUIDANCE, HALF, STANDARDIZED, VITKD
 from .stages import Stages
 
 VIT = "vit_tiny_patch16_224"
@@ -59,9 +59,11 @@ _HALF_SEEN = MaskedKD(keep_rate=0.5)
 _TAUGHT: dict[str, dict[str, Any]] = {
     "kd": {"objectives": _SOFT},
     "maskedkd": {"objectives": _SOFT, "selector": _HALF_SEEN},
+    "standardized_kd": {"objectives": {"ce": CE, "kd": STANDARDIZED}},
     "nkd": {"objectives": {"ce": CE, "nkd": NKD()}},
     "vitkd": {"objectives": {"ce": CE, "vitkd": VITKD}},
     "vitkd_nkd": {"objectives": _BOTH},
+    "guidance": {"objectives": {"ce": CE, "guidance": GUIDANCE}},
     "masked_vitkd_nkd": {"objectives": _BOTH, "selector": _HALF_SEEN},
 }
 """How the student learns from a teacher run."""

@@ -14,7 +14,7 @@ from ..methods.base import TeacherObjective
 from ..methods.cross_entropy import CrossEntropy
 from ..option import option
 from ..recipes.config import Recipe, check_folder_name, check_names
-from ..recipes.convert import from_plain, replace_fields
+from ..recipes.convert import convert, in_file, replace_fields
 from ..recipes.named import find_recipe
 from ..recipes.stages import PREFIX, Stages, sources
 from ..recipes.yaml import read_mapping
@@ -92,7 +92,9 @@ class Job:
 
 def load_study(path: str | Path) -> Study:
     """Read a study's file; raises `ConfigError` naming the line or the field that is wrong."""
-    return from_plain(read_mapping(path), Study, str(path))
+    with in_file(str(path)):
+        study: Study = convert(read_mapping(path), Study)
+        return study
 
 
 def jobs_of(study: Study) -> list[Job]:

@@ -20,7 +20,8 @@ class Whole:
     width and grid may differ from stage to stage. Prefix tokens are recorded where timm gives them:
     at every stage (TNT, ViTs with a forward of their own), or in the features alone, for a class
     token that joins the patches at the end (CaiT, XCiT, VOLO, PiT). Of several scales with a class
-    token each (CrossViT, CoaT) none is read.
+    token each (CrossViT, CoaT) none is read. A network whose
+    stages alone are read stops after the last of them.
 
     Attributes:
         network: the description of the model.
@@ -83,7 +84,8 @@ class Whole:
         if needs.logits or needs.features:
             final, found = forward(images, indices=stages, **asked)
         else:
-            found = forward(images, indices=stages, intermediates_only=True, **asked)
+            asked |= {"intermediates_only": True, "stop_early": True}
+            found = forward(images, indices=stages, **asked)
         maps = dict(zip(stages, found, strict=True))
         grids = {i: _size(stage) for i, stage in maps.items()}
         return ViTOutput(
