@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from vitdistill.data.model_input import input_spec_of
+from vitdistill.distill.distiller import Distiller
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.vit.flops import forward_flops
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.walk import run_vit
+from vitdistill.weights.adopted import adopt
 from vitdistill.weights.create import class_names, create_model, describe
 from vitdistill.weights.export import export_timm
 
@@ -180,6 +182,15 @@ def test_a_student_gets_a_head_of_its_own_and_is_exported(tmp_path, kind):
     options = {"classes": None, "input_spec": input_spec_of(student), "architecture": name}
     export_timm(student.eval(), tmp_path / "out", model_args=args, **options)
     assert torch.equal(create_model(str(tmp_path / "out")).eval()(IMAGES), student(IMAGES))
+
+
+def test_a_network_of_transformers_may_come_from_a_factory_or_into_a_loop(tmp_path: Path) -> None:
+    network = saved(tmp_path, "swin", 0)
+    model = adopt(network, "the teacher")
+    assert model.num_classes == 3 and input_spec_of(model).image_size == (32, 32)
+    assert torch.allclose(model(IMAGES), network(IMAGES).logits, atol=1e-5)
+    distiller = Distiller(create_model("test_vit", num_classes=3, image_size=32), network, ["kd"])
+    assert distiller(IMAGES)["loss"].isfinite()
 
 
 def test_a_wrapper_around_a_network_of_timms_is_one_of_timms(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.model_input import input_spec_of
 from ..errors import ConfigError, DataError, UserError
 from ..messages import first_line
+from .transformers_network import TransformersNetwork
 
 _SIZE = (3, 224, 224)
 
@@ -85,9 +86,15 @@ def adopt(
             raise ConfigError(what, "return an nn.Module, or a callable from images to logits")
         model = Called(network, name)
     known = {"architecture": type(network).__name__, "fixed_input_size": True, "input_size": _SIZE}
+    config = getattr(network, "config", None)
+    is_transformers = isinstance(network, nn.Module) and hasattr(config, "model_type")
+    if is_transformers and getattr(config, "image_size", None) is not None:
+        known["input_size"] = (3, *to_2tuple(config.image_size))  # type: ignore[union-attr]
     known |= {**(getattr(network, "pretrained_cfg", None) or {}), **(cfg or {})}
     if size is not None:
         known["input_size"] = (3, *to_2tuple(size))
+    if is_transformers:
+        model = TransformersNetwork(network, known["input_size"][1:]).train(network.training)
     model.pretrained_cfg = known
     count = _count_answers(model, name, input_spec_of(model).image_size)
     if isinstance(model, Called) or not hasattr(model, "num_classes"):
