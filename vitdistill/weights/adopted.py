@@ -85,7 +85,11 @@ def adopt(
             what = f"{name} gives a {type(network).__name__}"
             raise ConfigError(what, "return an nn.Module, or a callable from images to logits")
         model = Called(network, name)
-    known = {"architecture": type(network).__name__, "fixed_input_size": True, "input_size": _SIZE}
+    known: dict[str, Any] = {
+        "architecture": type(network).__name__,
+        "fixed_input_size": True,
+        "input_size": _SIZE,
+    }
     config = getattr(network, "config", None)
     is_transformers = isinstance(network, nn.Module) and hasattr(config, "model_type")
     if is_transformers and getattr(config, "image_size", None) is not None:
