@@ -5,7 +5,7 @@
 A small ViT is trained on some classes of small images; then a small ConvNeXt learns from it, the
 teacher seeing a part of its patches: those of the highest energy (`saliency="energy"`), random
 ones, those the teacher itself attends to, or all of them. Everything but the choice is equal:
-first weights, batches and augmentation by seed. Top-1 on validation images, mean over seeds, with
+first weights, batches and shifts by seed. Top-1 on validation images, mean over seeds, with
 the teacher's own top-1 on the patches that were chosen for it. One thread.
 """
 
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from vitdistill import Distiller
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
+from vitdistill.data.sources.base import Split
 from vitdistill.data.sources.open import open_source
 from vitdistill.methods.base import TokenSelector
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches, TeacherGuided
 from vitdistill.vit import Needs, run_vit
 
-SIDE = 32
+SIDE, BATCH = 32, 64
 TEACHER = {"img_size": SIDE, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}
 STUDENT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}
 STAGE = 1
@@ -42,10 +43,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6, help="of the student")
     parser.add_argument("--teacher-epochs", type=int, default=15)
+    parser.add_argument("--images", type=int, default=5000, help="of training")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.5, 0.25])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train, val = (load(args.photos, split, args.classes) for split in ("train", "val"))
+    train = load(args.photos, "train", args.classes, args.images)
+    val = load(args.photos, "val", args.classes, None)
     teacher = train_teacher(train, args.teacher_epochs, args.classes)
     print(f"teacher: top-1 {accuracy(teacher, val):.1%}", flush=True)
     choices: dict[str, TokenSelector | None] = {"all patches": None}
@@ -64,21 +67,24 @@ def main() -> None:
     print(f"\n`{' '.join(['python', 'benchmarks/energy.py', *sys.argv[1:]])}`")
 
 
-def load(photos: str, split: str, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the images of the first classes, normalised, and their labels."""
-    source = open_source(photos, "train" if split == "train" else "val")
+def load(photos: str, split: Split, num_classes: int, count: int | None) -> tuple[Tensor, Tensor]:
+    """Return ``count`` images of the first classes (None: all), normalised, and their labels."""
+    source = open_source(photos, split)
     numbers = np.flatnonzero(np.asarray(source.labels) < num_classes)
+    numbers = np.random.default_rng(0).permutation(numbers)[:count]
     pixels = np.stack([np.asarray(source.load(int(i)).convert("RGB")) for i in numbers])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images, torch.from_numpy(np.asarray(source.labels)[numbers]).long()
 
 
 def batches(data: tuple[Tensor, Tensor], epochs: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of 64, shifted by up to 4 pixels and mirrored at random."""
+    """Yield whole batches, shifted by up to 4 pixels and mirrored at random."""
     images, labels = data
     draw = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for rows in torch.randperm(len(labels), generator=draw).split(64)[:-1]:
+        for rows in torch.randperm(len(labels), generator=draw).split(BATCH)[
+            : len(labels) // BATCH
+        ]:
             y, x, mirrored = torch.randint(0, 18, (3,), generator=draw).tolist()
             batch = F.pad(images[rows], (4, 4, 4, 4))[..., y % 9 :, x % 9 :][..., :SIDE, :SIDE]
             yield batch.flip(3) if mirrored % 2 else batch, labels[rows]
@@ -87,13 +93,15 @@ def batches(data: tuple[Tensor, Tensor], epochs: int, seed: int) -> Iterator[tup
 def fit(
     module: nn.Module,
     loss_of: Callable[[Tensor, Tensor], Tensor],
-    steps: list[tuple[Tensor, Tensor]],
-    lr: float,
+    data: tuple[Tensor, Tensor],
+    epochs: int,
+    seed: int,
 ) -> None:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(steps))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3, weight_decay=0.05)
+    total = epochs * (len(data[1]) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=total)
     module.train()
-    for images, labels in steps:
+    for images, labels in batches(data, epochs, seed):
         optimizer.zero_grad()
         loss_of(images, labels).backward()
         optimizer.step()
@@ -103,9 +111,8 @@ def fit(
 def train_teacher(data: tuple[Tensor, Tensor], epochs: int, num_classes: int) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **TEACHER)
-    steps = list(batches(data, epochs, seed=0))
     loss = nn.CrossEntropyLoss(label_smoothing=0.1)
-    fit(model, lambda images, labels: loss(model(images), labels), steps, 1e-3)
+    fit(model, lambda images, labels: loss(model(images), labels), data, epochs, 0)
     return model.eval()
 
 
@@ -122,8 +129,8 @@ def distil(
     student = timm.create_model("convnext_atto", num_classes=args.classes, **STUDENT)
     spec = InputSpec((SIDE, SIDE), (0.5,) * 3, (0.5,) * 3)
     distiller = Distiller(student, teacher, ["ce", "kd"], selector, images_spec=spec)
-    steps = list(batches(train, args.epochs, seed))
-    fit(distiller, lambda images, labels: distiller(images, labels)["loss"], steps, 2e-3)
+    step = lambda images, labels: distiller(images, labels)["loss"]  # noqa: E731
+    fit(distiller, step, train, args.epochs, seed)
     return accuracy(student, val), on_chosen(distiller.eval(), teacher, val)
 
 

@@ -7,9 +7,9 @@
 For each: whether it is walked or run whole, whether `run_vit` equals ``model(images)``; whether all
 patches in another order do, and half of them in another order equal half of them; what it records
 (class token, hidden states, attention); whether its FLOPs are counted, a copy of it answers the
-same, an export reloaded answers the same, and one step of KD teaches it and one of `tokens` learns
-from it. A cell is ``yes``, the largest difference relative to the largest answer, or the sentence
-that refuses it; anything else is a fault.
+same, an export reloaded answers the same, and one step of CE and KD teaches it and one of `tokens`
+learns from it. A cell is ``yes``, the largest difference relative to the largest answer, or the
+sentence that refuses it; anything else is a fault.
 """
 
 import argparse
@@ -117,6 +117,10 @@ def measure(name: str) -> Row:
         model, args = build(name, args)
     except Exception as error:
         return row | {"class": f"FAULT: cannot be built: {said(error)}"}
+    with torch.no_grad():  # layer scales of 1e-5 and heads of zeros hide what blocks do
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.eval()  # LeViT and its kin forget what they computed from the weights before
     row["class"] = type(model).__name__
     if sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS:
         return row | {"run": "left out: too big"}
@@ -141,7 +145,7 @@ def measure(name: str) -> Row:
     everything = Needs(True, last if network.dims else frozenset(), features=bool(network.dims))
     row["flops"] = tried(lambda: f"{forward_flops(model, spec.image_size, everything):.2e}")
     row["export"] = tried(lambda: exported(model, name, args, images, whole))
-    row["student"] = tried(lambda: step(copy_network(model), small(spec.image_size), "kd"))
+    row["student"] = tried(lambda: step(copy_network(model), small(spec.image_size), "ce", "kd"))
     row["teacher"] = tried(
         lambda: step(small(spec.image_size), model, TokenFeatures() if network.dims else "kd")
     )
@@ -222,8 +226,8 @@ def exported(
         return difference(again(images), whole)
 
 
-def step(student: nn.Module, teacher: nn.Module, objective: Any) -> str:
-    distiller = Distiller(student, teacher, [objective], images_spec=input_spec_of(student))
+def step(student: nn.Module, teacher: nn.Module, *objectives: Any) -> str:
+    distiller = Distiller(student, teacher, objectives, images_spec=input_spec_of(student))
     size = input_spec_of(student).image_size
     loss = distiller.train()(torch.randn(2, 3, *size), torch.tensor([0, 1]))["loss"]
     loss.backward()
