@@ -194,7 +194,7 @@ def _other_inputs(teacher: Teacher) -> Iterator[tuple[InputSpec, Set]]:
         fix = Set(f"{where}.model_args.pretrained_cfg_overlay", overlay)
         yield replace(spec, mean=mean, std=std), fix
     height, width = spec.image_size
-    for size in ((height // 2, width // 2), (2 * height, 2 * width)):
+    for size in ((max(height // 2, 16), max(width // 2, 16)), (2 * height, 2 * width)):
         yield replace(spec, image_size=size), Set(f"{where}.image_size", size[0])
 
 
