@@ -43,15 +43,21 @@ def task(seed: int, dim: int, num: int, sizes: tuple[int, int], signal: float = 
 def slow_votes(
     bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int, k: int, temperature: float
 ) -> np.ndarray:
-    """The definition, one query at a time in float64."""
+    """The definition, one query at a time in float64: the nearest first, equals at the k-th place
+    share what is left.
+    """
     rows, asked = (x.double().numpy() for x in (bank, queries))
     votes = np.zeros((len(asked), num_classes))
     for q, query in enumerate(asked):
-        similar = rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query)
-        nearest = np.argsort(-similar, kind="stable")[:k]
-        for i in nearest:
-            distance = similar[i] - similar[nearest[0]]
-            votes[q, labels[i]] += math.exp(distance / temperature)
+        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(query)
+        similar = np.where(lengths > 0, rows @ query / np.where(lengths > 0, lengths, 1), 0)
+        order = sorted(similar, reverse=True)
+        last, nearest = order[k - 1], order[0]
+        above = similar > last + 1e-6
+        equal = np.abs(similar - last) <= 1e-6
+        for i, label in enumerate(labels.tolist()):
+            place = 1.0 if above[i] else (k - above.sum()) / equal.sum() if equal[i] else 0.0
+            votes[q, label] += place * math.exp((similar[i] - nearest) / temperature)
     return votes
 
 
@@ -60,10 +66,14 @@ def slow_votes(
     size=st.integers(1, 40),
     k=st.integers(1, 40),
     temperature=st.sampled_from([0.07, 0.5, 5.0]),
+    duplicates=st.booleans(),
 )
-def test_votes_are_their_definition_in_any_order(seed, size, k, temperature):
+def test_votes_are_their_definition_in_any_order(seed, size, k, temperature, duplicates):
+    """With duplicates: of other labels, and rows of zeros, so that nearly every k cuts equals."""
     k, generator = min(k, size), torch.Generator().manual_seed(seed)
     bank, queries, labels = noise(seed, size, 5), noise(seed + 1, 9, 5), labels_of(seed, size, 4)
+    if duplicates:
+        bank, queries = bank[:, :2].round().clip(-1, 1), queries[:, :2].round().clip(-1, 1)
     votes = knn_votes(bank, labels, queries, 4, k, temperature)
     expected = slow_votes(bank, labels, queries, 4, k, temperature)
     np.testing.assert_allclose(votes.numpy(), expected, rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitdistill.methods.manifold import (
     Manifold,
-    gram_difference,
+    patch_gram_loss,
     random_gram_loss,
     sample_gram_loss,
 )
@@ -43,7 +43,7 @@ def test_each_term_is_a_mean_of_squared_differences_of_cosines(
 ) -> None:
     ours, its = randn(seed, images, patches, widths[0]), randn(seed + 1, images, patches, widths[1])
     within = difference(zip(ours, its, strict=True))
-    assert gram_difference(ours, its).item() == pytest.approx(within, abs=1e-5)
+    assert patch_gram_loss(ours, its).item() == pytest.approx(within, abs=1e-5)
     between = difference(zip(ours.unbind(1), its.unbind(1), strict=True))
     assert sample_gram_loss(ours, its).item() == pytest.approx(between, abs=1e-5)
     uniforms = randn(seed, images, patches)
@@ -56,7 +56,7 @@ def test_each_term_is_a_mean_of_squared_differences_of_cosines(
 def test_vectors_of_length_zero_stay_finite() -> None:
     ours, its = torch.zeros(2, 3, 4, requires_grad=True), randn(0, 2, 3, 4)
     loss = (
-        gram_difference(ours, its)
+        patch_gram_loss(ours, its)
         + sample_gram_loss(ours, its)
         + random_gram_loss(ours, its, randn(1, 2, 3))
     )
@@ -92,7 +92,7 @@ def test_weights_blocks_and_kept_patches_by_hand() -> None:
         t = torch.stack([its.hidden[other][b][2:][places[b]] for b in range(3)])
         drawn = torch.stack([uniforms[b][keep[b]][places[b]] for b in range(3)])
         total += (
-            3 * gram_difference(s, t)
+            3 * patch_gram_loss(s, t)
             + 0.5 * sample_gram_loss(s, t)
             + 0.25 * random_gram_loss(s, t, drawn, 6)
         ).item() / 2

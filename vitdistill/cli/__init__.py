@@ -21,6 +21,7 @@ from typing import Any
 from .. import __version__
 from ..errors import DiskError, PermissionDenied, UserError
 from ..messages import printable, suggest
+from ..recipes import FAMILIES
 from . import arguments as given
 from .console import lasting_console
 from .early import refuse_early
@@ -142,8 +143,14 @@ def _about(kind: type) -> list[str]:
 def _help(kind: type, prog: str) -> str:
     about = _about(kind)
     if issubclass(kind, given.RecipeArguments):
-        about += [
-            "'vitdistill recipes' lists the recipes,"
-            " 'vitdistill explain RECIPE --recipe-yaml' prints all settings of one."
-        ]
+        about += _families()
     return format_help(given.groups_of(kind), prog, "\n".join(wrap(text, "    ") for text in about))
+
+
+def _families() -> list[str]:
+    lines = ["\nRecipes ('vitdistill recipes' lists all with a line each):"]
+    for family in FAMILIES:
+        names = ", ".join([*family.recipes][:3]) + (", ..." if len(family.recipes) > 3 else "")
+        also = "".join(f" (and NAME:{variant})" for variant in family.variants)
+        lines.append(f"  {family.about}: {names}{also}")
+    return [*lines, "\n'vitdistill explain RECIPE --recipe-yaml' prints all settings of one."]

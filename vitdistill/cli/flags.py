@@ -18,11 +18,16 @@ from ..option import Option, check_option, convert_scalar, options_of
 from ..recipes.settings import PARTS
 
 ELSEWHERE: dict[str, str] = {
+    "--amp": "write --amp-dtype bfloat16, which is the default on a GPU",
     "--blr": "write --lr, which is not scaled: blr x batch size / 256",
+    "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",
+    "--finetune": "write --model-path FILE",
+    "--log-dir": "curves are written into the run's folder, --output",
     "--log-wandb": "write --log-to wandb",
     "--mask-ratio": "write --set masking.mask_rate=0.75",
+    "--model-ema": "write --model-ema-decay 0.9998",
     "--nb-classes": "the classes are those of the images",
     "--num-classes": "the classes are those of the images",
     "--opt-betas": "write --set optim.opt_args.betas=[0.9,0.95]",

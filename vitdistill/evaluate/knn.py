@@ -20,6 +20,8 @@ K = 20
 TEMPERATURE = 0.07
 
 _SIMILARITIES = 2**25  # of one chunk of queries: 128 MiB
+# Cosines of float32 vectors nearer to each other than this are equal: duplicates are rounded.
+_ROUNDING = 1e-6
 
 
 def knn_votes(
@@ -33,7 +35,8 @@ def knn_votes(
     """Count the classes' votes among each query's ``k`` nearest images of the bank, in float64.
 
     votes_c = sum over the k nearest i of class c of exp((s_i - s_1) / T), s the cosine similarity.
-    Raises `ConfigError` unless ``k`` is from 1 to the bank's size.
+    Images that are equally near at the k-th place share the places that are left, so the order of
+    the bank does not matter. Raises `ConfigError` unless ``k`` is from 1 to the bank's size.
 
     Source: Wu et al. 2018 (instance discrimination), section 3.4, with T = 0.07; k = 20 as DINO
         (Caron et al. 2021) reports.
@@ -44,7 +47,16 @@ def knn_votes(
     similar = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
     top, index = similar.topk(k)
     weights = ((top - top[:, :1]).double() / temperature).exp()
-    return weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[index], weights)
+    votes = weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[index], weights)
+    tied = (similar >= top[:, -1:] - _ROUNDING).sum(1) > k
+    if bool(tied.any()):
+        nearest, last, rows = top[tied, :1], top[tied, -1:], similar[tied]
+        above = rows > last + _ROUNDING
+        at = ~above & (rows >= last - _ROUNDING)
+        places = above + at * ((k - above.sum(1, keepdim=True)) / at.sum(1, keepdim=True)).double()
+        shared = places * ((rows - nearest).double() / temperature).exp()
+        votes[tied] = shared.new_zeros(len(rows), num_classes).index_add_(1, labels, shared)
+    return votes
 
 
 def knn_accuracy(

@@ -23,7 +23,7 @@ from ..vit.patches import full_precision, gather_patches
 from .base import Scalar, TeacherObjective, Truth, block_pairs, require
 
 
-def gram_difference(student: Float[Tensor, "G M Ds"], teacher: Float[Tensor, "G M Dt"]) -> Scalar:
+def patch_gram_loss(student: Float[Tensor, "G M Ds"], teacher: Float[Tensor, "G M Dt"]) -> Scalar:
     """Return the mean squared difference of ``G`` matrices ``(M, M)`` of cosines, in float32.
 
     Of the patches of each image it is the term within an image.
@@ -48,7 +48,7 @@ def sample_gram_loss(
     if keep is not None:
         order = keep.argsort(dim=1)
         student, teacher = gather_patches(student, order), gather_patches(teacher, order)
-    return gram_difference(student.transpose(0, 1), teacher.transpose(0, 1))
+    return patch_gram_loss(student.transpose(0, 1), teacher.transpose(0, 1))
 
 
 def random_gram_loss(
@@ -59,7 +59,7 @@ def random_gram_loss(
 ) -> Scalar:
     """Compare the cosines between the ``num_samples`` patches of the largest ``uniforms``."""
     chosen = uniforms.flatten().topk(min(num_samples, uniforms.numel())).indices
-    return gram_difference(student.flatten(0, 1)[chosen][None], teacher.flatten(0, 1)[chosen][None])
+    return patch_gram_loss(student.flatten(0, 1)[chosen][None], teacher.flatten(0, 1)[chosen][None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Manifold(TeacherObjective):
             places = teacher.patches(teacher_block)
             patches, target = student.patches(block).at(places), places.vectors
             if self.patch_weight > 0:
-                losses.append(self.patch_weight * gram_difference(patches, target))
+                losses.append(self.patch_weight * patch_gram_loss(patches, target))
             if self.sample_weight > 0:
                 losses.append(self.sample_weight * sample_gram_loss(patches, target, places.keep))
             if self.random_weight > 0:
