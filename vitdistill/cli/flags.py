@@ -23,7 +23,6 @@ ELSEWHERE: dict[str, str] = {
     "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",
-    "--finetune": "write --model-path FILE",
     "--log-dir": "curves are written into the run's folder, --output",
     "--log-wandb": "write --log-to wandb",
     "--mask-ratio": "write --set masking.mask_rate=0.75",
