@@ -25,7 +25,8 @@ StrPath = str | os.PathLike[str]
 Content = bytes | memoryview | Callable[[BinaryIO], object]
 """What a file is to hold, or a function that writes it into the open file."""
 
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}")
+# Earlier versions put the host and the process between the two.
+_TEMPORARY = re.compile(r"\.tmp-([A-Za-z0-9._]+-[0-9]+-)?[0-9a-f]{12}")
 
 
 # -- errors ---------------------------------------------------------------------------------------
