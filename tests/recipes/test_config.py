@@ -38,12 +38,25 @@ def refused(recipe: Recipe, changes: dict[str, Any]) -> ConfigError:
         ("student.model_args.drop_rate", 1),
         ("student.model_args.drop_path_rate", 2.0),
         ("student.model_args.attn_drop_rate", -0.1),
+        ("student.model_args.num_classes", 10),
+        ("student.model_args.checkpoint", "a.pth"),
+        ("student.model_args.pretrained", True),
+        ("student.model_args.image_size", 64),
+        ("student.model_args.drop_path", 0.1),
+        ("student.model_args.name", "vit"),
         ("optim.opt_args.eps", 1e30),
         ("optim.opt_args.maximize", True),
     ],
 )
 def test_values_out_of_bounds(field: str, value: Any) -> None:
     assert refused(Recipe(), {field: value}).field == field
+
+
+@pytest.mark.parametrize("name", ["num_classes", "checkpoint", "pretrained", "image_size", "name"])
+def test_an_argument_of_a_teacher_that_is_a_setting_elsewhere(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Recipe(teachers={"conv": TeacherConfig(model="resnet18", model_args={name: 10})})
+    assert caught.value.field == f"teachers.conv.model_args.{name}"
 
 
 @pytest.mark.parametrize("seed", [-(2**63), 0, 2**64 - 1])

@@ -12,7 +12,7 @@ from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.settings import TeacherConfig, TrainConfig
-from vitdistill.runs.networks import amp_dtype_of, build_teacher_model
+from vitdistill.runs.networks import amp_dtype_of, build_blank, build_teacher_model
 from vitdistill.runs.stored import with_views_of_labels
 
 
@@ -48,6 +48,19 @@ def test_a_teacher_needs_a_model_and_weights():
         build_teacher_model(TeacherConfig(model="resnet18"), "conv")
     assert caught.value.field == "teachers.conv.checkpoint"
     assert Set("teachers.conv.pretrained", True) in caught.value.fixes
+
+
+@pytest.mark.parametrize(
+    ("setting", "classes"),
+    [({}, 5), ({"checkpoint": "tuned.pth"}, 5), ({"pretrained": True}, 0)],
+)
+def test_a_head_is_assumed_of_a_file_and_not_of_weights_that_are_known(setting, classes):
+    """DINOv3's own weights are without a head; a file fine-tuned under its name has one."""
+    args = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    config = TeacherConfig(model="vit_small_patch16_dinov3", model_args=args, **setting)
+    recipe = Recipe(teachers={"teacher": config}, objectives={"kd": SoftKD()})
+    built = build_blank(recipe, 5)[1]["teacher"]
+    assert (built.network.num_classes, built.model.num_classes) == (classes, classes)
 
 
 @pytest.mark.parametrize(

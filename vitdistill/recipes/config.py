@@ -100,8 +100,26 @@ def _check_missing_labels(path: str, teacher: TeacherConfig) -> None:
             raise ConfigError(what, fix, field=f"{path}.{part}")
 
 
+_NOT_ARGS = {
+    "checkpoint": "a setting of its own",
+    "pretrained": "a setting of its own",
+    "image_size": "a setting of its own",
+    "drop_path": "timm's drop_path_rate",
+    "num_classes": "known from the images of a student, and from the weights of a teacher",
+    "name": "what the model already says",
+}
+"""Arguments that are no ``model_args``, and why."""
+
+
 def _check_args(recipe: Recipe) -> None:
-    """Raise `ConfigError` for arguments of timm's with which nothing would be learnt."""
+    """Raise `ConfigError` for arguments of timm's with which nothing would be learnt, or which a
+    network has from elsewhere.
+    """
+    for path, config in recipe.networks.items():
+        for name in sorted(config.model_args.keys() & _NOT_ARGS):
+            field, other = f"{path}.model_args.{name}", f"{path}.{name}"
+            fix = Set(other) if hasattr(config, name) else f"leave {name} out"
+            raise ConfigError(f"{field} is {_NOT_ARGS[name]}", fix, field=field)
     rates = {
         f"{path}.model_args.{name}": value
         for path, config in recipe.networks.items()

@@ -156,14 +156,27 @@ def build_blank(
         built = build_teacher_model(config, name, with_weights=False)
         if name in heads:
             built = _with_classes(built, heads[name])
-        elif config.checkpoint and not find_logit_readers(objectives, built.network):
-            # We cannot know before loading whether a checkpoint has a head. If no objective reads
-            # logits, assume it has none.
-            built = _with_classes(built, 0)
+        else:
+            built = _with_assumed_head(built, config, num_classes, objectives)
         if built.network.num_classes and find_logit_readers(objectives, built.network):
             built = replace(built, network=replace(built.network, num_classes=num_classes))
         teachers[name] = built
     return student, teachers
+
+
+def _with_assumed_head(
+    built: Built, config: TeacherConfig, num_classes: int, objectives: Mapping[str, Objective]
+) -> Built:
+    """Give a teacher the head that its file is assumed to have: only loading it could tell.
+
+    Without readers of logits it has none. With them it has one, also under timm's name of a network
+    that has none of its own, such as DINOv3.
+    """
+    if not find_logit_readers(objectives, built.network):
+        return _with_classes(built, 0) if config.checkpoint else built
+    from_file = not config.pretrained and not weights.carries_weights(resolve_run(config.model))
+    lacks = built.network.num_classes == 0
+    return _with_classes(built, num_classes) if lacks and from_file else built
 
 
 def _with_classes(built: Built, num_classes: int) -> Built:
