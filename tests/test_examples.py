@@ -1,6 +1,9 @@
-"""A method from outside the package: installed beside it, explained and trained like its own."""
+"""The examples: a method from outside the package, installed beside it, explained and trained like
+its own; and a notebook, run from top to bottom.
+"""
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -118,3 +121,19 @@ def test_other_classes_are_refused():
     METHOD().check(three, three)
     with pytest.raises(ConfigError):
         METHOD().check(three, replace(three, num_classes=4))
+
+
+@pytest.mark.whole
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """Its code cells, as a kernel runs them: in one namespace, in order."""
+    cells = json.loads((ROOT / "examples" / "own_loop.ipynb").read_text())["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in codes)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for i, cell in enumerate(codes):
+        exec(compile("".join(cell["source"]), f"own_loop.ipynb[{i}]", "exec"), names)
+    first, last = sum(names["history"][:20]), sum(names["history"][-20:])
+    assert last < 0.8 * first
+    student, loaded = names["accuracy"](names["student"]), names["accuracy"](names["loaded"])
+    assert student == loaded > 0.3 and names["teacher_accuracy"] > 0.3  # chance: 0.1
