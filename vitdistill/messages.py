@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -25,7 +26,8 @@ def listed(names: Iterable[str], count: int = 3) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, to quote in ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return textwrap.shorten(line, 160, placeholder=" ...")
 
 
 def plural(number: int, noun: str) -> str:

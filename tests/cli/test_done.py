@@ -21,11 +21,11 @@ NONE: dict[str, Any] = {"best_top1": None, "best_epoch": None, "scores": {}}
         (
             TOP1,
             ["top-1 85.00%", "best 90.00%", "1 min 15 s"],
-            "eval {run}/best --data-dir 'my photos'",
+            "eval {run}",
         ),
-        ({**TOP1, "teachers": {"teacher": 0.95}}, ["-5.0 points to teacher"], "eval {run}/best "),
+        ({**TOP1, "teachers": {"teacher": 0.95}}, ["-5.0 points to teacher"], "eval {run}"),
         ({**TOP1, "teachers": {"a": 0.5, "b": 0.9}}, ["+40.0 points to a", "+0.0 points to b"], ""),
-        (KNN, ["nearest neighbours 60.00%"], "eval {run}/last --data-dir 'my photos' --knn"),
+        (KNN, ["nearest neighbours 60.00%"], "eval {run} --knn"),
         (NONE, ["done: 1 min 15 s; weights in {run}/last"], "export {run} --output student"),
     ],
 )

@@ -25,7 +25,7 @@ from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.vit.families import describe_network
-from vitdistill.vit.flops import forward_flops, training_flops
+from vitdistill.vit.flops import count_flops, forward_flops, training_flops
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 from vitdistill.vit.patches import num_kept_patches
@@ -207,6 +207,19 @@ def test_the_cost_of_vitkd_by_hand(
     cost = counted({"ce": CrossEntropy(), "vitkd": objective}, selector)
     assert cost.objectives == {"ce": 0, "vitkd": own} and cost.adapters == {"vitkd": parameters}
     assert cost.step == cost.student + cost.teachers["teacher"] + own
+
+
+@pytest.mark.parametrize("groups", [1, 4, 24])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_each_gradient_of_a_convolution_costs_its_forward_pass(groups: int, kind: type) -> None:
+    """torch's own formula takes a grouped weight's gradient for that of a dense one."""
+    convolution = kind(24, 48, 3, groups=groups)
+    images = torch.zeros(2, 24, 9, 9, requires_grad=True)
+    with count_flops() as forward:
+        output = convolution(images)
+    with count_flops() as backward:
+        output.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops() > 0
 
 
 def test_equal_widths_cost_no_projection_and_unequal_grids_no_flops() -> None:

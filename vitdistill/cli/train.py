@@ -15,7 +15,6 @@ from ..messages import format_duration
 from ..recipes import RECIPES
 from ..recipes.config import Recipe
 from ..recipes.stages import STAGES, Stages
-from ..recipes.yaml import load_recipe
 from ..runs.folder import RECIPE
 from ..runs.prepare import Prepared
 from ..runs.stages import train_stages
@@ -62,11 +61,11 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
     best, scores, teachers = summary["best_top1"], summary["scores"], summary.get("teachers", {})
     folder = output / ("last" if best is None else "best")
     text, where = "", f"weights in {output / 'last'}"
-    following = ["eval", folder, "--data-dir", load_recipe(output / RECIPE).data.dir]
+    following = ["eval", output]
     if best is not None:
-        at = f"(best {best:.2%} at epoch {summary['best_epoch']:g})"
-        gaps = "".join(f"{(best - t) * 100:+.1f} points to {n}, " for n, t in teachers.items())
-        text, where = f"top-1 {scores['top1']:.2%} {at}, {gaps}", f"{where} and {folder}"
+        gaps = "".join(f", {(best - t) * 100:+.1f} points to {n}" for n, t in teachers.items())
+        at = f"(best {best:.2%} at epoch {summary['best_epoch']:g}{gaps})"
+        text, where = f"top-1 {scores['top1']:.2%} {at}, ", f"{where} and {folder}"
     elif "knn_top1" in scores:
         text = f"top-1 of nearest neighbours {scores['knn_top1']:.2%}, "
         following.append("--knn")

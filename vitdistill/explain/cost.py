@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.augment import InputSpec
 from ..distill.plan import Plan
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
 from ..vit.copies import on_meta
-from ..vit.flops import forward_flops, training_flops
+from ..vit.flops import count_flops, forward_flops, training_flops
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 
@@ -97,14 +96,14 @@ def cost_of(
     for name, teacher in stand_ins.items():
         teacher.run = _counting(teacher.run, counts, name)
     batch = blank_batch(plan, batch_size, "meta")
-    with kept, FlopCounterMode(display=False) as counter:
+    with kept, count_flops() as counter:
         output, answers = distillation.answer(batch, stand_ins)
         losses = [distillation.loss(name, output, answers, batch) for name in plan.objectives]
         torch.stack(losses).sum().backward()
     total = counter.get_total_flops() - sum(counts.values())
     objectives = {}
     for name in plan.objectives:
-        with FlopCounterMode(display=False) as counter:
+        with count_flops() as counter:
             distillation.loss(name, _cut(output), answers, batch).backward()
         objectives[name] = counter.get_total_flops() // batch_size
     return Cost(
@@ -145,7 +144,7 @@ def _counting(
     """Add the FLOPs of every call to ``counts[name]``."""
 
     def counted(*args: Any) -> ViTOutput:
-        with FlopCounterMode(display=False) as counter:
+        with count_flops() as counter:
             output = run(*args)
         counts[name] += counter.get_total_flops()
         return output

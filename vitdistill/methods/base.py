@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Protocol
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Drop, Set
+from ..errors import ConfigError, Drop
 from ..option import check_options, option
 from ..vit.needs import Needs
 from ..vit.network import Network
@@ -228,7 +228,7 @@ class TokenSelector(ABC):
         if not teacher.walks:
             which = f"the {teacher.name} ({teacher.architecture})"
             what = f"{type(self).__name__} shows a teacher a part of the patches, on which {which}"
-            fix = "take a plain ViT as teacher", Set("selector.teachers"), Drop("selector")
+            fix = Drop("selector"), "take a plain ViT as teacher"
             raise ConfigError(f"{what} cannot run", fix, field="selector.teachers")
 
     @abstractmethod

@@ -38,8 +38,9 @@ FAMILIES = (
         "plain",
         "your own folder of photos, pretrained networks",
         """
-        finetune  a big pretrained ViT fine-tuned on your own folder, 20 epochs: a teacher
-        distill   a small pretrained ViT that learns your own folder from a fine-tuned teacher
+        finetune      a pretrained ViT fine-tuned on your own folder, 20 epochs: a teacher
+        finetune_cnn  the same for a pretrained CNN
+        distill       a small ViT that learns your own folder from a fine-tuned teacher, 40 epochs
         """,
     ),
     Family(

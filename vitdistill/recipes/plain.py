@@ -46,6 +46,12 @@ _FINETUNE = Recipe(
     optim=OptimConfig(lr=1e-4, layer_decay=0.75, warmup_epochs=1.0, min_lr=1e-6, clip_grad=1.0),
     train=TrainConfig(epochs=20, batch_size=32, log_every=20),
 )
+# A CNN's blocks need larger steps, and all of them (LOG.md).
+_FINETUNE_CNN = replace(
+    _FINETUNE,
+    student=StudentConfig(model="tf_efficientnet_lite0.in1k", pretrained=True),
+    optim=replace(_FINETUNE.optim, lr=1e-3, layer_decay=None),
+)
 _DISTILL = replace(
     _FINETUNE,
     student=StudentConfig(model="deit_tiny_patch16_224.fb_in1k", pretrained=True),
@@ -55,12 +61,13 @@ _DISTILL = replace(
     optim=replace(_FINETUNE.optim, lr=3e-4),
     train=replace(_FINETUNE.train, epochs=40),
 )
+_FOLDERS = {"finetune": _FINETUNE, "finetune_cnn": _FINETUNE_CNN, "distill": _DISTILL}
 
 
 def make(name: str) -> Recipe:
     """Return a recipe of this family."""
-    if name in ("finetune", "distill"):
-        return _FINETUNE if name == "finetune" else _DISTILL
+    if name in _FOLDERS:
+        return _FOLDERS[name]
     return replace(
         IMAGENET,
         teachers={} if name == "alone" else {"teacher": TeacherConfig()},

@@ -30,10 +30,9 @@ def check_length(
     if steps < FEW_STEPS or left_out > num_images / 10:
         fitting = 1 << max((num_images * epochs // FEW_STEPS).bit_length() - 1, 4)
         size = min(fitting, max(train.batch_size // 2, 1))
-        rate = recipe.optim.lr * size / train.batch_size
         say(
-            f"that is little: train.batch_size={size} with optim.lr={rate:.2g} in proportion makes"
-            f" {num_images // size * epochs:,} steps, and more train.epochs more"
+            f"that is little: train.batch_size={size} makes {num_images // size * epochs:,} steps,"
+            " and more train.epochs more"
         )
     share = 0.0 if train.ema_decay is None else train.ema_decay**steps
     if share > 0.01:

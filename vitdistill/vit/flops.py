@@ -1,12 +1,29 @@
 """FLOPs of a forward pass, counted on the code that runs."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from .copies import on_meta
 from .needs import Needs
 from .walk import run_vit
+
+
+def _count_convolution_backward(
+    grad: list[int], x: list[int], weight: list[int], *args: Any, out_shape: Any
+) -> int:
+    """Count the gradients of a convolution, each of which costs what its forward pass does."""
+    transposed, output_mask = args[4], args[7]
+    return conv_flop_count(x, weight, grad, transposed) * sum(output_mask[:2])
+
+
+def count_flops() -> FlopCounterMode:
+    """Return a context that counts FLOPs: `get_total_flops`."""
+    # torch's own formula takes the gradient of a grouped weight for that of a dense one.
+    formulas = {torch.ops.aten.convolution_backward: _count_convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def forward_flops(
@@ -29,7 +46,7 @@ def forward_flops(
         keep = torch.zeros(size, num_keep, dtype=torch.int64, device="meta")
     # Gradients stay on even for a forward pass: without them torch's module tracker fails on a
     # network that hands a parameter to a block (CaiT).
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with torch.enable_grad(), count_flops() as counter:
         if needs is None:
             try:
                 outputs = [on_meta(model)(images)]

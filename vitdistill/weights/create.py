@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 
-from ..errors import ConfigError, DataError, Give, UserError
+from ..errors import ConfigError, DataError, Give, Set, UserError
 from ..messages import first_line, printable, suggest
 from ..storage.hub import settle_network
 from .files import check_finite, load_state_dict
@@ -28,7 +28,7 @@ from .from_torchvision import NAME as TORCHVISION
 from .from_torchvision import as_timms, list_torchvision, torchvision_weights
 from .load import load_into
 from .outside import TRANSFORMERS, build_outside, is_outside
-from .vit_checkpoints import Target, classifier_of, is_headless, is_pretraining
+from .vit_checkpoints import Target, calm_classifier, classifier_of, is_headless, is_pretraining
 
 
 def create_model(
@@ -205,11 +205,14 @@ def _build(
         if pretrained and isinstance(error, RuntimeError | OSError):
             raise DataError(
                 f"the pretrained weights of {printable(name)} cannot be had ({first_line(error)})",
-                fix="without network, download the file elsewhere and give it as the checkpoint",
+                (Give("checkpoint"), Set("pretrained", False)),
+                field="pretrained",
             ) from error
         raise _cannot_build(name, spelled, error) from error
     if pretrained:
         check_finite(model.state_dict(), f"what was downloaded for {printable(name)}")
+        if getattr(model, "num_classes", None) != _default_cfg(name).num_classes:
+            calm_classifier(model)
     _record_input(model, size, build.get("in_chans"))
     _check_grid(name, model)
     return model

@@ -86,6 +86,18 @@ def classifier_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
 
 
+def calm_classifier(model: nn.Module) -> None:
+    """Begin a new classifier as small as a ViT's, if it is larger, in place.
+
+    Some CNNs begin certain of one class (EfficientNet: a loss of 11 over ten classes), and the
+    gradients of that spoil what was learnt below.
+    """
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if name.startswith(classifier_of(model)) and weight.ndim > 1 and weight.std() > 0.05:
+            weight.mul_(0.02 / weight.std())
+
+
 def _without(state: State, prefixes: str | tuple[str, ...]) -> State:
     return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
@@ -138,6 +150,7 @@ def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
     fresh = {key: own[key] for key in own if key.startswith(heads) and key not in state}
     if not target.fresh_head or not fresh:
         return state, "its classifier is not used" if theirs else ""
+    calm_classifier(model)
     what = "its classifier is of other classes" if theirs else "it has no classifier"
     note = f"{what}: {', '.join(fresh)} start fresh"
     # The network norms after pooling (fc_norm), so it has no place for a norm of every token.
