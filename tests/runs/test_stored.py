@@ -123,17 +123,17 @@ def test_hidden_states_and_features_are_stored_where_the_plan_reads_them(kd, tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "blocks"),
+    ("name", "objective", "options", "blocks"),
     [
-        ("kd", SoftKD(temperature=2.0, standardize=True), []),
-        ("guidance", LocalityGuidance(), [0, 1]),
+        ("kd", SoftKD(temperature=2.0, standardize=True), EXACT, []),
+        ("guidance", LocalityGuidance(), LabelOptions(hidden_dtype="float32"), [0, 1]),
     ],
 )
 def test_standardised_logits_and_a_teachers_stages_are_read_from_labels(
-    kd, tmp_path, name, objective, blocks
+    kd, tmp_path, name, objective, options, blocks
 ):
     recipe = replace(kd(), objectives={name: objective})
-    store = written(recipe, tmp_path / "labels", replace(EXACT, hidden_dtype="float32"))
+    store = written(recipe, tmp_path / "labels", options)
     assert [block for block, _, _ in store.layout.hidden] == blocks
     run(recipe, tmp_path / "live")
     run(from_labels(recipe, store), tmp_path / "stored")
