@@ -1,5 +1,6 @@
 """FLOPs of a forward pass, counted on the code that runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from .walk import run_vit
 
 
 def _count_convolution_backward(
-    grad: list[int], x: list[int], weight: list[int], *args: Any, out_shape: Any
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Any
 ) -> int:
     """Count the gradients of a convolution, each of which costs what its forward pass does."""
     transposed, output_mask = args[4], args[7]
-    return conv_flop_count(x, weight, grad, transposed) * sum(output_mask[:2])
+    once = conv_flop_count([*x], [*weight], [*grad], transposed)
+    return once * sum(output_mask[:2])
 
 
 def count_flops() -> FlopCounterMode:
