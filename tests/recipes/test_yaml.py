@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.recipes.strategies import PLAIN, RECIPES, WORDS
 from vitdistill.errors import ConfigError
@@ -101,3 +102,9 @@ def test_a_canary_in_a_tag_does_not_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         read(tmp_path, f"name: !!python/object/apply:pathlib.Path.touch ['{canary}']")
     assert not canary.exists()
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_are_numbers_to_readers_of_yaml_1_1(value):
+    """They take a float without a dot, such as 1e-06, for text."""
+    assert "." in dump_yaml({"lr": value}).partition("lr: ")[2]

@@ -45,7 +45,7 @@ def run(args: DemoArguments) -> int:
         rows.append(_row(recipe.description, summary, forecast(recipe)[""].cost))
     say("\n".join(["", *format_table(rows)]))
     for name in recipes:
-        ask(output / name, ALONE, lambda text: None)
+        ask(output / name, ALONE.device, lambda text: None)
     write_report([output / name for name in recipes], output / "report.html")
     say(
         f"Top-1 is on {NUM_VALIDATION} images: differences under about 2 points are noise. Times"

@@ -10,7 +10,7 @@ from ..report.html import write_html
 from ..report.markdown import write_markdown
 from ..report.page import make_report
 from ..storage.atomic import write_atomic
-from ..world import join_world
+from ..world import choose_device
 from .arguments import ReportArguments
 from .console import say
 
@@ -21,9 +21,8 @@ def run(args: ReportArguments) -> int:
         raise UserError("--device cannot take effect: only --ask runs anything on a device")
     output = Path(args.output)
     if args.ask:
-        with join_world(args.device or "auto") as world:
-            for folder in find_runs(args.paths):
-                ask(folder, world, say)
+        for folder in find_runs(args.paths):
+            ask(folder, choose_device(args.device or "auto"), say)
     markdown = (args.format or output.suffix.lower().lstrip(".")) == "md"
     write_report(args.paths, output, markdown)
     return 0

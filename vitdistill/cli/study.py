@@ -11,7 +11,7 @@ from ..recipes.yaml import parse_yaml
 from ..report.answers import ask
 from ..study.plan import Row, Study, load_study
 from ..study.run import Work, describe, run_study
-from ..world import World, choose_device
+from ..world import choose_device
 from .arguments import StudyArguments
 from .console import say
 from .report import write_report
@@ -27,9 +27,8 @@ def run(args: StudyArguments) -> int:
     console = Console()
     quiet = Console(file=console.file, quiet=not console.is_terminal)
     run_study(study, output, say, device=args.device, console=quiet)
-    world = World(0, 1, choose_device(args.device))
     for job in Work(study, output).jobs:
-        ask(output / job.folder, world, lambda text: None)
+        ask(output / job.folder, choose_device(args.device), lambda text: None)
     write_report([output], output / "report.html")
     return 0
 

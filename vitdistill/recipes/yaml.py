@@ -8,6 +8,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
 from ..errors import ConfigError
@@ -36,14 +37,27 @@ class _CoreSchema(VersionedResolver):
         return _TABLE
 
 
+class _Representer(SafeRepresenter):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_float(self, data: float) -> Any:
+        text = repr(data)  # with a dot: readers of YAML 1.1 take 1e-06 for text
+        text = text.replace("e", ".0e") if "e" in text and "." not in text else text
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Representer.add_representer(float, _Representer.represent_float)
+
+
 def _yaml() -> Any:
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.Resolver = _CoreSchema
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.allow_unicode = True
     yaml.width = 120
-    yaml.representer.ignore_aliases = lambda data: True  # made with the settings above
     return yaml
 
 

@@ -88,7 +88,7 @@ def open_validation(recipe: Recipe) -> ImageSource | None:
     return check_images(source, data.skip_damaged, data.workers) if source.classes else None
 
 
-def ask(run: Path, world: World, say: Callable[[str], None]) -> None:
+def ask(run: Path, device: torch.device, say: Callable[[str], None]) -> None:
     """Have a run's last student, and its teachers that are there, answer to its validation images.
 
     Nothing is done where they did, and where there is nobody or nothing to ask.
@@ -105,6 +105,9 @@ def ask(run: Path, world: World, say: Callable[[str], None]) -> None:
     if source is None:
         return
     say(f"asking {run}")
+    world = World(
+        0, 1, device
+    )  # answers are kept in the images' order, so one process has them all
     student, teachers = _build(recipe, built, source, world, say)
     loader = EvalLoader(
         source,

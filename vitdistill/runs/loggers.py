@@ -172,8 +172,8 @@ class WandB:
         self._run.finish()
 
 
-class Trackio:
-    """Trackio, on this machine or where its environment variables say."""
+class Trackio(WandB):
+    """Trackio, on this machine or where its environment variables say; its runs are as W&B's."""
 
     def __init__(self, run: LoggedRun) -> None:
         self._client = import_module("trackio")
@@ -182,15 +182,6 @@ class Trackio:
         self._run = self._client.init(
             project, name=name, resume="allow", config=dict(run.settings), embed=False
         )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def picture(self, name: str, pixels: npt.NDArray[np.uint8], step: int) -> None:
-        self._run.log({name: self._client.Image(pixels)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class MLflow:

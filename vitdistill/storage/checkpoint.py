@@ -107,14 +107,25 @@ def load_latest(
     warn: Warn = lambda text: None,
     check: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None,
 ) -> tuple[Path, State] | None:
+    """Return what `read_latest` does; only for the process that saves.
+
+    What a kill left half replaced is settled first.
+    """
+    atomic.settle_asides(Path(run_dir) / "checkpoints", FILES)
+    return read_latest(run_dir, warn, check)
+
+
+def read_latest(
+    run_dir: StrPath,
+    warn: Warn = lambda text: None,
+    check: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None,
+) -> tuple[Path, State] | None:
     """Load the newest checkpoint that verifies, and its folder; None when there is none at all.
 
-    Only for the process that saves: what a kill left half replaced is settled first.
     ``warn`` is told of each damaged one on the way; `DataError` if there are some, all damaged.
     ``check`` raises `NonFiniteError` for tensors that no run can go on from.
     """
     damaged, place = [], Path(run_dir) / "checkpoints"
-    atomic.settle_asides(place, FILES)
     for folder in _candidates(place):
         try:
             state = load(folder)

@@ -69,7 +69,7 @@ class Work:
 def describe(work: Work, device: str | None = None) -> list[str]:
     """Return a table of what every row will cost; ``device``: also how long, by measured steps."""
     head = ["row", "runs", "FLOPs a run", "all its runs"]
-    rows, total, hours = [], 0, 0.0
+    rows, total, taken = [], 0, 0.0
     for name, ahead in work.ahead.items():
         count = sum(job.row == name for job in work.jobs)
         total += count * ahead.flops
@@ -77,13 +77,13 @@ def describe(work: Work, device: str | None = None) -> list[str]:
         if device is not None:
             images = ahead.num_images * ahead.recipe.train.epochs
             seconds = time_step(ahead.recipe, ahead.num_classes, device).per_image * images
-            hours += count * seconds
+            taken += count * seconds
             row.append(format_duration(count * seconds))
         rows.append(tuple(row))
     last = ["together", str(len(work.jobs)), "", format_count(total)]
     if device is not None:
         head.append("time")
-        last.append(format_duration(hours))
+        last.append(format_duration(taken))
     lines = format_table([tuple(head), *rows, tuple(last)])
     note = "Times are of measured steps: loading, evaluation and start-up are not in them."
     return [*lines, *([note] if device is not None else [])]

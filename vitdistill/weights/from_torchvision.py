@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, Give, Set
 from ..messages import first_line, printable, suggest
 
 NAME = "torchvision/"
@@ -50,8 +50,8 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError, AttributeError) as error:
         what = f"the pretrained weights of {name} cannot be had ({first_line(error)})"
-        fix = "without network, download the file elsewhere and give it as the checkpoint"
-        raise DataError(what, fix) from error
+        fixes = Give("checkpoint"), Set("pretrained", False)
+        raise DataError(what, fixes, field="pretrained") from error
 
 
 def _input_of(name: str) -> dict[str, Any]:
