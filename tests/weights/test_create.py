@@ -51,7 +51,9 @@ def test_a_timm_name_wins_over_a_folder_of_the_same_name(tmp_path, monkeypatch):
 
 def test_without_network_pretrained_is_one_sentence(monkeypatch):
     for name, options in ((NAME, {"pretrained": True}), ("hf-hub:timm/" + NAME, {})):
-        with pytest.raises(DataError, match=r"without network, download|set pretrained=False") as caught:
+        with pytest.raises(
+            DataError, match=r"without network, download|set pretrained=False"
+        ) as caught:
             create_model(name, **options)
         assert "\n" not in str(caught.value)
 
