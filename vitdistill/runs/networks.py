@@ -24,6 +24,7 @@ from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
 from ..weights.files import check_is_file
+from ..weights.outside import is_outside
 from .identity import resolve_run
 from .orders import natural_order
 from .stored import made_by, open_labels, stored_network
@@ -96,7 +97,11 @@ def _build(
     spec = input_spec_of(model)
     if config.image_size is not None:
         spec = replace(spec, image_size=(config.image_size, config.image_size))
-    return Built(model, spec, describe_network(model, name, config.model, spec.image_size))
+    network = describe_network(model, name, config.model, spec.image_size)
+    if not (network.walks or is_outside(config.model)):
+        # Depthwise convolutions run up to 1.5 times as fast so, forward and backward.
+        model = model.to(memory_format=torch.channels_last)
+    return Built(model, spec, network)
 
 
 def _has_weights(config: StudentConfig | TeacherConfig) -> bool:

@@ -170,10 +170,10 @@ def _check_reload(
             what = f"the export of {architecture} loads with another {key}"
             raise DataError(what, "export a float32 network")
     images = _probe(spec)
-    reference = copy_network(network).to("cpu")
+    # Memory format and attention kernel are choices for a machine, not of the network.
+    reference = copy_network(network).to("cpu").to(memory_format=torch.contiguous_format)
     twins = dict(again.named_modules())
     for name, module in reference.named_modules():
-        # A choice of kernel for this machine, not of the network.
         twin = twins.get(bare_key(f"{name}.").rstrip("."))
         if hasattr(twin, "fused_attn"):
             module.fused_attn = twin.fused_attn  # type: ignore[union-attr]
