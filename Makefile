@@ -1,7 +1,7 @@
 # make demo   the first run: sets up, then `vitdistill demo`
 # make check  sets up, then what a change has to pass while you work on it: under two minutes
 # make test   sets up, then everything a change has to pass, with shapes checked at every call
-# make docs   writes docs/methods.md from the table of methods
+# make docs   writes docs/methods.md from the table of methods and builds the site, build/site/index.html
 # Set-up builds .venv with the exact versions and hashes of requirements/constraints.txt; it needs the network once.
 # Variables: PYTHON=python3.12 (which interpreter), WORKERS=2 (test processes).
 
@@ -27,8 +27,14 @@ units: setup
 test: lint
 	$(BIN)/python -m pytest tests vitdistill --doctest-modules -n $(WORKERS) --jaxtyping-packages=vitdistill,beartype.beartype
 
-docs: setup
+docs: .venv/.docs
 	$(BIN)/python docs/write_methods.py
+	$(BIN)/python docs/build_site.py
+
+# The site's tools come on top of what tests need.
+.venv/.docs: requirements/docs.txt $(READY)
+	@PYTHON='$(PYTHON)' requirements/setup.sh docs
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check
@@ -45,6 +51,10 @@ lock:
 	uv pip compile pyproject.toml --extra dev --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
 	  --quiet --output-file requirements/constraints.txt
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' | \
+	  uv pip compile - --constraint requirements/constraints.txt --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
+	  --quiet --output-file requirements/docs.txt
 
 # Caches and builds. The environment stays: remove .venv by hand to start over.
 clean:

@@ -56,7 +56,7 @@ weight. At most one **patch selector** decides which patches of each image a tea
 student too, for pre-training without labels. Any objective combines with any of them unless the plan refuses; the tables below say what
 each is for and what it costs.
 
-```
+```bash
 # add objectives to a recipe; a selector replaces the recipe's own
 vitdistill explain kd --teacher-model {teacher} --with {feature} {selector}
 # one objective in place of another, with its weight, and the fraction of patches the teacher sees

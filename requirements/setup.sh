@@ -1,10 +1,11 @@
 #!/bin/sh
 # Builds .venv with the versions and hashes of constraints.txt and this checkout in it; `make` calls it when they changed.
+# `setup.sh docs` adds those of docs.txt.
 # An existing .venv is brought to those versions. uv is quicker where there is one; pip does the same.
 set -eu
 cd "$(dirname "$0")/.."
 venv=.venv/bin/python
-pinned="--no-deps --require-hashes --only-binary :all: -r requirements/constraints.txt"
+pinned="--no-deps --require-hashes --only-binary :all: -r requirements/${1:-constraints}.txt"
 checkout="--no-deps --no-build-isolation -e ."
 uv=$(command -v uv || true)
 
@@ -32,7 +33,7 @@ if ! "$venv" $usable >/dev/null 2>&1; then
 fi
 supported "$venv" || fail "vitdistill needs Python 3.11 to 3.14 and .venv has $("$venv" -V 2>&1): remove .venv and run make again."
 
-echo "Installing into .venv (about 6 GB with PyTorch's CUDA libraries; a few minutes, once)."
+[ $# -gt 0 ] || echo "Installing into .venv (about 6 GB with PyTorch's CUDA libraries; a few minutes, once)."
 if [ -n "$uv" ]; then
   uv pip install --quiet --python "$venv" $pinned
   uv pip install --quiet --python "$venv" --offline $checkout

@@ -134,7 +134,8 @@ class Distiller(nn.Module):
             ids: numbers of the samples. With them, what is drawn at random depends on seed, sample
                 and view alone, and stored labels can be read; else torch draws.
             views: which view of each sample this is; None: the first.
-            mixed_labels, lam: the labels mixed in, and the weight of ``labels`` against them.
+            mixed_labels: the labels mixed in, as timm's mixup does.
+            lam: the weight of ``labels`` against them.
             progress: the fraction of the training that is done, for schedules of weights.
         """
         batch = images

@@ -25,7 +25,7 @@ from vitdistill.recipes.yaml import dump_recipe, read_mapping
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "own_method"
 PROJECT = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
 ((NAME, TARGET),) = PROJECT["project"]["entry-points"]["vitdistill.methods"].items()

@@ -13,7 +13,7 @@ import pytest
 from vitdistill.cli import main
 from vitdistill.methods import METHODS, method_class
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 OUTDATED = "docs/methods.md is not what the code says: run `make docs`"
 
 
@@ -65,7 +65,7 @@ def test_tables_have_as_many_cells_in_every_row() -> None:
 
 
 def test_the_commands_of_the_page_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"```\n(.*?)```", PAGE, re.DOTALL)
+    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     commands = [line for line in block.replace("\\\n", "").splitlines() if not line.startswith("#")]
     assert len(commands) == 4
     for command in commands:
