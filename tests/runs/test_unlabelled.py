@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import ends_alike, losses, ranks, records, run, said, write_images
+from small_runs import ends_alike, losses, ranks, records, run, said
 
 from vitdistill.errors import ConfigError, DataError, MissingSplit, Set, UserError
 from vitdistill.recipes.config import Recipe
@@ -125,11 +125,10 @@ def test_the_labelled_folder_itself_leaves_none(both, images):
 
 
 def test_class_folders_of_unlabelled_images_are_not_read(tmp_path, both):
-    root = write_images(tmp_path / "other", train=5)
-    for path in (root / "train").rglob("*.png"):
-        path.rename(path.with_name(f"x{path.name}"))
-    with_labels, without, said_lines = opened(both(**{"data.unlabelled": str(root)}))
-    assert (with_labels, without) == (48, 15) and "classes are not read" in said_lines
+    for i, kind in enumerate(("ant", "bee", "cat")):
+        write_others(tmp_path / "train" / kind, 5 + i)
+    with_labels, without, said_lines = opened(both(**{"data.unlabelled": str(tmp_path)}))
+    assert (with_labels, without) == (48, 18) and "classes are not read" in said_lines
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the runs of a recipe will compute and cost, before any of them has run."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from ..data.sources.base import check_enough, typical_side
 from ..data.sources.joined import join
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
+from ..errors import MissingSplit
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, in_stage
 from ..runs.networks import Built, build_blank, plan_of
@@ -79,7 +81,10 @@ def _count_images(recipe: Recipe) -> tuple[int, int, int, str]:
         return IMAGENET_TRAIN_IMAGES, 1000, 0, ""
     source = open_source(recipe.data.dir, "train", val_split=recipe.data.val_split)
     if recipe.data.unlabelled is not None:
-        source = join(source, open_unlabelled(recipe, source), None)
+        val = None
+        with suppress(MissingSplit):
+            val = open_source(recipe.data.dir, "val", val_split=recipe.data.val_split)
+        source = join(source, open_unlabelled(recipe, source), val)
     check_enough(source, recipe.train.batch_size)
     order = order_of(source, recipe.data.augment, loading_of(recipe, ALONE))
     count = order.steps * recipe.train.batch_size

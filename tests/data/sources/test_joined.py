@@ -52,10 +52,11 @@ def test_copies_are_found_wherever_they_lie(
     shutil.copy(root / "train/class0/009.png", more / "006.png")  # whose name is another's
     train, val = open_source(place(root), "train"), open_source(place(root), "val")
     others = open_source(str(more), "train")
-    assert [others.key(i) for i in find_copies(others, train).tolist()] == ["003.png"]
+    found = [others.key(i) for i in find_copies(others, train).tolist()]
+    assert found == ["003.png", "006.png", "another name.png"]
     both = join(train, others, val)
-    assert len(both) == 12 + 3
-    assert any("2 of 5 images" in note and "left out" in note for note in both.notes)
+    assert len(both) == 12 + 1
+    assert any("4 of 5 images" in note and "left out" in note for note in both.notes)
     with pytest.raises(DataError, match="leaves none") as caught:
         join(train, train, val)
     assert caught.value.field == "data.unlabelled"
