@@ -13,6 +13,7 @@ from vitdistill import Distiller
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.labels import identity
 from vitdistill.labels.store import LabelStore
+from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.guidance import LocalityGuidance
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.nkd import NKD
@@ -111,9 +112,10 @@ def test_stored_answers_give_the_very_loss_of_live_ones(kd, store):
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_hidden_states_and_features_are_stored_where_the_plan_reads_them(kd, tmp_path):
+@pytest.mark.parametrize("others", [{}, {"ce": CrossEntropy()}], ids=["alone", "classifier"])
+def test_hidden_states_and_features_are_stored_where_the_plan_reads_them(kd, tmp_path, others):
     vitkd = {"vitkd": ViTKD(low_blocks=(0,), reduction="mean")}
-    recipe = replace(kd(), objectives=vitkd)
+    recipe = replace(kd(), objectives=vitkd | others)
     store = written(recipe, tmp_path / "labels", LabelOptions(hidden_dtype="float32"))
     assert [block for block, _, _ in store.layout.hidden] == [0]
     assert store.layout.features == (17, 24) and store.layout.logits is None

@@ -278,12 +278,11 @@ def build_networks(
     trained = trains_classifier(recipe.objectives, blank.network)
     torch.manual_seed(recipe.train.seed)
     student = build_student(recipe.student, num_classes if trained else 0)
-    state = torch.get_rng_state()
-    teachers, answers = _build_teachers(recipe, classes, student.spec, device, say)
+    # Building a network draws numbers; adapters begin alike, whether a teacher runs or is stored.
+    with torch.random.fork_rng(devices=[]):
+        teachers, answers = _build_teachers(recipe, classes, student.spec, device, say)
     if not trained:
         say("no objective trains a classifier: the network is built without one")
-        # Building teachers drew numbers; adapters begin alike, whatever the teachers are.
-        torch.set_rng_state(state)
         classes = ()
     elif not classes:
         count, classes = _common_classes(answers)
