@@ -234,13 +234,9 @@ def objective_row(name: str, cls: type[Objective]) -> list[str]:
     objectives, masking = beside(name, cls)
     found = labels_alone() if cls is CrossEntropy else pair.count(objectives, masking=masking)
     of_teacher = found.teachers.get("teacher", 0)
-    labels = ("labels",) if objective.reads_labels else ()
     added, adapter = found.activations - labels_alone().activations, found.adapters.get(name, 0)
     return [
         name_cell(name, objective.couples_images),
-        paper(cls),
-        reads(pair.student, objective.student_needs(pair.student), *labels),
-        reads(pair.teacher, objective.teacher_needs(pair.teacher)),
         percent(of_teacher, found.teachers_plain["teacher"]) if of_teacher else "none",
         amount(found.objectives[name], "FLOPs"),
         percent(found.step, plain_kd()),
@@ -252,26 +248,18 @@ def objective_row(name: str, cls: type[Objective]) -> list[str]:
 
 def selector_row(name: str, cls: type[TokenSelector]) -> list[str]:
     """Return the row of a selector, at each of `RATES`."""
-    pair, selector = the_pair(), cls()
     counts = [
-        pair.count({"ce": CrossEntropy(), "kd": SoftKD()}, cls(keep_rate=rate)) for rate in RATES
+        the_pair().count({"ce": CrossEntropy(), "kd": SoftKD()}, cls(keep_rate=rate))
+        for rate in RATES
     ]
-    guide = selector.teacher_needs(pair.teacher)
     return [
         name_cell(name),
-        paper(cls),
-        reads(
-            pair.student,
-            selector.student_needs(pair.student),
-            *(("random numbers",) if selector.reads_noise else ()),
-        ),
-        reads(pair.teacher, guide) + (", on the whole image" if guide else ""),
         " / ".join(
             percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts
         ),
         " / ".join(percent(found.step, plain_kd()) for found in counts),
         amount(counts[0].activations - labels_alone().activations, "B", "+"),
-        prose(selector.use_when),
+        prose(cls.use_when),
     ]
 
 
@@ -281,7 +269,6 @@ def masking_row(name: str, cls: type[Masking]) -> list[str]:
     counts = [the_pair().count(objectives, masking=cls(mask_rate=rate)) for rate in MASK_RATES]  # type: ignore[call-arg]
     return [
         name_cell(name),
-        paper(cls),
         " / ".join(percent(found.student, found.student_plain) for found in counts),
         " / ".join(
             percent(found.teachers["teacher"], found.teachers_plain["teacher"]) for found in counts
@@ -293,7 +280,8 @@ def masking_row(name: str, cls: type[Masking]) -> list[str]:
 
 def paragraph(name: str, cls: Method) -> str:
     """Write a method's description, formula, and the fields it does not share with others."""
-    lines = [f"### `{name}`", "", "\n\n".join(prose(part) for part in description(cls))]
+    lines = [f"### `{name}`", "", f"{paper(cls)}. {reading(cls)}".strip(), ""]
+    lines.append("\n\n".join(prose(part) for part in description(cls)))
     if issubclass(cls, Objective):
         lines += ["", f"Loss: `{cls.formula}`."]
         objectives, masking = beside(name, cls)
@@ -306,6 +294,22 @@ def paragraph(name: str, cls: Method) -> str:
         lines += ["", f"Of the pair above, `explain` says: {prose(note)}."] if note else []
     shared = {field.name for base in COMMON if issubclass(cls, base) for field in fields(base)}
     return "\n".join([*lines, "", *(field_list(cls, shared) or ["No fields of its own."])])
+
+
+def reading(cls: Method) -> str:
+    """Say what a method reads of student and teacher; nothing of a masking, which reads neither."""
+    if issubclass(cls, Masking):
+        return ""
+    pair, method, more = the_pair(), cls(), []
+    if isinstance(method, Objective) and method.reads_labels:
+        more = ["labels"]
+    if isinstance(method, TokenSelector) and method.reads_noise:
+        more = ["random numbers"]
+    ours = reads(pair.student, method.student_needs(pair.student), *more)
+    needs = method.teacher_needs(pair.teacher)
+    whole = ", on the whole image" if needs and isinstance(method, TokenSelector) else ""
+    its = reads(pair.teacher, needs)
+    return f"It reads, of the student: {ours}; of the teacher: {its}{whole}."
 
 
 def description(cls: type) -> list[str]:
@@ -348,8 +352,6 @@ def meaning(cls: type, name: str) -> str:
 
 
 # --- the page ------------------------------------------------------------------------------------
-
-HEAD = ("method", "paper", "reads of the student", "reads of the teacher")
 
 
 def groups() -> tuple[list[str], list[str], list[str], list[str], list[str]]:
@@ -397,21 +399,21 @@ def introduction() -> str:
 
 def loss_table(heading: str, names: list[str]) -> str:
     """Write a section of objectives."""
-    head = [*HEAD, "teacher", "own part", "step", "memory an image", "use it"]
+    head = ["method", "teacher", "own part", "step", "memory an image", "use it"]
     return f"## {heading}\n\n{table([head, *(objective_row(name, cast(type[Objective], method_class(name))) for name in names)])}\n"
 
 
 def selector_table(heading: str, names: list[str]) -> str:
     """Write the section of selectors."""
     rates = " / ".join(percent(round(rate * 100), 100) for rate in RATES)
-    head = [*HEAD, f"teacher at {rates}", f"step at {rates}", "memory an image", "use it"]
+    head = ["method", f"teacher at {rates}", f"step at {rates}", "memory an image", "use it"]
     return f"## {heading}\n\n{table([head, *(selector_row(name, cast(type[TokenSelector], method_class(name))) for name in names)])}\n"
 
 
 def masking_table(heading: str, names: list[str]) -> str:
     """Write the section of maskings."""
     rates = " / ".join(percent(round(rate * 100), 100) for rate in MASK_RATES)
-    head = ["method", "paper", f"student at {rates} masked", "teacher", "step", "use it"]
+    head = ["method", f"student at {rates} masked", "teacher", "step", "use it"]
     return f"## {heading}\n\n{table([head, *(masking_row(name, cast(type[Masking], method_class(name))) for name in names)])}\n"
 
 
