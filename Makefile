@@ -2,6 +2,7 @@
 # make check  sets up, then what a change has to pass while you work on it: under two minutes
 # make test   sets up, then everything a change has to pass, with shapes checked at every call
 # make docs   writes docs/methods.md from the table of methods and builds the site, build/site/index.html
+# make dist   builds the wheel, and runs the demo from it in an empty environment
 # Set-up builds .venv with the exact versions and hashes of requirements/constraints.txt; it needs the network once.
 # Variables: PYTHON=python3.12 (which interpreter), WORKERS=2 (test processes).
 
@@ -10,7 +11,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo check units test docs lint lock clean
+.PHONY: setup demo check units test docs dist lint lock clean
 
 setup: $(READY)
 
@@ -35,6 +36,9 @@ docs: .venv/.docs
 .venv/.docs: requirements/docs.txt $(READY)
 	@PYTHON='$(PYTHON)' requirements/setup.sh docs
 	@touch $@
+
+dist: setup
+	requirements/dist.sh
 
 lint: setup
 	$(BIN)/ruff check

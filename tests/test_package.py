@@ -1,12 +1,16 @@
 """The package as it is installed: extras only where they are used, pinned versions with digests."""
 
+import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 import vitdistill
 
@@ -54,6 +58,58 @@ def test_pinned_versions_have_digests_and_no_addresses() -> None:
         first = entry.partition("\n")[0]
         assert re.match(r"[a-z0-9.-]+==\S+", entry) and "+cpu" not in first, first
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), first
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built from a copy: setuptools writes beside what it builds."""
+    place = tmp_path_factory.mktemp("copy")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place)
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "vitdistill", place / "vitdistill", ignore=ignored)
+    code = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    (place / "dist").mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, check=True)
+    return zipfile.ZipFile(next((place / "dist").glob("*.whl")))
+
+
+@pytest.mark.whole
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    files = (path for path in (ROOT / "vitdistill").rglob("*") if path.is_file())
+    assert names == {str(p.relative_to(ROOT)) for p in files if "__pycache__" not in p.parts}
+    assert {"vitdistill/py.typed", "vitdistill/report/style.css"} <= names
+    about = {name.partition("/")[2]: wheel.read(name).decode() for name in wheel.namelist()}
+    assert about["licenses/LICENSE"] == (ROOT / "LICENSE").read_text()
+    assert "vitdistill = vitdistill.cli:main" in about["entry_points.txt"]
+
+
+@pytest.mark.whole
+def test_the_wheel_describes_itself(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    found = Metadata.from_email(wheel.read(name), validate=True)
+    assert (found.name, str(found.version)) == ("vitdistill", vitdistill.__version__)
+    assert found.license_expression == "Apache-2.0" and found.license_files == ["LICENSE"]
+    assert found.description == (ROOT / "README.md").read_text()
+    assert found.description_content_type == "text/markdown"
+    needed = {need.name for need in found.requires_dist or () if need.marker is None}
+    assert needed == {*imported_packages()}, "what is imported is asked for"
+
+
+def imported_packages() -> set[str]:
+    """The packages that modules import when they are imported, by their names in the index."""
+    found = set()
+    for path in (ROOT / "vitdistill").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.partition(".")[0])
+    found -= {*sys.stdlib_module_names, "vitdistill"}
+    names = {"PIL": "pillow", "ruamel": "ruamel.yaml"}
+    # The first is timm's own need, the second Jinja2's.
+    return {names.get(name, name) for name in found} - {"huggingface_hub", "markupsafe"}
 
 
 @pytest.mark.whole

@@ -173,4 +173,7 @@ def test_the_first_word_comes_before_torch_beside_the_results(words: list[str]) 
         f"from vitdistill.cli import main; main({words!r})"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (found.stdout, found.stderr) == ("", f"vitdistill {words[0]}: starting\n")
+    assert (found.stdout, found.stderr) == (
+        "",
+        f"vitdistill {words[0]}: loading PyTorch and timm\n",
+    )

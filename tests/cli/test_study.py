@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_runs import Child, result, until
 
 from tests.cli.home import CONFIG, NETWORK, run, tree, write_images
+from vitdistill.report.document import Table
 from vitdistill.report.files import find_runs
+from vitdistill.report.page import make_report
 
 pytestmark = pytest.mark.whole
 
@@ -27,11 +30,14 @@ set:
   student.model_args: {NETWORK}
 shared:
   teacher: {{recipe: small_images_alone}}
+  labels: {{label: small_images_kd, options: {{part_size: 20}}}}
 rows:
   kd: {{recipe: small_images_kd}}
   masked: {{recipe: small_images_maskedkd, set: {{selector.keep_rate: 0.5}}}}
+  stored: {{recipe: small_images_kd, set: {{teachers.teacher.labels: "stage:labels"}}}}
 """
-RUNS = ("teacher", *(f"{row}/seed-{s}" for s in (0, 1) for row in ("alone", "kd", "masked")))
+ROWS = ("alone", "kd", "masked", "stored")
+RUNS = ("teacher", *(f"{row}/seed-{s}" for s in (0, 1) for row in ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,40 @@ def test_a_study_that_is_killed_five_times_comes_to_the_same(here: Path) -> None
     assert [str(p.relative_to("broken")) for p in find_runs(["broken"])] == sorted(RUNS)
     for name in RUNS:
         assert result(Path("broken") / name) == result(Path("whole") / name), name
+    assert told("broken") == told("whole")
+
+
+def told(folder: str) -> dict[str, list[object]]:
+    """Return what a report says but for times and places."""
+    found: dict[str, list[object]] = {}
+    for title, blocks in make_report([folder]).sections:
+        for block in blocks if title != "Where they ran" else ():
+            if isinstance(block, Table):
+                out = {"time", "images/s", "predictions/s"}
+                kept = [i for i, head in enumerate(block.head) if head not in out]
+                block = replace(block, rows=[[row[i] for i in kept] for row in block.rows])
+            found.setdefault(title, []).append(block)
+    return found
+
+
+def test_two_processes_share_a_study(here: Path) -> None:
+    child = Child(lambda: run("study s.yaml --output shared --device cpu"))
+    assert run("study s.yaml --output shared --device cpu") == 0
+    assert child.wait() == 0
+    for name in RUNS:
+        assert result(Path("shared") / name) == result(Path("whole") / name), name
+
+
+def test_a_row_may_have_stages(here: Path) -> None:
+    sets = f"--data-dir photos --seeds 0 --device cpu --set pretrain.student.model_args={NETWORK!r}"
+    for field in ("train.epochs=2", "train.batch_size=12", "optim.warmup_epochs=0"):
+        sets += f" --set {field}"
+    assert run(f"study small_images_mae_finetuned --output two {sets}") == 0
+    folders = [path.name for path in find_runs(["two"])]
+    assert len(folders) == 2 and sorted(folders)[0].endswith("-finetune")
+    before = tree(Path("two"))
+    assert run(f"study small_images_mae_finetuned --output two {sets}") == 0
+    assert tree(Path("two")) == before
 
 
 def test_a_study_ends_with_a_report_and_takes_more_seeds(
@@ -77,7 +117,7 @@ def test_a_study_ends_with_a_report_and_takes_more_seeds(
     assert run("study s.yaml --output whole --device cpu --seeds 0 1 2") == 0
     assert "left for all" in capsys.readouterr().out
     assert (
-        len(find_runs(["whole"])) == 10
+        len(find_runs(["whole"])) == 13
         and "over 3 pairs of runs" in Path("whole/report.html").read_text()
     )
     assert {name: result(Path("whole") / name) for name in RUNS} == old
@@ -89,9 +129,8 @@ def test_before_it_runs_it_tells_the_cost_and_what_is_wrong(
     before = tree(here)
     assert run("study s.yaml --output new --device cpu --dry-run") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[:2] for line in lines[2:7]] == [
-        *(["teacher", "1"], ["alone", "2"], ["kd", "2"], ["masked", "2"], ["together", "7"])
-    ]
+    counts = {line[0]: int(line[1]) for line in lines[2:9]}
+    assert counts == {"teacher": 1, "labels": 1, **dict.fromkeys(ROWS, 2), "together": 10}
     for words in (
         "s.yaml --output photos",
         "s.yaml --output whole --set optim.lr=0.5",

@@ -11,6 +11,7 @@ from PIL import Image
 from vitdistill.data.augment import InputSpec
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
+from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.recipes.config import DataConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.storage.atomic import sha256_file
@@ -98,3 +99,49 @@ def make_run(
         }
         (folder / "answers.json").write_text(json.dumps(answers))
     return folder
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</style><script>alert(2)</script>",
+    '"><img src=x onerror=alert(3)>',
+    "' onmouseover='alert(4)",
+    "<svg onload=alert(5)>",
+    "</title><h1>own</h1>",
+    "<!-- ",
+    "--> <b>",
+    "&lt;b&gt; &amp; &#60;",
+    "javascript:alert(6)",
+    "[a](javascript:alert(7))",
+    "![a](https://example.org/a.png)",
+    "| a | b |",
+    "`code` **bold** _it_ ~~no~~ #1 @someone",
+    "https://example.org www.example.org",
+    "{{ 7 * 7 }} ${7 * 7} %s {0}",
+    "<base href=https://example.org>",
+    "<meta http-equiv=refresh content=0>",
+    "]]> <![CDATA[",
+    "\u5b57 \u0645\u0631\u062d\u0628\u0627 \U0001f600 \\",
+    "x" * 300,
+)
+LARGER = StudentConfig(model="vit_tiny_patch16_224", model_args={**VIT, "embed_dim": 16})
+
+
+def make_hostile_runs(root: Path) -> None:
+    """Four recipes, one of which has only begun; every name in them is hostile."""
+    names = [name.replace("/", "\u2215") for name in HOSTILE]
+    teacher = make_run(
+        root / names[0], alone(names[0], description=HOSTILE[1], student=LARGER), 0.9
+    )
+    for seed in (0, 1, 2):
+        make_run(root / f"alone{seed}", alone(f"{names[2]}{seed}", seed), 0.5 + seed / 90)
+        make_run(
+            root / f"{names[3]}{seed}",
+            taught(names[4], seed, description=HOSTILE[5], selector=MaskedKD(keep_rate=0.5)),
+            0.7 + seed / 100,
+            learnt_from=teacher,
+            right=28,
+            classes=(HOSTILE[6], HOSTILE[7]),
+            environment={HOSTILE[8]: HOSTILE[9], "command": list(HOSTILE[10:])},
+        )
+    make_run(root / "begun", taught(names[10], teacher=HOSTILE[11]))

@@ -7,39 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.made import VIT, alone, make_run, taught
-from vitdistill.methods.maskedkd import MaskedKD
-from vitdistill.recipes.config import StudentConfig
-from vitdistill.report.charts import NUM_COLOURS, draw_chart
-from vitdistill.report.document import Chart, Document, Section, Series, Table, Verdicts
-from vitdistill.report.html import write_html
-from vitdistill.report.markdown import write_markdown
+from tests.report.made import HOSTILE, make_hostile_runs, make_run, taught
+from vitdistill.report.document import Chart, Charts, Document, Series, Table, Verdicts
 from vitdistill.report.page import make_report
+from vitdistill.report.write import NUM_COLOURS, write_html, write_markdown
 
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</style><script>alert(2)</script>",
-    '"><img src=x onerror=alert(3)>',
-    "' onmouseover='alert(4)",
-    "<svg onload=alert(5)>",
-    "</title><h1>own</h1>",
-    "<!-- ",
-    "--> <b>",
-    "&lt;b&gt; &amp; &#60;",
-    "javascript:alert(6)",
-    "[a](javascript:alert(7))",
-    "![a](https://example.org/a.png)",
-    "| a | b |",
-    "`code` **bold** _it_ ~~no~~ #1 @someone",
-    "https://example.org www.example.org",
-    "{{ 7 * 7 }} ${7 * 7} %s {0}",
-    "<base href=https://example.org>",
-    "<meta http-equiv=refresh content=0>",
-    "]]> <![CDATA[",
-    "\u5b57 \u0645\u0631\u062d\u0628\u0627 \U0001f600 \\",
-    "x" * 300,
-)
-LARGER = StudentConfig(model="vit_tiny_patch16_224", model_args={**VIT, "embed_dim": 16})
 VOID = {"meta", "img"}
 
 
@@ -77,24 +49,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four recipes, one of which has only begun; every name in them is hostile."""
     root = tmp_path_factory.mktemp("home")
-    names = [name.replace("/", "\u2215") for name in HOSTILE]
-    teacher = make_run(
-        root / "runs" / names[0], alone(names[0], description=HOSTILE[1], student=LARGER), 0.9
-    )
-    for seed in (0, 1, 2):
-        make_run(root / "runs" / f"alone{seed}", alone(f"{names[2]}{seed}", seed), 0.5 + seed / 90)
-        make_run(
-            root / "runs" / f"{names[3]}{seed}",
-            taught(names[4], seed, description=HOSTILE[5], selector=MaskedKD(keep_rate=0.5)),
-            0.7 + seed / 100,
-            learnt_from=teacher,
-            right=28,
-            classes=(HOSTILE[6], HOSTILE[7]),
-            environment={HOSTILE[8]: HOSTILE[9], "command": list(HOSTILE[10:])},
-        )
-    make_run(root / "runs" / "begun", taught(names[10], teacher=HOSTILE[11]))
+    make_hostile_runs(root / "runs")
     return root
 
 
@@ -111,9 +67,9 @@ def page(text: str) -> Page:
 def test_the_page_needs_nothing_but_itself(text: str, page: Page) -> None:
     known = "html head meta title style body header h1 p nav ul li a main section h2 h3 div table"
     known += (
-        " caption thead tbody tr th td figure figcaption img svg g path polyline polygon circle"
+        " caption thead tbody tr th td figure figcaption img svg g path polyline text span strong"
     )
-    known += " text span strong bdi"
+    known += " bdi"
     assert {name for name, _ in page.elements} <= set(known.split()) and not page.comments
     attributes = {name for _, given in page.elements for name in given}
     assert not {name for name in attributes if name.startswith("on") or name == "style"}
@@ -164,7 +120,7 @@ def test_what_is_not_known_is_left_empty(tmp_path: Path) -> None:
     for name in ("identity.json",):
         (tmp_path / "old" / name).unlink()
     document = make_report([tmp_path / "old"])
-    sections = {section.title: section.blocks for section in document.sections}
+    sections = dict(document.sections)
     (scores, *_) = sections["What each recipe came to"]
     assert isinstance(scores, Table)
     assert list(scores.head) == ["recipe", "runs"]
@@ -174,23 +130,57 @@ def test_what_is_not_known_is_left_empty(tmp_path: Path) -> None:
     Page(write_html(document))
 
 
+def draw(*series: Series, log: bool = False) -> str:
+    chart = Chart("t", "alt", "x", "y", series, log=log)
+    return write_html(Document("t", "a", [("one", [Charts([chart])])]))
+
+
 def test_a_chart_places_every_point_inside_itself() -> None:
     points = [(10.0**i, 50 + i) for i in range(1, 9)]
     for log in (False, True):
-        series = [Series(f"s{i}", i, [p]) for i, p in enumerate(points)]
-        drawn = draw_chart(Chart("t", "alt", "x", "y", series, lines=False, log=log))
-        circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
-        assert circles and all(52 <= float(x) <= 446 and 12 <= float(y) <= 254 for x, y in circles)
+        drawn = draw(*(Series(f"s{i}", i, [], p) for i, p in enumerate(points)), log=log)
+        marks = re.findall(r'class="mark[^"]*" transform="translate\(([\d.]+) ([\d.]+)\)', drawn)
+        placed = [(float(x), float(y)) for x, y in marks][-len(points) :]
+        assert all(52 <= x <= 446 and 12 <= y <= 254 for x, y in placed)
+        assert len({*placed}) == len(points)
+        assert all(a[0] <= b[0] and a[1] > b[1] for a, b in pairwise(placed)), "more is higher"
     for same in ([(1.0, 2.0), (2.0, 2.0)], [(1.0, 0.0), (2.0, 0.0)]):
-        draw_chart(Chart("t", "alt", "x", "y", [Series("s", 0, same)]))
+        Page(draw(Series("s", 0, same)))
 
 
-def test_series_beyond_the_colours_are_told_apart_by_shape() -> None:
-    series = [Series(str(i), i, [(0.0, 0.0), (1.0, float(i))]) for i in range(2 * NUM_COLOURS)]
-    drawn = draw_chart(Chart("t", "alt", "x", "y", series))
+def test_series_beyond_the_colours_are_told_apart_by_their_dashes() -> None:
+    drawn = draw(*(Series(str(i), i, [(0.0, 0.0), (1.0, i)]) for i in range(2 * NUM_COLOURS)))
     assert len(set(re.findall(r'class="line ([^"]+)"', drawn))) > NUM_COLOURS
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_from_what_they_are_on(text: str, scheme: str) -> None:
+    """WCAG 2.2: 4.5 for text (1.4.3), 3 for lines and marks (1.4.11). Paper is light."""
+    palettes = dict(zip(("light", "dark"), re.findall(r":root \{(.*?)\}", text, re.S), strict=True))
+    found = palettes[scheme]
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", found))
+    assert {*colours} == {
+        *("ink", "soft", "paper", "rule", "shade", "link", "good", "bad", "open"),
+        *(f"c{i}" for i in range(NUM_COLOURS)),
+    }
+    for name in ("ink", "soft", "link", "good", "bad", "open"):
+        for ground in ("paper", "shade"):
+            assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+    for i in range(NUM_COLOURS):
+        assert contrast(colours[f"c{i}"], colours["paper"]) >= 3, i
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * d for d in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
 def test_an_empty_section_is_no_section() -> None:
-    text = write_html(Document("t", "a", [Section("one", [["words"]])]))
+    text = write_html(Document("t", "a", [("one", [["words"]])]))
     assert [g["href"] for g in Page(text).all("a")] == ["#part-1"]

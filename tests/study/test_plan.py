@@ -12,11 +12,20 @@ from hypothesis import strategies as st
 from vitdistill.errors import ConfigError
 from vitdistill.methods.base import TeacherObjective
 from vitdistill.recipes import RECIPES
+from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import to_dict
 from vitdistill.recipes.named import named_recipe
 from vitdistill.recipes.stages import Stages, sources
 from vitdistill.recipes.yaml import dump_yaml
-from vitdistill.study.plan import Row, Study, jobs_of, load_study, together, without_teachers
+from vitdistill.study.plan import (
+    Row,
+    Study,
+    jobs_of,
+    load_study,
+    resolve,
+    together,
+    without_teachers,
+)
 
 PLAIN = [name for name in RECIPES if not isinstance(named_recipe(name), Stages)]
 
@@ -40,8 +49,46 @@ def test_rows_by_seeds_after_what_they_share_and_beside_the_student_alone() -> N
         taught = {"teachers.teacher.model": "teacher"} if job.row != "alone" else {}
         assert sources(job.recipe) == taught
         assert isinstance(together(jobs, job), Stages) == bool(taught)
-    done = jobs[2].resolved(Path("out")).teachers["teacher"].model
-    assert done == "out/teacher"
+    done = resolve(jobs, jobs[2], Path("out"))
+    assert isinstance(done, Recipe) and done.teachers["teacher"].model == "out/teacher"
+
+
+def test_labels_are_written_once_and_read_by_every_seed_in_their_views() -> None:
+    labels = Row(label="kd", set={"data.seed": 7})
+    shared = {**study().shared, "answers": labels}
+    stored = Row(recipe="kd", set={"teachers.teacher.labels": "stage:answers"})
+    jobs = jobs_of(study(shared=shared, rows={"stored": stored, "live": Row(recipe="maskedkd")}))
+    assert [job.folder for job in jobs[:3]] == ["teacher", "answers", "alone/seed-3"]
+    assert jobs[1].label is not None and jobs[1].needs == {"teacher"}
+    for job in jobs[2:]:
+        assert job.recipe.data_seed == 7, "so that seeds pair"
+        needed = {"alone": set(), "stored": {"answers"}, "live": {"teacher"}}
+        assert job.needs == needed[job.row]
+    reading = next(job for job in jobs if job.row == "stored")
+    done = resolve(jobs, reading, Path("out"))
+    assert isinstance(done, Recipe)
+    assert done.teachers["teacher"].labels == "out/answers/teacher"
+    assert not done.teachers["teacher"].model
+    ahead = together(jobs, reading)
+    assert isinstance(ahead, Stages) and [*ahead.stages] == ["teacher", "stored"]
+    assert ahead.stages["stored"].teachers["teacher"].model == "stage:teacher"
+
+
+def test_a_row_with_stages_has_a_seed_in_each_and_names_what_is_shared() -> None:
+    row = Row(recipe="small_images_dmae", set={"train.epochs": 30, "finetune.optim.lr": 0.5})
+    jobs = jobs_of(study(rows={"two": row}, seeds=(3,), alone=True))
+    (_, job) = jobs
+    assert job.needs == {"teacher"}
+    first, last = job.parts.values()
+    assert {r.train.seed for r in (first, last)} == {3}
+    assert {r.train.epochs for r in (first, last)} == {30}
+    assert last.optim.lr == 0.5 != first.optim.lr and first.name != last.name
+    ahead = together(jobs, job)
+    assert isinstance(ahead, Stages) and [*ahead.stages] == ["teacher", *job.parts]
+    done = resolve(jobs, job, Path("out"))
+    assert isinstance(done, Stages)
+    assert done.stages[next(iter(job.parts))].teachers["teacher"].model == "out/teacher"
+    assert sources(done.last) == sources(last), "its own stages are for it to resolve"
 
 
 @given(st.lists(st.sampled_from([1.0, 2.0, 4.0]), min_size=1, unique=True))
@@ -97,15 +144,22 @@ def test_a_file_is_read_back_and_unknown_fields_are_refused(tmp_path: Path) -> N
         "{rows: {kd: {recipe: kd}}, grid: {optim.lr: []}}",
         "{rows: {alone: {recipe: kd}}}",
         "{rows: {kd: {recipe: kd}}, shared: {kd: {recipe: alone}}}",
+        "rows: {kd: {}}",
+        "rows: {kd: {recipe: kd, label: kd}}",
+        "rows: {kd: {recipe: kd, options: {k: 5}}}",
+        "rows: {kd: {label: kd}}",
     ):
         file.write_text(text)
         with pytest.raises(ConfigError):
             load_study(file)
     for row in (
         Row(recipe="nothing"),
-        Row(recipe="mae_base"),
         Row(recipe="kd", set={"optim.rate": 1}),
         Row(recipe="kd", set={"teachers.teacher.model": "stage:other"}),
+        Row(recipe="kd", set={"teachers.teacher.labels": "stage:teacher"}),
     ):
         with pytest.raises(ConfigError):
             jobs_of(study(rows={"kd": row}))
+    for shared in ({"two": Row(recipe="mae_base")}, {"finetune": Row(recipe="alone")}):
+        with pytest.raises(ConfigError, match=r"has stages|name of what is shared"):
+            jobs_of(study(shared=shared, rows={"other": Row(recipe="mae_base")}))

@@ -119,7 +119,7 @@ def _run(name: str, words: Sequence[str], prog: str) -> int:
     refuse_early(arguments)
     if "torch" not in sys.modules and name != "recipes" and os.environ.get("RANK", "0") == "0":
         # Importing torch and timm takes seconds. Results alone go to the standard output.
-        print(f"{prog}: starting", file=sys.stderr, flush=True)
+        print(f"{prog}: loading PyTorch and timm", file=sys.stderr, flush=True)
     module, _, function = place.partition(":")
     run: Callable[[Any], int] = getattr(import_module(f".{module}", __package__), function)
     return run(arguments)

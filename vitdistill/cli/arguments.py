@@ -261,7 +261,8 @@ class StudyArguments:
     """several recipes, or settings of one, with several seeds each, and the report on them
 
     The student without a teacher is among them, and what they share is done once. The same command
-    goes on where it was stopped; more rows and seeds may be added.
+    goes on where it was stopped; more rows and seeds may be added. Started several times, once a
+    GPU, it does several runs at a time.
     """
 
     study: str = option(MISSING, "a study's YAML file, or the name of a recipe", "FILE")

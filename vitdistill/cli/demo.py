@@ -48,12 +48,13 @@ def run(args: DemoArguments) -> int:
         ask(output / name, ALONE.device, lambda text: None)
     write_report([output / name for name in recipes], output / "report.html")
     say(
-        f"Top-1 is on {NUM_VALIDATION} images: differences under about 2 points are noise. Times"
-        " include start-up and evaluation.\n"
-        f"A student for timm: timm.create_model({f'local-dir:{output}/maskedkd_50/last'!r},"
+        f"Top-1 is on {NUM_VALIDATION} images: differences under about 2 points are noise.\n"
+        "Times include start-up and evaluation.\n"
+        f"A student for timm:\n  timm.create_model({f'local-dir:{output}/maskedkd_50/last'!r},"
         " pretrained=True)\n"
-        "Your own: vitdistill train maskedkd --data-dir PHOTOS --model deit_tiny_patch16_224"
-        " --teacher-model TEACHER --teacher-path WEIGHTS"
+        "Your own:\n"
+        "  vitdistill train maskedkd --data-dir PHOTOS --model deit_tiny_patch16_224 \\\n"
+        "    --teacher-model TEACHER --teacher-path WEIGHTS"
     )
     return 0
 

@@ -13,6 +13,7 @@ from ..messages import format_count, format_table, plural
 from ..recipes.config import TeacherConfig
 from ..runs.display import Display
 from ..runs.evaluate import Evaluation, evaluate_model, images_of
+from ..runs.identity import resolve_run
 from ..world import join_world
 from .arguments import EvalArguments
 from .console import say
@@ -48,7 +49,7 @@ def _job(args: EvalArguments, name: str) -> Evaluation:
     if args.model_path and len(args.models) > 1:
         raise ConfigError("--model-path is of one model, and several are given", field="models")
     model = TeacherConfig(
-        model=name,
+        model=resolve_run(name),
         checkpoint=args.model_path,
         pretrained=args.pretrained,
         image_size=args.img_size,
@@ -69,7 +70,7 @@ def _print(results: Sequence[dict[str, Any]], images: str) -> None:
     models, tables = [r["model"] for r in results], [dict(_rows(result)) for result in results]
     names = dict.fromkeys(name for table in tables for name in table)
     rows = [(name, *(table.get(name, "") for table in tables)) for name in names]
-    say("\n".join(format_table([(images, *models), *rows])))
+    say("\n".join([f"{images}:", *format_table([("", *models), *rows])]))
     for note in results[0].get("notes", ()):
         say(note)
     for result in results:
@@ -82,7 +83,8 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     found = {**result, "num_samples": f"{result['num_samples']:,.0f}"}
     if "pool" in result:
         pool = {"class": "class token", "mean": "mean of the patches"}[result["pool"]]
-        found["features"] = f"{pool}, {plural(result['num_train_samples'], 'training image')}"
+        found["features"] = pool
+        found["of_bank"] = f"features, of {plural(result['num_train_samples'], 'training image')}"
     lines = [
         ("num_samples", "images", "{num_samples}"),
         ("top1", "top-1", "{top1:.2%}"),
@@ -90,7 +92,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("top5", "top-5", "{top5:.2%}"),
         ("nll", "negative log-likelihood", "{nll:.4f} nats"),
         ("ece", "calibration error (ECE, 15 bins)", "{ece:.2%}"),
-        ("features", "features", "{features}"),
+        ("features", "{of_bank}", "{features}"),
         ("knn_top1", f"k-NN top-1 (k {{knn_k}}, T {TEMPERATURE})", "{knn_top1:.2%}"),
         ("knn_top5", "k-NN top-5", "{knn_top5:.2%}"),
         ("linear_top1", "linear probe top-1", "{linear_top1:.2%} (L2 {linear_l2:g})"),
@@ -100,11 +102,9 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     shown = [(name, text) for key, name, text in lines if key in found]
     rows = [(name.format_map(found), text.format_map(found)) for name, text in shown]
     threads = f", {plural(result['threads'], 'thread')}" if result["device"] == "cpu" else ""
-    speed = f"{result['images_per_second']:,.0f} images/s ({result['device']}{threads})"
-    flops = f"{format_count(result['flops'])} an image" if result["flops"] else "not counted"
     return [
         *rows,
         ("parameters", format_count(result["num_parameters"], "").strip()),
-        ("forward pass", flops),
-        ("speed, without loading", speed),
+        ("an image", format_count(result["flops"]) if result["flops"] else "not counted"),
+        (f"images/s ({result['device']}{threads})", f"{result['images_per_second']:,.0f}"),
     ]

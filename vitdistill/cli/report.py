@@ -6,9 +6,8 @@ from pathlib import Path
 from ..errors import UserError
 from ..report.answers import ask
 from ..report.files import find_runs
-from ..report.html import write_html
-from ..report.markdown import write_markdown
 from ..report.page import make_report
+from ..report.write import write_html, write_markdown
 from ..storage.atomic import write_atomic
 from ..world import choose_device
 from .arguments import ReportArguments

@@ -1,5 +1,6 @@
 """``vitdistill study``."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,11 @@ def run(args: StudyArguments) -> int:
     console = Console()
     quiet = Console(file=console.file, quiet=not console.is_terminal)
     run_study(study, output, say, device=args.device, console=quiet)
-    for job in Work(study, output).jobs:
-        ask(output / job.folder, choose_device(args.device), lambda text: None)
-    write_report([output], output / "report.html")
+    if os.environ.get("RANK", "0") == "0":
+        work = Work(study, output)
+        for folder in (folder for job in work.jobs for folder in work.runs(job)):
+            ask(folder, choose_device(args.device), lambda text: None)
+        write_report([output], output / "report.html")
     return 0
 
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +87,7 @@ def open_validation(recipe: Recipe) -> ImageSource | None:
     return check_images(source, data.skip_damaged, data.workers) if source.classes else None
 
 
+@torch.no_grad()
 def ask(run: Path, device: torch.device, say: Callable[[str], None]) -> None:
     """Have a run's last student, and its teachers that are there, answer to its validation images.
 
@@ -105,28 +105,38 @@ def ask(run: Path, device: torch.device, say: Callable[[str], None]) -> None:
     if source is None:
         return
     say(f"asking {run}")
-    world = World(
-        0, 1, device
-    )  # answers are kept in the images' order, so one process has them all
-    student, teachers = _build(recipe, built, source, world, say)
+    # Answers are kept in the images' order, so one process has them all.
+    world, size = World(0, 1, device), recipe.train.eval_batch_size
+    networks = _build(recipe, built, source, device, say)
     loader = EvalLoader(
-        source,
-        student.spec,
-        batch_size=recipe.train.eval_batch_size,
-        workers=recipe.data.workers,
-        world=world,
+        source, built.spec, batch_size=size, workers=recipe.data.workers, world=world
     )
-    said, scores = _answers(recipe, student, teachers, loader, world)
-    found = {
+    amp_dtype, needs = amp_dtype_of(recipe.train.amp_dtype, device), Needs(logits=True)
+    said = {name: np.zeros(len(source), np.int64) for name in networks}
+    sums = {name: Metrics(device) for name in networks}
+    for batch in loader:
+        with world.autocast(amp_dtype):
+            found = {name: run(batch.images, needs).logits for name, run in networks.items()}
+        logits = {name: values.float() for name, values in found.items() if values is not None}
+        for name, values in logits.items():
+            said[name][batch.ids.numpy(force=True)] = values.argmax(1).numpy(force=True)
+            sums[name].update(logits[""], batch.labels, values if name else None)
+    scores = sums.pop("").compute()
+    for name, both in sums.items():
+        of_both = both.compute()
+        scores |= {f"{key}.{name}": of_both[key] for key in ("agreement", "kl")}
+        scores[f"teacher.{name}"] = float(np.mean(said[name] == source.labels))
+    scores["images_per_second"] = measure_speed(networks[""], min(size, 64), world, amp_dtype)
+    kept = {
         "weights": sha256_file(weights),
         "images": source.fingerprint(),
         "classes": source.classes,
         "labels": source.labels.tolist(),
-        "student": said.pop(""),
-        "teachers": said,
+        "student": said.pop("").tolist(),
+        "teachers": {name: answers.tolist() for name, answers in said.items()},
         "scores": scores,
     }
-    write_atomic(run / ANSWERS, json.dumps(found).encode())
+    write_atomic(run / ANSWERS, json.dumps(kept).encode())
 
 
 def teachers_of(recipe: Recipe) -> dict[str, TeacherConfig]:
@@ -140,53 +150,21 @@ def teachers_of(recipe: Recipe) -> dict[str, TeacherConfig]:
 
 
 def _build(
-    recipe: Recipe, built: Built, source: ImageSource, world: World, say: Callable[[str], None]
-) -> tuple[Teacher, dict[str, Teacher]]:
-    """Return the student, and the teachers with a classifier that are there, in its classes."""
-    place = source.classes, built.spec, world.device
-    config = TeacherConfig(model="student")
-    student, _ = build_teacher(config, "student", *place, built=built)
-    teachers = {}
+    recipe: Recipe,
+    built: Built,
+    source: ImageSource,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> dict[str, Teacher]:
+    """Return the student as "", and the teachers with a classifier that are there."""
+    place = source.classes, built.spec, device
+    student, _ = build_teacher(TeacherConfig(model="student"), "student", *place, built=built)
+    networks = {"": student}
     for name, config in teachers_of(recipe).items():
         try:
-            network = build_teacher_model(config, name)
-            if network.network.num_classes:
-                teachers[name], _ = build_teacher(config, name, *place, built=network)
+            teacher = build_teacher_model(config, name)
+            if teacher.network.num_classes:
+                networks[name], _ = build_teacher(config, name, *place, built=teacher)
         except UserError as error:
             say(f"{name} cannot be asked: {error}")
-    return student, teachers
-
-
-@torch.no_grad()
-def _answers(
-    recipe: Recipe,
-    student: Teacher,
-    teachers: dict[str, Teacher],
-    loader: EvalLoader,
-    world: World,
-) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """Return everybody's answers in the images' order, the student's as "", and the scores."""
-    amp_dtype, needs = amp_dtype_of(recipe.train.amp_dtype, world.device), Needs(logits=True)
-    answers = {name: [0] * len(loader.source) for name in ("", *teachers)}
-    sums = {name: Metrics(world.device) for name in ("", *teachers)}
-    own = {name: Metrics(world.device) for name in teachers}
-    for batch in loader:
-        with world.autocast(amp_dtype):
-            networks = {"": student, **teachers}
-            logits = {name: run(batch.images, needs).logits for name, run in networks.items()}
-        for name, values in logits.items():
-            of_student = logits[""]
-            assert values is not None and of_student is not None
-            for i, answer in zip(batch.ids.tolist(), values.argmax(1).tolist(), strict=True):
-                answers[name][i] = answer
-            if name:
-                own[name].update(values.float(), batch.labels)
-            taught = values.float() if name else None
-            sums[name].update(of_student.float(), batch.labels, taught)
-    scores: dict[str, Any] = dict(sums[""].compute())
-    for name in teachers:
-        both = sums[name].compute()
-        scores |= {f"{key}.{name}": both[key] for key in ("agreement", "kl")}
-        scores[f"teacher.{name}"] = own[name].compute()["top1"]
-    speed = measure_speed(student, min(recipe.train.eval_batch_size, 64), world, amp_dtype)
-    return answers, scores | {"images_per_second": speed}
+    return networks

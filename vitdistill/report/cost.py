@@ -1,6 +1,6 @@
 """What a run cost, and what had to be paid before it could begin; counted, not measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -39,8 +39,7 @@ class Paid:
     @property
     def total(self) -> int | None:
         """Everything that was paid for this student, as far as it happened in these runs."""
-        parts = (self.own, self.labels, self.before)
-        return None if None in parts else sum(part or 0 for part in parts)
+        return _sum((self.own, self.labels, self.before))
 
 
 def costs_of(runs: Sequence[Run]) -> list[Paid]:
@@ -55,13 +54,14 @@ def costs_of(runs: Sequence[Run]) -> list[Paid]:
         if key not in known:
             known[key] = _paid(run, places)
         alone.append(known[key])
+    before = [[alone[i] for i in _ancestors(runs, made, run)] for run in runs]
     return [
-        Paid(**{**vars(paid), "before": _sum([alone[i] for i in ancestors(runs, made, run)])})
-        for run, paid in zip(runs, alone, strict=True)
+        replace(paid, before=_sum(cost for p in earlier for cost in (p.own, p.labels)))
+        for paid, earlier in zip(alone, before, strict=True)
     ]
 
 
-def ancestors(runs: Sequence[Run], made: dict[str, int], run: Run) -> set[int]:
+def _ancestors(runs: Sequence[Run], made: dict[str, int], run: Run) -> set[int]:
     """Return the numbers of the runs whose weights a run needed, and of those that they needed.
 
     ``made``: the number of the run that made weights, by their digest.
@@ -84,8 +84,8 @@ def _needed(run: Run) -> set[str]:
     return found
 
 
-def _sum(parts: Sequence[Paid]) -> int | None:
-    costs = [cost for paid in parts for cost in (paid.own, paid.labels)]
+def _sum(costs: Iterable[int | None]) -> int | None:
+    costs = [*costs]
     return None if None in costs else sum(cost or 0 for cost in costs)
 
 
@@ -95,7 +95,7 @@ def _paid(run: Run, places: dict[str, str]) -> Paid:
     with suppress(UserError):  # not trained yet, or its networks need what is gone
         student = create_model(str(run.path / "last"), pretrained=False)
         size = student.pretrained_cfg["input_size"][1:]  # type: ignore[index]
-        found = Paid(prediction=forward_flops(student, tuple(size)))
+        found = replace(found, prediction=forward_flops(student, tuple(size)))
         labels = 0
         for name, store in open_labels(recipe).items():
             teacher = stored_network(store, name)
@@ -105,8 +105,8 @@ def _paid(run: Run, places: dict[str, str]) -> Paid:
         ahead = foresee(recipe, counts)
         trained = ahead.plan.student.num_parameters + sum(ahead.cost.adapters.values())
         micro_batch = recipe.train.batch_size // recipe.train.accumulate
-        found = Paid(
-            prediction=found.prediction,
+        found = replace(
+            found,
             teachers=sum(ahead.cost.teachers.values()),
             own=ahead.cost.step * run.num_trained or None,
             labels=labels,

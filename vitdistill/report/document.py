@@ -1,7 +1,9 @@
 """What a report is made of, whatever it is written as."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Strong(str):
@@ -10,6 +12,7 @@ class Strong(str):
 
 Text = Sequence[str]
 """A paragraph: plain and `Strong` parts, none of them markup."""
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -28,29 +31,36 @@ class Verdicts:
     items: Sequence[tuple[str, Text]]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image file, and what it shows."""
 
     png: bytes
     alt: str
     caption: Text
 
+    @property
+    def url(self) -> str:
+        return f"data:image/png;base64,{b64encode(self.png).decode()}"
+
 
 @dataclass(frozen=True)
 class Pictures:
-    """Small pictures side by side."""
+    """Pictures below each other, or small ones side by side."""
 
     items: Sequence[Picture]
+    small: bool = False
 
 
-@dataclass(frozen=True)
-class Series:
-    """Points that belong together; ``number`` gives them their colour and shape."""
+class Series(NamedTuple):
+    """Points that belong together, a line or, where they have a ``mean``, marks around it.
+
+    ``number`` gives them their colour and shape.
+    """
 
     name: str
     number: int
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
+    mean: Point | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,7 @@ class Chart:
 
     Args:
         alt: what is to be seen, in words.
-        lines: points are joined; else each is a mark.
         frontier: points, joined by steps, that nothing beats.
-        large: marks that stand for the small ones of their series.
         log: the horizontal axis is logarithmic.
     """
 
@@ -70,9 +78,7 @@ class Chart:
     x: str
     y: str
     series: Sequence[Series]
-    lines: bool = True
-    frontier: Sequence[tuple[float, float]] = ()
-    large: Sequence[Series] = ()
+    frontier: Sequence[Point] = ()
     log: bool = False
 
 
@@ -82,22 +88,20 @@ class Charts:
 
     items: Sequence[Chart]
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Return the names of the series by their numbers, in order."""
+        found = {s.number: s.name for chart in self.items for s in chart.series}
+        return dict(sorted(found.items()))
 
-Block = Table | Verdicts | Picture | Pictures | Charts | Text
 
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, and what stands under it."""
-
-    title: str
-    blocks: Sequence[Block]
+Block = Table | Verdicts | Pictures | Charts | Text
 
 
 @dataclass(frozen=True)
 class Document:
-    """A title, a line about it, and sections."""
+    """A title, a line about it, and blocks under headings."""
 
     title: str
     about: str
-    sections: Sequence[Section]
+    sections: Sequence[tuple[str, Sequence[Block]]]

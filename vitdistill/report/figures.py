@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from .document import Block, Chart, Charts, Series
+from .document import Block, Chart, Charts, Point, Series
 from .groups import Group
 
 MOST_POINTS = 300
@@ -15,8 +15,6 @@ CURVES = (
     ("train", "loss", "Training loss, as weighted in each recipe", "loss", 1),
 )
 
-Numbered = Sequence[tuple[int, Group]]
-
 
 def draw_scatters(groups: Sequence[Group]) -> list[Block]:
     """Draw every run by what its training took, and by what a prediction of its student takes.
@@ -25,8 +23,7 @@ def draw_scatters(groups: Sequence[Group]) -> list[Block]:
     """
     numbered = [*enumerate(groups)]
     sizes = Counter(group.cost("prediction") for group in groups)
-    size = sizes.most_common(1)[0][0]
-    alike = [(i, group) for i, group in numbered if group.cost("prediction") == size]
+    alike = [(i, g) for i, g in numbered if g.cost("prediction") == sizes.most_common(1)[0][0]]
     title = "What training took" + (", of students of one size" if len(sizes) > 1 else "")
     charts = [
         _scatter(alike, "total", title, "training compute, all together (FLOPs)"),
@@ -36,51 +33,45 @@ def draw_scatters(groups: Sequence[Group]) -> list[Block]:
     return [Charts(drawn), *([f"{c.title}: {c.alt}."] for c in drawn)] if drawn else []
 
 
-def _scatter(groups: Numbered, cost: str, title: str, x: str) -> Chart | None:
+def _scatter(groups: Sequence[tuple[int, Group]], cost: str, title: str, x: str) -> Chart | None:
     """Return the chart, with the frontier of means; None where there is nothing to compare."""
-    small, large = [], []
+    drawn: list[tuple[Point, Series]] = []
     for number, group in groups:
         pairs = zip(group.runs, (getattr(paid, cost) for paid in group.paid), strict=True)
         points = [(c, 100 * run.scores["top1"]) for run, c in pairs if c and "top1" in run.scores]
         if points:
-            costs, scores = zip(*points, strict=True)
-            mean = sum(costs) / len(costs), sum(scores) / len(scores)
-            large.append(Series(group.name, number, [mean]))
-            small.append(Series(group.name, number, points if len(points) > 1 else ()))
-    means = sorted((s.points[0] for s in large), key=lambda point: (point[0], -point[1]))
-    if len({cost for cost, _ in means}) < 2:
+            mean = sum(p[0] for p in points) / len(points), sum(p[1] for p in points) / len(points)
+            alone = len(points) == 1
+            drawn.append((mean, Series(group.name, number, () if alone else points, mean)))
+    means = sorted((mean for mean, _ in drawn), key=lambda point: (point[0], -point[1]))
+    if len({mean[0] for mean in means}) < 2:
         return None
-    frontier: list[tuple[float, float]] = []
+    frontier: list[Point] = []
     for point in means:
         if not frontier or point[1] > frontier[-1][1]:
             frontier.append(point)
-    best = ", ".join(series.name for series in large if series.points[0] in frontier)
+    best = ", ".join(series.name for mean, series in drawn if mean in frontier)
     alt = f"on the frontier, where nothing else is as good for less: {best}"
     log = means[-1][0] > 8 * means[0][0]
-    return Chart(title, alt, x, "top-1 (%)", small, False, frontier, large, log)
+    return Chart(title, alt, x, "top-1 (%)", [s for _, s in drawn], frontier, log)
 
 
 def draw_curves(groups: Sequence[Group]) -> list[Block]:
     """Draw what runs logged, a line a run."""
     charts = []
     for kind, name, title, y, factor in CURVES:
-        drawn = [
-            Series(group.name, number, _thin([(a, factor * b) for a, b in run.curve(kind, name)]))
-            for number, group in enumerate(groups)
-            for run in group.runs
-        ]
-        drawn = [series for series in drawn if len(series.points) > 1]
+        drawn, ends = [], []
+        for number, group in enumerate(groups):
+            for points in (run.curve(kind, name) for run in group.runs):
+                if len(points) > 1:
+                    scaled = [(a, factor * b) for a, b in points]
+                    (first, begun), (last, ended) = scaled[0], scaled[-1]
+                    step = -(-len(points) // MOST_POINTS)
+                    drawn.append(Series(group.name, number, scaled[::-step][::-1]))
+                    ends.append(
+                        f"{group.name} from {begun:.4g} at epoch {first:.3g} to {ended:.4g} at"
+                        f" epoch {last:.3g}"
+                    )
         if drawn:
-            ends = "; ".join(f"{series.name} from {_ends(series)}" for series in drawn)
-            charts.append(Chart(title, ends, "epoch", y, drawn))
+            charts.append(Chart(title, "; ".join(ends), "epoch", y, drawn))
     return [Charts(charts)] if charts else []
-
-
-def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    step = -(-len(points) // MOST_POINTS) or 1
-    return points[::-step][::-1]
-
-
-def _ends(series: Series) -> str:
-    (first, begun), (last, ended) = series.points[0], series.points[-1]
-    return f"{begun:.4g} at epoch {first:.3g} to {ended:.4g} at epoch {last:.3g}"

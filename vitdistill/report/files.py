@@ -16,7 +16,7 @@ from ..recipes.config import Recipe
 from ..recipes.convert import flatten
 from ..recipes.fingerprint import is_volatile
 from ..recipes.yaml import load_recipe
-from ..runs.folder import ENVIRONMENT, METRICS, PICTURES, SUMMED_UP, TIMING
+from ..runs.folder import ENVIRONMENT, METRICS, SUMMED_UP, TIMING
 from ..runs.identity import RECIPE, SUMMARY, WEIGHTS, read_identity, read_record
 from ..storage.atomic import sha256_file
 from .answers import Answers, read_answers
@@ -51,7 +51,7 @@ class Run:
     @property
     def scores(self) -> dict[str, float]:
         """The scores of its last weights, as they were evaluated or, else, asked for later."""
-        kept = {} if self.answers is None else self.answers.scores
+        kept = self.answers.scores if self.answers else {}
         return numbers(kept) | numbers(self.summary.get("scores") or {})
 
     @property
@@ -63,11 +63,6 @@ class Run:
     def num_trained(self) -> int:
         """Training images it saw, each as often as it did; 0: it is not finished."""
         return int(numbers(self.summary).get("steps", 0)) * self.recipe.train.batch_size
-
-    @property
-    def pictures(self) -> Path | None:
-        path = self.path / PICTURES
-        return path if path.is_file() else None
 
     @cached_property
     def weights(self) -> frozenset[str]:
@@ -83,11 +78,7 @@ class Run:
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a record."""
-    return {
-        key: value
-        for key, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    return {k: v for k, v in record.items() if type(v) in (int, float) and math.isfinite(v)}
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -98,14 +89,12 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
-        inside = [path] if (path / RECIPE).is_file() else []
-        if not inside:
-            for folder, names, files in os.walk(path):
-                names.sort()
-                names[:] = [name for name in names if not name.startswith(".")]
-                if RECIPE in files:
-                    inside.append(Path(folder))
-                    names.clear()
+        inside = []
+        for folder, names, files in os.walk(path):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            if RECIPE in files:
+                inside.append(Path(folder))
+                names.clear()
         if not inside:
             what = f"there is no run in {printable(path)}"
             raise ConfigError(what, "give the folder of a run, or one above it", field="paths")
@@ -115,7 +104,6 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
 
 def read_run(path: Path) -> Run:
     """Read what there is of a run; `UserError` for a file that is damaged or of another version."""
-    identity = read_identity(path)
     timing = [numbers(line) for line in _read_log(path / TIMING)]
     pace = [line["images_per_second"] for line in timing if "images_per_second" in line]
     known = read_record(path / ENVIRONMENT) or {}
@@ -127,7 +115,7 @@ def read_run(path: Path) -> Run:
         _read_log(path / METRICS),
         statistics.median(pace) if pace else None,
         known[max(steps, key=int)] if steps else {},
-        identity,
+        read_identity(path),
         read_answers(path),
     )
 

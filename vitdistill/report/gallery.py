@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..data.sources.base import ImageSource
 from ..errors import UserError
 from ..methods.base import Objective
+from ..runs.folder import FIRST_PICTURES, PICTURES
 from .answers import Answers, open_validation
 from .document import Block, Picture, Pictures, Strong, Table
 from .files import Run
@@ -21,33 +22,30 @@ WIDEST = 1400  # pixels of a sheet
 SIDE = 160  # pixels of an image
 
 
-def saved_pictures(groups: Sequence[Group]) -> list[Block]:
-    """Return what the first run of each recipe drew of a few images, drawn anew from its file."""
-    found: list[Block] = []
+def saved_pictures(groups: Sequence[Group]) -> Iterator[Block]:
+    """Yield what a run of each recipe drew of a few images, early and late, drawn anew."""
     for group in groups:
-        run = next((run for run in group.runs if run.pictures), None)
-        if run is None or run.pictures is None:
-            continue
-        try:
-            with Image.open(run.pictures) as image:
-                png = _png(image.convert("RGB"), WIDEST)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-            found.append([Strong(group.name), f": {run.pictures.name} cannot be read."])
-            continue
-        what = _shown(group)
-        found.append(Picture(png, f"{group.name}: {what}", [Strong(group.name), f": {what}"]))
-    return found
+        folders = (run.path for run in group.runs if (run.path / PICTURES).is_file())
+        for folder in [*folders][:1]:
+            files = [folder / FIRST_PICTURES, folder / PICTURES]
+            if not files[0].is_file() or files[0].read_bytes() == files[1].read_bytes():
+                files.pop(0)
+            try:
+                yield Pictures([_sheet(group, file) for file in files])
+            except (OSError, Image.DecompressionBombError):
+                yield [Strong(group.name), f": the pictures in {folder} cannot be read."]
 
 
-def _shown(group: Group) -> str:
+def _sheet(group: Group, file: Path) -> Picture:
     what = [] if group.recipe.selector is None else ["the patches its teacher saw"]
-    what += [f"what {name} predicts of hidden patches" for name in _drawing(group)]
-    return f"{' and '.join(what) or 'a few images'}, at its last evaluation"
-
-
-def _drawing(group: Group) -> list[str]:
-    objectives = group.recipe.objectives.items()
-    return [name for name, o in objectives if type(o).pictures is not Objective.pictures]
+    for name, objective in group.recipe.objectives.items():
+        if type(objective).pictures is not Objective.pictures:
+            what.append(f"what {name} predicts of hidden patches")
+    when = "first" if file.name == FIRST_PICTURES else "last"
+    text = f": {' and '.join(what) or 'a few images'}, at its {when} evaluation"
+    with Image.open(file) as image:
+        png = _png(image.convert("RGB"), WIDEST)
+    return Picture(png, group.name + text, [Strong(group.name), text])
 
 
 def confusions(groups: Sequence[Group]) -> Iterator[Block]:
@@ -55,65 +53,60 @@ def confusions(groups: Sequence[Group]) -> Iterator[Block]:
     counts = {group.name: _confused(group) for group in groups}
     counts = {name: found for name, found in counts.items() if found}
     total = sum(counts.values(), Counter[tuple[str, str]]())
-    pairs = [pair for pair, _ in total.most_common(NUM_CONFUSIONS)]
-    if pairs:
-        rows = [
-            (f"{true} taken for {said}", *(str(found[true, said]) for found in counts.values()))
-            for true, said in pairs
-        ]
+    rows = [
+        (f"{true} taken for {said}", *(str(found[true, said]) for found in counts.values()))
+        for (true, said), _ in total.most_common(NUM_CONFUSIONS)
+    ]
+    if rows:
         caption = "The classes confused most, in images over all runs of a recipe"
-        yield Table(caption, ("", *counts), rows)
+        yield Table(caption, ("true class, answer", *counts), rows)
 
 
 def _confused(group: Group) -> Counter[tuple[str, str]]:
     found: Counter[tuple[str, str]] = Counter()
-    for run in group.runs:
-        if run.answers is not None:
-            names, wrong = run.answers.classes, np.flatnonzero(~run.answers.right)
-            pairs = zip(run.answers.labels[wrong], run.answers.student[wrong], strict=True)
-            found.update((names[a], names[b]) for a, b in pairs)
+    for answers in (run.answers for run in group.runs if run.answers is not None):
+        names, wrong = answers.classes, np.flatnonzero(~answers.right)
+        pairs = zip(answers.labels[wrong], answers.student[wrong], strict=True)
+        found.update((names[a], names[b]) for a, b in pairs)
     return found
 
 
 def parted_pictures(groups: Sequence[Group]) -> Iterator[Block]:
     """Yield images that one of student and teacher answers rightly, of each taught recipe."""
     for group in groups:
-        run = group.runs[0]
-        if run.answers is None or not run.answers.teachers:
+        run, answers = group.runs[0], group.runs[0].answers
+        if answers is None or not answers.teachers:
             continue
-        teacher, said = next(iter(run.answers.teachers.items()))
-        of_teacher = said == run.answers.labels
-        lost, won = (of_teacher & ~run.answers.right).sum(), (run.answers.right & ~of_teacher).sum()
+        teacher, said = next(iter(answers.teachers.items()))
+        taught, right = said == answers.labels, answers.right
+        lost, won = (taught & ~right).sum(), (right & ~taught).sum()
+        more = " It passes its teacher." if won > lost else ""
         yield [
             Strong(group.name),
             f": of {len(said):,} images its teacher alone is right on {lost}, the student alone on"
-            f" {won}.",
+            f" {won}.{more}",
         ]
-        pictures = _pictures(run, run.answers, teacher)
+        order = sorted(np.flatnonzero(right != taught).tolist(), key=lambda i: (right[i], i))
+        pictures = _pictures(run, answers, teacher, order[:NUM_PARTED])
         if pictures:
-            yield Pictures(pictures)
+            yield Pictures(pictures, small=True)
 
 
-def _pictures(run: Run, answers: Answers, teacher: str) -> list[Picture]:
-    """Return the first images on which they part, if the images are still what they were."""
+def _pictures(run: Run, answers: Answers, teacher: str, which: Sequence[int]) -> list[Picture]:
+    """Return these images, if they are still what they were."""
     try:
         source = open_validation(run.recipe)
     except UserError:
         return []
     if source is None or source.fingerprint() != answers.images:
         return []
-    said, right = answers.teachers[teacher], answers.right
-    parted = np.flatnonzero(right != (said == answers.labels))
-    order = sorted(parted.tolist(), key=lambda i: (bool(right[i]), i))
-    return [_picture(source, answers, teacher, i) for i in order[:NUM_PARTED]]
-
-
-def _picture(source: ImageSource, answers: Answers, teacher: str, i: int) -> Picture:
-    names = answers.classes
-    true, ours = names[answers.labels[i]], names[answers.student[i]]
-    rest = f"; the student says {ours}, {teacher} {names[answers.teachers[teacher][i]]}"
-    png = _png(source.load(i), SIDE)
-    return Picture(png, f"an image of {true}{rest}", [Strong(true), rest])
+    found, names = [], answers.classes
+    for i in which:
+        true, ours = names[answers.labels[i]], names[answers.student[i]]
+        rest = f"; the student says {ours}, {teacher} {names[answers.teachers[teacher][i]]}"
+        alt = f"an image of {true}{rest}"
+        found.append(Picture(_png(source.load(i), SIDE), alt, [Strong(true), rest]))
+    return found
 
 
 def _png(image: Image.Image, longest: int) -> bytes:

@@ -116,33 +116,28 @@ def ask_questions(groups: Sequence[Group]) -> list[Question]:
     Of several recipes of the student alone, the best one is the measure.
     """
     found = []
-    for group in groups:
-        others = [other for other in groups if other is not group and _comparable(group, other)]
-        alone = [other for other in others if not other.taught]
-        best = max(alone, key=lambda other: other.scores.mean if other.scores else 0, default=None)
-        first = next((other for other in groups if other in others and other.taught), None)
-        earlier = first if first is not None and _before(groups, first, group) else None
-        for other in (best, earlier):
-            if other is not None and group.taught:
-                ours, theirs = group.scores, other.scores
-                assert ours is not None and theirs is not None
-                found.append(Question(group, other, compare(ours, theirs)))
+    for i, group in enumerate(groups):
+        if group.scores is not None and group.taught:
+            others = [o for o in groups if o is not group and _comparable(group, o)]
+            alone = sorted((o for o in others if not o.taught), key=_top1)
+            earlier = [o for o in groups[:i] if o in others and o.taught]
+            for other in (*alone[-1:], *earlier[:1]):
+                assert other.scores is not None
+                found.append(Question(group, other, compare(group.scores, other.scores)))
     return found
 
 
-def _before(groups: Sequence[Group], one: Group, other: Group) -> bool:
-    return groups.index(one) < groups.index(other)
+def _top1(group: Group) -> float:
+    return 0.0 if group.scores is None else group.scores.mean
 
 
 def _comparable(one: Group, other: Group) -> bool:
     """Whether two recipes train the same student and are judged on the same images."""
-    if one.scores is None or other.scores is None:
-        return False
     sides = [
-        {k: v for k, v in group.runs[0].settings.items() if k.startswith(_STUDENT)}
-        for group in (one, other)
+        ({k: v for k, v in run.settings.items() if k.startswith(_STUDENT)}, run.val_images)
+        for run in (one.runs[0], other.runs[0])
     ]
-    return sides[0] == sides[1] and one.runs[0].val_images == other.runs[0].val_images
+    return one.scores is not None and other.scores is not None and sides[0] == sides[1]
 
 
 _STUDENT = ("student.model", "student.image_size", "student.checkpoint", "student.pretrained")

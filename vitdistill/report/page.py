@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import plural
-from .document import Block, Document, Section, Strong, Table, Text, Verdicts
+from .document import Block, Document, Strong, Table, Text, Verdicts
 from .figures import draw_curves, draw_scatters
 from .files import find_runs, read_run
 from .gallery import confusions, parted_pictures, saved_pictures
@@ -20,19 +20,23 @@ def make_report(paths: Sequence[str | Path]) -> Document:
     """Return the report on the runs in and below ``paths``; `UserError` for damaged files."""
     runs = [read_run(path) for path in find_runs(paths)]
     groups = group_runs(runs)
-    came_to = [tabulate_scores(groups), tabulate_costs(groups), *_notes(groups)]
-    found = [
-        Section("Did it help?", _verdicts(groups)),
-        Section("What each recipe came to", came_to),
-        Section("Accuracy against cost", draw_scatters(groups)),
-        Section("Curves", draw_curves(groups)),
-        Section("Pictures", saved_pictures(groups)),
-        Section("Answers", [*confusions(groups), *parted_pictures(groups)]),
-        Section("What differs between the recipes", _differences(groups)),
-        Section("Where they ran", _environments(groups)),
-    ]
+    sections: dict[str, Sequence[Block]] = {
+        "Did it help?": _verdicts(groups),
+        "What each recipe came to": [
+            tabulate_scores(groups),
+            tabulate_costs(groups),
+            *_notes(groups),
+        ],
+        "Accuracy against cost": draw_scatters(groups),
+        "Curves": draw_curves(groups),
+        "Pictures": [*saved_pictures(groups)],
+        "Answers": [*confusions(groups), *parted_pictures(groups)],
+        "What differs between the recipes": _differences(groups),
+        "Where they ran": _environments(groups),
+    }
     about = f"{plural(len(runs), 'run')} of {plural(len(groups), 'recipe')}"
-    return Document("Distillation report", about, [part for part in found if part.blocks])
+    found = [(title, blocks) for title, blocks in sections.items() if blocks]
+    return Document("Distillation report", about, found)
 
 
 # --- verdicts ------------------------------------------------------------------------------------
@@ -51,6 +55,8 @@ def _verdicts(groups: Sequence[Group]) -> list[Block]:
         " in top-1, over seeds and over images, leaves out zero. Of two recipes that are equal, at"
         f" most {ERROR_RATE / 2:.1%} of the answers are better, by chance, and as many not better."
     )
+    if any(q.comparison.num_seeds < 2 for q in questions):
+        how += " One run of a recipe cannot tell what other seeds would give: two are needed."
     return [Verdicts([(q.comparison.verdict, _sentence(q)) for q in questions]), [how]]
 
 
@@ -60,14 +66,11 @@ def _sentence(question: Question) -> Text:
     text = "" if question.theirs.taught else " (the student without a teacher)"
     text += f": {100 * found.difference:+.1f} points of top-1, between {low} and {high}."
     text += f" It took {ratio:.2g} times the training compute." if ratio else ""
+    text += f" Standard error: {images[1:]} over images"
     if found.num_seeds > 1:
         runs = "pairs of runs" if found.paired else "runs each, or more"
-        text += f" Standard errors: {100 * found.seeds_error:.1f} over {found.num_seeds} {runs},"
-        text += f" {images[1:]} over images."
-    else:
-        text += f" Standard error: {images[1:]} over images; one run each cannot tell what other"
-        text += " seeds would give."
-    return [Strong(question.ours.name), " against ", Strong(question.theirs.name), text]
+        text += f", {100 * found.seeds_error:.1f} over {found.num_seeds} {runs}"
+    return [Strong(question.ours.name), " against ", Strong(question.theirs.name), f"{text}."]
 
 
 def _notes(groups: Sequence[Group]) -> Iterator[Block]:
@@ -76,7 +79,8 @@ def _notes(groups: Sequence[Group]) -> Iterator[Block]:
         yield [part for name, text in about for part in (Strong(name), text)]
     yield [
         "Top-1, calibration error (15 bins) and negative log-likelihood (nats an image) are of the"
-        " last weights on the validation images; ± is a standard error, in points. A"
+        " last weights on the validation images (best epoch: of those that did best on these very"
+        " images, in best/); ± is a standard error, in points. A"
         " multiply-accumulate is 2 FLOPs. All together counts stored labels too, and those of these"
         " runs whose weights were needed, but not how any other teacher was trained. Memory is"
         " counted, for a step of one process in float32; time and speed were measured."
@@ -123,12 +127,12 @@ def _plain(value: Any) -> str:
 
 def _environments(groups: Sequence[Group]) -> list[Block]:
     found: dict[str, dict[str, None]] = {}
-    for run in (run for group in groups for run in group.runs):
-        for key, value in run.environment.items():
-            text = " ".join(map(str, value)) if isinstance(value, list) else _plain(value)
-            if text:
-                found.setdefault(key, {})[text] = None
+    every = [item for g in groups for run in g.runs for item in run.environment.items()]
+    for key, value in every:
+        text = " ".join(map(str, value)) if isinstance(value, list) else _plain(value)
+        if text:
+            found.setdefault(key, {})[text] = None
     cells = [(key, "; ".join(texts)) for key, texts in found.items()]
     folders = [(str(run.path), g.name, str(run.seed[0])) for g in groups for run in g.runs]
-    machines = Table("Versions and machines; several where runs differ", ("", "value"), cells)
+    machines = Table("Versions and machines; several where runs differ", ("what", "value"), cells)
     return [machines, Table("Folders", ("run", "recipe", "seed"), folders)]

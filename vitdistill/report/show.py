@@ -15,14 +15,13 @@ from ..data.batch import Batch
 from ..data.sources.decode import decode_image
 from ..data.views.single import eval_view, normalize
 from ..distill.step import Distillation
-from ..distill.teacher import Teacher
 from ..errors import ConfigError, DataError
 from ..messages import printable
 from ..methods.maskedkd import patch_saliency
-from ..recipes.config import Recipe, TeacherConfig
+from ..recipes.config import TeacherConfig
 from ..recipes.yaml import load_recipe
 from ..runs.identity import RECIPE, WEIGHTS
-from ..runs.networks import Built, build_teacher, build_teacher_model, plan_of, runs
+from ..runs.networks import build_teacher, build_teacher_model, plan_of, runs
 from ..runs.pictures import draw_sheet
 from ..storage import checkpoint
 from ..vit.needs import Needs
@@ -31,7 +30,6 @@ from ..weights.create import class_names
 from ..world import World
 
 NUM_CLASSES = 3
-Rows = Mapping[str, Float[Tensor, "B 3 h w"]]
 
 
 @dataclass(frozen=True)
@@ -58,32 +56,38 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
         raise ConfigError(what, "train it to its first evaluation", field="run")
     built = build_teacher_model(TeacherConfig(model=str(run / "last")), "student")
     model, classes = built.model.to(world.device).eval(), class_names(built.model) or ()
-    teachers = _teachers(recipe, built, classes, world)
-    pixels = [eval_view(_decode(path), built.spec) for path in images]
-    batch = _batch(normalize(torch.stack(pixels), built.spec).to(world.device), recipe.train.seed)
-    networks = {name: teacher.network for name, teacher in teachers.items()}
-    distillation = Distillation(model, plan_of(recipe, built.network, networks)).to(world.device)
-    rows: dict[str, Tensor] = {"input": batch.images}
-    said: list[dict[str, list[str]]] = [{} for _ in images]
+    place = classes, built.spec, world.device
+    teachers = {
+        name: build_teacher(config, name, *place, recipe.objectives)[0]
+        for name, config in recipe.teachers.items()
+        if runs(config)
+    }
+    pixels = torch.stack([eval_view(_decode(path), built.spec) for path in images])
+    ids = torch.arange(len(images), device=world.device)
+    shown = normalize(pixels, built.spec).to(world.device)
+    batch = Batch(shown, ids * 0 - 1, ids, ids * 0, 0, seed=recipe.train.seed)
+    plan = plan_of(recipe, built.network, {n: teacher.network for n, teacher in teachers.items()})
+    distillation = Distillation(model, plan).to(world.device)
     has_attention = built.network.attention_source is not None
     seen = frozenset({built.network.depth - 1} if has_attention else ())
     needs = Needs(logits=bool(built.network.num_classes), attention=seen)
     output = run_vit(model, batch.images, needs)
+    rows: dict[str, Tensor] = {"input": batch.images}
     for attention in output.attention.values():
         saliency = patch_saliency(attention, output.num_prefix_tokens)
-        heat = saliency / saliency.amax(1, keepdim=True)
-        size = batch.images.shape[-2:]
-        rows["the student\nattends to"] = batch.images * F.interpolate(
-            heat.view(-1, 1, *output.grid), size, mode="bilinear"
-        )
+        heat = (saliency / saliency.amax(1, keepdim=True)).view(-1, 1, *output.grid)
+        heat = F.interpolate(heat, batch.images.shape[-2:], mode="bilinear")
+        rows["the student\nattends to"] = batch.images * heat
     answers = {"student": output.logits}
     for name, teacher in teachers.items():
         if teacher.network.num_classes:
             answers[name] = teacher(batch.images, Needs(logits=True)).logits
-    for name, logits in answers.items():
-        for words, row in zip(said, logits if logits is not None else (), strict=False):
-            words[name] = _likeliest(row, classes)
-    _load_adapters(distillation, run)
+    known = {name: logits for name, logits in answers.items() if logits is not None}
+    said = [
+        {name: _likeliest(logits[i], classes) for name, logits in known.items()}
+        for i in range(len(images))
+    ]
+    _load_adapters(distillation, run)  # and the student they were trained with
     rows = {**distillation.eval().pictures(batch, teachers), **rows}
     return Shown(_with_words(draw_sheet(rows, built.spec), said), said)
 
@@ -93,23 +97,6 @@ def _decode(path: Path) -> Image.Image:
         return decode_image(path, printable(path))
     except DataError as error:
         raise DataError(error.what, "give another image", field="images") from error
-
-
-def _teachers(
-    recipe: Recipe, built: Built, classes: tuple[str, ...], world: World
-) -> dict[str, Teacher]:
-    """Return the teachers that run in training."""
-    return {
-        name: build_teacher(config, name, classes, built.spec, world.device, recipe.objectives)[0]
-        for name, config in recipe.teachers.items()
-        if runs(config)
-    }
-
-
-def _batch(images: Float[Tensor, "B 3 H W"], seed: int) -> Batch:
-    ids = torch.arange(len(images), device=images.device)
-    zeros = torch.zeros_like(ids)
-    return Batch(images, zeros - 1, ids, zeros, 0, seed=seed)
 
 
 def _load_adapters(distillation: Distillation, run: Path) -> None:
@@ -135,21 +122,21 @@ def _with_words(sheet: Image.Image, said: Sequence[Mapping[str, list[str]]]) -> 
     """Return the sheet with what is said of each image written under it."""
     margin, size = 130, 12
     width = (sheet.width - margin) // len(said)
-    longest = max(width // 7, 8)
     columns = [
         [
             line
             for name, found in words.items()
             for part in (f"{name}:", *found)
-            for line in textwrap.wrap(part, longest)
+            for line in textwrap.wrap(part, max(width // 7, 8))
         ]
         for words in said
     ]
     height = max(map(len, columns)) * (size + 4)
     whole = Image.new("RGB", (sheet.width, sheet.height + height + 6 * bool(height)), "white")
     whole.paste(sheet)
-    draw = ImageDraw.Draw(whole)
     for i, lines in enumerate(columns):
         place = margin + i * width, sheet.height
-        draw.multiline_text(place, "\n".join(lines), fill="black", font_size=size, spacing=4)
+        text = "\n".join(lines)
+        draw = ImageDraw.Draw(whole)
+        draw.multiline_text(place, text, fill="black", font_size=size, spacing=4)
     return whole

@@ -8,6 +8,8 @@ from .document import Table
 from .groups import Group
 
 Column = Callable[[Group], str]
+_PERCENT = "{:.1%}".format
+_COUNT = "{:,.0f}".format
 
 
 def tabulate_scores(groups: Sequence[Group]) -> Table:
@@ -24,20 +26,22 @@ def tabulate_scores(groups: Sequence[Group]) -> Table:
         def show(group: Group) -> str:
             found = {name: group.score(f"{what}.{name}") for name in group.recipe.teachers}
             known = {name: f"{value:.1%}" for name, value in found.items() if value is not None}
-            if len(known) == 1:
-                return next(iter(known.values()))
-            return ", ".join(f"{name} {value}" for name, value in known.items())
+            one = len(known) == 1
+            return ", ".join(text if one else f"{name} {text}" for name, text in known.items())
 
         return show
 
     columns = {
         "runs": _count_runs,
-        "top-1": _score("top1", "{:.1%}"),
+        "top-1": _score("top1", _PERCENT),
         "± seeds": error("seeds_error"),
         "± images": error("images_error"),
-        "k-NN top-1": _score("knn_top1", "{:.1%}"),
-        "calibration error": _score("ece", "{:.1%}"),
-        "negative log-likelihood": _score("nll", "{:.3f}"),
+        "top-1, best epoch": _show(
+            lambda group: group.mean(lambda run: run.summary.get("best_top1")), _PERCENT
+        ),
+        "k-NN top-1": _score("knn_top1", _PERCENT),
+        "calibration error": _score("ece", _PERCENT),
+        "negative log-likelihood": _score("nll", "{:.3f}".format),
         "its teacher's top-1": of_teacher("teacher"),
         "agrees with it on": of_teacher("agreement"),
     }
@@ -48,16 +52,7 @@ def tabulate_costs(groups: Sequence[Group]) -> Table:
     """Return what was counted, of labels and teachers too, and what was measured."""
 
     def flops(name: str) -> Column:
-        return lambda group: _shown(group.cost(name) or None, format_count)
-
-    def seconds(group: Group) -> str:
-        return _shown(group.mean(lambda run: run.summary.get("seconds")), format_duration)
-
-    def speed(group: Group) -> str:
-        return _shown(group.mean(lambda run: run.images_per_second), "{:,.0f}".format)
-
-    def memory(group: Group) -> str:
-        return _shown(group.cost("memory"), lambda value: format_bytes(int(value)))
+        return _show(lambda group: group.cost(name) or None, format_count)
 
     columns = {
         "a prediction": flops("prediction"),
@@ -66,10 +61,10 @@ def tabulate_costs(groups: Sequence[Group]) -> Table:
         "stored labels": flops("labels"),
         "runs before it": flops("before"),
         "all together": flops("total"),
-        "time": seconds,
-        "images/s": speed,
-        "memory": memory,
-        "predictions/s": _score("images_per_second", "{:,.0f}"),
+        "time": _show(lambda g: g.mean(lambda run: run.summary.get("seconds")), format_duration),
+        "images/s": _show(lambda g: g.mean(lambda run: run.images_per_second), _COUNT),
+        "memory": _show(lambda g: g.cost("memory"), lambda value: format_bytes(int(value))),
+        "predictions/s": _score("images_per_second", _COUNT),
     }
     return _table("What it cost, means over the runs of a recipe", groups, columns)
 
@@ -82,12 +77,12 @@ def _table(caption: str, groups: Sequence[Group], columns: dict[str, Column]) ->
     return Table(caption, ("recipe", *known), rows)
 
 
-def _score(name: str, spelled: str) -> Column:
-    return lambda group: _shown(group.score(name), spelled.format)
+def _score(name: str, write: Callable[[float], str]) -> Column:
+    return _show(lambda group: group.score(name), write)
 
 
-def _shown(value: float | None, show: Callable[[float], str]) -> str:
-    return "" if value is None else show(value)
+def _show(read: Callable[[Group], float | None], write: Callable[[float], str]) -> Column:
+    return lambda group: "" if (value := read(group)) is None else write(value)
 
 
 def _count_runs(group: Group) -> str:

@@ -106,32 +106,19 @@ def compare(ours: Scores, theirs: Scores) -> Comparison:
 
 
 @cache
-def student_t(df: int, error_rate: float = ERROR_RATE) -> float:
-    """Return the t that Student's distribution exceeds, on either side, at this rate.
+def student_t(df: int) -> float:
+    """Return the t that Student's distribution exceeds, on either side, at the `ERROR_RATE`.
+
+    With ``t = sqrt(df) tan(a)`` its density is that of ``cos(a) ** (df - 1)``.
 
     >>> [round(student_t(df), 3) for df in (1, 2, 9, 100)]
     [12.706, 4.303, 2.262, 1.984]
     """
-    low, high = 0.0, 1.0
-    while _within(high, df) < 1 - error_rate:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, df) < 1 - error_rate else (low, middle)
-    return high
-
-
-def _within(t: float, df: int) -> float:
-    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(df))
-    odd = df % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if df > 1 else 0.0
-    for k in range(3 if odd else 2, df - 1, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (df - 1)
+    within = np.cumsum(density[1:] + density[:-1])
+    angle = np.interp((1 - ERROR_RATE) * within[-1], within, angles[1:])
+    return math.sqrt(df) * math.tan(angle)
 
 
 def _standard_error(values: Sequence[float] | npt.NDArray[np.float64]) -> float:

@@ -38,8 +38,8 @@ class Display(Progress):
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if self.enabled:
-            lines = printable_lines(text)
-            self.console.print(lines, highlight=False, markup=False, soft_wrap=True)
+            lines, whole = printable_lines(text), not self.console.is_terminal
+            self.console.print(lines, highlight=False, markup=False, soft_wrap=whole)
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         """Show a run that goes on after ``step`` of ``total_steps`` steps."""

@@ -29,7 +29,7 @@ from ..weights.export import FILES
 from .identity import RECIPE, SUMMARY, WEIGHTS, changes, note_identity, read_record
 
 METRICS, TIMING, ENVIRONMENT = "metrics.jsonl", "timing.jsonl", "environment.json"
-PICTURES = "pictures.png"
+FIRST_PICTURES, PICTURES = "pictures_first.png", "pictures.png"
 SUMMED_UP = ("scores", "best_top1", "best_epoch", "seconds")
 """What every summary has."""
 

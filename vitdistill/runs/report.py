@@ -13,7 +13,7 @@ from ..recipes.convert import flatten
 from ..storage.atomic import write_atomic
 from ..weights.export import export_timm
 from .display import Speed
-from .folder import METRICS, PICTURES, TIMING, RunFolder
+from .folder import FIRST_PICTURES, METRICS, PICTURES, TIMING, RunFolder
 from .identity import origin_of_config, read_record
 from .loggers import LoggedRun, Loggers, new_id
 from .pictures import draw_sheet, png
@@ -86,7 +86,9 @@ class Report:
             rows = distillation.pictures(batch, prepared.teachers)
         if rows:
             sheet = draw_sheet(rows, prepared.networks.spec)
-            write_atomic(self.folder.path / PICTURES, png(sheet))
+            for name in (FIRST_PICTURES, PICTURES):
+                if name == PICTURES or not (self.folder.path / name).is_file():
+                    write_atomic(self.folder.path / name, png(sheet))
             self._loggers.picture("pictures", np.array(sheet), step)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:

@@ -18,6 +18,10 @@ from .atomic import disk_errors, make_dirs
 LOCK = ".lock"
 
 
+class InUse(ConfigError):
+    """Another process has the folder."""
+
+
 class Lock:
     """A lock that is held until `release`, the end of its block, or the end of this process."""
 
@@ -74,7 +78,7 @@ def try_lock(path: str | os.PathLike[str]) -> Lock | None:
 
 
 def lock_folder(folder: str | os.PathLike[str]) -> Lock:
-    """Lock a folder, made if it is missing, for this process; `ConfigError` if another has it."""
+    """Lock a folder, made if it is missing, for this process; `InUse` if another has it."""
     make_dirs(folder)
     path = Path(folder, LOCK)
     lock = try_lock(path)
@@ -83,7 +87,7 @@ def lock_folder(folder: str | os.PathLike[str]) -> Lock:
         with suppress(OSError):
             owner = printable(path.read_text(errors="replace")) or owner
         what = f"{printable(folder)} is in use by {owner}"
-        raise ConfigError(what, ("wait for it", Give("output")), field="output")
+        raise InUse(what, ("wait for it", Give("output")), field="output")
     with disk_errors(path):
         os.ftruncate(lock._fd, 0)
         os.write(lock._fd, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -1,7 +1,7 @@
 """What a study is, and the runs it comes to."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -16,6 +16,7 @@ from ..option import option
 from ..recipes.config import Recipe, check_folder_name, check_names
 from ..recipes.convert import convert, in_file, replace_fields
 from ..recipes.named import find_recipe
+from ..recipes.settings import LabelOptions
 from ..recipes.stages import PREFIX, Stages, sources
 from ..recipes.yaml import read_mapping
 
@@ -25,10 +26,26 @@ ALONE = "alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A recipe, by name or file, and what is changed of it."""
+    """A recipe, by name or file, and what is changed of it.
+
+    Args:
+        recipe: whose student is trained.
+        label: whose teachers' answers are stored instead; of what is shared alone.
+        options: of these stored labels.
+        set: fields and their values; of a recipe with stages in all of them, or in the one whose
+            name comes first (``finetune.optim.lr``).
+    """
 
     recipe: str = ""
+    label: str = ""
+    options: LabelOptions = field(default_factory=LabelOptions)
     set: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.recipe) == bool(self.label):
+            raise ConfigError("a row has either a recipe or a label", "give one", field="recipe")
+        if self.options != LabelOptions() and not self.label:
+            raise ConfigError("options are of a label", "leave them out", field="options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +53,10 @@ class Study:
     """Rows by seeds, and what they share.
 
     Args:
-        shared: runs that are done once, in order. Rows, and later ones of these, name them as
-            ``stage:NAME``; a teacher without a model is ``stage:teacher``, if that is among them.
+        shared: runs and stored labels that are made once, in order. Rows, and later ones of these,
+            name them as ``stage:NAME``: a run as a model, labels as a teacher's ``labels``. A
+            teacher with neither is ``stage:teacher``, if that is among them. With labels among
+            them all rows see images in the order and views of these, so that seeds pair.
         rows: each is run with every seed.
         grid: values of fields, of which every combination makes a row of each row.
         set: what is changed in all of them.
@@ -60,6 +79,8 @@ class Study:
         check_folder_name(self.name)
         check_names("shared", self.shared)
         check_names("rows", self.rows, {*self.shared, ALONE})
+        for name in (name for name, row in self.rows.items() if row.label):
+            raise ConfigError(f"{name!r} is a label", "put it under shared", field="rows")
         counts = {"rows": self.rows, "seeds": self.seeds}
         counts |= {f"grid.{path}": values for path, values in self.grid.items()}
         for where, values in counts.items():
@@ -69,25 +90,71 @@ class Study:
             raise ConfigError("seeds has one twice", "give each once", field="seeds")
 
 
+Parts = dict[str, Recipe]
+"""The recipe of every stage of a row, in order; of a single run that of ""."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run of a study: ``recipe`` names shared runs as stages, ``folder`` is inside the study's.
+    """One run of a study, of one stage or several, or one set of stored labels.
 
-    ``row`` is what it is a seed of.
+    Args:
+        row: what it is a seed of.
+        parts: name what is shared, and earlier ones, as stages.
+        folder: inside the study's.
+        label: how answers are stored; None: it is a run.
     """
 
     row: str
-    recipe: Recipe
+    parts: Parts
     folder: str
+    label: LabelOptions | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of its only stage, or its last."""
+        return [*self.parts.values()][-1]
 
     @property
     def title(self) -> str:
         return f"{self.row}, seed {self.recipe.train.seed}" if "/" in self.folder else self.row
 
-    def resolved(self, output: Path) -> Recipe:
-        """Return the recipe with the folders of shared runs in place of their names."""
-        named = sources(self.recipe).items()
-        return replace_fields(self.recipe, {path: str(output / name) for path, name in named})
+    @property
+    def needs(self) -> set[str]:
+        """The names of what it needs that is shared."""
+        named = [{**sources(r), **label_sources(r)}.values() for r in self.parts.values()]
+        return {name for names in named for name in names} - {*self.parts}
+
+
+def label_sources(recipe: Recipe) -> dict[str, str]:
+    """Return the shared labels that a recipe reads, by the field that names them."""
+    named = {f"teachers.{name}.labels": t.labels or "" for name, t in recipe.teachers.items()}
+    return {f: s.removeprefix(PREFIX) for f, s in named.items() if s.startswith(PREFIX)}
+
+
+def writer(jobs: Sequence[Job], recipe: Recipe, path: str) -> tuple[Recipe, str]:
+    """Return the recipe that writes the labels a field names, and its teacher's name: the same as
+    in the recipe that reads them, or the only one.
+    """
+    name, source = path.split(".")[1], label_sources(recipe)[path]
+    found = next(job.recipe for job in jobs if job.row == source)
+    names = [*found.teachers]
+    return found, name if name in names or len(names) != 1 else names[0]
+
+
+def resolve(jobs: Sequence[Job], job: Job, output: Path) -> Recipe | Stages:
+    """Return a job's recipe with the folders of what is shared in place of its names."""
+    parts = {}
+    for key, recipe in job.parts.items():
+        paths = {f: str(output / s) for f, s in sources(recipe).items() if s in job.needs}
+        for path, source in label_sources(recipe).items():
+            paths[path] = str(output / source / writer(jobs, recipe, path)[1])
+        parts[key] = replace_fields(recipe, paths)
+    return _as_recipe(parts)
+
+
+def _as_recipe(parts: Parts) -> Recipe | Stages:
+    return parts[""] if [*parts] == [""] else Stages(name="study", stages=parts)
 
 
 def load_study(path: str | Path) -> Study:
@@ -98,30 +165,36 @@ def load_study(path: str | Path) -> Study:
 
 
 def jobs_of(study: Study) -> list[Job]:
-    """Return the runs of a study in their order; those that others need come first.
+    """Return what a study does in its order; what others need comes first.
 
     Raises:
-        ConfigError: of a row's recipe; or it has stages, or names a run that is not shared.
+        ConfigError: of a row's recipe; or it names something that is not shared.
     """
-    shared: dict[str, Job] = {}
+    shared: list[Job] = []
     for name, row in study.shared.items():
         with in_row(name):
-            recipe = _recipe(study, row, name, shared, {})
-        shared[name] = Job(name, recipe, name)
-    rows: dict[str, Recipe] = {}
+            parts = _parts(study, row, name, shared, {})
+        shared.append(Job(name, parts, name, row.options if row.label else None))
+    rows: dict[str, Parts] = {}
     for name, row in study.rows.items():
         for values in _combinations(study.grid):
             key = _name(name, values)
             with in_row(key):
-                rows[key] = _recipe(study, row, key, shared, values)
+                rows[key] = _parts(study, row, key, shared, values)
     if study.alone:
-        rows = {**_alone(rows.values()), **rows}
-    seeded = [
-        Job(name, replace_fields(recipe, {"train.seed": seed}), f"{name}/seed-{seed}")
+        rows = {**_alone([parts[""] for parts in rows.values() if "" in parts]), **rows}
+    stored = [job.recipe.data_seed for job in shared if job.label]
+
+    def seeded(recipe: Recipe, seed: int) -> Recipe:
+        views = recipe.data.seed if recipe.data.seed is not None or not stored else stored[0]
+        return replace_fields(recipe, {"train.seed": seed, "data.seed": views})
+
+    runs = [
+        Job(name, {k: seeded(r, seed) for k, r in parts.items()}, f"{name}/seed-{seed}")
         for seed in study.seeds
-        for name, recipe in rows.items()
+        for name, parts in rows.items()
     ]
-    return [*shared.values(), *seeded]
+    return [*shared, *runs]
 
 
 @contextmanager
@@ -135,20 +208,26 @@ def in_row(row: str) -> Iterator[None]:
 
 
 def together(jobs: Sequence[Job], job: Job) -> Stages | Recipe:
-    """Return a run after the shared ones it needs, as they would be one recipe."""
-    shared = {other.row: other.recipe for other in jobs if "/" not in other.folder}
-    needed: dict[str, Recipe] = {}
+    """Return a job after the shared runs it needs, as they would be one recipe whose teachers run,
+    stored labels or not.
+    """
+    shared = {other.row: other for other in jobs if "/" not in other.folder}
+    needed: Parts = {}
 
-    def add(recipe: Recipe) -> None:
-        for name in sources(recipe).values():
-            add(shared[name])
-            needed.setdefault(name, shared[name])
+    def live(recipe: Recipe) -> Recipe:
+        teachers = dict(recipe.teachers)
+        for path in label_sources(recipe):
+            written, name = writer(jobs, recipe, path)
+            teachers[path.split(".")[1]] = written.teachers[name]
+        recipe = replace(recipe, teachers=teachers)
+        for name in {*sources(recipe).values()} & {*shared}:
+            needed[name] = live(shared[name].recipe)
+        return recipe
 
-    add(job.recipe)
-    if not needed:
-        return job.recipe
-    key = re.sub(r"\W", "_", job.row)
-    return Stages(name="study", stages={**needed, key: job.recipe})
+    own = {key: live(recipe) for key, recipe in job.parts.items()}
+    if needed and "" in own:
+        own = {re.sub(r"\W", "_", job.row): own[""]}
+    return _as_recipe({name: needed[name] for name in shared if name in needed} | own)
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -162,34 +241,49 @@ def _name(row: str, values: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.=+-]+", "_", "-".join([row, *parts]))
 
 
-def _recipe(
-    study: Study, row: Row, name: str, shared: Mapping[str, Job], values: Mapping[str, Any]
-) -> Recipe:
-    found = find_recipe(row.recipe)
-    if isinstance(found, Stages):
-        what = f"the recipe {row.recipe!r} of {name!r} has stages"
-        raise ConfigError(what, "give the earlier ones under shared, each by a file", field="rows")
-    recipe = replace_fields(found, {**study.set, **row.set, **values})
-    if "teacher" in shared:
-        missing = {n: t for n, t in recipe.teachers.items() if not (t.model or t.labels)}
-        paths = {f"teachers.{n}.model": f"{PREFIX}teacher" for n in missing}
-        recipe = replace_fields(recipe, paths)
-    for path, source in sources(recipe).items():
-        if source not in shared:
-            what = f"{path} of {name!r} is '{PREFIX}{source}', and no run of that name is shared"
+def _parts(
+    study: Study, row: Row, name: str, shared: Sequence[Job], values: Mapping[str, Any]
+) -> Parts:
+    found = find_recipe(row.recipe or row.label)
+    parts = found.stages if isinstance(found, Stages) else {"": found}
+    if isinstance(found, Stages) and name in study.shared:
+        what = f"the recipe {found.name!r} has stages"
+        raise ConfigError(what, "share them one by one, each by a file", field="shared")
+    if taken := {*parts} & {job.row for job in shared}:
+        what = f"the recipe's stage {min(taken)!r} has the name of what is shared"
+        raise ConfigError(what, "give that another name", field="shared")
+    given: dict[str, dict[str, Any]] = {key: {} for key in parts}
+    for path, value in {**study.set, **row.set, **values}.items():
+        first, _, rest = path.partition(".")
+        for key in [first] if first in parts else parts:
+            given[key][rest if first in parts else path] = value
+    runs = {*parts, *(job.row for job in shared if job.label is None)}
+    labels = {job.row for job in shared if job.label is not None}
+    changed = {}
+    for key, part in parts.items():
+        recipe = replace_fields(part, given[key])
+        if "teacher" in runs:
+            missing = [n for n, t in recipe.teachers.items() if not (t.model or t.labels)]
+            paths = {f"teachers.{n}.model": f"{PREFIX}teacher" for n in missing}
+            recipe = replace_fields(recipe, paths)
+        wrong = {f: s for f, s in sources(recipe).items() if s not in runs}
+        wrong |= {f: s for f, s in label_sources(recipe).items() if s not in labels}
+        for path, source in wrong.items():
+            what = f"{path} is '{PREFIX}{source}', and nothing of that name and kind is shared"
             raise ConfigError(what, "put it under shared, before what needs it", field=path)
-    return replace(recipe, name=name)
+        changed[key] = replace(recipe, name=f"{name}-{key}" if key else name)
+    return changed
 
 
-def _alone(rows: Iterable[Recipe]) -> dict[str, Recipe]:
+def _alone(rows: Sequence[Recipe]) -> dict[str, Parts]:
     """Return each taught student once without a teacher, where no row trains it so."""
-    rows, found = [*rows], dict[str, Recipe]()
+    found: dict[str, Parts] = {}
     known = [recipe.student for recipe in rows if not recipe.teachers]
     for recipe in rows:
         if recipe.teachers and recipe.student not in known:
             known.append(recipe.student)
             name = ALONE if not found else f"{ALONE}_{len(found) + 1}"
-            found[name] = without_teachers(recipe, name)
+            found[name] = {"": without_teachers(recipe, name)}
     return found
 
 

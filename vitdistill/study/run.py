@@ -1,27 +1,50 @@
-"""Doing a study: one run after the other, each an ordinary run in a folder of its own."""
+"""Doing a study: one run after the other, each an ordinary run in a folder of its own.
 
+Several processes may do the same study at once: each does what no other one has begun.
+"""
+
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ..errors import ConfigError, Give
 from ..explain.ahead import Forecast, forecast
 from ..explain.measure import time_step
+from ..labels.store import LabelStore
 from ..messages import format_count, format_duration, format_table, printable
-from ..recipes.convert import to_dict
+from ..recipes.config import Recipe
+from ..recipes.convert import from_dict, to_dict
+from ..recipes.fingerprint import differences
+from ..recipes.stages import Stages
 from ..recipes.yaml import dump_yaml
-from ..runs.folder import SUMMED_UP, check_folder, contents
+from ..runs.folder import SUMMED_UP, check_folder, contents, saved_recipe
 from ..runs.identity import SUMMARY, read_record
+from ..runs.label import label
+from ..runs.stages import resolved, train_stages
+from ..runs.stored import with_views_of_labels
 from ..runs.train import train
 from ..storage.atomic import disk_errors, write_atomic
+from ..storage.lock import LOCK, InUse, try_lock
+from ..storage.manifest import MANIFEST
 from ..world import join_world
-from .plan import STUDY, Job, Study, in_row, jobs_of, together
+from .plan import (
+    STUDY,
+    Job,
+    Study,
+    in_row,
+    jobs_of,
+    label_sources,
+    resolve,
+    together,
+)
 
 Say = Callable[[str], None]
+WAIT = 5.0  # seconds between two looks at what other processes do
 
 
 @dataclass(frozen=True)
@@ -36,47 +59,99 @@ class Work:
         return jobs_of(self.study)
 
     @cached_property
-    def ahead(self) -> dict[str, Forecast]:
-        """Return a run of each row as it will be, whether or not those before it have run."""
-        found: dict[str, Forecast] = {}
+    def ahead(self) -> dict[str, list[tuple[Forecast, int]]]:
+        """Return, of each row, its runs as they will be, whether or not those before them have run,
+        and the FLOPs of each.
+        """
+        found: dict[str, list[tuple[Forecast, int]]] = {}
         for job in self.jobs:
             if job.row not in found:
                 with in_row(job.row):
-                    found[job.row] = [*forecast(together(self.jobs, job)).values()][-1]
+                    runs = [*forecast(together(self.jobs, job)).values()][-len(job.parts) :]
+                    flops = map(partial(_flops, job), job.parts.values(), runs)
+                    found[job.row] = [*zip(runs, flops, strict=True)]
         return found
 
-    def folder(self, job: Job) -> Path:
-        return self.output / job.folder
+    def flops(self, job: Job) -> int:
+        return sum(flops for _, flops in self.ahead[job.row])
+
+    def recipe(self, job: Job) -> Recipe | Stages:
+        return resolve(self.jobs, job, self.output)
+
+    def runs(self, job: Job) -> dict[Path, Recipe]:
+        """Return the folders of a job's runs, and what is run in each; {} for stored labels."""
+        folder, recipe = self.output / job.folder, self.recipe(job)
+        if isinstance(recipe, Stages):
+            stages = recipe.stages.items()
+            return {folder / s.name: resolved(recipe, key, folder) for key, s in stages}
+        return {folder: recipe} if job.label is None else {}
 
     def seconds(self, job: Job) -> float | None:
         """Return how long a finished run took; None: it is not finished."""
-        summary = read_record(self.folder(job) / SUMMARY, SUMMED_UP)
-        return None if summary is None else float(summary["seconds"])
+        found = [read_record(folder / SUMMARY, SUMMED_UP) for folder in self.runs(job)]
+        return sum(float(s["seconds"]) for s in found if s) if all(found) and found else None
+
+    def done(self, job: Job) -> bool:
+        """Whether a run is finished, or every label is written."""
+        if job.label is None:
+            return self.seconds(job) is not None
+        stores = self.stores(job)
+        states = [store.status() for store in stores.values()]
+        wanted = job.recipe.teachers
+        return stores.keys() == wanted.keys() and all(s.sealed == s.parts for s in states)
+
+    def stores(self, job: Job) -> dict[str, LabelStore]:
+        """Open the stored labels of a job that are there, by the teacher's name."""
+        files = sorted((self.output / job.folder).glob(f"*/{MANIFEST}"))
+        return {file.parent.name: LabelStore.open(file.parent) for file in files}
+
+    def pending(self) -> list[Job]:
+        """Return what is to be done: of what is shared, only what an unfinished run needs."""
+        found: list[Job] = []
+        needed: set[str] = set()
+        for job in reversed(self.jobs):
+            if ("/" in job.folder or job.row in needed) and not self.done(job):
+                found.insert(0, job)
+                needed |= job.needs
+        return found
 
     def seconds_left(self, jobs: Sequence[Job]) -> float | None:
         """Estimate these runs by finished ones: of their row, or else by FLOPs; None: no idea."""
         taken = [(job, s) for job in self.jobs if (s := self.seconds(job)) is not None]
-        flops = sum(self.ahead[job.row].flops for job, _ in taken)
+        flops = sum(self.flops(job) for job, _ in taken)
         if not taken or not flops:
             return None
         pace, left = sum(s for _, s in taken) / flops, 0.0
         for job in jobs:
             alike = [s for other, s in taken if other.row == job.row]
-            left += sum(alike) / len(alike) if alike else pace * self.ahead[job.row].flops
+            left += sum(alike) / len(alike) if alike else pace * self.flops(job)
         return left
+
+
+def _flops(job: Job, recipe: Recipe, ahead: Forecast) -> int:
+    """Return the FLOPs of a run whose teachers all run in the forecast; or of its labels."""
+    teachers, images = ahead.cost.teachers, ahead.num_images
+    if job.label is not None:
+        return sum(teachers.values()) * images * (recipe.data.views or recipe.train.epochs)
+    stored = {path.split(".")[1] for path in label_sources(recipe)}
+    step = ahead.cost.step - sum(teachers.get(name, 0) for name in stored)
+    return step * images * recipe.train.epochs
 
 
 def describe(work: Work, device: str | None = None) -> list[str]:
     """Return a table of what every row will cost; ``device``: also how long, by measured steps."""
     head = ["row", "runs", "FLOPs a run", "all its runs"]
     rows, total, taken = [], 0, 0.0
-    for name, ahead in work.ahead.items():
+    for name, runs in work.ahead.items():
         count = sum(job.row == name for job in work.jobs)
-        total += count * ahead.flops
-        row = [name, str(count), format_count(ahead.flops), format_count(count * ahead.flops)]
+        flops = sum(flops for _, flops in runs)
+        total += count * flops
+        row = [name, str(count), format_count(flops), format_count(count * flops)]
         if device is not None:
-            images = ahead.num_images * ahead.recipe.train.epochs
-            seconds = time_step(ahead.recipe, ahead.num_classes, device).per_image * images
+            seconds = 0.0
+            for ahead, own in runs:
+                measured = time_step(ahead.recipe, ahead.num_classes, device).per_image
+                seconds += measured * own / ahead.cost.step
             taken += count * seconds
             row.append(format_duration(count * seconds))
         rows.append(tuple(row))
@@ -90,7 +165,7 @@ def describe(work: Work, device: str | None = None) -> list[str]:
 
 
 def run_study(study: Study, output: Path, say: Say, *, device: str, console: Console) -> None:
-    """Do what of a study is not done yet.
+    """Do what of a study is not done yet, and is not being done by another process.
 
     Raises:
         UserError: before anything runs for what can be known to be wrong with any run; as `train`.
@@ -104,21 +179,50 @@ def run_study(study: Study, output: Path, say: Say, *, device: str, console: Con
         tell("\n".join([*describe(work), ""]))
         if world.is_main:
             _save(work)
-        for number, job in enumerate(work.jobs):
-            if work.seconds(job) is not None:
-                continue
-            left = work.seconds_left([j for j in work.jobs[number:] if work.seconds(j) is None])
-            about = "" if left is None else f"; about {format_duration(left)} left for all"
-            tell(f"[{number + 1}/{len(work.jobs)}] {job.title}{about}")
-            with in_row(job.row):
-                folder, recipe = work.folder(job), job.resolved(output)
-                summary = train(recipe, folder, device=device, console=console)
-            tell(f"  {_came_to(summary)}{format_duration(summary['seconds'])}, {folder}")
+        waited = False
+        while jobs := world.from_main(work.pending):
+            waiting = {job.row for job in jobs}
+            for job in jobs:
+                if not job.needs & waiting and not world.from_main(partial(_is_busy, work, job)):
+                    _do(work, job, jobs, tell, device, console)
+                    break
+            else:
+                if not waited:
+                    tell(f"other processes do the last {len(jobs)} of {len(work.jobs)}")
+                waited = True
+                time.sleep(WAIT)
 
 
-def _came_to(summary: dict[str, Any]) -> str:
-    top1 = (summary["scores"] or {}).get("top1")
-    return "" if top1 is None else f"top-1 {top1:.2%}, "
+def _is_busy(work: Work, job: Job) -> bool:
+    """Whether another process does this; labels are written by any number of them together."""
+    for lock in (folder / LOCK for folder in work.runs(job)):
+        if lock.exists():
+            held = try_lock(lock)
+            if held is None:
+                return True
+            held.release()
+    return False
+
+
+def _do(
+    work: Work, job: Job, pending: Sequence[Job], tell: Say, device: str, console: Console
+) -> None:
+    folder, recipe = work.output / job.folder, work.recipe(job)
+    left = work.seconds_left(pending)
+    about = "" if left is None else f"; about {format_duration(left)} left for all"
+    tell(f"[{work.jobs.index(job) + 1}/{len(work.jobs)}] {job.title}{about}")
+    with in_row(job.row), suppress(InUse):  # another process may have been quicker
+        if isinstance(recipe, Stages):
+            train_stages(recipe, folder, device=device, console=console)
+        elif job.label is not None:
+            label(recipe, folder, job.label, device=device)
+        else:
+            train(recipe, folder, device=device, console=console)
+        if job.label is None:
+            (*_, last) = work.runs(job)
+            scores = (read_record(last / SUMMARY) or {}).get("scores") or {}
+            top1 = f"top-1 {scores['top1']:.2%}, " if "top1" in scores else ""
+            tell(f"  {top1}{format_duration(work.seconds(job) or 0)}, {last}")
 
 
 def _check(work: Work) -> None:
@@ -132,7 +236,23 @@ def _check(work: Work) -> None:
     assert work.ahead  # every row can be built
     for job in work.jobs:
         with in_row(job.row):
-            check_folder(work.folder(job), job.resolved(output), "change the study back")
+            for folder, recipe in work.runs(job).items():
+                saved = saved_recipe(folder)
+                if saved is not None:
+                    recipe = with_views_of_labels(recipe, saved)
+                check_folder(folder, recipe, "change the study back")
+            for store in work.stores(job).values() if job.label else ():
+                _check_labels(work, job, store)
+
+
+def _check_labels(work: Work, job: Job, store: LabelStore) -> None:
+    recipe = work.recipe(job)
+    assert isinstance(recipe, Recipe)
+    written = from_dict(store.manifest.about["recipe"])
+    changed = differences(recipe, written)
+    if changed:
+        what = f"the labels {printable(store.path)} are of another recipe ({changed[0]})"
+        raise ConfigError(what, (Give("output"), "change the study back"), field="output")
 
 
 def _save(work: Work) -> None:
