@@ -190,8 +190,9 @@ def test_models_side_by_side(home, evaluate, scores, capsys):
     both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert both[0] == alone and [found["model"] for found in both] == ["classifier", "encoder"]
     assert evaluate("classifier", "encoder", "--knn") == 0
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["photos", "(val)", "classifier", "encoder"]
+    images, *table = capsys.readouterr().out.splitlines()
+    assert images == "photos (val):" and table[0].split() == ["classifier", "encoder"]
+    assert max(map(len, table)) <= 80
     for name, count in (("top-1", 1), ("k-NN top-1 (k 20, T 0.07)", 2)):
         (row,) = [line for line in table if line.strip().startswith(name)]
         assert row.count("%") == count

@@ -64,7 +64,7 @@ def test_a_study_that_is_killed_five_times_comes_to_the_same(here: Path) -> None
 
     for name in RUNS[1:6]:
         child = Child(work)
-        until(lambda name=name: (Path("broken") / name / "environment.json").exists())
+        until(lambda name=name: (Path("broken") / name / "environment.json").exists(), 300)
         child.kill()
         child.wait()
     assert run("study s.yaml --output broken --device cpu") == 0
@@ -90,14 +90,19 @@ def told(folder: str) -> dict[str, list[object]]:
 def test_two_processes_share_a_study(here: Path) -> None:
     child = Child(lambda: run("study s.yaml --output shared --device cpu"))
     assert run("study s.yaml --output shared --device cpu") == 0
-    assert child.wait() == 0
+    assert child.wait(300) == 0
     for name in RUNS:
         assert result(Path("shared") / name) == result(Path("whole") / name), name
 
 
 def test_a_row_may_have_stages(here: Path) -> None:
     sets = f"--data-dir photos --seeds 0 --device cpu --set pretrain.student.model_args={NETWORK!r}"
-    for field in ("train.epochs=2", "train.batch_size=12", "optim.warmup_epochs=0"):
+    for field in (
+        "train.epochs=2",
+        "train.batch_size=12",
+        "optim.warmup_epochs=0",
+        "pretrain.optim.warmup_prefix=false",
+    ):
         sets += f" --set {field}"
     assert run(f"study small_images_mae_finetuned --output two {sets}") == 0
     folders = [path.name for path in find_runs(["two"])]

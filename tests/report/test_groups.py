@@ -35,6 +35,14 @@ def test_seeds_of_one_recipe_are_one_row_and_pair(tmp_path: Path) -> None:
     assert question.comparison.seeds_error == pytest.approx(0)
 
 
+def test_a_number_that_every_seed_has_in_its_name_is_no_seed(tmp_path: Path) -> None:
+    for rate in (0.5, 0.25):
+        for seed in (0, 1):
+            recipe = taught(f"kept={rate}", seed, selector=MaskedKD(keep_rate=rate))
+            make_run(tmp_path / f"{rate}-{seed}", recipe, 0.5)
+    assert [group.name for group in groups_in(tmp_path)] == ["kept=0.25", "kept=0.5"]
+
+
 def test_a_taught_recipe_is_measured_by_the_best_of_the_same_student_and_the_first_taught(
     tmp_path: Path,
 ) -> None:

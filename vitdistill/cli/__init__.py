@@ -55,13 +55,13 @@ first is a command too.
 """
 
 
-USAGE = """vitdistill turns a big Vision Transformer into a small, fast one for little compute.
+USAGE = """vitdistill makes big Vision Transformers small and fast for little compute.
 
 usage: vitdistill COMMAND [arguments]       (vitdistill COMMAND --help for each)
 
 {commands}
 
-From photos/{{train,val}}/CLASS/*.jpg and a teacher to a student that sees half of it:
+From photos/{{train,val}}/CLASS/*.jpg and a teacher to a student:
   vitdistill train maskedkd --data-dir photos --model deit_tiny_patch16_224 \\
     --teacher-model runs/teacher/best"""
 
@@ -69,7 +69,7 @@ From photos/{{train,val}}/CLASS/*.jpg and a teacher to a student that sees half 
 def usage() -> str:
     """Return the overview that ``vitdistill --help`` prints."""
     single = {name: kind for name, (_, kind) in COMMANDS.items() if " " not in name}
-    lines = [f"  {name:<9}{_about(kind)[0]}" for name, kind in single.items()]
+    lines = [wrap(f"  {name:<9}{_about(kind)[0]}", " " * 11) for name, kind in single.items()]
     return USAGE.format(commands="\n".join(lines))
 
 

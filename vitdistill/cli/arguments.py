@@ -87,6 +87,9 @@ class ExplainArguments(RecipeArguments):
     No weights are read and nothing is written.
     """
 
+    output: str | None = option(
+        None, "as of train: say whether the run would begin there, go on, or be refused", "--output"
+    )
     time: bool = option(False, "time a few steps here, print the hours implied", "--time")
     device: str | None = option(None, "for --time: cpu, cuda or cuda:N", "--device")
     recipe_yaml: bool = option(False, "print the resolved recipe as YAML instead", "--recipe-yaml")

@@ -82,21 +82,21 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what is shown of the scores that there are."""
     found = {**result, "num_samples": f"{result['num_samples']:,.0f}"}
     if "pool" in result:
-        pool = {"class": "class token", "mean": "mean of the patches"}[result["pool"]]
+        pool = {"class": "class token", "mean": "patch mean"}[result["pool"]]
         found["features"] = pool
-        found["of_bank"] = f"features, of {plural(result['num_train_samples'], 'training image')}"
+        found["of_bank"] = f"features of {plural(result['num_train_samples'], 'image')}"
     lines = [
         ("num_samples", "images", "{num_samples}"),
         ("top1", "top-1", "{top1:.2%}"),
         ("top1_among", "top-1 among {among}", "{top1_among:.2%}"),
         ("top5", "top-5", "{top5:.2%}"),
         ("nll", "negative log-likelihood", "{nll:.4f} nats"),
-        ("ece", "calibration error (ECE, 15 bins)", "{ece:.2%}"),
+        ("ece", "calibration error (ECE)", "{ece:.2%}"),
         ("features", "{of_bank}", "{features}"),
         ("knn_top1", f"k-NN top-1 (k {{knn_k}}, T {TEMPERATURE})", "{knn_top1:.2%}"),
         ("knn_top5", "k-NN top-5", "{knn_top5:.2%}"),
         ("linear_top1", "linear probe top-1", "{linear_top1:.2%} (L2 {linear_l2:g})"),
-        ("agreement", "top-1 agreement with teacher", "{agreement:.2%}"),
+        ("agreement", "agrees with the teacher", "{agreement:.2%}"),
         ("kl", "KL(teacher || model)", "{kl:.4f} nats"),
     ]
     shown = [(name, text) for key, name, text in lines if key in found]

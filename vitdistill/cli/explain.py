@@ -1,14 +1,18 @@
 """``vitdistill explain``."""
 
 from contextlib import suppress
+from pathlib import Path
 
 from ..errors import UserError
 from ..explain.ahead import Forecast, forecast
 from ..explain.measure import measure_step, shares_ahead
-from ..messages import format_count, format_table
+from ..messages import format_count, format_table, printable
 from ..recipes.config import Recipe
-from ..recipes.stages import Stages, sources
+from ..recipes.stages import Stages, in_stage, sources
 from ..recipes.yaml import dump_recipe
+from ..runs.folder import check_folder, saved_recipe
+from ..runs.identity import SUMMARY, has_learnt
+from ..runs.stored import with_views_of_labels
 from .arguments import ExplainArguments
 from .console import say
 from .recipe import resolve_recipe
@@ -25,6 +29,12 @@ def run(args: ExplainArguments) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     stages = recipe.stages if isinstance(recipe, Stages) else {"": recipe}
+    if args.output is not None:
+        for key, stage in stages.items():
+            with in_stage(key):
+                state = _state(stage, Path(args.output, stage.name if key else ""))
+                say(f"{printable(Path(args.output))}{f', stage {key}' if key else ''}: {state}")
+        say("")
     runs = forecast(recipe)
     if not all(stage.data.dir for stage in stages.values()):
         say("no --data-dir is given: counting ImageNet-1k's 1,281,167 images, 1,000 classes\n")
@@ -43,6 +53,16 @@ def run(args: ExplainArguments) -> int:
     if len(runs) > 1:
         say("\n".join(_together(runs)))
     return 0
+
+
+def _state(recipe: Recipe, folder: Path) -> str:
+    """Return what training into this folder would be; raise what would be refused."""
+    if not sources(recipe):  # a stage that begins with another one finds out when that is done
+        recipe = with_views_of_labels(recipe, saved_recipe(folder))
+        check_folder(folder, recipe)
+    if (folder / SUMMARY).is_file():
+        return "the run is finished, nothing would be done"
+    return "the run would be resumed" if has_learnt(folder) else "the run would begin"
 
 
 def _origins(stage: Recipe) -> list[str]:

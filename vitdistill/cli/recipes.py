@@ -1,7 +1,10 @@
 """``vitdistill recipes``: the named recipes, known without torch."""
 
+import sys
+
 from ..recipes import FAMILIES
 from .arguments import RecipesArguments
+from .flags import wrap
 
 
 def run(args: RecipesArguments) -> int:
@@ -11,5 +14,6 @@ def run(args: RecipesArguments) -> int:
         also = "".join(f" (and NAME:{variant})" for variant in family.variants)
         print(f"{family.about}{also}:")
         for name, about in family.recipes.items():
-            print(f"  {name:<{width}}{about}")
+            line = f"  {name:<{width}}{about}"  # whole for grep
+            print(wrap(line, " " * (width + 2)) if sys.stdout.isatty() else line)
     return 0

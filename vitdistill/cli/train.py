@@ -60,10 +60,13 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
     """Say what a run came to, in what time, how far from its teachers, and what to do next."""
     best, scores, teachers = summary["best_top1"], summary["scores"], summary.get("teachers", {})
     folder = output / ("last" if best is None else "best")
-    text, where = "", f"weights in {output / 'last'}"
+    text, where = "", f"weights: {output / 'last'}"
     following = ["eval", output]
     if best is not None:
-        gaps = "".join(f", {(best - t) * 100:+.1f} points to {n}" for n, t in teachers.items())
+        gaps = "".join(
+            f", {abs(best - top1) * 100:.1f} points {'below' if best < top1 else 'above'} {name}"
+            for name, top1 in teachers.items()
+        )
         at = f"(best {best:.2%} at epoch {summary['best_epoch']:g}{gaps})"
         text, where = f"top-1 {scores['top1']:.2%} {at}, ", f"{where} and {folder}"
     elif "knn_top1" in scores:
@@ -72,7 +75,7 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
     else:
         following = ["export", output, "--output", "student"]
     command = shlex.join(["vitdistill", *map(str, following)])
-    return f"done: {text}{format_duration(summary['seconds'])}; {where}\nnext: {command}"
+    return f"done: {text}{format_duration(summary['seconds'])}\n{where}\nnext: {command}"
 
 
 def _show(prepared: Prepared) -> None:

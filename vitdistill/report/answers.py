@@ -126,7 +126,8 @@ def ask(run: Path, device: torch.device, say: Callable[[str], None]) -> None:
         of_both = both.compute()
         scores |= {f"{key}.{name}": of_both[key] for key in ("agreement", "kl")}
         scores[f"teacher.{name}"] = float(np.mean(said[name] == source.labels))
-    scores["images_per_second"] = measure_speed(networks[""], min(size, 64), world, amp_dtype)
+    how = networks[""], min(size, 64), world, amp_dtype
+    scores["images_per_second"] = measure_speed(*how, seconds=0.25)
     kept = {
         "weights": sha256_file(weights),
         "images": source.fingerprint(),

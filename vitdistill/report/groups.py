@@ -103,11 +103,11 @@ def _key(run: Run, made: dict[str, Run]) -> str:
 
 
 def _common_name(runs: Sequence[Run]) -> str:
-    """Return the name that runs share but for the number of their seed, or that of the first."""
-    names = [run.recipe.name for run in runs]
+    """Return the name that runs share, but for the number of their seed, or that of the first."""
+    names = dict.fromkeys(run.recipe.name for run in runs)
     plain = {re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) for name in names}
     common = plain.pop()
-    return common if len(names) > 1 and common and not plain else names[0]
+    return common if len(names) > 1 and common and not plain else next(iter(names))
 
 
 def ask_questions(groups: Sequence[Group]) -> list[Question]:

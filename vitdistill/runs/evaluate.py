@@ -190,11 +190,17 @@ class _Logits(nn.Module):
 
 @torch.no_grad()
 def measure_speed(
-    model: Teacher, batch_size: int, world: World, amp_dtype: torch.dtype | None
+    model: Teacher,
+    batch_size: int,
+    world: World,
+    amp_dtype: torch.dtype | None,
+    seconds: float = 1.0,
 ) -> float:
-    """Return images a second of the forward pass alone, the median over a second and a warm-up."""
+    """Return images a second of the forward pass alone, the median over ``seconds`` and a
+    warm-up.
+    """
     images, times = torch.randn(batch_size, 3, *model.spec.image_size, device=world.device), [0.0]
-    while len(times) < 5 or sum(times) < 1:
+    while len(times) < 5 or sum(times) < seconds:
         begun = time.perf_counter()
         with world.autocast(amp_dtype):
             model(images, Needs(logits=True))

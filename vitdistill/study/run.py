@@ -185,6 +185,7 @@ def run_study(study: Study, output: Path, say: Say, *, device: str, console: Con
             for job in jobs:
                 if not job.needs & waiting and not world.from_main(partial(_is_busy, work, job)):
                     _do(work, job, jobs, tell, device, console)
+                    world.gather(None)  # labels are written without meeting
                     break
             else:
                 if not waited:
