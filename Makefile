@@ -3,15 +3,27 @@
 # make test   sets up, then everything a change has to pass, with shapes checked at every call
 # make docs   writes docs/methods.md from the table of methods and builds the site, build/site/index.html
 # make dist   builds the wheel, and runs the demo from it in an empty environment
+# make test-gpu   the tests of devices on a GPU: four minutes
+# make bench-gpu  what a GPU does a second, beside timm: five minutes
 # Set-up builds .venv with the exact versions and hashes of requirements/constraints.txt; it needs the network once.
-# Variables: PYTHON=python3.12 (which interpreter), WORKERS=2 (test processes).
+# Variables: PYTHON=python3.12 (which interpreter), WORKERS=2 (test processes). With PYTHON the GPU targets take that interpreter as it
+# is, without set-up; WHEELS=FOLDER gives it what it lacks, and DEVICE=cuda:1 picks a GPU.
 
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo check units test docs dist lint lock clean
+DEVICE ?= cuda
+ifeq ($(origin PYTHON),command line)
+GPU_READY := gpu-packages
+GPU_PYTHON := PYTHONPATH=$(CURDIR)/.packages:$(CURDIR) $(PYTHON)
+else
+GPU_READY := setup
+GPU_PYTHON := $(BIN)/python
+endif
+
+.PHONY: setup demo check units test docs dist lint lock clean gpu-packages test-gpu bench-gpu
 
 setup: $(READY)
 
@@ -27,6 +39,17 @@ units: setup
 
 test: lint
 	$(BIN)/python -m pytest tests vitdistill --doctest-modules -n $(WORKERS) --jaxtyping-packages=vitdistill,beartype.beartype
+
+# What an interpreter lacks, from a folder of wheels: nothing of its own is touched, and no network is needed.
+gpu-packages:
+	@if [ -n "$(WHEELS)" ]; then rm -rf .packages && \
+	  $(PYTHON) -m pip install -q --no-index --no-deps --target .packages "$(WHEELS)"/*.whl; fi
+
+test-gpu: $(GPU_READY)
+	VITDISTILL_TEST_DEVICE=$(DEVICE) $(GPU_PYTHON) -m pytest tests/device tests/runs/test_waiting.py
+
+bench-gpu: $(GPU_READY)
+	$(GPU_PYTHON) benchmarks/gpu.py --device $(DEVICE) --write
 
 docs: .venv/.docs
 	$(BIN)/python docs/write_methods.py
@@ -62,5 +85,5 @@ lock:
 
 # Caches and builds. The environment stays: remove .venv by hand to start over.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist .packages *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

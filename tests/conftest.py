@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 # Before torch and huggingface_hub are imported, and inherited by the processes that tests start.
-os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # tests fork, and a forked process cannot use a GPU that its parent has looked at
-)
+if os.environ.get("VITDISTILL_TEST_DEVICE", "cpu") == "cpu":
+    # Tests fork, and a forked process cannot use a GPU that its parent has looked at.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = os.path.join(
     __file__, "none"

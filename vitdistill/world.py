@@ -6,7 +6,8 @@ the command line prints it once; the error of a process that cannot meet is prin
 """
 
 import os
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from .errors import ConfigError, Give, UserError
-from .messages import plural
+from .messages import first_line, plural
 
 T = TypeVar("T")
 Error = TypeVar("Error", bound=UserError)
@@ -47,6 +49,12 @@ class World:
     device: torch.device
 
     @property
+    def device_name(self) -> str:
+        """What people call the device."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if on_gpu else str(self.device)
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the run's files."""
         return self.rank == 0
@@ -74,6 +82,11 @@ class World:
             dist.all_reduce(values)
             values /= self.size
         return values
+
+    def take_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite these by the main process's, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, by rank."""
@@ -137,15 +150,37 @@ def choose_device(name: str = "auto") -> torch.device:
     if num_processes > 1 and number:
         what = f"{name!r} is one device, and each of {num_processes} processes needs its own"
         raise ConfigError(what, Give("device", "cuda"), field="device")
-    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    index, num_gpus = int(number or os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     # Every process checks the largest index, so that all of them stop and not only those without
     # a GPU.
-    largest, num_gpus = max(index, num_processes - 1), torch.cuda.device_count()
+    largest = max(index, num_processes - 1)
+    if num_gpus == 1 and not number:  # a scheduler may show each process a GPU of its own alone
+        largest = index = 0
     if largest >= num_gpus:
         what = f"the device cuda:{largest} is needed, and torch sees {plural(num_gpus, 'GPU')}"
         raise ConfigError(what, Give("device", "cpu"), field="device")
-    torch.cuda.set_device(index)
+    try:
+        torch.cuda.set_device(index)
+        torch.cuda.mem_get_info(index)  # the first that needs the device
+    except RuntimeError as error:
+        what = f"the device cuda:{index} cannot be used ({first_line(error)})"
+        raise ConfigError(what, ("end what else uses it", Give("device")), field="device") from None
+    # By default torch rounds to TF32 in convolutions alone: an image's patches would differ by
+    # 1e-3 between being embedded all together and one by one. They compute as products do.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return torch.device("cuda", index)
+
+
+def check_own_gpus(world: World) -> None:
+    """Raise `ConfigError` on every process if two of them compute on one GPU."""
+    if world.device.type != "cuda":
+        return
+    uuid = torch.cuda.get_device_properties(world.device).uuid
+    num_gpus = len({*world.gather((platform.node(), str(uuid)))})
+    if num_gpus < world.size:
+        what = f"{world.size} processes share {plural(num_gpus, 'GPU')}, and each needs its own"
+        fixes = f"start {num_gpus}, or show each its own", Give("device", "cpu")
+        raise agreed(ConfigError(what, fixes, field="device"))
 
 
 @contextmanager
@@ -165,9 +200,14 @@ def join_world(device: str = "auto") -> Iterator[World]:
         return
     # gloo beside NCCL: flags and errors travel between the hosts without waiting for the GPUs.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    failed = True
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-        yield World(dist.get_rank(), size, chosen)
+        # The others wait for as long as one writes: to a slow disk that may be long.
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        world = World(dist.get_rank(), size, chosen)
+        check_own_gpus(world)
+        yield world
+        failed = False
     except RuntimeError as error:
         by_gloo = any(words in str(error) for words in _PEER_LOST)
         if not by_gloo and not isinstance(error, dist.DistError):
@@ -179,4 +219,8 @@ def join_world(device: str = "auto") -> Iterator[World]:
         ) from error
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # NCCL ends in order only when all do: after an error it would wait for the others.
+            if failed and chosen.type == "cuda":
+                distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()

@@ -7,11 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_runs import (
     environment,
+    in_training,
     losses,
     ranks,
     result,
@@ -26,11 +29,23 @@ from small_runs import (
     write_images,
 )
 
+from vitdistill.data.loader import EvalLoader
+from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.decode import DamagedImage
-from vitdistill.errors import ConfigError, DataError, DiskError, NonFiniteError, Preempted
+from vitdistill.data.sources.open import open_source
+from vitdistill.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    NonFiniteError,
+    OutOfMemory,
+    Preempted,
+)
+from vitdistill.evaluate.accuracy import evaluate
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.storage import checkpoint
-from vitdistill.world import ProcessLost
+from vitdistill.weights.create import create_model
+from vitdistill.world import ALONE, ProcessLost, check_own_gpus, choose_device, join_world
 
 pytestmark = pytest.mark.whole
 
@@ -88,6 +103,17 @@ def test_a_parameter_without_a_gradient_does_not_stop_processes(tmp_path, plain)
     assert [answer["steps"] for answer in answers] == [9, 9]
     tensors, _ = checkpoint.load(checkpoint.folder_of(tmp_path / "run", 9))
     assert torch.equal(tensors["distillation.student.spare"], torch.ones(3))
+
+
+@pytest.mark.parametrize("ema", [None, 0.6])
+def test_a_student_with_batch_statistics_is_scored_as_it_is_exported(tmp_path, images, plain, ema):
+    """Each process has seen other images, and one of them writes the weights."""
+    small = {"student.model": "resnet10t", "student.model_args": {"channels": [8, 8, 16, 16]}}
+    recipe = plain(**small, **{"train.ema_decay": ema, "train.save_every": 100})
+    scores = ranks(2, lambda rank: run(recipe, tmp_path / "run"))[0]["scores"]
+    model = create_model(str(tmp_path / "run" / "last"))
+    loader = EvalLoader(open_source(str(images), "val"), input_spec_of(model), batch_size=8)
+    assert scores == pytest.approx(evaluate(model, loader, ALONE), rel=1e-5)
 
 
 # -- stopping together ----------------------------------------------------------------------------
@@ -176,6 +202,33 @@ def test_a_process_that_dies_does_not_leave_the_others_hanging(tmp_path, plain):
     assert type(error) is ProcessLost and children[0].code == 70
     assert "another process of this run died" in str(error) and "\n" not in str(error)
     assert checkpoint.latest(folder) is not None and not (folder / ".lock").exists()
+
+
+def test_memory_that_ends_on_one_process_leaves_no_other_waiting(tmp_path, plain):
+    def allocate():
+        torch.empty(2**50)
+
+    stop = in_training(allocate, 3)  # the process that is told of what is prepared: the first
+    errors = ranks(2, lambda rank: run(plain(**ENDLESS), tmp_path / "run", prepared=stop))
+    assert [type(error) for error in errors] == [OutOfMemory, ProcessLost]
+
+
+def test_processes_that_share_a_gpu_are_refused_on_each(monkeypatch):
+    """Where each sees one GPU alone, only their names tell whether it is the same."""
+
+    def meet(rank, names):
+        fakes = {"is_available": lambda: True, "device_count": lambda: 1}
+        fakes |= {"set_device": lambda index: None, "mem_get_info": lambda index: None}
+        fakes["get_device_properties"] = lambda device: SimpleNamespace(uuid=names[rank])
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        with join_world("cpu") as cpu:
+            check_own_gpus(replace(cpu, device=choose_device("cuda")))
+        return "apart"
+
+    assert ranks(2, lambda rank: meet(rank, "ab")) == ["apart"] * 2
+    for error in ranks(2, lambda rank: meet(rank, "aa")):
+        assert isinstance(error, ConfigError) and "2 processes share 1 GPU" in str(error)
 
 
 def test_torchrun(tmp_path, plain):

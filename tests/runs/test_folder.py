@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import Child, tree
 
 from vitdistill.errors import ConfigError, DataError, DiskError, PermissionDenied
@@ -19,6 +20,7 @@ from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.yaml import load_recipe
 from vitdistill.runs.folder import METRICS, RunFolder, check_folder, finished
 from vitdistill.storage.atomic import write_atomic
+from vitdistill.world import World
 
 RECIPE = Recipe()
 
@@ -150,7 +152,7 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
 def test_the_environment_is_kept_by_step(tmp_path):
     with RunFolder(tmp_path, RECIPE, {}) as folder:
         for step, processes in ((0, 1), (7, 1), (9, 2), (11, 3), (9, 2)):
-            folder.record_environment(step, processes)
+            folder.record_environment(step, World(0, processes, torch.device("cpu")))
     known = json.loads((tmp_path / "environment.json").read_text())
     assert {step: found["processes"] for step, found in known.items()} == {"0": 1, "9": 2}
     assert known["0"]["torch"] == known["9"]["torch"]

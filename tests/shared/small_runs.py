@@ -51,6 +51,8 @@ from vitdistill.recipes.stages import Stages
 from vitdistill.runs.train import train
 from vitdistill.storage import checkpoint
 
+DEVICE = os.environ.get("VITDISTILL_TEST_DEVICE", "cpu")
+"""Where tests of devices run: `make test-gpu` sets it."""
 CLASSES = ("ant", "bee", "cat")
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -160,10 +162,11 @@ def spare_vit() -> str:
 def run(
     recipe: Recipe, folder: Path, said: list[str] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """`train` on the CPU; what it prints goes to ``said``, line by line."""
+    """`train` on `DEVICE`, or another; what it prints goes to ``said``, line by line."""
     text = io.StringIO()
+    given = {"device": DEVICE, "console": Console(file=text, width=400), **options}
     try:
-        return train(recipe, folder, device="cpu", console=Console(file=text, width=400), **options)
+        return train(recipe, folder, **given)
     finally:
         if said is not None:
             said += text.getvalue().splitlines()

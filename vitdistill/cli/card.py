@@ -116,7 +116,9 @@ def _training(recipe: Recipe, data: str, summary: Mapping[str, Any], run: Path) 
     if "seconds" in summary:
         took = f"{format_duration(summary['seconds'])}, processes: {summary['processes']}"
         last = list((read_record(run / ENVIRONMENT) or {"0": {}}).values())[-1]
-        device = ", ".join(dict.fromkeys(last.get("gpus") or [last.get("processor", "")]))
+        device = last.get("device", "cpu")
+        if device == "cpu":  # a run of before has no device, and its GPUs
+            device = ", ".join(dict.fromkeys(last.get("gpus") or [last.get("processor", "")]))
         cost.append(f"{took} ({device})")
     return [
         "## Data",

@@ -96,7 +96,7 @@ def _make_step(recipe: Recipe, num_classes: int, world: World) -> Callable[[int]
         teachers[name] = stand_in(teacher.model, teacher.network, module, device, dtype)
     optimizer = make_optimizer(module, recipe.optim)
     if recipe.train.compile:
-        compile_networks(module, teachers)
+        compile_networks(module, *teachers.values())
 
     def step(size: int) -> float:
         blank = blank_batch(plan, size, device)

@@ -19,7 +19,7 @@ from ..option import option
 from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from ..vit.patches import PatchMap, resample_patches
+from ..vit.patches import PatchMap, resample_patches, top_patches
 from .base import Grid, Keep, Noise, TokenSelector, require
 
 SoftmaxOver = Literal["tokens", "patches"]
@@ -46,7 +46,7 @@ def select_patches(
     attention: Float[Tensor, "B H L"], num_keep: int, num_prefix_tokens: int = 1
 ) -> Int[Tensor, "B {num_keep}"]:
     """Return the ``num_keep`` patches of the highest `patch_saliency`, highest first."""
-    return patch_saliency(attention, num_prefix_tokens).topk(num_keep, dim=-1).indices
+    return top_patches(patch_saliency(attention, num_prefix_tokens), num_keep)
 
 
 def resample_saliency(
@@ -76,7 +76,7 @@ class AttendedPatches(TokenSelector):
         """Return the patches of ``grid`` where ``output`` looks most."""
         attention = output.attention[self.block % output.depth].detach()
         saliency = patch_saliency(attention, output.num_prefix_tokens, self.softmax_over)
-        return resample_saliency(saliency, output.grid, grid).topk(num_keep, dim=-1).indices
+        return top_patches(resample_saliency(saliency, output.grid, grid), num_keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class MaskedKD(AttendedPatches):
             earlier = Set("selector.block", max(self.block % student.depth - 1, 0))
             raise ConfigError(what, earlier, field="selector.block")
         energy = activation_energy(places).detach()
-        return resample_saliency(energy, places.grid, grid).topk(num_keep, dim=-1).indices
+        return top_patches(resample_saliency(energy, places.grid, grid), num_keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ class RandomPatches(TokenSelector):
         self, grid: Grid, num_keep: int, student: ViTOutput, teacher: ViTOutput | None, noise: Noise
     ) -> Keep:
         assert noise is not None
-        return noise.topk(num_keep, dim=-1).indices
+        return top_patches(noise, num_keep)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,13 +111,12 @@ def evaluate_model(job: Evaluation, world: World, display: Display) -> dict[str,
         tick = display.watch("reading features", len(loaders[0]) + len(loader))
         scores |= _judge_features(job, model.model, loaders, world, amp_dtype, tick)
     display.working("measuring its cost")
-    on_gpu = world.device.type == "cuda"
     return {
         **scores,
         "num_parameters": model.network.num_parameters,
         "flops": forward_flops(model.model, spec.image_size),
         "images_per_second": measure_speed(model, min(job.batch_size, 64), world, amp_dtype),
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else str(world.device),
+        "device": world.device_name,
         "threads": torch.get_num_threads(),
     }
 

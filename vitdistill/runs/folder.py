@@ -26,6 +26,7 @@ from ..storage.atomic import disk_errors, remove_temporaries, settle_asides, wri
 from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
 from ..weights.export import FILES
+from ..world import World
 from .identity import RECIPE, SUMMARY, WEIGHTS, changes, note_identity, read_record
 
 METRICS, TIMING, ENVIRONMENT = "metrics.jsonl", "timing.jsonl", "environment.json"
@@ -124,14 +125,21 @@ class RunFolder:
         """Where the logs end, on disk."""
         return {name: log.sync() for name, log in self._logs.items()}
 
-    def record_environment(self, step: int, processes: int, images: Sequence[str] = ()) -> None:
-        """Note what the run runs on from ``step`` on, and what is to be known of its images."""
+    def record_environment(self, step: int, world: World, images: Sequence[str] = ()) -> str:
+        """Note what the run runs on from ``step`` on, and what is to be known of its images.
+
+        Return the device it ran on before, if that was another; else "".
+        """
         path = self.path / ENVIRONMENT
-        now = {**environment(), "processes": processes, "images": list(images)}
+        now = environment() | {"device": world.device_name, "processes": world.size}
+        now |= {"images": list(images)}
         known = {k: v for k, v in (read_record(path) or {}).items() if k.isdecimal()}
         if not known or now != known[max(known, key=int)]:
             kept = {begun: found for begun, found in known.items() if int(begun) < step}
             write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
+            device: str = kept[max(kept, key=int)].get("device", "") if kept else ""
+            return "" if device == world.device_name else device
+        return ""
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -149,7 +157,6 @@ def environment() -> dict[str, Any]:
         "pillow": PIL.__version__,
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }

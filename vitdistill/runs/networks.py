@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ def amp_dtype_of(name: str, device: torch.device) -> torch.dtype | None:
         native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else None
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def name_precision(dtype: torch.dtype | None) -> str:
+    """Return what `amp_dtype_of` calls a precision."""
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool = True) -> Built:
@@ -359,11 +365,13 @@ def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -
     return make_plan(student, known, recipe.objectives, recipe.selector, recipe.masking, layouts)
 
 
-def compile_networks(distillation: Distillation, teachers: Mapping[str, Teacher]) -> None:
-    """Compile how the networks run; their modules and their weights' names stay as they are."""
-    distillation.run = torch.compile(distillation.run)
-    for teacher in teachers.values():
-        teacher.run = torch.compile(teacher.run)
+def compile_networks(*runners: Distillation | Teacher) -> None:
+    """Compile how networks run; their modules and their weights' names stay as they are."""
+    for it in runners:
+        # What is compiled is kept by code object, a few forms of each: every network has its own.
+        run: Any = it.run
+        known = run.__globals__, run.__name__, run.__defaults__, run.__closure__
+        it.run = torch.compile(FunctionType(run.__code__.replace(), *known))
 
 
 @contextmanager

@@ -1,11 +1,14 @@
-"""Which number of a step was the first to be NaN or infinite."""
+"""What ends a step: memory that runs out, and the first number that is NaN or infinite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..errors import NonFiniteError, Set
+from ..memory import memory_errors
+from ..messages import plural
 from ..vit.output import ViTOutput
 from ..world import agreed
 from .prepare import Prepared
@@ -52,7 +55,25 @@ def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def last_good(output: Path) -> str:
+@contextmanager
+def step_errors(prepared: Prepared, output: Path, step: Callable[[], int]) -> Iterator[None]:
+    """Say of an error where it happened, and what is left; ``step``: which one it is now."""
+    train = prepared.recipe.train
+    size = train.batch_size // (train.accumulate * prepared.world.size)
+    where = (
+        f"in a training step of {plural(size, 'image')} at once; the batch size is part of what a"
+        " run computes, so another one needs another output"
+    )
+    fixes = Set("train.accumulate"), Set("train.batch_size"), "explain says what an image needs"
+    try:
+        with memory_errors(where, fixes):
+            yield
+    except NonFiniteError as error:
+        what = f"at step {step()}, {error.what}; {_last_good(output)}"
+        raise agreed(NonFiniteError(what, error.fixes, field=error.field)) from error
+
+
+def _last_good(output: Path) -> str:
     """Name the last checkpoint of a run, in words."""
     saved = sorted((output / "checkpoints").glob("step-*"))
     if not saved:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import keyed
 from ..data.decoded import check_images
@@ -28,7 +29,14 @@ from ..messages import listed, plural
 from ..recipes.config import Recipe
 from ..world import World
 from .length import check_length
-from .networks import Networks, amp_dtype_of, build_networks, compile_errors, compile_networks
+from .networks import (
+    Networks,
+    amp_dtype_of,
+    build_networks,
+    compile_errors,
+    compile_networks,
+    name_precision,
+)
 from .optim import make_optimizer
 from .pictures import NUM_PICTURES
 from .preflight import NUM_IMAGES, doubt_weights, prove_features, prove_teacher
@@ -109,6 +117,7 @@ class Prepared:
             "training images": train.fingerprint(),
             "validation images": "" if val is None else val.fingerprint(),
             "image pipeline": self.loaders.train.pipeline,
+            "precision": name_precision(self.amp_dtype),
         }
         for name in self.teachers:
             found[f"weights of the {name}"] = self.networks.digests[name]
@@ -136,14 +145,15 @@ class Prepared:
             yield
 
 
-def prepare(recipe: Recipe, world: World, say: Say) -> Prepared:
+def prepare(recipe: Recipe, world: World, say: Say, begun_in: str | None = None) -> Prepared:
     """Open the images, build the networks, resolve the plan and prove the teachers; write nothing.
 
-    Call it on every process: what one of them cannot do stops them all.
+    Call it on every process: what one of them cannot do stops them all. ``begun_in``: the precision
+    that the run began in, which ``auto`` then means on any device.
     """
     less = (Set("train.batch_size"), "end what else runs here", "choose a smaller network")
     with world.together(), memory_errors("before the first step", less):
-        prepared = build(recipe, world, say)
+        prepared = build(recipe, world, say, begun_in)
         networks = prepared.networks
         make_optimizer(networks.distillation, recipe.optim)  # raises for a wrong name or argument
         check_labels(recipe, prepared.identity_of_views(), networks.digests, say)
@@ -160,13 +170,18 @@ def prepare(recipe: Recipe, world: World, say: Say) -> Prepared:
     return replace(prepared, unused=unused, proofs=proofs)
 
 
-def build(recipe: Recipe, world: World, say: Say) -> Prepared:
+def build(recipe: Recipe, world: World, say: Say, begun_in: str | None = None) -> Prepared:
     """Open the images, build the networks, and make the batches of this process."""
     images = open_images(recipe, say)
     networks = build_networks(recipe, images.classes, world.device, say)
     images, networks = judge_by_teacher(images, networks, say)
     loaders = make_loaders(recipe, images, networks, world, say)
-    amp_dtype = amp_dtype_of(recipe.train.amp_dtype, world.device)
+    wanted = recipe.train.amp_dtype
+    amp_dtype = amp_dtype_of(wanted, world.device)
+    here = name_precision(amp_dtype)
+    if wanted == "auto" and begun_in not in (None, here):
+        say(f"goes on in {begun_in}, as it began, and not in {here}, which auto means here")
+        amp_dtype = amp_dtype_of(begun_in, world.device)
     return Prepared(recipe, world, images, networks, loaders, amp_dtype)
 
 
@@ -348,7 +363,7 @@ def unused_parameters(prepared: Prepared) -> tuple[str, ...]:
     distillation, train, size = prepared.distillation, prepared.recipe.train, 2
     if train.compile:
         size = train.batch_size // (train.accumulate * prepared.world.size)
-        compile_networks(distillation, prepared.teachers)
+        compile_networks(distillation, *prepared.teachers.values())
     batch = blank_batch(prepared.plan, size, prepared.world.device)
     named = {name: p for name, p in distillation.named_parameters() if p.requires_grad}
     before = [buffer.clone() for buffer in distillation.buffers()]
@@ -362,3 +377,13 @@ def unused_parameters(prepared: Prepared) -> tuple[str, ...]:
             buffer.copy_(value)  # running means of BatchNorm
     reached = zip(named, grads, strict=True)
     return tuple(name.removeprefix("student.") for name, grad in reached if grad is None)
+
+
+def distribute(prepared: Prepared) -> nn.Module:
+    """Wrap the trained module so that processes average its gradients."""
+    if prepared.world.size == 1:
+        return prepared.distillation
+    # Without device_ids: batches are on the device already.
+    return DistributedDataParallel(
+        prepared.distillation, find_unused_parameters=bool(prepared.unused)
+    )

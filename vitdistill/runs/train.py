@@ -8,8 +8,8 @@ processes and micro-batches.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,12 +17,10 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batch import Batch
 from ..distill.step import UNWEIGHTED
-from ..errors import NonFiniteError, Preempted, Set, UserError
+from ..errors import NonFiniteError, Preempted, UserError
 from ..evaluate.accuracy import evaluate
 from ..evaluate.knn import knn_evaluation
 from ..memory import SMALLER_EVALUATION, memory_errors
@@ -34,14 +32,17 @@ from . import state as states
 from .display import Display, Speed
 from .feed import Feed
 from .folder import RunFolder, finished, saved_recipe
-from .identity import SUMMARY
+from .identity import SUMMARY, read_identity
 from .loggers import check_loggers
-from .nonfinite import last_good, nonfinite_error, refuse_nonfinite
+from .nonfinite import nonfinite_error, refuse_nonfinite, step_errors
 from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule, take_step
-from .prepare import Prepared, prepare, shares_at_start
+from .prepare import Prepared, distribute, prepare, shares_at_start
 from .report import Report
 from .stop import StopRequest
 from .stored import with_views_of_labels
+
+SKIPPED = "skipped_steps"
+"""How many steps since the last log line a gradient that overflowed float16 left without effect."""
 
 
 def train(
@@ -79,7 +80,8 @@ def train(
         check_loggers(recipe.train.log_to)
         stack.enter_context(display)
         display.working("preparing: images, networks, and the proof of teachers")
-        run = prepare(recipe, world, display.say)
+        begun_in = world.from_main(partial(read_identity, output)).get("precision")
+        run = prepare(recipe, world, display.say, begun_in)
         folder = None
         with world.together():
             if world.is_main:
@@ -104,14 +106,16 @@ class Trainer:
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
         self.num_steps = self.steps_per_epoch * self.recipe.train.epochs
         terms = prepared.plan.objectives
-        self.names = [*terms, "loss", *(f"{name}{UNWEIGHTED}" for name in terms), "grad_norm"]
+        self.losses = [*terms, "loss", *(f"{name}{UNWEIGHTED}" for name in terms)]
+        half = prepared.amp_dtype is torch.float16
+        self.names = [*self.losses, *([SKIPPED] if half else []), "grad_norm"]
         self.stop = StopRequest()
         self.unsaved = False
         self.ending: UserError | None = None  # ends the run after a save, on every process
         self._resume()
         self.window = int(self.state.sums[-1])  # steps since the last log line
         # Weights are loaded by now: DistributedDataParallel sends rank 0's to all when it is made.
-        self.module = _distributed(prepared)
+        self.module = distribute(prepared)
         left = self.num_steps - self.state.step
         steps = prepared.loaders.train.batches(self.state.step, left)
         self.feed = Feed(steps, self.world.device)
@@ -123,7 +127,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Make the state, and load what was saved of it."""
-        found = states.find(self.output, self.world, self.say)
+        found, before = states.find(self.output, self.world, self.say), ""
         with self.world.together():
             self.state = states.begin(self.prepared, len(self.names))
             # A new schedule sets the learning rates of step 0, so loading comes after it.
@@ -136,9 +140,14 @@ class Trainer:
                 # A resume elsewhere sees the same samples and views; other libraries, processors or
                 # numbers of processes may change the last bits of what is computed.
                 notes = self.prepared.images.notes
-                self.folder.record_environment(self.state.step, self.world.size, notes)
+                before = self.folder.record_environment(self.state.step, self.world, notes)
         if found is not None:
             self.say(f"resuming {self.output} at step {self.state.step} of {self.num_steps}")
+        if before:
+            self.say(
+                f"until here on {before}, from here on {self.world.device_name}: sums are rounded"
+                " otherwise, and dropout and stochastic depth draw other numbers"
+            )
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class Trainer:
         begun = time.perf_counter() - state.seconds
         with ExitStack() as stack:
             stack.enter_context(self.stop)
-            stack.enter_context(self._errors())
+            stack.enter_context(step_errors(self.prepared, self.output, lambda: state.step))
             stack.callback(self.feed.close)
             if self.report is not None:
                 stack.callback(self.report.close)
@@ -183,7 +192,8 @@ class Trainer:
     def step(self) -> None:
         """Take one optimizer step; the host does not wait for the device.
 
-        From the first number on that is NaN or infinite no step is applied: `_read` finds it.
+        From the first number on that is NaN or infinite no step is applied: `_read` finds it. A
+        step that float16 skips counts: the schedule, the moving average and the images go on.
         """
         prepared, state, micro_batches = self.prepared, self.state, self.feed.batches
         assert micro_batches is not None
@@ -198,7 +208,9 @@ class Trainer:
             # float16 gradients overflow now and then, and the scaler skips such a step. Once its
             # scale is used up, they are not finite for another reason.
             usable = state.scaler.scale(torch.ones_like(norm)) >= 1
-            noted = norm.masked_fill(usable & ~norm.isfinite(), 0)
+            skipped = usable & ~norm.isfinite()
+            noted = norm.masked_fill(skipped, 0)
+            state.sums[-3].add_(skipped)
         state.sums[-2].add_(noted)
         # What is no number stays in the sums, be it of a step before, and less itself is NaN.
         total = state.sums.sum()
@@ -236,7 +248,7 @@ class Trainer:
                     losses = self.module(batch, self.prepared.teachers, state.step / self.num_steps)
                 loss = losses["loss"] / count
                 (loss if state.scaler is None else state.scaler.scale(loss)).backward()
-            values = torch.stack([losses[name].detach() for name in self.names[:-1]])
+            values = torch.stack([losses[name].detach() for name in self.losses])
             state.sums[: len(values)].add_(values / count)
 
     def _read(self) -> list[float]:
@@ -251,22 +263,6 @@ class Trainer:
             self.state.step += good - self.window
             raise nonfinite_error(self.prepared, self.state.step, self.num_steps)
         return sums
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Say of an error where it happened, and what is left."""
-        train = self.recipe.train
-        size = train.batch_size // (train.accumulate * self.world.size)
-        where = (
-            f"in a training step of {plural(size, 'image')} at once; the batch size is part of what"
-            " a run computes, so another one needs another output"
-        )
-        try:
-            with memory_errors(where, (Set("train.accumulate"), Set("train.batch_size"))):
-                yield
-        except NonFiniteError as error:
-            what = f"at step {self.state.step}, {error.what}; {last_good(self.output)}"
-            raise agreed(NonFiniteError(what, error.fixes, field=error.field)) from error
 
     # --- what is due between steps ---------------------------------------------------------------
 
@@ -293,6 +289,8 @@ class Trainer:
     def _evaluate(self) -> None:
         state, loaders = self.state, self.prepared.loaders
         model = self.prepared.student if state.ema is None else state.ema.module
+        # Each process has statistics of its own (BatchNorm): those that are saved are the first's.
+        self.world.take_from_main(model.buffers())
         scores, best = None, False
         if loaders.val is not None:
 
@@ -326,6 +324,15 @@ class Trainer:
         state = self.state
         *sums, number = self._read()
         means = {name: total / number for name, total in zip(self.names, sums, strict=True)}
+        scale = {}
+        if state.scaler is not None:
+            scale = {"loss_scale": state.scaler.get_scale()}
+            if skipped := round(means.pop(SKIPPED) * number):
+                scale[SKIPPED] = skipped
+                self.say(
+                    f"{plural(skipped, 'step')} of {number:.0f} without an update: a gradient"
+                    f" overflowed float16, and the loss scale is {scale['loss_scale']:g} now"
+                )
         state.sums.zero_()
         self.window = 0
         rate = learning_rate(state.optimizer)
@@ -334,7 +341,6 @@ class Trainer:
         self.display.step(state.step, means, rate, self.speed)
         with self.world.together():
             if self.report is not None:
-                scale = {} if state.scaler is None else {"loss_scale": state.scaler.get_scale()}
                 self.report.training(state.step, {"lr": rate, **means, **scale}, self.speed)
 
     # --- saving and leaving ----------------------------------------------------------------------
@@ -386,15 +392,3 @@ class Trainer:
             return summary
 
         return self.world.from_main(write)  # equal on all, their seconds too
-
-
-def _distributed(prepared: Prepared) -> nn.Module:
-    """Wrap the trained module so that processes average its gradients."""
-    world = prepared.world
-    if world.size == 1:
-        return prepared.distillation
-    return DistributedDataParallel(
-        prepared.distillation,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        find_unused_parameters=bool(prepared.unused),
-    )
