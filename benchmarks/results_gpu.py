@@ -65,11 +65,13 @@ def table(work: Work) -> str:
         if work.seconds(job) is not None:
             found.setdefault(job.row, []).append(job)
     for row, jobs in found.items():
-        summaries = [read_record(work.folder(job) / SUMMARY, SUMMED_UP) or {} for job in jobs]
+        summaries = [
+            read_record(work.output / job.folder / SUMMARY, SUMMED_UP) or {} for job in jobs
+        ]
         scores = [100 * summary["scores"]["top1"] for summary in summaries]
         spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
         seconds = statistics.median(summary["seconds"] for summary in summaries)
-        ahead = work.ahead[row]
+        ((ahead, _),) = work.ahead[row]
         images = ahead.num_images * ahead.recipe.train.epochs / seconds
         plain = sum(ahead.cost.teachers_plain.values())
         share = f"{sum(ahead.cost.teachers.values()) / plain:.0%}" if plain else ""
@@ -148,7 +150,7 @@ def main(
                 break
             with in_row(job.row):
                 quiet = Console(quiet=True)
-                train(job.resolved(work.output), work.folder(job), device=device, console=quiet)
+                train(work.recipe(job), work.output / job.folder, device=device, console=quiet)
             known(f"{job.title}: {work.seconds(job):.0f} s; {left()}")
     except Preempted as error:
         known(f"{error}; {left()}")
