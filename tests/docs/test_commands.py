@@ -97,7 +97,10 @@ def test_every_script_of_the_shell_can_be_parsed() -> None:
 
 def test_every_block_says_what_it_is_in() -> None:
     for page in PAGES:
-        assert {kind for kind, _ in FENCE.findall(page.read_text())} <= LANGUAGES, page
+        text = page.read_text()
+        assert {kind for kind, _ in FENCE.findall(text)} <= LANGUAGES, page
+        # Indented blocks, and lists right after one, are no such on the site.
+        assert not re.search(r"^ +```|^```\n- ", text, re.MULTILINE), page
 
 
 def test_every_flag_is_one_of_the_command_line() -> None:
