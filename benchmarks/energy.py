@@ -40,10 +40,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("photos", help="images that vitdistill opens, of 32 pixels")
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=6, help="of the student")
-    parser.add_argument("--teacher-epochs", type=int, default=15)
-    parser.add_argument("--images", type=int, default=5000, help="of training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4, help="of the student")
+    parser.add_argument("--teacher-epochs", type=int, default=12)
+    parser.add_argument("--images", type=int, default=2000, help="of training")
     parser.add_argument("--keep-rates", type=float, nargs="+", default=[0.5, 0.25])
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,20 +51,40 @@ def main() -> None:
     val = load(args.photos, "val", args.classes, None)
     teacher = train_teacher(train, args.teacher_epochs, args.classes)
     print(f"teacher: top-1 {accuracy(teacher, val):.1%}", flush=True)
-    choices: dict[str, TokenSelector | None] = {"all patches": None}
+    print("| patches | student, top-1 by seed | mean | ahead of random | teacher on them |")
+    print("|---|---|---:|---:|---:|", flush=True)
+    report("all patches", [distil(teacher, None, train, val, args, s) for s in range(args.seeds)])
     for rate in args.keep_rates:
-        energy = MaskedKD(saliency="energy", block=STAGE, keep_rate=rate)
-        choices[f"energy, {rate:.0%}"] = energy
-        choices[f"random, {rate:.0%}"] = RandomPatches(keep_rate=rate)
-        choices[f"teacher-guided, {rate:.0%}"] = TeacherGuided(keep_rate=rate)
-    print("| patches | student, top-1 by seed | mean | teacher on them |\n|---|---|---:|---:|")
-    for name, selector in choices.items():
-        found = [distil(teacher, selector, train, val, args, s) for s in range(args.seeds)]
-        students, teachers = zip(*found, strict=True)
-        each = ", ".join(f"{top1:.1%}" for top1 in students)
-        means = (statistics.mean(students), statistics.mean(teachers))
-        print(f"| {name} | {each} | {means[0]:.1%} | {means[1]:.1%} |", flush=True)
+        choices: dict[str, TokenSelector] = {
+            "random": RandomPatches(keep_rate=rate),
+            "energy": MaskedKD(saliency="energy", block=STAGE, keep_rate=rate),
+            "teacher-guided": TeacherGuided(keep_rate=rate),
+        }
+        of_random: list[Found] = []
+        for name, selector in choices.items():
+            found = [distil(teacher, selector, train, val, args, s) for s in range(args.seeds)]
+            of_random = of_random or found
+            report(f"{name}, {rate:.0%}", found, of_random)
     print(f"\n`{' '.join(['python', 'benchmarks/energy.py', *sys.argv[1:]])}`")
+
+
+Found = tuple[float, float]
+"""Top-1 of a student, and of the teacher on the patches that it saw."""
+
+
+def report(name: str, found: list[Found], of_random: list[Found] | None = None) -> None:
+    """Print a row; a difference is the mean over seeds of pairs, and its standard error."""
+    students, teachers = zip(*found, strict=True)
+    each = ", ".join(f"{top1:.1%}" for top1 in students)
+    ahead = ""
+    if of_random is not None and of_random is not found:
+        pairs = [
+            100 * (ours - theirs) for (ours, _), (theirs, _) in zip(found, of_random, strict=True)
+        ]
+        error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
+        ahead = f"{statistics.mean(pairs):+.1f} ± {error:.1f}"
+    means = (statistics.mean(students), statistics.mean(teachers))
+    print(f"| {name} | {each} | {means[0]:.1%} | {ahead} | {means[1]:.1%} |", flush=True)
 
 
 def load(photos: str, split: Split, num_classes: int, count: int | None) -> tuple[Tensor, Tensor]:
@@ -123,7 +143,7 @@ def distil(
     val: tuple[Tensor, Tensor],
     args: argparse.Namespace,
     seed: int,
-) -> tuple[float, float]:
+) -> Found:
     """Return the top-1 of the student, and of the teacher on the patches it saw at the end."""
     torch.manual_seed(seed)
     student = timm.create_model("convnext_atto", num_classes=args.classes, **STUDENT)

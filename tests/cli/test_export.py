@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from ruamel.yaml import YAML
 from small_hub import serve_hub
 from small_runs import environment
 
 from tests.cli.home import CONFIG, SHORT, make_home, run
 from vitdistill.weights.create import create_model
+from vitdistill.weights.origin import origin_of
 
 KD = f"train small_images_kd {SHORT} --teacher-model nc --output runs/student"
 
@@ -81,10 +83,35 @@ def test_a_card_says_where_weights_come_from(here: Path) -> None:
     summary = json.loads(Path("runs/student/summary.json").read_text())
     (metric,) = about["model-index"][0]["results"][0]["metrics"]
     assert metric["value"] == pytest.approx(summary["best_top1"], abs=1e-4)
-    for said in ("cc-by-nc-4.0", "## Data", "photos", "## Method", "kd", "## Cost", "FLOPs in all"):
+    for said in (
+        "cc-by-nc-4.0",
+        "## Data",
+        "photos",
+        "## Method",
+        "kd",
+        "## Cost",
+        "for the whole training",
+    ):
         assert said in body
-    assert str(here) not in text
-    assert timm.create_model("local-dir:out", pretrained=True).num_classes == 3
+    assert str(here) not in text and "random weights" in body
+    code, found = body.split("```python\n")[1].split("```")[0], {}
+    exec(code, found)
+    assert found["model"].num_classes == 3 and not found["model"].training
+    assert found["transform"](Image.new("RGB", (20, 30))).shape == (3, 16, 16)
+
+
+def test_what_is_known_of_a_teachers_licence() -> None:
+    """A file's is not that of timm's weights of the same name; a card tells both."""
+    found = origin_of("vit_small_patch16_dinov3", "mine/dino.safetensors")
+    assert found == {
+        "model": "vit_small_patch16_dinov3",
+        "weights": "dino.safetensors",
+        "registry_license": "dinov3-license",
+    }
+    assert origin_of("vit_small_patch16_dinov3") is None
+    downloaded = origin_of("vit_small_patch16_dinov3.lvd1689m", pretrained=True)
+    assert downloaded is not None and downloaded["license"] == "dinov3-license"
+    assert downloaded["weights"] == "timm/vit_small_patch16_dinov3.lvd1689m"
 
 
 @pytest.mark.whole

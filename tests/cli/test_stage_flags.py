@@ -19,16 +19,28 @@ from vitdistill.recipes.yaml import dump_recipe
 USAGE, CONFIG = 64, 78
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The staged recipe alone."""
+    made = tmp_path_factory.mktemp("staged")
+    (made / "three.yaml").write_text(dump_recipe(three()))
+    return made
+
+
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The staged recipe alone, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    Path("three.yaml").write_text(dump_recipe(three()))
+def _here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
 
 
-def composed(*words: str) -> dict[str, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> dict[str, dict[str, Any]]:
+    """The fields of every stage without any flag."""
+    return composed(file=str(folder / "three.yaml"))
+
+
+def composed(*words: str, file: str = "three.yaml") -> dict[str, dict[str, Any]]:
     """The fields of every stage after the flags."""
-    stages = resolve_recipe(read_arguments("explain", ["three.yaml", *words]))
+    stages = resolve_recipe(read_arguments("explain", [file, *words]))
     assert isinstance(stages, Stages)
     return {key: flatten(recipe) for key, recipe in stages.stages.items()}
 
@@ -46,9 +58,9 @@ WORDS = {"--model": "deit_tiny_patch16_224.fb_in1k", "--teacher-model": "stage:f
 
 @pytest.mark.parametrize("path", sorted(recipe_flags().keys() - UNLABELLED))
 def test_a_flag_is_for_every_stage_for_the_first_or_for_the_only_one_with_the_field(
-    path: str,
+    path: str, plain: dict[str, dict[str, Any]]
 ) -> None:
-    flag, plain = recipe_flags()[path], composed()
+    flag = recipe_flags()[path]
     choices = get_args(flag.value_kind)
     word = "64" if flag.value_kind is int else choices[-1] if choices else flag.alone or "0.25"
     word = WORDS.get(flag.name, word)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -190,6 +190,7 @@ def test_chunks_and_starts_do_not_move_the_minimum(monkeypatch):
     assert torch.equal(start[0], noise(1, 6, 3)) and torch.equal(start[1], noise(2, 3))
 
 
+@settings(max_examples=15)
 @given(seed=seeds)
 def test_the_probe_repeats_itself_and_sees_no_shift_and_no_unit(seed):
     bank, labels, queries, truth = task(seed, 5, 3, (60, 40), signal=1.0)

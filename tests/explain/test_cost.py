@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -34,7 +35,7 @@ LOGITS = Needs(logits=True)
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
 
 
-def vit(name: str = "vit_tiny_patch16_224", **args: int) -> nn.Module:
+def vit(name: str = "vit_tiny_patch16_224", **args: Any) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(name, **args)
 
@@ -108,9 +109,12 @@ def test_a_backward_pass_is_about_two_forward_passes_and_stopping_early_costs_le
     assert costs == sorted(costs) and costs[0] < costs[-1] / 2.5
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_other_networks_are_counted_by_their_own_forward(name: str) -> None:
-    model = vit(name)
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("resnet10t", {}), ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)})],
+)
+def test_other_networks_are_counted_by_their_own_forward(name: str, args: dict[str, Any]) -> None:
+    model = vit(name, **args)
     once = forward_flops(model, (224, 224))
     assert forward_flops(model, (224, 224), LOGITS) == once > 0
     assert training_flops(model.train(), (224, 224), LOGITS) > 2 * once
@@ -272,15 +276,15 @@ def test_what_is_computed_once_for_a_batch_or_between_images_depends_on_its_size
         teachers = {"teacher": model} if isinstance(objective, TeacherObjective) else {}
         networks = {name: of(model, name) for name in teachers}
         plan = make_plan(of(model, "student"), networks, {"it": objective}, masking=masking)
-        return [cost_of(plan, model, teachers, batch_size).step for batch_size in (2, 8, 64)]
+        return [cost_of(plan, model, teachers, batch_size).step for batch_size in (2, 64)]
 
     mae = PixelReconstruction(decoder_dim=16, decoder_depth=2, decoder_num_heads=2)
-    two, eight, many = steps(mae, RandomMasking())
-    assert two > eight > many  # the mask tokens' first projection
+    two, many = steps(mae, RandomMasking())
+    assert two > many  # the mask tokens' first projection
     # q, k and v of the 64 places, 16 wide, forward and backward (6 FLOPs a weight), once a batch.
     assert two - many == pytest.approx(64 * 3 * 16 * 16 * 6 * (1 / 2 - 1 / 64), rel=0.01)
-    two, eight, many = steps(Manifold(patch_weight=0.0, random_weight=0.0))
-    assert two < eight < many
+    two, many = steps(Manifold(patch_weight=0.0, random_weight=0.0))
+    assert two < many
     assert len(set(steps(SoftKD()))) == 1
 
 
@@ -323,16 +327,19 @@ def test_counting_leaves_networks_alone() -> None:
         assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("side", [0, 1, 7, 8, 15, 16, 31, 32, 500])
-def test_inputs_have_a_size_and_enlarged_images_are_told(side: int) -> None:
+def test_inputs_have_a_size_and_enlarged_images_are_told() -> None:
     student, teacher = small(), small(img_size=16, patch_size=4)
     described = describe_network(teacher, "teacher", "a_model", (16, 16))
     objectives: dict[str, Objective] = {"kd": SoftKD()}
     plan = make_plan(of(student, "student"), {"teacher": described}, objectives)
-    page = explain(plan, cost_of(plan, student, {"teacher": teacher}), 50_000, 30, side)
-    page = " ".join(page.split())
-    for name, size, enlarged in (("student, student", 32, side < 16), ("teacher, a", 16, side < 8)):
-        told = f"{name}_model, {size} x {size} pixels"
-        times = f"enlarged to that: {size**2 / (side or 1) ** 2:.0f} times the pixels"
-        assert (f"{told} (images of {side} are {times}" in page) == (side > 0 and enlarged)
-        assert (f"{told}: " in page) == (side == 0 or not enlarged)
+    cost = cost_of(plan, student, {"teacher": teacher})
+    for side in (0, 1, 7, 8, 15, 16, 31, 32, 500):
+        page = " ".join(explain(plan, cost, 50_000, 30, side).split())
+        for name, size, enlarged in (
+            ("student, student", 32, side < 16),
+            ("teacher, a", 16, side < 8),
+        ):
+            told = f"{name}_model, {size} x {size} pixels"
+            times = f"enlarged to that: {size**2 / (side or 1) ** 2:.0f} times the pixels"
+            assert (f"{told} (images of {side} are {times}" in page) == (side > 0 and enlarged)
+            assert (f"{told}: " in page) == (side == 0 or not enlarged)

@@ -248,9 +248,12 @@ def test_a_stem_whose_patches_are_not_pixels_is_refused() -> None:
 
 
 def test_what_the_refusals_advise_is_not_refused() -> None:
+    patches_alone = {"class_token": False, "global_pool": "avg"}
     for args in (
-        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {**patches_alone, "fc_norm": False},
+        {**patches_alone, "name": small_vits.ROTARY, "use_fc_norm": False},
         {"global_pool": "token"},
+        {"name": "vit_pe_spatial_tiny_patch16_512"},  # no norm is left untrained: there is none
     ):
         student = network(vit(0, **args), "student")
         assert make_plan(student, {}, {"mae": SMALL}, masking=MASK).student_keep == 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import small_vits
 import torch
-from small_vits import DISTILLED, WALKED, network, teacher_of
+from small_vits import DISTILLED, TEACHER, WALKED, network, teacher_of
 from torch import Tensor, nn
 
 from vitdistill.data.batch import Batch
@@ -26,6 +26,8 @@ from vitdistill.vit.walk import run_vit
 
 NUM_CLASSES, NUM_IMAGES, GRID = 5, 6, (4, 4)
 OBJECTIVES = [name for name in METHODS if issubclass(method_class(name), Objective)]
+SMALL = {"mae": {"decoder_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2}}
+"""Settings that make a method as small as the networks."""
 SELECTORS = [name for name in METHODS if issubclass(method_class(name), TokenSelector)]
 MASKINGS = [name for name in METHODS if issubclass(method_class(name), Masking)]
 SEEN = ["whole", "kept", "masked"]
@@ -49,26 +51,25 @@ class Case:
     def __init__(
         self, name: str, mixed: bool = False, seen: str = "whole", shapes: str = "alike"
     ) -> None:
-        self.method: Any = method_class(name)()
+        self.method: Any = method_class(name)(**SMALL.get(name, {}))
         is_objective = isinstance(self.method, Objective)
         if is_objective and self.method.needs_masking:
             seen = "masked"
         masking = self.method if isinstance(self.method, Masking) else None
         if seen == "masked" and masking is None:
             masking = RandomMasking(mask_rate=0.5)
-        self.student, self.model = vit(0, 24, 4), vit(1, 36, 5)
-        if is_objective and not self.method.teacher_needs(network(self.model)).logits:
-            self.model = vit(1, 36, 5, num_classes=0)
+        reads_logits = not is_objective or self.method.teacher_needs(TEACHER).logits
+        classes = 5 if reads_logits else 0
         if shapes == "unlike":  # under a mask both have to have the same patches
             grid = {} if masking else {"patch_size": 8}
             self.student = vit(0, 24, 4, DISTILLED, **grid)
-            classes = self.model.num_classes
             self.model = vit(1, 36, 5, reg_tokens=2, num_heads=3, num_classes=classes)
-        if shapes in WALKED:
+        elif shapes in WALKED:
             kind, args = WALKED[shapes]
-            classes = self.model.num_classes
             self.student = vit(0, 24, 4, kind, **args)
             self.model = vit(1, 36, 5, kind, num_heads=3, num_classes=classes, **args)
+        else:
+            self.student, self.model = vit(0, 24, 4), vit(1, 36, 5, num_classes=classes)
         self.teacher = teacher_of(self.model)
         objectives = {"it": self.method} if is_objective else {"kd": SoftKD()}
         if shapes == "unlike":

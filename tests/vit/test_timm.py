@@ -93,7 +93,10 @@ def test_every_family_is_in_the_contract_suite() -> None:
 
 
 @pytest.mark.parametrize("side", [32, 48, (32, 64)])
-@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "vit_tiny_patch16_224", "resnet10t"])
+@pytest.mark.parametrize(
+    "name",
+    ["xcit_nano_12_p16_224", "vit_tiny_patch16_224", "resnet10t", "vit_base_patch16_sapiens2"],
+)
 def test_another_image_size_is_the_one_that_is_asked_for(name: str, side: Any) -> None:
     with torch.device("meta"):
         model = create_model(name, image_size=side)

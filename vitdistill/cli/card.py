@@ -6,25 +6,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from timm.models import model_entrypoint
 from torch import nn
 
 from .. import __version__
 from ..data.model_input import input_spec_of
 from ..errors import UserError
 from ..explain.ahead import forecast
-from ..messages import format_count, format_duration, plural
+from ..messages import format_count, format_duration, listed, plural
 from ..recipes.config import Recipe
 from ..recipes.convert import to_dict
 from ..recipes.yaml import load_recipe
 from ..runs.folder import ENVIRONMENT
 from ..runs.identity import RECIPE, SUMMARY, read_record
+from ..runs.preflight import NUM_IMAGES
 from ..vit.flops import forward_flops
-from ..weights.origin import ancestors
+from ..weights.create import class_names
+from ..weights.folder import Saved
+from ..weights.origin import Origin, ancestors
+from ..weights.outside import is_outside
 
 CARD = "README.md"
+METHOD = {"method": None, "teacher": "teacher", "head": "auto"}
+"""What goes without saying of a method; None: whatever it is."""
 
 
-def model_card(model: nn.Module, weights: Path, name: str, origin: Mapping[str, Any]) -> str:
+def model_card(model: nn.Module, weights: Path, name: str, saved: Saved, origin: Origin) -> str:
     """Write the card of the network in the folder ``weights``: ``best/`` or ``last/`` of a run, of
     which the card then says the data, the method, the cost and the accuracy.
     """
@@ -32,27 +39,48 @@ def model_card(model: nn.Module, weights: Path, name: str, origin: Mapping[str, 
     recipe = load_recipe(run / RECIPE) if (run / RECIPE).is_file() else None
     summary = read_record(run / SUMMARY) or {}
     scores = dict(summary.get("scores") or {})
-    if weights.name == "best" and summary.get("best_top1") is not None:
+    count, chosen = scores.pop("num_samples", None), weights.name == "best"
+    if chosen and summary.get("best_top1") is not None:
         scores = {"top1": summary["best_top1"]}
-    classes, size = int(model.num_classes), input_spec_of(model).image_size  # type: ignore[arg-type]
+    names, size = class_names(model) or (), input_spec_of(model).image_size
+    classes = int(model.num_classes)  # type: ignore[arg-type]
     parameters = format_count(sum(p.numel() for p in model.parameters()), "").strip()
     flops = format_count(forward_flops(model, size))
-    kind = model.pretrained_cfg["architecture"]  # type: ignore[index]
     task = f"image-{'classification' if classes else 'feature-extraction'}"
     data = "" if recipe is None else _data_name(recipe.data.dir)
-    place = f"{'hf-hub' if '/' in name else 'local-dir'}:{name}"
-    load = f'import timm\n\nmodel = timm.create_model("{place}", pretrained=True)'
+    built = _settings({k: v for k, v in saved.args.items() if k != "num_classes"})
     sections = [
         *_front_matter(name, task, data, scores),
         f"# {name}",
-        f"`{kind}`: {parameters} parameters, {flops} an image of {size[0]} x {size[1]} pixels,"
-        f" {plural(classes, 'logit')}. Trained with vitdistill {__version__}.",
-        f"```python\n{load}\n```",
-        *_origins(origin),
+        f"`{saved.architecture}`{f' with {built}' if built else ''}: {parameters} parameters,"
+        f" {flops} an image of {size[0]} x {size[1]} pixels, {plural(classes, 'logit')}. Written by"
+        f" vitdistill {__version__}.",
+        *([f"Classes, in the order of the logits: {listed(names, 100)}."] if names else []),
+        f"```python\n{_code(saved.architecture, name)}\n```",
+        *_origins(origin, data),
         *(() if recipe is None else _training(recipe, data, summary, run)),
-        *_results(scores, summary.get("teachers") or {}),
+        *_results(scores, summary.get("teachers") or {}, count, chosen),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def loading(architecture: str, place: str, scheme: str = "local-dir") -> tuple[str, str]:
+    """Return how an export is loaded, and what is to be imported besides."""
+    if is_outside(architecture):
+        return f"vitdistill.create_model({place!r})", "vitdistill"
+    file = model_entrypoint(architecture.partition(".")[0]).__module__
+    call = f"timm.create_model({f'{scheme}:{place}'!r}, pretrained=True)"
+    return call, "" if file.startswith("timm.") else file
+
+
+def _code(architecture: str, name: str) -> str:
+    call, module = loading(architecture, name, "hf-hub" if "/" in name else "local-dir")
+    imports = "\n".join(f"import {needed}" for needed in ("timm", module) if needed)
+    config = "timm.data.resolve_model_data_config(model)"
+    return (
+        f"{imports}\n\nmodel = {call}.eval()\n"
+        f"transform = timm.data.create_transform(**{config}, is_training=False)"
+    )
 
 
 def _data_name(location: str) -> str:
@@ -77,52 +105,65 @@ def _front_matter(name: str, task: str, data: str, scores: Mapping[str, Any]) ->
     return ["\n".join(["---", *lines, "---"])]
 
 
-def _origins(origin: Mapping[str, Any]) -> list[str]:
-    """Name every network that the weights come from, and what is known of its licence."""
+def _origins(origin: Origin, data: str) -> list[str]:
+    """Name every network and data set that the weights come from, and what is known of licences."""
     rows = [
         (
             role,
             f"`{found['model']}`" + (f", {found['weights']}" if "weights" in found else ""),
-            found.get("license", "unknown") + (f" ({found['url']})" if "url" in found else ""),
+            _licence(found),
             str(found.get("network_sha256", found.get("weights_sha256", "")))[:16],
         )
         for role, found in ancestors(origin)
     ]
-    said = "No licence is claimed for these weights: fill in `license` above."
-    if not rows:
-        return ["## Where it comes from", f"Trained from random weights, without a teacher. {said}"]
-    said += " Whether those below bind a network that learnt from them is for you to find out."
-    table = _table(("network", "weights", "licence", "sha256"), *rows)
-    return ["## Where it comes from", said, table]
+    if "began_from" not in origin:
+        rows.insert(0, ("the beginning", "random weights", "none needed", ""))
+    rows.append(("training images", data or "not known", "not recorded", ""))
+    return [
+        "## Where it comes from",
+        "No licence is claimed for these weights: whoever publishes them fills in `license` above."
+        " Before you use them, read the terms of all that is listed here. Whether those bind a"
+        " network that learnt from it is not decided by this card.",
+        _table(("part", "what", "licence", "digest (whole in config.json)"), *rows),
+    ]
+
+
+def _licence(found: Origin) -> str:
+    said = found.get("license")
+    if said is None:
+        usual = found.get("registry_license")
+        said = "unknown" + (f" (timm's own weights of that name: {usual})" if usual else "")
+    return said + (f" ({found['url']})" if "url" in found else "")
 
 
 def _training(recipe: Recipe, data: str, summary: Mapping[str, Any], run: Path) -> list[str]:
     """Say the data, the method and the cost of a run."""
-    augment = to_dict(recipe.data.augment)
+    ahead = None
+    with suppress(UserError):  # images and teachers may be gone
+        ahead = forecast(recipe)[""]
+    images = "" if ahead is None else f", {plural(ahead.num_images, 'image')} an epoch"
     chosen = {**recipe.objectives, "selector": recipe.selector, "masking": recipe.masking}
-    methods = []
-    for name, method in chosen.items():
-        if method is not None:
-            settings = {key: value for key, value in to_dict(method).items() if value}
-            methods.append(f"- {name}: {_settings(settings)}")
+    methods = [
+        f"- {name}: {type(method).paper}; {_settings(to_dict(method), known=METHOD)}"
+        for name, method in chosen.items()
+        if method is not None
+    ]
     optim, train = recipe.optim, recipe.train
     loop = (
         f"{plural(train.epochs, 'epoch')} of batches of {train.batch_size}; {optim.opt}, peak"
         f" learning rate {optim.lr:g}, weight decay {optim.weight_decay:g}; seed {train.seed}."
     )
-    cost = []
-    with suppress(UserError):  # images and teachers may be gone
-        cost.append(f"{format_count(forecast(recipe)[''].flops)} in all")
+    cost = [] if ahead is None else [f"{format_count(ahead.flops)} for the whole training"]
     if "seconds" in summary:
-        took = f"{format_duration(summary['seconds'])}, processes: {summary['processes']}"
         last = list((read_record(run / ENVIRONMENT) or {"0": {}}).values())[-1]
         device = last.get("device", "cpu")
         if device == "cpu":  # a run of before has no device, and its GPUs
             device = ", ".join(dict.fromkeys(last.get("gpus") or [last.get("processor", "")]))
-        cost.append(f"{took} ({device})")
+        took = format_duration(summary["seconds"])
+        cost.append(f"{took} on {device} (processes: {summary['processes']})")
     return [
         "## Data",
-        f"{data or 'not named'}; views: {_settings(augment)}.",
+        f"{data or 'not named'}{images}; views: {_settings(recipe.data.augment.effective())}.",
         "## Method",
         "\n".join(methods),
         loop,
@@ -131,18 +172,29 @@ def _training(recipe: Recipe, data: str, summary: Mapping[str, Any], run: Path) 
     ]
 
 
-def _results(scores: Mapping[str, Any], teachers: Mapping[str, float]) -> list[str]:
+def _results(
+    scores: Mapping[str, Any], teachers: Mapping[str, float], count: float | None, chosen: bool
+) -> list[str]:
     """Tabulate what was measured on the validation images."""
-    shares = {f"{name} (a few hundred images)": value for name, value in teachers.items()}
-    rows = [
-        ("student", key, f"{value:.4f}") for key, value in scores.items() if key != "num_samples"
+    rows = [("student", key, f"{value:.4f}") for key, value in scores.items()]
+    rows += [
+        (f"{name} (at most {NUM_IMAGES} of them)", "top1", f"{value:.4f}")
+        for name, value in teachers.items()
     ]
-    rows += [(name, "top1", f"{value:.4f}") for name, value in shares.items()]
-    return ["## Results", _table(("network", "validation", ""), *rows)] if rows else []
+    if not rows:
+        return []
+    said = f"On the {plural(int(count), 'validation image')}." if count else ""
+    if chosen:
+        said += " By these the best weights of the run were chosen, so expect less on other images."
+    said += " Nothing else was measured."
+    return ["## Results", said.strip(), _table(("network", "measure", "value"), *rows)]
 
 
-def _settings(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+def _settings(values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> str:
+    """List settings that are on, but for ``known`` ones."""
+    known = known or {}
+    said = {k: v for k, v in values.items() if v and (k not in known or known[k] not in (None, v))}
+    return ", ".join(f"{key} {value}" for key, value in said.items())
 
 
 def _table(*rows: tuple[str, ...]) -> str:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from timm.models import model_entrypoint
-
 from ..data.model_input import input_spec_of
 from ..errors import ConfigError, Give
 from ..runs.identity import resolve_run
@@ -15,7 +13,7 @@ from ..weights.folder import Saved
 from ..weights.origin import LINEAGE, origin_of
 from ..weights.outside import is_outside
 from .arguments import ExportArguments
-from .card import CARD, model_card
+from .card import CARD, loading, model_card
 from .console import say
 
 
@@ -39,7 +37,8 @@ def run(args: ExportArguments) -> int:
     origin, spec, classes = _origin(saved, folder), input_spec_of(model), weights.class_names(model)
     built: dict[str, Any] = {"model_args": saved.args, "origin": origin}
     named = args.push or Path(args.output or args.model).name
-    card = model_card(model, Path(folder), named, origin) if args.card or args.push else ""
+    wanted = args.card or args.push is not None
+    card = model_card(model, Path(folder), named, saved, origin) if wanted else ""
     if args.output is not None:
         given: dict[str, Any] = {"classes": classes, "input_spec": spec}
         export_timm(model, args.output, architecture=saved.architecture, **built, **given)
@@ -90,9 +89,6 @@ def _check(args: ExportArguments) -> None:
 
 def _loading(architecture: str, place: str, scheme: str = "local-dir") -> str:
     """Spell how an export is loaded."""
-    if is_outside(architecture):
-        return f"vitdistill.create_model({place!r})"
-    file = model_entrypoint(architecture.partition(".")[0]).__module__
-    unknown = f", after 'import {file}', because plain timm does not know {architecture}"
-    first = "" if file.startswith("timm.") else unknown
-    return f"timm.create_model({f'{scheme}:{place}'!r}, pretrained=True){first}"
+    call, module = loading(architecture, place, scheme)
+    unknown = f", after 'import {module}', because plain timm does not know {architecture}"
+    return call + (unknown if module and not is_outside(architecture) else "")

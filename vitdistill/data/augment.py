@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import ConfigError, Set
 from ..option import check_options, option
@@ -78,8 +78,16 @@ class Augment:
 
     def _check_effects(self) -> None:
         """Refuse settings that would have no effect."""
+        for name, (has_effect, why, fix) in self._effects().items():
+            default, field = getattr(Augment, name), f"data.augment.{name}"
+            if not has_effect and getattr(self, name) != default:
+                fixes = (_set(name, default), fix)
+                raise ConfigError(f"{name} has no effect {why}", fixes, field=field)
+
+    def _effects(self) -> dict[str, tuple[bool, str, Set]]:
+        """Return of settings that others switch off: whether they act, why not, and what would."""
         both, crop = self.mixup > 0.0 and self.cutmix > 0.0, f"with crop {self.crop!r}"
-        needs = {
+        return {
             "scale": (self.crop == "rrc", crop, _set("crop", "rrc")),
             "ratio": (self.crop == "rrc", crop, _set("crop", "rrc")),
             "crop_padding": (self.crop == "pad", crop, _set("crop", "pad")),
@@ -87,11 +95,11 @@ class Augment:
             "mixup_prob": (self.mixes, "without mixup or cutmix", _set("mixup")),
             "mixup_switch_prob": (both, "unless both mixup and cutmix are on", _set("mixup")),
         }
-        for name, (has_effect, why, fix) in needs.items():
-            default, field = getattr(Augment, name), f"data.augment.{name}"
-            if not has_effect and getattr(self, name) != default:
-                fixes = (_set(name, default), fix)
-                raise ConfigError(f"{name} has no effect {why}", fixes, field=field)
+
+    def effective(self) -> dict[str, Any]:
+        """Return the settings that act on a view."""
+        effects = {name: acts for name, (acts, _, _) in self._effects().items()}
+        return {name: value for name, value in vars(self).items() if effects.get(name, True)}
 
     @property
     def mixes(self) -> bool:

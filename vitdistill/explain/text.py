@@ -51,8 +51,8 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
         token = "the class token and " if network.has_class_token else ""
         recorded.append(f"{token}the last feature map")
     elif needs.features:
-        before = "features before its norm, which follows the pool"
-        recorded.append("features after the final norm" if network.final_norm else before)
+        before = ", before its norm, which follows the pool"
+        recorded.append("final features" + ("" if network.final_norm else before))
     if needs.attention:
         source = network.attention_source or "mean"
         of = {"class": "class-token", "pool": "attention-pool", "mean": "mean"}[source]

@@ -43,7 +43,7 @@ class NaFlexViT(PlainViT):
         embed = self.patch_embed
         if not embed.is_linear:
             return super()._embed_kept(images, keep)
-        pad, last = embed.dynamic_img_pad, embed.channels_last
+        pad, last = embed.dynamic_img_pad, getattr(embed, "channels_last", True)  # timm 1.0.27
         pixels, _ = batch_patchify(images, embed.patch_size, pad=pad, channels_last=last)
         kept = gather_patches(pixels, keep)
         return embed.norm(embed.proj(kept if embed.norm_input is None else embed.norm_input(kept)))

@@ -30,7 +30,7 @@ class Network:
             mean of all rows, how much attention a patch receives. None: it cannot be recorded.
         dims: width after each block; empty: hidden states cannot be recorded.
         num_heads: attention heads a block; 0: attention cannot be recorded.
-        final_norm: the last block's output is normed token by token, not only after pooling.
+        final_norm: features are recorded as they are pooled; False: they are normed after that.
         grids: rows and columns of feature maps by block, for stored answers.
         flops: of one forward pass on one image, for stored answers; 0: unknown.
         reads_class_token: the prediction reads the class token, not a pool of the patches alone.

@@ -286,7 +286,9 @@ class PlainViT:
             attention_source=source,
             dims=(model.embed_dim,) * depth,
             num_heads=num_heads,
-            final_norm=not isinstance(model.norm, nn.Identity),
+            # Without any norm, features are what the classifier pools, as after a norm.
+            final_norm=not isinstance(model.norm, nn.Identity)
+            or isinstance(getattr(model, "fc_norm", None), nn.Identity | None),
             reads_class_token=has_class_token and (not pools or self._pool_reads_prefix()),
         )
 

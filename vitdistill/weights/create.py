@@ -10,8 +10,15 @@ from typing import Any
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from timm.layers import to_2tuple
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model, list_models
+from timm.models import (
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    is_model_in_modules,
+    list_models,
+)
 from timm.models._pretrained import PretrainedCfg
+from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -190,6 +197,8 @@ def _build(
     else:
         _check_name(name, pretrained)
         fixed = (cfg or {}).get("fixed_input_size", _default_cfg(name).fixed_input_size)
+        # timm says of Sapiens2 that it takes any size, and builds it for one.
+        fixed = fixed or is_model_in_modules(name.partition(".")[0], ("eva",))
         if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
             # Fully convolutional: it takes any size, and no argument for it.
             build = {key: value for key, value in build.items() if key != "img_size"}
@@ -236,6 +245,7 @@ def _record_input(model: nn.Module, size: Any, in_chans: int | None) -> None:
     channels, *spatial = cfg.get("input_size") or (3, 224, 224)
     if size is not None:
         spatial = [size, size] if isinstance(size, int) else list(size)
+        cfg["fixed_input_size"] = cfg.get("fixed_input_size") or isinstance(model, Eva)
         cfg.pop("test_input_size", None)
     cfg["input_size"] = (in_chans or channels, *spatial)
 

@@ -1,7 +1,8 @@
 """Where weights came from, and under which licence: what every export carries on.
 
 A record is plain JSON: ``model``, and where they are known ``weights``, ``license``, ``url`` and
-``weights_sha256``. A network that this product trained has ``began_from`` and ``teachers``
+``weights_sha256``; of a file under one of timm's names ``registry_license``, that of timm's own
+weights. A network that this product trained has ``began_from`` and ``teachers``
 besides, which are records in turn. What is not known is left out, and nothing is guessed: an
 architecture's entry in timm's registry says nothing of other weights.
 """
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model
 
 from .create import read_saved
 
@@ -29,7 +30,9 @@ def origin_of(
     saved = read_saved(name)
     architecture = name if saved is None else saved.architecture
     if checkpoint is not None:
-        return {"model": architecture.partition(".")[0], "weights": Path(checkpoint).name}
+        usual = get_pretrained_cfg(name) if saved is None and is_model(architecture) else None
+        found = {"model": architecture.partition(".")[0], "weights": Path(checkpoint).name}
+        return found | ({"registry_license": usual.license} if usual and usual.license else {})
     if saved is None:
         cfg = get_pretrained_cfg(name) if pretrained else None
         if cfg is None:
@@ -42,7 +45,9 @@ def origin_of(
         }
     else:
         known = {
-            "model": architecture,
+            "model": ".".join(
+                filter(None, (architecture, None if saved.record else saved.cfg.get("tag")))
+            ),
             "weights": name if name.startswith("hf") else None,
             "license": saved.cfg.get("license"),
             "url": saved.cfg.get("origin_url"),
