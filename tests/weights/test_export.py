@@ -39,7 +39,7 @@ CASES = {
     "attention-pool": (VIT, {"global_pool": "map", **SMALL}, spec_of()),
     "dynamic": (VIT, {"patch_size": 8, "dynamic_img_size": True, **SMALL}, spec_of((40, 24))),
     "not-square": (VIT, {**SMALL, "img_size": (32, 48)}, spec_of((32, 48))),
-    "convolutional": ("resnet18", {}, spec_of((48, 48))),
+    "convolutional": ("resnet10t", {}, spec_of((48, 48))),
 }
 NAMES = tuple(["seven", "different", "class", "names", "for", "it", "ä"])
 
@@ -54,6 +54,16 @@ def make(case: str, seed: int = 0, **extra) -> tuple[torch.nn.Module, dict]:
 def images(case: str) -> torch.Tensor:
     spec = CASES[case][2]
     return torch.randn(3, 3, *spec.image_size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_a_network_built_for_an_image_size_without_patches_keeps_it(tmp_path):
+    model = create_model("efficientvit_m0", num_classes=7, img_size=64).eval()
+    about = {"architecture": "efficientvit_m0", "model_args": {"img_size": 64}, "classes": None}
+    folder = export_timm(model, tmp_path / "out", **about, input_spec=spec_of((64, 64)))
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    batch = torch.randn(2, 3, 64, 64)
+    assert torch.equal(theirs(batch), model(batch))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -126,10 +126,10 @@ def _config(
     # A network that is only asked needs none of training's arguments (drop_path_rate, ...).
     args = {k: v for k, v in args.items() if v is not None and not re.search(r"drop.*_rate$", k)}
     dynamic = bool(args.get("dynamic_img_size")) or args.get("strict_img_size") is False
-    # Convolutional networks have no such argument: they take any size.
-    args.pop("img_size", None)
     embed_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
-    if embed_size is not None and (cfg.get("fixed_input_size") or dynamic):
+    if not (cfg.get("fixed_input_size") or dynamic):
+        args.pop("img_size", None)  # convolutional networks take any size, and no such argument
+    elif embed_size is not None:
         args["img_size"] = [int(side) for side in embed_size]
     args["num_classes"] = num_classes
     pretrained_cfg = {
