@@ -76,11 +76,11 @@ class Order:
         if len(self.kinds) == 1:
             return ""
         parts = [
-            f"{kind.count} of a step are of the {kind.size:,} images {what} labels, each seen"
-            f" {self.steps * kind.count / kind.size:.3g} times an epoch"
+            f"{kind.count} of {kind.size:,} images {what} labels"
+            f" ({self.steps * kind.count / kind.size:.3g} passes an epoch)"
             for kind, what in zip(self.kinds, ("with", "without"), strict=True)
         ]
-        return "; ".join(parts)
+        return f"each step: {' and '.join(parts)}"
 
     def one_pass(self, kind: Kind, number: int) -> tuple[I64, I64]:
         """Return the (sample ids, view ids) of a pass over a kind, whole pairs of ``paired``."""
