@@ -180,6 +180,11 @@ def test_the_explanation_has_every_number(alone: bool) -> None:
 PROJECTION, GENERATOR, TOKEN = 48 * 96 + 96, 2 * (9 * 96**2 + 96), 96  # parameters
 
 
+def resampling(places: int, to: int, width: int = 48) -> int:
+    """A grid's vectors at the places of another one, forward and backward."""
+    return 2 * 2 * places * to * width
+
+
 def projections(patches: int, ours: int = 48, its: int = 96) -> int:
     """Forward and backward of a projection of so many patches: 3 x 2 multiply-accumulates."""
     return 6 * patches * ours * its
@@ -226,19 +231,21 @@ def test_each_gradient_of_a_convolution_costs_its_forward_pass(groups: int, kind
     assert backward.get_total_flops() == 2 * forward.get_total_flops() > 0
 
 
-def test_equal_widths_cost_no_projection_and_unequal_grids_no_flops() -> None:
+def test_equal_widths_cost_no_projection_and_unequal_grids_a_product() -> None:
     same = counted({"vitkd": ViTKD()}, teacher=small(depth=3))
     assert same.objectives["vitkd"] == generator(width=48)
     assert same.adapters["vitkd"] == 48 + 2 * (9 * 48**2 + 48)
     coarse = counted({"vitkd": ViTKD()}, student=small(depth=3, patch_size=8))
     # Projected where the teacher has its patches.
-    assert coarse.objectives["vitkd"] == 3 * projections(64) + generator()
+    each = resampling(16, 64) + projections(64)
+    assert coarse.objectives["vitkd"] == 3 * each + generator()
 
 
 def test_a_convolutional_teachers_features_are_counted() -> None:
     teacher = vit("resnet10t", channels=[8, 8, 16, 16], num_classes=0)
     cost = counted({"vitkd": ViTKD(low_blocks=(0,), teacher_low_blocks=(1,))}, teacher=teacher)
-    low, high = projections(64, 48, 8), projections(1, 48, 16) + generator(1, 16)
+    low = projections(64, 48, 8)
+    high = resampling(64, 1) + projections(1, 48, 16) + generator(1, 16)
     assert cost.objectives["vitkd"] == low + high
     assert cost.teachers["teacher"] == cost.teachers_plain["teacher"] > 0
 
