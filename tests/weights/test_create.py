@@ -158,3 +158,11 @@ def test_a_config_of_any_size_is_not_read(tmp_path):
         file.truncate(2**33)
     with pytest.raises(DataError, match="larger"):
         create_model(str(tmp_path))
+
+
+def test_a_runs_folder_leads_to_its_networks(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a run") as caught:
+        create_model(str(tmp_path))
+    assert caught.value.fixes == (f"name {tmp_path / 'best'}",)

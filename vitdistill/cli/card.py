@@ -48,6 +48,9 @@ def model_card(model: nn.Module, weights: Path, name: str, saved: Saved, origin:
     flops = format_count(forward_flops(model, size))
     task = f"image-{'classification' if classes else 'feature-extraction'}"
     data = "" if recipe is None else _data_name(recipe.data.dir)
+    shown = data
+    if recipe is not None and recipe.data.unlabelled is not None:
+        shown += f", and without labels {_data_name(recipe.data.unlabelled)}"
     built = _settings({k: v for k, v in saved.args.items() if k != "num_classes"})
     sections = [
         *_front_matter(name, task, data, scores),
@@ -57,8 +60,8 @@ def model_card(model: nn.Module, weights: Path, name: str, saved: Saved, origin:
         f" vitdistill {__version__}.",
         *([f"Classes, in the order of the logits: {listed(names, 100)}."] if names else []),
         f"```python\n{_code(saved.architecture, name)}\n```",
-        *_origins(origin, data),
-        *(() if recipe is None else _training(recipe, data, summary, run)),
+        *_origins(origin, shown),
+        *(() if recipe is None else _training(recipe, shown, summary, run)),
         *_results(scores, summary.get("teachers") or {}, count, chosen),
     ]
     return "\n\n".join(sections) + "\n"

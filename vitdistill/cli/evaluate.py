@@ -102,9 +102,10 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     shown = [(name, text) for key, name, text in lines if key in found]
     rows = [(name.format_map(found), text.format_map(found)) for name, text in shown]
     threads = f", {plural(result['threads'], 'thread')}" if result["device"] == "cpu" else ""
+    count = result["num_parameters"]
     return [
         *rows,
-        ("parameters", format_count(result["num_parameters"], "").strip()),
+        ("parameters", format_count(count, "").strip() if count else "not counted"),
         ("an image", format_count(result["flops"]) if result["flops"] else "not counted"),
         (f"images/s ({result['device']}{threads})", f"{result['images_per_second']:,.0f}"),
     ]

@@ -140,7 +140,7 @@ def _stages_of(recipes: Mapping[str, Recipe], path: str, value: Any) -> list[str
     if len(having) > 1:
         word = "null" if value is None else value
         fixes = tuple(Set(f"{key}.{path}", word) for key in having)
-        raise UserError(f"{recipe_flags()[path].name} is a setting of one stage", fixes)
+        raise UserError(f"{recipe_flags()[path].name} is a setting of several stages", fixes)
     return having or keys[-1:]
 
 

@@ -20,7 +20,9 @@ def render(error: UserError, arguments: type) -> str:
     known = {**recipe_flags(), **own}
     spell = partial(_spell_row if arguments is StudyArguments else _spell, known=known)
     sentence = error.sentence(spell)
-    if error.field in known and sentence.startswith(f"{error.field} "):
+    # A folder may have the name of an argument ("labels holds ..."), but not that of a field.
+    verb = " " if "." in (error.field or "") else " is "
+    if error.field in known and sentence.startswith(f"{error.field}{verb}"):
         sentence = known[error.field].name + sentence.removeprefix(error.field)
     return printable(sentence)
 

@@ -57,6 +57,8 @@ def _verdicts(groups: Sequence[Group]) -> list[Block]:
     )
     if any(q.comparison.num_seeds < 2 for q in questions):
         how += " One run of a recipe cannot tell what other seeds would give: two are needed."
+    if all(q.theirs.taught for q in questions):
+        how += " Whether a teacher helped cannot be said: no such student is trained without one."
     return [Verdicts([(q.comparison.verdict, _sentence(q)) for q in questions]), [how]]
 
 

@@ -37,10 +37,11 @@ class Check:
 
     def __str__(self) -> str:
         limit = "at most" if self.as_stored else "more than rounding,"
+        hidden = f", hidden states within {self.hidden:.2g}" if self.hidden else ""
         return (
             f"{self.count} records answered anew: {self.views} views as labelled, top class equal"
-            f" in {self.agreement:.1%}, total variation {self.variation:.2g}, hidden states within"
-            f" {self.hidden:.2g} ({limit} {self.tolerance:g})"
+            f" in {self.agreement:.1%}, total variation {self.variation:.2g}{hidden}"
+            f" ({limit} {self.tolerance:g})"
         )
 
 

@@ -106,8 +106,9 @@ def _judge(
     if not proven or (order is not None and order.certain):
         luck = ConfigError(
             f"{what}, which an untrained network reaches by luck (chance: {chance:.1%} for"
-            f" {len(classes)} classes): its weights are not loaded, its classes are others, or its"
-            " normalisation is not its own",
+            f" {len(classes)} classes): its weights are not loaded, its classes are others, its"
+            " normalisation is not its own, or it was trained too briefly",
+            ("check its weights", "train it longer"),
             field=where,
         )
         raise agreed(next(iter(doubts), luck))

@@ -106,6 +106,9 @@ def read_folder(folder: Path) -> Saved:
     if not place.is_dir():
         fix = f"for a network of the Hugging Face hub, hf-hub:{printable(folder)}"
         raise ConfigError(f"there is no folder {printable(folder)}", fix)
+    if not (place / CONFIG).is_file() and (place / "best" / CONFIG).is_file():
+        what = f"{printable(place)} is a run, not one of its networks"
+        raise ConfigError(what, f"name {printable(place / 'best')}")
     return _read(printable(place), lambda name: place / name if (place / name).is_file() else None)
 
 
