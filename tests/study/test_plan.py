@@ -124,7 +124,7 @@ def test_the_student_alone_is_there_once_a_student() -> None:
 
 def test_the_study_of_the_guide_is_one(tmp_path: Path) -> None:
     guide = Path(__file__).parents[2] / "docs" / "studies.md"
-    (text,) = re.findall(r"```yaml\n(.*?)```", guide.read_text(), re.DOTALL)
+    text, _ = re.findall(r"```yaml\n(.*?)```", guide.read_text(), re.DOTALL)
     (tmp_path / "study.yaml").write_text(text)
     jobs = jobs_of(load_study(tmp_path / "study.yaml"))
     assert len(jobs) == 1 + 4 * (1 + 2 * 2)
