@@ -24,6 +24,7 @@ HOMES = {
     "LOG.md": "log.md",
     "benchmarks/README.md": "benchmarks/index.md",
     "benchmarks/results/*.md": "benchmarks/results",
+    "benchmarks/studies/*": "benchmarks/studies",
     "docs/*.md": "",
     "docs/*.css": "",
     "docs/*.js": "",
