@@ -100,6 +100,15 @@ def test_a_card_says_where_weights_come_from(here: Path) -> None:
     assert found["transform"](Image.new("RGB", (20, 30))).shape == (3, 16, 16)
 
 
+def test_a_card_names_images_without_labels_but_not_their_place(here: Path) -> None:
+    shutil.copytree("runs/student", "mixed")
+    recipe = Path("mixed/recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("unlabelled: null", "unlabelled: /disk/more"))
+    assert run("export mixed --output out --card") == 0
+    text = Path("out/README.md").read_text()
+    assert text.count("photos, and without labels more") == 2 and "/disk" not in text
+
+
 def test_what_is_known_of_a_teachers_licence() -> None:
     """A file's is not that of timm's weights of the same name; a card tells both."""
     found = origin_of("vit_small_patch16_dinov3", "mine/dino.safetensors")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from vitdistill.cli import main, read_arguments
-from vitdistill.cli.arguments import EvalArguments, RecipeArguments
+from vitdistill.cli.arguments import EvalArguments, RecipeArguments, TrainArguments
 from vitdistill.cli.render import render
 from vitdistill.errors import Add, ConfigError, Drop, Give, Set, UserError
 from vitdistill.evaluate.knn import K
@@ -100,6 +100,19 @@ def test_the_model_that_is_evaluated_has_flags_of_its_own() -> None:
     )
     sentence = render(error, EvalArguments)
     assert sentence == "no: give --model-path FILE, or give --teacher-path FILE"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("labels holds no labels", "labels holds no labels"),  # a folder of that name
+        ("labels is 3", "--labels is 3"),
+        ("optim.lr has no effect", "--lr has no effect"),
+    ],
+)
+def test_a_field_is_named_by_its_flag_and_a_folder_by_its_name(what: str, words: str) -> None:
+    error = ConfigError(what, field=what.split()[0])
+    assert render(error, TrainArguments) == words
 
 
 def test_what_cannot_be_printed_is_escaped() -> None:

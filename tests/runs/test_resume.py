@@ -64,6 +64,20 @@ def test_resumes_with_other_workers_and_in_any_precision(tmp_path, taught, befor
     assert (state["scaler"] is not None) == (options is HALF)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_convolutional_student_resumes(tmp_path, plain, optimizer):
+    """Its weights and their moments are channels last, which a reduction's order depends on."""
+    network = {"student.model": "mobilenetv3_small_050", "student.model_args": {}}
+    recipe = plain(**network, **{"optim.opt": optimizer, "train.epochs": 2})
+
+    def watch(job):
+        kernels = [p for p in job.student.parameters() if p.ndim == 4 and p.shape[2] > 1]
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+    run(recipe, tmp_path / "whole", prepared=watch)
+    ends_alike(recipe, tmp_path / "whole", tmp_path / "run", 4)
+
+
 # -- every part of the state ----------------------------------------------------------------------
 
 

@@ -20,8 +20,9 @@ def run(args: ReportArguments) -> int:
         raise UserError("--device cannot take effect: only --ask runs anything on a device")
     output = Path(args.output)
     if args.ask:
+        device = choose_device(args.device or "auto")
         for folder in find_runs(args.paths):
-            ask(folder, choose_device(args.device or "auto"), say)
+            ask(folder, device, say)
     markdown = (args.format or output.suffix.lower().lstrip(".")) == "md"
     write_report(args.paths, output, markdown)
     return 0

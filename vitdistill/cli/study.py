@@ -29,9 +29,9 @@ def run(args: StudyArguments) -> int:
     quiet = Console(file=console.file, quiet=not console.is_terminal)
     run_study(study, output, say, device=args.device, console=quiet)
     if os.environ.get("RANK", "0") == "0":
-        work = Work(study, output)
+        work, device = Work(study, output), choose_device(args.device)
         for folder in (folder for job in work.jobs for folder in work.runs(job)):
-            ask(folder, choose_device(args.device), lambda text: None)
+            ask(folder, device, lambda text: None)
         write_report([output], output / "report.html")
     return 0
 

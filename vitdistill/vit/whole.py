@@ -66,7 +66,8 @@ class Whole:
                 blank = images.new_empty(len(images), self.network.num_classes)
                 return ViTOutput(logits=blank.requires_grad_(), network=self.network)
             what = f"the cost of what is read of a {type(self.model).__name__} cannot be counted"
-            raise ConfigError(f"{what} ({error})") from error
+            fixes = "try a newer timm", "take another network"
+            raise ConfigError(f"{what} ({error})", fixes) from error
 
     def _run(self, images: Float[Tensor, "B c h w"], needs: Needs) -> ViTOutput:
         kind = type(self.model).__name__
