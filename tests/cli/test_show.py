@@ -68,6 +68,15 @@ def test_a_sheet_has_a_row_for_each_way_to_look(here: Path, name: str, rows: int
     assert tree(here) == before
 
 
+def test_more_images_than_a_screen_is_wide_are_below_each_other(here: Path) -> None:
+    images = sorted(Path("photos/val").rglob("*.png"))[:12]
+    once = show(Path("runs/masked"), images, ALONE).sheet
+    thrice = show(Path("runs/masked"), images * 3, ALONE).sheet
+    assert thrice.width == once.width <= 1400 and thrice.height == 3 * once.height
+    for top in (0, once.height, 2 * once.height):
+        assert thrice.crop((0, top, once.width, top + once.height)).tobytes() == once.tobytes()
+
+
 def test_what_cannot_be_shown_is_refused(here: Path, tmp_path: Path) -> None:
     image = "photos/val/red/00.png"
     (tmp_path / "damaged.png").write_bytes(Path(image).read_bytes()[:60])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from small_runs import plain_recipe, ranks, run, taught_recipe, write_images
@@ -28,6 +29,7 @@ from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.runs.label import LabelOptions, label
 from vitdistill.runs.prepare import prepare
+from vitdistill.weights.export import export_timm
 from vitdistill.world import ALONE
 
 SPEC = InputSpec((16, 16), (0.5,) * 3, (0.5,) * 3)
@@ -84,6 +86,23 @@ def test_the_losses_of_plain_tensors_are_those_of_the_products_step(case: str) -
     assert all(not p.requires_grad for p in teacher.parameters())
     names = {name for name, _ in distiller.named_parameters()}
     assert names and all(name.startswith("distillation.") for name in names)
+
+
+def test_a_folder_of_a_run_or_an_export_stands_for_its_network(tmp_path: Path) -> None:
+    """A run's best weights, where it has any."""
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    for seed, kind in enumerate(("best", "last")):
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
+        nn.init.constant_(model.head.bias, seed)
+        how = {"architecture": "vit_tiny_patch16_224", "model_args": {**shape, "num_classes": 5}}
+        export_timm(model, tmp_path / kind, input_spec=SPEC, classes=None, **how)
+    batch = batch_of()
+    for folder, bias in ((tmp_path, 0), (str(tmp_path / "last"), 1)):
+        distiller = Distiller(folder, folder, ["ce", "kd"])
+        assert set(distiller.student.head.bias.tolist()) == {bias}
+        assert float(distiller.eval()(batch.images, batch.labels)["kd"].detach()) < 1e-6
+    with pytest.raises(ConfigError, match="'vit_tiny_patch16_224', which is no folder"):
+        Distiller(vit(0), "vit_tiny_patch16_224", ["kd"])
 
 
 def test_methods_may_be_named_and_torch_draws_for_images_without_numbers() -> None:

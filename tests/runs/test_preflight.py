@@ -5,10 +5,12 @@ import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from small_runs import CLASSES, VIT, run, tree
 from timm.models import create_model
 
@@ -128,6 +130,30 @@ def test_a_teacher_at_chance_or_of_permuted_classes_is_refused(changed, prove, c
     with pytest.raises(ConfigError) as caught:
         prove(changed(change))
     assert caught.value.field.startswith(place)
+
+
+def test_a_teacher_that_was_made_for_the_middle_of_images_is_said_to_be_better_there(
+    tmp_path, images, teacher, taught
+):
+    """Every other image has a frame of the next class's colour, and the student sees it whole."""
+    framed, middle = shutil.copytree(images, tmp_path / "framed"), tmp_path / "middle"
+    for path in sorted(framed.glob("val/*/*.png"))[::2]:
+        with Image.open(path) as image:
+            pixels = np.zeros((32, 32, 3), np.uint8)
+            pixels[..., (CLASSES.index(path.parent.name) + 1) % 3] = 255
+            pixels[8:24, 8:24] = np.array(image)
+        Image.fromarray(pixels).save(path)
+    shutil.copytree(teacher / "last", middle)
+    for part, number in ((0.5, 1), (1.0, 0)):
+        config = json.loads((middle / "config.json").read_text())
+        config["pretrained_cfg"]["crop_pct"] = part
+        (middle / "config.json").write_text(json.dumps(config))
+        changes = {"data.dir": str(framed), "teachers.teacher.model": str(middle)}
+        lines: list[str] = []
+        found = prepare(taught(**changes), ALONE, lines.append).proofs["teacher"]
+        warned = [line for line in lines if line.startswith("warning") and "middle 50%" in line]
+        assert len(warned) == number and 0.4 < found < 0.8
+        assert not number or ("100.0%" in warned[0] and "data.augment.crop=rrc" in warned[0])
 
 
 def test_the_order_that_a_remedy_sets_is_the_teachers(changed, prove):

@@ -104,8 +104,7 @@ PARTS = {
     "optimizer.3": (4, zero("optimizer.state.", "step")),
     "step": (4, lose("step", 5)),
     "evaluated_at": (3, lose("evaluated_at", -1)),
-    "best": (8, lose("best", None)),
-    "best_step": (8, lose("best_step", -1)),
+    "best": (8, lose("best", [2.0, 0.0])),
     "scores": (9, lose("scores", {})),
     "seconds": (4, lose("seconds", 1e6)),
     "sums": (5, lose("sums", [[0.0] * 5])),
@@ -337,6 +336,17 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_work_since(tmp_path, whole, 
     assert tree(folder / "checkpoints") == before
     run(taught(), folder)
     assert result(folder) == result(whole)
+
+
+@pytest.mark.parametrize(("smoothing", "best"), [(0.0, 3), (0.9, 1)])
+def test_of_equal_accuracies_the_most_certain_is_best_after_a_resume_too(
+    tmp_path, plain, teacher, smoothing, best
+):
+    changes = {"student.model": str(teacher), "student.model_args": {}, "optim.lr": 1e-3}
+    recipe, folder = plain(**changes, **{"objectives.ce.smoothing": smoothing}), tmp_path / "run"
+    assert run(recipe, folder)["best_epoch"] == best
+    assert {line["top1"] for line in records(folder, "eval")} == {1.0}
+    ends_alike(recipe, folder, tmp_path / "resumed", 5)
 
 
 def test_a_finished_run_is_trained_longer_by_one_command(tmp_path, whole, capsys):

@@ -22,7 +22,7 @@ from tests.weights.networks import NAME, TINY, equal, write
 from vitdistill.errors import DataError, UserError
 from vitdistill.storage.manifest import read_manifest
 from vitdistill.weights.create import create_model
-from vitdistill.weights.files import load_state_dict
+from vitdistill.weights.files import is_weights, load_state_dict
 
 
 def torch_bytes(content: object, **options) -> bytes:
@@ -195,6 +195,15 @@ def script() -> bytes:
         buffer = io.BytesIO()
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), buffer)
     return buffer.getvalue()
+
+
+def test_a_program_is_told_from_weights_alone(tmp_path):
+    files = {"script.pt": script(), "w.pt": torch_bytes(W), "w.txt": torch_bytes(W)}
+    files["old.pth"] = torch_bytes(W, _use_new_zipfile_serialization=False)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    told = {name for name in (*files, "none.pt") if is_weights(tmp_path / name)}
+    assert told == {"w.pt", "old.pth"}
 
 
 W, OTHER, LR = {"w": torch.arange(3.0)}, {"w": torch.zeros(3)}, argparse.Namespace(lr=1)

@@ -22,7 +22,8 @@ def run(args: ExportArguments) -> int:
     _check(args)
     folder = resolve_run(args.model, (args.weights,) if args.weights else ("best", "last"))
     if not Path(folder.removeprefix("local-dir:")).is_dir():
-        raise ConfigError(f"there is no run or export folder {args.model}", field="model")
+        what = f"there is no run or export folder {args.model}"
+        raise ConfigError(what, "give a run, or a folder with a config.json", field="model")
     if folder != args.model:
         say(f"exporting {folder}")
     elif args.weights is not None:

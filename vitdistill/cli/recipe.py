@@ -1,8 +1,9 @@
 """The recipe that the words of a command mean: a named one, or a file, and what flags change."""
 
 import os
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..recipes.stages import Stages, in_stage, refuse_sources
 from ..recipes.yaml import parse_yaml
 from ..storage.manifest import MANIFEST
 from .arguments import RecipeArguments, recipe_flags
+from .flags import wrap
 
 Values = dict[str, Any]
 """What fields of a recipe are to be, by dotted path."""
@@ -36,12 +38,12 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
             effect in this recipe.
     """
     found = find_recipe(args.recipe)
-    recipes = _compose(found, args)
-    assigned = _by_stage(recipes, args.set, "--set")
+    words = _by_stage(found.stages if isinstance(found, Stages) else {""}, args)
+    recipes = _compose(found, words)
     values = _values_of_flags(recipes, args)
     for key, recipe in recipes.items():
         with in_stage(key):
-            for item in assigned[key]:
+            for item in words["--set"][key]:
                 path, equals, text = item.partition("=")
                 if not equals:
                     fix = "write FIELD=VALUE, e.g. optim.lr=0.001"
@@ -55,7 +57,8 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
             recipes[key] = replace_fields(recipe, values[key])
             _refuse_idle(recipes[key], values[key])
         if os.environ.get("RANK", "0") == "0":
-            print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+            for note in notes:
+                print(wrap(note) if sys.stderr.isatty() else note, file=sys.stderr)
     if isinstance(found, Stages):
         return replace(found, stages=recipes)
     refuse_sources(recipes[""])
@@ -69,8 +72,8 @@ def _shorten_warmup(recipe: Recipe, values: Values) -> list[str]:
         return []
     values["optim.warmup_epochs"] = fitting = warmup * epochs / recipe.train.epochs
     return [
-        f"the recipe's warm-up of {warmup:g} of {recipe.train.epochs} epochs is shortened in"
-        f" proportion, to {fitting:.2g} (optim.warmup_epochs)"
+        f"the recipe's warm-up of {warmup:g} epochs keeps its share of the run,"
+        f" {fitting / epochs:.1%} (optim.warmup_epochs={fitting:.2g})"
     ]
 
 
@@ -81,20 +84,27 @@ def _put(values: Values, path: str, value: Any) -> None:
     values[path] = value
 
 
-def _by_stage(
-    recipes: Mapping[str, Recipe], words: Sequence[str], flag: str
-) -> dict[str, list[str]]:
-    """Return words like ``finetune.kd`` under the stage they begin with, without it."""
+def _by_stage(recipes: Collection[str], args: RecipeArguments) -> dict[str, dict[str, list[str]]]:
+    """Return the words of ``--set``, ``--with`` and ``--without``, such as ``finetune.kd``, by flag
+    and under the stage they begin with, without it.
+    """
+    given = {"--set": args.set, "--with": args.with_, "--without": args.without}
     if [*recipes] == [""]:
-        return {"": [*words]}
-    found: dict[str, list[str]] = {key: [] for key in recipes}
-    for word in words:
+        return {flag: {"": [*words]} for flag, words in given.items()}
+    found: dict[str, dict[str, list[str]]] = {flag: {key: [] for key in recipes} for flag in given}
+    lost = []
+    for flag, word in ((flag, word) for flag, words in given.items() for word in words):
         key, _, rest = word.partition(".")
-        if not rest or key not in found:
-            known = " or ".join(f"{flag} {stage}.{word}" for stage in found)
-            fix = suggest(key, found, f"write {known}")
-            raise UserError(f"{flag} {word} does not say which stage it is for", fix)
-        found[key].append(rest)
+        if rest and key in recipes:
+            found[flag][key].append(rest)
+        else:
+            lost.append((flag, word))
+    if lost:
+        known = (" ".join(f"{flag} {key}.{word}" for flag, word in lost) for key in recipes)
+        fix = suggest(lost[0][1].partition(".")[0], recipes, f"write {' or '.join(known)}")
+        words = " and ".join(f"{flag} {word}" for flag, word in lost)
+        does, it_is = ("does", "it is") if len(lost) == 1 else ("do", "they are")
+        raise UserError(f"{words} {does} not say which stage {it_is} for", fix)
     return found
 
 
@@ -107,11 +117,26 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
     if args.distillation_alpha is not None:
         _put(settings, "objectives.kd.weight", args.distillation_alpha)
         _put(settings, "objectives.ce.weight", 1 - args.distillation_alpha)
+    several: dict[str, list[str]] = {}  # the stages that have a setting, which is for one of them
     for path, value in settings.items():
-        for key in _stages_of(recipes, path, value):
+        keys = _stages_of(recipes, path)
+        if len(keys) > 1 and path not in (*EVERY_STAGE, *UNLABELLED):
+            several[path] = keys
+            continue
+        for key in keys:
             with in_stage(key):
                 _require_field(recipes[key], path)
                 _put(values[key], path, value)
+    if several:
+        names = " and ".join(recipe_flags()[path].name for path in several)
+        are = "is a setting" if len(several) == 1 else "are settings"
+        fixes = []
+        for key in recipes:
+            own = {path: settings[path] for path, keys in several.items() if key in keys}
+            words = {path: "null" if value is None else value for path, value in own.items()}
+            sets = (f"--set {key}.{path}={shlex.quote(str(w))}" for path, w in words.items())
+            fixes += [f"give {' '.join(sets)}"] if own else []
+        raise UserError(f"{names} {are} of several stages", tuple(fixes))
     for found in values.values():
         if "selector.keep_rate" in found:
             _put(found, "selector.num_keep", None)
@@ -127,21 +152,16 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
     return values
 
 
-def _stages_of(recipes: Mapping[str, Recipe], path: str, value: Any) -> list[str]:
-    """Return the stages a flag is for."""
+def _stages_of(recipes: Mapping[str, Recipe], path: str) -> list[str]:
+    """Return the stages that a flag may be for."""
     keys = [*recipes]
-    if path in EVERY_STAGE or len(keys) == 1:
+    if path in EVERY_STAGE:
         return keys
     if path in FIRST_STAGE:
         return keys[:1]
     if path in UNLABELLED:
         return [key for key in keys if recipes[key].learns_without_labels] or keys
-    having = [key for key in keys if path in flatten(recipes[key])]
-    if len(having) > 1:
-        word = "null" if value is None else value
-        fixes = tuple(Set(f"{key}.{path}", word) for key in having)
-        raise UserError(f"{recipe_flags()[path].name} is a setting of several stages", fixes)
-    return having or keys[-1:]
+    return [key for key in keys if path in flatten(recipes[key])] or keys[-1:]
 
 
 def _require_field(recipe: Recipe, path: str) -> None:
@@ -168,7 +188,7 @@ def _without_args_of_others(
     recipe: Recipe, values: Values, stage: str
 ) -> tuple[Recipe, Sequence[str]]:
     """Return the recipe without the ``model_args`` that shape a timm network in whose place the
-    command line names another, and a line on each.
+    command line names another, and a line on each of timm's: others bring their own.
     """
     dropped, notes = Values(), []
     for path, config in recipe.networks.items():
@@ -178,12 +198,13 @@ def _without_args_of_others(
         if same or not config.model_args or not is_model(old) or own in values:
             continue
         dropped[own] = {}
-        args = ", ".join(f"{key}={value}" for key, value in config.model_args.items())
-        place = f"{stage}.{own}" if stage else own
-        notes.append(
-            f"{place} of the recipe ({args}) belong to {old} and are left out for {model}: give it"
-            f" its own with --set {place}.NAME=VALUE"
-        )
+        if is_model(model.partition(".")[0]):
+            args = ", ".join(f"{key}={value}" for key, value in config.model_args.items())
+            place = f"{stage}.{own}" if stage else own
+            notes.append(
+                f"{model} keeps its own size and shape, because the recipe's ({args}) are of"
+                f" {old}; --set {place}.NAME=VALUE changes them"
+            )
     return replace_fields(recipe, dropped), notes
 
 
@@ -204,16 +225,16 @@ def _refuse_idle(recipe: Recipe, values: Values) -> None:
 # --- methods added and parts dropped -------------------------------------------------------------
 
 
-def _compose(found: Recipe | Stages, args: RecipeArguments) -> dict[str, Recipe]:
+def _compose(
+    found: Recipe | Stages, words: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, Recipe]:
     """Return the recipe of each stage ("" for one run) with methods added and parts dropped."""
     recipes = dict(found.stages) if isinstance(found, Stages) else {"": found}
-    added = _by_stage(recipes, args.with_, "--with")
-    dropped = _by_stage(recipes, args.without, "--without")
     for key in recipes:
         with in_stage(key):
-            for name in dropped[key]:
+            for name in words["--without"][key]:
                 recipes[key] = _drop(recipes[key], name)
-            for word in added[key]:
+            for word in words["--with"][key]:
                 recipes[key] = _add(recipes[key], word)
     return recipes
 

@@ -6,6 +6,7 @@ otherwise worker processes make the views one by one (``per-sample``).
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -207,6 +208,12 @@ class EvalLoader:
         height, width = spec.image_size
         self._keep = len(own) * height * width * 3 < _EVAL_CACHE_BYTES
         self._kept: list[UInt8[Tensor, "B 3 H W"]] = []
+
+    def cut_as(self, spec: InputSpec) -> "EvalLoader":
+        """Return the same images as another network wants them."""
+        other = copy(self)
+        other.spec, other._kept, other._keep = spec, [], False
+        return other
 
     def __len__(self) -> int:
         """Return how many batches this process has."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from ..vit.families import describe_network
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
 from ..weights.adopted import adopt
+from ..weights.create import create_model
 from .plan import Plan, make_plan
 from .step import Distillation
 from .teacher import Teacher
 
-Answering = nn.Module | Callable[[Tensor], Any]
-"""What answers images with logits."""
+Answering = nn.Module | Callable[[Tensor], Any] | str | Path
+"""What answers images with logits; or the folder of a run or an export, which holds such."""
 
 
 class Distiller(nn.Module):
@@ -40,7 +42,7 @@ class Distiller(nn.Module):
     (``docs/own_loop.md``). Networks that ``torch.compile`` wraps run compiled.
 
     Args:
-        student: a timm network, or any module that answers images with logits.
+        student: a timm network, any module that answers images with logits, or a run's folder.
         teachers: one or several by name: likewise, or any function of images; or a `LabelStore` of
             stored answers. Each computes in its parameters' precision, and a float32 one under the
             loop's autocast.
@@ -62,7 +64,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: nn.Module | str | Path,
         teachers: Answering | LabelStore | Mapping[str, Answering | LabelStore],
         objectives: Mapping[str, Objective] | Sequence[Objective | str],
         selector: TokenSelector | str | None = None,
@@ -74,8 +76,8 @@ class Distiller(nn.Module):
         super().__init__()
         if not isinstance(teachers, Mapping):
             teachers = {"teacher": teachers}
-        run, student = _unwrap(student)
-        spec = images_spec or input_spec_of(student)
+        run, network = _unwrap(student, "student")
+        spec = images_spec or input_spec_of(network)
         self.seed = seed
         self._readers = {
             name: LabelReader(name, store)
@@ -91,16 +93,16 @@ class Distiller(nn.Module):
         for name, reader in self._readers.items():
             about = reader.store.manifest.about
             networks[name] = network_from_json(about.get("network", {}), name)
-        student = _adopted(student, "student", spec)
+        network = _adopted(network, "student", spec)
         plan = make_plan(
-            describe_network(student, "student", _architecture(student), spec.image_size),
+            describe_network(network, "student", _architecture(network), spec.image_size),
             networks,
             _named(objectives),
             _made(selector),
             _made(masking),
             {name: reader.store.layout for name, reader in self._readers.items()},
         )
-        self.distillation = Distillation(student, plan)
+        self.distillation = Distillation(network, plan)
         self.distillation.run = run
 
     @property
@@ -179,8 +181,14 @@ class _Drawn(Batch):
         return torch.rand(len(self.images), count, device=self.images.device)
 
 
-def _unwrap(model: Any) -> tuple[Callable[..., ViTOutput], Any]:
-    """Return how to run a network, and the network that ``torch.compile`` wraps."""
+def _unwrap(model: Any, name: str) -> tuple[Callable[..., ViTOutput], Any]:
+    """Return how to run a network, and the network: that in a folder, or in ``torch.compile``."""
+    if isinstance(model, str | Path):
+        found = [f for f in (Path(model, "best"), Path(model, "last"), Path(model)) if f.is_dir()]
+        if not found:
+            what = f"the {name} is {str(model)!r}, which is no folder of a run or an export"
+            raise ConfigError(what, "give a network, as timm.create_model makes it", field=name)
+        model = create_model(str(found[0]))
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         what = f"a network in {type(model).__name__} cannot be looked into"
         raise ConfigError(what, "give the network itself, and wrap the Distiller", field="student")
@@ -195,7 +203,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _freeze(answering: Answering, name: str, images_spec: InputSpec) -> Teacher:
-    run, model = _unwrap(answering)
+    run, model = _unwrap(answering, name)
     known = bool(getattr(model, "pretrained_cfg", None))
     model = _adopted(model, name, images_spec)
     spec = input_spec_of(model) if known else images_spec

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from ..messages import printable
 from ..methods.maskedkd import patch_saliency
 from ..recipes.config import TeacherConfig
 from ..recipes.yaml import load_recipe
-from ..runs.identity import RECIPE, WEIGHTS
+from ..runs.identity import RECIPE, resolve_run
 from ..runs.networks import build_teacher, build_teacher_model, plan_of, runs
-from ..runs.pictures import draw_sheet
+from ..runs.pictures import GAP, MARGIN, draw_sheet, size_in_sheet
 from ..storage import checkpoint
 from ..vit.needs import Needs
 from ..vit.walk import run_vit
@@ -30,6 +31,7 @@ from ..weights.create import class_names
 from ..world import World
 
 NUM_CLASSES = 3
+WIDEST = 1400  # pixels of a sheet; more images are below each other
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     Raises:
         UserError: an image, a teacher, or a decoder's checkpoint is not there or damaged.
     """
+    weights = Path(resolve_run(str(run), ("last",)))
+    if weights == run:
+        raise ConfigError(
+            f"{printable(run)} is no run's folder", "give what training wrote", field="run"
+        )
+    run = weights.parent
     recipe = load_recipe(run / RECIPE)
-    if not (run / "last" / WEIGHTS).is_file():
-        what = f"the run {printable(run)} has no weights yet"
-        raise ConfigError(what, "train it to its first evaluation", field="run")
-    built = build_teacher_model(TeacherConfig(model=str(run / "last")), "student")
+    built = build_teacher_model(TeacherConfig(model=str(weights)), "student")
     model, classes = built.model.to(world.device).eval(), class_names(built.model) or ()
     place = classes, built.spec, world.device
     teachers = {
@@ -89,7 +94,13 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     ]
     _load_adapters(distillation, run)  # and the student they were trained with
     rows = {**distillation.eval().pictures(batch, teachers), **rows}
-    return Shown(_with_words(draw_sheet(rows, built.spec), said), said)
+    columns = max((WIDEST - MARGIN) // (size_in_sheet(built.spec)[1] + GAP), 1)
+    bands = []
+    for i in range(0, len(images), columns):
+        part = slice(i, i + columns)
+        band = draw_sheet({name: pixels[part] for name, pixels in rows.items()}, built.spec)
+        bands.append(_with_words(band, said[part]))
+    return Shown(_below_each_other(bands), said)
 
 
 def _decode(path: Path) -> Image.Image:
@@ -118,10 +129,18 @@ def _likeliest(logits: Float[Tensor, " C"], classes: tuple[str, ...]) -> list[st
     return [f"{n} {p:.0%}" for n, p in zip(names, top.values.tolist(), strict=True)]
 
 
+def _below_each_other(bands: Sequence[Image.Image]) -> Image.Image:
+    whole = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)), "white")
+    tops = accumulate((band.height for band in bands), initial=0)
+    for band, top in zip(bands, tops, strict=False):
+        whole.paste(band, (0, top))
+    return whole
+
+
 def _with_words(sheet: Image.Image, said: Sequence[Mapping[str, list[str]]]) -> Image.Image:
     """Return the sheet with what is said of each image written under it."""
-    margin, size = 130, 12
-    width = (sheet.width - margin) // len(said)
+    size = 12
+    width = (sheet.width - MARGIN) // len(said)
     columns = [
         [
             line
@@ -135,7 +154,7 @@ def _with_words(sheet: Image.Image, said: Sequence[Mapping[str, list[str]]]) -> 
     whole = Image.new("RGB", (sheet.width, sheet.height + height + 6 * bool(height)), "white")
     whole.paste(sheet)
     for i, lines in enumerate(columns):
-        place = margin + i * width, sheet.height
+        place = MARGIN + i * width, sheet.height
         text = "\n".join(lines)
         draw = ImageDraw.Draw(whole)
         draw.multiline_text(place, text, fill="black", font_size=size, spacing=4)

@@ -24,7 +24,7 @@ from ..recipes.config import Recipe, StudentConfig, TeacherConfig
 from ..vit.families import describe_network
 from ..vit.network import Network
 from ..weights import create as weights
-from ..weights.files import check_is_file
+from ..weights.files import check_is_file, is_weights
 from ..weights.outside import is_outside
 from .identity import resolve_run
 from .orders import natural_order
@@ -91,6 +91,9 @@ def _build(
     field = "student" if isinstance(config, StudentConfig) else f"teachers.{name}"
     if not config.model:
         raise ConfigError(f"the {name} has no model", Set(f"{field}.model"), field=f"{field}.model")
+    if is_weights(config.model):
+        what = f"{config.model} holds weights alone, and their network's name belongs in its place"
+        raise ConfigError(what, Set(f"{field}.checkpoint", config.model), field=f"{field}.model")
     model = weights.create_model(
         resolve_run(config.model),
         num_classes=num_classes,

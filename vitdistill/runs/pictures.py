@@ -12,25 +12,30 @@ from ..data.augment import InputSpec
 
 NUM_PICTURES = 8
 SMALLEST = 96  # pixels a side below which images are enlarged
+MARGIN, GAP = 130, 6  # pixels left of the images, for the rows' names, and between them
+
+
+def size_in_sheet(spec: InputSpec) -> tuple[int, int]:
+    """Return height and width of an image in a sheet, pixels."""
+    scale = max(1, -(-SMALLEST // min(spec.image_size)))
+    return scale * spec.image_size[0], scale * spec.image_size[1]
 
 
 def draw_sheet(rows: Mapping[str, Float[Tensor, "B 3 h w"]], spec: InputSpec) -> Image.Image:
     """Draw one row a name: its images side by side, back from the network's normalisation."""
     pixels = {name: _to_pixels(images, spec) for name, images in rows.items()}
-    margin, gap = 130, 6
-    scale = max(1, -(-SMALLEST // min(spec.image_size)))
-    height, width = (side * scale for side in spec.image_size)
+    height, width = size_in_sheet(spec)
     count = max(len(images) for images in pixels.values())
-    size = (margin + count * (width + gap), len(pixels) * (height + gap) + gap)
+    size = (MARGIN + count * (width + GAP), len(pixels) * (height + GAP) + GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for r, (name, images) in enumerate(pixels.items()):
-        top = gap + r * (height + gap)
+        top = GAP + r * (height + GAP)
         middle = top + height / 2 - 9 * len(name.splitlines())
         draw.text((8, middle), name, fill="black", font_size=16)
         for i, image in enumerate(images.numpy()):
             enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (margin + i * (width + gap), top))
+            sheet.paste(enlarged, (MARGIN + i * (width + GAP), top))
     return sheet
 
 

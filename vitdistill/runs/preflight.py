@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.augment import InputSpec
 from ..data.batch import Batch
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, NonFiniteError, Set, UserError
+from ..errors import ConfigError, Fix, NonFiniteError, Set, UserError
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..vit.needs import Needs
 from ..vit.output import ViTOutput
@@ -19,6 +19,7 @@ from ..world import World, agreed
 from .orders import alignment, find_better_order, log_likelihoods
 
 NUM_IMAGES = 512
+MANY = 0.03  # of accuracy: what a teacher may lose by how images are cut before it is said
 _NUM_TRIED, _FEWEST = 256, 30  # images on which other normalisations and sizes are tried
 _NORMALISATIONS = (  # ImageNet's mean and std, Inception's, none
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -113,6 +114,42 @@ def _judge(
         )
         raise agreed(next(iter(doubts), luck))
     return Proof(accuracy, chance, len(labels), tuple(doubts))
+
+
+@torch.no_grad()
+def doubt_views(
+    teacher: Teacher, proof: Proof, batches: Iterable[Batch], seen: InputSpec, world: World
+) -> ConfigError | None:
+    """Return an error if a teacher is `MANY` points better on these images as it was made for; call
+    it on every process.
+
+    Args:
+        batches: this process's share of the images of the ``proof``, cut as the teacher's own.
+        seen: how the student's run cuts them.
+    """
+    right, own = torch.zeros(2, dtype=torch.float64), teacher.spec
+    for batch in batches:
+        found = _answer(teacher, batch.images).argmax(1) == batch.labels.cpu()
+        right += torch.tensor([found.sum(), len(found)])
+    hits, count = torch.stack(world.gather(right)).sum(0).tolist()
+    if hits / count <= proof.accuracy + MANY:
+        return None
+    fixes: tuple[Fix, ...] = ("train it on images that are cut as the student's",)
+    if seen.crop_pct == 1.0 > own.crop_pct:
+        fixes += (Set("data.augment.crop", "rrc"),)
+    if seen.image_size != own.image_size:
+        fixes += (Set("student.image_size", own.image_size[0]),)
+    return ConfigError(
+        f"{_name(teacher)} is right on {hits / count:.1%} of these images as it was made for"
+        f" ({_views(own)}), and on {proof.accuracy:.1%} as the student sees them ({_views(seen)})",
+        fixes,
+        field="data.augment",
+    )
+
+
+def _views(spec: InputSpec) -> str:
+    part = f"the middle {spec.crop_pct:.0%}" if spec.crop_pct < 1 else "whole images"
+    return f"{part}, {spec.image_size[1]} x {spec.image_size[0]} pixels"
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from .networks import (
 )
 from .optim import make_optimizer
 from .pictures import NUM_PICTURES
-from .preflight import NUM_IMAGES, doubt_weights, prove_features, prove_teacher
+from .preflight import NUM_IMAGES, doubt_views, doubt_weights, prove_features, prove_teacher
 from .stored import check_labels, open_labels
 
 # Images a k-NN evaluation during training looks at: the standard error of 2000 answers is at most
@@ -347,6 +347,12 @@ def prove_teachers(prepared: Prepared, say: Say) -> dict[str, float]:
                     f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images"
                     f" (chance {proof.chance:.1%})"
                 )
+                seen = prepared.networks.spec
+                alike = {"mean": seen.mean, "std": seen.std, "interpolation": seen.interpolation}
+                own = replace(teacher.spec, **alike)  # type: ignore[arg-type]
+                if own != seen:
+                    doubt = doubt_views(teacher, proof, images.cut_as(own), seen, world)
+                    doubts += () if doubt is None else (doubt,)
             elif images is not None:
                 prove_features(teacher, needs, images, world)
                 say(f"{name}: its features are finite and differ from image to image")

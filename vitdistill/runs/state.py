@@ -1,5 +1,6 @@
 """What a run goes on from: everything that changes while it trains, saved and loaded."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class State:
     step: int = 0  # optimizer steps taken
     evaluated_at: int = -1  # the step of the last evaluation
     scores: dict[str, float] = field(default_factory=dict)  # its result
-    best: float | None = None  # highest top-1 accuracy, after step best_step
+    # Highest top-1 accuracy and, of equal ones, minus the lowest nll; after step best_step.
+    best: list[float] | None = None
     best_step: int = -1
     seconds: float = 0.0  # spent in all sessions of the run
 
@@ -119,6 +121,8 @@ def load(state: State, world: World, saved: tuple[Path, checkpoint.State]) -> di
             state.scaler.load_state_dict(numbers["scaler"])
         for name in _NUMBERS:
             setattr(state, name, numbers[name])
+        if isinstance(state.best, float):  # of an earlier version
+            state.best = [state.best, -math.inf]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(

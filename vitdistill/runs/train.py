@@ -291,7 +291,7 @@ class Trainer:
         model = self.prepared.student if state.ema is None else state.ema.module
         # Each process has statistics of its own (BatchNorm): those that are saved are the first's.
         self.world.take_from_main(model.buffers())
-        scores, best = None, False
+        scores, score, best = None, [0.0], False
         if loaders.val is not None:
 
             def stop() -> bool:  # asked before every batch
@@ -307,7 +307,9 @@ class Trainer:
             if scores is None:
                 self.ending = self._preempted()
                 return
-            best = scores.get("top1", -math.inf) > (-math.inf if state.best is None else state.best)
+            if "top1" in scores:
+                score = [scores["top1"], -scores["nll"]]
+                best = state.best is None or score > state.best
             self.display.evaluation(state.step, scores, best)
         with self.world.together():
             if self.report is not None:
@@ -316,7 +318,7 @@ class Trainer:
         if scores is not None:
             state.scores = scores
             if best:
-                state.best, state.best_step = scores["top1"], state.step
+                state.best, state.best_step = score, state.step
         state.evaluated_at, self.unsaved = state.step, True
 
     def log(self) -> None:
@@ -380,7 +382,7 @@ class Trainer:
             "steps": self.num_steps,
             "epochs": self.recipe.train.epochs,
             "scores": state.scores,
-            "best_top1": state.best,
+            "best_top1": None if state.best is None else state.best[0],
             "best_epoch": best_at / self.steps_per_epoch if best_at >= 0 else None,
             "teachers": self.prepared.proofs,
             "seconds": state.seconds,

@@ -10,6 +10,7 @@ import pickle
 import re
 import shlex
 import warnings
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,15 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
         raise DataError(what, ("give it as the model's name", "name the file in it"))
     if not Path(path).is_file():
         raise DataError(f"there is no weights file {printable(path)}")
+
+
+def is_weights(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a file of tensors alone, and not of a program (TorchScript)."""
+    file = Path(path)
+    if file.suffix not in (".safetensors", *_PICKLES) or not file.is_file():
+        return False
+    names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+    return not any(name.endswith("/constants.pkl") for name in names)
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
