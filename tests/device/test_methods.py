@@ -115,6 +115,27 @@ def test_a_patch_embedded_alone_is_the_same_patch(device):
     assert (whole - alone).abs().max() <= 2e-5 * whole.abs().max()
 
 
+@pytest.mark.parametrize("form", ["class token", "average pooling", "attention pooling"])
+def test_attention_beyond_float16_is_attention(device, form):
+    """Queries and keys that float16 holds, and products of theirs that it does not."""
+    model, images = vit_forms.build(form)
+    model, images = model.to(device), images.to(device)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[: 2 * model.embed_dim] *= 2000
+        if model.attn_pool is not None:
+            model.attn_pool.latent *= 3000
+            model.attn_pool.kv.weight[: model.embed_dim] *= 3000
+        whole = run_vit(model, images, Needs(logits=True, attention=frozenset({0, 2})))
+        with torch.autocast(device.type, torch.float16):
+            half = run_vit(model, images, Needs(logits=True, attention=frozenset({0, 2})))
+    assert half.logits.isfinite().all()
+    for i, rows in half.attention.items():
+        assert torch.allclose(rows.sum(-1), torch.ones_like(rows[..., 0]), atol=1e-5)
+        if i == 0:  # later blocks read what was rounded before
+            assert (rows - whole.attention[0]).abs().mean() < 0.01
+
+
 def test_equal_scores_choose_the_first_patches(device):
     scores = torch.tensor([0.0, 2.0, 1.0, 1.0]).repeat(3, 50).to(device)
     twos, ones = torch.arange(1, 200, 4), torch.arange(200)[torch.arange(200) % 4 > 1]

@@ -15,7 +15,7 @@ from ..errors import ConfigError, Set
 from .heads import TokenHeads
 from .network import AttentionSource, Network
 from .output import QKV, BlockRun
-from .patches import gather_patches
+from .patches import full_precision, gather_patches
 
 
 class PlainViT:
@@ -229,8 +229,7 @@ class PlainViT:
         bias = None if pool.kv.bias is None else pool.kv.bias[:size]
         q = pool.q(pool.latent[:, :1]).unflatten(2, heads).transpose(1, 2)
         k = F.linear(x, pool.kv.weight[:size], bias).unflatten(2, heads).transpose(1, 2)
-        scores = (pool.q_norm(q) * pool.scale) @ pool.k_norm(k).transpose(-2, -1)
-        return F.pad(scores.float().softmax(-1)[:, :, 0], (skipped, 0))
+        return F.pad(attention_rows(pool, pool.q_norm(q), pool.k_norm(k))[:, :, 0], (skipped, 0))
 
     def norm(self, tokens: Tensor) -> Tensor:
         """Apply the final norm to the last block's output, token by token."""
@@ -317,7 +316,11 @@ def attention_rows(
     bias: Float[Tensor, "*images H rows L"] | None = None,
 ) -> Float[Tensor, "B H rows L"]:
     """Return the post-softmax attention of some queries over all keys, in float32."""
-    scores = ((q * attn.scale) @ k.transpose(-2, -1)).float()
+    if q.dtype == torch.float16:  # which is infinite beyond 65504; fused kernels sum in float32
+        with full_precision(q):
+            scores = (q.float() * attn.scale) @ k.float().transpose(-2, -1)
+    else:
+        scores = ((q * attn.scale) @ k.transpose(-2, -1)).float()
     return (scores if bias is None else scores + bias).softmax(-1)
 
 
