@@ -1,159 +1,151 @@
-"""README's table of what methods teach, on all images of a folder, within a budget of seconds.
+"""A study within seconds: its rows in order of worth, each after what it needs of what is shared.
 
-    python benchmarks/results_gpu.py cifar100 --budget 400 --write
-    python benchmarks/results_gpu.py cifar100 --budget 400 --write --output results_runs  # goes on
+    python benchmarks/results_gpu.py benchmarks/studies/few_labels_gpu.yaml --budget 400 --write
+    python benchmarks/results_gpu.py benchmarks/studies/few_labels_gpu.yaml --device cpu --tiny
 
-A study (`vitdistill.study`): the teacher first, then one seed of every row in order of worth, then
-the next seed. What is known is printed and written after every run. A run that would not end in
-time is not begun; one that takes longer than it was thought is stopped, saved, and goes on with the
-same command.
+The study's paths are of the folder it is started in. The report is written after every run. The run
+that the time ends in is saved, and goes on with the same command, as do those that are missing.
 """
 
 import os
 import re
 import signal
-import statistics
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from gpu import Device
+from PIL import Image
 from rich.console import Console
 from step_cost import RESULTS, describe_machine, start
 
 from vitdistill.errors import ConfigError, Preempted
-from vitdistill.runs.folder import SUMMED_UP
-from vitdistill.runs.identity import SUMMARY, read_record
-from vitdistill.runs.train import train
+from vitdistill.report.page import make_report
+from vitdistill.report.write import write_markdown
 from vitdistill.storage.atomic import write_atomic
-from vitdistill.study.plan import Job, Row, Study, in_row
-from vitdistill.study.run import Work
+from vitdistill.study.plan import Job, Row, Study, load_study
+from vitdistill.study.run import Work, do
 from vitdistill.world import choose_device
 
-ROWS = {  # in order of worth, by the ends of recipes' names
-    "kd": "plain distillation",
-    "maskedkd": "MaskedKD, half of the patches",
-    "vitkd_nkd": "ViTKD + NKD",
-    "nkd": "NKD",
-    "standardized_kd": "plain distillation, standardized logits",
-    "masked_vitkd_nkd": "MaskedKD, half, + ViTKD + NKD",
-    "vitkd": "ViTKD",
+TINY: dict[str, Any] = {
+    "train.batch_size": 16,
+    "train.eval_every": 2,
+    "optim.warmup_epochs": 0.5,
+    "data.workers": 0,
+}
+SMALLER: dict[str, dict[str, Any]] = {  # what becomes of a row that has the field
+    "student.checkpoint": {
+        "student.checkpoint": None,
+        "student.model": "resnet18",
+        "student.model_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64]},
+        "train.epochs": 16,
+    },
+    "student.model_args.embed_dim": {"student.model_args.embed_dim": 48},
 }
 
 
-def study_of(
-    images: str, epochs: int, teacher_epochs: int, seeds: tuple[int, ...], sizes: dict[str, object]
-) -> Study:
-    """The teacher of the small-image recipes, its students, and the student alone."""
-    return Study(
-        name="results",
-        shared={
-            "teacher": Row(recipe="small_images_teacher", set={"train.epochs": teacher_epochs})
-        },
-        rows={name: Row(recipe=f"small_images_{name}") for name in ROWS},
-        set={"data.dir": images, "train.epochs": epochs, "train.log_to": [], **sizes},
-        seeds=seeds,
+def in_order(work: Work) -> list[Job]:
+    """Return every run, and what is shared just before the first that needs it."""
+    shared = {job.row: job for job in work.jobs if "/" not in job.folder}
+    found: list[Job] = []
+
+    def add(job: Job) -> None:
+        for name in (name for name in shared if name in job.needs):
+            add(shared[name])
+        if job not in found:
+            found.append(job)
+
+    for job in work.jobs:
+        if job.row not in shared:
+            add(job)
+    return found
+
+
+def made_tiny(study: Study, folder: Path) -> Study:
+    """The same study on a few images in as many colours as classes, for two epochs.
+
+    What is shared takes eight, to learn to be a teacher.
+    """
+    draw = np.random.default_rng(0)
+    for split, count in (("labelled/train", 8), ("labelled/val", 4), ("rest", 8)):
+        for number in range(4 * count):
+            pixels = draw.integers(0, 120, (32, 32, 3))
+            pixels[..., : number % 4] += 100
+            label = f"c{number % 4}" if split != "rest" else "."
+            path = folder / split / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+    def few(row: Row, epochs: int) -> Row:
+        values = {**row.set, **TINY, "train.epochs": epochs}
+        for field in SMALLER.keys() & row.set.keys():
+            values |= SMALLER[field]
+        return replace(row, set=values)
+
+    images: dict[str, Any] = {"data.dir": str(folder / "labelled")}
+    images["data.unlabelled"] = str(folder / "rest")
+    return replace(
+        study,
+        set={**study.set, **images},
+        shared={name: few(row, 8) for name, row in study.shared.items()},
+        rows={name: few(row, 2) for name, row in study.rows.items()},
+        seeds=(0,),
     )
 
 
-def table(work: Work) -> str:
-    """Markdown rows of what is finished."""
-    lines = ["| student | top-1 | seeds | teacher's FLOPs an image | images/s of a run |"]
-    lines.append("|---|---:|---:|---:|---:|")
-    found: dict[str, list[Job]] = {}
-    for job in work.jobs:
-        if work.seconds(job) is not None:
-            found.setdefault(job.row, []).append(job)
-    for row, jobs in found.items():
-        summaries = [
-            read_record(work.output / job.folder / SUMMARY, SUMMED_UP) or {} for job in jobs
-        ]
-        scores = [100 * summary["scores"]["top1"] for summary in summaries]
-        spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-        seconds = statistics.median(summary["seconds"] for summary in summaries)
-        ((ahead, _),) = work.ahead[row]
-        images = ahead.num_images * ahead.recipe.train.epochs / seconds
-        plain = sum(ahead.cost.teachers_plain.values())
-        share = f"{sum(ahead.cost.teachers.values()) / plain:.0%}" if plain else ""
-        name = ROWS.get(row, row)
-        top1 = f"{statistics.mean(scores):.1f}{spread} %"
-        lines.append(f"| {name} | {top1} | {len(scores)} | {share} | {images:,.0f} |")
-    return "\n".join(lines)
-
-
 def main(
-    images: str,
+    study: str,
     /,
     budget: float = 400,
     output: str = "results_runs",
     device: str = "auto",
-    epochs: int = 30,
-    teacher_epochs: int = 30,
-    batch_size: int = 512,
-    lr: float = 2e-3,
-    seeds: tuple[int, ...] = (0, 1, 2),
     write: bool = False,
     tiny: bool = False,
 ) -> None:
-    """Train a teacher and its students on a folder of small images, for so many seconds.
+    """Do a study for so many seconds.
 
     Args:
-        images: a folder, or whatever data.dir takes.
+        study: its file.
         budget: seconds, for what is not done yet.
         output: the folder of the runs; the same one goes on.
         device: auto, cpu, cuda or cuda:N.
-        epochs: of each student.
-        teacher_epochs: of the teacher.
-        batch_size: images a step.
-        lr: the peak learning rate.
-        seeds: of each row.
-        write: keep the table in benchmarks/results/results_<device>_<date>.md, after every run.
-        tiny: networks of two narrow blocks: whether all of it runs, anywhere.
+        write: keep the report in benchmarks/results/<study>_<device>_<date>.md, after every run.
+        tiny: smaller teachers, and two epochs of a few images that are made here: whether all of
+            it runs, anywhere.
     """
     if budget <= 0:
         raise ConfigError(f"--budget is {budget}: it has to be above 0")
-    until, where = time.monotonic() + budget, Device(choose_device(device))
-    sizes: dict[str, object] = {"train.batch_size": batch_size, "optim.lr": lr}
-    sizes |= {"train.eval_batch_size": 1024, "optim.warmup_epochs": min(2.0, epochs / 4)}
-    if tiny:
-        sizes |= {"student.model_args.embed_dim": 24, "student.model_args.depth": 2}
-    work = Work(study_of(images, epochs, teacher_epochs, seeds, sizes), Path(output))
-    head = ["# What methods teach", f"{describe_machine('results_gpu.py')}\n- device: {where.name}"]
+    where, folder = Device(choose_device(device)), Path(output)
+    found = load_study(study)
+    work = Work(
+        made_tiny(found, folder.with_name(f"{folder.name}_images")) if tiny else found, folder
+    )
+    jobs = in_order(work)
     slug = re.sub(r"[^a-z0-9]+", "-", where.name.lower())
-    path = RESULTS / f"results_{slug}_{time.strftime('%Y-%m-%d')}.md"
+    path = RESULTS / f"{found.name}_{slug}_{time.strftime('%Y-%m-%d')}.md"
+    head = f"{describe_machine('results_gpu.py')}\n- device: {where.name}"
 
-    def known(last: str) -> None:
-        parts = [*head, table(work), last]
-        print("\n\n".join(parts[2:]), flush=True)
-        if write:
-            write_atomic(path, ("\n\n".join(parts) + "\n").encode())
-
-    watch = threading.Timer(budget, os.kill, (os.getpid(), signal.SIGTERM))
-    watch.daemon = True
-    watch.start()
+    say = partial(print, flush=True)
 
     def over(*_: object) -> None:  # between two runs, which know what to do themselves
         raise Preempted("the time is over")
 
-    def left() -> str:
-        count = sum(work.seconds(job) is None for job in work.jobs)
-        return f"{count} of {len(work.jobs)} runs left."
-
+    watch = threading.Timer(budget, os.kill, (os.getpid(), signal.SIGTERM))
+    watch.daemon = True
+    watch.start()
     signal.signal(signal.SIGTERM, over)
     try:
-        for job in work.jobs:
-            if work.seconds(job) is not None:
-                continue
-            needed, rest = work.seconds_left([job]) or 0.0, until - time.monotonic()
-            if needed > rest:
-                known(f"{job.title} would take {needed:.0f} s, and {rest:.0f} are left.")
-                break
-            with in_row(job.row):
-                quiet = Console(quiet=True)
-                train(work.recipe(job), work.output / job.folder, device=device, console=quiet)
-            known(f"{job.title}: {work.seconds(job):.0f} s; {left()}")
+        while pending := [job for job in jobs if not work.done(job)]:
+            do(work, pending[0], pending, say, device, Console(quiet=True))
+            if write:
+                report = write_markdown(make_report([folder]))
+                write_atomic(path, f"# {found.name}\n\n{head}\n\n{report}".encode())
     except Preempted as error:
-        known(f"{error}; {left()}")
+        say(f"{error}; {len(pending)} of {len(jobs)} left")
     finally:
         watch.cancel()
 

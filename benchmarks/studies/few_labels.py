@@ -3,16 +3,18 @@
     python benchmarks/studies/few_labels.py cifar100.tar tf_efficientnet_lite0.safetensors FOLDER
 
 CIFAR-100's archive holds PNG files in ``cifar100/{train,test}/CLASS``; the weights are those of
-timm's ``tf_efficientnet_lite0.in1k``. FOLDER gets ``fifty/train/CLASS`` (fifty images a class,
-drawn with a fixed seed and listed in ``fifty/labelled.json``), ``fifty/val/CLASS`` (the test
-images), ``fifty/rest`` (the other training images, without labels), ``teacher``, ``labels``,
-``study`` and ``report.md``. The same command goes on where it was stopped; ``--until labels`` stops
-before the study.
+timm's ``tf_efficientnet_lite0.in1k``. FOLDER gets these as ``pretrained.safetensors``,
+``fifty/train/CLASS`` (fifty images a class, drawn with a fixed seed and listed in
+``fifty/labelled.json``), ``fifty/val/CLASS`` (the test images), ``fifty/rest`` (the other training
+images, without labels), ``teacher``, ``labels``, ``study`` and ``report.md``. The same command goes
+on where it was stopped; ``--until images`` stops before the teacher, ``--until labels`` before the
+study.
 """
 
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,8 +22,9 @@ from pathlib import Path
 
 STUDY = Path(__file__).with_suffix(".yaml").resolve()
 LABELLED = 50
-TEACHER = "train finetune_cnn --data-dir fifty --model tf_efficientnet_lite0 --model-path {weights}"
-TEACHER += " --img-size 96 --epochs 8 --set train.eval_every=4 data.workers=0 --output teacher"
+TEACHER = "train finetune_cnn --data-dir fifty --model tf_efficientnet_lite0"
+TEACHER += " --model-path pretrained.safetensors --img-size 96 --epochs 8 --output teacher"
+TEACHER += " --set train.eval_every=4 data.workers=0"
 # One command for what the rows read: logits, and the stages that guide.
 LABELS = "label small_images_standardized_kd --with guidance --data-dir fifty"
 LABELS += " --unlabelled-dir fifty/rest --views 4 --output labels/all"
@@ -67,7 +70,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--until", choices=("teacher", "labels", "study", "report"), default="report"
+        "--until", choices=("images", "teacher", "labels", "study", "report"), default="report"
     )
     args = parser.parse_args()
 
@@ -78,8 +81,10 @@ def main() -> None:
         )
 
     split(args.archive, args.folder / "fifty")
+    shutil.copyfile(args.weights, args.folder / "pretrained.safetensors")
     steps = {
-        "teacher": [TEACHER.format(weights=args.weights.resolve())],
+        "images": [],
+        "teacher": [TEACHER],
         "labels": [LABELS],
         "study": [f"study {STUDY} --output study"],
         "report": ["report study --format md --output report.md"],

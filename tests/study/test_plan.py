@@ -131,6 +131,13 @@ def test_the_study_of_the_guide_is_one(tmp_path: Path) -> None:
     assert {job.recipe.train.epochs for job in jobs} == {50}
 
 
+@pytest.mark.parametrize("name", ["few_labels", "few_labels_gpu"])
+def test_the_studies_of_the_benchmarks_are_ones(name: str) -> None:
+    found = load_study(Path(__file__).parents[2] / "benchmarks" / "studies" / f"{name}.yaml")
+    runs = [job for job in jobs_of(found) if "/" in job.folder]
+    assert found.name == name and len(runs) == len(found.seeds) * len(found.rows)
+
+
 def test_a_file_is_read_back_and_unknown_fields_are_refused(tmp_path: Path) -> None:
     file, wanted = tmp_path / "s.yaml", study(grid={"optim.lr": (1e-3, 1e-4)})
     file.write_text(dump_yaml(to_dict(wanted)))

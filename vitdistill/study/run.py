@@ -184,7 +184,7 @@ def run_study(study: Study, output: Path, say: Say, *, device: str, console: Con
             waiting = {job.row for job in jobs}
             for job in jobs:
                 if not job.needs & waiting and not world.from_main(partial(_is_busy, work, job)):
-                    _do(work, job, jobs, tell, device, console)
+                    do(work, job, jobs, tell, device, console)
                     world.gather(None)  # labels are written without meeting
                     break
             else:
@@ -205,9 +205,10 @@ def _is_busy(work: Work, job: Job) -> bool:
     return False
 
 
-def _do(
+def do(
     work: Work, job: Job, pending: Sequence[Job], tell: Say, device: str, console: Console
 ) -> None:
+    """Do one run, or its labels, and say what came of it; ``pending``: all that is left."""
     folder, recipe = work.output / job.folder, work.recipe(job)
     left = work.seconds_left(pending)
     about = "" if left is None else f"; about {format_duration(left)} left for all"
