@@ -35,6 +35,15 @@ def test_seeds_of_one_recipe_are_one_row_and_pair(tmp_path: Path) -> None:
     assert question.comparison.seeds_error == pytest.approx(0)
 
 
+def test_recipes_of_one_name_are_told_apart_by_where_they_lie_below_all_runs(
+    tmp_path: Path,
+) -> None:
+    for place, lr in (("a/kd", 1e-3), ("b/kd", 1e-4), ("b/c/x", 1e-5)):
+        name = "other" if place.endswith("x") else "kd"
+        make_run(tmp_path / place, taught(name, optim=OptimConfig(lr=lr)), 0.5)
+    assert [group.name for group in groups_in(tmp_path)] == ["a/kd", "other", "b/kd"]
+
+
 def test_a_number_that_every_seed_has_in_its_name_is_no_seed(tmp_path: Path) -> None:
     for rate in (0.5, 0.25):
         for seed in (0, 1):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.report.made import HOSTILE, make_hostile_runs, make_run, taught
+from vitdistill.recipes.settings import OptimConfig
 from vitdistill.report.document import Chart, Charts, Document, Series, Table, Verdicts
 from vitdistill.report.page import make_report
 from vitdistill.report.write import NUM_COLOURS, write_html, write_markdown
@@ -148,9 +149,43 @@ def test_a_chart_places_every_point_inside_itself() -> None:
         Page(draw(Series("s", 0, same)))
 
 
-def test_series_beyond_the_colours_are_told_apart_by_their_dashes() -> None:
-    drawn = draw(*(Series(str(i), i, [(0.0, 0.0), (1.0, i)]) for i in range(2 * NUM_COLOURS)))
-    assert len(set(re.findall(r'class="line ([^"]+)"', drawn))) > NUM_COLOURS
+def test_four_times_as_many_series_as_colours_are_told_apart_as_lines_and_as_marks() -> None:
+    number = range(4 * NUM_COLOURS)
+    lines = draw(*(Series(str(i), i, [(0.0, 0.0), (1.0, i)]) for i in number))
+    marks = draw(*(Series(str(i), i, [], (0.0, float(i))) for i in number))
+    assert len(set(re.findall(r'class="line ([^"]+)"', lines))) == len(number)
+    shapes = re.findall(r'class="mark ([^"]+)"[^>]* d="([^"]+)"><title>', marks)
+    assert len(shapes) == len({*shapes}) == len(number)
+
+
+def test_a_table_of_many_recipes_is_in_parts_that_hold_every_cell() -> None:
+    names = [f"r{i}" for i in range(20)]
+    rows = [(f"s{i}", *("" if (i + j) % 7 else f"{i},{j}" for j in range(20))) for i in range(9)]
+    parts = [*Table("all", ("setting", *names), rows).parts()]
+    assert [name for part in parts for name in part.head[1:]] == names
+    found = {
+        (row[0], name, cell)
+        for part in parts
+        for row in part.rows
+        for name, cell in zip(part.head[1:], row[1:], strict=True)
+        if cell
+    }
+    assert found == {
+        (row[0], name, cell)
+        for row in rows
+        for name, cell in zip(names, row[1:], strict=True)
+        if cell
+    }
+    assert max(len(part.head) for part in parts) <= 9
+    assert all(any(row[1:]) for part in parts for row in part.rows)
+
+
+def test_what_several_recipes_say_of_themselves_is_said_once(tmp_path: Path) -> None:
+    for i, about in enumerate(("kd at a lower rate", "kd at a lower rate", "another")):
+        optim = OptimConfig(lr=10.0**-i)
+        make_run(tmp_path / f"r{i}", taught(f"row {i}", optim=optim, description=about), 0.5)
+    written = write_markdown(make_report([tmp_path]))
+    assert "**row 0, row 1**: kd at a lower rate. **row 2**: another. " in written
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

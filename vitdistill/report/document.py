@@ -1,7 +1,7 @@
 """What a report is made of, whatever it is written as."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ class Strong(str):
 Text = Sequence[str]
 """A paragraph: plain and `Strong` parts, none of them markup."""
 Point = tuple[float, float]
+MOST_COLUMNS = 8  # of a table of recipes side by side
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Table:
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def parts(self) -> Iterator["Table"]:
+        """Yield it in parts that a page is wide enough for."""
+        for i in range(1, len(self.head), MOST_COLUMNS):
+            last = i + MOST_COLUMNS
+            rows = [(row[0], *row[i:last]) for row in self.rows if any(row[i:last])]
+            yield Table(self.caption, (self.head[0], *self.head[i:last]), rows)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def confusions(groups: Sequence[Group]) -> Iterator[Block]:
     ]
     if rows:
         caption = "The classes confused most, in images over all runs of a recipe"
-        yield Table(caption, ("true class, answer", *counts), rows)
+        yield from Table(caption, ("true class, answer", *counts), rows).parts()
 
 
 def _confused(group: Group) -> Counter[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Runs of one recipe with several seeds together, and what is asked of two recipes."""
 
+import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -83,9 +84,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for i, run in enumerate(runs):
         together.setdefault(_key(run, made), []).append(i)
     names = [_common_name([runs[i] for i in members]) for members in together.values()]
+    above = os.path.commonpath([run.path.absolute().parent for run in runs] or [""])
     return [
         Group(
-            name if names.count(name) == 1 else str(runs[members[0]].path),
+            name if names.count(name) == 1 else os.path.relpath(runs[members[0]].path, above),
             [runs[i] for i in members],
             [costs[i] for i in members],
         )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,14 @@ def _sentence(question: Question) -> Text:
 
 
 def _notes(groups: Sequence[Group]) -> Iterator[Block]:
-    about = [(g.name, f": {g.recipe.description}. ") for g in groups if g.recipe.description]
+    about: dict[str, list[str]] = {}
+    for group in groups:
+        about.setdefault(group.recipe.description, []).append(group.name)
+    about.pop("", None)
     if about:
-        yield [part for name, text in about for part in (Strong(name), text)]
+        said = ([Strong(", ".join(names)), f": {text}. "] for text, names in about.items())
+        own = "What recipes say of themselves; what else was set is among the differences below. "
+        yield [own, *chain.from_iterable(said)]
     yield [
         "Top-1, calibration error (15 bins) and negative log-likelihood (nats an image) are of the"
         " last weights on the validation images (best epoch: of those that did best on these very"
@@ -120,7 +126,8 @@ def _differences(groups: Sequence[Group]) -> list[Block]:
         if len({*cells}) > 1 and not (len(told) == 1 and (field, *told) in defaults):
             rows.append((field, *cells))
     caption = "Settings that are not the same in all; empty: none"
-    return [Table(caption, ("setting", *(g.name for g in groups)), rows)] if rows else []
+    table = Table(caption, ("setting", *(g.name for g in groups)), rows)
+    return [*table.parts()] if rows else []
 
 
 def _plain(value: Any) -> str:

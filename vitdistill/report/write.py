@@ -105,7 +105,7 @@ def _round_ticks(values: Sequence[float]) -> list[float]:
     """Return about five round numbers around the values."""
     low, high = min(values), max(values)
     if high == low:
-        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+        low, high = (0.9 * low, high) if high > 0 else (low, low + 1)
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if m * step * 5 >= high - low)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
