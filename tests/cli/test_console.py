@@ -12,6 +12,7 @@ import pytest
 from small_runs import Child, environment, plain_recipe, result, run, write_images
 
 from vitdistill.cli import main
+from vitdistill.cli.console import say
 from vitdistill.labels.store import LabelStore
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.settings import TeacherConfig
@@ -81,6 +82,20 @@ def test_a_console_that_fails_stops_no_command(
 def test_a_closed_console_is_one_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_prose_breaks_between_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    text = "what a run says of itself, and of its teachers, in one long sentence of many words"
+    say(text, fold=True)
+    say(text)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.pop() == text, "what may be copied stays whole"
+    assert " ".join(lines) == text and (max(map(len, lines)) <= 50) == terminal
 
 
 SCRIPT = """

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vitdistill.cli import main
+from vitdistill.cli.evaluate import tabulate
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.sources.open import open_source
@@ -221,3 +222,18 @@ def test_a_bar_moves_with_every_batch(evaluate, monkeypatch):
     )
     assert evaluate("classifier", "--knn", "--batch-size", "10") == 0
     assert seen == ["evaluating"] * 2 + ["reading features"] * (4 + 2)
+
+
+def test_models_whose_names_are_too_long_for_the_terminal_are_numbered() -> None:
+    names = [f"runs/{'long' * i}/best" for i in range(2, 5)]
+    scores = {"num_samples": 40, "num_parameters": 1000, "flops": 10**6, "images_per_second": 2}
+    results = [
+        {"model": name, "top1": i / 10, "device": "cpu", "threads": 1, **scores}
+        for i, name in enumerate(names)
+    ]
+    whole, narrow = (tabulate(results, width) for width in (1000, 80))
+    assert max(map(len, whole)) > 80 >= max(map(len, narrow))
+    for lines in (whole, narrow):
+        (top1,) = (line.split()[1:] for line in lines if "top-1" in line)
+        assert top1 == ["0.00%", "10.00%", "20.00%"]
+        assert all(any(name in line.split() for line in lines) for name in names)

@@ -144,7 +144,8 @@ def _help(kind: type, prog: str) -> str:
     about = _about(kind)
     if issubclass(kind, given.RecipeArguments):
         about += _families()
-    return format_help(given.groups_of(kind), prog, "\n".join(wrap(text, "    ") for text in about))
+    text = "\n".join(wrap(line, "    " * line.startswith("  ")) for line in about)
+    return format_help(given.groups_of(kind), prog, text)
 
 
 def _families() -> list[str]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from ..messages import printable_lines
+from .flags import wrap
 
 
 class Lasting:
@@ -34,9 +35,13 @@ class Lasting:
         """Do nothing: all is written."""
 
 
-def say(text: str) -> None:
-    """Print lines as they are, however long; what cannot be printed is escaped."""
-    print(printable_lines(text))
+def say(text: str, fold: bool = False) -> None:
+    """Print lines as they are, however long; what cannot be printed is escaped.
+
+    ``fold``: on a terminal between words, for prose that nobody copies.
+    """
+    lines = printable_lines(text)
+    print(wrap(lines) if fold and sys.stdout.isatty() else lines)
 
 
 @contextmanager

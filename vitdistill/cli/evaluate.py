@@ -1,6 +1,8 @@
 """``vitdistill eval``: what a model answers, and what its features are worth."""
 
 import json
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -67,15 +69,26 @@ def _job(args: EvalArguments, name: str) -> Evaluation:
 
 
 def _print(results: Sequence[dict[str, Any]], images: str) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**4
+    say("\n".join([f"{images}:", *tabulate(results, width)]))
+    for note in results[0].get("notes", ()):
+        say(note, fold=True)
+    for result in results:
+        if "no_top1" in result:
+            say(f"{result['model']}: no accuracy of its own: {result['no_top1']}", fold=True)
+
+
+def tabulate(results: Sequence[dict[str, Any]], width: int) -> list[str]:
+    """Return scores side by side; names that make them wider than ``width`` stand above them."""
     models, tables = [r["model"] for r in results], [dict(_rows(result)) for result in results]
     names = dict.fromkeys(name for table in tables for name in table)
     rows = [(name, *(table.get(name, "") for table in tables)) for name in names]
-    say("\n".join([f"{images}:", *format_table([("", *models), *rows])]))
-    for note in results[0].get("notes", ()):
-        say(note)
-    for result in results:
-        if "no_top1" in result:
-            say(f"{result['model']}: no accuracy of its own: {result['no_top1']}")
+    lines = format_table([("", *models), *rows])
+    if max(map(len, lines)) <= width:
+        return lines
+    numbers = [f"({i})" for i in range(1, len(models) + 1)]
+    named = [f"  {number} {model}" for number, model in zip(numbers, models, strict=True)]
+    return [*named, "", *format_table([("", *numbers), *rows])]
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -45,9 +45,10 @@ def run(args: ExplainArguments) -> int:
         say(run.text)
         if args.time:
             device = args.device or "auto"
-            say("\n" + measure_step(run.recipe, run.num_classes, run.num_images, device))
+            measured = measure_step(run.recipe, run.num_classes, run.num_images, device)
+            say(f"\n{measured}", fold=True)
             with suppress(UserError):  # images or weights may not be there yet
-                say(shares_ahead(run.recipe, device))
+                say(shares_ahead(run.recipe, device), fold=True)
         if key:
             say("")
     if len(runs) > 1:

@@ -53,7 +53,8 @@ def run(args: ExportArguments) -> int:
             height, width = spec.image_size
             say(
                 f"wrote {path}: input 'images' float32 (B, 3, {height}, {width}) normalised by"
-                f" mean {spec.mean} and std {spec.std}; largest difference from torch {off:.1e}"
+                f" mean {spec.mean} and std {spec.std}; largest difference from torch {off:.1e}",
+                fold=True,
             )
     if args.push is not None:
         address = push(model, args.push, card, **built, private=args.private)

@@ -113,7 +113,7 @@ def check(args: CheckArguments) -> int:
             device=args.device,
             say=say,
         )
-        say(f"{name}: {found}")
+        say(f"{name}: {found}", fold=True)
         wrong += not found.as_stored
     if wrong:
         what = f"the teacher does not answer as {args.store} says"

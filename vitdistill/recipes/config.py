@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError, Set
-from ..messages import printable
+from ..messages import listed, printable
 from ..methods.base import Masking, Objective, TokenSelector
 from ..methods.cross_entropy import CrossEntropy
 from ..option import check_options
@@ -87,7 +87,7 @@ def check_names(field: str, names: Collection[str], reserved: Collection[str] = 
     for name in names:
         if not name.isidentifier() or name in reserved:
             what = f"{field} has the name {printable(name)!r}"
-            taken = f", but not {', '.join(sorted(reserved))}" if reserved else ""
+            taken = f", but not {listed(sorted(reserved))}" if reserved else ""
             fix = f"give one of letters, digits and underscores{taken}"
             raise ConfigError(what, fix, field=field)
 

@@ -84,7 +84,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for i, run in enumerate(runs):
         together.setdefault(_key(run, made), []).append(i)
     names = [_common_name([runs[i] for i in members]) for members in together.values()]
-    above = os.path.commonpath([run.path.absolute().parent for run in runs] or [""])
+    above = os.path.commonpath([run.path.absolute().parent for run in runs])
     return [
         Group(
             name if names.count(name) == 1 else os.path.relpath(runs[members[0]].path, above),

@@ -23,16 +23,17 @@ def check_length(
     train, epochs = recipe.train, recipe.train.epochs
     steps, warmup = an_epoch * epochs, an_epoch * recipe.optim.warmup_epochs
     left_out = max(num_images - an_epoch * train.batch_size, 0)
+    rest = f"{left_out:,} of {num_images:,} images ({left_out / num_images:.0%})"
     say(
-        f"{plural(steps, 'step')}, {an_epoch:,} an epoch, {warmup:,.0f} of them warm-up;"
-        f" an epoch leaves out {left_out:,} of {num_images:,} images ({left_out / num_images:.0%})"
+        f"{plural(steps, 'step')}, {an_epoch:,} an epoch, {warmup:,.0f} of them warm-up"
+        + (f"; an epoch leaves out {rest}" if left_out else "")
     )
     if steps < FEW_STEPS or left_out > num_images / 10:
         fitting = 1 << max((num_images * epochs // FEW_STEPS).bit_length() - 1, 4)
         size = min(fitting, max(train.batch_size // 2, 1))
         say(
             f"that is little: train.batch_size={size} makes {num_images // size * epochs:,} steps,"
-            " and more train.epochs more"
+            " more train.epochs make more"
         )
     share = 0.0 if train.ema_decay is None else train.ema_decay**steps
     if share > 0.01:
