@@ -94,13 +94,13 @@ def test_a_flag_is_for_every_stage_for_the_first_or_for_the_only_one_with_the_fi
         ("--with finetune.kd --teacher-precision float32", "or give --set distill.", USAGE),
         (
             "--lr 1 --epochs 2",
-            "--lr and --epochs are settings of several stages: give --set pretrain.optim.lr=1.0"
+            "--lr, --epochs are settings of several stages: give --set pretrain.optim.lr=1.0"
             " --set pretrain.train.epochs=2, or give --set finetune.optim.lr=1.0 --set finetune.",
             USAGE,
         ),
         (
             "--with kd --set optim.lr=1",
-            "--set optim.lr=1 and --with kd do not say which stage they are for: write --set"
+            "--set optim.lr=1, --with kd do not say which stage they are for: write --set"
             " pretrain.optim.lr=1 --with pretrain.kd or",
             USAGE,
         ),

@@ -102,7 +102,7 @@ def _by_stage(recipes: Collection[str], args: RecipeArguments) -> dict[str, dict
     if lost:
         known = (" ".join(f"{flag} {key}.{word}" for flag, word in lost) for key in recipes)
         fix = suggest(lost[0][1].partition(".")[0], recipes, f"write {' or '.join(known)}")
-        words = " and ".join(f"{flag} {word}" for flag, word in lost)
+        words = ", ".join(f"{flag} {word}" for flag, word in lost)
         does, it_is = ("does", "it is") if len(lost) == 1 else ("do", "they are")
         raise UserError(f"{words} {does} not say which stage {it_is} for", fix)
     return found
@@ -128,7 +128,7 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
                 _require_field(recipes[key], path)
                 _put(values[key], path, value)
     if several:
-        names = " and ".join(recipe_flags()[path].name for path in several)
+        names = ", ".join(recipe_flags()[path].name for path in several)
         are = "is a setting" if len(several) == 1 else "are settings"
         fixes = []
         for key in recipes:
