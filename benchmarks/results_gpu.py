@@ -131,13 +131,17 @@ def main(
 
     say = partial(print, flush=True)
 
-    def over(*_: object) -> None:  # between two runs, which know what to do themselves
+    def over(*_: object) -> None:  # outside of a run's steps, which know what to do themselves
         raise Preempted("the time is over")
 
-    watch = threading.Timer(budget, os.kill, (os.getpid(), signal.SIGTERM))
-    watch.daemon = True
-    watch.start()
+    def ask() -> None:  # again, because what is raised inside of a library may be lost there
+        time.sleep(budget)
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+
     signal.signal(signal.SIGTERM, over)
+    threading.Thread(target=ask, daemon=True).start()
     try:
         while pending := [job for job in jobs if not work.done(job)]:
             do(work, pending[0], pending, say, device, Console(quiet=True))
@@ -147,7 +151,7 @@ def main(
     except Preempted as error:
         say(f"{error}; {len(pending)} of {len(jobs)} left")
     finally:
-        watch.cancel()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
