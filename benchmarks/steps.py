@@ -33,6 +33,7 @@ from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.masking import RandomMasking
 from vitdistill.methods.nkd import NKD
 from vitdistill.methods.vitkd import ViTKD
+from vitdistill.models.mae import hold_positions
 from vitdistill.recipes.config import OptimConfig
 from vitdistill.runs.networks import compile_networks
 from vitdistill.runs.optim import gradient_norm, make_optimizer, take_step
@@ -122,7 +123,8 @@ class Maker:
                 student, self.model, loss, task_loss_weight=0.5, verbose=False
             )
         task = task.to(self.device).train()
-        optimizer = create_optimizer_v2(student, "adamw", lr=LR, foreach=True)
+        decay = {"lr": LR, "weight_decay": WEIGHT_DECAY}
+        optimizer = create_optimizer_v2(student, "adamw", **decay, foreach=True)
         networks = {"student": student, **({"teachers": self.model} if taught else {})}
         plain = {phase: network.forward for phase, network in networks.items()}
         call: Any = torch.compile(task) if self.compiled else task
@@ -160,6 +162,8 @@ class Maker:
         student = build_model(self.pair, "student")
         if not any(o.reads_labels for o in objectives.values()):
             student.reset_classifier(0)  # type: ignore[operator]
+        if masking is not None:  # as MAE's recipes do
+            hold_positions(student)
         labels = None if layout is None else {"teacher": layout}
         plan, cost = self._plan(objectives, student, selector, masking, labels)
         taught = bool(plan.live)

@@ -122,10 +122,10 @@ def to_torch(keys: U64, device: torch.device | str = "cpu") -> Int[Tensor, " B"]
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.int64)).to(device, non_blocking=True)
 
 
-def _torch_mix(x: Tensor) -> Tensor:
+def _torch_mix(x: Tensor, last: bool = True) -> Tensor:
     x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
-    return x ^ _shift(x, 31)
+    return x ^ _shift(x, 31) if last else x
 
 
 def torch_bits(keys: Int[Tensor, "*shape"], index: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -145,9 +145,9 @@ def torch_keys(
 
 def torch_uniforms(keys: Int[Tensor, " B"], count: int) -> Float[Tensor, "B {count}"]:
     """Return float32 numbers in [0, 1): the first 24 bits of each key's first outputs."""
-    index = torch.arange(count, device=keys.device).expand(len(keys), count)
-    word = torch_bits(keys[:, None].expand(len(keys), count), index)
-    return _shift(word, 40).float() * 2.0**-24
+    index = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
+    # `torch_bits` without its last shift by 31, which the first 24 bits do not see.
+    return _shift(_torch_mix(keys[:, None] + index, last=False), 40).float() * 2.0**-24
 
 
 def torch_normals(

@@ -22,6 +22,7 @@ from small_vits import TEACHER, WALKED
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitdistill.distill.step import blank_batch
 from vitdistill.explain.cost import cost_of
 from vitdistill.methods import method_class
 from vitdistill.vit.needs import Needs
@@ -86,8 +87,13 @@ def test_the_gradient_reaches_what_the_loss_reads_and_no_teacher(
         [t.sum() for t in recorded], list(named.values()), allow_unused=True
     )
     expected = {key for key, gradient in zip(named, reach, strict=True) if gradient is not None}
-    case.module(case.batch, case.teachers)["loss"].backward()
+    case.module.train()(case.batch, case.teachers)["loss"].backward()
     assert {key for key, p in named.items() if p.grad is not None} == expected
+    # So a run asks blank images once which parameters no step will reach.
+    loss = case.module.eval()(blank_batch(case.plan, 2, "cpu"), case.teachers)["loss"]
+    trained = [p for p in case.module.parameters() if p.requires_grad]
+    blank = torch.autograd.grad(loss, trained, allow_unused=True)
+    assert [grad is None for grad in blank] == [p.grad is None for p in trained]
     assert all(p.grad is not None for p in case.module.adapters.parameters() if p.requires_grad)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in named.values())
     assert all(p.grad is None for p in case.model.parameters())

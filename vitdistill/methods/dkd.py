@@ -11,19 +11,29 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..option import option
 from .base import Scalar
 from .kd import Logits, check_logits, kl_rows
-from .nkd import Classes, PerImage, Reduction, TargetObjective, label_classes, of_label, of_rest
+from .nkd import (
+    Classes,
+    PerImage,
+    Reduction,
+    TargetObjective,
+    label_classes,
+    of_label,
+    other_classes,
+)
 
 
-def _against_the_rest(log_probs: Logits, labels: Classes) -> Float[Tensor, "B 2"]:
+def _against_the_rest(
+    log_probs: Logits, labels: Classes, others: Int[Tensor, "B C-1"]
+) -> Float[Tensor, "B 2"]:
     """Return ``log p_y`` and ``log(1 - p_y)``."""
     # The latter from the others: 1 - p_y is 0 in float32 long before they are.
-    rest = of_rest(log_probs, labels).logsumexp(-1)
+    rest = log_probs.gather(1, others).logsumexp(-1)
     return torch.stack([of_label(log_probs, labels), rest], dim=-1)
 
 
@@ -47,10 +57,11 @@ def dkd_loss(
     label = label_classes(labels, student_logits)
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    target = kl_rows(_against_the_rest(student, label), _against_the_rest(teacher, label))
+    others = other_classes(label, student.shape[1])
+    target = kl_rows(*(_against_the_rest(it, label, others) for it in (student, teacher)))
     rest = kl_rows(
-        F.log_softmax(of_rest(student, label), dim=-1),
-        F.log_softmax(of_rest(teacher, label), dim=-1),
+        F.log_softmax(student.gather(1, others), dim=-1),
+        F.log_softmax(teacher.gather(1, others), dim=-1),
     )
     losses = temperature**2 * (alpha * target + beta * rest)
     return losses.mean() if reduction == "mean" else losses

@@ -42,11 +42,11 @@ def of_label(values: Logits, labels: Classes) -> PerImage:
     return values.gather(1, labels[:, None])[:, 0]
 
 
-def of_rest(values: Logits, labels: Classes) -> Float[Tensor, "B C-1"]:
-    """Return each image's values at all other classes, in their order."""
+def other_classes(labels: Classes, num_classes: int) -> Int[Tensor, "B C-1"]:
+    """Return the classes besides each image's label, in their order, to gather values at them."""
     # Gathered, not masked: the number a mask fills in leaks into a softmax.
-    others = torch.arange(values.shape[1] - 1, device=values.device)
-    return values.gather(1, others + (others >= labels[:, None]))
+    others = torch.arange(num_classes - 1, device=labels.device)
+    return others + (others >= labels[:, None])
 
 
 def nkd_loss(
@@ -73,8 +73,9 @@ def nkd_loss(
     label = label_classes(labels, student_logits)
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     target = of_label(teacher.softmax(-1), label) * of_label(F.log_softmax(student, dim=-1), label)
-    rest = F.softmax(of_rest(teacher, label) / temperature, dim=-1) * F.log_softmax(
-        of_rest(student, label) / temperature, dim=-1
+    others = other_classes(label, student.shape[1])
+    rest = F.softmax(teacher.gather(1, others) / temperature, dim=-1) * F.log_softmax(
+        student.gather(1, others) / temperature, dim=-1
     )
     losses = -target - gamma * temperature**2 * rest.sum(-1)
     return losses.mean() if reduction == "mean" else losses

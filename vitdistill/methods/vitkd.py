@@ -10,9 +10,12 @@ some of its patches, networks of any depth, and a mask rate of 0.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -82,6 +85,13 @@ class ViTKDAdapter(nn.Module):
         return self.generation(image).flatten(2).transpose(1, 2)
 
 
+def squared_error(
+    student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*tokens D"]
+) -> Float[Tensor, "*tokens D"]:
+    """Return the squared differences in float32; no gradient reaches the teacher."""
+    return F.mse_loss(student.float(), teacher.detach().float(), reduction="none")
+
+
 def mimicking_loss(
     adapter: ViTKDAdapter,
     student: Sequence[Float[Tensor, "B _ _"]],
@@ -94,10 +104,11 @@ def mimicking_loss(
     ``sum``: over blocks, patches and channels, divided by the fraction ``seen`` of the teacher's
     patches, mean over the batch. ``mean``: over all of them.
     """
-    total = torch.zeros((), device=teacher[0].device)
+    terms = []
     for i, (patches, target) in enumerate(zip(student, teacher, strict=True)):
-        error = (adapter.low(i, patches).float() - target.detach().float()).square()
-        total = total + (error.mean() if reduction == "mean" else error.sum() / len(target) / seen)
+        error = squared_error(adapter.low(i, patches), target)
+        terms.append(error.mean() if reduction == "mean" else error.sum() / len(target) / seen)
+    total = reduce(add, terms)
     return total / len(teacher) if reduction == "mean" else total
 
 
@@ -128,7 +139,7 @@ def generation_loss(
         num_masked = num_patches - num_visible
         mask = noise.argsort(dim=1, stable=True).argsort(dim=1) >= num_visible
     generated = gather_patches(adapter.generate(student, mask, grid), keep)
-    error = (generated.float() - teacher.detach().float()).square()
+    error = squared_error(generated, teacher)
     if mask is not None:
         error = torch.where(gather_patches(mask, keep)[:, :, None], error, 0)
     total = error.sum() / batch * (num_patches / teacher.shape[1])
@@ -259,21 +270,20 @@ class ViTKD(TeacherObjective):
     ) -> Scalar:
         assert teacher is not None and isinstance(adapter, ViTKDAdapter)
         low_weight, high_weight = self._weights
-        loss = torch.zeros((), device=batch.labels.device)
+        terms = []
         if low_weight > 0:
             pairs = [(student.patches(i), teacher.patches(j)) for i, j in self._blocks()]
             patches = [of_student.at(places) for of_student, places in pairs]
             keep, grid = pairs[0][1].keep, pairs[0][1].grid
             seen = 1.0 if keep is None else keep.shape[1] / math.prod(grid)
-            loss = loss + low_weight * mimicking_loss(
-                adapter, patches, [places.vectors for _, places in pairs], seen, self.reduction
-            )
+            of_teacher = [places.vectors for _, places in pairs]
+            low = mimicking_loss(adapter, patches, of_teacher, seen, self.reduction)
+            terms.append(low_weight * low)
         if high_weight > 0:
             of_student, places = student.feature_patches, teacher.feature_patches
             whole = resample_patches(of_student.vectors, of_student.grid, places.grid)
             noise = batch.uniforms(whole.shape[1]) if self.mask_rate > 0 else None
-            of_teacher = places.vectors, places.grid, places.keep
-            loss = loss + high_weight * generation_loss(
-                adapter, whole, *of_teacher, self.mask_rate, noise, self.reduction
-            )
-        return loss
+            seen_of = places.vectors, places.grid, places.keep
+            how = self.mask_rate, noise, self.reduction
+            terms.append(high_weight * generation_loss(adapter, whole, *seen_of, *how))
+        return reduce(add, terms)

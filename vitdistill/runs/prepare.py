@@ -364,6 +364,7 @@ def prove_teachers(prepared: Prepared, say: Say) -> dict[str, float]:
 def unused_parameters(prepared: Prepared) -> tuple[str, ...]:
     """Name the trainable parameters no loss reaches, by a backward pass over blank images.
 
+    Which these are depends on the plan alone, not on images, labels or mode (tests/contract).
     Networks that are to be compiled are so by that pass, which is then of a step's size.
     """
     distillation, train, size = prepared.distillation, prepared.recipe.train, 2
