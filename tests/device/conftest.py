@@ -20,7 +20,7 @@ FLOAT32 = {"train.amp_dtype": "float32"}
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if DEVICE != "cpu" and not torch.cuda.is_available():
-        pytest.exit("these tests need a GPU, and torch sees none: run them by 'make test'", 2)
+        pytest.exit("these tests need a GPU, and torch sees none: DEVICE=cpu does without", 2)
 
 
 @pytest.fixture(scope="session")

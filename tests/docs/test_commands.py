@@ -13,7 +13,7 @@ from vitdistill import cli
 from vitdistill.cli.recipe import resolve_recipe
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-TARGETS = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 LANGUAGES = {"bash", "python", "yaml", "toml", "text"}
 # Methods that a guide writes are as good as one that is there.
 STANDS_FOR = {"cosine": "tokens", "logit_mse": "dist"}

@@ -15,7 +15,6 @@ from operator import add
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -85,13 +84,6 @@ class ViTKDAdapter(nn.Module):
         return self.generation(image).flatten(2).transpose(1, 2)
 
 
-def squared_error(
-    student: Float[Tensor, "*tokens D"], teacher: Float[Tensor, "*tokens D"]
-) -> Float[Tensor, "*tokens D"]:
-    """Return the squared differences in float32; no gradient reaches the teacher."""
-    return F.mse_loss(student.float(), teacher.detach().float(), reduction="none")
-
-
 def mimicking_loss(
     adapter: ViTKDAdapter,
     student: Sequence[Float[Tensor, "B _ _"]],
@@ -106,7 +98,7 @@ def mimicking_loss(
     """
     terms = []
     for i, (patches, target) in enumerate(zip(student, teacher, strict=True)):
-        error = squared_error(adapter.low(i, patches), target)
+        error = (adapter.low(i, patches).float() - target.detach().float()).square()
         terms.append(error.mean() if reduction == "mean" else error.sum() / len(target) / seen)
     total = reduce(add, terms)
     return total / len(teacher) if reduction == "mean" else total
@@ -139,7 +131,7 @@ def generation_loss(
         num_masked = num_patches - num_visible
         mask = noise.argsort(dim=1, stable=True).argsort(dim=1) >= num_visible
     generated = gather_patches(adapter.generate(student, mask, grid), keep)
-    error = squared_error(generated, teacher)
+    error = (generated.float() - teacher.detach().float()).square()
     if mask is not None:
         error = torch.where(gather_patches(mask, keep)[:, :, None], error, 0)
     total = error.sum() / batch * (num_patches / teacher.shape[1])
