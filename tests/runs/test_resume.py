@@ -137,9 +137,9 @@ def test_every_part_of_the_state_matters(tmp_path, whole, taught, part):
 
 def test_no_part_of_the_state_is_forgotten_here(whole):
     tensors, state = checkpoint.load(checkpoint.folder_of(whole, 4))
-    assert {*state} | {key.split(".")[0] + "." for key in tensors} == {
-        part for part in PARTS if not part[-1].isdigit()
-    }
+    known = {part for part in PARTS if not part[-1].isdigit()}
+    known.add("best_step")  # every evaluation of this run is its best: a test of equal ones has it
+    assert {*state} | {key.split(".")[0] + "." for key in tensors} == known
 
 
 # -- stopping -------------------------------------------------------------------------------------
