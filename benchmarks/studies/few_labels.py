@@ -6,9 +6,9 @@ CIFAR-100's archive holds PNG files in ``cifar100/{train,test}/CLASS``; the weig
 timm's ``tf_efficientnet_lite0.in1k``. FOLDER gets these as ``pretrained.safetensors``,
 ``fifty/train/CLASS`` (fifty images a class, drawn with a fixed seed and listed in
 ``fifty/labelled.json``), ``fifty/val/CLASS`` (the test images), ``fifty/rest`` (the other training
-images, without labels), ``teacher``, ``labels``, ``study`` and ``report.md``. The same command goes
-on where it was stopped; ``--until images`` stops before the teacher, ``--until labels`` before the
-study.
+images, without labels), ``every`` (all of them with labels), ``teacher``, ``labels``, ``study`` and
+``report.md``. The same command goes on where it was stopped; ``--until images`` stops before the
+teacher, ``--until labels`` before the study.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LABELS += " objectives.guidance.stages=[2,3,4]"
 
 
 def split(archive: Path, to: Path) -> None:
-    """Write the image folder, unless it is whole already."""
+    """Write the image folders, unless they are whole already."""
     if (to / "labelled.json").is_file():
         return
     with tarfile.open(archive) as tar:
@@ -48,16 +48,20 @@ def split(archive: Path, to: Path) -> None:
         labelled = {folder: sorted(rng.sample(of_class[folder], LABELLED)) for folder in of_class}
         for member in members:
             part, folder, name = member.name.split("/")[-3:]
+            whole = to.with_name("every") / ("val" if part == "test" else "train") / folder / name
             if part == "test":
                 path = to / "val" / folder / name
             elif name in labelled[folder]:
                 path = to / "train" / folder / name
             else:
                 path = to / "rest" / f"{folder}_{name}"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for place in (path, whole):
+                place.parent.mkdir(parents=True, exist_ok=True)
             file = tar.extractfile(member)
             assert file is not None
             path.write_bytes(file.read())
+            whole.unlink(missing_ok=True)
+            whole.hardlink_to(path)
     (to / "labelled.json").write_text(json.dumps(labelled, indent=1))
 
 

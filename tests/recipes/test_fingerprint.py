@@ -69,10 +69,21 @@ RECORDED = {
 }
 """Fingerprints the first version wrote into its runs: with another one they could not be resumed."""
 
+_HALVES = {
+    "objectives.ce.weight": 0.5,
+    "objectives.kd.weight": 0.5,
+    "objectives.kd.temperature": 2.0,
+}
+CHANGED = {"small_images_kd": _HALVES, "small_images_maskedkd": _HALVES}
+"""What the first version had in place of the values that a recipe has now."""
+
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_runs_of_the_first_version_are_known(name: str) -> None:
     recipe = named_recipe(name)
+    if name in CHANGED:
+        assert not isinstance(recipe, Stages)
+        recipe = replace_fields(recipe, CHANGED[name])
     found = recipe.stages if isinstance(recipe, Stages) else {"": recipe}
     assert "+".join(fingerprint(stage)[:16] for stage in found.values()) == RECORDED[name]
 

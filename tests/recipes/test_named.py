@@ -46,7 +46,7 @@ ADDED: list[tuple[str, str, dict[str, Any]]] = [
     *[(beside, "vitkd", MEANS) for beside in RECIPES],
     *[(name, "vitkd", MEANS) for name in ("run", "deit_tiny_nkd:x", "")],
     ("alone", "kd", {"temperature": 1.0}),
-    ("small_images_alone", "kd", {"temperature": 2.0}),
+    ("small_images_alone", "kd", {"temperature": 4.0}),
     ("small_images_alone", "mae", MAE),
     ("small_images_libkd", "maskedkd", {"keep_rate": 0.5}),
     ("alone", "wttm", {"temperature": 1.25}),

@@ -41,6 +41,7 @@ FAMILIES = (
         finetune      a pretrained ViT fine-tuned on your own folder, 20 epochs: a teacher
         finetune_cnn  the same for a pretrained CNN
         distill       a small ViT that learns your own folder from a fine-tuned teacher, 40 epochs
+        few_labels    the same where most images have no labels: answers that are stored once
         """,
     ),
     Family(
@@ -132,6 +133,7 @@ FAMILIES = (
         small_images_kd                the student by plain KD from a teacher run
         small_images_maskedkd          the student by MaskedKD from a teacher run
         small_images_standardized_kd   the student by KD of standardised logits
+        small_images_few_labels        the same by patches of 8 pixels, most images without labels
         small_images_nkd               the student by NKD from a teacher run
         small_images_vitkd             the student by ViTKD (features) from a teacher run
         small_images_vitkd_nkd         the student by ViTKD and NKD from a teacher run

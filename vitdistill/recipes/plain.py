@@ -61,7 +61,19 @@ _DISTILL = replace(
     optim=replace(_FINETUNE.optim, lr=3e-4),
     train=replace(_FINETUNE.train, epochs=40),
 )
-_FOLDERS = {"finetune": _FINETUNE, "finetune_cnn": _FINETUNE_CNN, "distill": _DISTILL}
+# Four views of an image, in turn, are what a teacher has to answer to, whatever the epochs.
+_FEW_LABELS = replace(
+    _DISTILL,
+    objectives={"ce": CE, "kd": STANDARDIZED},
+    selector=None,
+    data=replace(_DISTILL.data, views=4),
+)
+_FOLDERS = {
+    "finetune": _FINETUNE,
+    "finetune_cnn": _FINETUNE_CNN,
+    "distill": _DISTILL,
+    "few_labels": _FEW_LABELS,
+}
 
 
 def make(name: str) -> Recipe:
