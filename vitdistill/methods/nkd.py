@@ -42,7 +42,7 @@ def of_label(values: Logits, labels: Classes) -> PerImage:
     return values.gather(1, labels[:, None])[:, 0]
 
 
-def other_classes(labels: Classes, num_classes: int) -> Int[Tensor, "B C-1"]:
+def other_classes(labels: Classes, num_classes: int) -> Int[Tensor, "B _"]:
     """Return the classes besides each image's label, in their order, to gather values at them."""
     # Gathered, not masked: the number a mask fills in leaks into a softmax.
     others = torch.arange(num_classes - 1, device=labels.device)

@@ -229,7 +229,8 @@ class PlainViT:
         bias = None if pool.kv.bias is None else pool.kv.bias[:size]
         q = pool.q(pool.latent[:, :1]).unflatten(2, heads).transpose(1, 2)
         k = F.linear(x, pool.kv.weight[:size], bias).unflatten(2, heads).transpose(1, 2)
-        return F.pad(attention_rows(pool, pool.q_norm(q), pool.k_norm(k))[:, :, 0], (skipped, 0))
+        q, k = pool.q_norm(q).expand(len(x), -1, -1, -1), pool.k_norm(k)
+        return F.pad(attention_rows(pool, q, k)[:, :, 0], (skipped, 0))
 
     def norm(self, tokens: Tensor) -> Tensor:
         """Apply the final norm to the last block's output, token by token."""
