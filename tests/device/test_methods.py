@@ -191,12 +191,9 @@ def with_two_teachers(device: torch.device) -> tuple[Distillation, dict[str, Tea
 
 
 @pytest.mark.whole
-def test_compiled_networks_compute_the_same_each_within_its_own_limit(
-    device, quick_compiler, monkeypatch
-):
-    """Of 4 forms here: a guide that also sees a part has as many, of one batch size and of any."""
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
+# Of 4 forms here: a guide that also sees a part has as many, of one batch size and of any.
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4)
+def test_compiled_networks_compute_the_same_each_within_its_own_limit(device, quick_compiler):
     module, teachers, batch = with_two_teachers(device)
     plain = module(batch, teachers)
     compile_networks(module, *teachers.values())
