@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitdistill.errors import ConfigError, Set
+from vitdistill.errors import ConfigError, DataError, Set
 from vitdistill.labels.encoding import LogitEncoding
 from vitdistill.labels.layout import Layout
 from vitdistill.labels.manifest import Manifest
@@ -11,8 +11,13 @@ from vitdistill.labels.store import LabelStore
 from vitdistill.methods.kd import SoftKD
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import replace_fields
-from vitdistill.recipes.settings import TeacherConfig, TrainConfig
-from vitdistill.runs.networks import amp_dtype_of, build_blank, build_teacher_model
+from vitdistill.recipes.settings import StudentConfig, TeacherConfig, TrainConfig
+from vitdistill.runs.networks import (
+    amp_dtype_of,
+    build_blank,
+    build_student,
+    build_teacher_model,
+)
 from vitdistill.runs.stored import with_views_of_labels
 
 
@@ -48,6 +53,26 @@ def test_a_teacher_needs_a_model_and_weights():
         build_teacher_model(TeacherConfig(model="resnet18"), "conv")
     assert caught.value.field == "teachers.conv.checkpoint"
     assert Set("teachers.conv.pretrained", True) in caught.value.fixes
+
+
+def test_what_cannot_be_built_is_called_by_its_place_in_the_recipe():
+    """Tests have no network, so weights cannot be downloaded."""
+    asked = {"model": "tf_efficientnet_lite0.in1k", "pretrained": True}
+    remedies = {"checkpoint": None, "pretrained": False}
+    for place, build in (
+        ("student", lambda read, **of: build_student(StudentConfig(**of), 3, with_weights=read)),
+        (
+            "teachers.conv",
+            lambda read, **of: build_teacher_model(TeacherConfig(**of), "conv", with_weights=read),
+        ),
+    ):
+        with pytest.raises(DataError) as caught:
+            build(True, **asked)
+        assert caught.value.field == f"{place}.pretrained"
+        assert {*caught.value.fixes} == {Set(f"{place}.{k}", v) for k, v in remedies.items()}
+        with pytest.raises(ConfigError) as refused:
+            build(False, model="vit_tiny_patch16_224", image_size=30)
+        assert refused.value.field == f"{place}.image_size"
 
 
 @pytest.mark.parametrize(

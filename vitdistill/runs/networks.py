@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import FunctionType
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..distill.classes import ClassMatch, match_classes
 from ..distill.plan import Plan, make_plan
 from ..distill.step import Distillation
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, Set, UserError
+from ..errors import ConfigError, Set, UserError, fields_below
 from ..messages import first_line
 from ..methods.base import Objective, TeacherObjective
 from ..models.mae import hold_positions, init_mae
@@ -94,15 +94,16 @@ def _build(
     if is_weights(config.model):
         what = f"{config.model} holds weights alone, and their network's name belongs in its place"
         raise ConfigError(what, Set(f"{field}.checkpoint", config.model), field=f"{field}.model")
-    model = weights.create_model(
-        resolve_run(config.model),
-        num_classes=num_classes,
-        checkpoint=config.checkpoint if with_weights else None,
-        pretrained=(config.pretrained or None) if with_weights else False,
-        image_size=config.image_size,
-        **extra,
-        **config.model_args,
-    )
+    with fields_below(field, {own.name for own in fields(config)}):
+        model = weights.create_model(
+            resolve_run(config.model),
+            num_classes=num_classes,
+            checkpoint=config.checkpoint if with_weights else None,
+            pretrained=(config.pretrained or None) if with_weights else False,
+            image_size=config.image_size,
+            **extra,
+            **config.model_args,
+        )
     spec = input_spec_of(model)
     if config.image_size is not None:
         spec = replace(spec, image_size=(config.image_size, config.image_size))

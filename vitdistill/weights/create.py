@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 
-from ..errors import ConfigError, DataError, Give, Set, UserError
+from ..errors import ConfigError, DataError, Set, UserError
 from ..messages import first_line, printable, suggest
 from ..storage.hub import settle_network
 from .files import check_finite, load_state_dict
@@ -162,7 +162,7 @@ def _check_name(name: str, pretrained: bool) -> None:
     if tag and tag not in tags:
         raise ConfigError(f"{architecture} has no weights {printable(tag)!r}: {suggest(tag, tags)}")
     if pretrained and not _default_cfg(name).has_weights:
-        fixes = ("name one of its tags", Give("checkpoint"))
+        fixes = ("name one of its tags", Set("checkpoint"))
         raise ConfigError(f"timm has no pretrained weights for {name}", fixes, field="pretrained")
 
 
@@ -214,7 +214,7 @@ def _build(
         if pretrained and isinstance(error, RuntimeError | OSError):
             raise DataError(
                 f"the pretrained weights of {printable(name)} cannot be had ({first_line(error)})",
-                (Give("checkpoint"), Set("pretrained", False)),
+                (Set("checkpoint"), Set("pretrained", False)),
                 field="pretrained",
             ) from error
         raise _cannot_build(name, spelled, error) from error

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models
 
-from ..errors import ConfigError, DataError, Give, Set
+from ..errors import ConfigError, DataError, Set
 from ..messages import first_line, printable, suggest
 
 NAME = "torchvision/"
@@ -50,7 +50,7 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError, AttributeError) as error:
         what = f"the pretrained weights of {name} cannot be had ({first_line(error)})"
-        fixes = Give("checkpoint"), Set("pretrained", False)
+        fixes = Set("checkpoint"), Set("pretrained", False)
         raise DataError(what, fixes, field="pretrained") from error
 
 
