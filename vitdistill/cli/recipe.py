@@ -136,7 +136,7 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
             words = {path: "null" if value is None else value for path, value in own.items()}
             sets = (f"--set {key}.{path}={shlex.quote(str(w))}" for path, w in words.items())
             fixes += [f"give {' '.join(sets)}"] if own else []
-        raise UserError(f"{names} {are} of several stages", tuple(fixes))
+        raise UserError(f"{names} {are} of several stages", (*fixes, "give several of these"))
     for found in values.values():
         if "selector.keep_rate" in found:
             _put(found, "selector.num_keep", None)

@@ -67,7 +67,8 @@ def _sentence(question: Question) -> Text:
     found, ratio = question.comparison, question.cost_ratio
     low, high, images = (f"{100 * v:+.1f}" for v in (found.low, found.high, found.images_error))
     text = "" if question.theirs.taught else " (the student without a teacher)"
-    text += f": {100 * found.difference:+.1f} points of top-1, between {low} and {high}."
+    alone = " by one run each" if found.num_seeds < 2 else ""
+    text += f": {100 * found.difference:+.1f} points of top-1{alone}, between {low} and {high}."
     text += f" It took {ratio:.2g} times the training compute." if ratio else ""
     text += f" Standard error: {images[1:]} over images"
     if found.num_seeds > 1:
