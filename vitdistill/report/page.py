@@ -132,6 +132,8 @@ def _differences(groups: Sequence[Group]) -> list[Block]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
