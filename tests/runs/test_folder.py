@@ -5,6 +5,7 @@ touched.
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -149,10 +150,12 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     assert (tmp_path / METRICS).read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
-def test_the_environment_is_kept_by_step(tmp_path):
+def test_the_environment_is_kept_by_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/.venv/bin/vitdistill", "train", "kd"])
     with RunFolder(tmp_path, RECIPE, {}) as folder:
         for step, processes in ((0, 1), (7, 1), (9, 2), (11, 3), (9, 2)):
             folder.record_environment(step, World(0, processes, torch.device("cpu")))
     known = json.loads((tmp_path / "environment.json").read_text())
     assert {step: found["processes"] for step, found in known.items()} == {"0": 1, "9": 2}
     assert known["0"]["torch"] == known["9"]["torch"]
+    assert known["0"]["command"] == ["vitdistill", "train", "kd"]  # nobody else has that place

@@ -158,5 +158,5 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "command": sys.argv,
+        "command": ["vitdistill", *sys.argv[1:]],  # as it is typed, wherever the program lies
     }
