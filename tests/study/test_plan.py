@@ -26,6 +26,7 @@ from vitdistill.study.plan import (
     together,
     without_teachers,
 )
+from vitdistill.study.run import Work
 
 PLAIN = [name for name in RECIPES if not isinstance(named_recipe(name), Stages)]
 
@@ -72,6 +73,18 @@ def test_labels_are_written_once_and_read_by_every_seed_in_their_views() -> None
     ahead = together(jobs, reading)
     assert isinstance(ahead, Stages) and [*ahead.stages] == ["teacher", "stored"]
     assert ahead.stages["stored"].teachers["teacher"].model == "stage:teacher"
+
+
+def test_what_is_shared_is_done_just_before_the_first_row_that_needs_it(tmp_path: Path) -> None:
+    shared = {**study().shared, "unused": Row(recipe="alone"), "answers": Row(label="kd")}
+    rows = {
+        "live": Row(recipe="maskedkd"),
+        "stored": Row(recipe="kd", set={"teachers.teacher.labels": "stage:answers"}),
+    }
+    work = Work(study(shared=shared, rows=rows, seeds=(0, 1)), tmp_path)
+    first = ["alone/seed-0", "teacher", "live/seed-0", "answers", "stored/seed-0"]
+    second = ["alone/seed-1", "live/seed-1", "stored/seed-1"]
+    assert [job.folder for job in work.pending()] == first + second
 
 
 def test_a_row_with_stages_has_a_seed_in_each_and_names_what_is_shared() -> None:

@@ -106,13 +106,21 @@ class Work:
         return {file.parent.name: LabelStore.open(file.parent) for file in files}
 
     def pending(self) -> list[Job]:
-        """Return what is to be done: of what is shared, only what an unfinished run needs."""
+        """Return what is to be done, in order: each run, and what it needs of what is shared just
+        before the first that needs it.
+        """
+        shared = {job.row: job for job in self.jobs if "/" not in job.folder}
         found: list[Job] = []
-        needed: set[str] = set()
-        for job in reversed(self.jobs):
-            if ("/" in job.folder or job.row in needed) and not self.done(job):
-                found.insert(0, job)
-                needed |= job.needs
+
+        def add(job: Job) -> None:
+            if job not in found and not self.done(job):
+                for name in (name for name in shared if name in job.needs):
+                    add(shared[name])
+                found.append(job)
+
+        for job in self.jobs:
+            if job.row not in shared:
+                add(job)
         return found
 
     def seconds_left(self, jobs: Sequence[Job]) -> float | None:
