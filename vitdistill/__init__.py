@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .vit import Needs as Needs
     from .vit import run_vit as run_vit
     from .weights.create import create_model as create_model
+    from .weights.export import export_timm as export_timm
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOMES = {
     "Recipe": "recipes.config",
     "Teacher": "distill.teacher",
     "create_model": "weights.create",
+    "export_timm": "weights.export",
     "run_vit": "vit",
     "train": "runs.train",
 }

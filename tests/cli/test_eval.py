@@ -137,6 +137,36 @@ def test_what_cannot_take_effect_is_refused(words, named, evaluate, capsys):
     assert named in said and said.count("\n") == 1
 
 
+def test_weights_of_ones_own_need_the_shape_of_their_network(tmp_path, evaluate, scores, capsys):
+    """What the refusal says makes the folder's network of its bare weights."""
+    torch.save(create_model("classifier").state_dict(), tmp_path / "mine.pth")
+    given = [NAME, "--model-path", str(tmp_path / "mine.pth")]
+    given += [f"--set=model.model_args.{key}={VIT[key]}" for key in ("embed_dim", "depth")]
+    given += ["--set=model.model_args.num_heads=2", "--img-size", "16"]
+    assert evaluate(*given) == DATA
+    remedy = "--set model.model_args.patch_size=4"
+    assert f"give {remedy}" in capsys.readouterr().err
+    words = *given, *remedy.split()
+    words += "--set", f"model.model_args.pretrained_cfg_overlay={{crop_pct: {SPEC.crop_pct}}}"
+    whole, found = scores("classifier"), scores(words[0], *words[1:])
+    assert whole | {"model": NAME} == found
+    compared = scores(
+        "classifier",
+        "--teacher-model",
+        *words[:1],
+        *[
+            word.replace("--model-path", "--teacher-path").replace("model.model", "teacher.model")
+            for word in words[1:]
+            if word not in ("--img-size", "16")
+        ],
+        "--set",
+        "teacher.image_size=16",
+    )
+    assert compared["agreement"] == 1
+    for wrong in ("model.nothing=1", "embed_dim=3", "teacher.precision=float32", "model.model"):
+        assert evaluate("classifier", "--set", wrong) in (64, CONFIG)
+
+
 def test_a_bank_of_other_classes_is_refused(tmp_path, home, evaluate):
     (tmp_path / "train").mkdir()
     (tmp_path / "val").symlink_to(home / "photos" / "val")

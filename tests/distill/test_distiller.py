@@ -41,6 +41,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+NO_BATCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "enlarged": lambda x: nn.functional.interpolate(x, (32, 32)),
+    "oblong": lambda x: x[..., :8],
+    "bytes": lambda x: (x * 255).to(torch.uint8),
+    "doubles": torch.Tensor.double,
+    "channels last": lambda x: x.permute(0, 2, 3, 1),
+    "one image": lambda x: x[0],
+    "grey": lambda x: x[:, :1],
+}
+
+
 class Own(nn.Module):
     """A network of somebody's own: it answers, and says nothing of itself."""
 
@@ -160,6 +171,15 @@ def test_what_does_not_go_together_is_refused() -> None:
     assert refused.value.field
     with pytest.raises(ConfigError):
         Distiller(vit(0), vit(1), ["no_such"], images_spec=SPEC)
+    for change in NO_BATCH.values():
+        with pytest.raises(ConfigError, match=r"takes normalised .*, and these are") as refused:
+            Distiller(vit(0), vit(1), ["kd"])(change(batch_of().images))
+        assert refused.value.field == "images"
+    other = InputSpec((32, 32), SPEC.mean, SPEC.std)
+    with pytest.raises(ConfigError, match=r"\(batch, 3, 16, 16\)"):
+        Distiller(vit(0), vit(1), ["kd"], images_spec=other)(torch.rand(2, 3, 32, 32))
+    any_size = vit(0, dynamic_img_size=True)
+    assert Distiller(any_size, vit(1), ["kd"])(torch.rand(2, 3, 32, 32))["loss"].isfinite()
     distiller = Distiller(vit(0), vit(1), ["kd", "ce"], images_spec=SPEC)
     with pytest.raises(ConfigError) as refused:
         distiller(batch_of().images)

@@ -1,6 +1,7 @@
 """Every snippet of the pages runs, and every file they show can be read."""
 
 import re
+import shlex
 import tomllib
 from operator import attrgetter
 from pathlib import Path
@@ -33,8 +34,8 @@ SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 def execute(code: str, space: dict[str, Any]) -> None:
     """Run a block on small networks, and without a compiler of C."""
     small = "embed_dim=24, depth=2, num_heads=2"
-    code = re.sub(r'("(?:deit|vit)_[\w.]+", )(?=num_classes)', rf"\1{small}, ", code)
-    code = code.replace("**args", f"**args, {small}")
+    code = re.sub(r'("(?:deit|vit)_[\w.]+", )(?=num_classes=\d)', rf"\1{small}, ", code)
+    code = code.replace("**args", f"**args, {small}").replace("size = {", f"size = {SMALL} | {{")
     code = code.replace("compile(student)", 'compile(student, backend="eager")')
     exec(compile(code, "a page", "exec"), space)
 
@@ -112,6 +113,8 @@ def test_loops_of_ones_own_run(heading: str, folder: Path, monkeypatch: pytest.M
         pytest.importorskip(heading.lower())
     space: dict[str, Any] = {"loader": DataLoader(TensorDataset(*BATCH), 1)}
     execute(blocks(LOOP, "python")[0], space)
+    if heading.startswith("Kept"):
+        execute(loops()["Images of 32 x 32 pixels"], space)
     if heading == "Stored labels":
         space["student"] = timm.create_model("deit_tiny_patch16_224", num_classes=3, **SMALL)
     before = [p.detach().clone() for p in space["student"].parameters()]
@@ -121,11 +124,15 @@ def test_loops_of_ones_own_run(heading: str, folder: Path, monkeypatch: pytest.M
         after = [*space["student"].parameters()]
         if heading.startswith("Images"):  # it makes a student of its own
             return all(p.grad is not None for p in after)
+        if heading.startswith("Kept"):
+            commands = blocks(LOOP, "bash")[0].replace("--onnx own.onnx", "--output again")
+            first, second, _ = commands.splitlines()
+            assert not any(cli.main(shlex.split(line)[1:]) for line in (first, second))
         return any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
     alone = heading != "Several processes"
     changed = [work()] if alone else ranks(2, work)
-    assert all(changed) or heading.startswith(("Saved", "Stored", "The four"))
+    assert all(changed) or heading.startswith(("Saved", "Stored", "The four", "Kept"))
 
 
 def test_every_file_that_is_shown_can_be_read(tmp_path: Path) -> None:

@@ -164,7 +164,8 @@ def test_what_would_not_load_the_same_is_refused_before_anything_is_written(tmp_
     args = options["model_args"]
     wrong = [
         ({"architecture": "nosuch"}, ConfigError, "nosuch"),
-        ({"model_args": {}}, UserError, "."),
+        ({"model_args": {}}, ConfigError, "every argument that the network was built with"),
+        ({"classes": ["one"]}, ConfigError, "1 classes are named"),
         ({"model_args": {**args, "num_heads": 3}}, ConfigError, "answers differently"),
     ]
     for change, kind, sentence in wrong:

@@ -26,7 +26,7 @@ from tests.weights.networks import (
 )
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.model_input import input_spec_of
-from vitdistill.errors import DataError
+from vitdistill.errors import DataError, Set
 from vitdistill.weights.create import class_names, create_model
 from vitdistill.weights.export import export_timm
 from vitdistill.weights.files import load_state_dict
@@ -36,8 +36,8 @@ from vitdistill.weights.vit_checkpoints import Target
 DECODER = 2 + 2 + 12 + 2 + 2  # tensors
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    load_into(Target(model, str(path)), load_state_dict(path))
+def load_weights(model: torch.nn.Module, path: Path, fresh_head: bool = False) -> None:
+    load_into(Target(model, str(path), fresh_head), load_state_dict(path))
 
 
 # -- what does not fit ----------------------------------------------------------------------------
@@ -58,8 +58,8 @@ REFUSED = {
     "12 keys unexpected ('blocks.2.attn.proj.bias'": lambda: tiny(depth=3).state_dict(),
     "decoder of a masked autoencoder and no encoder": lambda: decoder_of(mae()),
     "of a masked autoencoder and no encoder": lambda: hugging_face(decoder_of(mae())),
-    "has patches of 4x4": lambda: encoder_of(mae(image_size=16, patch_size=4)),
-    "has patches of 8x4": lambda: hugging_face(mae(patch_size=(8, 4)).state_dict()),
+    "has patches of 4 x 4": lambda: encoder_of(mae(image_size=16, patch_size=4)),
+    "has patches of 8 x 4": lambda: hugging_face(mae(patch_size=(8, 4)).state_dict()),
     "norms its features after pooling (fc_norm)": lambda: tiny(global_pool="avg").state_dict(),
     f"holds nothing of {NAME}: its tensors are called 'a', 'b', 'c', ...": (
         lambda: {key: torch.ones(1) for key in "abcd"}
@@ -88,14 +88,48 @@ def test_a_fresh_head_is_only_for_who_asked_and_only_for_headless_files(tmp_path
         load_weights(tiny(num_classes=7), whole)
 
 
-def test_patches_of_another_size_go_through_timms_converter(tmp_path, caplog):
+def test_patches_of_another_size_are_resampled_for_a_network_that_will_be_trained(tmp_path, caplog):
     source, model = tiny(1), tiny(2, patch_size=4)
-    load_weights(model, write(tmp_path / "w.safetensors", source.state_dict()))
+    load_weights(model, write(tmp_path / "w.safetensors", source.state_dict()), fresh_head=True)
     assert f"timm's converter for {NAME} was applied" in caplog.text
+    assert "patch_embed.proj.weight from (24, 3, 8, 8) to (24, 3, 4, 4)" in caplog.text
     assert "resampled from 4 x 4 patches to 8 x 8" in caplog.text
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     expected = checkpoint_filter_fn(dict(source.state_dict()), model)
     assert torch.equal(model.pos_embed, expected["pos_embed"])
+
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+OTHERS = {  # networks of several families, small, and how else they may be built
+    NAME: ({**SMALL, "patch_size": 8}, [16, 4]),
+    "eva02_tiny_patch14_224": ({**SMALL, "patch_size": 8}, [16, 4]),
+    "beit_base_patch16_224": ({**SMALL, "patch_size": 8}, [16, 4]),
+    "vit_tiny_patch16_224.mae": ({**SMALL, "patch_size": 8, "global_pool": "avg"}, [(8, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_network_that_answers_as_it_is_has_the_patches_of_its_file(tmp_path, name, caplog):
+    """The remedy of the refusal builds the network of the file; another image size is said."""
+    args, sizes = OTHERS[name]
+    name = name.partition(".")[0]
+    for number, patch in enumerate(sizes):
+        source = create_model(name, num_classes=5, image_size=32, **{**args, "patch_size": patch})
+        path = write(tmp_path / f"{number}.safetensors", source.state_dict())
+        with pytest.raises(DataError) as caught:
+            create_model(name, checkpoint=path, image_size=32, **args)
+        remedy = caught.value.fixes[0]
+        assert isinstance(remedy, Set) and remedy.field == "model_args.patch_size"
+        build = {**args, "patch_size": remedy.value}
+        caplog.clear()
+        images = torch.randn(2, 3, 32, 32)
+        same = create_model(name, checkpoint=path, image_size=32, **build).eval()
+        assert torch.equal(same(images), source.eval()(images)) and not caplog.text
+        try:
+            create_model(name, checkpoint=path, image_size=64, **build)
+        except DataError:  # where the positions lie is not known, or BEiT's table is too small
+            continue
+        assert "resampled" in caplog.text
 
 
 # -- masked autoencoders --------------------------------------------------------------------------

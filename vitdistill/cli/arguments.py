@@ -189,6 +189,13 @@ class EvalArguments:
     model_path: str | None = _of_teacher("checkpoint", "--model-path FILE")
     pretrained: bool = _of_teacher("pretrained", "--pretrained")
     img_size: int | None = _of_teacher("image_size", "--img-size PIXELS")
+    set: tuple[str, ...] = option(
+        (),
+        "any field of the network, e.g. model.model_args.patch_size=4; of the one it is compared"
+        " with: teacher.FIELD=VALUE",
+        "--set FIELD=VALUE",
+        field="teachers",
+    )
     reorder_classes: bool = _of_teacher("reorder_classes", "--reorder-classes")
     knn: int | None = option(
         None,

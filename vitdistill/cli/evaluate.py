@@ -9,16 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 from ..evaluate.knn import TEMPERATURE
 from ..messages import format_count, format_table, plural
 from ..recipes.config import TeacherConfig
+from ..recipes.convert import replace_fields
 from ..runs.display import Display
 from ..runs.evaluate import Evaluation, evaluate_model, images_of
 from ..runs.identity import resolve_run
 from ..world import join_world
 from .arguments import EvalArguments
 from .console import say
+from .recipe import put, read_setting
 
 
 def run(args: EvalArguments) -> int:
@@ -45,8 +47,9 @@ def _job(args: EvalArguments, name: str) -> Evaluation:
     if args.split == "train" and probe:
         what = f"{probe} learns from the training images and cannot be judged on them"
         raise ConfigError(what, "leave --split out", field="split")
-    if args.teacher_model is None and (args.teacher_path or args.teacher_pretrained):
-        what = "--teacher-path and --teacher-pretrained have no effect without --teacher-model"
+    of_teacher = any(item.startswith("teacher.") for item in args.set)
+    if args.teacher_model is None and (args.teacher_path or args.teacher_pretrained or of_teacher):
+        what = "what is given of the teacher has no effect without --teacher-model"
         raise ConfigError(what, field="teacher_model")
     if args.model_path and len(args.models) > 1:
         raise ConfigError("--model-path is of one model, and several are given", field="models")
@@ -64,8 +67,14 @@ def _job(args: EvalArguments, name: str) -> Evaluation:
         reorder_classes=args.reorder_classes,
     )
     given = {f.name: getattr(args, f.name) for f in fields(Evaluation) if f.name in vars(args)}
-    compared = teacher if teacher.model else None
-    return Evaluation(**{**given, "model": model, "teacher": compared, "pool": args.pool or "mean"})
+    values: dict[str, Any] = {}
+    for path, value in map(read_setting, args.set):
+        if path.partition(".")[0] not in ("model", "teacher"):
+            raise UserError(f"--set {path} is of no network", "write model.FIELD or teacher.FIELD")
+        put(values, path, value)
+    given |= {"model": model, "teacher": teacher, "pool": args.pool or "mean"}
+    job = replace_fields(Evaluation(**given), values)
+    return job if args.teacher_model else replace(job, teacher=None)
 
 
 def _print(results: Sequence[dict[str, Any]], images: str) -> None:

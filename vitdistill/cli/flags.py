@@ -164,7 +164,9 @@ def _reads(flag: Flag, word: str) -> bool:
 def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
     plain = name.replace("_", "-")
     advice = ELSEWHERE.get(plain) or _without_flag(plain[2:].replace("-", "_"))
-    if not all(flag in known for flag in re.findall(r"--[\w-]+", advice)):
+    # That of a command without a recipe sets fields of its networks.
+    own = {flag for flag in known if flag != "--set" or not known[flag].option.field}
+    if not own.issuperset(re.findall(r"--[\w-]+", advice)):
         advice = ""
     names = [spelling for spelling in known if spelling.startswith("--")]
     longer = [spelling for spelling in names if spelling.startswith(f"{plain}-")]

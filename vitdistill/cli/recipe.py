@@ -44,11 +44,7 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
     for key, recipe in recipes.items():
         with in_stage(key):
             for item in words["--set"][key]:
-                path, equals, text = item.partition("=")
-                if not equals:
-                    fix = "write FIELD=VALUE, e.g. optim.lr=0.001"
-                    raise UserError(f"--set {item!r} has no '='", fix)
-                _put(values[key], path, parse_yaml(text, f"the value of --set {path}"))
+                put(values[key], *read_setting(item))
             recipe, notes = _without_args_of_others(recipe, values[key], key)
             # Some recipes give the size of the input among the model's arguments.
             if "img_size" in recipe.student.model_args and "student.image_size" in values[key]:
@@ -77,7 +73,15 @@ def _shorten_warmup(recipe: Recipe, values: Values) -> list[str]:
     ]
 
 
-def _put(values: Values, path: str, value: Any) -> None:
+def read_setting(item: str) -> tuple[str, Any]:
+    """Return the field and the value of one word of ``--set``."""
+    path, equals, text = item.partition("=")
+    if not equals:
+        raise UserError(f"--set {item!r} has no '='", "write FIELD=VALUE, e.g. optim.lr=0.001")
+    return path, parse_yaml(text, f"the value of --set {path}")
+
+
+def put(values: Values, path: str, value: Any) -> None:
     """Add a value that may not be given twice, in whole or in part."""
     if any(path == other or path.startswith(f"{other}.") for other in values):
         raise UserError(f"{path} is set twice on the command line", "give it once")
@@ -115,8 +119,8 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
     """Return what the flags replace in the recipe of each stage."""
     settings, values = dict(args.settings), {key: Values() for key in recipes}
     if args.distillation_alpha is not None:
-        _put(settings, "objectives.kd.weight", args.distillation_alpha)
-        _put(settings, "objectives.ce.weight", 1 - args.distillation_alpha)
+        put(settings, "objectives.kd.weight", args.distillation_alpha)
+        put(settings, "objectives.ce.weight", 1 - args.distillation_alpha)
     several: dict[str, list[str]] = {}  # the stages that have a setting, which is for one of them
     for path, value in settings.items():
         keys = _stages_of(recipes, path)
@@ -126,7 +130,7 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
         for key in keys:
             with in_stage(key):
                 _require_field(recipes[key], path)
-                _put(values[key], path, value)
+                put(values[key], path, value)
     if several:
         names = ", ".join(recipe_flags()[path].name for path in several)
         are = "is a setting" if len(several) == 1 else "are settings"
@@ -139,7 +143,7 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
         raise UserError(f"{names} {are} of several stages", (*fixes, "give several of these"))
     for found in values.values():
         if "selector.keep_rate" in found:
-            _put(found, "selector.num_keep", None)
+            put(found, "selector.num_keep", None)
         # A file given by hand takes the place of the weights the recipe would have fetched.
         for path in [path for path in found if path.endswith(".checkpoint")]:
             found.setdefault(path.replace("checkpoint", "pretrained"), False)

@@ -47,7 +47,9 @@ def _spell(fix: Fix, stage: str, known: dict[str, Flag]) -> str:
 def _spell_field(fix: Set, place: str, known: dict[str, Flag]) -> str:
     flag = known.get(fix.field)
     if flag is None or (place and fix.field not in EVERY_STAGE):
-        return f"--set {place}{fix.field}={'VALUE' if fix.value is None else _word(fix.value)}"
+        inside = next((path for path, own in known.items() if own.name == "--set"), "set")
+        field = fix.field.removeprefix(f"{inside}.")
+        return f"--set {place}{field}={'VALUE' if fix.value is None else _word(fix.value)}"
     if flag.alone and fix.value in (None, True):
         return flag.name
     value = flag.metavar if fix.value is None else _word(fix.value)

@@ -6,15 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..errors import UserError
 from ..recipes import find_file
-from ..recipes.yaml import parse_yaml
 from ..report.answers import ask
 from ..study.plan import Row, Study, load_study
 from ..study.run import Work, describe, run_study
 from ..world import choose_device
 from .arguments import StudyArguments
 from .console import say
+from .recipe import read_setting
 from .report import write_report
 
 
@@ -43,13 +42,7 @@ def _study(args: StudyArguments) -> Study:
         study = load_study(file)
     else:
         study = Study(name=name, rows={name: Row(recipe=args.study)})
-    values = dict(study.set)
-    for item in args.set:
-        path, equals, text = item.partition("=")
-        if not equals:
-            fix = "write FIELD=VALUE, e.g. optim.lr=0.001"
-            raise UserError(f"--set {item!r} has no '='", fix)
-        values[path] = parse_yaml(text, f"the value of --set {path}")
+    values = {**study.set, **dict(map(read_setting, args.set))}
     if args.data_dir is not None:
         values["data.dir"] = args.data_dir
     return replace(study, set=values, seeds=args.seeds or study.seeds)

@@ -143,6 +143,7 @@ class Distiller(nn.Module):
         batch = images
         if not isinstance(batch, Batch):
             assert isinstance(images, Tensor)
+            _check_images(images, self.student)
             reading = [name for name, o in self.plan.objectives.items() if o.reads_labels]
             if labels is None and reading:
                 what = f"the objective {reading[0]!r} reads labels, and none are given"
@@ -179,6 +180,28 @@ class _Drawn(Batch):
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE
     ) -> Float[Tensor, "B {count}"]:
         return torch.rand(len(self.images), count, device=self.images.device)
+
+
+def _check_images(images: Tensor, student: nn.Module) -> None:
+    """Raise `ConfigError` for a batch of another size or kind of numbers than the student's."""
+    embed: Any = getattr(student, "patch_embed", None)
+    fixed = tuple(embed.img_size) if getattr(embed, "strict_img_size", False) else ()
+    dtype = next(student.parameters(), images).dtype
+    cast = images.is_floating_point() and torch.is_autocast_enabled(images.device.type)
+    fits = (
+        images.ndim == 4
+        and images.shape[1] == 3
+        and images.shape[2:] == (fixed or images.shape[2:])
+    )
+    if fits and (cast or images.dtype == dtype):
+        return
+    sides = ", ".join(map(str, fixed or ("height", "width")))
+    raise ConfigError(
+        f"the student takes normalised images of {dtype}, (batch, 3, {sides}), and these are of"
+        f" {images.dtype}, {tuple(images.shape)}",
+        "convert, resize and normalise them, or build the student with their img_size",
+        field="images",
+    )
 
 
 def _unwrap(model: Any, name: str) -> tuple[Callable[..., ViTOutput], Any]:

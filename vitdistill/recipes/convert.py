@@ -5,7 +5,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import Add, ConfigError, Set, fields_below
 from ..messages import suggest
@@ -13,6 +13,8 @@ from ..methods import method_class, method_name
 from ..methods.base import Masking, Objective, TokenSelector
 from ..option import convert_scalar, refusal, unknown_field
 from .config import Recipe
+
+T = TypeVar("T")
 
 METHOD_KINDS: dict[type, str] = {
     Objective: "an objective",
@@ -161,9 +163,11 @@ def _join(path: str, name: Any) -> str:
 # --- replacing fields ----------------------------------------------------------------------------
 
 
-def replace_fields(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the fields at dotted paths (``optim.lr``) replaced, all at once."""
-    data = to_dict(recipe)
+def replace_fields(settings: T, values: Mapping[str, Any]) -> T:
+    """Return a recipe, or other settings, with the fields at dotted paths (``optim.lr``) replaced,
+    all at once.
+    """
+    data = to_dict(settings)
     for path, value in values.items():
         node, walked, (*parents, last) = data, "", path.split(".")
         for name in parents:
@@ -171,7 +175,8 @@ def replace_fields(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         if not isinstance(node, dict):
             raise unknown_field(path, ())
         node[last] = to_dict(value)
-    return from_dict(data)
+    replaced: T = convert(data, type(settings))
+    return replaced
 
 
 def _enter(node: Any, path: str, name: str) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..data.augment import InputSpec
+from ..data.model_input import input_spec_of
 from ..errors import ConfigError, DataError, DiskError, Give
 from ..messages import first_line, printable
 from ..storage import atomic
@@ -45,10 +46,10 @@ def export_timm(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    architecture: str,
-    model_args: Mapping[str, Any] | None,
-    classes: Sequence[str] | None,
-    input_spec: InputSpec,
+    architecture: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    input_spec: InputSpec | None = None,
     origin: Mapping[str, Any] | None = None,
     prove: bool = True,
 ) -> Path:
@@ -58,9 +59,10 @@ def export_timm(
     bit. An earlier export is replaced as a whole or not at all.
 
     Args:
-        architecture: timm's name, with or without a tag.
+        architecture: timm's name, with or without a tag; None: as the network knows it.
         model_args: what the network was built with besides, as plain JSON.
         classes: the names in the order of the logits, if known.
+        input_spec: the images it was trained on; None: as its ``pretrained_cfg`` says.
         origin: where the weights come from, ``began_from`` and ``teachers`` (`origin_of`).
         prove: load what was written and compare answers before it gets its name. False where an
             export of the same network and arguments was proved: only the digest is read back.
@@ -70,8 +72,9 @@ def export_timm(
         DataError: the weights do not load, or load as others.
     """
     final = Path(folder)
-    name = architecture.partition(".")[0]
     network = _unwrapped(model)
+    input_spec = input_spec or input_spec_of(network)
+    name = _architecture(network, architecture).partition(".")[0]
     _refuse_foreign(final)
     state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
     check_finite(state, f"the network for {printable(final)}")
@@ -89,6 +92,14 @@ def export_timm(
         if prove:
             _check_reload(network, state, temporary, input_spec, name)
     return final
+
+
+def _architecture(network: nn.Module, said: str | None) -> str:
+    found = said or (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
+    if not found:
+        what = f"{type(network).__name__} does not say its architecture"
+        raise ConfigError(what, Give("architecture"), field="architecture")
+    return str(found)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -145,6 +156,9 @@ def _config(
         "num_classes": num_classes,
         **{key: cfg.get(key) for key in ("pool_size", "first_conv", "classifier")},
     }
+    if classes is not None and len(classes) != num_classes:
+        what = f"{len(classes)} classes are named, and the network answers in {num_classes}"
+        raise ConfigError(what, Give("classes"), field="classes")
     if classes is not None:
         pretrained_cfg["label_names"] = [str(name) for name in classes]
     return {
@@ -164,7 +178,13 @@ def _check_reload(
     architecture: str,
 ) -> None:
     """Build the network from the folder alone and compare weights and answers, bit for bit."""
-    again = create_model(str(folder))
+    fix = "give every argument that the network was built with"
+    try:
+        again = create_model(str(folder))
+    except (ConfigError, DataError) as error:
+        said = error.what.replace(f"{folder}/", "")
+        what = f"timm's {architecture} with these model_args is another network ({said})"
+        raise ConfigError(what, fix, field="model_args") from error
     for key, tensor in again.state_dict().items():
         if tensor.dtype != state[key].dtype or not torch.equal(tensor, state[key]):
             what = f"the export of {architecture} loads with another {key}"
@@ -181,7 +201,7 @@ def _check_reload(
         raise ConfigError(
             f"timm's {architecture} with these model_args holds the same weights and answers"
             " differently",
-            fix="give every argument that the network was built with",
+            fix,
             field="model_args",
         )
 

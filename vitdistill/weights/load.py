@@ -27,18 +27,30 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
     state, said = convert(target, state)
     if _difference(model, state):
         # Only a plain ViT's file is brought under timm's names by `convert`.
-        converted = _converted(model, state if isinstance(model, VisionTransformer) else raw)
-        converted, more = convert(target, converted or {})
+        named = state if isinstance(model, VisionTransformer) else raw
+        made = _converted(model, named)
+        converted, more = convert(target, made or {})
         if _difference(model, converted):
             # A sentence about the file as it is says more than one about a failed conversion.
             raise _misfit(model, state, name)
         state, said = converted, [*dict.fromkeys([*said, *more])]
         if type(model).__module__.startswith("timm."):
             said.append(f"timm's converter for {_name_of(model)} was applied")
+            said += _resampled(named, made or {})
     check_finite(state, name)
     model.load_state_dict(state, strict=True)
     if said or notes:
         _log.warning("%s: %s", name, "; ".join([*said, *notes]))
+
+
+def _resampled(before: State, after: State) -> list[str]:
+    """Say which tensors timm's converter brought to another size."""
+    moved = [
+        f"{key} from {tuple(old.shape)} to {tuple(after[key].shape)}"
+        for key, old in before.items()
+        if key in after and after[key].numel() != old.numel()
+    ]
+    return [f"it resampled {listed(moved)}"] if moved else []
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> DataError:

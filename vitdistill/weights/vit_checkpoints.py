@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, Set
 from ..messages import plural
 from . import hugging_face
 
@@ -70,7 +70,7 @@ def convert(target: Target, state: State) -> tuple[State, list[str]]:
     """
     notes: list[str] = []
     is_vit = isinstance(target.model, VisionTransformer)
-    for conversion in _CONVERSIONS if is_vit else (_start_head,):
+    for conversion in _CONVERSIONS if is_vit else (_check_patches, _start_head):
         done = conversion(target.model, target, state)
         if done is not None:
             state, note = done
@@ -125,17 +125,22 @@ def _drop_pools(model: VisionTransformer, target: Target, state: State) -> Conve
     return (kept, "its pooling layer is not used") if len(kept) < len(state) else None
 
 
-def _check_patches(model: VisionTransformer, target: Target, state: State) -> Converted:
-    # timm's converter resamples patches of another size. With a classifier, the proof before a run
-    # notices a wrong network; without one, nothing would.
+def _check_patches(model: nn.Module, target: Target, state: State) -> Converted:
+    # timm's converter resamples patches of another size, which nothing notices in a network that
+    # answers as it is, or in an encoder.
     theirs, own = state.get(_PATCHES), model.state_dict().get(_PATCHES)
-    if theirs is None or own is None or theirs.ndim != 4 or not is_headless(state):
+    if theirs is None or own is None or theirs.ndim != 4 or own.ndim != 4:
         return None
-    if theirs.shape[2:] != own.shape[2:]:
-        sizes = ["x".join(map(str, kernel.shape[2:])) for kernel in (theirs, own)]
-        what = f"{target.name} has patches of {sizes[0]}, the network {sizes[1]}"
-        raise DataError(what, "name the network it belongs to")
-    return None
+    if theirs.shape[2:] == own.shape[2:] or (target.fresh_head and not is_headless(state)):
+        return None
+    sizes = [" x ".join(map(str, kernel.shape[2:])) for kernel in (theirs, own)]
+    rows, columns = theirs.shape[2:]
+    size = rows if rows == columns else [rows, columns]
+    raise DataError(
+        f"{target.name} has patches of {sizes[0]} pixels, and the network of {sizes[1]}",
+        (Set("model_args.patch_size", size), "name the network it belongs to"),
+        field="model_args.patch_size",
+    )
 
 
 def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
@@ -177,9 +182,11 @@ def _resample_positions(model: VisionTransformer, target: Target, state: State) 
     image = patches.float().reshape(1, *theirs, -1).permute(0, 3, 1, 2)
     moved = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
     moved = moved.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
+    size: Any = model.patch_embed.img_size
+    pixels = [n * side // own for n, side, own in zip(theirs, size, grid, strict=True)]
     return {**state, "pos_embed": torch.cat([prefix, moved], dim=1)}, (
         f"its positions were resampled from {theirs[0]} x {theirs[1]} patches to"
-        f" {grid[0]} x {grid[1]}"
+        f" {grid[0]} x {grid[1]} (images of {pixels[0]} x {pixels[1]} pixels keep them)"
     )
 
 
