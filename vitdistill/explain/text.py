@@ -6,7 +6,7 @@ from ..distill.plan import Plan
 from ..messages import format_bytes, format_count, format_table, plural
 from ..vit.needs import Needs
 from ..vit.network import Network
-from .cost import Cost, vit_macs
+from .cost import Cost
 
 
 def explain(
@@ -14,13 +14,8 @@ def explain(
 ) -> str:
     """Write down what each network computes, its FLOPs an image, and those of the whole run.
 
-    Args:
-        plan: of the run.
-        cost: its cost, as `cost_of` counts it.
-        num_images: training images an epoch.
-        epochs: of the run.
-        image_side: the shorter side of a typical image, pixels; 0: unknown.
-        kinds: what an epoch shows of labelled and unlabelled images, see `Order.describe`.
+    ``num_images`` are an epoch's, ``image_side`` is the shorter side of a typical one, pixels (0:
+    unknown), ``kinds`` what an epoch shows of labelled and unlabelled ones, see `Order.describe`.
     """
     run = f"{plural(num_images, 'image')} x {plural(epochs, 'epoch')}"
     sections = [
@@ -32,7 +27,6 @@ def explain(
         ],
         _networks(plan, image_side),
         _memory(plan, cost),
-        *_as_the_paper_counts(plan, num_images * epochs),
         _objectives(plan),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -66,11 +60,6 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
     return "; ".join([*parts, "records " + " and ".join(recorded)])
 
 
-def _trained(plan: Plan) -> str:
-    """Name the network that is trained; without a teacher it is nobody's student."""
-    return "student" if plan.teachers else "network"
-
-
 def _numbers(blocks: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(blocks)))
 
@@ -89,7 +78,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
     against = "plain KD" if plan.teachers else "plain training"
     rows = [
         ("", "parameters", "FLOPs", f"against {against}", "whole run"),
-        row(_trained(plan), plan.student.num_parameters, cost.student, cost.student_plain),
+        row("student", plan.student.num_parameters, cost.student, cost.student_plain),
     ]
     for name, teacher in plan.teachers.items():
         shown = f"{name} (stored)" if name in plan.stored else name
@@ -106,7 +95,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
 def _networks(plan: Plan, image_side: int) -> list[str]:
     """What each network sees, runs and records."""
     student = plan.student
-    lines = {_trained(plan): describe_needs(student, plan.student_needs, plan.student_keep)}
+    lines = {"student": describe_needs(student, plan.student_needs, plan.student_keep)}
     for name, teacher in plan.teachers.items():
         if name in plan.stored:
             size = format_bytes(plan.labels[name].record_bytes)
@@ -116,7 +105,7 @@ def _networks(plan: Plan, image_side: int) -> list[str]:
         if name in plan.guides:
             lines[name] += "; and once more on the whole image, to choose its patches"
     found = []
-    for name, network in {_trained(plan): student, **plan.teachers}.items():
+    for name, network in {"student": student, **plan.teachers}.items():
         height, width = network.image_size
         size = f"{height} x {width} pixels"
         if 0 < 2 * image_side < min(height, width) and name not in plan.stored:
@@ -133,25 +122,9 @@ def _memory(plan: Plan, cost: Cost) -> list[str]:
     size, count = format_bytes(16 * trained), format_count(trained, "").strip()
     return [
         "Training memory",
-        f"  kept for the backward pass: {kept} an image; the {_trained(plan)} alone: {alone}",
+        f"  kept for the backward pass: {kept} an image; the student alone: {alone}",
         f"  weights, gradients and AdamW's two moments: {size} ({count} parameters)",
     ]
-
-
-def _as_the_paper_counts(plan: Plan, num_images: int) -> list[list[str]]:
-    """The cost of each teacher whose logits are read, as the MaskedKD paper counts it."""
-    sections = []
-    for name, needs in plan.live.items():
-        teacher, keep = plan.teachers[name], plan.num_keep[name]
-        if not (teacher.walks and needs.logits):
-            continue
-        masked, whole = (vit_macs(teacher, count) * num_images for count in (keep, None))
-        saved = f" against {format_count(whole, 'MACs')} for plain distillation"
-        saved += f" ({masked / whole - 1:+.0%})"
-        heading = f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"
-        line = f"  {format_count(masked, 'MACs')}{saved if masked < whole else ''}"
-        sections.append([heading, line])
-    return sections
 
 
 def _objectives(plan: Plan) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..option import option
 from ..vit.needs import Needs
@@ -196,16 +196,12 @@ class AttentionMaps(BlockObjective):
     def reads(self, block: int) -> Needs:
         return Needs(attention=frozenset({block})) if self.rows == "class" else super().reads(block)
 
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
-        assert teacher is not None
+    def describe(self, student: Network, teacher: Network, num_keep: int | None) -> str:
         if student.num_heads == teacher.num_heads:
             return ""
         return f"means of {student.num_heads} and {teacher.num_heads} heads"
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Scalar:
-        assert teacher is not None
+    def loss(self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: None) -> Scalar:
         block, teacher_block = self.blocks[0] % student.depth, self.blocks[1] % teacher.depth
         if self.rows == "class":
             attention = student.attention[block], teacher.attention[teacher_block]

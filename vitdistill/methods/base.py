@@ -9,7 +9,7 @@ from stored answers.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -86,7 +86,11 @@ class WeightSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A loss: what it reads of student and teacher, and how it compares them."""
+    """A loss: what it reads of student and teacher, and how it compares them.
+
+    ``teacher`` is None in all methods of one that is no `TeacherObjective`; ``adapter`` is what its
+    own method returned.
+    """
 
     weight: float = option(1.0, "of the loss in the sum; 0 only with a schedule", at_least=0)
     schedule: WeightSchedule | None = option(None, "how the weight changes; null: not at all")
@@ -122,10 +126,10 @@ class Objective(ABC):
         """Return what the objective reads of its teacher."""
         return Needs(logits=self.reads_teacher)
 
-    def check(self, student: Network, teacher: Network | None) -> None:  # noqa: B027  (most compare any pair)
+    def check(self, student: Network, teacher: Any) -> None:  # noqa: B027  (most compare any pair)
         """Raise `ConfigError` for a pair this objective cannot compare."""
 
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
+    def describe(self, student: Network, teacher: Any, num_keep: int | None) -> str:
         """Return what a reader of the plan should know, in a few words, or nothing.
 
         ``num_keep`` is how many of the teacher's patches both networks see; None: all.
@@ -136,20 +140,18 @@ class Objective(ABC):
         """Return the student's heads that the loss reaches: all, if it reads the prediction."""
         return student.heads if self.student_needs(student).logits else ()
 
-    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
+    def adapter(self, student: Network, teacher: Any) -> nn.Module | None:
         """Return the objective's own trainable part, if any; it is trained and never exported."""
         return None
 
     def pictures(
-        self, student: ViTOutput, batch: Truth, adapter: nn.Module | None
+        self, student: ViTOutput, batch: Truth, adapter: Any
     ) -> dict[str, Float[Tensor, "B 3 h w"]]:
         """Return what there is to look at beside the input, in the student's normalisation."""
         return {}
 
     @abstractmethod
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Scalar:
+    def loss(self, student: ViTOutput, teacher: Any, batch: Truth, adapter: Any) -> Scalar:
         """Return the unweighted loss, a float32 scalar: a mean over the batch."""
 
 

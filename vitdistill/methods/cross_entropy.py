@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, Set
 from ..messages import suggest
@@ -94,9 +94,7 @@ class CrossEntropy(Objective):
     def trains_heads(self, student: Network) -> tuple[str, ...]:
         return heads_read(student, self.head)
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Scalar:
+    def loss(self, student: ViTOutput, teacher: None, batch: Truth, adapter: None) -> Scalar:
         logits = head_logits(student, self.head)
         return cross_entropy_loss(
             logits, batch.labels, batch.mixed_labels, batch.lam, self.smoothing

@@ -129,8 +129,7 @@ class DMAE(TeacherObjective):
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(hidden=frozenset(j for _, j in self.pairs(0, teacher.depth)))
 
-    def check(self, student: Network, teacher: Network | None) -> None:
-        assert teacher is not None
+    def check(self, student: Network, teacher: Network) -> None:
         if teacher.num_classes and not self.any_teacher:
             what = f"the {teacher.name} ({teacher.architecture}) has a classifier"
             fix = "give one pre-trained by masked autoencoding", Set("any_teacher", True)
@@ -143,21 +142,18 @@ class DMAE(TeacherObjective):
         pairs = self.pairs(student.depth, teacher.depth)
         return [(student.dims[i], teacher.dims[j]) for i, j in pairs]
 
-    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
-        assert teacher is not None
+    def adapter(self, student: Network, teacher: Network) -> DMAEAdapter | None:
         if self.projection == "none":
             return None
         return DMAEAdapter(self._dims(student, teacher), self.projection)
 
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
-        assert teacher is not None
+    def describe(self, student: Network, teacher: Network, num_keep: int | None) -> str:
         pairs = self.pairs(student.depth, teacher.depth)
         return ", ".join(f"block {i} with the {teacher.name}'s block {j}" for i, j in pairs)
 
     def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
+        self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: DMAEAdapter | None
     ) -> Scalar:
-        assert teacher is not None
         terms = []
         for n, (i, j) in enumerate(self.pairs(student.depth, teacher.depth)):
             places = teacher.patches(j)
@@ -166,7 +162,7 @@ class DMAE(TeacherObjective):
             if of_student is not None and of_teacher is not None:
                 z_student = torch.cat([of_student, z_student], dim=1)
                 z_teacher = torch.cat([of_teacher, z_teacher], dim=1)
-            if isinstance(adapter, DMAEAdapter):
+            if adapter is not None:
                 z_student = adapter.projections[n](z_student)
             terms.append(
                 alignment_loss(z_student, z_teacher, self.distance, self._normalizes, self.beta)

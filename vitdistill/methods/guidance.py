@@ -98,20 +98,17 @@ class LocalityGuidance(TeacherObjective):
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(hidden=frozenset(self.guiding(teacher)))
 
-    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
-        assert teacher is not None
+    def adapter(self, student: Network, teacher: Network) -> nn.ModuleList:
         pairs = zip(self.guided(student), self.guiding(teacher), strict=True)
         return nn.ModuleList(nn.Linear(student.dims[i], teacher.dims[j]) for i, j in pairs)
 
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
-        assert teacher is not None
+    def describe(self, student: Network, teacher: Network, num_keep: int | None) -> str:
         pairs = zip(self.guided(student), self.guiding(teacher), strict=True)
         return ", ".join(f"block {i} by the {teacher.name}'s stage {j}" for i, j in pairs)
 
     def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
+        self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: nn.ModuleList
     ) -> Scalar:
-        assert teacher is not None and isinstance(adapter, nn.ModuleList)
         losses = []
         pairs = zip(self.guided(student.network), self.guiding(teacher.network), strict=True)
         for convolution, (block, stage) in zip(adapter, pairs, strict=True):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, Set
 from ..option import option
@@ -85,8 +85,8 @@ class LogitObjective(TeacherObjective):
         # Mean and deviation are of all classes; the order of the logits stays as it is.
         return None if self.standardize and self.reads_at else self.reads_at
 
-    def check(self, student: Network, teacher: Network | None) -> None:
-        if teacher is not None and teacher.num_classes != student.num_classes:
+    def check(self, student: Network, teacher: Network) -> None:
+        if teacher.num_classes != student.num_classes:
             counts = f"{teacher.num_classes} classes and the student with {student.num_classes}"
             what = (
                 f"the {teacher.name} answers with {counts}, and logits are compared class by class"
@@ -96,7 +96,7 @@ class LogitObjective(TeacherObjective):
             what = "standardised logits of two classes are the same whatever a teacher says"
             raise ConfigError(what, Set("standardize", False), field="standardize")
 
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
+    def describe(self, student: Network, teacher: Network, num_keep: int | None) -> str:
         free = "of standardised logits: it leaves the scale of the student's free"
         return free if self.standardize else ""
 
@@ -107,10 +107,8 @@ class LogitObjective(TeacherObjective):
     def compare(self, student: Logits, teacher: Logits, batch: Truth) -> Scalar:
         """Return the loss of the student head's logits against the teacher's."""
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Scalar:
-        assert teacher is not None and teacher.logits is not None
+    def loss(self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: None) -> Scalar:
+        assert teacher.logits is not None
         logits = head_logits(student, self.head, self.teacher), teacher.logits
         if self.standardize:
             logits = standardize(logits[0]), standardize(logits[1])

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, Fix, Set
 from ..models.mae import MAEDecoder, patchify, pixel_targets, unpatchify
@@ -47,7 +47,7 @@ class PixelReconstruction(Objective):
         wanted = f"a multiple of 4 and of decoder_num_heads ({heads})"
         require(dim % heads == 0 and dim % 4 == 0, "decoder_dim", dim, wanted)
 
-    def check(self, student: Network, teacher: Network | None) -> None:
+    def check(self, student: Network, teacher: None) -> None:
         (rows, columns), (height, width) = student.grid, student.patch_size
         if student.walks and (rows * height, columns * width) != student.image_size:
             what = f"the patches of {student.architecture} do not cut its images into pixels"
@@ -65,7 +65,7 @@ class PixelReconstruction(Objective):
     def student_needs(self, student: Network) -> Needs:
         return Needs(features=True)
 
-    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
+    def adapter(self, student: Network, teacher: None) -> MAEDecoder:
         return MAEDecoder(
             student.dim,
             student.grid,
@@ -76,10 +76,9 @@ class PixelReconstruction(Objective):
         )
 
     def pictures(
-        self, student: ViTOutput, batch: Truth, adapter: nn.Module | None
+        self, student: ViTOutput, batch: Truth, adapter: MAEDecoder
     ) -> dict[str, Float[Tensor, "B 3 h w"]]:
         """Return the visible patches on grey, and the image with its hidden patches predicted."""
-        assert isinstance(adapter, MAEDecoder)
         assert student.features is not None and student.keep is not None
         prediction = adapter(student.features, student.keep, student.num_prefix_tokens).float()
         target = patchify(batch.images.float(), adapter.patch_size)
@@ -96,10 +95,7 @@ class PixelReconstruction(Objective):
             for name, patches in rows.items()
         }
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Scalar:
-        assert isinstance(adapter, MAEDecoder)
+    def loss(self, student: ViTOutput, teacher: None, batch: Truth, adapter: MAEDecoder) -> Scalar:
         assert student.features is not None and student.keep is not None
         prediction, hidden = adapter.decode_hidden(
             student.features, student.keep, student.num_prefix_tokens

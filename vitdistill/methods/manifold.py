@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..option import option
 from ..vit.needs import Needs
@@ -101,10 +101,7 @@ class Manifold(TeacherObjective):
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(hidden=frozenset(i for _, i in self._blocks()))
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Scalar:
-        assert teacher is not None
+    def loss(self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: None) -> Scalar:
         losses = []
         for i, (block, teacher_block) in enumerate(self._blocks()):
             places = teacher.patches(teacher_block)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..option import option
 from ..vit.network import Network
@@ -84,17 +84,13 @@ class Relations(BlockObjective):
         ok = names and all(len(name) == 2 and set(name) <= set("qkv") for name in names)
         require(ok and len(set(names)) == len(names), "relations", list(names), each)
 
-    def check(self, student: Network, teacher: Network | None) -> None:
-        assert teacher is not None
+    def check(self, student: Network, teacher: Network) -> None:
         for network in (student, teacher):
             wanted = f"null, or a divisor of both widths: the {network.name} is {network.dim} wide"
             splits = network.dim % (self.num_heads or 1) == 0
             require(splits, "num_heads", self.num_heads, wanted)
 
-    def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
-    ) -> Scalar:
-        assert teacher is not None
+    def loss(self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: None) -> Scalar:
         of_student = student.qkv[self.blocks[0] % student.depth]
         of_teacher = teacher.qkv[self.blocks[1] % teacher.depth]
         pairs = {

@@ -93,16 +93,14 @@ class TokenFeatures(TeacherObjective):
     def teacher_needs(self, teacher: Network) -> Needs:
         return Needs(features=True)
 
-    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
-        assert teacher is not None
+    def adapter(self, student: Network, teacher: Network) -> TokenAdapter:
         return TokenAdapter(
             student, teacher, classes=self.class_weight > 0, patches=self.patch_weight > 0
         )
 
     def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
+        self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: TokenAdapter
     ) -> Scalar:
-        assert teacher is not None and isinstance(adapter, TokenAdapter)
         terms = []
         if self.class_weight > 0:
             projected = adapter.class_head(class_vector(student))

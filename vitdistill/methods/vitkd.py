@@ -239,8 +239,7 @@ class ViTKD(TeacherObjective):
         hidden = frozenset(i for _, i in self._blocks())
         return Needs(hidden=hidden, features=self.needs_every_patch)
 
-    def adapter(self, student: Network, teacher: Network | None) -> nn.Module | None:
-        assert teacher is not None
+    def adapter(self, student: Network, teacher: Network) -> ViTKDAdapter:
         return ViTKDAdapter(
             student.dims[-1],
             teacher.dims[-1],
@@ -249,8 +248,7 @@ class ViTKD(TeacherObjective):
             masks=self.mask_rate > 0,
         )
 
-    def describe(self, student: Network, teacher: Network | None, num_keep: int | None) -> str:
-        assert teacher is not None
+    def describe(self, student: Network, teacher: Network, num_keep: int | None) -> str:
         low, high = self._weights
         note = f"low_weight {low:g}, high_weight {high:g} on {self.reduction}s"
         if num_keep is None or self.reduction == "mean":
@@ -258,9 +256,8 @@ class ViTKD(TeacherObjective):
         return f"{note}, times {teacher.num_patches / num_keep:.3g} to keep their scale"
 
     def loss(
-        self, student: ViTOutput, teacher: ViTOutput | None, batch: Truth, adapter: nn.Module | None
+        self, student: ViTOutput, teacher: ViTOutput, batch: Truth, adapter: ViTKDAdapter
     ) -> Scalar:
-        assert teacher is not None and isinstance(adapter, ViTKDAdapter)
         low_weight, high_weight = self._weights
         terms = []
         if low_weight > 0:
