@@ -1,15 +1,13 @@
 """Who reads what a command prints, or whether anybody does, changes nothing of what it does."""
 
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_runs import Child, environment, plain_recipe, result, run, write_images
+from small_runs import Child, plain_recipe, result, run, write_images
 
 from vitdistill.cli import main
 from vitdistill.cli.console import say
@@ -96,29 +94,3 @@ def test_prose_breaks_between_words_on_a_terminal_alone(
     lines = capsys.readouterr().out.splitlines()
     assert lines.pop() == text, "what may be copied stays whole"
     assert " ".join(lines) == text and (max(map(len, lines)) <= 50) == terminal
-
-
-SCRIPT = """
-import importlib.abc, os, signal, sys
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == {name!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Finder())
-from vitdistill.cli import main
-sys.exit(main(["explain", "alone"]))
-"""
-
-
-@pytest.mark.parametrize(
-    "name", ["argparse", "vitdistill.recipes", "vitdistill.cli.arguments", "vitdistill.cli.render"]
-)
-def test_an_interrupt_in_the_first_moments_is_no_traceback(name: str) -> None:
-    """The moments in which the package is imported; later ones are answered with a sentence."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(name=name)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

@@ -37,8 +37,8 @@ def refused(*words: str) -> str:
 def test_flags_reach_the_recipe() -> None:
     command = (
         "kd --teacher_model x --lr=2e-3 -b 8 --torchcompile --set optim.opt_args.eps=1e-8"
-        " student.model_args.depth=6 --set train.keep_checkpoints=3 --distillation-alpha 0.25"
-        " --clip-grad 1 --aa none --in-memory false --with maskedkd hard_kd nkd:cnn"
+        " student.model_args.depth=6 --set train.keep_checkpoints=3 --clip-grad 1"
+        " --aa none --in-memory false --with maskedkd hard_kd nkd:cnn"
     )
     recipe = parsed(*command.split())
     optim, train, data = recipe.optim, recipe.train, recipe.data
@@ -47,7 +47,7 @@ def test_flags_reach_the_recipe() -> None:
     assert (data.augment.aa, data.in_memory) == (None, False)
     assert recipe.student.model_args == {"depth": 6} and recipe.teachers["teacher"].model == "x"
     weights = {name: objective.weight for name, objective in recipe.objectives.items()}
-    assert weights == {"ce": 0.75, "kd": 0.25, "hard_kd": 1.0, "nkd_cnn": 1.0}
+    assert weights == {"ce": 0.5, "kd": 0.5, "hard_kd": 1.0, "nkd_cnn": 1.0}
     assert recipe.selector is not None and [*recipe.teachers] == ["teacher", "cnn"]
 
 
@@ -79,13 +79,10 @@ def test_labels_are_found_by_the_teachers_name(tmp_path: Path) -> None:
     [
         "alone --labels x",
         "kd --min-lr 0.1 --sched none --warmup-epochs 0",
-        "alone --distillation-alpha 0.5",
         "alone --lr 1e-6",
         "alone --set optim.min_lr=1",
         "kd --set optim.momentum=0.5",
         "kd --warmup-epochs 0 --set optim.warmup_lr=1e-3",
-        "kd --set teachers.teacher.model_args.drop_path_rate=2",
-        "kd --distillation-alpha 1",
         "kd --with kd:cnn kd:cnn",
         "kd --set optim.lr=[",
     ],

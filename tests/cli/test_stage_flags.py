@@ -88,24 +88,22 @@ def test_a_flag_is_for_every_stage_for_the_first_or_for_the_only_one_with_the_fi
     [
         ("--epochs 10", "give --set pretrain.train.epochs=10, or give --set finetune.", USAGE),
         ("--clip-grad none", "--set pretrain.optim.clip_grad=null, or", USAGE),
-        ("--distillation-alpha 0.5", "--set pretrain.objectives.ce.weight=0.5", USAGE),
         ("--keep-rate 0.5", "add --with distill.maskedkd", USAGE),
         ("--without distill.kd distill.teacher --teacher-model x", "distill.kd", USAGE),
         ("--with finetune.kd --teacher-precision float32", "or give --set distill.", USAGE),
         (
             "--lr 1 --epochs 2",
-            "--lr, --epochs are settings of several stages: give --set pretrain.optim.lr=1.0"
+            "which stage is meant by --lr, --epochs: give --set pretrain.optim.lr=1.0"
             " --set pretrain.train.epochs=2, or give --set finetune.optim.lr=1.0 --set finetune.",
             USAGE,
         ),
         (
             "--with kd --set optim.lr=1",
-            "--set optim.lr=1, --with kd do not say which stage they are for: write --set"
-            " pretrain.optim.lr=1 --with pretrain.kd or",
+            "which stage is meant by --set optim.lr=1, --with kd: give --set pretrain.optim.lr=1"
+            " --with pretrain.kd, or",
             USAGE,
         ),
-        ("--with kd", "write --with pretrain.kd or", USAGE),
-        ("--with finetun.kd", "did you mean 'finetune'?", USAGE),
+        ("--with kd", "give --with pretrain.kd, or", USAGE),
         ("--without finetune.kd", "choose from ce", USAGE),
         ("--with finetune.random_masking:teacher", "leave :teacher out", USAGE),
         ("--set finetune", "", USAGE),

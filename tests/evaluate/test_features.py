@@ -12,7 +12,7 @@ from vitdistill.data.augment import InputSpec
 from vitdistill.data.loader import EvalLoader
 from vitdistill.data.sources.base import ImageSource
 from vitdistill.errors import ConfigError, NonFiniteError
-from vitdistill.evaluate.features import extract, image_features
+from vitdistill.evaluate.features import Stopped, extract, image_features
 from vitdistill.evaluate.knn import knn_evaluation
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
@@ -116,10 +116,10 @@ def test_a_request_to_stop_ends_it():
     model, loaders = tiny(), [EvalLoader(SOURCE, SPEC, batch_size=6) for _ in range(2)]
     for calls in (1, 4, 5, 8):
         asked = iter([False] * (calls - 1) + [True])
-        assert knn_evaluation(model, *loaders, ALONE, stop=lambda a=asked: next(a)) is None
+        with pytest.raises(Stopped):
+            knn_evaluation(model, *loaders, ALONE, stop=lambda a=asked: next(a))
         assert next(asked, None) is None and model.training
-    scores = knn_evaluation(model, *loaders, ALONE)
-    assert scores is not None and scores["num_samples"] == 20
+    assert knn_evaluation(model, *loaders, ALONE)["num_samples"] == 20
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -142,7 +142,8 @@ def test_processes_share_the_images_exactly(tmp_path: Path, fork, join, count):
                 features, labels = extract(model, loader, here)
                 assert labels.tolist() == whole[1].tolist()
                 torch.testing.assert_close(features, whole[0], rtol=1e-4, atol=1e-5)
-            assert extract(model, loaders(here)[0], here, stop=lambda: rank == 1) is None
+            with pytest.raises(Stopped):
+                extract(model, loaders(here)[0], here, stop=lambda: rank == 1)
         torch.distributed.destroy_process_group()
 
     children = [fork(lambda rank=rank: shard(rank)) for rank in range(count)]

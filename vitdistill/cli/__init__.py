@@ -3,13 +3,6 @@
 Words are read before a command is imported: help and mistyped flags do not wait for torch or timm.
 """
 
-import signal
-
-try:  # Ctrl-C while the rest is imported ends the program without a traceback.
-    _INTERRUPT = signal.signal(signal.SIGINT, signal.SIG_DFL)
-except ValueError:  # imported by another thread
-    _INTERRUPT = None
-
 import inspect
 import os
 import sys
@@ -27,9 +20,6 @@ from .console import lasting_console
 from .early import refuse_early
 from .flags import format_help, parse_words, wrap
 from .render import render
-
-if _INTERRUPT is not None:
-    signal.signal(signal.SIGINT, _INTERRUPT)
 
 COMMANDS: dict[str, tuple[str, type]] = {
     "demo": ("demo:run", given.DemoArguments),

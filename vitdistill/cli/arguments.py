@@ -40,13 +40,6 @@ class RecipeArguments:
     labels: str | None = option(
         None, "labels to read in place of running teachers ('vitdistill label')", "--labels FOLDER"
     )
-    distillation_alpha: float | None = option(
-        None,
-        "DeiT's alpha: --kd-weight alpha and --ce-weight 1 - alpha",
-        "--distillation-alpha",
-        above=0,
-        below=1,
-    )
     with_: tuple[str, ...] = option(
         (),
         "methods to add, as in the recipe of that name; a selector or masking replaces the"

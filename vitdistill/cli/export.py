@@ -18,7 +18,6 @@ from .console import say
 
 
 def run(args: ExportArguments) -> int:
-    """Write a run's student where other tools load it."""
     _check(args)
     folder = resolve_run(args.model, (args.weights,) if args.weights else ("best", "last"))
     if not Path(folder.removeprefix("local-dir:")).is_dir():
@@ -90,7 +89,6 @@ def _check(args: ExportArguments) -> None:
 
 
 def _loading(architecture: str, place: str, scheme: str = "local-dir") -> str:
-    """Spell how an export is loaded."""
     call, module = loading(architecture, place, scheme)
     unknown = f", after 'import {module}', because plain timm does not know {architecture}"
     return call + (unknown if module and not is_outside(architecture) else "")

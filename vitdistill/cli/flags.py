@@ -21,6 +21,7 @@ ELSEWHERE: dict[str, str] = {
     "--amp": "write --amp-dtype bfloat16, which is the default on a GPU",
     "--blr": "write --lr, which is not scaled: blr x batch size / 256",
     "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
+    "--distillation-alpha": "write --kd-weight alpha --ce-weight 1-alpha",
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",
     "--log-dir": "curves are written into the run's folder, --output",
@@ -232,7 +233,6 @@ def _settings(flag: Flag) -> dict[str, Any]:
 
 
 def format_help(groups: Groups, prog: str, about: str) -> str:
-    """Return the help page."""
     return _make_parser(groups, prog, about).format_help().rstrip()
 
 

@@ -31,7 +31,6 @@ from .recipe import resolve_recipe
 
 
 def write(args: LabelArguments) -> int:
-    """Write the labels of a recipe's teachers."""
     recipe = resolve_recipe(args)
     if isinstance(recipe, Stages):
         what = f"the recipe {recipe.name!r} has stages"

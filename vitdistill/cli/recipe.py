@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,15 @@ def _by_stage(recipes: Collection[str], args: RecipeArguments) -> dict[str, dict
         else:
             lost.append((flag, word))
     if lost:
-        known = (" ".join(f"{flag} {key}.{word}" for flag, word in lost) for key in recipes)
-        fix = suggest(lost[0][1].partition(".")[0], recipes, f"write {' or '.join(known)}")
-        words = ", ".join(f"{flag} {word}" for flag, word in lost)
-        does, it_is = ("does", "it is") if len(lost) == 1 else ("do", "they are")
-        raise UserError(f"{words} {does} not say which stage {it_is} for", fix)
+        ways = (" ".join(f"{flag} {key}.{word}" for flag, word in lost) for key in recipes)
+        raise _of_which_stage((f"{flag} {word}" for flag, word in lost), ways)
     return found
+
+
+def _of_which_stage(words: Iterable[str], ways: Iterable[str]) -> UserError:
+    """Return the error of words that several stages may be meant by, with the ways to say which."""
+    fixes = *(f"give {way}" for way in ways if way), "give several of these"
+    return UserError(f"it is not said which stage is meant by {', '.join(words)}", fixes)
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -118,9 +121,6 @@ def _by_stage(recipes: Collection[str], args: RecipeArguments) -> dict[str, dict
 def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> dict[str, Values]:
     """Return what the flags replace in the recipe of each stage."""
     settings, values = dict(args.settings), {key: Values() for key in recipes}
-    if args.distillation_alpha is not None:
-        put(settings, "objectives.kd.weight", args.distillation_alpha)
-        put(settings, "objectives.ce.weight", 1 - args.distillation_alpha)
     several: dict[str, list[str]] = {}  # the stages that have a setting, which is for one of them
     for path, value in settings.items():
         keys = _stages_of(recipes, path)
@@ -132,15 +132,16 @@ def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> di
                 _require_field(recipes[key], path)
                 put(values[key], path, value)
     if several:
-        names = ", ".join(recipe_flags()[path].name for path in several)
-        are = "is a setting" if len(several) == 1 else "are settings"
-        fixes = []
-        for key in recipes:
-            own = {path: settings[path] for path, keys in several.items() if key in keys}
-            words = {path: "null" if value is None else value for path, value in own.items()}
-            sets = (f"--set {key}.{path}={shlex.quote(str(w))}" for path, w in words.items())
-            fixes += [f"give {' '.join(sets)}"] if own else []
-        raise UserError(f"{names} {are} of several stages", (*fixes, "give several of these"))
+        given = {p: "null" if settings[p] is None else str(settings[p]) for p in several}
+        ways = (
+            " ".join(
+                f"--set {key}.{path}={shlex.quote(given[path])}"
+                for path, keys in several.items()
+                if key in keys
+            )
+            for key in recipes
+        )
+        raise _of_which_stage((recipe_flags()[path].name for path in several), ways)
     for found in values.values():
         if "selector.keep_rate" in found:
             put(found, "selector.num_keep", None)

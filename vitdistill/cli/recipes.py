@@ -8,7 +8,6 @@ from .flags import wrap
 
 
 def run(args: RecipesArguments) -> int:
-    """Print every named recipe with its description."""
     width = max(len(name) for family in FAMILIES for name in family.recipes) + 2
     for family in FAMILIES:
         also = "".join(f" (and NAME:{variant})" for variant in family.variants)

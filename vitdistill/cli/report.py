@@ -15,7 +15,6 @@ from .console import say
 
 
 def run(args: ReportArguments) -> int:
-    """Write one file about runs."""
     if args.device is not None and not args.ask:
         raise UserError("--device cannot take effect: only --ask runs anything on a device")
     output = Path(args.output)

@@ -25,7 +25,6 @@ from .recipe import resolve_recipe
 
 
 def run(args: TrainArguments) -> int:
-    """Train, or resume."""
     recipe, console = resolve_recipe(args), Console()
     output = _output(args, recipe)
     if isinstance(recipe, Stages):
@@ -79,7 +78,6 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
 
 
 def _show(prepared: Prepared) -> None:
-    """Print the plan of a run and its cost."""
     train, loader = prepared.recipe.train, prepared.loaders.train
     models = {name: teacher.model for name, teacher in prepared.teachers.items()}
     micro_batch = train.batch_size // (train.accumulate * prepared.world.size)

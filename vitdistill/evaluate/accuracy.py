@@ -13,7 +13,7 @@ from ..errors import DataError, NonFiniteError
 from ..vit.needs import Needs
 from ..vit.walk import run_vit
 from ..world import World
-from .features import Stopped, batches_together
+from .features import batches_together
 
 NUM_BINS = 15
 SUMS = ("num", "bad", "labelled", "top1", "top5", "nll", "taught", "agree", "kl")
@@ -51,7 +51,6 @@ class Metrics:
         labels: Int[Tensor, "B"],
         teacher_logits: Float[Tensor, "B C"] | None = None,
     ) -> None:
-        """Add a batch."""
         num_classes = logits.shape[1]
         logits = logits.detach().double()
         log_probs = logits.log_softmax(dim=1)
@@ -145,11 +144,11 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     teacher: Teacher | None = None,
     among: Int[Tensor, " K"] | None = None,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Return a classifier's `Metrics` over all processes, every image once.
 
-    ``among``: the classes of the images, sorted, to tell ``top1_among`` them alone too. None if
-    ``stop`` returned true on one of them on the way.
+    ``among``: the classes of the images, sorted, to tell ``top1_among`` them alone too. Raises as
+    `batches_together`.
     """
     training = model.training
     model.eval()
@@ -165,8 +164,6 @@ def evaluate(
             metrics.update(logits.float(), batch.labels, None if answer is None else answer.float())
             if among is not None:
                 part.update(logits[:, among].float(), torch.searchsorted(among, batch.labels))
-    except Stopped:
-        return None
     finally:
         model.train(training)
     metrics.merge_across_processes()

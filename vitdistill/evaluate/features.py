@@ -76,13 +76,14 @@ def extract(
     amp_dtype: torch.dtype | None = None,
     pool: Pool = "mean",
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]] | None:
+) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]]:
     """Return features (float32) and labels of a loader's images in sample order, on every process.
 
     Each image comes once, whatever the number of processes. A network that norms after its pooling
-    (timm's ``fc_norm``) does so here too. None if ``stop`` returned true on the way.
+    (timm's ``fc_norm``) does so here too.
 
     Raises:
+        Stopped: as `batches_together`.
         ConfigError: ``pool`` is ``class`` and the network has no class token.
         NonFiniteError: a feature is NaN or infinite.
     """
@@ -100,8 +101,6 @@ def extract(
             pooled = image_features(output, pool)
             features.append(pooled if after_pool is None else after_pool(pooled))
             labels.append(batch.labels)
-    except Stopped:
-        return None
     finally:
         model.train(training)
     whole, known = _in_sample_order(features, labels, world)

@@ -95,15 +95,11 @@ def knn_evaluation(
     world: World,
     amp_dtype: torch.dtype | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Return ``num_samples`` and `knn_accuracy` of a network's mean features.
 
-    `K` neighbours are asked, or the whole of a smaller bank. None if ``stop`` returned true on the
-    way.
+    `K` neighbours are asked, or the whole of a smaller bank. Raises as `extract`.
     """
-    train = extract(model, bank, world, amp_dtype, stop=stop)
-    val = None if train is None else extract(model, queries, world, amp_dtype, stop=stop)
-    if train is None or val is None:
-        return None
+    train, val = (extract(model, loader, world, amp_dtype, stop=stop) for loader in (bank, queries))
     k = min(K, int((train[1] >= 0).sum()))
     return {"num_samples": float(len(val[1])), **knn_accuracy(*train, *val, k=k)}

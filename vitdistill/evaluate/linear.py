@@ -4,8 +4,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import DataError
-from ..messages import plural
 from .features import labelled
 
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
@@ -25,16 +23,10 @@ def linear_probe(
     The L2 penalty is the one of `L2_GRID` that is right most often on a held-out tenth of the
     training images (every tenth, class by class; equals go to the stronger); the regression is then
     fitted to all of them. Nothing is drawn at random. Images of label -1 are left out; raises
-    `DataError` if no validation images are left, or fewer than ten to learn from.
+    `DataError` if no others are left.
     """
     features, labels = labelled(train_features, train_labels, "training")
     queries, truth = labelled(val_features, val_labels, "validation")
-    if len(features) < 10:
-        raise DataError(
-            f"a linear probe of {plural(len(features), 'labelled training image')}",
-            "give 10 or more: a tenth of them chooses the L2 penalty",
-            field="data.dir",
-        )
     num_classes = int(max(labels.max(), truth.max())) + 1
     features, queries = features.float(), queries.float()
     deviation, mean = torch.std_mean(features, 0, correction=0)

@@ -152,7 +152,6 @@ class BlockObjective(TeacherObjective):
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """The blocks of student and teacher."""
         return self.block, self.block if self.teacher_block is None else self.teacher_block
 
     def student_needs(self, student: Network) -> Needs:

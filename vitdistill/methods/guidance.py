@@ -85,11 +85,9 @@ class LocalityGuidance(TeacherObjective):
         return len(self.blocks) or len(self.stages) or PAIRS
 
     def guided(self, student: Network) -> tuple[int, ...]:
-        """Return the student's blocks."""
         return self.blocks or spread(self._count, student.depth)
 
     def guiding(self, teacher: Network) -> tuple[int, ...]:
-        """Return the teacher's stages."""
         return self.stages or spread(self._count, teacher.depth)
 
     def student_needs(self, student: Network) -> Needs:

@@ -227,7 +227,6 @@ class ViTKD(TeacherObjective):
         return self._weights[1] > 0
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """Return the mimicked blocks of student and teacher."""
         pairs = block_pairs("low_blocks", self.low_blocks, self.teacher_low_blocks)
         return pairs if self._weights[0] > 0 else []
 

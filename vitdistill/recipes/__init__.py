@@ -170,6 +170,5 @@ def find_file(name: str) -> Path | None:
 
 
 def unknown_recipe(name: str) -> ConfigError:
-    """Return the error of a name that is no recipe's."""
     fix = suggest(name, RECIPES, "'vitdistill recipes' lists them")
     return ConfigError(f"there is no recipe {printable(name)!r}", fix, field="recipe")

@@ -112,27 +112,12 @@ _NOT_ARGS = {
 
 
 def _check_args(recipe: Recipe) -> None:
-    """Raise `ConfigError` for arguments of timm's with which nothing would be learnt, or which a
-    network has from elsewhere.
-    """
+    """Raise `ConfigError` for arguments of timm's which a network has from elsewhere."""
     for path, config in recipe.networks.items():
         for name in sorted(config.model_args.keys() & _NOT_ARGS):
             field, other = f"{path}.model_args.{name}", f"{path}.{name}"
             fix = Set(other) if hasattr(config, name) else f"leave {name} out"
             raise ConfigError(f"{field} is {_NOT_ARGS[name]}", fix, field=field)
-    rates = {
-        f"{path}.model_args.{name}": value
-        for path, config in recipe.networks.items()
-        for name, value in config.model_args.items()
-        if name.endswith(("drop_rate", "drop_path_rate"))
-    }
-    small = {"optim.opt_args.eps": recipe.optim.opt_args.get("eps"), **rates}
-    for path, value in small.items():
-        if isinstance(value, int | float) and not 0 <= value < 1:
-            raise ConfigError(f"{path} is {value!r}", "give at least 0 and below 1", field=path)
-    if recipe.optim.opt_args.get("maximize"):
-        path = "optim.opt_args.maximize"
-        raise ConfigError(f"{path} would raise the loss", Set(path, False), field=path)
 
 
 def _check_schedule(optim: OptimConfig, epochs: int) -> None:

@@ -26,7 +26,6 @@ IMAGENET = Recipe(
 
 
 def make(name: str) -> Recipe:
-    """Return a recipe of this family."""
     if name == "deit_tiny":
         return IMAGENET
     return replace(

@@ -37,7 +37,6 @@ teacher's soft answers for its own.
 
 
 def make(name: str) -> Recipe:
-    """Return a recipe of this family."""
     recipe = replace(
         IMAGENET,
         student=StudentConfig(

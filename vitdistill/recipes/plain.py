@@ -77,7 +77,6 @@ _FOLDERS = {
 
 
 def make(name: str) -> Recipe:
-    """Return a recipe of this family."""
     if name in _FOLDERS:
         return _FOLDERS[name]
     return replace(

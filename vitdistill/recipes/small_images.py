@@ -92,7 +92,6 @@ _OTHERS: dict[str, dict[str, Any]] = {
 
 
 def make(name: str) -> Recipe | Stages:
-    """Return a recipe of this family."""
     key = name.removeprefix("small_images_")
     if key in _TAUGHT:
         return replace(_BASE, teachers=_ONE, **_TAUGHT[key])

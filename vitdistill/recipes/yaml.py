@@ -1,4 +1,4 @@
-"""YAML 1.2 as recipe files need it: plain data, no aliases, no tags, no key twice."""
+"""YAML 1.2 as recipe files need it: plain data, no key twice."""
 
 import re
 from io import StringIO
@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
@@ -66,12 +65,7 @@ def parse_yaml(text: str, source: str) -> Any:
     line.
     """
     try:
-        for event in _yaml().parse(text):
-            if isinstance(event, AliasEvent) or getattr(event, "tag", None) is not None:
-                raise MarkedYAMLError(problem="no aliases or tags", problem_mark=event.start_mark)
         return _yaml().load(text)
-    except RecursionError:
-        raise ConfigError(f"{source} is nested too deeply") from None
     except (YAMLError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""

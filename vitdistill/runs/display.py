@@ -61,7 +61,6 @@ class Display(Progress):
         return tick
 
     def tick(self, step: int) -> None:
-        """Move the bar."""
         self.update(self._bar, completed=step, description="training")
 
     def step(self, step: int, losses: Mapping[str, float], lr: float, speed: "Speed") -> None:
@@ -79,7 +78,6 @@ class Display(Progress):
         self._below = Text(line, style="dim")
 
     def evaluation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
-        """Show the result of an evaluation after ``step`` steps."""
         shown = {name: value for name, value in scores.items() if name in SHOWN}
         text = "  ".join(
             f"{name} {value:.4f}" if name == "nll" else f"{name} {value:.2%}"

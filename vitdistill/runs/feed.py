@@ -34,6 +34,5 @@ class Feed:
             self.waited += time.perf_counter() - begun
 
     def close(self) -> None:
-        """Stop the workers."""
         if isinstance(self._steps, Generator):
             self._steps.close()

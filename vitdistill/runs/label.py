@@ -123,7 +123,6 @@ def _without_labels(recipe: Recipe) -> Recipe:
 
 
 def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> LogitEncoding:
-    """Return how this teacher's logits are stored."""
     reading = find_logit_readers(recipe.objectives, teacher)
     readers = [objective.teacher_temperatures for objective in reading]
     kind = options.encoding

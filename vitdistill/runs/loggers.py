@@ -7,7 +7,6 @@ when it is asked for. One that fails never stops a run.
 
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,24 +106,16 @@ class Loggers:
             self._say(f"warning: the logger {name} failed and is left out ({first_line(error)})")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Give values by name to each."""
         for name, logger in [*self._open.items()]:
             self._try(name, partial(logger.log, values, step))
 
     def picture(self, what: str, pixels: npt.NDArray[np.uint8], step: int) -> None:
-        """Give an image (H, W, 3) to each."""
         for name, logger in [*self._open.items()]:
             self._try(name, partial(logger.picture, what, pixels, step))
 
     def close(self) -> None:
-        """Close each."""
         for name, logger in [*self._open.items()]:
             self._try(name, logger.close)
-
-
-def new_id() -> str:
-    """Return an id for a run that begins."""
-    return uuid.uuid4().hex[:12]
 
 
 class TensorBoard:

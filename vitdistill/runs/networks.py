@@ -143,7 +143,6 @@ def trains_classifier(objectives: Mapping[str, Objective], student: Network) -> 
 def find_logit_readers(
     objectives: Mapping[str, Objective], teacher: Network
 ) -> list[TeacherObjective]:
-    """Return the objectives that read this teacher's logits."""
     return [
         objective
         for objective in objectives.values()

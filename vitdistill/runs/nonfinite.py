@@ -74,7 +74,6 @@ def step_errors(prepared: Prepared, output: Path, step: Callable[[], int]) -> It
 
 
 def _last_good(output: Path) -> str:
-    """Name the last checkpoint of a run, in words."""
     saved = sorted((output / "checkpoints").glob("step-*"))
     if not saved:
         return "no checkpoint had been saved yet"

@@ -108,7 +108,6 @@ def _pick(scores: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tens
 
 
 def _add_rows(scores: Float[Tensor, "N C"], rows: Int[Tensor, " N"]) -> Float[Tensor, "K C"]:
-    """Return the sum of the scores of each row."""
     return scores.new_zeros(int(rows.max()) + 1, scores.shape[1]).index_add_(0, rows, scores)
 
 

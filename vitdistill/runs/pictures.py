@@ -40,7 +40,6 @@ def draw_sheet(rows: Mapping[str, Float[Tensor, "B 3 h w"]], spec: InputSpec) ->
 
 
 def png(image: Image.Image) -> bytes:
-    """Return the image as a PNG file."""
     data = BytesIO()
     image.save(data, "PNG")
     return data.getvalue()

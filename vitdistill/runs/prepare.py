@@ -269,7 +269,6 @@ def judge_by_teacher(images: Images, networks: Networks, say: Say) -> tuple[Imag
 
 
 def loading_of(recipe: Recipe, world: World) -> Loading:
-    """Return how a process loads the training images of a recipe."""
     data, train = recipe.data, recipe.train
     return Loading(
         batch_size=train.batch_size,
@@ -286,7 +285,6 @@ def loading_of(recipe: Recipe, world: World) -> Loading:
 def make_loaders(
     recipe: Recipe, images: Images, networks: Networks, world: World, say: Say
 ) -> Loaders:
-    """Make the batches of this process."""
     spec, data, train = networks.spec, recipe.data, recipe.train
     labels = {
         name: LabelReader(name, store, recipe.teachers[name].missing == "online")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..weights.export import export_timm
 from .display import Speed
 from .folder import FIRST_PICTURES, METRICS, PICTURES, TIMING, RunFolder
 from .identity import origin_of_config, read_record
-from .loggers import LoggedRun, Loggers, new_id
+from .loggers import LoggedRun, Loggers
 from .pictures import draw_sheet, png
 from .prepare import Prepared, Say
 from .stored import open_labels
@@ -36,7 +37,6 @@ class Report:
         self._origin = lineage(prepared)
 
     def close(self) -> None:
-        """Close the loggers."""
         self._loggers.close()
 
     def training(self, step: int, values: dict[str, float], speed: Speed) -> None:
@@ -102,7 +102,7 @@ class Report:
 
 def _id_of(file: Path) -> str:
     """Return the id by which loggers know a run, kept in its folder from its beginning."""
-    known = read_record(file, ("id",)) or {"id": new_id()}
+    known = read_record(file, ("id",)) or {"id": uuid.uuid4().hex[:12]}
     write_atomic(file, json.dumps(known).encode())
     return str(known["id"])
 

@@ -22,6 +22,7 @@ from ..data.batch import Batch
 from ..distill.step import UNWEIGHTED
 from ..errors import NonFiniteError, Preempted, UserError
 from ..evaluate.accuracy import evaluate
+from ..evaluate.features import Stopped
 from ..evaluate.knn import knn_evaluation
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import plural
@@ -300,11 +301,12 @@ class Trainer:
 
             batch = count(1)
             how = self.world, self.prepared.amp_dtype, stop
-            if loaders.bank is None:
-                scores = evaluate(model, loaders.val, *how)
-            else:
-                scores = knn_evaluation(model, loaders.bank, loaders.val, *how)
-            if scores is None:
+            try:
+                if loaders.bank is None:
+                    scores = evaluate(model, loaders.val, *how)
+                else:
+                    scores = knn_evaluation(model, loaders.bank, loaders.val, *how)
+            except Stopped:
                 self.ending = self._preempted()
                 return
             if "top1" in scores:
@@ -348,7 +350,6 @@ class Trainer:
     # --- saving and leaving ----------------------------------------------------------------------
 
     def save(self) -> None:
-        """Save the state."""
         begun = time.perf_counter()
         self.display.working("saving")
         self._read()
