@@ -23,10 +23,14 @@ NONE: dict[str, Any] = {"best_top1": None, "best_epoch": None, "scores": {}}
             ["top-1 85.00%", "best 90.00%", "1 min 15 s"],
             "eval {run}",
         ),
-        ({**TOP1, "teachers": {"teacher": 0.95}}, ["5.0 points below teacher"], "eval {run}"),
+        (
+            {**TOP1, "teachers": {"teacher": 0.95}},
+            ["5.0 points below teacher (95.00% of 512 images)"],
+            "eval {run}",
+        ),
         (
             {**TOP1, "teachers": {"a": 0.5, "b": 0.9}},
-            ["40.0 points above a", "0.0 points above b"],
+            ["40.0 points above a (", "0.0 points above b ("],
             "",
         ),
         (KNN, ["nearest neighbours 60.00%"], "eval {run} --knn"),

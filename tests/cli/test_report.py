@@ -38,6 +38,11 @@ def test_a_report_says_what_eval_says_and_counts_labels_and_teachers(
     before = tree(here)
     assert run("report runs --output page.html") == 0
     assert {*tree(here)} - {*before} == {"page.html"}
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1 < said.err.count("vitdistill: ")
+    # Of the network behind stored labels all is known that is known of one that runs.
+    proved = [read_run(Path("runs", name)).top1_of("teacher") for name in ("live", "stored")]
+    assert proved[0] == proved[1] and proved[0][1] == 60
     assert run("report runs --output notes.md --ask --device cpu") == 0
     left = {
         "page.html",

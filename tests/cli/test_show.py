@@ -1,12 +1,13 @@
 """``vitdistill show``: a sheet with a row for each way to look, and what networks say of it."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.cli.home import CONFIG, DATA, SHORT, make_home, run, tree
+from tests.cli.home import CONFIG, DATA, NETWORK, SHORT, make_home, run, tree
 from vitdistill.recipes.yaml import load_recipe
 from vitdistill.report.answers import read_answers
 from vitdistill.report.show import show
@@ -26,6 +27,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run(f"train small_images_mae --output runs/mae {SHORT} --set optim.warmup_prefix=false")
             == 0
         )
+        stored = f"small_images_kd {SHORT} --output"
+        assert run(f"label {stored} labels --teacher-model runs/teacher/last") == 0
+        assert run(f"train {stored} runs/stored --labels labels") == 0
         assert run("report runs --ask --device cpu --output page.html") == 0
     return root
 
@@ -36,10 +40,12 @@ def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_what_is_shown_is_what_the_networks_answer(here: Path) -> None:
+@pytest.mark.parametrize("name", ["masked", "stored"])
+def test_what_is_shown_is_what_the_networks_answer(here: Path, name: str) -> None:
     images = sorted(Path("photos/val").rglob("*.png"))[::7]
-    shown = show(Path("runs/masked"), images, ALONE)
-    answers = read_answers(Path("runs/masked"))
+    shown = show(Path("runs", name), images, ALONE)
+    answers = read_answers(Path("runs", name))
+    assert not shown.notes
     assert answers is not None
     order = sorted(Path("photos/val").rglob("*.png"))
     for path, words in zip(images, shown.said, strict=True):
@@ -75,6 +81,40 @@ def test_more_images_than_a_screen_is_wide_are_below_each_other(here: Path) -> N
     assert thrice.width == once.width <= 1400 and thrice.height == 3 * once.height
     for top in (0, once.height, 2 * once.height):
         assert thrice.crop((0, top, once.width, top + once.height)).tobytes() == once.tobytes()
+
+
+def test_of_a_teacher_that_is_gone_is_said_what_its_labels_say(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs/teacher").rename("gone")
+    try:
+        assert run("show runs/stored photos/val/red/00.png --device cpu") == 0
+        said = capsys.readouterr().out
+        proof = re.search(r"labels/teacher.*vit_tiny_patch16_224.* of 60 validation", said)
+        assert proof is not None and ".png: teacher: " not in said
+        assert run("show runs/masked photos/val/red/00.png --device cpu") == CONFIG
+    finally:
+        Path("gone").rename("runs/teacher")
+        Path("show.png").unlink()
+
+
+def test_a_folder_of_stages_says_which_of_them_is_shown(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = ["train.epochs=1", "train.batch_size=12", "optim.warmup_epochs=0"]
+    each += ["optim.warmup_prefix=false"]
+    both = " ".join(f"{stage}.{setting}" for stage in ("pretrain", "finetune") for setting in each)
+    args = f"--set 'pretrain.student.model_args={NETWORK}' {both}"
+    words = (
+        f"train small_images_mae_finetuned --data-dir photos --device cpu --output runs/two {args}"
+    )
+    assert run(words) == 0
+    capsys.readouterr()
+    assert run("show runs/two photos/val/red/00.png --device cpu") == 0
+    said = capsys.readouterr().out
+    assert "runs/two/finetune" in said and "runs/two/pretrain" in said
+    assert run("show runs/two/pretrain photos/val/red/00.png --device cpu") == 0
+    assert "runs/two/finetune" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown_is_refused(here: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.recipes.config import DataConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
+from vitdistill.recipes.settings import OptimConfig
+from vitdistill.recipes.stages import Stages
 from vitdistill.recipes.yaml import dump_recipe
 from vitdistill.storage.atomic import sha256_file
 from vitdistill.weights.create import create_model
@@ -52,27 +54,31 @@ def make_run(
     top1: float | None = None,
     *,
     learnt_from: Path | None = None,
+    began_from: Path | None = None,
     right: int | None = None,
     classes: tuple[str, ...] = ("a", "b"),
     environment: dict[str, Any] | None = None,
 ) -> Path:
     """Write a run's folder; ``top1`` None: one that has only begun. ``right``: how many of its
-    answers are right, if they were kept one by one; ``learnt_from``: the run of its teacher.
+    answers are right, if they were kept one by one; ``learnt_from``: the run of its teacher;
+    ``began_from``: that of its first weights.
     """
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     identity = {"validation images": "the images"}
-    if learnt_from is not None:
-        identity["teachers.teacher.model"] = sha256_file(learnt_from / "last" / "model.safetensors")
+    for field, run in (("teachers.teacher", learnt_from), ("student", began_from)):
+        if run is not None:
+            identity[f"{field}.model"] = sha256_file(run / "last" / "model.safetensors")
     (folder / "identity.json").write_text(json.dumps(identity))
     if top1 is None:
         return folder
-    model = create_model(recipe.student.model, num_classes=2, **recipe.student.model_args)
+    student = recipe.student if began_from is None else alone("first").student
+    model = create_model(student.model, num_classes=2, **student.model_args)
     export_timm(
         model,
         folder / "last",
-        architecture=recipe.student.model,
-        model_args=recipe.student.model_args,
+        architecture=student.model,
+        model_args=student.model_args,
         classes=("a", "b"),
         input_spec=SPEC,
         prove=False,
@@ -99,6 +105,25 @@ def make_run(
         }
         (folder / "answers.json").write_text(json.dumps(answers))
     return folder
+
+
+def make_stages(
+    folder: Path, prefix: str = "", seed: int = 0, teacher: Path | None = None, lr: float = 1e-4
+) -> None:
+    """Write a folder of stages, of which the first has the teacher and the learning rate;
+    ``prefix``: of their names.
+    """
+    how = alone if teacher is None else taught
+    first = how(f"{prefix}pretrain", seed, optim=OptimConfig(lr=lr))
+    student = StudentConfig(model="stage:pretrain", model_args={"global_pool": "avg"})
+    second = alone(f"{prefix}finetune", seed, student=student)
+    stages = {"pretrain": first, "finetune": second}
+    folder.mkdir(parents=True)
+    whole = Stages(name=folder.name, description="one after the other", stages=stages)
+    (folder / "stages.yaml").write_text(dump_recipe(whole))
+    begun = make_run(folder / first.name, first, 0.3, learnt_from=teacher)
+    second = replace(second, student=replace(student, model=str(begun)))
+    make_run(folder / second.name, second, 0.8, began_from=begun)
 
 
 HOSTILE = (

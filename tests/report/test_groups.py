@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.made import NUM_IMAGES, alone, make_run, taught
+from tests.report.made import NUM_IMAGES, alone, make_run, make_stages, taught
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.recipes.settings import OptimConfig
@@ -66,6 +66,28 @@ def test_a_taught_recipe_is_measured_by_the_best_of_the_same_student_and_the_fir
     elsewhere = make_run(tmp_path / "7", taught("other", selector=MaskedKD(keep_rate=0.7)), 0.7)
     (elsewhere / "identity.json").write_text('{"validation images": "others"}')
     assert len(asked(tmp_path)) == 3, "runs judged on other images are not compared"
+
+
+def test_a_stage_is_called_by_its_recipe_and_measured_with_what_came_before_it(
+    tmp_path: Path,
+) -> None:
+    """Its student is that of the first stage, and it is taught if an earlier stage was."""
+    teacher = make_run(tmp_path / "teacher", alone("teacher"), 0.4)
+    make_run(tmp_path / "alone", alone("alone", optim=OptimConfig(lr=1e-5)), 0.5)
+    make_stages(tmp_path / "untaught")
+    make_stages(tmp_path / "dmae", teacher=teacher)
+    for seed in (0, 1):
+        make_stages(tmp_path / "row" / f"seed-{seed}", "row-", seed, teacher, lr=1e-3)
+    names = [g.name for g in groups_in(tmp_path) if "stage" in g.name]
+    of = ("dmae", "row", "untaught")
+    assert names == [f"{n} (stage {stage})" for n in of for stage in ("pretrain", "finetune")]
+    found = {
+        q.ours.name: (q.theirs.name, q.best_of)
+        for q in ask_questions(groups_in(tmp_path))
+        if q.best_of and "finetune" in q.ours.name
+    }
+    measure = ("untaught (stage finetune)", 4)
+    assert found == {"dmae (stage finetune)": measure, "row (stage finetune)": measure}
 
 
 def test_a_run_pays_for_the_runs_whose_weights_it_needed_once(tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 """The page as a browser, a reader of screens and somebody with bad intentions find it."""
 
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.report.made import HOSTILE, make_hostile_runs, make_run, taught
+from tests.report.made import HOSTILE, make_hostile_runs, make_run, make_stages, taught
 from vitdistill.recipes.settings import OptimConfig
 from vitdistill.report.document import Chart, Charts, Document, Series, Table, Verdicts
-from vitdistill.report.page import make_report
+from vitdistill.report.page import make_report, show_values
 from vitdistill.report.write import NUM_COLOURS, write_html, write_markdown
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "wbr"}
 
 
 class Page(HTMLParser):
@@ -70,7 +74,7 @@ def test_the_page_needs_nothing_but_itself(text: str, page: Page) -> None:
     known += (
         " caption thead tbody tr th td figure figcaption img svg g path polyline text span strong"
     )
-    known += " bdi"
+    known += " bdi wbr"
     assert {name for name, _ in page.elements} <= set(known.split()) and not page.comments
     attributes = {name for _, given in page.elements for name in given}
     assert not {name for name in attributes if name.startswith("on") or name == "style"}
@@ -84,7 +88,7 @@ def test_the_page_needs_nothing_but_itself(text: str, page: Page) -> None:
 
 
 def test_every_hostile_name_is_shown_as_text(page: Page) -> None:
-    shown = "\n".join(page.words)
+    shown = "".join(page.words)
     for name in HOSTILE:
         assert name in shown or name.replace("/", "\u2215") in shown, name
 
@@ -180,12 +184,37 @@ def test_a_table_of_many_recipes_is_in_parts_that_hold_every_cell() -> None:
     assert all(any(row[1:]) for part in parts for row in part.rows)
 
 
-def test_what_several_recipes_say_of_themselves_is_said_once(tmp_path: Path) -> None:
-    for i, about in enumerate(("kd at a lower rate", "kd at a lower rate", "another")):
-        optim = OptimConfig(lr=10.0**-i)
-        make_run(tmp_path / f"r{i}", taught(f"row {i}", optim=optim, description=about), 0.5)
-    written = write_markdown(make_report([tmp_path]))
-    assert "**row 0, row 1**: kd at a lower rate. **row 2**: another. " in written
+NUMBERS = st.floats(0, 10) | st.integers(0, 3) | st.booleans() | st.sampled_from(["", "1", "no"])
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=5), st.floats(1e-12, 1e-3))
+def test_settings_look_different_where_they_differ(values: list[Any], off: float) -> None:
+    values += [value * (1 + off) for value in values if isinstance(value, float)]
+    shown = show_values(values)
+    for one, left in zip(values, shown, strict=True):
+        for other, right in zip(values, shown, strict=True):
+            if type(one) is type(other):
+                assert (one == other) == (left == right)
+
+
+def test_what_is_said_of_runs_names_them_and_how_each_was_begun(tmp_path: Path) -> None:
+    kept = [make_run(tmp_path / f"k{seed}", taught("kept", seed), 0.5, right=20) for seed in (0, 1)]
+    make_run(tmp_path / "n", taught("not kept", optim=OptimConfig(lr=1e-5)), 0.5)
+    make_stages(tmp_path / "two")
+    (kept[1] / "answers.json").unlink()
+    for run in kept:
+        images = [f"{run.name} has a copy", "one is damaged"]
+        about = {"torch": "2.15", "images": images, "command": ["vitdistill", "train", run.name]}
+        (run / "environment.json").write_text(json.dumps({"0": about}))
+    document = make_report([tmp_path])
+    tables = [b for _, blocks in document.sections for b in blocks if isinstance(b, Table)]
+    rows = {table.caption.split()[0]: [*map(tuple, table.rows)] for table in tables if table.prose}
+    assert [row[-1] for row in rows["Folders,"]][:2] == [f"vitdistill train k{i}" for i in (0, 1)]
+    assert ("kept", "one is damaged") in rows["What"] and ("kept", "k1 has a copy") in rows["What"]
+    assert [row[0] for row in rows["Versions"]] == ["torch"]
+    written = write_markdown(document)
+    assert "**kept (1 of 2 runs), not kept, " in written
+    assert "two (stage pretrain) | one after the other |" in written
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -150,7 +150,7 @@ def test_a_teacher_that_was_made_for_the_middle_of_images_is_said_to_be_better_t
         (middle / "config.json").write_text(json.dumps(config))
         changes = {"data.dir": str(framed), "teachers.teacher.model": str(middle)}
         lines: list[str] = []
-        found = prepare(taught(**changes), ALONE, lines.append).proofs["teacher"]
+        found = prepare(taught(**changes), ALONE, lines.append).proofs["teacher"].accuracy
         warned = [line for line in lines if line.startswith("warning") and "middle 50%" in line]
         assert len(warned) == number and 0.4 < found < 0.8
         assert not number or ("100.0%" in warned[0] and "data.augment.crop=rrc" in warned[0])

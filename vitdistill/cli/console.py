@@ -44,6 +44,11 @@ def say(text: str, fold: bool = False) -> None:
     print(wrap(lines) if fold and sys.stdout.isatty() else lines)
 
 
+def working(text: str) -> None:
+    """Tell whoever waits what is being done; results alone go to the standard output."""
+    print(f"vitdistill: {printable_lines(text)}", file=sys.stderr)
+
+
 @contextmanager
 def lasting_console() -> Iterator[None]:
     """Let the block print, whether anybody reads it or not."""

@@ -11,7 +11,7 @@ from ..report.write import write_html, write_markdown
 from ..storage.atomic import write_atomic
 from ..world import choose_device
 from .arguments import ReportArguments
-from .console import say
+from .console import say, working
 
 
 def run(args: ReportArguments) -> int:
@@ -29,7 +29,7 @@ def run(args: ReportArguments) -> int:
 
 def write_report(paths: Sequence[str | Path], output: Path, markdown: bool = False) -> None:
     """Write the report on runs, unless it is there already."""
-    document = make_report(paths)
+    document = make_report(paths, working)
     text = (write_markdown if markdown else write_html)(document).encode()
     if not output.is_file() or output.read_bytes() != text:
         write_atomic(output, text)

@@ -16,6 +16,7 @@ from ..recipes import RECIPES
 from ..recipes.config import Recipe
 from ..recipes.stages import STAGES, Stages
 from ..runs.folder import RECIPE
+from ..runs.preflight import NUM_IMAGES
 from ..runs.prepare import Prepared
 from ..runs.stages import train_stages
 from ..runs.train import train
@@ -62,12 +63,14 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
     text, where = "", f"weights: {output / 'last'}"
     following = ["eval", output]
     if best is not None:
+        count = min(int(scores.get("num_samples", NUM_IMAGES)), NUM_IMAGES)
         gaps = "".join(
             f", {abs(best - top1) * 100:.1f} points {'below' if best < top1 else 'above'} {name}"
+            f" ({top1:.2%} of {count} images)"
             for name, top1 in teachers.items()
         )
-        at = f"(best {best:.2%} at epoch {summary['best_epoch']:g}{gaps})"
-        text, where = f"top-1 {scores['top1']:.2%} {at}, ", f"{where} and {folder}"
+        at = f"best {best:.2%} at epoch {summary['best_epoch']:g}{gaps}"
+        text, where = f"top-1 {scores['top1']:.2%}, {at}, ", f"{where} and {folder}"
     elif "knn_top1" in scores:
         text = f"top-1 of nearest neighbours {scores['knn_top1']:.2%}, "
         following.append("--knn")

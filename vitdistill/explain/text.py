@@ -22,6 +22,7 @@ def explain(
         [
             "What each network computes for an image",
             *format_table(_costs(plan, cost, num_images * epochs)),
+            f"  {_plain(plan)}: every network whole, on whole images",
             f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",
             *([f"  {kinds}"] if kinds else []),
         ],
@@ -60,6 +61,11 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
     return "; ".join([*parts, "records " + " and ".join(recorded)])
 
 
+def _plain(plan: Plan) -> str:
+    """Name what the cost of a plan is compared with."""
+    return "plain KD" if plan.teachers else "plain training"
+
+
 def _numbers(blocks: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(blocks)))
 
@@ -75,9 +81,8 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
         return name, size, format_count(flops), share, format_count(flops * num_images)
 
     stored = [f"{name} (stored)" for name in plan.stored]
-    against = "plain KD" if plan.teachers else "plain training"
     rows = [
-        ("", "parameters", "FLOPs", f"against {against}", "whole run"),
+        ("", "parameters", "FLOPs", f"share of {_plain(plan)}", "whole run"),
         row("student", plan.student.num_parameters, cost.student, cost.student_plain),
     ]
     for name, teacher in plan.teachers.items():

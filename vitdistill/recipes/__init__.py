@@ -39,9 +39,9 @@ FAMILIES = (
         "your own folder of photos, pretrained networks",
         """
         finetune      a pretrained ViT fine-tuned on your own folder, 20 epochs: a teacher
-        finetune_cnn  the same for a pretrained CNN
+        finetune_cnn  a pretrained CNN fine-tuned on your own folder, 20 epochs: a teacher
         distill       a small ViT that learns your own folder from a fine-tuned teacher, 40 epochs
-        few_labels    the same where most images have no labels: answers that are stored once
+        few_labels    a small ViT that learns it where most images have no labels, by stored answers
         """,
     ),
     Family(
@@ -71,12 +71,12 @@ FAMILIES = (
         "maskedkd",
         "the pairs of the MaskedKD paper",
         """
-        deit_tiny_from_deit_small   at 50 %: 75.2 % in the paper; whole teacher 75.0, alone 72.0
-        deit_tiny_from_deit3_small  at 50 %: 75.2 % in the paper; whole teacher 75.1, a quarter 74.8
-        deit_tiny_from_deit3_base   at 50 %: 74.7 % in the paper; whole teacher 74.4, a quarter 74.7
-        deit_small_from_deit_base   at 50 %: 81.0 % in the paper; whole teacher 80.8, alone 79.9
-        deit_small_from_deit3_base  at 50 %: 81.3 % in the paper; whole teacher 81.3, at 75 % 81.4
-        deit_base_from_deit3_large  at 50 %: 83.6 % in the paper; whole teacher 83.5, alone 81.8
+        deit_tiny_from_deit_small   MaskedKD at 50 %: 75.2 % in the paper; whole 75.0, alone 72.0
+        deit_tiny_from_deit3_small  MaskedKD at 50 %: 75.2 % in the paper; whole 75.1, quarter 74.8
+        deit_tiny_from_deit3_base   MaskedKD at 50 %: 74.7 % in the paper; whole 74.4, quarter 74.7
+        deit_small_from_deit_base   MaskedKD at 50 %: 81.0 % in the paper; whole 80.8, alone 79.9
+        deit_small_from_deit3_base  MaskedKD at 50 %: 81.3 % in the paper; whole 81.3, at 75 % 81.4
+        deit_base_from_deit3_large  MaskedKD at 50 %: 83.6 % in the paper; whole 83.5, alone 81.8
         """,
     ),
     Family(
@@ -128,12 +128,12 @@ FAMILIES = (
         "small_images",
         "32 x 32 images, on a laptop",
         """
-        small_images_teacher           ViT 192 wide, 6 deep: a teacher for the students below
+        small_images_teacher           a ViT 192 wide, 6 deep: a teacher for small students
         small_images_alone             the student, a ViT 96 wide, 6 deep, alone, 30 epochs
         small_images_kd                the student by plain KD from a teacher run
         small_images_maskedkd          the student by MaskedKD from a teacher run
         small_images_standardized_kd   the student by KD of standardised logits
-        small_images_few_labels        the same by patches of 8 pixels, most images without labels
+        small_images_few_labels        by KD of standardised logits, most images without labels
         small_images_nkd               the student by NKD from a teacher run
         small_images_vitkd             the student by ViTKD (features) from a teacher run
         small_images_vitkd_nkd         the student by ViTKD and NKD from a teacher run
@@ -141,11 +141,11 @@ FAMILIES = (
         small_images_masked_vitkd_nkd  the student by ViTKD and NKD under MaskedKD
         small_images_mae               the student pre-trained by MAE at 75 %: no labels, 30 epochs
         small_images_mae_finetuned     the student pre-trained by MAE, then fine-tuned
-        small_images_dmae              the same by DMAE from the run of a wider small_images_mae
+        small_images_dmae              the student pre-trained by DMAE from a MAE run, fine-tuned
         small_images_conv_teacher      a narrow ResNet at 64 x 64: a teacher for small_images_libkd
         small_images_inv_teacher       a narrow RedNet at 64 x 64: a teacher for small_images_libkd
-        small_images_libkd             the student with a token for each of them, conv and inv
-        small_images_cit               the same with Co-advise's two stems for its patch embedding
+        small_images_libkd             the student with tokens for two teachers, conv and inv
+        small_images_cit               the student with two stems and tokens for conv and inv (CiT)
         """,
     ),
 )

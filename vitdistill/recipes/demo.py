@@ -35,7 +35,7 @@ def demo_recipes(images: str, teacher: str) -> dict[str, Recipe]:
     )
     taught = replace(
         alone,
-        description="+ plain distillation",
+        description="student, plain distillation",
         teachers={"teacher": TeacherConfig(model=teacher)},
         objectives={
             "ce": CrossEntropy(weight=0.5, smoothing=0.1),
@@ -44,7 +44,7 @@ def demo_recipes(images: str, teacher: str) -> dict[str, Recipe]:
     )
     recipes = {"teacher": base, "alone": alone, "kd": taught}
     for rate in KEEP_RATES:
-        description = f"+ MaskedKD, {num_kept_patches(16, rate)} of 16 patches"
+        description = f"student, MaskedKD, {num_kept_patches(16, rate)} of 16 patches"
         masked = replace(taught, selector=MaskedKD(keep_rate=rate), description=description)
         recipes[f"maskedkd_{rate * 100:.0f}"] = masked
     return {name: replace(recipe, name=name) for name, recipe in recipes.items()}

@@ -24,7 +24,7 @@ def named_recipe(name: str) -> Recipe | Stages:
         raise ConfigError(f"{plain} has no variant {printable(variant)!r}", fix, field="recipe")
     make = import_module(f".{family.module}", __package__).make
     made: Recipe | Stages = make(plain, **({variant: True} if variant else {}))
-    about = "; ".join([family.recipes[plain], *([variant.replace("_", " ")] if variant else [])])
+    about = f"recipe {name}, {family.recipes[plain]}"
     return replace(made, name=name.replace(":", "_"), description=about)
 
 

@@ -6,7 +6,7 @@ sure a difference is over images can only be told from the answers one by one.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,14 +140,17 @@ def ask(run: Path, device: torch.device, say: Callable[[str], None]) -> None:
     write_atomic(run / ANSWERS, json.dumps(kept).encode())
 
 
-def teachers_of(recipe: Recipe) -> dict[str, TeacherConfig]:
-    """Return a recipe's teachers, those that wrote stored labels too."""
+def with_teachers(recipe: Recipe) -> Recipe:
+    """Return a recipe that also names the networks of the teachers that wrote its stored labels;
+    `UserError` if the labels are gone.
+    """
     found = dict(recipe.teachers)
     for name, store in open_labels(recipe).items():
-        about = store.manifest.about
-        if not found[name].model and "recipe" in about:
-            found[name] = from_dict(about["recipe"]).teachers[about["teacher"]]
-    return found
+        about, config = store.manifest.about, found[name]
+        if not config.model and "recipe" in about:
+            wrote = from_dict(about["recipe"]).teachers[about["teacher"]]
+            found[name] = replace(wrote, labels=config.labels, missing=config.missing)
+    return replace(recipe, teachers=found)
 
 
 def _build(
@@ -161,7 +164,7 @@ def _build(
     place = source.classes, built.spec, device
     student, _ = build_teacher(TeacherConfig(model="student"), "student", *place, built=built)
     networks = {"": student}
-    for name, config in teachers_of(recipe).items():
+    for name, config in with_teachers(recipe).teachers.items():
         try:
             teacher = build_teacher_model(config, name)
             if teacher.network.num_classes:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from ..errors import UserError
 from ..explain.ahead import foresee
 from ..recipes.convert import replace_fields
-from ..runs.identity import weights_identity
 from ..runs.stored import open_labels, stored_network
 from ..vit.flops import forward_flops
 from ..weights.create import create_model
-from .answers import teachers_of
 from .files import Run
 
 
@@ -69,18 +67,9 @@ def _ancestors(runs: Sequence[Run], made: dict[str, int], run: Run) -> set[int]:
     found: set[int] = set()
     waiting = [run]
     while waiting:
-        named = {made[digest] for digest in _needed(waiting.pop()) if digest in made}
+        named = {made[digest] for digest in waiting.pop().needed.values() if digest in made}
         waiting += [runs[i] for i in named - found]
         found |= named
-    return found
-
-
-def _needed(run: Run) -> set[str]:
-    """Return the digests of what a run began with, and of the teachers that wrote its labels."""
-    found = {str(digest) for digest in run.identity.values()}
-    with suppress(UserError):
-        teachers = teachers_of(run.recipe)
-        found |= {*weights_identity(replace(run.recipe, teachers=teachers)).values()}
     return found
 
 

@@ -18,11 +18,12 @@ MOST_COLUMNS = 8  # of a table of recipes side by side
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, of which the first names the row; "": it is not known."""
+    """Rows of cells, of which the first names the row; "": it is not known. ``prose``: of words."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    prose: bool = False
 
     def parts(self) -> Iterator["Table"]:
         """Yield it in parts that a page is wide enough for."""

@@ -5,21 +5,33 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, UserError
 from ..messages import printable
 from ..recipes.config import Recipe
 from ..recipes.convert import flatten
 from ..recipes.fingerprint import is_volatile
+from ..recipes.stages import STAGES, Stages, load
 from ..recipes.yaml import load_recipe
 from ..runs.folder import ENVIRONMENT, METRICS, SUMMED_UP, TIMING
-from ..runs.identity import RECIPE, SUMMARY, WEIGHTS, read_identity, read_record
+from ..runs.identity import (
+    RECIPE,
+    SUMMARY,
+    WEIGHTS,
+    read_identity,
+    read_record,
+    stages_in,
+    weights_identity,
+)
+from ..runs.preflight import NUM_IMAGES
+from ..runs.stored import open_labels, proof_of
 from ..storage.atomic import sha256_file
-from .answers import Answers, read_answers
+from .answers import Answers, read_answers, with_teachers
 from .verdict import Seed
 
 SEEDS = ("train.seed", "data.seed")
@@ -30,7 +42,9 @@ class Run:
     """What a run's folder says; whatever is missing in it is None or empty."""
 
     path: Path
-    recipe: Recipe
+    recipe: Recipe  # its stored labels' teachers too, where the labels are still there
+    whole: Recipe | Stages  # what was trained: this recipe, or one of which it is a stage
+    proofs: dict[str, tuple[float, int]]  # of those teachers, as `proof_of` has them
     summary: dict[str, Any]  # {}: it is not finished
     metrics: Sequence[dict[str, Any]]
     images_per_second: float | None  # of training, median of its log lines
@@ -43,10 +57,27 @@ class Run:
         return self.recipe.train.seed, self.recipe.data_seed
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What people call its recipe, and the stage of it that it is; "": it has none."""
+        name = self.recipe.name
+        if not isinstance(self.whole, Stages):
+            return name, ""
+        as_in_study = [key for key in self.whole.stages if name.endswith(f"-{key}")]
+        return next(((name.removesuffix(f"-{k}"), k) for k in as_in_study), (self.whole.name, name))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What of its recipe can change its result, but for the seeds."""
         flat = flatten(self.recipe)
-        return {k: v for k, v in flat.items() if not is_volatile(k) and k not in SEEDS}
+        found = {k: v for k, v in flat.items() if not is_volatile(k) and k not in SEEDS}
+        stored = [name for name, config in self.recipe.teachers.items() if config.labels]
+        return found | {f"teachers.{name}.labels": "stored" for name in stored}
+
+    @cached_property
+    def needed(self) -> dict[str, str]:
+        """Digests of what it began with, and of the teachers that wrote its labels, by field."""
+        stored = any(config.labels for config in self.recipe.teachers.values())
+        return (weights_identity(self.recipe) if stored else {}) | self.identity
 
     @property
     def scores(self) -> dict[str, float]:
@@ -63,6 +94,16 @@ class Run:
     def num_trained(self) -> int:
         """Training images it saw, each as often as it did; 0: it is not finished."""
         return int(numbers(self.summary).get("steps", 0)) * self.recipe.train.batch_size
+
+    def top1_of(self, teacher: str) -> tuple[float | None, int]:
+        """Return what a teacher is right on, and of how many validation images; None: unknown."""
+        if self.answers is not None and teacher in self.answers.teachers:
+            right = self.answers.teachers[teacher] == self.answers.labels
+            return float(right.mean()), len(right)
+        if teacher in self.summary.get("teachers", {}):
+            count = int(self.scores.get("num_samples", NUM_IMAGES))
+            return self.summary["teachers"][teacher], min(count, NUM_IMAGES)
+        return self.proofs.get(teacher, (None, 0))
 
     @cached_property
     def weights(self) -> frozenset[str]:
@@ -92,6 +133,9 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
         inside = []
         for folder, names, files in os.walk(path):
             names[:] = sorted(name for name in names if not name.startswith("."))
+            if STAGES in files:
+                order = [run.name for run in stages_in(Path(folder))]
+                names.sort(key=lambda name: order.index(name) if name in order else -1)
             if RECIPE in files:
                 inside.append(Path(folder))
                 names.clear()
@@ -106,11 +150,18 @@ def read_run(path: Path) -> Run:
     """Read what there is of a run; `UserError` for a file that is damaged or of another version."""
     timing = [numbers(line) for line in _read_log(path / TIMING)]
     pace = [line["images_per_second"] for line in timing if "images_per_second" in line]
+    recipe, staged = load_recipe(path / RECIPE), path.absolute().parent / STAGES
+    proofs = {}
+    with suppress(UserError):
+        proofs = {name: proof_of(store) for name, store in open_labels(recipe).items()}
+        recipe = with_teachers(recipe)
     known = read_record(path / ENVIRONMENT) or {}
     steps = [step for step in known if step.isdecimal() and isinstance(known[step], dict)]
     return Run(
         path,
-        load_recipe(path / RECIPE),
+        recipe,
+        load(staged) if staged.is_file() else recipe,
+        {name: proof for name, proof in proofs.items() if proof is not None},
         read_record(path / SUMMARY, SUMMED_UP) or {},
         _read_log(path / METRICS),
         statistics.median(pace) if pace else None,

@@ -19,19 +19,19 @@ class Group:
     Args:
         name: what people call it.
         runs: at least one, with what each cost.
+        student: what tells its student from others, whatever weights of these runs it began with.
+        taught: a teacher taught it, or what it began with.
     """
 
     name: str
     runs: Sequence[Run]
     paid: Sequence[Paid]
+    student: str
+    taught: bool
 
     @property
     def recipe(self) -> Any:
         return self.runs[0].recipe
-
-    @property
-    def taught(self) -> bool:
-        return bool(self.recipe.teachers)
 
     def mean(self, read: Callable[[Run], float | None]) -> float | None:
         """Return the mean over the runs; None where one of them does not say."""
@@ -63,10 +63,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Question:
-    """Is ``ours`` better than ``theirs``, which is ``baseline`` or ``rival``."""
+    """Is ``ours`` better than ``theirs``, which is the best of ``best_of`` without a teacher, or
+    another one with a teacher.
+    """
 
     ours: Group
     theirs: Group
+    best_of: int
     comparison: Comparison
 
     @property
@@ -90,6 +93,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             name if names.count(name) == 1 else os.path.relpath(runs[members[0]].path, above),
             [runs[i] for i in members],
             [costs[i] for i in members],
+            repr(sorted(_student(runs[members[0]], made).items())),
+            any(run.recipe.teachers for run in _lineage(runs[members[0]], made)),
         )
         for name, members in zip(names, together.values(), strict=True)
     ]
@@ -98,18 +103,44 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 def _key(run: Run, made: dict[str, Run]) -> str:
     """Return what runs of one recipe share: weights of other runs are known by their recipe."""
     found = run.settings
-    for field, digest in run.identity.items():
+    for field, digest in run.needed.items():
         if field in found and digest in made:
             found[field] = _key(made[digest], made)
     return repr((sorted(found.items()), run.val_images))
 
 
+def _lineage(run: Run, made: dict[str, Run]) -> list[Run]:
+    """Return a run after those of these runs with whose weights its student began, in order."""
+    source = made.get(run.identity.get("student.model", ""))
+    return [run] if source is None or source is run else [*_lineage(source, made), run]
+
+
+def _student(run: Run, made: dict[str, Run]) -> dict[str, Any]:
+    """Return the settings that make two students the same; how they are trained may differ, and
+    which tokens are read in the end.
+    """
+    found: dict[str, Any] = {}
+    for part in _lineage(run, made):
+        own = {k: v for k, v in part.settings.items() if k.startswith(_STUDENT)}
+        own.pop("student.model_args.global_pool", None)
+        if found:  # it goes on with these weights
+            own = {k: v for k, v in own.items() if k != "student.model" and v}
+        found |= own
+    return found
+
+
+_STUDENT = ("student.model", "student.image_size", "student.checkpoint", "student.pretrained")
+
+
 def _common_name(runs: Sequence[Run]) -> str:
-    """Return the name that runs share, but for the number of their seed, or that of the first."""
-    names = dict.fromkeys(run.recipe.name for run in runs)
+    """Return the name that runs share, but for the number of their seed, or that of the first; and
+    their stage.
+    """
+    names = dict.fromkeys(run.names[0] for run in runs)
     plain = {re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) for name in names}
-    common = plain.pop()
-    return common if len(names) > 1 and common and not plain else next(iter(names))
+    common, stage = plain.pop(), runs[0].names[1]
+    name = common if len(names) > 1 and common and not plain else next(iter(names))
+    return f"{name} (stage {stage})" if stage else name
 
 
 def ask_questions(groups: Sequence[Group]) -> list[Question]:
@@ -119,28 +150,19 @@ def ask_questions(groups: Sequence[Group]) -> list[Question]:
     """
     found = []
     for i, group in enumerate(groups):
-        if group.scores is not None and group.taught:
-            others = [o for o in groups if o is not group and _comparable(group, o)]
-            alone = sorted((o for o in others if not o.taught), key=_top1)
-            earlier = [o for o in groups[:i] if o in others and o.taught]
-            for other in (*alone[-1:], *earlier[:1]):
-                assert other.scores is not None
-                found.append(Question(group, other, compare(group.scores, other.scores)))
+        ours = group.scores
+        if ours is None or not group.taught:
+            continue
+        others = [(j, o, o.scores) for j, o in enumerate(groups) if _comparable(group, o)]
+        alone = [(o, theirs) for _, o, theirs in others if theirs and not o.taught]
+        alone.sort(key=lambda pair: pair[1].mean)
+        earlier = [(o, theirs) for j, o, theirs in others if theirs and o.taught and j < i]
+        for other, theirs in (*alone[-1:], *earlier[:1]):
+            best_of = 0 if other.taught else len(alone)
+            found.append(Question(group, other, best_of, compare(ours, theirs)))
     return found
-
-
-def _top1(group: Group) -> float:
-    return 0.0 if group.scores is None else group.scores.mean
 
 
 def _comparable(one: Group, other: Group) -> bool:
     """Whether two recipes train the same student and are judged on the same images."""
-    sides = [
-        ({k: v for k, v in run.settings.items() if k.startswith(_STUDENT)}, run.val_images)
-        for run in (one.runs[0], other.runs[0])
-    ]
-    return one.scores is not None and other.scores is not None and sides[0] == sides[1]
-
-
-_STUDENT = ("student.model", "student.image_size", "student.checkpoint", "student.pretrained")
-"""What makes two students the same; how they are trained may differ."""
+    return one.student == other.student and one.runs[0].val_images == other.runs[0].val_images

@@ -1,13 +1,15 @@
 """What is said of runs: verdicts, tables, charts, pictures."""
 
 import json
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..messages import plural
+from ..recipes.config import Recipe
+from ..runs.preflight import NUM_IMAGES
 from .document import Block, Document, Strong, Table, Text, Verdicts
 from .figures import draw_curves, draw_scatters
 from .files import find_runs, read_run
@@ -17,10 +19,19 @@ from .tables import tabulate_costs, tabulate_scores
 from .verdict import ERROR_RATE
 
 
-def make_report(paths: Sequence[str | Path]) -> Document:
-    """Return the report on the runs in and below ``paths``; `UserError` for damaged files."""
-    runs = [read_run(path) for path in find_runs(paths)]
+def make_report(
+    paths: Sequence[str | Path], say: Callable[[str], None] = lambda text: None
+) -> Document:
+    """Return the report on the runs in and below ``paths``; `UserError` for damaged files.
+
+    ``say`` is told what is being done where that takes its time.
+    """
+    folders = find_runs(paths)
+    say(f"reading {plural(len(folders), 'run')}")
+    runs = [read_run(path) for path in folders]
+    say("counting what training, labels and predictions cost")
     groups = group_runs(runs)
+    say("drawing charts and pictures")
     sections: dict[str, Sequence[Block]] = {
         "Did it help?": _verdicts(groups),
         "What each recipe came to": [
@@ -52,13 +63,20 @@ def _verdicts(groups: Sequence[Group]) -> list[Block]:
         )
         return [[why]]
     how = (
-        f"Better and not better are said where the {1 - ERROR_RATE:.0%} interval of the difference"
-        " in top-1, over seeds and over images, leaves out zero. Of two recipes that are equal, at"
-        f" most {ERROR_RATE / 2:.1%} of the answers are better, by chance, and as many not better."
+        "A recipe with a teacher is measured by the best one of the same student without, and by"
+        " the first one here that has a teacher. Better and not better are said where the"
+        f" {1 - ERROR_RATE:.0%} interval of the difference in top-1, over seeds and over images,"
+        f" leaves out zero. Of two recipes that are equal, at most {ERROR_RATE / 2:.1%} of the"
+        " answers are better, by chance, and as many not better."
     )
+    if any(q.best_of > 1 for q in questions):
+        how += (
+            " The best of several without a teacher has had luck too: better is then said more"
+            " rarely, not better more often."
+        )
     if any(q.comparison.num_seeds < 2 for q in questions):
         how += " One run of a recipe cannot tell what other seeds would give: two are needed."
-    if all(q.theirs.taught for q in questions):
+    if not any(q.best_of for q in questions):
         how += " Whether a teacher helped cannot be said: no such student is trained without one."
     return [Verdicts([(q.comparison.verdict, _sentence(q)) for q in questions]), [how]]
 
@@ -66,7 +84,8 @@ def _verdicts(groups: Sequence[Group]) -> list[Block]:
 def _sentence(question: Question) -> Text:
     found, ratio = question.comparison, question.cost_ratio
     low, high, images = (f"{100 * v:+.1f}" for v in (found.low, found.high, found.images_error))
-    text = "" if question.theirs.taught else " (the student without a teacher)"
+    best = f"best of {question.best_of} recipes of the " if question.best_of > 1 else ""
+    text = f", the {best}same student without a teacher" if question.best_of else ""
     alone = " by one run each" if found.num_seeds < 2 else ""
     text += f": {100 * found.difference:+.1f} points of top-1{alone}, between {low} and {high}."
     text += f" It took {ratio:.2g} times the training compute." if ratio else ""
@@ -78,27 +97,32 @@ def _sentence(question: Question) -> Text:
 
 
 def _notes(groups: Sequence[Group]) -> Iterator[Block]:
-    about: dict[str, list[str]] = {}
-    for group in groups:
-        about.setdefault(group.recipe.description, []).append(group.name)
-    about.pop("", None)
-    if about:
-        said = ([Strong(", ".join(names)), f": {text}. "] for text, names in about.items())
-        own = "What recipes say of themselves; what else was set is among the differences below. "
-        yield [own, *chain.from_iterable(said)]
+    about = [(g.name, g.runs[0].recipe.description or g.runs[0].whole.description) for g in groups]
+    if told := [row for row in about if row[1]]:
+        caption = "What each recipe says it is; what else was set is among the differences below"
+        yield Table(caption, ("recipe", "is"), told, prose=True)
     yield [
         "Top-1, calibration error (15 bins) and negative log-likelihood (nats an image) are of the"
         " last weights on the validation images (best epoch: of those that did best on these very"
-        " images, in best/); ± is a standard error, in points. A"
+        " images, in best/); ± is a standard error, in points. A teacher's top-1 says of how many"
+        " of these images, as its student sees them: of all where both answered to all, else of the"
+        f" {NUM_IMAGES} at most on which the teacher was proved before anything was trained. A"
         " multiply-accumulate is 2 FLOPs. All together counts stored labels too, and those of these"
         " runs whose weights were needed, but not how any other teacher was trained. Memory is"
         " counted, for a step of one process in float32; time and speed were measured."
     ]
-    if any(run.answers is None and run.summary for group in groups for run in group.runs):
+    names = []
+    for group in groups:
+        done = [run for run in group.runs if "top1" in run.scores]
+        lacking = sum(run.answers is None for run in done)
+        few = f" ({lacking} of {len(done)} runs)" if lacking < len(done) else ""
+        names += [f"{group.name}{few}"] if lacking else []
+    if names:
         yield [
-            "The answers of some runs were not kept one by one: how often they agree with their"
-            " teacher is not known, and errors over images are taken as if networks erred"
-            " independently of each other."
+            "Not kept one by one were the answers of ",
+            Strong(", ".join(names)),
+            ": how often these agree with their teacher is not known, and their errors over images"
+            " are taken as if networks erred independently of each other.",
         ]
 
 
@@ -109,42 +133,67 @@ def _differences(groups: Sequence[Group]) -> list[Block]:
     """Tabulate the settings that differ, but for defaults of parts that some recipes lack."""
     makers = {digest: group.name for group in groups for r in group.runs for digest in r.weights}
     defaults: set[tuple[str, str]] = set()
-    flat = []
+    flat: list[dict[str, Any]] = []
     for group in groups:
         run = group.runs[0]
         recipe, values = run.recipe, run.settings
         parts: dict[str, Any] = {"selector": recipe.selector, "masking": recipe.masking}
+        parts["data.augment"] = recipe.data.augment
         parts |= {f"objectives.{name}": o for name, o in recipe.objectives.items()}
         parts |= {f"teachers.{name}": t for name, t in recipe.teachers.items()}
         known = {path: fields(part) for path, part in parts.items() if part is not None}
-        defaults |= {(f"{p}.{i.name}", _plain(i.default)) for p, its in known.items() for i in its}
-        values |= {f: f"the run {makers[d]}" for f, d in run.identity.items() if d in makers}
-        flat.append({f: _plain(v) for f, v in values.items() if v not in (None, {}, [], ())})
+        defaults |= {(f"{p}.{i.name}", _exact(i.default)) for p, its in known.items() for i in its}
+        idle = {f"data.augment.{name}" for name in vars(recipe.data.augment)}
+        idle -= {f"data.augment.{name}" for name in recipe.data.augment.effective()}
+        values |= {f: f"the run {makers[d]}" for f, d in run.needed.items() if d in makers}
+        flat.append(
+            {f: v for f, v in values.items() if v not in (None, {}, [], ()) and f not in idle}
+        )
     rows = []
-    for field in dict.fromkeys(field for values in flat for field in values):
-        cells = [values.get(field, "") for values in flat]
-        told = {cell for cell in cells if cell}
+    sections = [part.name for part in fields(Recipe)]
+    names = dict.fromkeys(field for values in flat for field in values)
+    for field in sorted(names, key=lambda name: sections.index(name.partition(".")[0])):
+        cells = show_values([values.get(field, "") for values in flat])
+        told = {_exact(values[field]) for values in flat if field in values}
         if len({*cells}) > 1 and not (len(told) == 1 and (field, *told) in defaults):
             rows.append((field, *cells))
-    caption = "Settings that are not the same in all; empty: none"
+    caption = "Settings that are not the same in all; empty: it has none, or none that acts"
     table = Table(caption, ("setting", *(g.name for g in groups)), rows)
     return [*table.parts()] if rows else []
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
+def show_values(values: Sequence[Any]) -> list[str]:
+    """Return what is shown of a setting in several recipes: what differs looks different."""
+    exact = [_exact(value) for value in values]
+    short = [f"{v:g}" if type(v) is float else text for v, text in zip(values, exact, strict=True)]
+    return short if len({*short}) == len({*exact}) else exact
+
+
+def _exact(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _environments(groups: Sequence[Group]) -> list[Block]:
-    found: dict[str, dict[str, None]] = {}
-    every = [item for g in groups for run in g.runs for item in run.environment.items()]
-    for key, value in every:
-        text = " ".join(map(str, value)) if isinstance(value, list) else _plain(value)
-        if text:
-            found.setdefault(key, {})[text] = None
-    cells = [(key, "; ".join(texts)) for key, texts in found.items()]
-    folders = [(str(run.path), g.name, str(run.seed[0])) for g in groups for run in g.runs]
-    machines = Table("Versions and machines; several where runs differ", ("what", "value"), cells)
-    return [machines, Table("Folders", ("run", "recipe", "seed"), folders)]
+    """Tabulate what runs ran on, what is to be known of their images, and how each was started."""
+    versions: dict[str, dict[str, None]] = {}
+    notes: dict[str, dict[str, None]] = {}
+    folders = []
+    for group, run in ((g, run) for g in groups for run in g.runs):
+        found = dict(run.environment)
+        command = shlex.join(map(str, found.pop("command", ())))
+        folders.append((str(run.path), group.name, str(run.seed[0]), command))
+        for note in found.pop("images", ()):
+            notes.setdefault(str(note), {})[group.name] = None
+        for key, value in found.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else _exact(value)
+            versions.setdefault(key, {})[text] = None
+    lines = [(key, "; ".join(texts)) for key, texts in versions.items() if any(texts)]
+    about = [(", ".join(names), note) for note, names in notes.items()]
+    tables = (
+        Table("Versions and machines; several where runs differ", ("what", "value"), lines, True),
+        Table("What is to be known of their images", ("recipes", "note"), about, True),
+        Table(
+            "Folders, and how each was begun", ("run", "recipe", "seed", "command"), folders, True
+        ),
+    )
+    return [table for table in tables if table.rows]

@@ -12,23 +12,27 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..data.augment import InputSpec
 from ..data.batch import Batch
 from ..data.sources.decode import decode_image
 from ..data.views.single import eval_view, normalize
 from ..distill.step import Distillation
-from ..errors import ConfigError, DataError
+from ..distill.teacher import Teacher
+from ..errors import ConfigError, DataError, UserError
 from ..messages import printable
 from ..methods.maskedkd import patch_saliency
-from ..recipes.config import TeacherConfig
+from ..recipes.config import Recipe, TeacherConfig
 from ..recipes.yaml import load_recipe
 from ..runs.identity import RECIPE, resolve_run
 from ..runs.networks import build_teacher, build_teacher_model, plan_of, runs
 from ..runs.pictures import GAP, MARGIN, draw_sheet, size_in_sheet
+from ..runs.stored import describe_proof, open_labels, proof_of
 from ..storage import checkpoint
 from ..vit.needs import Needs
 from ..vit.walk import run_vit
 from ..weights.create import class_names
 from ..world import World
+from .answers import with_teachers
 
 NUM_CLASSES = 3
 WIDEST = 1400  # pixels of a sheet; more images are below each other
@@ -36,10 +40,14 @@ WIDEST = 1400  # pixels of a sheet; more images are below each other
 
 @dataclass(frozen=True)
 class Shown:
-    """A sheet, and what each network says of each image: its likeliest classes, in words."""
+    """A sheet, and what each network says of each image: its likeliest classes, in words.
+
+    ``notes``: what is to be known of the teachers that cannot be asked.
+    """
 
     sheet: Image.Image
     said: list[dict[str, list[str]]]
+    notes: list[str]
 
 
 @torch.no_grad()
@@ -62,11 +70,8 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     built = build_teacher_model(TeacherConfig(model=str(weights)), "student")
     model, classes = built.model.to(world.device).eval(), class_names(built.model) or ()
     place = classes, built.spec, world.device
-    teachers = {
-        name: build_teacher(config, name, *place, recipe.objectives)[0]
-        for name, config in recipe.teachers.items()
-        if runs(config)
-    }
+    asked, notes = _build_teachers(recipe, *place)
+    teachers = {name: teacher for name, teacher in asked.items() if runs(recipe.teachers[name])}
     pixels = torch.stack([eval_view(_decode(path), built.spec) for path in images])
     ids = torch.arange(len(images), device=world.device)
     shown = normalize(pixels, built.spec).to(world.device)
@@ -84,7 +89,7 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
         heat = F.interpolate(heat, batch.images.shape[-2:], mode="bilinear")
         rows["the student\nattends to"] = batch.images * heat
     answers = {"student": output.logits}
-    for name, teacher in teachers.items():
+    for name, teacher in asked.items():
         if teacher.network.num_classes:
             answers[name] = teacher(batch.images, Needs(logits=True)).logits
     known = {name: logits for name, logits in answers.items() if logits is not None}
@@ -100,7 +105,33 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
         part = slice(i, i + columns)
         band = draw_sheet({name: pixels[part] for name, pixels in rows.items()}, built.spec)
         bands.append(_with_words(band, said[part]))
-    return Shown(_below_each_other(bands), said)
+    return Shown(_below_each_other(bands), said, notes)
+
+
+def _build_teachers(
+    recipe: Recipe, classes: tuple[str, ...], spec: InputSpec, device: torch.device
+) -> tuple[dict[str, Teacher], list[str]]:
+    """Return a run's teachers, those behind its stored labels too, and notes on such as are gone.
+
+    Raises:
+        UserError: one that ran in training cannot be built.
+    """
+    found, notes, stores = {}, [], open_labels(recipe)
+    for name, config in with_teachers(recipe).teachers.items():
+        try:
+            built = build_teacher(config, name, classes, spec, device, recipe.objectives)
+            found[name] = built[0]
+        except UserError as error:
+            if runs(config):
+                raise
+            store, proof = stores[name], proof_of(stores[name])
+            network = str(store.manifest.identity.get("teacher.architecture", "a network"))
+            notes.append(
+                f"{name} is not asked: training read its labels from {printable(store.path)}, and"
+                f" {error.what}; by these labels it is {network}"
+                + (f", {describe_proof(proof)}" if proof else "")
+            )
+    return found, notes
 
 
 def _decode(path: Path) -> Image.Image:

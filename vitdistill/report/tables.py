@@ -22,14 +22,22 @@ def tabulate_scores(groups: Sequence[Group]) -> Table:
 
         return show
 
-    def of_teacher(what: str) -> Column:
+    def of_teachers(read: Callable[[Group, str], str]) -> Column:
         def show(group: Group) -> str:
-            found = {name: group.score(f"{what}.{name}") for name in group.recipe.teachers}
-            known = {name: f"{value:.1%}" for name, value in found.items() if value is not None}
-            one = len(known) == 1
-            return ", ".join(text if one else f"{name} {text}" for name, text in known.items())
+            known = {name: read(group, name) for name in group.recipe.teachers}
+            texts = [(name, text) for name, text in known.items() if text]
+            return ", ".join(text if len(texts) == 1 else f"{n} {text}" for n, text in texts)
 
         return show
+
+    def top1(group: Group, teacher: str) -> str:
+        value = group.mean(lambda run: run.top1_of(teacher)[0])
+        count = min(run.top1_of(teacher)[1] for run in group.runs)
+        return "" if value is None else f"{value:.1%} of {count:,}"
+
+    def agreement(group: Group, teacher: str) -> str:
+        value = group.score(f"agreement.{teacher}")
+        return "" if value is None else f"{value:.1%}"
 
     columns = {
         "runs": _count_runs,
@@ -42,8 +50,8 @@ def tabulate_scores(groups: Sequence[Group]) -> Table:
         "k-NN top-1": _score("knn_top1", _PERCENT),
         "calibration error": _score("ece", _PERCENT),
         "negative log-likelihood": _score("nll", "{:.3f}".format),
-        "its teacher's top-1": of_teacher("teacher"),
-        "agrees with it on": of_teacher("agreement"),
+        "its teacher's top-1": of_teachers(top1),
+        "agrees with it on": of_teachers(agreement),
     }
     return _table("What it learnt, means over the runs of a recipe", groups, columns)
 

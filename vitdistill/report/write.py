@@ -49,10 +49,15 @@ def _write(name: str, escape: Callable[[str], str], document: Document) -> str:
     def read(file: str) -> str:
         return files(__package__).joinpath(file).read_text("utf-8")
 
+    def break_names(text: str) -> Markup:
+        """Let a line end inside a name, behind what joins its parts."""
+        return Markup("<wbr>").join(map(say, re.split(r"(?<=[._/])", text)))
+
     environment = Environment(
         autoescape=True, finalize=say, undefined=StrictUndefined, trim_blocks=True
     )
     environment.tests["strong"] = lambda part: isinstance(part, Strong)
+    environment.filters["breakable"] = break_names
     environment.filters |= {"kind": lambda block: type(block).__name__, "plot": plot}
     given = {"style": Markup(read("style.css")), "shapes": SHAPES, "colours": NUM_COLOURS}
     return environment.from_string(read(name)).render(document=document, **given)

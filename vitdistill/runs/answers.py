@@ -37,8 +37,7 @@ def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
     with world.together(), memory_errors("while the teachers were built", SMALLER_EVALUATION):
         prepared = build(replace(recipe, train=small, data=data), world, say)
         prepared = replace(prepared, recipe=recipe)
-    prove_teachers(prepared, say)
-    return prepared
+    return replace(prepared, proofs=prove_teachers(prepared, say))
 
 
 @dataclass
@@ -123,6 +122,7 @@ class LabelRun:
         """Return the manifest of a teacher's labels; ``network`` describes the teacher."""
         teacher, recipe = self.prepared.teachers[name], self.prepared.recipe
         flops = forward_flops(teacher.model, teacher.spec.image_size)
+        proof = self.prepared.proofs.get(name)
         return Manifest(
             identity=self.identity(name),
             layout=self.layouts[name],
@@ -131,6 +131,7 @@ class LabelRun:
             part_size=part_size,
             about={
                 "teacher": name,
+                "proof": None if proof is None else [proof.accuracy, proof.num_images],
                 "versions": versions(),
                 "network": network_to_json(replace(network, flops=flops)),
                 "recipe": to_dict(recipe),

@@ -36,10 +36,8 @@ def resolve_run(name: str, kinds: Sequence[str] = ("best", "last")) -> str:
         ConfigError: the run has no weights yet.
     """
     folder = Path(name)
-    if (folder / STAGES).is_file():
-        stages = load(folder / STAGES)
-        assert isinstance(stages, Stages)
-        folder /= stages.last.name
+    if runs := stages_in(folder):
+        folder = runs[-1]
     elif not (folder / RECIPE).is_file():
         return name
     for kind in kinds:
@@ -47,6 +45,15 @@ def resolve_run(name: str, kinds: Sequence[str] = ("best", "last")) -> str:
             return str(folder / kind)
     what = f"the run {folder} has no {' or '.join(kinds)} weights yet"
     raise ConfigError(what, "train it to its first evaluation")
+
+
+def stages_in(folder: Path) -> list[Path]:
+    """Return the folders of the runs that a folder of stages has, in order; [] for another one."""
+    if not (folder / STAGES).is_file():
+        return []
+    stages = load(folder / STAGES)
+    assert isinstance(stages, Stages)
+    return [folder / stage.name for stage in stages.stages.values()]
 
 
 def weights_identity(recipe: Recipe) -> dict[str, str]:

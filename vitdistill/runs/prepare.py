@@ -39,7 +39,14 @@ from .networks import (
 )
 from .optim import make_optimizer
 from .pictures import NUM_PICTURES
-from .preflight import NUM_IMAGES, doubt_views, doubt_weights, prove_features, prove_teacher
+from .preflight import (
+    NUM_IMAGES,
+    Proof,
+    doubt_views,
+    doubt_weights,
+    prove_features,
+    prove_teacher,
+)
 from .stored import check_labels, open_labels
 
 # Images a k-NN evaluation during training looks at: the standard error of 2000 answers is at most
@@ -91,7 +98,7 @@ class Prepared:
     loaders: Loaders
     amp_dtype: torch.dtype | None  # of autocast; None: none
     unused: tuple[str, ...] = ()  # parameters no gradient reaches
-    proofs: dict[str, float] = field(default_factory=dict)  # accuracy of the teachers, by name
+    proofs: dict[str, Proof] = field(default_factory=dict)  # of the teachers, by name
 
     @property
     def distillation(self) -> Distillation:
@@ -327,12 +334,12 @@ def shares_at_start(prepared: Prepared) -> list[str]:
     return describe_shares(shares)
 
 
-def prove_teachers(prepared: Prepared, say: Say) -> dict[str, float]:
-    """Prove every teacher that runs, on validation images; return accuracies by name.
+def prove_teachers(prepared: Prepared, say: Say) -> dict[str, Proof]:
+    """Prove every teacher that runs, on validation images; return the proofs by name.
 
     What is suspicious of one is said.
     """
-    world, images, found = prepared.world, prepared.loaders.proof, dict[str, float]()
+    world, images, found = prepared.world, prepared.loaders.proof, dict[str, Proof]()
     for name, teacher in prepared.teachers.items():
         needs, doubt = prepared.plan.reads(name), doubt_weights(teacher)
         doubts: tuple[ConfigError, ...] = () if doubt is None else (doubt,)
@@ -340,7 +347,7 @@ def prove_teachers(prepared: Prepared, say: Say) -> dict[str, float]:
             if images is not None and needs.logits:
                 classes = prepared.networks.classes or prepared.images.classes
                 proof = prove_teacher(teacher, images, classes, world)
-                doubts, found[name] = proof.doubts, proof.accuracy
+                doubts, found[name] = proof.doubts, proof
                 say(
                     f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images"
                     f" (chance {proof.chance:.1%})"

@@ -27,6 +27,19 @@ def stored_network(store: LabelStore, name: str) -> Network:
     return network_from_json(store.manifest.about.get("network", {}), name)
 
 
+def proof_of(store: LabelStore) -> tuple[float, int] | None:
+    """Return what the teacher behind stored labels was right on, and of how many validation images,
+    before it wrote them; None: that was not noted, or could not be told.
+    """
+    found = store.manifest.about.get("proof")
+    return (float(found[0]), int(found[1])) if found else None
+
+
+def describe_proof(proof: tuple[float, int]) -> str:
+    """Say what `proof_of` returns."""
+    return f"right on {proof[0]:.1%} of {proof[1]:,} validation images before it wrote them"
+
+
 def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     """Set the number of views and their seed as the recipe's labels have them, unless it says.
 
@@ -112,7 +125,10 @@ def check_labels(
                 field=f"teachers.{name}.labels",
             )
         written, whole = store.status().records, store.manifest.num_samples
+        proof = proof_of(store)
+        right = f"; it was {describe_proof(proof)}" if proof else ""
         say(
             f"{name}: {store.manifest.about['network']['architecture']}, stored labels,"
             f" {written:,} of {whole * store.manifest.num_views:,} records, {num_views} views used"
+            f"{right}"
         )

@@ -385,7 +385,7 @@ class Trainer:
             "scores": state.scores,
             "best_top1": None if state.best is None else state.best[0],
             "best_epoch": best_at / self.steps_per_epoch if best_at >= 0 else None,
-            "teachers": self.prepared.proofs,
+            "teachers": {name: p.accuracy for name, p in self.prepared.proofs.items()},
             "seconds": state.seconds,
             "processes": self.world.size,
         }

@@ -271,7 +271,8 @@ def _parts(
         for path, source in wrong.items():
             what = f"{path} is '{PREFIX}{source}', and nothing of that name and kind is shared"
             raise ConfigError(what, "put it under shared, before what needs it", field=path)
-        changed[key] = replace(recipe, name=f"{name}-{key}" if key else name)
+        about = recipe.description or found.description
+        changed[key] = replace(recipe, name=f"{name}-{key}" if key else name, description=about)
     return changed
 
 
