@@ -30,11 +30,7 @@ class RecipesArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeArguments:
-    """A recipe, and what is changed of it.
-
-    Args:
-        settings: values that flags give, by the recipe's field.
-    """
+    """A recipe, and what is changed of it."""
 
     recipe: str = option("maskedkd", "a name, a YAML file, or a run's folder", "RECIPE")
     labels: str | None = option(
@@ -57,7 +53,7 @@ class RecipeArguments:
         " all); in stages: STAGE.FIELD=VALUE",
         "--set FIELD=VALUE",
     )
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of flags, by the recipe's field
 
 
 @dataclass(frozen=True, kw_only=True)

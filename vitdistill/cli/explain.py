@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
-from ..explain.ahead import Forecast, forecast
+from ..explain.ahead import forecast
 from ..explain.measure import measure_step, shares_ahead
 from ..messages import format_count, format_table, printable
 from ..recipes.config import Recipe
@@ -40,7 +40,9 @@ def run(args: ExplainArguments) -> int:
         say("no --data-dir is given: counting ImageNet-1k's 1,281,167 images, 1,000 classes\n")
     for number, (key, run) in enumerate(runs.items(), 1):
         if key:
-            heading = f"Stage {number} of {len(runs)}: " + ", ".join([key, *_origins(stages[key])])
+            named = sources(stages[key]).items()
+            begun = [f"{path.split('.')[-2]} from {source}" for path, source in named]
+            heading = f"Stage {number} of {len(runs)}: " + ", ".join([key, *begun])
             say(f"{heading}\n{'=' * len(heading)}\n")
         say(run.text)
         if args.time:
@@ -52,7 +54,9 @@ def run(args: ExplainArguments) -> int:
         if key:
             say("")
     if len(runs) > 1:
-        say("\n".join(_together(runs)))
+        rows = [(key, str(r.recipe.train.epochs), format_count(r.flops)) for key, r in runs.items()]
+        total = ("together", "", format_count(sum(run.flops for run in runs.values())))
+        say("\n".join(format_table([("all stages", "epochs", "FLOPs"), *rows, total])))
     return 0
 
 
@@ -64,15 +68,3 @@ def _state(recipe: Recipe, folder: Path) -> str:
     if (folder / SUMMARY).is_file():
         return "the run is finished, nothing would be done"
     return "the run would be resumed" if has_learnt(folder) else "the run would begin"
-
-
-def _origins(stage: Recipe) -> list[str]:
-    """Return which networks of a stage come from which earlier one, in words."""
-    named = {path.split(".")[-2]: source for path, source in sources(stage).items()}
-    return [f"{network} from {source}" for network, source in named.items()]
-
-
-def _together(runs: dict[str, Forecast]) -> list[str]:
-    rows = [(key, str(r.recipe.train.epochs), format_count(r.flops)) for key, r in runs.items()]
-    total = ("together", "", format_count(sum(run.flops for run in runs.values())))
-    return format_table([("all stages", "epochs", "FLOPs"), *rows, total])

@@ -9,7 +9,6 @@ from ..runs.identity import resolve_run
 from ..storage.atomic import write_atomic
 from ..weights import create as weights
 from ..weights.export import export_onnx, export_pt2, export_timm, push
-from ..weights.folder import Saved
 from ..weights.origin import LINEAGE, origin_of
 from ..weights.outside import is_outside
 from .arguments import ExportArguments
@@ -34,7 +33,10 @@ def run(args: ExportArguments) -> int:
     if args.push is not None and is_outside(saved.architecture):
         what = f"timm does not know {saved.architecture}, and so cannot push it"
         raise ConfigError(what, Give("output", "FOLDER"), field="push")
-    origin, spec, classes = _origin(saved, folder), input_spec_of(model), weights.class_names(model)
+    spec, classes = input_spec_of(model), weights.class_names(model)
+    origin: Any = {key: saved.record[key] for key in LINEAGE if key in saved.record}
+    if not saved.record:  # others' weights are what it began from
+        origin = {"began_from": origin_of(folder)}
     built: dict[str, Any] = {"model_args": saved.args, "origin": origin}
     named = args.push or Path(args.output or args.model).name
     wanted = args.card or args.push is not None
@@ -61,13 +63,6 @@ def run(args: ExportArguments) -> int:
             f"pushed to {address}: load it with {_loading(saved.architecture, args.push, 'hf-hub')}"
         )
     return 0
-
-
-def _origin(saved: Saved, folder: str) -> dict[str, Any]:
-    """Return where an export's weights come from; others' weights are what they began from."""
-    if saved.record:
-        return {key: saved.record[key] for key in LINEAGE if key in saved.record}
-    return {"began_from": origin_of(folder)}
 
 
 def _check(args: ExportArguments) -> None:

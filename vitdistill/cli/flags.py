@@ -40,11 +40,8 @@ ELSEWHERE: dict[str, str] = {
 class Flag:
     """A flag, or a word of its own, as the command line takes it.
 
-    Args:
-        dest: the field of the arguments that it fills, or a path of the recipe.
-        kind: the type of its value.
-        option: its description.
-        default: to show in the help; MISSING: it has to be given.
+    It fills the field ``dest`` of the arguments, or of the recipe, with a ``kind``. The ``default``
+    is for the help; MISSING: it has to be given.
     """
 
     dest: str
@@ -163,8 +160,9 @@ def _reads(flag: Flag, word: str) -> bool:
 
 
 def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
-    plain = name.replace("_", "-")
-    advice = ELSEWHERE.get(plain) or _without_flag(plain[2:].replace("-", "_"))
+    plain, field = name.replace("_", "-"), name[2:].replace("-", "_")
+    places = [place for place, part in PARTS.items() if field in options_of(part)]
+    advice = ELSEWHERE.get(plain) or (f"write --set {places[0]}.{field}=VALUE" if places else "")
     # That of a command without a recipe sets fields of its networks.
     own = {flag for flag in known if flag != "--set" or not known[flag].option.field}
     if not own.issuperset(re.findall(r"--[\w-]+", advice)):
@@ -173,12 +171,6 @@ def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
     longer = [spelling for spelling in names if spelling.startswith(f"{plain}-")]
     hint = suggest(longer[0] if longer else plain, names, f"'{prog} --help' lists them")
     return UserError(f"there is no flag {printable(name)}", advice or hint)
-
-
-def _without_flag(name: str) -> str:
-    """Return how to set the field of a recipe that is called so and has no flag."""
-    places = [place for place, part in PARTS.items() if name in options_of(part)]
-    return f"write --set {places[0]}.{name}=VALUE" if places else ""
 
 
 class _Parser(argparse.ArgumentParser):

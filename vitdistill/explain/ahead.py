@@ -23,22 +23,14 @@ from .text import explain
 
 @dataclass(frozen=True)
 class Forecast:
-    """One run as it will be.
+    """One run as it will be."""
 
-    Args:
-        recipe: of the run, with networks that can be built.
-        num_images: training images an epoch.
-        num_classes, image_side: of the images.
-        kinds: what an epoch shows of labelled and unlabelled images, see `Order.describe`.
-        plan: what its networks compute in a step of one process, and ``cost`` what that takes.
-    """
-
-    recipe: Recipe
-    num_images: int
+    recipe: Recipe  # with networks that can be built
+    num_images: int  # an epoch
     num_classes: int
-    image_side: int
-    kinds: str
-    plan: Plan
+    image_side: int  # pixels
+    kinds: str  # what an epoch shows of labelled and unlabelled images, see `Order.describe`
+    plan: Plan  # of a step of one process
     cost: Cost
 
     @property

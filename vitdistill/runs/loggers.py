@@ -92,8 +92,7 @@ class Loggers:
         self._open: dict[str, Logger] = {}
         self._say, known = say, _known()
         for name in names:
-            module, _, attribute = known[name].partition(":")
-            self._try(name, partial(self._begin, name, module, attribute, run))
+            self._try(name, partial(self._begin, name, *known[name].split(":"), run))
 
     def _begin(self, name: str, module: str, attribute: str, run: LoggedRun) -> None:
         self._open[name] = getattr(import_module(module), attribute)(run)

@@ -135,11 +135,6 @@ def check_has_weights(config: TeacherConfig, name: str) -> None:
         )
 
 
-def trains_classifier(objectives: Mapping[str, Objective], student: Network) -> bool:
-    """Return whether any objective trains a classifier; if none does, the student has none."""
-    return any(objective.trains_heads(student) for objective in objectives.values())
-
-
 def find_logit_readers(
     objectives: Mapping[str, Objective], teacher: Network
 ) -> list[TeacherObjective]:
@@ -161,7 +156,7 @@ def build_blank(
     """
     objectives, heads = recipe.objectives, heads or {}
     student = build_student(recipe.student, num_classes, with_weights=False)
-    if not trains_classifier(objectives, student.network):
+    if not any(objective.trains_heads(student.network) for objective in objectives.values()):
         student = build_student(recipe.student, 0, with_weights=False)
     teachers = {}
     for name, config in recipe.teachers.items():
@@ -284,7 +279,7 @@ def build_networks(
     # that the student's weights are the first that the seed gives.
     with torch.device("meta"):
         blank = build_student(recipe.student, num_classes, with_weights=False)
-    trained = trains_classifier(recipe.objectives, blank.network)
+    trained = any(o.trains_heads(blank.network) for o in recipe.objectives.values())
     torch.manual_seed(recipe.train.seed)
     student = build_student(recipe.student, num_classes if trained else 0)
     # Building a network draws numbers; adapters begin alike, whether a teacher runs or is stored.

@@ -69,15 +69,9 @@ def step_errors(prepared: Prepared, output: Path, step: Callable[[], int]) -> It
         with memory_errors(where, fixes):
             yield
     except NonFiniteError as error:
-        what = f"at step {step()}, {error.what}; {_last_good(output)}"
+        last = max((output / "checkpoints").glob("step-*"), default="none")
+        what = f"at step {step()}, {error.what}; last good checkpoint: {last}"
         raise agreed(NonFiniteError(what, error.fixes, field=error.field)) from error
-
-
-def _last_good(output: Path) -> str:
-    saved = sorted((output / "checkpoints").glob("step-*"))
-    if not saved:
-        return "no checkpoint had been saved yet"
-    return f"the last good checkpoint is {saved[-1]}"
 
 
 def refuse_nonfinite(tensors: Mapping[str, torch.Tensor]) -> None:

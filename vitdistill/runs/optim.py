@@ -117,11 +117,6 @@ def make_schedule(
     return scheduler.step_update
 
 
-def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the largest learning rate of all groups; with layer decay, the head's."""
-    return max(float(group["lr"]) for group in optimizer.param_groups)
-
-
 def gradient_norm(module: nn.Module) -> torch.Tensor:
     """Return the norm of all gradients, on the device; not finite if any of them is not."""
     return torch.nn.utils.get_total_norm(

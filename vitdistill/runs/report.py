@@ -30,8 +30,11 @@ class Report:
     def __init__(self, prepared: Prepared, folder: RunFolder, step: int, say: Say) -> None:
         self.prepared, self.folder = prepared, folder
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
-        recipe, log_id = prepared.recipe, _id_of(folder.path / LOG_ID)
-        run = LoggedRun(recipe.name, folder.path, log_id, step, flatten(recipe))
+        # By it loggers know the run, from its beginning.
+        known = read_record(folder.path / LOG_ID, ("id",)) or {"id": uuid.uuid4().hex[:12]}
+        write_atomic(folder.path / LOG_ID, json.dumps(known).encode())
+        recipe = prepared.recipe
+        run = LoggedRun(recipe.name, folder.path, str(known["id"]), step, flatten(recipe))
         self._loggers = Loggers(recipe.train.log_to, run, say)
         self._proved = False  # an export of this network, by loading it
         self._origin = lineage(prepared)
@@ -98,13 +101,6 @@ class Report:
 
     def _show(self, group: str, step: int, values: dict[str, float]) -> None:
         self._loggers.log({f"{group}/{name}": value for name, value in values.items()}, step)
-
-
-def _id_of(file: Path) -> str:
-    """Return the id by which loggers know a run, kept in its folder from its beginning."""
-    known = read_record(file, ("id",)) or {"id": uuid.uuid4().hex[:12]}
-    write_atomic(file, json.dumps(known).encode())
-    return str(known["id"])
 
 
 def lineage(prepared: Prepared) -> dict[str, Any]:

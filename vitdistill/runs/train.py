@@ -36,7 +36,7 @@ from .folder import RunFolder, finished, saved_recipe
 from .identity import SUMMARY, read_identity
 from .loggers import check_loggers
 from .nonfinite import nonfinite_error, refuse_nonfinite, step_errors
-from .optim import clip_gradients, gradient_norm, learning_rate, make_schedule, take_step
+from .optim import clip_gradients, gradient_norm, make_schedule, take_step
 from .prepare import Prepared, distribute, prepare, shares_at_start
 from .report import Report
 from .stop import StopRequest
@@ -56,15 +56,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a recipe's student into the run folder ``output``, or resume the run that is there.
 
-    Args:
-        recipe: of one run.
-        output: the run folder.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        console: where progress is shown.
-        prepared: called on the main process before the first step.
-
-    Returns:
-        The run's summary, which is also in ``summary.json``.
+    The run's summary is returned, and is also in ``summary.json``. ``device`` is ``auto``, ``cpu``,
+    ``cuda`` or ``cuda:N``; ``prepared`` is called on the main process before the first step.
 
     Raises:
         UserError: the same on every process; before the run folder is touched where that can be.
@@ -339,7 +332,7 @@ class Trainer:
                 )
         state.sums.zero_()
         self.window = 0
-        rate = learning_rate(state.optimizer)
+        rate = max(float(group["lr"]) for group in state.optimizer.param_groups)
         self.speed.read(self.feed.waited)
         self.feed.waited = 0.0
         self.display.step(state.step, means, rate, self.speed)
