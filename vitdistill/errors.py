@@ -63,7 +63,8 @@ class UserError(Exception):
     Args:
         what: what was wrong, and where: ``it hides none of the student's 49 patches``.
         fix: what would set it right; of several, any one will do.
-        field: the field of the recipe, or the argument, that is wrong.
+        field: the field of the recipe, or the argument, that is wrong; empty: what the first fix
+            that sets one sets.
 
     ``stage`` is the stage of a staged recipe whose fields are meant, "" for a recipe of one run.
     ``agreed``: every process of a run raises it, so that the first one says it for all.
@@ -77,7 +78,8 @@ class UserError(Exception):
         super().__init__(what)
         self.what = what
         self.fixes: tuple[Fix, ...] = fix if isinstance(fix, tuple) else (fix,)
-        self.field = field
+        named = (getattr(fix, "field", getattr(fix, "argument", "")) for fix in self.fixes)
+        self.field = field or next(filter(None, named), "")
 
     def sentence(self, spell: Callable[[Fix, str], str] = spell_python) -> str:
         """The sentence to show, its remedies spelled by ``spell(fix, stage)``."""

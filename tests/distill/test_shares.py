@@ -69,3 +69,18 @@ def test_batch_norm_forgets_the_batch() -> None:
     module, teachers = build({"ce": CrossEntropy(), "kd": SoftKD()}, student)
     measure_shares(module.train(), batch_of(), teachers)
     assert all(torch.equal(buffer, before[name]) for name, buffer in student.named_buffers())
+
+
+def test_networks_that_are_compiled_are_not_so_for_the_shares() -> None:
+    module, teachers = build({"ce": CrossEntropy(), "kd": SoftKD()}, vit(0))
+    expected, seen = measure_shares(module, batch_of(), teachers), []
+
+    def watch(graph: Any, inputs: Any) -> Any:
+        seen.append(graph)
+        return graph
+
+    for part in (module, *teachers.values()):
+        part.run = torch.compile(part.run, backend=watch)
+    assert measure_shares(module, batch_of(), teachers) == expected and not seen
+    module(batch_of(), teachers)
+    assert seen

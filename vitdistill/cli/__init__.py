@@ -142,6 +142,5 @@ def _families() -> list[str]:
     lines = ["\nRecipes ('vitdistill recipes' lists all with a line each):"]
     for family in FAMILIES:
         names = ", ".join([*family.recipes][:3]) + (", ..." if len(family.recipes) > 3 else "")
-        also = "".join(f" (and NAME:{variant})" for variant in family.variants)
-        lines.append(f"  {family.about}: {names}{also}")
+        lines.append(f"  {family.about}: {names}")
     return [*lines, "\n'vitdistill explain RECIPE --recipe-yaml' prints all settings of one."]

@@ -26,7 +26,7 @@ def run(args: ExportArguments) -> int:
         say(f"exporting {folder}")
     elif args.weights is not None:
         what = f"{folder} is no run that has best and last weights"
-        raise ConfigError(what, Give("weights", "none"), field="weights")
+        raise ConfigError(what, Give("weights", "none"))
     model = weights.create_model(folder).eval()
     saved = weights.read_saved(folder)
     assert saved is not None

@@ -10,8 +10,7 @@ from .flags import wrap
 def run(args: RecipesArguments) -> int:
     width = max(len(name) for family in FAMILIES for name in family.recipes) + 2
     for family in FAMILIES:
-        also = "".join(f" (and NAME:{variant})" for variant in family.variants)
-        print(f"{family.about}{also}:")
+        print(f"{family.about}:")
         for name, about in family.recipes.items():
             line = f"  {name:<{width}}{about}"  # whole for grep
             print(wrap(line, " " * (width + 2)) if sys.stdout.isatty() else line)

@@ -175,8 +175,7 @@ def check_masking(
     for name, objective in objectives.items():
         if objective.needs_masking and count == student.num_patches:
             what = f"{name} learns from hidden patches, and {kind} hides none of the {count}"
-            rate = Set("masking.mask_rate", 0.75)
-            raise ConfigError(what, rate, field=rate.field)
+            raise ConfigError(what, Set("masking.mask_rate", 0.75))
 
 
 def chosen_teachers(

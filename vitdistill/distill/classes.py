@@ -48,7 +48,7 @@ def match_classes(
     if index is not None and known not in (None, wanted):
         ordering = f"teachers.{name}.class_order"
         what = f"the classes of the {name} have names, which give their order"
-        raise ConfigError(what, Set(ordering, "same"), field=ordering)
+        raise ConfigError(what, Set(ordering, "same"))
     if index is not None:
         return ClassMatch(tuple(index), "its classes are in the order that is set", wanted)
     if known is None:
@@ -72,7 +72,6 @@ def match_classes(
             f"the {name} has the data set's classes in another order (class {first} is"
             f" {wanted[first]!r} in the data set and {known[first]!r} in the {name})",
             fix=Set(reordering, True),
-            field=reordering,
         )
     how = "reordered by name" if count == len(wanted) else f"{len(wanted)} of its {count}, by name"
     index = tuple(position[label] for label in wanted)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..data.batch import Batch
 from ..data.loader import EvalLoader
 from ..errors import ConfigError, DataError, Give, NonFiniteError, UserError
-from ..vit.families import family_of
 from ..vit.needs import Needs
 from ..vit.output import ViTOutput
 from ..vit.walk import run_vit
@@ -36,9 +35,7 @@ def image_features(output: ViTOutput, pool: Pool = "mean") -> Float[Tensor, "B D
 def check_pool(pool: Pool, has_class_token: bool) -> None:
     """Raise `ConfigError` for the class token of a network that has none."""
     if pool == "class" and not has_class_token:
-        raise ConfigError(
-            "the network has no class token that can be read", Give("pool", "mean"), field="pool"
-        )
+        raise ConfigError("the network has no class token that can be read", Give("pool", "mean"))
 
 
 class Stopped(Exception):
@@ -87,8 +84,6 @@ def extract(
         ConfigError: ``pool`` is ``class`` and the network has no class token.
         NonFiniteError: a feature is NaN or infinite.
     """
-    network = family_of(model).network
-    check_pool(pool, network.has_class_token)  # before any process waits for another
     training = model.training
     model.eval()
     after_pool = getattr(model, "fc_norm", None)

@@ -43,7 +43,7 @@ def knn_votes(
     """
     if not 1 <= k <= len(bank):
         what = f"k-NN cannot ask {k} of {plural(len(bank), 'training image')}"
-        raise ConfigError(what, Give("knn"), field="knn")
+        raise ConfigError(what, Give("knn"))
     similar = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
     top, index = similar.topk(k)
     weights = ((top - top[:, :1]).double() / temperature).exp()

@@ -94,7 +94,7 @@ class LogitObjective(TeacherObjective):
             raise ConfigError(what, field=f"teachers.{self.teacher}.model")
         if self.standardize and student.num_classes <= 2:
             what = "standardised logits of two classes are the same whatever a teacher says"
-            raise ConfigError(what, Set("standardize", False), field="standardize")
+            raise ConfigError(what, Set("standardize", False))
 
     def describe(self, student: Network, teacher: Network, num_keep: int | None) -> str:
         free = "of standardised logits: it leaves the scale of the student's free"

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import ConfigError, Fix, Set
+from ..errors import ConfigError, Set
 from ..models.mae import MAEDecoder, patchify, pixel_targets, unpatchify
 from ..option import option
 from ..vit.needs import Needs
@@ -55,11 +55,7 @@ class PixelReconstruction(Objective):
             raise ConfigError(f"{what}, which mae predicts", fix, field="student.model")
         if student.walks and not student.final_norm:
             what = f"{student.architecture} norms its features after pooling, and mae reads them"
-            # timm lets a network without a class token pool only its normed features.
-            of_rotary = "use_fc_norm of a network with rotary positions"
-            fixes: tuple[Fix, ...] = (Set("student.model_args.fc_norm", False), of_rotary)
-            if student.has_class_token:
-                fixes = (Set("student.model_args.global_pool", "token"),)
+            fixes = Set("student.model_args.fc_norm", False), "use_fc_norm of rotary positions"
             raise ConfigError(f"{what} before", fixes, field="student.model_args")
 
     def student_needs(self, student: Network) -> Needs:

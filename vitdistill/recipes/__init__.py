@@ -104,7 +104,7 @@ FAMILIES = (
     ),
     Family(
         "dmae",
-        "the pairs of the DMAE paper, in stages",
+        "the pairs of the DMAE paper, in stages (and NAME:first_release)",
         """
         dmae_base_from_mae_large     ViT-B from MAE ViT-L at 75 %; 84.0 % in the paper
         dmae_base_from_mae_large_90  ViT-B from MAE ViT-L at 90 %; no number is known

@@ -124,7 +124,7 @@ def _check_schedule(optim: OptimConfig, epochs: int) -> None:
     warmup, field = optim.warmup_epochs, "optim.warmup_epochs"
     if optim.sched != "none" and optim.min_lr > optim.lr:
         what = f"optim.min_lr {optim.min_lr:g} is above optim.lr {optim.lr:g}"
-        raise ConfigError(what, Set("optim.min_lr", 0.0), field="optim.min_lr")
+        raise ConfigError(what, Set("optim.min_lr", 0.0))
     if optim.sched == "none" and warmup > 0:
         fixes = (Set(field, 0), Set("optim.sched", "cosine"))
         raise ConfigError(f"without a schedule {field} cannot take effect", fixes, field=field)
@@ -134,4 +134,4 @@ def _check_schedule(optim: OptimConfig, epochs: int) -> None:
         raise ConfigError(what, fixes, field="optim.warmup_prefix")
     if optim.sched != "none" and warmup >= epochs:
         what = f"the warm-up of {warmup:g} epochs is as long as the run, which has {epochs}"
-        raise ConfigError(what, Set(field, 0), field=field)
+        raise ConfigError(what, Set(field, 0))

@@ -62,8 +62,7 @@ class Stages:
         for key, recipe in named.items():
             with in_stage(key):
                 if recipe.name in taken:
-                    what = f"the folder {recipe.name!r} is taken"
-                    raise ConfigError(what, Set("name"), field="name")
+                    raise ConfigError(f"the folder {recipe.name!r} is taken", Set("name"))
                 refuse_sources(recipe, earlier)
             used |= {*sources(recipe).values()}
             taken.add(recipe.name)

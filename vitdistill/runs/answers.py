@@ -78,7 +78,6 @@ class LabelRun:
                 f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be"
                 f" stored ({error})",
                 ("check its weights", Set(f"teachers.{name}.precision", "float32")),
-                field=f"teachers.{name}.precision",
             ) from error
 
     def make(

@@ -65,9 +65,7 @@ def label(
                 found = contents(output)
             if found and not any((output / name / MANIFEST).is_file() for name in found):
                 raise ConfigError(
-                    f"{printable(output)} holds no labels, but {listed(found)}",
-                    Give("output"),
-                    field="output",
+                    f"{printable(output)} holds no labels, but {listed(found)}", Give("output")
                 )
         run = LabelRun(prepare_teachers(recipe, world, say), {})
         with world.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
@@ -111,7 +109,6 @@ def _without_labels(recipe: Recipe) -> Recipe:
         raise ConfigError(
             "labels are of one view an image and epoch, and repeated augmentation shows several",
             Set("data.augment.repeated_aug", 1),
-            field="data.augment.repeated_aug",
         )
     teachers = recipe.teachers.items()
     return replace(

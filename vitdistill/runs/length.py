@@ -40,7 +40,7 @@ def check_length(
         # A memory of a tenth of the run leaves e^-10 of them.
         fix = Set("train.ema_decay", f"{1 - 10 / steps:.3g}" if steps > 20 else "none")
         what = f"{share:.0%} of the moving average of {steps:,} steps are the weights it began with"
-        error = ConfigError(what, fix, field=fix.field)
+        error = ConfigError(what, fix)
         if share > 0.5:
             raise error
         say(str(error))

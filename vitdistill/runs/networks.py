@@ -68,7 +68,6 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
         raise ConfigError(
             f"init mae is for plain ViTs, and {config.model} is none",
             (Set("student.init", "model"), Set("student.model")),
-            field="student.init",
         )
     (hold_positions if _has_weights(config) else init_mae)(built.model)
     return built
@@ -90,7 +89,7 @@ def _build(
 ) -> Built:
     field = "student" if isinstance(config, StudentConfig) else f"teachers.{name}"
     if not config.model:
-        raise ConfigError(f"the {name} has no model", Set(f"{field}.model"), field=f"{field}.model")
+        raise ConfigError(f"the {name} has no model", Set(f"{field}.model"))
     if is_weights(config.model):
         what = f"{config.model} holds weights alone, and their network's name belongs in its place"
         raise ConfigError(what, Set(f"{field}.checkpoint", config.model), field=f"{field}.model")
@@ -248,7 +247,7 @@ def _class_order(
     places = natural_order(classes) if isinstance(order, str) else order
     if sorted(places) != [*range(count)]:
         what = f"{field} is {order!r}, which does not place the {count} classes of the {name}"
-        raise ConfigError(what, Set(field, "same"), field=field)
+        raise ConfigError(what, Set(field, "same"))
     return places
 
 
@@ -382,7 +381,7 @@ def compile_errors(compiled: bool) -> Iterator[None]:
         if known or not compiled:
             raise
         what = f"the networks cannot be compiled ({first_line(error)})"
-        raise ConfigError(what, Set("train.compile", False), field="train.compile") from error
+        raise ConfigError(what, Set("train.compile", False)) from error
 
 
 def weights_digest(model: nn.Module) -> str:

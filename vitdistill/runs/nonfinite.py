@@ -19,9 +19,9 @@ _CALMER = (Set("optim.lr"), Set("optim.clip_grad"), Set("train.amp_dtype", "floa
 def nonfinite_error(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError:
     """Repeat a step that was not applied, to name the culprit; call it on every process."""
     found = [error for error in prepared.world.gather(_culprit(prepared, step, num_steps)) if error]
-    # One process's loss is in everybody's gradients: the cause, which has a field, comes first.
+    # One process's loss is in everybody's gradients: the cause, which has a place, comes first.
     unknown = NonFiniteError("the loss is NaN or infinite", _CALMER)
-    return agreed(min(found, key=lambda error: not error.field, default=unknown))
+    return agreed(min(found, key=lambda error: error.field == unknown.field, default=unknown))
 
 
 def _culprit(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError | None:

@@ -39,7 +39,6 @@ def parameter_groups(distillation: Distillation, config: OptimConfig) -> list[di
             f"layer_decay needs a timm model that names its layers: {type(student).__name__} does"
             " not",
             Set("optim.layer_decay", "none"),
-            field="optim.layer_decay",
         )
     else:
         decay["layer_decay"] = config.layer_decay
@@ -85,7 +84,6 @@ def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.opt
         raise ConfigError(
             f"the optimizer {config.opt} cannot be made with opt_args {config.opt_args} ({reason})",
             (Set("optim.opt_args"), Set("optim.opt")),
-            field="optim.opt_args",
         ) from error
     if config.sched == "none":
         # A schedule multiplies by lr_scale at every step; without one, layer decay is applied here.

@@ -195,8 +195,7 @@ def doubt_weights(teacher: Teacher) -> ConfigError | None:
     if 2 * sum(bool((vector == vector[0]).all()) for vector in norms) <= len(norms):
         return None
     what = f"{_name(teacher)} looks untrained: its norms are as they begin, ones and zeros"
-    fix = Set(f"teachers.{teacher.network.name}.checkpoint", "FILE")
-    return ConfigError(what, fix, field=fix.field)
+    return ConfigError(what, Set(f"teachers.{teacher.network.name}.checkpoint", "FILE"))
 
 
 def _doubt_input(teacher: Teacher, shown: Sequence[_Answered]) -> ConfigError | None:
@@ -220,7 +219,7 @@ def _doubt_input(teacher: Teacher, shown: Sequence[_Answered]) -> ConfigError | 
         if after > before and mean > max(best, 3 * float(gain.std()) / math.sqrt(len(labels))):
             what = f"{_name(teacher)} is right on {before:.1%} of {len(labels)} validation images"
             what = f"{what}, and on {after:.1%} with another input"
-            doubt, best = ConfigError(what, fix, field=fix.field), mean
+            doubt, best = ConfigError(what, fix), mean
     return doubt
 
 

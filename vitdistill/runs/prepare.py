@@ -200,7 +200,7 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     """
     folder = recipe.data.dir
     if not folder:
-        raise ConfigError("no images are named", Set("data.dir", "FOLDER"), field="data.dir")
+        raise ConfigError("no images are named", Set("data.dir", "FOLDER"))
     reading = [name for name, objective in recipe.objectives.items() if objective.reads_labels]
     val_split = recipe.data.val_split
     train, val = open_source(folder, "train", val_split=val_split), None
@@ -211,7 +211,6 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
         raise ConfigError(
             f"the images in {folder} {found}, and the objective {reading[0]!r} reads them",
             (Set("data.dir"), Drop(reading[0])),
-            field="data.dir",
         )
     if len(train.classes) != 1:
         try:
@@ -247,7 +246,6 @@ def open_unlabelled(recipe: Recipe, train: ImageSource) -> ImageSource:
         raise ConfigError(
             f"{why}, so further images without labels have no effect",
             Set("data.unlabelled", "none"),
-            field="data.unlabelled",
         )
     try:
         return open_source(recipe.data.unlabelled, "train")

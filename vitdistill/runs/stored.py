@@ -68,7 +68,6 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
         raise ConfigError(
             f"the recipe shows {views} views of each image, and {fewest} are labelled",
             (Set("data.views", fewest), "label more"),
-            field="data.views",
         )
     seed = seed if data.seed is None else data.seed
     return replace(recipe, data=replace(data, views=views, seed=seed))
