@@ -1,8 +1,8 @@
 """One paper, one file; `METHODS` names them all, one line each, imported only when used."""
 
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any
 
 from ..errors import ConfigError
@@ -47,12 +47,11 @@ def check_method(name: str) -> None:
 def method_class(name: str) -> type[Any]:
     """Return the class behind a method's name; raise `ConfigError` for an unknown one."""
     check_method(name)
-    names = method_names()
-    module, _, attribute = names[name].partition(":")
+    place = method_names()[name]
     try:
-        found: type[Any] = getattr(import_module(module), attribute)
+        found: type[Any] = resolve_name(place)
     except (ImportError, AttributeError) as error:
-        what = f"the method {name!r} is registered as {names[name]}, which cannot be imported"
+        what = f"the method {name!r} is registered as {place}, which cannot be imported"
         raise ConfigError(f"{what}: {error}") from error
     return found
 

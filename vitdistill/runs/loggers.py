@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,10 +93,10 @@ class Loggers:
         self._open: dict[str, Logger] = {}
         self._say, known = say, _known()
         for name in names:
-            self._try(name, partial(self._begin, name, *known[name].split(":"), run))
+            self._try(name, partial(self._begin, name, known[name], run))
 
-    def _begin(self, name: str, module: str, attribute: str, run: LoggedRun) -> None:
-        self._open[name] = getattr(import_module(module), attribute)(run)
+    def _begin(self, name: str, place: str, run: LoggedRun) -> None:
+        self._open[name] = resolve_name(place)(run)
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
