@@ -23,10 +23,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(root):
         taught = f"--output runs/masked {SHORT} --teacher-model runs/teacher"
         assert run(f"train small_images_maskedkd {taught} --keep-rate 0.5") == 0
-        assert (
-            run(f"train small_images_mae --output runs/mae {SHORT} --set optim.warmup_prefix=false")
-            == 0
-        )
+        assert run(f"train small_images_mae --output runs/mae {SHORT}") == 0
         stored = f"small_images_kd {SHORT} --output"
         assert run(f"label {stored} labels --teacher-model runs/teacher/last") == 0
         assert run(f"train {stored} runs/stored --labels labels") == 0
@@ -102,7 +99,6 @@ def test_a_folder_of_stages_says_which_of_them_is_shown(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     each = ["train.epochs=1", "train.batch_size=12", "optim.warmup_epochs=0"]
-    each += ["optim.warmup_prefix=false"]
     both = " ".join(f"{stage}.{setting}" for stage in ("pretrain", "finetune") for setting in each)
     args = f"--set 'pretrain.student.model_args={NETWORK}' {both}"
     words = (

@@ -101,7 +101,6 @@ def test_a_row_may_have_stages(here: Path) -> None:
         "train.epochs=2",
         "train.batch_size=12",
         "optim.warmup_epochs=0",
-        "pretrain.optim.warmup_prefix=false",
     ):
         sets += f" --set {field}"
     assert run(f"study small_images_mae_finetuned --output two {sets}") == 0

@@ -75,7 +75,6 @@ def test_bounds_of_a_recipe_made_in_python() -> None:
         ({"optim.sched": "none"}, "optim.warmup_epochs"),
         ({"optim.lr": 1e-6}, "optim.min_lr"),
         ({"optim.min_lr": 0.1}, "optim.min_lr"),
-        ({"optim.warmup_epochs": 0, "optim.warmup_prefix": True}, "optim.warmup_prefix"),
         ({"data.views": 2, "data.augment.repeated_aug": 3}, "data.views"),
         ({"objectives": {"loss": {"method": "ce"}}}, "objectives"),
         ({"objectives": {"a.b": {"method": "ce"}}}, "objectives"),

@@ -100,7 +100,7 @@ def test_the_schedule_warms_up_and_ends_where_it_should():
     assert optimizer.param_groups[0]["lr"] == rates[5]
 
 
-@pytest.mark.parametrize(("epochs", "warmup"), [(10, 4), (10, 2.5), (100, 40), (3, 1)])
+@pytest.mark.parametrize(("epochs", "warmup"), [(10, 4), (10, 2.5), (100, 40), (3, 1), (3, 0)])
 def test_after_a_prefix_the_cosine_begins_at_its_peak_and_ends_at_its_minimum(epochs, warmup):
     """MAE's schedule: linear to the peak, then half a cosine over what is left."""
     peak, least = 2.4e-3, 1e-6

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.loader import EvalLoader
 from ..distill.teacher import Teacher
-from ..errors import DataError, NonFiniteError
+from ..errors import NonFiniteError
 from ..vit.needs import Needs
 from ..vit.walk import run_vit
 from ..world import World
@@ -112,7 +112,6 @@ class Metrics:
 
         Raises:
             NonFiniteError: an answer is NaN or infinite, or a label is beyond the classes.
-            DataError: there was no sample.
         """
         num, bad, labelled, taught = (
             int(self._sums[name]) for name in ("num", "bad", "labelled", "taught")
@@ -122,8 +121,6 @@ class Metrics:
                 f"{bad} of {num} answers are NaN or infinite, or to a label beyond the classes",
                 "check the weights, the precision and the class list",
             )
-        if num == 0:
-            raise DataError("there is no image to evaluate", field="data.dir")
         values: dict[str, float] = {"num_samples": float(num)}
         if labelled:
             means = {name: self._sums[name].item() / labelled for name in ("top1", "top5", "nll")}

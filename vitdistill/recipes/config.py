@@ -128,10 +128,6 @@ def _check_schedule(optim: OptimConfig, epochs: int) -> None:
     if optim.sched == "none" and warmup > 0:
         fixes = (Set(field, 0), Set("optim.sched", "cosine"))
         raise ConfigError(f"without a schedule {field} cannot take effect", fixes, field=field)
-    if optim.warmup_prefix and warmup == 0:
-        fixes = (Set("optim.warmup_prefix", False), Set(field))
-        what = "without a warm-up optim.warmup_prefix cannot take effect"
-        raise ConfigError(what, fixes, field="optim.warmup_prefix")
     if optim.sched != "none" and warmup >= epochs:
         what = f"the warm-up of {warmup:g} epochs is as long as the run, which has {epochs}"
         raise ConfigError(what, Set(field, 0))
