@@ -72,6 +72,10 @@ class Part:
     compiled: bool = False
     only: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        return f"{self.pair}_compiled" if self.compiled else self.pair
+
 
 SHORT = (PLAIN, TASK, ALONE, "ours, KD", "ours, MaskedKD 1/2")
 PARTS = (
@@ -83,6 +87,7 @@ PARTS = (
     Part("ti_s", 0.14, compiled=True, only=SHORT),
 )
 LOOP_SHARE = 0.05  # of each of the two loops
+NAMES = (*(part.name for part in PARTS), "loop")
 
 
 def made_tiny(found: Pair) -> Pair:
@@ -139,6 +144,20 @@ class Device:
         run()
         return (torch.cuda.max_memory_allocated(self.device) - held) / 1e9
 
+    def kernels(self, run: Callable[[], Any]) -> dict[str, tuple[float, int]]:
+        """Seconds and launches of every kernel of one run, the longest first; {} on a CPU."""
+        if not self.on_gpu:
+            return {}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize(self.device)
+        found = [
+            (event.key, (event.self_device_time_total / 1e6, event.count))
+            for event in profile.key_averages()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        return dict(sorted(found, key=lambda item: -item[1][0]))
+
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOPs a second of one large product."""
         side = 8192 if self.on_gpu else 256
@@ -150,11 +169,21 @@ class Device:
 
 @dataclass
 class Timed:
-    """A step's times, one entry a round."""
+    """A step's times, one entry a round; ``kernels``: what the device did in one."""
 
     made: Made
     peak: float
+    kernels: dict[str, tuple[float, int]]
     seconds: list[float] = field(default_factory=list)
+
+    @property
+    def busy(self) -> float:
+        """The share of a step in which the device computes: else it waits for the host."""
+        return sum(s for s, _ in self.kernels.values()) / statistics.median(self.seconds)
+
+    @property
+    def launches(self) -> int:
+        return sum(count for _, count in self.kernels.values())
 
 
 def measure(
@@ -170,7 +199,7 @@ def measure(
             made = make()
             for _ in range(2):
                 made.run()
-            steps[name] = Timed(made, device.peak(made.run))
+            steps[name] = Timed(made, device.peak(made.run), device.kernels(made.run))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a benchmark says what it can
@@ -191,10 +220,10 @@ def measure(
 def rows(
     steps: dict[str, Timed], batch_size: int, rate: float, masked: float | None
 ) -> Iterator[str]:
-    """Markdown rows: images a second, ratio to the floor and to timm's step, share, memory."""
-    head = "step", "images/s", "to the floor", "to timm's", "quartiles", "of matmul", "peak GB"
-    yield f"| {' | '.join(head)} | target |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---|"
+    """Markdown rows: images a second, ratio to the floor and to timm's step, and what bounds it."""
+    head = "step", "images/s", "to the floor", "to timm's", "quartiles", "of matmul", "busy"
+    yield f"| {' | '.join(head)} | kernels | peak GB | target |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|"
     targets = TARGETS | ({} if masked is None else {"ours, MaskedKD 1/2": (TASK, masked)})
     for name, step in steps.items():
         pace = [batch_size / s for s in step.seconds]
@@ -218,10 +247,27 @@ def rows(
             f"{middle:.2f}",
             f"{low:.2f} .. {high:.2f}",
             f"{images * step.made.flops / rate:.0%}",
+            f"{step.busy:.0%}",
+            f"{step.launches}",
             f"{step.peak:.1f}",
             target,
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def longest_kernels(steps: dict[str, Timed], names: list[str], count: int = 12) -> Iterator[str]:
+    """Where the time of these steps goes: their longest kernels, in milliseconds a step."""
+    for name in names:
+        kernels = steps[name].kernels
+        if not kernels:
+            continue
+        total = sum(s for s, _ in kernels.values())
+        yield f"{name}: {1e3 * total:.2f} ms in {steps[name].launches} kernels, of it"
+        lines = [
+            f"{1e3 * seconds:8.3f} ms  {times:5d} x  {kernel[:100]}"
+            for kernel, (seconds, times) in [*kernels.items()][:count]
+        ]
+        yield "\n".join(["```", *lines, "```"])
 
 
 # -- the whole loop -------------------------------------------------------------------------------
@@ -288,6 +334,7 @@ def main(
     budget: float | None = None,
     tiny: bool = False,
     write: bool = False,
+    parts: tuple[str, ...] = (),
     images: str = "",
     photos: str = "",
     workers: int = 16,
@@ -299,6 +346,8 @@ def main(
         budget: seconds for all parts together; default: 300, with --tiny 30 and no part left out.
         tiny: the smallest networks and batches: whether all of it runs, anywhere.
         write: keep the tables in benchmarks/results/gpu_<device>_<date>.md, after every part.
+        parts: some of ti_s, s_b, cifar, cifar_compiled, b_l, ti_s_compiled and loop, which needs
+            cifar or ti_s; default: all.
         images: a folder of small images for the loop; default: random ones.
         photos: a folder of photos for the loop; default: random ones.
         workers: loader processes for photos.
@@ -306,14 +355,16 @@ def main(
     budget = (30 if tiny else 300) if budget is None else budget
     if budget <= 0:
         raise ConfigError(f"--budget is {budget}: it has to be above 0")
+    if unknown := {*parts} - {*NAMES}:
+        raise ConfigError(f"--parts has {min(unknown)}: parts are {', '.join(NAMES)}")
     begun, where = time.monotonic(), Device(choose_device(device))
     torch.set_num_threads(1)
     if not where.on_gpu:  # whose code takes minutes to make
         torch.compile = partial(torch.compile, backend="eager")
     rate = where.matmul_rate(torch.bfloat16)
     head = f"- device: {where.name}, {rate / 1e12:.3g} TFLOP/s in one large bfloat16 product"
-    parts = ["# Steps a second", f"{describe_machine('gpu.py')}\n{head}"]
-    print("\n\n".join(parts), flush=True)
+    texts = ["# Steps a second", f"{describe_machine('gpu.py')}\n{head}"]
+    print("\n\n".join(texts), flush=True)
     path = (
         RESULTS
         / f"gpu_{re.sub(r'[^a-z0-9]+', '-', where.name.lower())}_{time.strftime('%Y-%m-%d')}.md"
@@ -321,16 +372,19 @@ def main(
     alone: dict[str, float] = {}
     short: list[str] = []
 
-    def known(*texts: str) -> None:
-        print("\n\n".join(["", *texts]), flush=True)
-        parts.extend(texts)
+    def known(*more: str) -> None:
+        print("\n\n".join(["", *more]), flush=True)
+        texts.extend(more)
         if write:
-            write_atomic(path, ("\n\n".join([*parts, *short]) + "\n").encode())
+            write_atomic(path, ("\n\n".join([*texts, *short]) + "\n").encode())
 
     at = begun
-    for part in PARTS:
-        at += part.share * budget
-        title = f"{part.pair}{', compiled' if part.compiled else ''}"
+    wanted = [part for part in PARTS if part.name in (parts or NAMES)]
+    loops = LOOP_SHARE if "loop" in (parts or NAMES) else 0.0
+    budget_of_a_share = budget / (sum(part.share for part in wanted) + 2 * loops)
+    for part in wanted:
+        at += part.share * budget_of_a_share
+        title = part.name
         if time.monotonic() > begun + budget and not tiny:
             known(f"## {title}", "Left out: the time is over.")
             continue
@@ -355,7 +409,16 @@ def main(
         about = f"Batch {batch_size}, bfloat16, {number} rounds; ratios are medians over rounds."
         table = list(rows(steps, batch_size, rate, MASKED_TARGET.get(part.pair)))
         short += [f"{title}: {' | '.join(line.split(' | ')[:3])[2:]}" for line in table[2:]]
-        known(f"## {title}: {found.title}", about, "\n".join(table), *wrong)
+        missed = [
+            name
+            for row in table
+            if "MISSED" in row
+            for name in steps
+            if row.startswith(f"| {name} |")
+        ]
+        seen = dict.fromkeys(n for name in missed for n in (name, steps[name].made.other))
+        longest = longest_kernels(steps, [*seen])
+        known(f"## {title}: {found.title}", about, "\n".join(table), *wrong, *longest)
         del maker, steps
         torch.compiler.reset()
         if where.on_gpu:
@@ -363,12 +426,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for key, given, side in (("cifar", images, 32), ("ti_s", photos, 256)):
             name = "photos" if side == 256 else "small images"
-            if key not in alone:
+            if key not in alone or not loops:
                 continue
             found = made_tiny(GPU_PAIRS[key]) if tiny else GPU_PAIRS[key]
             number = 16 if tiny else 8192 if side == 32 else 1024
             place = given or random_images(Path(folder) / key, number, side, 4)
-            given_to = place, side == 256, workers, LOOP_SHARE * budget, alone[key], device
+            given_to = place, side == 256, workers, loops * budget_of_a_share, alone[key], device
             got = loop(found, *given_to)
             share = got["steady"] / alone[key]
             target = "" if side == 256 else f" (target 0.9 {'met' if share >= 0.9 else 'MISSED'})"
