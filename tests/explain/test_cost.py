@@ -13,7 +13,7 @@ from torch import nn
 
 from vitdistill.cli import main
 from vitdistill.distill.plan import make_plan
-from vitdistill.explain.cost import IMAGENET_TRAIN_IMAGES, Cost, _Kept, cost_of
+from vitdistill.explain.cost import IMAGENET_TRAIN_IMAGES, Cost, _Kept, cost_of, vit_macs
 from vitdistill.explain.text import explain
 from vitdistill.messages import format_bytes, format_count
 from vitdistill.methods.base import Masking, Objective, TeacherObjective, TokenSelector
@@ -47,16 +47,6 @@ def small(**args: int) -> nn.Module:
 # --- the paper's column --------------------------------------------------------------------------
 
 
-def vit_macs(network: Network, num_keep: int | None = None) -> int:
-    """Multiply-accumulates as the MaskedKD paper counts them: every patch is embedded, every block
-    runs whole, on the kept patches and one class token.
-    """
-    n = (network.num_patches if num_keep is None else num_keep) + 1
-    d = network.dim
-    block = 12 * n * d**2 + 2 * n**2 * d
-    return int(network.num_patches * 3 * 16 * 16 * d + network.depth * block + d * 1000)
-
-
 @pytest.mark.parametrize(
     ("teacher", "keep_rate", "paper"),  # peta-MACs of the teacher over the run (arXiv 2302.10494)
     [
@@ -77,6 +67,14 @@ def test_the_papers_teacher_cost(teacher: str, keep_rate: float, paper: int) -> 
     network = describe_network(vit(teacher), "teacher", teacher, (224, 224))
     macs = vit_macs(network, num_kept_patches(196, keep_rate)) * IMAGENET_TRAIN_IMAGES * 300
     assert macs / 1e15 == pytest.approx(paper, rel=0.005)
+
+
+def test_explain_prints_the_papers_teacher_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "deit_tiny_from_deit_small", "--keep-rate", "0.4"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{IMAGENET_TRAIN_IMAGES:,} images x 300 epochs" in printed
+    (found,) = re.findall(r"([\d,]+) PMACs against", printed)
+    assert int(found) == pytest.approx(707, rel=0.005)
 
 
 # --- counted FLOPs -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from ..distill.plan import Plan
 from ..messages import format_bytes, format_count, format_table, plural
 from ..vit.needs import Needs
 from ..vit.network import Network
-from .cost import Cost
+from .cost import Cost, vit_macs
 
 
 def explain(
@@ -28,6 +28,7 @@ def explain(
         ],
         _networks(plan, image_side),
         _memory(plan, cost),
+        *_as_the_paper_counts(plan, num_images * epochs),
         _objectives(plan),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -61,6 +62,11 @@ def describe_needs(network: Network, needs: Needs, num_keep: int | None) -> str:
     return "; ".join([*parts, "records " + " and ".join(recorded)])
 
 
+def _trained(plan: Plan) -> str:
+    """Name the network that is trained; without a teacher it is nobody's student."""
+    return "student" if plan.teachers else "network"
+
+
 def _plain(plan: Plan) -> str:
     """Name what the cost of a plan is compared with."""
     return "plain KD" if plan.teachers else "plain training"
@@ -83,7 +89,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
     stored = [f"{name} (stored)" for name in plan.stored]
     rows = [
         ("", "parameters", "FLOPs", f"share of {_plain(plan)}", "whole run"),
-        row("student", plan.student.num_parameters, cost.student, cost.student_plain),
+        row(_trained(plan), plan.student.num_parameters, cost.student, cost.student_plain),
     ]
     for name, teacher in plan.teachers.items():
         shown = f"{name} (stored)" if name in plan.stored else name
@@ -100,7 +106,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
 def _networks(plan: Plan, image_side: int) -> list[str]:
     """What each network sees, runs and records."""
     student = plan.student
-    lines = {"student": describe_needs(student, plan.student_needs, plan.student_keep)}
+    lines = {_trained(plan): describe_needs(student, plan.student_needs, plan.student_keep)}
     for name, teacher in plan.teachers.items():
         if name in plan.stored:
             size = format_bytes(plan.labels[name].record_bytes)
@@ -110,7 +116,7 @@ def _networks(plan: Plan, image_side: int) -> list[str]:
         if name in plan.guides:
             lines[name] += "; and once more on the whole image, to choose its patches"
     found = []
-    for name, network in {"student": student, **plan.teachers}.items():
+    for name, network in {_trained(plan): student, **plan.teachers}.items():
         height, width = network.image_size
         size = f"{height} x {width} pixels"
         if 0 < 2 * image_side < min(height, width) and name not in plan.stored:
@@ -127,9 +133,25 @@ def _memory(plan: Plan, cost: Cost) -> list[str]:
     size, count = format_bytes(16 * trained), format_count(trained, "").strip()
     return [
         "Training memory",
-        f"  kept for the backward pass: {kept} an image; the student alone: {alone}",
+        f"  kept for the backward pass: {kept} an image; the {_trained(plan)} alone: {alone}",
         f"  weights, gradients and AdamW's two moments: {size} ({count} parameters)",
     ]
+
+
+def _as_the_paper_counts(plan: Plan, num_images: int) -> list[list[str]]:
+    """The cost of each teacher whose logits are read, as the MaskedKD paper counts it."""
+    sections = []
+    for name, needs in plan.live.items():
+        teacher, keep = plan.teachers[name], plan.num_keep[name]
+        if not (teacher.walks and needs.logits):
+            continue
+        masked, whole = (vit_macs(teacher, count) * num_images for count in (keep, None))
+        saved = f" against {format_count(whole, 'MACs')} for plain distillation"
+        saved += f" ({masked / whole - 1:+.0%})"
+        heading = f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"
+        line = f"  {format_count(masked, 'MACs')}{saved if masked < whole else ''}"
+        sections.append([heading, line])
+    return sections
 
 
 def _objectives(plan: Plan) -> list[str]:
