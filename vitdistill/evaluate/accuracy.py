@@ -1,6 +1,7 @@
 """Exact accuracy, log-likelihood, calibration, and agreement with a teacher."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -134,7 +135,7 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Teacher,
     loader: EvalLoader,
     world: World,
     amp_dtype: torch.dtype | None = None,
@@ -147,14 +148,16 @@ def evaluate(
     ``among``: the classes of the images, sorted, to tell ``top1_among`` them alone too. Raises as
     `batches_together`.
     """
-    training = model.training
-    model.eval()
+    network = model.model if isinstance(model, Teacher) else model
+    answers = model if isinstance(model, Teacher) else partial(run_vit, model)
+    training = network.training
+    network.eval()
     metrics, part = Metrics(world.device), Metrics(world.device)
     try:
         for batch in batches_together(loader, world, stop):
             answer = None
             with world.autocast(amp_dtype):
-                logits = run_vit(model, batch.images, Needs(logits=True)).logits
+                logits = answers(batch.images, Needs(logits=True)).logits
                 if teacher is not None:
                     answer = teacher(batch.images, Needs(logits=True)).logits
             assert logits is not None
@@ -162,7 +165,7 @@ def evaluate(
             if among is not None:
                 part.update(logits[:, among].float(), torch.searchsorted(among, batch.labels))
     finally:
-        model.train(training)
+        network.train(training)
     metrics.merge_across_processes()
     if among is None:
         return metrics.compute()

@@ -2,15 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from ..data.decoded import check_images
 from ..data.loader import EvalLoader
@@ -31,6 +31,8 @@ from .display import Display
 from .folder import saved_recipe
 from .identity import resolve_run
 from .networks import Built, amp_dtype_of, build_teacher, build_teacher_model
+
+Known = tuple[Float[Tensor, "_ D"], Int[Tensor, " _"]]  # features and labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +106,12 @@ def evaluate_model(job: Evaluation, world: World, display: Display) -> dict[str,
         if among is not None:
             scores["among"] = f"{len(shown)} of {len(source.classes)} classes"
         tick = display.watch("evaluating", len(loader))
-        given = _Logits(model), loader, world, amp_dtype, tick
-        scores |= evaluate(*given, teacher=teacher, among=among) or {}
+        scores |= evaluate(model, loader, world, amp_dtype, tick, teacher, among)
     if bank is not None:
         loaders = load(bank), loader
         tick = display.watch("reading features", len(loaders[0]) + len(loader))
-        scores |= _judge_features(job, model.model, loaders, world, amp_dtype, tick)
+        how = world, amp_dtype, job.pool, tick
+        scores |= _judge_features(job, *(extract(model.model, images, *how) for images in loaders))
     display.working("measuring its cost")
     return {
         **scores,
@@ -155,36 +157,14 @@ def _build(
         return build_teacher(job.model, *about, objectives={}, built=built)[0], error.what
 
 
-def _judge_features(
-    job: Evaluation,
-    model: nn.Module,
-    loaders: tuple[EvalLoader, EvalLoader],
-    world: World,
-    amp_dtype: torch.dtype | None,
-    tick: Callable[[], bool],
-) -> dict[str, Any]:
-    """Return what the features are worth, learnt from the first loader and tried on the second."""
-    train, val = (extract(model, part, world, amp_dtype, job.pool, tick) for part in loaders)
-    assert train is not None and val is not None
+def _judge_features(job: Evaluation, train: Known, val: Known) -> dict[str, Any]:
+    """Return what features and labels are worth, learnt from the first and tried on the second."""
     found: dict[str, Any] = {"pool": job.pool, "num_train_samples": len(train[1])}
     if job.knn is not None:
         found |= {"knn_k": job.knn, **knn_accuracy(*train, *val, k=job.knn)}
     if job.linear_probe:
         found |= linear_probe(*train, *val)
     return found
-
-
-class _Logits(nn.Module):
-    """A model that answers in the data set's classes, as `evaluate` runs it."""
-
-    def __init__(self, matched: Teacher) -> None:
-        super().__init__()
-        self.matched = matched
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
-        logits = self.matched(images, Needs(logits=True)).logits
-        assert logits is not None
-        return logits
 
 
 @torch.no_grad()
