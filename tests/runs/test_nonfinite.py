@@ -137,7 +137,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, plain, monkeypatch, p
             patch.setattr(ModelEmaV3, "update", spoil_average)
         else:
             handle = register_optimizer_step_post_hook(spoil)
-        with pytest.raises(NonFiniteError, match=r"at step 2, .*checkpoint is .*step-00000001"):
+        with pytest.raises(NonFiniteError, match=r"at step 2, .*checkpoint: .*step-00000001"):
             run(recipe, folder, prepared=lambda job: student.append(job.student))
     if handle is not None:
         handle.remove()
