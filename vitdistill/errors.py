@@ -1,12 +1,14 @@
 """The errors a user can meet: what was wrong and where, and what would set it right.
 
 An error names fields of the recipe (``masking.mask_rate``) and arguments (``output``), never flags
-of the command line: ``str(error)`` spells them for a Python user, `vitdistill.cli.render` as flags.
+of the command line: ``str(error)`` spells them for a Python user, and within a command as flags
+(`said_by`, `vitdistill.cli.render`).
 The command line leaves with the error's exit code (BSD ``sysexits`` numbers).
 """
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +90,20 @@ class UserError(Exception):
         return f"{where}{self.what}: {fixes}" if fixes else f"{where}{self.what}"
 
     def __str__(self) -> str:
-        return self.sentence()
+        return _said_by.get()(self)
+
+
+_said_by: ContextVar[Callable[[UserError], str]] = ContextVar("say", default=UserError.sentence)
+
+
+@contextmanager
+def said_by(render: Callable[[UserError], str]) -> Iterator[None]:
+    """Within the block, ``str(error)`` is what ``render`` makes of an error."""
+    token = _said_by.set(render)
+    try:
+        yield
+    finally:
+        _said_by.reset(token)
 
 
 @contextmanager

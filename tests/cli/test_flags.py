@@ -1,13 +1,19 @@
 """The parser: spellings, values, and mistakes, which are answered before torch is imported."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 
 from vitdistill.cli import main, read_arguments
-from vitdistill.cli.arguments import EvalArguments, RecipeArguments, TrainArguments
+from vitdistill.cli.arguments import (
+    EvalArguments,
+    RecipeArguments,
+    StudyArguments,
+    TrainArguments,
+)
 from vitdistill.cli.render import render
-from vitdistill.errors import Add, ConfigError, Drop, Give, Set, UserError
+from vitdistill.errors import Add, ConfigError, Drop, Give, Set, UserError, said_by
 from vitdistill.evaluate.knn import K
 
 
@@ -108,11 +114,30 @@ def test_the_model_that_is_evaluated_has_flags_of_its_own() -> None:
         ("labels holds no labels", "labels holds no labels"),  # a folder of that name
         ("labels is 3", "--labels is 3"),
         ("optim.lr has no effect", "--lr has no effect"),
+        ("optim.min_lr 1 is above optim.lr 0.1", "--min-lr 1 is above --lr 0.1"),
+        ("optim.opt_args.eps is 1", "optim.opt_args.eps is 1"),
+        ("train.batch_size=16 is in a/train.seed/b", "--batch-size=16 is in a/train.seed/b"),
     ],
 )
 def test_a_field_is_named_by_its_flag_and_a_folder_by_its_name(what: str, words: str) -> None:
     error = ConfigError(what, field=what.split()[0])
     assert render(error, TrainArguments) == words
+    assert render(error, StudyArguments) == what  # which has no such flags
+    error.stage = "pretrain"
+    assert what in render(error, TrainArguments) or "." not in what
+
+
+def test_what_a_part_of_the_recipe_calls_its_own_fields_are_flags_too() -> None:
+    fixes = Set("train.batch_size"), Set("train.accumulate")
+    error = ConfigError("batch_size 12 and lr_scale do not", fixes, field="train.batch_size")
+    assert render(error, TrainArguments).startswith("--batch-size 12 and lr_scale do not: give --b")
+
+
+def test_an_error_within_a_command_is_text_with_its_flags() -> None:
+    error = ConfigError("optim.lr is little", Set("train.batch_size", 16))
+    with said_by(partial(render, arguments=TrainArguments)):
+        assert f"warning: {error}" == "warning: --lr is little: give --batch-size 16"
+    assert str(error) == "optim.lr is little: set train.batch_size=16"
 
 
 def test_what_cannot_be_printed_is_escaped() -> None:

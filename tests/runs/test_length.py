@@ -25,7 +25,7 @@ def test_a_small_folder_under_a_recipe_made_for_imagenet():
     (about, advice), _ = told(2000, 1024, 90, **{"optim.warmup_epochs": 30.0, "optim.lr": 8e-4})
     assert "90 steps, 1 an epoch, 30 of them warm-up" in about
     assert "leaves out 976 of 2,000 images (49%)" in about
-    assert "train.batch_size=128 " in advice and "1,350 steps" in advice
+    assert "train.batch_size=128," in advice and "1,350 steps" in advice
 
 
 @given(

@@ -95,11 +95,11 @@ def build(folder, objectives=None, poison=None, **settings):
 def prove(images):
     """``prove(folder)``: the proof of the teacher there on 21 images."""
 
-    def make(folder, **settings):
+    def make(folder, accept=False, **settings):
         teacher = build(folder, **settings)
         spec = input_spec_of(create_model(f"local-dir:{folder}"))
         loader = EvalLoader(open_source(str(images), "val"), spec, batch_size=8)
-        return prove_teacher(teacher, loader, CLASSES, ALONE)
+        return prove_teacher(teacher, loader, CLASSES, ALONE, accept)
 
     return make
 
@@ -164,6 +164,25 @@ def test_the_order_that_a_remedy_sets_is_the_teachers(changed, prove):
     assert prove(folder, class_order=tuple(fix.value)).accuracy == 1.0
 
 
+@pytest.mark.parametrize("untrained", [True, False], ids=["as it begins", "a few steps"])
+def test_an_unproven_teacher_is_taken_where_the_recipe_says_so(changed, prove, untrained):
+    def begin(model):
+        random(model)
+        model.head.weight.zero_()  # the same answer to every image
+        for name, parameter in model.named_parameters():
+            if "norm" in name and not untrained:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+
+    folder = changed(begin)
+    with pytest.raises(ConfigError) as caught:
+        prove(folder)
+    assert Set("teachers.teacher.accept_unproven", True) in caught.value.fixes
+    proof = prove(folder, accept=True)
+    assert proof.accuracy == pytest.approx(1 / 3) and caught.value.what == proof.doubts[0].what
+    with pytest.raises(ConfigError, match="order"):  # which is no matter of how long it learnt
+        prove(changed(rotate, classes=None), accept=True)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_answer_that_is_no_number_is_refused(changed, prove, value):
     with pytest.raises(NonFiniteError, match="gives NaN or infinity on validation images"):
@@ -171,7 +190,7 @@ def test_an_answer_that_is_no_number_is_refused(changed, prove, value):
 
 
 @pytest.mark.whole
-def test_a_refusal_changes_no_file(tmp_path, taught, changed):
+def test_a_refusal_changes_no_file_and_its_remedy_runs(tmp_path, taught, changed):
     folder = changed(random)
     before = tree(tmp_path)
     for model, words in (
@@ -181,6 +200,10 @@ def test_a_refusal_changes_no_file(tmp_path, taught, changed):
         with pytest.raises(ConfigError, match=words):
             run(taught(**{"teachers.teacher.model": model}), tmp_path / "run")
     assert tree(tmp_path) == before and not (tmp_path / "run").exists()
+    said = []
+    accepted = {"teachers.teacher.model": str(folder), "teachers.teacher.accept_unproven": True}
+    run(taught(**accepted), tmp_path / "run", said)
+    assert any(line.startswith("warning: the teacher") for line in said)
 
 
 @pytest.mark.whole

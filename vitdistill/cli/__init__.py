@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from .. import __version__
-from ..errors import DiskError, PermissionDenied, UserError
+from ..errors import DiskError, PermissionDenied, UserError, said_by
 from ..messages import printable, suggest
 from ..recipes import FAMILIES
 from . import arguments as given
@@ -80,14 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
     prog = f"vitdistill {name}" if name in COMMANDS else "vitdistill"
+    spelled = partial(render, arguments=COMMANDS.get(name, COMMANDS["recipes"])[1])
     try:
-        return _run(name, words[1 + name.count(" ") :], prog)
+        with said_by(spelled):
+            return _run(name, words[1 + name.count(" ") :], prog)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.agreed:
             which = "" if rank == "0" else f" (process {rank})"
-            kind = COMMANDS.get(name, COMMANDS["recipes"])[1]
-            print(f"{prog}{which}: {render(error, kind)}", file=sys.stderr)
+            print(f"{prog}{which}: {spelled(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

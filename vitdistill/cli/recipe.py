@@ -12,7 +12,7 @@ from timm.models import is_model
 from timm.optim import get_optimizer_info, list_optimizers
 
 from ..errors import Add, Set, UserError
-from ..messages import suggest
+from ..messages import plural, suggest
 from ..methods.base import Masking, TeacherObjective, TokenSelector
 from ..recipes.config import Recipe, TeacherConfig
 from ..recipes.convert import flatten, replace_fields
@@ -23,6 +23,9 @@ from ..recipes.yaml import parse_yaml
 from ..storage.manifest import MANIFEST
 from .arguments import RecipeArguments, recipe_flags
 from .flags import wrap
+
+MOST_WARMUP = 0.2
+"""Of a run that is shorter than its recipe's, the part that its warm-up may be."""
 
 Values = dict[str, Any]
 """What fields of a recipe are to be, by dotted path."""
@@ -62,14 +65,19 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
 
 
 def _shorten_warmup(recipe: Recipe, values: Values) -> list[str]:
-    """Fit a warm-up that nobody gave into fewer epochs, in proportion; return what to say of it."""
+    """Let a warm-up that nobody gave be no more of fewer epochs than a fifth, or the recipe's own
+    share; return what to say of it.
+    """
     epochs, warmup = values.get("train.epochs"), recipe.optim.warmup_epochs
-    if "optim.warmup_epochs" in values or type(epochs) is not int or not 0 < epochs <= warmup:
+    if "optim.warmup_epochs" in values or type(epochs) is not int or epochs < 1:
         return []
-    values["optim.warmup_epochs"] = fitting = warmup * epochs / recipe.train.epochs
+    fitting = epochs * max(warmup / recipe.train.epochs, MOST_WARMUP)
+    if fitting >= warmup:
+        return []
+    values["optim.warmup_epochs"] = fitting
     return [
-        f"the recipe's warm-up of {warmup:g} epochs keeps its share of the run,"
-        f" {fitting / epochs:.1%} (optim.warmup_epochs={fitting:.2g})"
+        f"of {plural(epochs, 'epoch')}, {fitting:.2g} are warm-up, where the recipe has"
+        f" {warmup:g} of {recipe.train.epochs:,}; --warmup-epochs N sets another"
     ]
 
 

@@ -1,5 +1,6 @@
 """What an error says, with remedies spelled as flags."""
 
+import re
 import shlex
 from functools import partial
 from typing import Any
@@ -10,6 +11,8 @@ from ..recipes.settings import EVERY_STAGE
 from .arguments import StudyArguments, recipe_flags
 from .flags import Flag, flags_of
 
+_FIELD = re.compile(r"(?<![\w./-])(?<!--set )[a-z_]+(?:\.[a-z_]+)*(?![\w./-])")
+
 
 def render(error: UserError, arguments: type) -> str:
     """Return the sentence of an error for the user of the command that takes ``arguments``, fit for
@@ -17,13 +20,19 @@ def render(error: UserError, arguments: type) -> str:
     """
     flags = [*flags_of(arguments)]
     own = {flag.option.field or flag.dest: flag for flag in flags}
-    known = {**recipe_flags(), **own}
-    spell = partial(_spell_row if arguments is StudyArguments else _spell, known=known)
-    sentence = error.sentence(spell)
+    of_study = arguments is StudyArguments
+    known = own if of_study else {**recipe_flags(), **own}
+    sentence = error.sentence(partial(_spell_row if of_study else _spell, known=known))
     # A folder may have the name of an argument ("labels holds ..."), but not that of a field.
-    verb = " " if "." in (error.field or "") else " is "
-    if error.field in known and sentence.startswith(f"{error.field}{verb}"):
+    if error.field in known and sentence.startswith(f"{error.field} is "):
         sentence = known[error.field].name + sentence.removeprefix(error.field)
+    if not error.stage:  # in stages, a flag may be for another one
+        names = {path: flag.name for path, flag in known.items() if "." in path}
+        meant = [error.field, *(fix.field for fix in error.fixes if isinstance(fix, Set))]
+        # A part of the recipe knows only its own fields: "batch_size 12 does not divide".
+        last = {path.rpartition(".")[2]: path for path in meant if path in known}
+        names |= {name: known[path].name for name, path in last.items() if "_" in name}
+        sentence = _FIELD.sub(lambda word: names.get(word[0], word[0]), sentence)
     return printable(sentence)
 
 

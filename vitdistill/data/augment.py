@@ -91,7 +91,11 @@ class Augment:
             "scale": (self.crop == "rrc", crop, _set("crop", "rrc")),
             "ratio": (self.crop == "rrc", crop, _set("crop", "rrc")),
             "crop_padding": (self.crop == "pad", crop, _set("crop", "pad")),
-            "color_jitter": (not self.aa or "3a" in self.aa, "together with aa", _set("aa")),
+            "color_jitter": (
+                not self.aa or "3a" in self.aa,
+                "together with data.augment.aa",
+                _set("aa"),
+            ),
             "mixup_prob": (self.mixes, "without mixup or cutmix", _set("mixup")),
             "mixup_switch_prob": (both, "unless both mixup and cutmix are on", _set("mixup")),
         }

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from ..data.batch import Batch
+from ..errors import ConfigError, Drop
 from .step import Distillation
 from .teacher import Teacher
 
@@ -45,5 +46,6 @@ def describe_shares(shares: Shares) -> list[str]:
     for name, (_, of) in shares.items():
         if of < LEAST:
             what = f"{name} is nearly nothing beside the others, {of:.1%} of the gradient"
-            lines.append(f"{what}: raise objectives.{name}.weight, or leave it out")
+            fixes = f"raise objectives.{name}.weight", Drop(name)
+            lines.append(str(ConfigError(what, fixes)))
     return lines

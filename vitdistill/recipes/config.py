@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError, Set
-from ..messages import listed, printable
+from ..messages import listed, plural, printable
 from ..methods.base import Masking, Objective, TokenSelector
 from ..methods.cross_entropy import CrossEntropy
 from ..option import check_options
@@ -129,5 +129,5 @@ def _check_schedule(optim: OptimConfig, epochs: int) -> None:
         fixes = (Set(field, 0), Set("optim.sched", "cosine"))
         raise ConfigError(f"without a schedule {field} cannot take effect", fixes, field=field)
     if optim.sched != "none" and warmup >= epochs:
-        what = f"the warm-up of {warmup:g} epochs is as long as the run, which has {epochs}"
+        what = f"the warm-up is as long as the run: {warmup:g} of {plural(epochs, 'epoch')}"
         raise ConfigError(what, Set(field, 0))

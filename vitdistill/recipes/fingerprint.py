@@ -36,7 +36,7 @@ LATER = {
 
 def is_volatile(path: str) -> bool:
     """Whether the field at ``path`` has no influence on the result."""
-    return path in VOLATILE or bool(re.fullmatch(r"teachers\.\w+\.labels", path))
+    return path in VOLATILE or bool(re.fullmatch(r"teachers\.\w+\.(labels|accept_unproven)", path))
 
 
 def fingerprint(recipe: Recipe) -> str:

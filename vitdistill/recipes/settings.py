@@ -75,6 +75,9 @@ class TeacherConfig:
         "of a network without class names: the data set's, people's (2 before 10), or the place of"
         " each class among its own",
     )
+    accept_unproven: bool = option(
+        False, "run it though an untrained network would answer as well, to try the rest"
+    )
     model_args: dict[str, Any] = option(dict, "further arguments of the model")
     labels: str | None = option(None, "folder of its stored labels; none: it runs")
     missing: Literal["error", "online"] = option(

@@ -45,7 +45,11 @@ class Proof:
 
 @torch.no_grad()
 def prove_teacher(
-    teacher: Teacher, batches: Iterable[Batch], classes: Sequence[str], world: World
+    teacher: Teacher,
+    batches: Iterable[Batch],
+    classes: Sequence[str],
+    world: World,
+    accept: bool = False,
 ) -> Proof:
     """Prove a teacher on this process's share of labelled images it has not been trained on; call
     it on every process.
@@ -53,6 +57,7 @@ def prove_teacher(
     Args:
         batches: validation images in the student's normalisation.
         classes: of the data set, in the order of the logits.
+        accept: what luck explains is only doubted.
 
     Raises:
         NonFiniteError: an answer is NaN or infinite.
@@ -70,7 +75,7 @@ def prove_teacher(
     parts = world.gather((torch.cat(found), torch.cat(labels), doubt))
     answers, truth, doubts = zip(*parts, strict=True)
     misfit = next((doubt for doubt in doubts if doubt is not None), None)
-    return _judge(teacher, torch.cat(answers), torch.cat(truth), classes, misfit)
+    return _judge(teacher, torch.cat(answers), torch.cat(truth), classes, misfit, accept)
 
 
 def _judge(
@@ -79,6 +84,7 @@ def _judge(
     labels: Int[Tensor, " N"],
     classes: Sequence[str],
     misfit: ConfigError | None,
+    accept: bool,
 ) -> Proof:
     """Compare answers with labels, the same on every process."""
     where = f"teachers.{teacher.network.name}"
@@ -103,16 +109,21 @@ def _judge(
             field=fix.field,
         )
     doubts = [doubt for doubt in (untrained, misfit, reordered) if doubt is not None]
-    # A weak teacher confuses classes without being in another order.
-    if not proven or (order is not None and order.certain):
+    if not proven:
         luck = ConfigError(
             f"{what}, which an untrained network reaches by luck (chance: {chance:.1%} for"
-            f" {len(classes)} classes): its weights are not loaded, its classes are others, its"
-            " normalisation is not its own, or it was trained too briefly",
-            ("check its weights", "train it longer"),
+            f" {len(classes)} classes): it was trained in too few steps, its weights are not"
+            " loaded, its classes are others, or its normalisation is not its own",
+            ("train it for more epochs", "train it in smaller batches", "check its weights"),
             field=where,
         )
-        raise agreed(next(iter(doubts), luck))
+        doubts = doubts or [luck]
+    # A weak teacher confuses classes without being in another order.
+    certain = order is not None and order.certain
+    if certain or not (proven or accept):
+        if not certain and doubts[0] is not misfit:
+            doubts[0].fixes += (Set(f"{where}.accept_unproven", True),)
+        raise agreed(doubts[0])
     return Proof(accuracy, chance, len(labels), tuple(doubts))
 
 

@@ -344,7 +344,8 @@ def prove_teachers(prepared: Prepared, say: Say) -> dict[str, Proof]:
         with world.autocast(prepared.amp_dtype):
             if images is not None and needs.logits:
                 classes = prepared.networks.classes or prepared.images.classes
-                proof = prove_teacher(teacher, images, classes, world)
+                accept = prepared.recipe.teachers[name].accept_unproven
+                proof = prove_teacher(teacher, images, classes, world, accept)
                 doubts, found[name] = proof.doubts, proof
                 say(
                     f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images"

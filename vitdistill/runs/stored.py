@@ -82,7 +82,9 @@ def made_by(store: LabelStore, config: TeacherConfig) -> bool:
     then = recipe.get("teachers", {}).get(store.manifest.about.get("teacher"))
     now, fresh = to_dict(config), to_dict(TeacherConfig())
     return then is not None and all(
-        then.get(key, fresh[key]) == now[key] for key in now if key not in ("labels", "missing")
+        then.get(key, fresh[key]) == now[key]
+        for key in now
+        if key not in ("labels", "missing", "accept_unproven")
     )
 
 
@@ -108,7 +110,7 @@ def check_labels(
         if changed:
             fixes = ["make the recipe agree", "label again"]
             if "view.mean" in changed or "view.std" in changed:
-                fixes.append("label with data.augment.reprob=0, for students of any normalisation")
+                fixes.append("label, for students of any normalisation, with data.augment.reprob=0")
             raise DataError(
                 f"the labels of the {name} ({store.path}) are not for this run: {changed}",
                 tuple(fixes),
