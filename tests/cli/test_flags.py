@@ -123,6 +123,7 @@ def test_a_field_is_named_by_its_flag_and_a_folder_by_its_name(what: str, words:
     error = ConfigError(what, field=what.split()[0])
     assert render(error, TrainArguments) == words
     assert render(error, StudyArguments) == what  # which has no such flags
+    assert render(UserError(what), TrainArguments) == what
     error.stage = "pretrain"
     assert what in render(error, TrainArguments) or "." not in what
 

@@ -1,6 +1,7 @@
 """`Distiller`: the product's own step, in anybody's loop."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,14 @@ from small_vits import ROTARY, batch_of, network, teacher_of, vit
 from torch import Tensor, nn
 
 from vitdistill import Distiller
-from vitdistill.data.augment import InputSpec
+from vitdistill.data.augment import Augment, InputSpec
 from vitdistill.data.batch import Batch
+from vitdistill.data.loader import Loading, TrainLoader
+from vitdistill.data.sources.open import open_source
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
-from vitdistill.errors import ConfigError
+from vitdistill.errors import ConfigError, DataError
+from vitdistill.labels.reader import LabelReader
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD
@@ -354,3 +358,15 @@ def test_labels_that_were_stored(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         distiller(batch.images, batch.labels)
     assert refused.value.field == "ids"
+    assert store.augment == recipe.data.augment != Augment()
+    reader, loading = {"teacher": LabelReader("teacher", store)}, Loading(batch_size=4, seed=0)
+    loader = TrainLoader(open_source(str(images), "train"), Augment(), SPEC, loading, reader)
+    made = ", ".join(
+        f"{key}={value!r}"
+        for key, value in vars(recipe.data.augment).items()
+        if value != getattr(Augment, key)
+    )
+    with pytest.raises(
+        DataError, match=re.escape(f"Augment({made}), seed {recipe.data_seed}, 16 ")
+    ):
+        next(loader.batches(0, 1))

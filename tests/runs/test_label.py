@@ -50,6 +50,15 @@ def sealed(folder):
 # -- the same bytes -------------------------------------------------------------------------------
 
 
+def test_the_students_weights_need_not_be_there(kd, tmp_path):
+    """Its network tells what it sees; training alone begins with timm's weights, of another width."""
+    recipe = kd(**{"student.pretrained": True})
+    store = written(recipe, tmp_path / "labels")
+    assert store.manifest.about["recipe"]["student"]["pretrained"]
+    with pytest.raises(DataError, match=r"pretrained weights of .* cannot be had"):
+        run(recipe, tmp_path / "run")
+
+
 def test_bytes_do_not_depend_on_workers_or_processes(kd, tmp_path):
     recipe = kd(**{"data.in_memory": False})  # views are made one by one, in workers if any
     written(recipe, tmp_path / "0")

@@ -26,7 +26,8 @@ def render(error: UserError, arguments: type) -> str:
     # A folder may have the name of an argument ("labels holds ..."), but not that of a field.
     if error.field in known and sentence.startswith(f"{error.field} is "):
         sentence = known[error.field].name + sentence.removeprefix(error.field)
-    if not error.stage:  # in stages, a flag may be for another one
+    # The command line's own errors say what they mean, and in stages a flag may be for another one.
+    if type(error) is not UserError and not error.stage:
         names = {path: flag.name for path, flag in known.items() if "." in path}
         meant = [error.field, *(fix.field for fix in error.fixes if isinstance(fix, Set))]
         # A part of the recipe knows only its own fields: "batch_size 12 does not divide".

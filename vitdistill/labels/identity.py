@@ -55,6 +55,25 @@ def of_views(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key.startswith(_OF_VIEWS)}
 
 
+def augment_of(identity: Mapping[str, Any]) -> Augment:
+    """Return the augmentation of the views that were labelled."""
+    place = "view.augment."
+    found = {key.removeprefix(place): v for key, v in identity.items() if key.startswith(place)}
+    known = found.keys() & {field.name for field in dataclasses.fields(Augment)}
+    values: dict[str, Any] = {
+        key: tuple(found[key]) if isinstance(found[key], list) else found[key] for key in known
+    }
+    return Augment(**values)
+
+
+def describe_views(identity: Mapping[str, Any]) -> str:
+    """Say what makes the views that were labelled, as a loop in Python would."""
+    settings = vars(augment_of(identity)).items()
+    said = ", ".join(f"{key}={v!r}" for key, v in settings if v != getattr(Augment, key))
+    height, width = identity.get("view.image_size", ("?", "?"))
+    return f"Augment({said}), seed {identity.get('view.seed')}, {height} x {width} pixels"
+
+
 def network_to_json(network: Network) -> dict[str, Any]:
     """Return a `Network` as plain JSON."""
     plain = dataclasses.asdict(network)

@@ -10,7 +10,7 @@ from ..errors import DataError, Set
 from ..keyed import I64
 from ..vit.network import Network
 from ..vit.output import ViTOutput
-from .identity import changed_versions
+from .identity import changed_versions, describe_views
 from .layout import Layout, Targets
 from .store import LabelStore
 
@@ -59,9 +59,10 @@ class LabelReader:
     def _other_view(self, sample: int, view: int) -> DataError:
         changed = changed_versions(self.store.manifest.about.get("versions", {}))
         return DataError(
-            f"view {view} of sample {sample} has other pixels than the {self.name} labelled, so"
+            f"view {view} of sample {sample} has other pixels than the {self.name} labelled"
+            f" ({describe_views(self.store.manifest.identity)}); if the loader has the same,"
             f" {changed or 'an image or a library that makes views'} has changed",
-            "label again, or restore what made these labels",
+            ("make views as these labels'", "label again"),
             field=f"teachers.{self.name}.labels",
         )
 

@@ -19,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ..data.augment import Augment
 from ..errors import ConfigError, DataError, DiskError, Give
 from ..keyed import I64
 from ..messages import listed, printable
 from ..storage.atomic import disk_errors, staged_dir, write_atomic
 from ..storage.manifest import MANIFEST, write_manifest
+from .identity import augment_of
 from .layout import Records, Targets
 from .manifest import Manifest, read_store_manifest
 from .part import Part, write_part
@@ -96,6 +98,11 @@ class LabelStore:
         return cls(folder, read_store_manifest(folder))
 
     # -- what is where --
+
+    @property
+    def augment(self) -> Augment:
+        """How the views were made that are labelled."""
+        return augment_of(self.manifest.identity)
 
     def part_range(self, part: int) -> tuple[int, int]:
         """Return the samples of a part: the first, and the one after the last."""

@@ -34,8 +34,9 @@ def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
     if data.unlabelled is not None:
         small = replace(small, batch_size=4 * world.size)
         data = replace(data, labelled_share=0.5)
+    student = replace(recipe.student, pretrained=False)  # only its network is asked, for its input
     with world.together(), memory_errors("while the teachers were built", SMALLER_EVALUATION):
-        prepared = build(replace(recipe, train=small, data=data), world, say)
+        prepared = build(replace(recipe, train=small, data=data, student=student), world, say)
         prepared = replace(prepared, recipe=recipe)
     return replace(prepared, proofs=prove_teachers(prepared, say))
 

@@ -76,7 +76,8 @@ def label(
                     store.load(*place)
         # From here on processes do not meet: each writes parts of its own. The launcher stops the
         # others when one fails, and passes a signal on to all.
-        progress = _Progress(say, world.is_main)
+        shape = next(iter(manifests.values()))
+        progress = _Progress(say, world.is_main, shape.num_samples * shape.num_views)
         with StopRequest() as stop, progress:
             parts = write_missing(
                 stores,
@@ -190,12 +191,12 @@ def _open_stores(output: Path, manifests: Mapping[str, Manifest], say: Say) -> l
 class _Progress(Progress):
     """A bar on a terminal, elsewhere a line every few seconds; both move inside a part too."""
 
-    def __init__(self, say: Say, enabled: bool) -> None:
+    def __init__(self, say: Say, enabled: bool, num_views: int) -> None:
         console = Console()
         silent = not (enabled and console.is_terminal)
         super().__init__(console=console, transient=True, disable=silent)
         self._bar = self.add_task("labelling", total=None)
-        self._say, self._parts = say, (0, 0)
+        self._say, self._parts, self._num_views = say, (0, 0), num_views
         self._start: int | None = None
         self._begun = self._shown = time.perf_counter()
 
@@ -209,7 +210,8 @@ class _Progress(Progress):
         elif at > self._start and (due or done == total):
             self._shown = now
             left = (now - self._begun) / (at - self._start) * (total - at)
-            self._say(f"{round(at, 1):g} of {total} parts, {format_duration(left)} left")
+            share_done = f"{at / total:.0%} of {self._num_views:,} views"
+            self._say(f"{share_done}, {format_duration(left)} left")
 
     def within(self, share: float) -> None:
         """Show that a ``share`` of a part is made."""

@@ -121,7 +121,7 @@ def _judge(
     # A weak teacher confuses classes without being in another order.
     certain = order is not None and order.certain
     if certain or not (proven or accept):
-        if not certain and doubts[0] is not misfit:
+        if not certain and doubts[0] not in (misfit, reordered):
             doubts[0].fixes += (Set(f"{where}.accept_unproven", True),)
         raise agreed(doubts[0])
     return Proof(accuracy, chance, len(labels), tuple(doubts))

@@ -110,7 +110,7 @@ def check_labels(
         if changed:
             fixes = ["make the recipe agree", "label again"]
             if "view.mean" in changed or "view.std" in changed:
-                fixes.append("label, for students of any normalisation, with data.augment.reprob=0")
+                fixes.append("label with data.augment.reprob=0, for students of any normalisation")
             raise DataError(
                 f"the labels of the {name} ({store.path}) are not for this run: {changed}",
                 tuple(fixes),
