@@ -98,7 +98,7 @@ def test_without_its_teacher_a_student_is_asked_alone(
     try:
         Path("runs/live/answers.json").unlink(missing_ok=True)
         assert run("report runs/live --output notes.md --ask --device cpu") == 0
-        assert "teacher cannot be asked" in capsys.readouterr().out
+        assert "teacher cannot be asked" in capsys.readouterr().err
         answers = read_run(Path("runs/live")).answers
         assert answers is not None and not answers.teachers
     finally:

@@ -56,8 +56,8 @@ def test_a_taught_recipe_is_measured_by_the_best_of_the_same_student_and_the_fir
     tmp_path: Path,
 ) -> None:
     larger = replace(alone("x").student, model_args={**alone("x").student.model_args, "depth": 2})
-    make_run(tmp_path / "1", alone("slow", optim=OptimConfig(lr=1e-5)), 0.4)
-    make_run(tmp_path / "2", alone("alone"), 0.5)
+    make_run(tmp_path / "1", alone("alone"), 0.5)
+    make_run(tmp_path / "2", alone("slow", optim=OptimConfig(lr=1e-5)), 0.4)
     make_run(tmp_path / "3", alone("larger", student=larger), 0.9)
     make_run(tmp_path / "4", taught("kd"), 0.6)
     make_run(tmp_path / "5", taught("masked", selector=MaskedKD()), 0.6)

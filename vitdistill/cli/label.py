@@ -17,6 +17,7 @@ from ..recipes.stages import Stages
 from ..runs.display import Display
 from ..runs.label import LabelOptions, label
 from ..runs.label_check import check as check_labels
+from ..runs.stored import describe_proof, proof_of
 from ..storage.manifest import MANIFEST
 from .arguments import (
     CheckArguments,
@@ -78,6 +79,8 @@ def info(args: StoreArguments) -> int:
         say(f"{name}: {network}, {layout.describe()}, {size} a record")
         views = f"{manifest.num_samples:,} images x {manifest.num_views} views"
         say(f"  {views}, parts of {manifest.part_size:,}")
+        if proof := proof_of(store):
+            say(f"  {describe_proof(proof)}")
         versions = manifest.about.get("versions", {}).items()
         made = {f"made with {library}": version for library, version in versions}
         made |= {"made by": manifest.about.get("command", "")}

@@ -21,7 +21,7 @@ def run(args: ReportArguments) -> int:
     if args.ask:
         device = choose_device(args.device or "auto")
         for folder in find_runs(args.paths):
-            ask(folder, device, say)
+            ask(folder, device, working)
     markdown = (args.format or output.suffix.lower().lstrip(".")) == "md"
     write_report(args.paths, output, markdown)
     return 0
