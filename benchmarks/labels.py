@@ -118,7 +118,7 @@ def make_store(folder: Path, setting: Setting) -> LabelStore:
     )
     store = LabelStore.create(folder, manifest)
     for part in range(store.num_parts):
-        ids = np.arange(*store.part_range(part))
+        ids = np.arange(*store.manifest.part_range(part))
         records = answers[random.integers(ANSWERS, size=len(ids))]
         records["pixels"] = pixels_of(ids)
         store.seal(0, part, records)

@@ -41,7 +41,7 @@ from vitdistill.errors import ConfigError
 from vitdistill.methods.dmae import DMAE, DMAEAdapter, alignment_loss
 from vitdistill.methods.mae import PixelReconstruction
 from vitdistill.methods.masking import RandomMasking
-from vitdistill.models.mae import MAEDecoder, init_mae, reconstruction_loss
+from vitdistill.models.mae import MAEDecoder, init_mae, pixel_targets
 from vitdistill.recipes.config import OptimConfig
 from vitdistill.runs.optim import gradient_norm, make_optimizer
 from vitdistill.vit.families import describe_network
@@ -106,8 +106,9 @@ class WholeTeacher(nn.Module):
         hidden, features = self.walk(self.student, images, keep, blocks[0])
         prediction = self.decoder(features, keep, 1)
         mask = prediction.new_ones(prediction.shape[:2]).scatter(1, keep, 0.0)
-        loss = reconstruction_loss(prediction, images, mask, self.decoder.patch_size)
-        return loss, alignment_loss(self.align(hidden), target)
+        pixels = pixel_targets(images, self.decoder.patch_size, norm_pix=False)
+        error = (prediction.float() - pixels).square().mean(-1)
+        return (error * mask).sum() / mask.sum(), alignment_loss(self.align(hidden), target)
 
 
 @dataclass

@@ -183,9 +183,7 @@ def measure(name: str, args: dict[str, Any], refusals: Refusals) -> Row:
             row["half"] = tried(
                 lambda: difference(answer(model, images, half), timms_own(own, images, half))
             )
-    last = frozenset({-1})
-    everything = Needs(True, last if network.dims else frozenset(), features=bool(network.dims))
-    row["flops"] = tried(lambda: f"{forward_flops(model, spec.image_size, everything):.2e}")
+    row["flops"] = tried(lambda: f"{forward_flops(model, spec.image_size):.2e}")
     row["export"] = tried(lambda: exported(model, name, args, images, whole))
     for role, asked in ROLES.items():
         beside = small(spec.image_size, network)

@@ -50,7 +50,6 @@ class World:
 
     @property
     def device_name(self) -> str:
-        """What people call the device."""
         on_gpu = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if on_gpu else str(self.device)
 
@@ -71,12 +70,7 @@ class World:
         dist.all_reduce(merged, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in merged.tolist()]
 
-    def most(self, count: int) -> int:
-        """Return the largest count of all processes."""
-        return max(self.gather(count))
-
     def mean(self, values: Tensor) -> Tensor:
-        """Average a tensor over the processes."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -84,12 +78,10 @@ class World:
         return values
 
     def take_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite these by the main process's, in place."""
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor, 0)
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, by rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -213,10 +205,9 @@ def join_world(device: str = "auto") -> Iterator[World]:
         if not by_gloo and not isinstance(error, dist.DistError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise ProcessLost(
-            f"another process of this run died or does not answer ({reason})",
-            "see its own message; the same command goes on from what was saved",
-        ) from error
+        what = f"another process of this run died or does not answer ({reason})"
+        fix = "see its own message; the same command goes on from what was saved"
+        raise ProcessLost(what, fix) from error
     finally:
         if dist.is_initialized():
             # NCCL ends in order only when all do: after an error it would wait for the others.

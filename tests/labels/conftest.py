@@ -81,7 +81,9 @@ def made() -> Callable[..., LabelStore]:
             for part in range(store.num_parts):
                 if (view, part) not in without:
                     assert store.seal(
-                        view, part, _records(store.layout, view, np.arange(*store.part_range(part)))
+                        view,
+                        part,
+                        _records(store.layout, view, np.arange(*store.manifest.part_range(part))),
                     )
         return store
 

@@ -40,7 +40,7 @@ def make_store(
     store = LabelStore.create(folder / "store", manifest)
     for view, part in list(store.missing_parts()):
         if (view, part) not in without:
-            rows = np.arange(*store.part_range(part))
+            rows = np.arange(*store.manifest.part_range(part))
             pixels = (view * 1000 + rows + 2**31).astype(np.uint32)
             logits = torch.from_numpy(true[view, rows])
             store.seal(view, part, layout.encode(logits, {}, None, pixels))

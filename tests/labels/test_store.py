@@ -43,7 +43,7 @@ def test_every_record_comes_back_in_any_order_and_number(
         assert present.all() and found.dtype == store.layout.dtype
         expected = [records(store.layout, int(v), [i]) for v, i in zip(at, ids, strict=True)]
         np.testing.assert_array_equal(found, np.concatenate(expected))
-        assert store.part_range(store.num_parts - 1)[1] == samples
+        assert store.manifest.part_range(store.num_parts - 1)[1] == samples
         assert list(store.missing_parts()) == [] and store.verify() == []
 
 

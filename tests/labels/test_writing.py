@@ -243,7 +243,7 @@ def test_stores_are_written_together_and_only_what_each_lacks(
 
     def note(unit: Unit) -> list[np.ndarray]:
         asked[unit.view, unit.part] = [store.path.name for store in unit.stores]
-        assert (unit.lo, unit.hi) == conv.part_range(unit.part)
+        assert (unit.lo, unit.hi) == conv.manifest.part_range(unit.part)
         return make(unit)
 
     assert write_missing([conv, other], note) == 4

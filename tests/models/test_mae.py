@@ -13,6 +13,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_mae import reconstruction_loss
 from torch import Tensor, nn
 
 from vitdistill.errors import ConfigError
@@ -23,7 +24,6 @@ from vitdistill.models.mae import (
     hold_positions,
     init_mae,
     patchify,
-    reconstruction_loss,
     sincos_positions,
     unpatchify,
 )
@@ -118,43 +118,6 @@ def test_patches_and_back(
     row, column, y, x, channel = rows - 1, columns // 2, height // 2, width - 1, channels - 1
     pixel = images[1, channel, row * height + y, column * width + x]
     assert patches[1, row * columns + column, (y * width + x) * channels + channel] == pixel
-
-
-# --- the loss ------------------------------------------------------------------------------------
-
-
-@given(seed=seeds, norm_pix=st.booleans())
-def test_the_loss_by_hand(seed: int, norm_pix: bool) -> None:
-    torch.manual_seed(seed)
-    images, prediction = torch.randn(2, 3, 4, 6), torch.randn(2, 4, 18)
-    mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])
-    target, total = patchify(images, (2, 3)).double().numpy(), 0.0
-    for image, patch in mask.nonzero().tolist():
-        pixels = target[image, patch]
-        if norm_pix:
-            pixels = (pixels - pixels.mean()) / math.sqrt(pixels.var(ddof=1) + 1e-6)
-        total += ((prediction[image, patch].double().numpy() - pixels) ** 2).mean()
-    loss = reconstruction_loss(prediction, images, mask, (2, 3), norm_pix)
-    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
-
-
-def test_the_right_answer_costs_nothing_and_a_patch_that_is_hidden_nowhere_neither() -> None:
-    images, mask = torch.randn(2, 3, 4, 4), torch.ones(2, 4)
-    assert reconstruction_loss(patchify(images, (2, 2)), images, mask, (2, 2)) == 0
-    assert reconstruction_loss(torch.randn(2, 4, 12), images, torch.zeros(2, 4), (2, 2)) == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_values_stay_finite(dtype: torch.dtype) -> None:
-    images = torch.stack(
-        [torch.zeros(3, 4, 4), torch.full((3, 4, 4), 1e4), 1e4 * torch.randn(3, 4, 4)]
-    ).to(dtype)
-    prediction = torch.full((3, 4, 12), 6e4, dtype=dtype, requires_grad=True)
-    for norm_pix in (False, True):
-        loss = reconstruction_loss(prediction, images, torch.ones(3, 4), (2, 2), norm_pix)
-        loss.backward()
-        assert loss.dtype is torch.float32 and loss.isfinite() and loss > 0
-        assert prediction.grad is not None and prediction.grad.isfinite().all()
 
 
 # --- the decoder ---------------------------------------------------------------------------------

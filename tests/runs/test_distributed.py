@@ -201,7 +201,7 @@ def test_a_process_that_dies_does_not_leave_the_others_hanging(tmp_path, plain):
     assert children[1].wait() is None
     assert type(error) is ProcessLost and children[0].code == 70
     assert "another process of this run died" in str(error) and "\n" not in str(error)
-    assert checkpoint.latest(folder) is not None and not (folder / ".lock").exists()
+    assert checkpoint.load_latest(folder) is not None and not (folder / ".lock").exists()
 
 
 def test_memory_that_ends_on_one_process_leaves_no_other_waiting(tmp_path, plain):

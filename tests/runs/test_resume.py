@@ -227,7 +227,7 @@ def test_the_command_line_leaves_with_75_and_one_sentence(tmp_path, plain):
     code, sentence = child.wait()
     assert code == 75 and sentence.count("\n") == 1
     assert sentence.startswith("vitdistill train: stopped by SIGTERM at step ")
-    assert checkpoint.latest(folder) is not None
+    assert checkpoint.load_latest(folder) is not None
 
 
 def test_killed_between_and_while_saving(tmp_path, taught):

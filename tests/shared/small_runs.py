@@ -257,9 +257,9 @@ def result(folder: Path) -> dict[str, Any]:
     """All that a finished run computed: logs and exports as bytes, the final state, the summary but
     for its seconds.
     """
-    newest = checkpoint.latest(folder)
+    newest = checkpoint.load_latest(folder)
     assert newest is not None
-    tensors, state = checkpoint.load(newest)
+    tensors, state = newest[1]
     summary = json.loads((folder / "summary.json").read_bytes())
     files = ["metrics.jsonl", "pictures.png"]
     files += [f"{kind}/model.safetensors" for kind in ("last", "best")]

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
 from vitdistill.distill.teacher import Teacher
+from vitdistill.vit.copies import on_meta
 from vitdistill.vit.families import describe_network
+from vitdistill.vit.flops import count_flops
+from vitdistill.vit.needs import Needs
 from vitdistill.vit.network import Network
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
@@ -58,6 +61,16 @@ STUDENT = Network(
 )
 TEACHER = replace(STUDENT, name="teacher", architecture="small", dim=384, grid=(16, 16), depth=8)
 CNN = Network("teacher", "resnet18", (224, 224), 5, 512, num_classes=10, num_parameters=9)
+
+
+def recorded_flops(
+    model: nn.Module, size: tuple[int, int], needs: Needs, num_keep: int | None = None
+) -> int:
+    """What a pass of `run_vit` costs an image."""
+    keep = None if num_keep is None else torch.zeros(1, num_keep, dtype=torch.int64, device="meta")
+    with count_flops() as counter:
+        run_vit(on_meta(model), torch.empty(1, 3, *size, device="meta"), needs, keep)
+    return counter.get_total_flops()
 
 
 def network(model: nn.Module, name: str = "teacher") -> Network:

@@ -39,16 +39,21 @@ def same(folder: Path, step: int, size: int = 300) -> bool:
     )
 
 
+def latest(run: Path, warn=lambda text: None) -> Path | None:
+    found = checkpoint.load_latest(run, warn)
+    return None if found is None else found[0]
+
+
 def steps_in(run: Path) -> list[str]:
     return sorted(os.listdir(run / "checkpoints"))
 
 
 def test_round_trip_and_pruning(tmp_path):
-    assert checkpoint.latest(tmp_path) is None and checkpoint.latest(tmp_path / "no") is None
+    assert latest(tmp_path) is None and latest(tmp_path / "no") is None
     assert list(tmp_path.iterdir()) == []
     for step in (1, 2, 30, 400):
         folder = checkpoint.save(tmp_path, step, *state_of(step))
-        assert folder == checkpoint.latest(tmp_path) == checkpoint.folder_of(tmp_path, step)
+        assert folder == latest(tmp_path) == checkpoint.folder_of(tmp_path, step)
         assert same(folder, step)
     assert steps_in(tmp_path) == ["step-00000030", "step-00000400"]
     assert sorted(os.listdir(folder)) == ["manifest.json", "state.json", "state.safetensors"]
@@ -100,7 +105,7 @@ def test_every_flipped_bit_and_cut_is_found_and_the_one_before_used(two, name):
     for content in bad:
         path.write_bytes(content)
         said: list[str] = []
-        assert checkpoint.latest(two, said.append) == checkpoint.folder_of(two, 1)
+        assert latest(two, said.append) == checkpoint.folder_of(two, 1)
         assert len(said) == 1 and str(path.parent) in said[0]
     path.write_bytes(data)
 
@@ -112,18 +117,18 @@ def test_missing_swapped_and_renamed_files_are_found(tmp_path):
     for name in checkpoint.FILES - {MANIFEST}:
         good = (newest / name).read_bytes()
         shutil.copy(one / name, newest / name)
-        assert checkpoint.latest(tmp_path) == one
+        assert latest(tmp_path) == one
         (newest / name).unlink()
-        assert checkpoint.latest(tmp_path) == one
+        assert latest(tmp_path) == one
         (newest / name).write_bytes(good)
-    assert checkpoint.latest(tmp_path, pytest.fail) == newest
+    assert latest(tmp_path, pytest.fail) == newest
     os.rename(one, checkpoint.folder_of(tmp_path, 9))
     for folder in (checkpoint.folder_of(tmp_path, 9), tmp_path / "nothing"):
         with pytest.raises(DataError):
             checkpoint.load(folder)
     (newest / checkpoint.STATE).write_bytes(b"{}")
     with pytest.raises(DataError, match="none of the checkpoints"):
-        checkpoint.latest(tmp_path)
+        latest(tmp_path)
 
 
 def test_pruning_keeps_a_good_one_when_the_newer_is_damaged(tmp_path):
@@ -146,7 +151,7 @@ def test_a_step_is_saved_again_and_a_later_one_stays(tmp_path):
     assert steps_in(tmp_path) == ["step-00000005", "step-00000010", "step-00000020"]
     newest = checkpoint.folder_of(tmp_path, 20)
     newest.rename(newest.with_name(f".replaced-{newest.name}-01234567"))  # killed half way
-    assert checkpoint.latest(tmp_path) == newest and same(newest, 20)
+    assert latest(tmp_path) == newest and same(newest, 20)
 
 
 def test_foreign_files_are_never_deleted(tmp_path):
@@ -184,7 +189,7 @@ def test_kill_9_at_random_moments_never_loses_or_halves_a_checkpoint(tmp_path, f
         while select.select([reader], [], [], 0)[0]:
             returned = int.from_bytes(os.read(reader, 4), "little")
         leftovers += any(name.startswith(".tmp-") for name in os.listdir(tmp_path / "checkpoints"))
-        newest = checkpoint.latest(tmp_path, pytest.fail)
+        newest = latest(tmp_path, pytest.fail)
         assert newest is not None
         done = int(newest.name.removeprefix("step-"))
         assert done in (returned, returned + 1) and same(newest, done, size)
@@ -218,7 +223,7 @@ def test_a_failing_system_call_costs_no_checkpoint(tmp_path, monkeypatch, name):
             failed += 1
             assert "disk is full" in str(error)
         monkeypatch.setattr(os, name, real)
-        newest = checkpoint.latest(tmp_path, pytest.fail)
+        newest = latest(tmp_path, pytest.fail)
         assert newest is not None and same(newest, int(newest.name.removeprefix("step-")))
         assert newest.name in (f"step-{step:08d}", f"step-{step - 1:08d}")
         checkpoint.save(tmp_path, step, *state_of(step))

@@ -10,7 +10,6 @@ from vitdistill.storage.manifest import (
     check_sizes,
     read_manifest,
     read_verified,
-    verify_dir,
     write_manifest,
 )
 
@@ -27,26 +26,25 @@ def published(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    "change",
     [
-        ({"files": {"../x": {"bytes": 1, "sha256": "0"}}}, "no plain file name"),
-        ({"format": 2}, "format 2"),
-        ({"files": []}, "damaged"),
-        ({"files": {"a": 5}}, "damaged"),
-        ({"files": {"a": {"bytes": 1}}}, "damaged"),
-        ({"identity": "a store"}, "damaged"),
-        ({"identity": None}, "damaged"),
+        {"format": 2},
+        {"files": []},
+        {"files": {"a": 5}},
+        {"files": {"a": {"bytes": 1}}},
+        {"identity": "a store"},
+        {"identity": None},
     ],
 )
-def test_a_manifest_of_somebody_else_is_refused(tmp_path, change, sentence):
+def test_a_manifest_of_somebody_else_is_refused(tmp_path, change):
     body = {"format": 1, "files": {}, "identity": {}, **change}
     (tmp_path / MANIFEST).write_bytes(_manifest_bytes(body))
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(DataError, match="damaged, or of another version"):
         read_manifest(tmp_path)
 
 
 def test_what_is_read_is_what_the_manifest_says(published):
-    body = verify_dir(published)
+    body = read_manifest(published)
     assert body["identity"] == {"kind": "test"}
     assert {name: read_verified(published, name, body) for name in body["files"]} == CONTENTS
     (published / "other").write_bytes(b"")
@@ -55,7 +53,7 @@ def test_what_is_read_is_what_the_manifest_says(published):
     (published / "a").write_bytes(CONTENTS["a"].swapcase())
     check_sizes(published)  # which does not read
     with pytest.raises(DataError, match="a is missing or damaged"):
-        verify_dir(published)
+        read_verified(published, "a", body)
 
 
 @pytest.mark.parametrize("content", [CONTENTS["a"][:-1], None])

@@ -112,9 +112,9 @@ def test_a_checkpoint_of_the_first_format_resumes(tmp_path):
     """``golden/`` was saved before the library's serialiser was used: AdamW after a step at ones."""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    folder = checkpoint.latest(Path(__file__).with_name("golden"), pytest.fail)
-    assert folder is not None
-    tensors, state = checkpoint.load(folder)
+    saved = checkpoint.load_latest(Path(__file__).with_name("golden"), pytest.fail)
+    assert saved is not None
+    folder, (tensors, state) = saved
     assert tensors["half"].tolist() == [0, 1, 2] and tensors["count"].item() == 7
     model.load_state_dict({key: tensors[f"model.{key}"] for key in model.state_dict()})
     optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from small_vits import recorded_flops
 from timm.models.naflexvit import batch_patchify
 from vit_forms import FORMS, build, run_timm
 
 from vitdistill.vit.families import family_of
-from vitdistill.vit.flops import forward_flops
 from vitdistill.vit.needs import Needs
 from vitdistill.vit.output import ViTOutput
 from vitdistill.vit.walk import run_vit
@@ -53,7 +53,7 @@ def test_queries_alone_stop_before_the_blocks_mlp(form: str) -> None:
         Needs(qkv=frozenset({1})),
         Needs(features=True),
     )
-    costs = [forward_flops(model, size, needs) for needs in by_needs]
+    costs = [recorded_flops(model, size, needs) for needs in by_needs]
     tokens = run_vit(model, images, by_needs[0]).qkv[0].q.shape[2]
     projection_and_mlp = 2 * tokens * 9 * model.embed_dim**2
     attention = 4 * tokens**2 * model.embed_dim

@@ -62,7 +62,6 @@ class Augment:
     interpolation: Literal["bicubic", "bilinear"] = option("bicubic", "of resizing")
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for values that mean nothing, or that could not take effect."""
         check_options(self, "data.augment")
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             _require(
@@ -77,7 +76,6 @@ class Augment:
         self._check_effects()
 
     def _check_effects(self) -> None:
-        """Refuse settings that would have no effect."""
         for name, (has_effect, why, fix) in self._effects().items():
             default, field = getattr(Augment, name), f"data.augment.{name}"
             if not has_effect and getattr(self, name) != default:
@@ -107,7 +105,6 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed in pairs."""
         return self.mixup > 0.0 or self.cutmix > 0.0
 
 
@@ -141,7 +138,6 @@ class InputSpec:
     crop_mode: str = "center"  # timm's: center, squash or border
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for impossible values: they may come from a model's own file."""
         size, std = self.image_size, self.std
         _require(len(size) == 2 and min(size) > 0, "image_size", size, "two positive numbers")
         _require(len(self.mean) == 3, "mean", self.mean, "three numbers")

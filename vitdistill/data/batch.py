@@ -44,18 +44,11 @@ class Batch:
 
     def rows(self, index: Int[Tensor, " L"]) -> "Batch":
         """Return some of the images, without what is stored of them."""
-        mixed, lam = self.mixed_labels, self.lam
-        return replace(
-            self,
-            images=self.images[index],
-            labels=self.labels[index],
-            ids=self.ids[index],
-            views=self.views[index],
-            mixed_labels=None if mixed is None else mixed[index],
-            lam=None if lam is None else lam[index],
-            labelled=None,
-            targets={},
-        )
+        taken: dict[str, Any] = {}
+        for name in ("images", "labels", "ids", "views", "mixed_labels", "lam"):
+            held = getattr(self, name)
+            taken[name] = None if held is None else held[index]
+        return replace(self, **taken, labelled=None, targets={})
 
     def uniforms(
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE

@@ -64,11 +64,7 @@ class TrainLoader:
         loading: Loading,
         labels: Mapping[str, TargetReader] | None = None,
     ) -> None:
-        """Prepare to load; ``labels`` read the stored answers of teachers, by their name.
-
-        Raises `ConfigError` when the sizes do not divide, `DataError` when the data set is smaller
-        than one batch or an image is damaged.
-        """
+        """Prepare to load; ``labels`` read the stored answers of teachers, by their name."""
         world = loading.world
         check_batches(source, augment, loading)
         self.source, self.augment, self.spec, self.loading = source, augment, spec, loading
@@ -170,7 +166,6 @@ class TrainLoader:
         return batch
 
     def _mixed(self, shown: Samples, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
-        """Normalise, erase and mix views."""
         batch = _plain_batch(shown, pixels, self.spec, self._labels, self.loading.seed)
         seed, ids, views = self.loading.seed, shown.ids, shown.views
         batch.images = erase(batch.images, self.augment.reprob, seed, ids, views)
@@ -216,11 +211,9 @@ class EvalLoader:
         return other
 
     def __len__(self) -> int:
-        """Return how many batches this process has."""
         return len(self._samples)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Make one pass over this process's samples, in order."""
         if self._kept:
             yield from map(self._batch, self._samples, self._kept)
             return
@@ -241,7 +234,6 @@ class EvalLoader:
 
 
 def order_of(source: ImageSource, augment: Augment, loading: Loading) -> Order:
-    """Return the order of a run's training images."""
     kinds = divide(source.labels, loading.batch_size, loading.labelled_share)
     return Order(kinds, loading.seed, augment.repeated_aug, loading.views, augment.mixes)
 
@@ -271,19 +263,15 @@ def _check_kinds(name: str, others: Kind, loading: Loading, micro_batch: int, un
     number = round(wanted)
     if abs(wanted - number) > 1e-6 or not 0 < number * unit < micro_batch:
         nearest = min(max(number, 1), micro_batch // unit - 1) * unit / micro_batch
-        raise ConfigError(
-            f"labelled_share {share:g} of a micro-batch of {micro_batch} is {wanted * unit:g}"
-            f" images, no {'even' if unit == 2 else 'whole'} number",
-            (Set("data.labelled_share", nearest), Set("train.batch_size")),
-            field="data.labelled_share",
-        )
+        wrong = f"{wanted * unit:g} images, no {'even' if unit == 2 else 'whole'} number"
+        what = f"labelled_share {share:g} of a micro-batch of {micro_batch} is {wrong}"
+        fixes = Set("data.labelled_share", nearest), Set("train.batch_size")
+        raise ConfigError(what, fixes, field="data.labelled_share")
     if others.size < others.count:
-        raise DataError(
-            f"{name} has {plural(others.size, 'image')} without labels, fewer than the"
-            f" {others.count} of one batch of {batch_size}",
-            (Set("train.batch_size"), Set("data.unlabelled", "none")),
-            field="data.unlabelled",
-        )
+        few = f"fewer than the {others.count} of one batch of {batch_size}"
+        what = f"{name} has {plural(others.size, 'image')} without labels, {few}"
+        fixes = Set("train.batch_size"), Set("data.unlabelled", "none")
+        raise DataError(what, fixes, field="data.unlabelled")
 
 
 def _make_train_views(
@@ -307,7 +295,6 @@ def _plain_batch(
     labels: Int[Tensor, " N"],
     seed: int = 0,
 ) -> Batch:
-    """Make a batch of normalised views on the pixels' device."""
     ids, views = torch.from_numpy(shown.ids), torch.from_numpy(shown.views)
     labels, ids, views = (
         it.to(pixels.device, non_blocking=True) for it in (labels[ids], ids, views)

@@ -25,13 +25,6 @@ def input_spec_of(model: nn.Module) -> InputSpec:
         height, width = to_2tuple(embed.img_size)
     if channels != 3:
         raise ConfigError(f"the model takes {channels} channels; only RGB images are supported")
-    red, green, blue = config["mean"]
-    red_std, green_std, blue_std = config["std"]
-    return InputSpec(
-        (int(height), int(width)),
-        (float(red), float(green), float(blue)),
-        (float(red_std), float(green_std), float(blue_std)),
-        str(config["interpolation"]),
-        float(config["crop_pct"]),
-        str(config["crop_mode"]),
-    )
+    mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
+    how = str(config["interpolation"]), float(config["crop_pct"]), str(config["crop_mode"])
+    return InputSpec((int(height), int(width)), mean, std, *how)  # type: ignore[arg-type]

@@ -68,7 +68,6 @@ class Order:
 
     @cached_property
     def steps(self) -> int:
-        """Steps of an epoch."""
         return max(len(self.one_pass(kind, 0)[0]) // kind.count for kind in self.kinds)
 
     def describe(self) -> str:
@@ -99,12 +98,8 @@ class Order:
 
     def partners(self, view: int) -> I64:
         """Return, for each sample, the one of its kind that it is mixed with in ``view``."""
-        return np.concatenate(
-            [
-                kind.first + pair_partners(kind.size, self.seed, view, kind.stream)
-                for kind in self.kinds
-            ]
-        )
+        found = ((k.first, pair_partners(k.size, self.seed, view, k.stream)) for k in self.kinds)
+        return np.concatenate([first + partners for first, partners in found])
 
 
 @lru_cache(maxsize=2)

@@ -96,12 +96,10 @@ def _receive(iterator: Any, processes: list[Any]) -> Iterator[Any]:
 
 
 def _exhausted() -> DataError:
-    return DataError(
-        "a data loading worker was lost, most often for lack of memory, of shared memory (/dev/shm;"
-        " docker gives 64 MB) or of open files",
-        (Set("data.workers"), Set("train.batch_size"), "raise the limit"),
-        field="data.workers",
-    )
+    why = "lack of memory, of shared memory (/dev/shm; docker gives 64 MB) or of open files"
+    what = f"a data loading worker was lost, most often for {why}"
+    fixes = Set("data.workers"), Set("train.batch_size"), "raise the limit"
+    return DataError(what, fixes, field="data.workers")
 
 
 @dataclass(frozen=True)

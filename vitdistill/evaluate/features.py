@@ -50,7 +50,7 @@ def batches_together(loader: EvalLoader, world: World, stop: Callable[[], bool])
         UserError: of one of them, on every process.
     """
     batches = iter(loader)
-    for _ in range(world.most(len(loader))):
+    for _ in range(max(world.gather(len(loader)))):
         batch, failure = None, None
         try:
             batch = next(batches, None)
@@ -112,7 +112,7 @@ def _in_sample_order(
     features: Sequence[Tensor], labels: Sequence[Tensor], world: World
 ) -> tuple[Tensor, Tensor]:
     """Gather the rows of all processes: process ``r`` of ``W`` has samples ``r``, ``r + W``, ..."""
-    width = world.most(features[0].shape[1] if features else 0)
+    width = max(world.gather(features[0].shape[1] if features else 0))
     rows = torch.cat([*features, torch.empty(0, width, device=world.device)])
     known = torch.cat([*labels, torch.empty(0, dtype=torch.int64, device=world.device)])
     if world.size == 1:

@@ -46,12 +46,8 @@ class LogitEncoding:
             raise ConfigError(what, fix, field="encoding")
         if self.kind != "topk":
             if self.k or self.temperatures:
-                raise ConfigError(
-                    f"k and temperatures cannot take effect with {self.kind} labels, which keep"
-                    " every class at any temperature",
-                    Give("encoding", "topk"),
-                    field="encoding",
-                )
+                what = f"k and temperatures cannot take effect with {self.kind} labels"
+                raise ConfigError(what, Give("encoding", "topk"), field="encoding")
             return
         if self.k < 1:
             raise ConfigError(f"topk labels of {self.k} classes hold nothing", Give("k"), field="k")
@@ -70,7 +66,6 @@ class LogitEncoding:
         return self.kind != "topk" or self.k == self.num_classes
 
     def describe(self) -> str:
-        """Say in words what is stored."""
         count = self.num_classes
         if self.kind != "topk":
             return (

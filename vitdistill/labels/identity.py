@@ -75,7 +75,6 @@ def describe_views(identity: Mapping[str, Any]) -> str:
 
 
 def network_to_json(network: Network) -> dict[str, Any]:
-    """Return a `Network` as plain JSON."""
     plain = dataclasses.asdict(network)
     plain["grids"] = {str(block): list(grid) for block, grid in network.grids.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}

@@ -68,11 +68,9 @@ class Layout:
 
     @property
     def record_bytes(self) -> int:
-        """Size of one record."""
         return self.dtype.itemsize
 
     def describe(self) -> str:
-        """Say in words what a record holds."""
         parts = [] if self.logits is None else [self.logits.describe()]
         for block, *size in self.hidden:
             parts.append("hidden states after block {} ({} x {})".format(block, *size))
@@ -82,12 +80,10 @@ class Layout:
         return ", ".join(parts) + in_what
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON, which `from_json` reads."""
         return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Layout":
-        """Read what `to_json` returned."""
         logits, features = plain["logits"], plain["features"]
         if logits is not None:
             logits = LogitEncoding(**{**logits, "temperatures": tuple(logits["temperatures"])})
@@ -169,7 +165,6 @@ class Targets:
         return len(self.pixels)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
-        """Return the same on ``device``."""
         moved = {name: x.to(device, non_blocking=non_blocking) for name, x in self.fields.items()}
         return Targets(self.layout, moved, self.missing.to(device, non_blocking=non_blocking))
 

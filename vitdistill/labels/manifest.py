@@ -52,7 +52,6 @@ class Manifest:
 
     @property
     def num_parts(self) -> int:
-        """Parts of a view."""
         return -(-self.num_samples // self.part_size)
 
     def part_range(self, part: int) -> tuple[int, int]:

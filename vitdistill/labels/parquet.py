@@ -69,7 +69,7 @@ def _write(arrow: Any, file: BinaryIO, store: LabelStore, views: Sequence[int]) 
 
 def _table(arrow: Any, store: LabelStore, view: int, part: int) -> Any:
     records = store.load(view, part).read_all().view(store.layout.dtype)
-    columns = _columns(view, store.part_range(part)[0], store.layout.targets(records))
+    columns = _columns(view, store.manifest.part_range(part)[0], store.layout.targets(records))
     arrays = {name: arrow.array(list(c) if c.ndim == 2 else c) for name, c in columns.items()}
     return arrow.table(arrays)
 

@@ -52,7 +52,6 @@ class Part:
         self._checked = np.zeros(len(self.crcs), dtype=bool)
 
     def _footer(self, data: mmap.mmap) -> tuple[dict[str, Any], int]:
-        """Return the footer and where it begins."""
         end = len(data) - _TRAILER.size
         length, crc, magic = _TRAILER.unpack(data[end:]) if end >= 0 else (0, 0, b"")
         start = end - length

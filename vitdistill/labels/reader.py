@@ -43,12 +43,10 @@ class LabelReader:
         missing = np.flatnonzero(~present)
         if len(missing) and not self.online:
             row = missing[0]
-            raise DataError(
-                f"the labels of the {self.name} in {self.store.path} have no record of sample"
-                f" {ids[row]} in view {views[row]}",
-                ("label the rest", Set(f"teachers.{self.name}.missing", "online")),
-                field=f"teachers.{self.name}.labels",
-            )
+            lost = f"no record of sample {ids[row]} in view {views[row]}"
+            what = f"the labels of the {self.name} in {self.store.path} have {lost}"
+            fixes = "label the rest", Set(f"teachers.{self.name}.missing", "online")
+            raise DataError(what, fixes, field=f"teachers.{self.name}.labels")
         if checksums is not None:
             wrong = np.flatnonzero(present & (records["pixels"] != checksums))
             if len(wrong):

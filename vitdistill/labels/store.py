@@ -71,11 +71,9 @@ class LabelStore:
                 _make(folder, manifest)
         there = read_store_manifest(folder)
         if different := there.differences(manifest, "in the store", "here"):
-            raise DataError(
-                f"{printable(folder)} holds labels of something else ({different})",
-                (Give("output"), "delete it, or give the very files that were labelled"),
-                field="output",
-            )
+            what = f"{printable(folder)} holds labels of something else ({different})"
+            fixes = Give("output"), "delete it, or give the very files that were labelled"
+            raise DataError(what, fixes, field="output")
         if there.num_views < manifest.num_views:
             there = _grown(folder, manifest.num_views)
         return cls(folder, there)
@@ -104,20 +102,13 @@ class LabelStore:
         """How the views were made that are labelled."""
         return augment_of(self.manifest.identity)
 
-    def part_range(self, part: int) -> tuple[int, int]:
-        """Return the samples of a part: the first, and the one after the last."""
-        return self.manifest.part_range(part)
-
     def view_path(self, view: int) -> Path:
-        """Return the folder of a view."""
         return self.path / f"view-{view:05d}"
 
     def part_path(self, view: int, part: int) -> Path:
-        """Return the file of a part."""
         return self.view_path(view) / f"part-{part:05d}.bin"
 
     def is_sealed(self, view: int, part: int) -> bool:
-        """Return whether the part is there."""
         return self.part_path(view, part).exists()
 
     def sealed_parts(self) -> list[tuple[int, int]]:
@@ -146,10 +137,9 @@ class LabelStore:
         ids = _whole(sample_ids)
         records, present = self.read(np.full_like(ids, view), ids)
         if not present.all():
-            raise DataError(
-                f"{printable(self.path)} has no record of sample {ids[~present][0]} in view {view}",
-                "label again, which writes what is missing",
-            )
+            what = f"has no record of sample {ids[~present][0]} in view {view}"
+            fix = "label again, which writes what is missing"
+            raise DataError(f"{printable(self.path)} {what}", fix)
         return self.layout.targets(records)
 
     def read(self, views: Ids, sample_ids: Ids) -> tuple[Records, npt.NDArray[np.bool_]]:
@@ -192,7 +182,7 @@ class LabelStore:
 
         After a `DiskError` the store is as it was.
         """
-        lo, hi = self.part_range(part)
+        lo, hi = self.manifest.part_range(part)
         assert 0 <= view < self.manifest.num_views and 0 <= lo < hi
         assert records.dtype == self.layout.dtype and records.shape == (hi - lo,)
         path = self.part_path(view, part)
@@ -201,7 +191,7 @@ class LabelStore:
     def status(self) -> Status:
         """Say how far the store is; reads names and sizes only."""
         sealed = self.sealed_parts()
-        ranges = [self.part_range(part) for _, part in sealed]
+        ranges = [self.manifest.part_range(part) for _, part in sealed]
         return Status(
             parts=self.manifest.num_views * self.num_parts,
             sealed=len(sealed),

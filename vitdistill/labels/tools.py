@@ -51,11 +51,9 @@ def merge(
 
 
 def _conflict(first: LabelStore, second: LabelStore, place: tuple[int, int]) -> DataError:
-    return DataError(
-        f"{printable(first.part_path(*place))} and {printable(second.part_path(*place))} hold"
-        " different records of the same samples",
-        "delete the wrong one ('vitdistill label check' compares records with the teacher)",
-    )
+    both = " and ".join(printable(store.part_path(*place)) for store in (first, second))
+    fix = "delete the wrong one ('vitdistill label check' compares records with the teacher)"
+    return DataError(f"{both} hold different records of the same samples", fix)
 
 
 def prune(

@@ -68,7 +68,7 @@ def write_missing(
                 if lacking is None:
                     left.append(place)
                 elif lacking:
-                    unit = Unit(*place, *lacking[0].part_range(place[1]), tuple(lacking))
+                    unit = Unit(*place, *lacking[0].manifest.part_range(place[1]), tuple(lacking))
                     made = make(unit)
                     if made is None:
                         return sealed

@@ -10,14 +10,13 @@ checked against OliverRensu/co-advise@8049918. What the authors' code cannot do:
 224 x 224, stochastic depth, and teachers other than one convolutional and one involutional.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from timm.layers import to_2tuple
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     is_model_in_modules,
     load_pretrained,
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, Set
 from ..vit.heads import TokenHeads, teacher_names
-from .involution import Involution
+from .involution import Involution, register
 
 
 class AdvisedViT(VisionTransformer):
@@ -124,7 +123,6 @@ class TwoStems(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return rows and columns of patches for images of this size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, images: Float[Tensor, "B c h w"]) -> Float[Tensor, "B L D"]:
@@ -202,9 +200,6 @@ def advised_vit(
         teachers: names of the tokens, in order.
         prediction: see `TokenHeads`.
         options: those of the base.
-
-    Raises:
-        ConfigError: no such base, or names or a prediction that make no sense.
     """
     names = teacher_names(teachers)
     architecture, _, tag = base.partition(".")
@@ -215,11 +210,9 @@ def advised_vit(
         probe = model_entrypoint(architecture)(pretrained=False, **one_block)
     is_plain = type(probe) is VisionTransformer and probe.cls_token is not None
     if not is_plain:
-        raise ConfigError(
-            f"the base {base!r} of advised_vit is no plain ViT with a class token",
-            fix=Set("student.model_args.base", "vit_tiny_patch16_224"),
-            field="student.model_args",
-        )
+        what = f"the base {base!r} of advised_vit is no plain ViT with a class token"
+        fix = Set("student.model_args.base", "vit_tiny_patch16_224")
+        raise ConfigError(what, fix, field="student.model_args")
     model: Any = model_entrypoint(architecture)(
         pretrained=False,
         reg_tokens=len(names),
@@ -248,26 +241,6 @@ def advised_vit(
     return advised
 
 
-def _registered(size: str) -> Callable[..., CiT]:
-    """Register a network under timm's rules: what it is called is the function's name."""
-    name = f"cit_{size}_patch16_224"
-    width, heads = _SIZES[size]
-
-    def create(pretrained: bool = False, **options: Any) -> CiT:
-        shape = {"patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": heads}
-        made: CiT = build_model_with_cfg(
-            CiT,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            **{**shape, **options},
-        )
-        return made
-
-    create.__name__ = name
-    return register_model(create)
-
-
-cit_tiny_patch16_224 = _registered("tiny")
-cit_small_patch16_224 = _registered("small")
-cit_base_patch16_224 = _registered("base")
+for _size, (_width, _count) in _SIZES.items():
+    _shape = {"patch_size": 16, "embed_dim": _width, "depth": 12, "num_heads": _count}
+    register(CiT, f"cit_{_size}_patch16_224", checkpoint_filter_fn, **_shape)

@@ -19,7 +19,6 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from .involution_op import involution as involution
 
 
@@ -31,8 +30,7 @@ class Involution(nn.Module):
     convolution's (the authors' module fails). Parameters are named and initialised as the authors'.
 
     Args:
-        channels: of input and output; a multiple of ``group_channels`` and ``reduction``, or
-            `ConfigError` is raised.
+        channels: of input and output; a multiple of ``group_channels`` and ``reduction``.
         kernel_size: odd.
         stride: s.
         group_channels: channels that share a kernel.
@@ -50,14 +48,8 @@ class Involution(nn.Module):
         reduction: int = 4,
     ) -> None:
         super().__init__()
-        positive = min(channels, kernel_size, stride, group_channels, reduction) >= 1
-        if not positive or kernel_size % 2 == 0 or channels % math.lcm(group_channels, reduction):
-            raise ConfigError(
-                f"no involution has {channels} channels in groups of {group_channels}, reduction"
-                f" {reduction}, kernel size {kernel_size} and stride {stride}",
-                fix="give an odd kernel size, and channels that are a multiple of the group's and"
-                " of the reduction",
-            )
+        fits = kernel_size % 2 and channels % math.lcm(group_channels, reduction) == 0
+        assert fits, "channels are a multiple of the group's and the reduction, the size is odd"
         self.kernel_size = kernel_size
         self.stride = stride
         narrow = channels // reduction
@@ -153,14 +145,7 @@ class RedNet(ResNet):
 
 
 def rednet(depth: int, num_classes: int = 1000, **options: Any) -> RedNet:
-    """Return a RedNet of 26, 38, 50, 101 or 152 layers with fresh weights.
-
-    ``options`` are `RedNet`'s. Raises `ConfigError` for another depth.
-    """
-    if depth not in DEPTHS:
-        raise ConfigError(
-            f"there is no RedNet of depth {depth}: choose one of {', '.join(map(str, DEPTHS))}"
-        )
+    """Return a RedNet of 26, 38, 50, 101 or 152 layers; ``options`` are `RedNet`'s."""
     return RedNet(DEPTHS[depth], num_classes, **options)
 
 
@@ -193,38 +178,23 @@ _LAYERS = {"first_conv": "conv1.0", "classifier": "fc"}
 _LARGE = {**_LAYERS, "pool_size": (7, 7), "interpolation": "bilinear"}
 _SMALL = {**_LAYERS, "pool_size": (4, 4), "input_size": (3, 32, 32), "crop_pct": 1.0}
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"rednet{depth}": _LARGE for depth in DEPTHS},
-        **{f"rednet{depth}_small": _SMALL for depth in (26, 38, 50)},
-    }
-)
+_CFGS: dict[str, Any] = {f"rednet{depth}": _LARGE for depth in DEPTHS}
+_CFGS |= {f"rednet{depth}_small": _SMALL for depth in (26, 38, 50)}
+default_cfgs = generate_default_cfgs(_CFGS)
 
 
-def _registered(depth: int, small_images: bool = False) -> Callable[..., RedNet]:
-    """Register a network under timm's rules: what it is called is the function's name."""
-    name = f"rednet{depth}_small" if small_images else f"rednet{depth}"
+def register(kind: type, name: str, filter_fn: Callable[..., Any], **shape: Any) -> None:
+    """Register a network under timm's rules: a function's name and module are the network's."""
 
-    def create(pretrained: bool = False, **options: Any) -> RedNet:
-        shape = {"layers": DEPTHS[depth], "small_images": small_images}
-        made: RedNet = build_model_with_cfg(
-            RedNet,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            **{**shape, **options},
-        )
-        return made
+    def create(pretrained: bool = False, **options: Any) -> Any:
+        given = {"pretrained_filter_fn": filter_fn, **shape, **options}
+        return build_model_with_cfg(kind, name, pretrained, **given)
 
-    create.__name__ = name
-    return register_model(create)
+    create.__name__, create.__module__ = name, kind.__module__
+    register_model(create)
 
 
-rednet26 = _registered(26)
-rednet38 = _registered(38)
-rednet50 = _registered(50)
-rednet101 = _registered(101)
-rednet152 = _registered(152)
-rednet26_small = _registered(26, small_images=True)
-rednet38_small = _registered(38, small_images=True)
-rednet50_small = _registered(50, small_images=True)
+for _name in default_cfgs:
+    _depth, _, _small = _name.removeprefix("rednet").partition("_")
+    _shape = {"layers": DEPTHS[int(_depth)], "small_images": bool(_small)}
+    register(RedNet, _name, checkpoint_filter_fn, **_shape)

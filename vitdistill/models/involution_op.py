@@ -12,8 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..errors import ConfigError
-
 # Numbers of the output that are summed at once. On a CPU what one tap reads and writes should stay
 # in the cache (measured from 2^16 to all at once: 2^18 to 2^20 are fastest); elsewhere this bounds
 # the float32 copies of half-precision inputs.
@@ -41,19 +39,12 @@ def involution(
         kernel_size: odd.
         stride: of the output, in pixels.
 
-    Raises:
-        ConfigError: shapes do not belong together.
-
     Source: arXiv 2103.06255 equation 4; ``involution_naive.py`` of d-li14/involution@21c3158.
     """
     places = (-(-x.shape[2] // stride), -(-x.shape[3] // stride))
     groups, rest = divmod(kernel.shape[1], kernel_size**2)
     fits = not rest and groups and x.shape[1] % groups == 0 and kernel.shape[2:] == places
-    if not fits or kernel_size % 2 == 0:
-        raise ConfigError(
-            f"an involution of size {kernel_size} and stride {stride} cannot apply a kernel of"
-            f" shape {tuple(kernel.shape)} to an image of {tuple(x.shape)}"
-        )
+    assert fits and kernel_size % 2, f"{kernel.shape} is no kernel for images of {x.shape}"
     dtype = torch.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.to(dtype), kernel.to(dtype)
     if torch.compiler.is_exporting():
@@ -92,7 +83,6 @@ class _Tap(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _taps(kernel_size: int, stride: int, height: int, width: int) -> tuple[_Tap, ...]:
-    """Return all taps that read anything."""
     # Plane (a, b) holds the pixels (stride i + a, stride j + b), so that no view has gaps.
     rows, columns = _reads(kernel_size, stride, height), _reads(kernel_size, stride, width)
     return tuple(

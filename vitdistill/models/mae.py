@@ -65,32 +65,14 @@ def unpatchify(
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def reconstruction_loss(
-    prediction: Float[Tensor, "B N pixels"],
-    images: Float[Tensor, "B c h w"],
-    mask: Float[Tensor, "B N"],
-    patch_size: tuple[int, int],
-    norm_pix: bool = False,
-) -> Float[Tensor, ""]:
-    """Return ``sum(mask * mean_pixels((prediction - target)^2)) / sum(mask)``; 0 without a mask.
-
-    In float32 (float64 stays). ``mask`` is 1 at hidden patches; see `pixel_targets` for the rest.
-
-    Source: arXiv 2111.06377 section 3; ``forward_loss`` of facebookresearch/mae@efb2a80.
-    """
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    target = pixel_targets(images.to(dtype), patch_size, norm_pix)
-    error = (prediction.to(dtype) - target).square().mean(-1)
-    mask = mask.to(dtype)
-    return (error * mask).sum() / mask.sum().clamp_min(1)
-
-
 def pixel_targets(
     images: Float[Tensor, "B c h w"], patch_size: tuple[int, int], norm_pix: bool
 ) -> Float[Tensor, "B N pixels"]:
     """Return the pixels to predict for every patch of images as the network sees them.
 
     ``norm_pix``: each patch less its mean, over ``sqrt(var + 1e-6)`` with the unbiased variance.
+
+    Source: arXiv 2111.06377 section 3; ``forward_loss`` of facebookresearch/mae@efb2a80.
     """
     target = patchify(images, patch_size)
     if norm_pix:
@@ -99,8 +81,11 @@ def pixel_targets(
     return target
 
 
-class _Decoder:
-    """MAE's decoder, for a module to inherit, with the public checkpoints' names."""
+class MAEDecoder(nn.Module):
+    """MAE's decoder for any encoder of width ``dim``, with the public checkpoints' names.
+
+    It begins as MAE's. ``decoder_dim`` is a multiple of 4 and of ``decoder_num_heads``.
+    """
 
     decoder_embed: nn.Linear
     mask_token: nn.Parameter
@@ -108,6 +93,21 @@ class _Decoder:
     decoder_blocks: nn.ModuleList
     decoder_norm: nn.LayerNorm
     decoder_pred: nn.Linear
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        patch_size: tuple[int, int],
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patch_size = patch_size
+        self._build_decoder(dim, grid, patch_size, decoder_dim, decoder_depth, decoder_num_heads)
+        self.apply(_init_module)
 
     def _build_decoder(
         self,
@@ -130,7 +130,7 @@ class _Decoder:
         self.decoder_norm = norm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, math.prod(patch_size) * 3)
 
-    def decode(
+    def forward(
         self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
     ) -> Float[Tensor, "B N pixels"]:
         """Predict the pixels of every patch from the visible ones.
@@ -151,8 +151,8 @@ class _Decoder:
     def decode_hidden(
         self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
     ) -> tuple[Float[Tensor, "B M pixels"], Int[Tensor, "B M"]]:
-        """Return pixels and places of the M hidden patches alone, as `decode` does, to rounding."""
-        # Two savings over `decode`. What enters the first block at a hidden patch is the same for
+        """Return pixels and places of the M hidden patches alone, as `forward`'s, to rounding."""
+        # Two savings over `forward`. What enters the first block at a hidden patch is the same for
         # every image, so it is projected once for the batch and looked up. The last block computes
         # the hidden patches alone, since nobody reads the others. One block is first and last.
         embedded = self.decoder_embed(features)
@@ -195,47 +195,8 @@ def _rest_of_block(
     return tokens + block.mlp(block.norm2(tokens))
 
 
-class MAEDecoder(_Decoder, nn.Module):
-    """MAE's decoder for any encoder: `decode` as a module, initialised as MAE.
-
-    Args:
-        dim: width of the encoder's features.
-        grid: rows and columns of patches.
-        patch_size: height and width of a patch, pixels.
-        decoder_dim, decoder_depth, decoder_num_heads: the width is a multiple of 4 and of the
-            heads.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        grid: tuple[int, int],
-        patch_size: tuple[int, int],
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-    ) -> None:
-        super().__init__()
-        self.grid = grid
-        self.patch_size = patch_size
-        self._build_decoder(dim, grid, patch_size, decoder_dim, decoder_depth, decoder_num_heads)
-        self.apply(_init_module)
-
-    def forward(
-        self, features: Float[Tensor, "B L D"], keep: Int[Tensor, "B K"], num_prefix_tokens: int = 1
-    ) -> Float[Tensor, "B N pixels"]:
-        return self.decode(features, keep, num_prefix_tokens)
-
-
-class MaskedAutoencoder(_Decoder, VisionTransformer):
-    """A plain ViT and MAE's decoder in one network, with the public MAE checkpoints' names.
-
-    Args:
-        image_size: height and width, or one number for both; pixels.
-        patch_size: likewise; patches have to fill the image.
-        dim, depth, num_heads: of the encoder.
-        decoder_dim, decoder_depth, decoder_num_heads: as for `MAEDecoder`.
-    """
+class MaskedAutoencoder(MAEDecoder, VisionTransformer):
+    """A plain ViT and MAE's decoder in one network, with the public MAE checkpoints' names."""
 
     def __init__(
         self,
@@ -248,7 +209,8 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
     ) -> None:
-        super().__init__(
+        VisionTransformer.__init__(
+            self,
             img_size=image_size,
             patch_size=patch_size,
             num_classes=0,
@@ -272,7 +234,8 @@ class MaskedAutoencoder(_Decoder, VisionTransformer):
         tokens = encoder.embed(images, keep)
         for i in range(encoder.network.depth):
             tokens = encoder.run_block(i, tokens, None).tokens
-        return self.decode(encoder.norm(tokens), keep, encoder.network.num_prefix_tokens), mask
+        prefix = encoder.network.num_prefix_tokens
+        return super().forward(encoder.norm(tokens), keep, prefix), mask
 
 
 def init_mae(model: nn.Module) -> None:

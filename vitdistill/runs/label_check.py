@@ -92,7 +92,7 @@ def _places(
     places = []
     for number in map(int, order):
         view, part = sealed[number]
-        low, high = store.part_range(part)
+        low, high = store.manifest.part_range(part)
         first = low + number * each % max(high - low - each + 1, 1)
         places.append((view, first, min(first + each, high)))
     return places

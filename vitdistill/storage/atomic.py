@@ -25,8 +25,7 @@ StrPath = str | os.PathLike[str]
 Content = bytes | memoryview | Callable[[BinaryIO], object]
 """What a file is to hold, or a function that writes it into the open file."""
 
-# Earlier versions put the host and the process between the two.
-_TEMPORARY = re.compile(r"\.tmp-([A-Za-z0-9._]+-[0-9]+-)?[0-9a-f]{12}")
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}")
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -43,10 +42,9 @@ def disk_errors(path: StrPath) -> Iterator[None]:
             case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
                 raise _full(path, reason) from error
             case errno.EACCES | errno.EPERM | errno.EROFS:
-                raise PermissionDenied(
-                    f"{printable(path)} may not be read or written ({reason})",
-                    fix="choose another folder, or change its permissions",
-                ) from error
+                what = f"{printable(path)} may not be read or written ({reason})"
+                fix = "choose another folder, or change its permissions"
+                raise PermissionDenied(what, fix) from error
         raise DiskError(f"{printable(path)} cannot be read or written ({reason})") from error
 
 
@@ -138,7 +136,6 @@ def read_bytes(path: StrPath, most: int | None = None) -> bytes:
 
 
 def sha256_file(path: StrPath) -> str:
-    """Return the sha256 (hex) of a file's content."""
     with disk_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -164,7 +161,6 @@ def make_dirs(path: StrPath) -> None:
 
 
 def fsync_dir(path: StrPath) -> None:
-    """Make the names in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

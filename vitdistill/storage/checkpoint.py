@@ -40,7 +40,6 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def folder_of(run_dir: StrPath, step: int) -> Path:
-    """Return where the checkpoint of an optimizer step lives."""
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
@@ -72,13 +71,13 @@ def save(
         manifest.write_manifest(temporary, contents, {"kind": _KIND, "step": step})
         del contents, content
         try:
-            manifest.verify_dir(temporary)
+            body = manifest.read_manifest(temporary)
+            for name in (TENSORS, STATE):
+                manifest.read_verified(temporary, name, body)
         except DataError as error:
-            raise DiskError(
-                f"{printable(final)} was written but reads back changed, so the disk is failing;"
-                " earlier checkpoints are untouched",
-                fix="move the run's folder to another disk",
-            ) from error
+            what = f"{printable(final)} was written but reads back changed, so the disk is failing"
+            fix = "move the run's folder to another disk; earlier checkpoints are untouched"
+            raise DiskError(what, fix) from error
     _prune(final, keep)
     return final
 
@@ -94,12 +93,6 @@ def load(path: StrPath) -> State:
     state = json.loads(manifest.read_verified(folder, STATE, body))
     tensors = safetensors.torch.load(manifest.read_verified(folder, TENSORS, body))
     return tensors, state
-
-
-def latest(run_dir: StrPath, warn: Warn = lambda text: None) -> Path | None:
-    """Return the folder of the newest checkpoint that verifies; as `load_latest`."""
-    found = load_latest(run_dir, warn)
-    return None if found is None else found[0]
 
 
 def load_latest(
@@ -141,7 +134,6 @@ def read_latest(
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """List checkpoints, newest first."""
     with disk_errors(folder):
         entries = list(folder.iterdir()) if folder.is_dir() else []
     found = [entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]

@@ -18,35 +18,27 @@ class AppendLog:
 
     Args:
         path: the file, made if it is missing.
-        offset: an earlier ``.offset``, after which everything is cut off (`DataError` if no line
-            ends there); None: only a torn last line is.
+        offset: an earlier ``.offset``, after which everything is cut off; `DataError` if no line
+            ends there.
     """
 
-    def __init__(self, path: StrPath, offset: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: StrPath, offset: int = 0) -> None:
+        self.path, self.offset = Path(path), offset
         make_dirs(self.path.parent)
         with disk_errors(self.path):
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o666)
-        try:
-            with disk_errors(self.path):
-                size = os.fstat(self._fd).st_size
-                self.offset = self._end_of_last_line(size) if offset is None else offset
-                if self.offset > size or self._end_of_last_line(self.offset) != self.offset:
-                    raise DataError(
-                        f"{printable(self.path)} is not the log this run wrote: it has no line's"
-                        f" end at byte {self.offset}",
-                        fix="restore it, or start a new run in another folder",
-                    )
-                os.ftruncate(self._fd, self.offset)
+            try:
+                if offset and os.pread(self._fd, 1, offset - 1) != b"\n":
+                    why = f"it has no line's end at byte {offset}"
+                    what = f"{printable(self.path)} is not the log this run wrote: {why}"
+                    raise DataError(what, "restore it, or start a new run in another folder")
+                os.ftruncate(self._fd, offset)
                 os.fsync(self._fd)
                 fsync_dir(self.path.parent)
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _end_of_last_line(self, size: int) -> int:
-        return self.path.read_bytes().rfind(b"\n", 0, size) + 1
+            except BaseException:
+                os.close(self._fd)
+                raise
 
     def append(self, line: str) -> None:
         """Append a line and a newline. After a `DiskError` the file is as it was before."""
@@ -62,23 +54,13 @@ class AppendLog:
         self.offset += len(data)
 
     def sync(self) -> int:
-        """Make all lines durable and return ``.offset``, which is for the checkpoint."""
         with disk_errors(self.path):
             os.fsync(self._fd)
         return self.offset
 
     def close(self) -> None:
-        """Sync and close; closing twice is fine."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            with disk_errors(self.path):
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-
-    def __enter__(self) -> "AppendLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        """Sync and close."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._fd)

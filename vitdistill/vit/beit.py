@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .output import BlockRun
-from .plain import PlainViT, add_scaled, project_jointly
+from .plain import PlainViT, add_scaled, project_jointly, runs_as
 
 
 class BiasedViT(PlainViT):
@@ -30,11 +30,7 @@ class BiasedViT(PlainViT):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Whether the forward pass is timm's own; a subclass that overrides it is run whole."""
-        return isinstance(model, Beit) and all(
-            getattr(type(model), name) is getattr(Beit, name)
-            for name in ("forward", "forward_features", "forward_head")
-        )
+        return runs_as(model, Beit, "forward", "forward_features", "forward_head")
 
     @property
     def _attn_pool(self) -> Any:

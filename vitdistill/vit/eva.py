@@ -11,7 +11,7 @@ from timm.layers import AttentionRope, apply_keep_indices_nlc, apply_rot_embed_c
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from .plain import PlainViT, add_scaled, project_qkv
+from .plain import PlainViT, add_scaled, project_qkv, runs_as
 
 
 class RotaryViT(PlainViT):
@@ -29,11 +29,8 @@ class RotaryViT(PlainViT):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Whether the forward pass is timm's own; a subclass that overrides it is run whole."""
-        return isinstance(model, Eva) and all(
-            getattr(type(model), name) is getattr(Eva, name)
-            for name in ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
-        )
+        own = "forward", "forward_features", "forward_head", "pool", "_pos_embed"
+        return runs_as(model, Eva, *own)
 
     def embed(self, images: Float[Tensor, "B c h w"], keep: Int[Tensor, "B K"] | None) -> Tensor:
         tokens = super().embed(images, keep)
@@ -64,14 +61,8 @@ class RotaryViT(PlainViT):
         if attn.qkv is not None:
             q, k, v = project_qkv(attn, x, rows, _bias_of(attn))
         else:
-            q, k, v = (
-                projection(tokens).unflatten(2, (-1, attn.head_dim)).transpose(1, 2)
-                for projection, tokens in (
-                    (attn.q_proj, x[:, :rows]),
-                    (attn.k_proj, x),
-                    (attn.v_proj, x),
-                )
-            )
+            joined = attn.q_proj(x[:, :rows]), attn.k_proj(x), attn.v_proj(x)
+            q, k, v = (t.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for t in joined)
             q, k = attn.q_norm(q), attn.k_norm(k)
         rope = self._extra(i)["rope"]
         if rope is not None:

@@ -30,20 +30,14 @@ def describe_network(
     name: str,
     architecture: str,
     image_size: tuple[int, int],
-    num_classes: int | None = None,
 ) -> Network:
-    """Describe ``model`` on images of ``image_size``.
-
-    ``num_classes`` overrides the head's own count when answers are matched to fewer classes.
-    """
+    """Describe ``model`` on images of ``image_size``."""
     family = family_of(model)
-    network = family.network
     return replace(
-        network,
+        family.network,
         name=name,
         architecture=architecture,
         image_size=image_size,
-        num_classes=network.num_classes if num_classes is None else num_classes,
         num_parameters=sum(p.numel() for p in model.parameters()),
         grid=family.grid(torch.empty(0, 3, *image_size, device="meta")),
     )

@@ -8,8 +8,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from .copies import on_meta
-from .needs import Needs
-from .walk import run_vit
 
 
 def _count_convolution_backward(
@@ -28,41 +26,26 @@ def count_flops() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
-def forward_flops(
-    model: nn.Module,
-    image_size: tuple[int, int],
-    needs: Needs | None = None,
-    num_keep: int | None = None,
-    *,
-    backward: bool = False,
-) -> int:
-    """Count the FLOPs of one recorded forward pass on one image (a multiply-accumulate is 2).
+def forward_flops(model: nn.Module, image_size: tuple[int, int], *, backward: bool = False) -> int:
+    """Count the FLOPs of a model's own forward pass on one image (a multiply-accumulate is 2).
 
-    The pass runs on the meta device. ``needs=None`` counts the model's own forward; ``num_keep``:
-    on so many patches; ``backward``: with the backward pass of everything that is recorded. 0: it
-    cannot be counted, for it reads what its tensors hold.
+    The pass runs on the meta device; ``backward``: with the backward pass. 0: it cannot be counted,
+    for it reads what its tensors hold.
     """
     size = 2  # some batch norms refuse to train on one value a channel
-    images, keep = torch.empty(size, 3, *image_size, device="meta"), None
-    if num_keep is not None:
-        keep = torch.zeros(size, num_keep, dtype=torch.int64, device="meta")
+    images = torch.empty(size, 3, *image_size, device="meta")
     # Gradients stay on even for a forward pass: without them torch's module tracker fails on a
     # network that hands a parameter to a block (CaiT).
     with torch.enable_grad(), count_flops() as counter:
-        if needs is None:
-            try:
-                outputs = [on_meta(model)(images)]
-            except Exception:  # whatever somebody's code raises
-                return 0
-        else:
-            outputs = run_vit(on_meta(model), images, needs, keep).tensors()
+        try:
+            answer = on_meta(model)(images)
+        except Exception:  # whatever somebody's code raises
+            return 0
         if backward:
-            torch.autograd.backward([t.sum() for t in outputs])
+            answer.sum().backward()
     return counter.get_total_flops() // size
 
 
-def training_flops(
-    model: nn.Module, image_size: tuple[int, int], needs: Needs | None = None
-) -> int:
+def training_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     """Count the FLOPs of one forward and backward pass on one image."""
-    return forward_flops(model, image_size, needs, backward=True)
+    return forward_flops(model, image_size, backward=True)

@@ -27,9 +27,6 @@ class TokenHeads(nn.Module):
         names: of the heads, "class" first.
         answering: the heads that the prediction is made of.
 
-    Raises:
-        ConfigError: the names or the weights make no sense.
-
     Source: ``models.py::DistilledVisionTransformer.forward`` of OliverRensu/co-advise@8049918: the
     mean of logits, not of probabilities.
     """
@@ -57,11 +54,9 @@ class TokenHeads(nn.Module):
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
 
     def logits(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B heads C"]:
-        """Return every head's logits, in the order of ``names``."""
         return torch.stack([linear(tokens[:, i]) for i, linear in enumerate(self.linears)], dim=1)
 
     def predict(self, logits: Float[Tensor, "B heads C"]) -> Float[Tensor, "B C"]:
-        """Return the student's prediction from its heads' logits."""
         if self.prediction == "class":
             return logits[:, 0]
         if self.prediction == "mean":
@@ -77,12 +72,9 @@ def teacher_names(names: Sequence[str]) -> tuple[str, ...]:
     given = () if isinstance(names, str) else tuple(names)
     free = {name for name in given if name.isidentifier()} - {"class", "all", "auto"}
     if not given or len(free) < len(given):
-        raise ConfigError(
-            f"the teachers of an advised student are {names!r}",
-            fix="give a list of distinct names of letters, digits and underscores, none of them"
-            " class, all or auto",
-            field="student.model_args.teachers",
-        )
+        what = f"the teachers of an advised student are {names!r}"
+        fix = "give distinct names of letters, digits and underscores, but not class, all or auto"
+        raise ConfigError(what, fix, field="student.model_args.teachers")
     return given
 
 
@@ -96,8 +88,6 @@ def _prediction_weights(prediction: str | Sequence[float], count: int) -> list[f
     if usable and len(weights) == count:
         return [weight / sum(weights) for weight in weights]
     field = "student.model_args.prediction"
-    raise ConfigError(
-        f"the prediction of an advised student is {prediction!r}",
-        (Set(field, "mean"), Set(field, "class"), f"give {count} weights, none negative"),
-        field=field,
-    )
+    what = f"the prediction of an advised student is {prediction!r}"
+    fixes = Set(field, "mean"), Set(field, "class"), f"give {count} weights, none negative"
+    raise ConfigError(what, fixes, field=field)

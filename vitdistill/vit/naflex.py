@@ -8,7 +8,7 @@ from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit, batch_patchify
 from torch import Tensor, nn
 
 from .patches import gather_patches
-from .plain import PlainViT
+from .plain import PlainViT, runs_as
 
 
 class NaFlexViT(PlainViT):
@@ -16,17 +16,10 @@ class NaFlexViT(PlainViT):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Whether the forward pass is timm's own; a subclass that overrides it is run whole.
-
-        So is a network with rotary positions, which timm has under its `Eva` names.
-        """
-        own = ("forward", "forward_features", "forward_head", "_forward_embeds", "_pool")
-        return (
-            isinstance(model, NaFlexVit)
-            and model.rope is None
-            and type(model.embeds) is NaFlexEmbeds
-            and all(getattr(type(model), name) is getattr(NaFlexVit, name) for name in own)
-        )
+        """Do as `PlainViT.accepts`; rotary positions are run whole: timm has them as `Eva` too."""
+        own = "forward", "forward_features", "forward_head", "_forward_embeds", "_pool"
+        known = isinstance(model, NaFlexVit) and runs_as(model, NaFlexVit, *own)
+        return known and model.rope is None and type(model.embeds) is NaFlexEmbeds
 
     @property
     def patch_embed(self) -> Any:
@@ -53,10 +46,7 @@ class NaFlexViT(PlainViT):
 
     def _positions(self, images: Tensor) -> Float[Tensor, "1 L D"]:
         embed, (rows, columns) = self.patch_embed, self.grid(images)
-        place = {
-            "learned": embed._apply_learned_pos_embed,
-            "factorized": embed._apply_factorized_pos_embed,
-        }.get(embed.pos_embed_type)
+        place = getattr(embed, f"_apply_{embed.pos_embed_type}_pos_embed", None)
         shape, dtype = (1, rows * columns, self.network.dim), embed.proj.weight.dtype
         patches = torch.zeros(shape, device=images.device, dtype=dtype)
         if place is not None:

@@ -59,17 +59,14 @@ class ViTOutput:
 
     @property
     def depth(self) -> int:
-        """Blocks of the network, to resolve indices that count from the end."""
         return self.network.depth
 
     @property
     def num_prefix_tokens(self) -> int:
-        """P, tokens that are not patches."""
         return self.network.num_prefix_tokens
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the first token stands for the whole image."""
         return self.network.has_class_token
 
     @property

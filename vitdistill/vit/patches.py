@@ -140,11 +140,9 @@ def num_visible(num_patches: int, mask_rate: float) -> int:
     visible = int(num_patches * (1 - mask_rate))
     if visible < 1:
         field = "masking.mask_rate"
-        raise ConfigError(
-            f"mask_rate {mask_rate!r} leaves none of {num_patches} patches visible",
-            fix=Set(field, max(math.floor(1e4 * (1 - 1.01 / num_patches)) / 1e4, 0.0)),
-            field=field,
-        )
+        what = f"mask_rate {mask_rate!r} leaves none of {num_patches} patches visible"
+        fix = Set(field, max(math.floor(1e4 * (1 - 1.01 / num_patches)) / 1e4, 0.0))
+        raise ConfigError(what, fix, field=field)
     return visible
 
 

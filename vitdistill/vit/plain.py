@@ -43,17 +43,12 @@ class PlainViT:
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
         """Whether the forward pass is timm's own; a subclass that overrides it is run whole."""
-        return (
-            isinstance(model, VisionTransformer)
-            and type(model).forward is VisionTransformer.forward
-            and type(model).forward_features is VisionTransformer.forward_features
-            and type(model).forward_head
-            in (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
-        )
+        heads = VisionTransformer.forward_head, VisionTransformerDistilled.forward_head
+        has_own = runs_as(model, VisionTransformer, "forward", "forward_features")
+        return has_own and getattr(type(model), "forward_head", None) in heads
 
     @property
     def patch_embed(self) -> Any:
-        """The module that embeds patches."""
         return self.model.patch_embed
 
     @property
@@ -89,7 +84,6 @@ class PlainViT:
         return self._begin(torch.cat([before, patches], dim=1))
 
     def _embed_all(self, images: Tensor) -> Float[Tensor, "B L D"]:
-        """Return every token with its position."""
         return self._place(self.patch_embed(images))
 
     def _embed_kept(self, images: Tensor, keep: Tensor) -> Float[Tensor, "B K D"]:
@@ -195,7 +189,6 @@ class PlainViT:
         return BlockRun(self._leave(block, tokens[:, : out.shape[1]], out), row, recorded)
 
     def _enter(self, block: Any, tokens: Tensor) -> Tensor:
-        """Return what the block's attention reads."""
         return block.norm1(tokens)
 
     def _project(self, i: int, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +226,6 @@ class PlainViT:
         return F.pad(attention_rows(pool, q, k)[:, :, 0], (skipped, 0))
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """Apply the final norm to the last block's output, token by token."""
         return self.model.norm(tokens)
 
     def head(
@@ -291,6 +283,12 @@ class PlainViT:
             or isinstance(getattr(model, "fc_norm", None), nn.Identity | None),
             reads_class_token=has_class_token and (not pools or self._pool_reads_prefix()),
         )
+
+
+def runs_as(model: nn.Module, kind: type, *methods: str) -> bool:
+    """Whether a model is of this class and overrides none of these methods."""
+    own = (getattr(type(model), name, None) is getattr(kind, name) for name in methods)
+    return isinstance(model, kind) and all(own)
 
 
 def embed_kept(

@@ -45,15 +45,12 @@ class Whole:
         )
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Return (0, 0): there are no patches."""
         return (0, 0)
 
     def run(self, images: Float[Tensor, "B c h w"], needs: Needs) -> ViTOutput:
         """Run the model on whole images, and record what the resolved ``needs`` ask for.
 
-        Raises:
-            ConfigError: it has no attention to record, or no feature maps; or they cannot be had on
-                the meta device, where costs are counted, for it reads what its tensors hold.
+        `ConfigError`: it has no attention or feature maps, or none on the meta device.
         """
         try:
             return self._run(images, needs)

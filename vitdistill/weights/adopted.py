@@ -75,9 +75,6 @@ def adopt(
         name: of it, for messages.
         cfg: what is known of it in place of its own ``pretrained_cfg``, in timm's words.
         size: height and width of its images, or one number, pixels; None: its own, or 224.
-
-    Raises:
-        ConfigError: it is neither, or does not answer two images with two rows of numbers.
     """
     model: Any = network
     if not isinstance(network, nn.Module):
@@ -85,11 +82,8 @@ def adopt(
             what = f"{name} gives a {type(network).__name__}"
             raise ConfigError(what, "return an nn.Module, or a callable from images to logits")
         model = Called(network, name)
-    known: dict[str, Any] = {
-        "architecture": type(network).__name__,
-        "fixed_input_size": True,
-        "input_size": _SIZE,
-    }
+    kind = type(network).__name__
+    known: dict[str, Any] = {"architecture": kind, "fixed_input_size": True, "input_size": _SIZE}
     config = getattr(network, "config", None)
     is_transformers = isinstance(network, nn.Module) and hasattr(config, "model_type")
     if is_transformers and getattr(config, "image_size", None) is not None:

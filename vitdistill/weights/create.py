@@ -26,13 +26,13 @@ from torch import Tensor, nn
 import vitdistill.models.advised
 import vitdistill.models.involution  # noqa: F401 - their networks get their names in timm's registry
 
-from ..errors import ConfigError, DataError, Set, UserError
+from ..errors import ConfigError, Set, UserError
 from ..messages import first_line, printable, suggest
 from ..storage.hub import settle_network
 from .files import check_finite, load_state_dict
 from .folder import Saved, read_folder, read_hub
 from .from_torchvision import NAME as TORCHVISION
-from .from_torchvision import as_timms, list_torchvision, torchvision_weights
+from .from_torchvision import as_timms, list_torchvision, pretrained_missing, torchvision_weights
 from .load import load_into
 from .outside import TRANSFORMERS, build_outside, is_outside
 from .vit_checkpoints import Target, calm_classifier, classifier_of, is_headless, is_pretraining
@@ -212,11 +212,7 @@ def _build(
         raise
     except Exception as error:  # whatever a network's own code raises for such arguments
         if pretrained and isinstance(error, RuntimeError | OSError):
-            raise DataError(
-                f"the pretrained weights of {printable(name)} cannot be had ({first_line(error)})",
-                (Set("checkpoint"), Set("pretrained", False)),
-                field="pretrained",
-            ) from error
+            raise pretrained_missing(name, error) from error
         raise _cannot_build(name, spelled, error) from error
     if pretrained:
         check_finite(model.state_dict(), f"what was downloaded for {printable(name)}")
@@ -260,28 +256,20 @@ def _check_grid(name: str, model: nn.Module) -> None:
         return
     patch, size = to_2tuple(patch), to_2tuple(size)
     if any(side % step for side, step in zip(size, patch, strict=True)):
-        raise ConfigError(
-            f"{printable(name)} cuts images into patches of {patch[0]} x {patch[1]}, which do not"
-            f" fill {size[0]} x {size[1]}",
-            fix="choose an image size that is a multiple of the patch size",
-            field="image_size",
-        )
+        parts, whole = (f"{sides[0]} x {sides[1]}" for sides in (patch, size))
+        what = f"{printable(name)} cuts images into patches of {parts}, which do not fill {whole}"
+        fix = "choose an image size that is a multiple of the patch size"
+        raise ConfigError(what, fix, field="image_size")
 
 
 # -- weights --------------------------------------------------------------------------------------
 
 
 def _load_saved(model: nn.Module, saved: Saved) -> None:
-    """Load the weights of a saved network, all but the head where the classes are others."""
     state, place = saved.load_weights(model.state_dict())
     same_head = getattr(model, "num_classes", None) == saved.num_classes
-    target = Target(
-        model,
-        place,
-        fresh_head=not (same_head and saved.num_classes),
-        image_size=saved.image_size,
-    )
-    load_into(target, state, saved.notes)
+    fresh_head = not (same_head and saved.num_classes)
+    load_into(Target(model, place, fresh_head, saved.image_size), state, saved.notes)
     if not same_head:
         model.pretrained_cfg.pop("label_names", None)  # type: ignore[union-attr, operator]
 

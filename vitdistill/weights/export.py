@@ -86,9 +86,8 @@ def export_timm(
         atomic.write_new(temporary / WEIGHTS, content)
         atomic.write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
         if sha256_file(temporary / WEIGHTS) != digest:
-            raise DiskError(
-                f"{printable(final)} was written but reads back changed, so the disk is failing"
-            )
+            what = "was written but reads back changed, so the disk is failing"
+            raise DiskError(f"{printable(final)} {what}")
         if prove:
             _check_reload(network, state, temporary, input_spec, name)
     return final
@@ -198,12 +197,8 @@ def _check_reload(
         if hasattr(twin, "fused_attn"):
             module.fused_attn = twin.fused_attn  # type: ignore[union-attr]
     if not torch.equal(_answers(reference, images), _answers(again, images)):
-        raise ConfigError(
-            f"timm's {architecture} with these model_args holds the same weights and answers"
-            " differently",
-            fix,
-            field="model_args",
-        )
+        what = "with these model_args holds the same weights and answers differently"
+        raise ConfigError(f"timm's {architecture} {what}", fix, field="model_args")
 
 
 def _probe(spec: InputSpec) -> Tensor:
@@ -239,11 +234,9 @@ def _trace(
     for batch in (images[:1], torch.cat([images, images[:1].flip(-1)])):
         distance = (run(batch) - _answers(network, batch)).abs().max().item()
         if not distance <= TOLERANCE:  # NaN is not
-            raise DataError(
-                f"the {kind} network's logits are {distance:.3g} away from torch's, more than"
-                f" {TOLERANCE:g}; nothing was written",
-                fix="export for timm",
-            )
+            far = f"{distance:.3g} away from torch's, more than {TOLERANCE:g}"
+            what = f"the {kind} network's logits are {far}; nothing was written"
+            raise DataError(what, "export for timm")
         off = max(off, distance)
     atomic.write_atomic(path, data)
     return off
@@ -336,9 +329,6 @@ def push(
     """Put an exported network on the Hugging Face hub by timm's own `push_to_hf_hub`.
 
     The ``card`` becomes its README.md, unless there is one. Return the address.
-
-    Raises:
-        ConfigError: the hub cannot be reached, or refuses; its own words are passed on.
     """
     api = huggingface_hub.HfApi()
     record = {"version": __version__, **origin}

@@ -107,10 +107,9 @@ def _read_pickle(file: Path) -> Any:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if "TorchScript" in str(error) or (asked and isinstance(error, pickle.UnpicklingError)):
             code = f"a pickle of more than tensors ({asked[1]})" if asked else "a TorchScript"
-            raise DataError(
-                f"{printable(file)} holds {code}, which was not executed",
-                fix=f"where you trust its source, convert it: {_converter(file)}",
-            ) from error
+            what = f"{printable(file)} holds {code}, which was not executed"
+            fix = f"where you trust its source, convert it: {_converter(file)}"
+            raise DataError(what, fix) from error
         raise _unreadable(file, error) from error
 
 

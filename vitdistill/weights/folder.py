@@ -74,11 +74,8 @@ class Saved:
             if file is None:
                 continue
             if self.digest is not None and sha256_file(file) != self.digest:
-                raise DataError(
-                    f"{printable(file)} is damaged or was replaced: its sha256 is not the one in"
-                    f" {CONFIG} beside it",
-                    fix="export again",
-                )
+                what = "is damaged or was replaced: its sha256 is not the one in"
+                raise DataError(f"{printable(file)} {what} {CONFIG} beside it", "export again")
             return load_state_dict(file, own), f"{self.place}/{name}"
         for name in _SHARDS:
             index = self.fetch(name)
@@ -152,11 +149,9 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{printable(path)} is no configuration of timm's") from error
     if not (is_model(architecture) or is_outside(architecture)):
-        raise ConfigError(
-            f"{printable(path)} names the architecture {printable(architecture)!r}, which timm"
-            f" {timm.__version__} does not have",
-            fix="install the timm that wrote it",
-        )
+        what = f"{printable(path)} names the architecture {printable(architecture)!r}, which timm"
+        fix = "install the timm that wrote it"
+        raise ConfigError(f"{what} {timm.__version__} does not have", fix)
     return Saved(place, architecture, args, cfg, fetch, record.get("weights_sha256"), record)
 
 

@@ -15,7 +15,6 @@ _VITS |= {"vit_l_32": "large_patch32", "vit_h_14": "huge_patch14"}
 
 
 def list_torchvision() -> list[str]:
-    """Return the names of torchvision's classifiers."""
     return list(models.list_models(module=models))
 
 
@@ -49,9 +48,13 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         weights = models.get_model_weights(name.removeprefix(NAME)).DEFAULT
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError, AttributeError) as error:
-        what = f"the pretrained weights of {name} cannot be had ({first_line(error)})"
-        fixes = Set("checkpoint"), Set("pretrained", False)
-        raise DataError(what, fixes, field="pretrained") from error
+        raise pretrained_missing(name, error) from error
+
+
+def pretrained_missing(name: str, error: Exception) -> DataError:
+    """Return what to raise where a network's published weights cannot be had."""
+    what = f"the pretrained weights of {printable(name)} cannot be had ({first_line(error)})"
+    return DataError(what, (Set("checkpoint"), Set("pretrained", False)), field="pretrained")
 
 
 def _input_of(name: str) -> dict[str, Any]:

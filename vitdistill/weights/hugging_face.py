@@ -187,7 +187,7 @@ def _as_timms(
 
 def _arguments(said: Mapping[str, Any]) -> dict[str, Any]:
     dim, size = int(said["hidden_size"]), said["image_size"]
-    args = {
+    return {
         "img_size": [size, size] if isinstance(size, int) else [int(side) for side in size],
         "patch_size": said["patch_size"],
         "embed_dim": dim,
@@ -196,9 +196,6 @@ def _arguments(said: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_ratio": int(said["intermediate_size"]) / dim,
         "qkv_bias": bool(said["qkv_bias"]),
     }
-    if said["num_channels"] != 3:
-        args["in_chans"] = int(said["num_channels"])
-    return args
 
 
 def _class_names(config: Mapping[str, Any]) -> list[str]:

@@ -59,11 +59,9 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> DataErr
         what = f"{name} holds nothing of {_name_of(model)}: its tensors are called {listed(state)}"
         return DataError(what, fix="use a file of this network")
     if "fc_norm.weight" in state and "norm.weight" in own:
-        return DataError(
-            f"{name} is of a network that norms its features after pooling (fc_norm), and"
-            f" {_name_of(model)} norms every token",
-            fix=(Set("model_args.global_pool", "avg"), "give what it was fine-tuned from"),
-        )
+        what = f"{name} is of a network that norms its features after pooling (fc_norm), and"
+        fixes = Set("model_args.global_pool", "avg"), "give what it was fine-tuned from"
+        return DataError(f"{what} {_name_of(model)} norms every token", fixes)
     what = f"{name} does not fit {_name_of(model)}: {_difference(model, state)}"
     return DataError(what, "use its own file, or its number of classes and image size")
 

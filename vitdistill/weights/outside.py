@@ -31,11 +31,8 @@ _SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")
 
 def is_outside(name: str) -> bool:
     """Return whether a network of this name is built here, not by timm."""
-    return (
-        bool(_FACTORY.fullmatch(name))
-        or is_program(name)
-        or name.startswith((TRANSFORMERS, TORCHVISION))
-    )
+    of_library = name.startswith((TRANSFORMERS, TORCHVISION))
+    return of_library or is_program(name) or bool(_FACTORY.fullmatch(name))
 
 
 def is_program(name: str) -> bool:
@@ -52,10 +49,6 @@ def build_outside(
         args: ``num_classes``, ``img_size`` and ``pretrained_cfg_overlay`` as timm takes them, and
             the network's own.
         cfg: its ``pretrained_cfg``, where a config.json names it.
-
-    Raises:
-        ConfigError: there is no such network, or it cannot be built so.
-        DataError: it does not answer images with logits.
     """
     args, sides = dict(args), tuple((cfg or {}).get("input_size") or ())[1:]
     if sides and "img_size" not in args:

@@ -73,7 +73,6 @@ class TransformersNetwork(nn.Module):
         return self._answer(self._run(images, False))
 
     def forward_head(self, final: Final) -> Float[Tensor, "B C"]:
-        """Return the logits of a pass."""
         return final.logits
 
     @torch.compiler.disable  # a hook that is registered later is not compiled in
@@ -95,19 +94,14 @@ class TransformersNetwork(nn.Module):
             output = self._run(images, True)
         finally:
             hook.remove()
-        states, grid, count = (
-            self._states(output),
-            self._grid(images.shape[2:]),
-            self.num_prefix_tokens,
-        )
+        states, grid = self._states(output), self._grid(images.shape[2:])
+        count = self.num_prefix_tokens
         found: list[Any] = []
         for i in range(len(states)) if indices is None else indices:
             state, prefix = states[i], states[i][:, :0]
             if state.ndim == 3:
-                prefix, state = (
-                    state[:, :count],
-                    state[:, count:].transpose(1, 2).unflatten(2, grid),
-                )
+                prefix, patches = state[:, :count], state[:, count:]
+                state = patches.transpose(1, 2).unflatten(2, grid)
             found.append((state, prefix) if return_prefix_tokens and count else state)
         if intermediates_only:
             return found

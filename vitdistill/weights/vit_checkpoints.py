@@ -63,11 +63,7 @@ def is_pretraining(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(target: Target, state: State) -> tuple[State, list[str]]:
-    """Return a file's tensors as the network wants them, and what was done to them.
-
-    Raises:
-        DataError: the file is of a ViT of another form, or does not say how its patches lie.
-    """
+    """Return a file's tensors as the network wants them, and what was done to them."""
     notes: list[str] = []
     is_vit = isinstance(target.model, VisionTransformer)
     for conversion in _CONVERSIONS if is_vit else (_check_patches, _start_head):
@@ -136,11 +132,9 @@ def _check_patches(model: nn.Module, target: Target, state: State) -> Converted:
     sizes = [" x ".join(map(str, kernel.shape[2:])) for kernel in (theirs, own)]
     rows, columns = theirs.shape[2:]
     size = rows if rows == columns else [rows, columns]
-    raise DataError(
-        f"{target.name} has patches of {sizes[0]} pixels, and the network of {sizes[1]}",
-        (Set("model_args.patch_size", size), "name the network it belongs to"),
-        field="model_args.patch_size",
-    )
+    what = f"{target.name} has patches of {sizes[0]} pixels, and the network of {sizes[1]}"
+    fixes = Set("model_args.patch_size", size), "name the network it belongs to"
+    raise DataError(what, fixes, field="model_args.patch_size")
 
 
 def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
@@ -184,9 +178,10 @@ def _resample_positions(model: VisionTransformer, target: Target, state: State) 
     moved = moved.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
     size: Any = model.patch_embed.img_size
     pixels = [n * side // own for n, side, own in zip(theirs, size, grid, strict=True)]
+    was, now, kept = (f"{rows} x {columns}" for rows, columns in (theirs, grid, pixels))
     return {**state, "pos_embed": torch.cat([prefix, moved], dim=1)}, (
-        f"its positions were resampled from {theirs[0]} x {theirs[1]} patches to"
-        f" {grid[0]} x {grid[1]} (images of {pixels[0]} x {pixels[1]} pixels keep them)"
+        f"its positions were resampled from {was} patches to {now} (images of {kept} pixels keep"
+        " them)"
     )
 
 
@@ -198,11 +193,10 @@ def _grid_of(
     embed = model.patch_embed
     if target.image_size is not None and getattr(embed, "img_size", None):
         sizes = [(1, 1) if kernel is None else kernel.shape[2:] for kernel in kernels]
+        known = zip(target.image_size, embed.img_size, grid, *sizes, strict=True)
         rows, columns = (
             side // (pixels // patches * theirs // own)
-            for side, pixels, patches, theirs, own in zip(
-                target.image_size, embed.img_size, grid, *sizes, strict=True
-            )
+            for side, pixels, patches, theirs, own in known
         )
         if rows * columns == count:
             return rows, columns
@@ -212,11 +206,9 @@ def _grid_of(
         return grid
     if is_square and not is_own:
         return side, side
-    raise DataError(
-        f"{target.name} does not say in what rows and columns its {count} patches lie, and"
-        f" the network has {grid[0]} x {grid[1]}",
-        fix="give it as model.safetensors in a folder with a config.json that has its input_size",
-    )
+    what = f"{target.name} does not say in what rows and columns its {count} patches lie, and"
+    fix = "give it as model.safetensors in a folder with a config.json that has its input_size"
+    raise DataError(f"{what} the network has {grid[0]} x {grid[1]}", fix)
 
 
 # In this order: timm's names first, and positions last, when every other key is in its place.

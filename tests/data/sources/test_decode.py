@@ -118,8 +118,11 @@ def test_the_orientation_is_applied_once(picture, kind, options, orientation: in
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_broken_exif_counts_as_none(picture) -> None:
-    data = encoded(picture(1), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert np.array_equal(pixels(data), pixels(encoded(picture(1), "JPEG")))
+    unknown = Image.Exif()
+    unknown[0x0112] = 9
+    for exif in (b"Exif\0\0MM\0*\xff\xff\xff\xff", unknown):
+        data = encoded(picture(1, (6, 4)), "JPEG", exif=exif)
+        assert np.array_equal(pixels(data), pixels(encoded(picture(1, (6, 4)), "JPEG")))
 
 
 EVERY_KIND = ["PNG", "JPEG", "GIF", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "TGA", "PPM", "ICO"]

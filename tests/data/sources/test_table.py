@@ -71,9 +71,8 @@ def test_parquet_as_on_the_hub(tmp_path: Path, picture, rows) -> None:
         path = tmp_path / "data" / f"train-0000{part}-of-00002.parquet"
         write(hugging_face(images[span], labels[span]), path)
     write(hugging_face(*rows(3)), tmp_path / "data" / "test-00000-of-00001.parquet")
-    for location in (str(tmp_path), f"hfds/{tmp_path}"):
-        check(open_source(location, "train"), picture, 7)
-        check(open_source(location, "val", classes=tuple(NAMES)), picture, 3)
+    check(open_source(str(tmp_path), "train"), picture, 7)
+    check(open_source(str(tmp_path), "val", classes=tuple(NAMES)), picture, 3)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -202,10 +201,6 @@ def test_splits_on_the_hub(monkeypatch, picture, rows, names, train, val) -> Non
         assert asked == [train]
     else:
         assert len(open_source("hfds/some/name", "val").notes) == 1 and asked == [train, val]
-
-
-def test_a_folder_of_the_hub_without_tables(tmp_path: Path) -> None:
-    refused(f"hfds/{tmp_path}", "no")
 
 
 def test_one_file(tmp_path: Path, picture, rows) -> None:

@@ -10,7 +10,6 @@ import tarfile
 import tempfile
 import weakref
 import zlib
-from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,11 +44,6 @@ class TarSource(FileSource):
     """
 
     def __init__(self, path: Path, split: Split) -> None:
-        """Index the archive.
-
-        Raises `DataError` for an archive that is damaged or has links for images, `MissingSplit`
-        for one without the split.
-        """
         self._path = path
         self._file: IO[bytes] | None = None
         self.name = printable(path)
@@ -64,7 +58,6 @@ class TarSource(FileSource):
         self._arrange(name, split, self._members, classes)
 
     def content(self, i: int) -> bytes:
-        """Return the file's content."""
         return self._read(self._keys[i], MAX_BYTES + 1)
 
     def _head(self, path: str) -> bytes:
@@ -73,10 +66,8 @@ class TarSource(FileSource):
     def _size(self, path: str) -> int:
         size = self._members[path][1]
         if size < 0:
-            raise DataError(
-                f"{self.name} holds {printable(path)!r} as a link, a device or a sparse file",
-                "make the archive again of plain files, with tar -h",
-            )
+            what = f"{self.name} holds {printable(path)!r} as a link, a device or a sparse file"
+            raise DataError(what, "make the archive again of plain files, with tar -h")
         return size
 
     def _read(self, path: str, most: int) -> bytes:
@@ -140,17 +131,15 @@ def _split_prefix(name: str, members: list[str], split: Split) -> tuple[str, tup
 
 
 def _decompress(file: IO[bytes], name: str) -> IO[bytes]:
-    with ExitStack() as cleanup:
-        plain = cleanup.enter_context(tempfile.TemporaryFile())
-        file.seek(0)
-        try:
-            with file, gzip.GzipFile(fileobj=file) as stream:
-                shutil.copyfileobj(stream, plain, 2**22)
-            plain.flush()
-        except (EOFError, OSError, zlib.error) as error:
-            raise DataError(
-                f"{name} is damaged, or has no room in {tempfile.gettempdir()} ({error})",
-                ("copy or download it again", "make room there", "gunzip it"),
-            ) from error
-        cleanup.pop_all()
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the source
+    file.seek(0)
+    try:
+        with file, gzip.GzipFile(fileobj=file) as stream:
+            shutil.copyfileobj(stream, plain, 2**22)
+        plain.flush()
+    except (EOFError, OSError, zlib.error) as error:
+        plain.close()
+        what = f"{name} is damaged, or has no room in {tempfile.gettempdir()} ({error})"
+        fixes = "copy or download it again", "make room there", "gunzip it"
+        raise DataError(what, fixes) from error
     return plain

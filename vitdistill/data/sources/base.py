@@ -48,7 +48,6 @@ class ImageSource(ABC):
     notes: tuple[str, ...] = ()  # what a person should know of how they were found
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.labels)
 
     @abstractmethod
@@ -179,26 +178,19 @@ class FileSource(EncodedSource):
     def _arrange(
         self, name: str, split: Split, files: Iterable[str], folders: Iterable[str]
     ) -> None:
-        """Take the images among ``files``, paths inside the split, whose classes are ``folders``.
-
-        Raises `DataError` for a mixture of layouts, or an empty folder of a training class.
-        """
+        """Take the images among ``files``, paths inside the split; classes are ``folders``."""
         images, left_out = find_images(files, self._head)
         owners = {path: path.split("/", 1)[0] if "/" in path else "" for path in images}
         found = set(owners.values())
         if "" in found and len(found) > 1:
             stray = next(path for path, owner in owners.items() if not owner)
-            raise DataError(
-                f"{name} has class folders and also images beside them, such as"
-                f" {printable(stray)!r}",
-                ("move or remove those", Set("data.unlabelled")),
-            )
+            what = f"{name} has class folders and also images beside them, such as"
+            fixes = "move or remove those", Set("data.unlabelled")
+            raise DataError(f"{what} {printable(stray)!r}", fixes)
         for path in images:
             if ALL_SPLIT_NAMES.intersection(path.lower().split("/")[1:-1][:1]):
-                raise DataError(
-                    f"{name} holds several sets of images, one in {printable(owners[path])!r}",
-                    Set("data.dir", f"{name}/{printable(owners[path])}"),
-                )
+                what = f"{name} holds several sets of images, one in {printable(owners[path])!r}"
+                raise DataError(what, Set("data.dir", f"{name}/{printable(owners[path])}"))
         empty = sorted(set(folders) - found) if split == "train" else []
         for folder in empty:
             what = f"the class folder {name}/{printable(folder)} has no images"
@@ -272,10 +264,8 @@ def renumber(source: ImageSource, classes: Sequence[str]) -> None:
     """
     extra = [name for name in source.classes if name not in set(classes)]
     if extra:
-        raise DataError(
-            f"{source.name} has classes that are not expected ({listed(extra)})",
-            "make the class names equal",
-        )
+        what = f"{source.name} has classes that are not expected ({listed(extra)})"
+        raise DataError(what, "make the class names equal")
     index = np.array([*map(classes.index, source.classes), -1], dtype=np.int64)
     source.labels, source.classes = index[source.labels], tuple(classes)  # -1 stays -1
 
@@ -283,9 +273,6 @@ def renumber(source: ImageSource, classes: Sequence[str]) -> None:
 def check_enough(source: ImageSource, batch_size: int) -> None:
     """Raise `DataError` when a training set does not fill one batch."""
     if len(source) < batch_size:
-        raise DataError(
-            f"{source.name} has {plural(len(source), 'image')}, fewer than one batch of"
-            f" {batch_size}",
-            Set("train.batch_size"),
-            field="train.batch_size",
-        )
+        found = plural(len(source), "image")
+        what = f"{source.name} has {found}, fewer than one batch of {batch_size}"
+        raise DataError(what, Set("train.batch_size"), field="train.batch_size")

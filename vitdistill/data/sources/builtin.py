@@ -39,7 +39,6 @@ class TorchvisionSource(ImageSource):
     """A data set of torchvision; ``val`` is its test split."""
 
     def __init__(self, name: str, root: Path, split: Split) -> None:
-        """Read the data set ``name`` in ``root``."""
         self.name = f"torchvision/{name}?root={printable(root)} ({split})"
         self._split = split
         dataset = _read(name, root, split)
@@ -74,8 +73,6 @@ def _read(name: str, root: Path, split: Split) -> Any:
     except Exception as error:
         # RuntimeError for absent or altered files, and whatever unpickling or unpacking raises.
         reason = printable(str(error).split(". ")[0].split("\n")[0])
-        raise DataError(
-            f"torchvision's {name} cannot be read from {printable(root)} ({reason})",
-            "put its files there first, nothing is downloaded",
-            field="data.dir",
-        ) from error
+        what = f"torchvision's {name} cannot be read from {printable(root)} ({reason})"
+        fix = "put its files there first, nothing is downloaded"
+        raise DataError(what, fix, field="data.dir") from error

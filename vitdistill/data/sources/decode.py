@@ -11,11 +11,11 @@ file, or one with a wrong checksum, is an error, never half an image.
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ...errors import DataError, PermissionDenied, Set, UserError
 from ...messages import printable
@@ -26,16 +26,6 @@ MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 2**30
 """Largest file that is decoded."""
 
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -58,16 +48,21 @@ def decode_image(data: bytes | Path, name: str) -> Image.Image:
             with _opened(data, name) as twin:
                 twin.verify()
         image.load()
-        turn = _TURNS.get(_orientation(image))
-        rgb = _to_rgb(image, name)
-        return rgb if turn is None else rgb.transpose(turn)
+        with suppress(Exception):  # an EXIF block that cannot be read
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, name)
 
 
 def image_size(data: bytes | Path, name: str) -> tuple[int, int]:
     """Read the (width, height) that `decode_image` would give, from the header; raises alike."""
     with _opened(data, name) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        with suppress(Exception):
+            # A TIFF is turned by Pillow, in its header's size and in its pixels.
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if image.format != "TIFF" and turn in (5, 6, 7, 8):
+                return height, width
+        return width, height
 
 
 @contextmanager
@@ -84,10 +79,8 @@ def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
         ):
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise DamagedImage(
-                    f"{name}: {width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels",
-                    "make the image smaller",
-                )
+                what = f"{width} x {height} pixels is more than {MAX_PIXELS >> 20} megapixels"
+                raise DamagedImage(f"{name}: {what}", "make the image smaller")
             yield image
     except UserError:
         raise
@@ -104,15 +97,6 @@ def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
         ) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # turned by Pillow, in its header's size and in its pixels
-        return 1
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:
-        return 1
-
-
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _from_sixteen_bits(image)
@@ -120,10 +104,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return _on_white(image)
     if image.mode in _PLAIN:
         return image.convert("RGB")
-    raise DamagedImage(
-        f"{name}: pixels of mode {image.mode!r} have no known white level",
-        "convert the image to 8 or 16 bits",
-    )
+    what = f"{name}: pixels of mode {image.mode!r} have no known white level"
+    raise DamagedImage(what, "convert the image to 8 or 16 bits")
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:

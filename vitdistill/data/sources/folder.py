@@ -24,7 +24,6 @@ class FolderSource(FileSource):
     """Images in the files of a folder."""
 
     def __init__(self, root: Path, split: Split) -> None:
-        """Index the folder. Raises `MissingSplit`, `DataError` or `PermissionDenied`."""
         _, folders, _ = next(_walk(str(root)))
         inner, self.notes = choose_split(printable(root), split, folders)
         self.root = root / inner
@@ -38,7 +37,6 @@ class FolderSource(FileSource):
         self._arrange(printable(self.root), split, files, classes)
 
     def content(self, i: int) -> Path:
-        """Return the file's path."""
         return self.root / self._keys[i]
 
     def _head(self, path: str) -> bytes:

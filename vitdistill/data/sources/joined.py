@@ -43,11 +43,8 @@ def join(labelled: ImageSource, others: ImageSource, val: ImageSource | None) ->
         kept = np.setdiff1d(np.arange(len(others), dtype=np.int64), copies)
         what = f"{len(copies):,} of {plural(len(others), 'image')} of {others.name} are labelled or"
         if not len(kept):
-            raise DataError(
-                f"{what} validation images too, which leaves none",
-                Set("data.unlabelled", "none"),
-                field="data.unlabelled",
-            )
+            what = f"{what} validation images too, which leaves none"
+            raise DataError(what, Set("data.unlabelled", "none"), field="data.unlabelled")
         others = PartSource(others, kept)
         others.notes += (f"{what} validation images too, and left out",)
     return JoinedSource(labelled, others)

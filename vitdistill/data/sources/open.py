@@ -14,13 +14,8 @@ from .builtin import open_builtin
 from .folder import open_folder
 from .table import open_hub, open_table
 
-SOURCES: tuple[Callable[[str, Split], ImageSource | None], ...] = (
-    open_builtin,
-    open_hub,
-    open_archive,
-    open_table,
-    open_folder,
-)
+_Open = Callable[[str, Split], ImageSource | None]
+SOURCES: tuple[_Open, ...] = (open_builtin, open_hub, open_archive, open_table, open_folder)
 """Tried in this order; each returns None for a location that is not of its kind."""
 
 
@@ -33,21 +28,9 @@ def open_source(
 ) -> ImageSource:
     """Open a ``split`` of the images at ``location``; with ``classes``, in these or some of them.
 
-    ``location`` is one of
-
-    * a folder ``root/{train,val}/<class>/*`` (or other usual names of the splits), or, for
-      training, a folder of class folders or of images without labels;
-    * a ``.tar`` or ``.tar.gz`` that holds such a tree; it is read in place and never extracted;
-    * a ``.parquet`` or ``.arrow`` file, or a folder of them, in the layout of Hugging Face
-      datasets; ``hfds/NAME`` for the hub;
-    * ``torchvision/NAME?root=FOLDER`` for a data set of torchvision that is already on disk.
-
-    ``val_split`` is the fraction of each class's training images that are validation images, where
-    there are no others.
-
-    Raises `MissingSplit` when the split is absent or ``val`` has no labels to evaluate with,
-    `DataError` when images or classes are missing or damaged, and `ConfigError` for options
-    without meaning.
+    What ``location`` may be is in docs/images.md. ``val_split`` is the fraction of each class's
+    training images that are validation images, where there are no others. Raises `MissingSplit`
+    when the split is absent or ``val`` has no labels to evaluate with.
     """
     if val_split is None:
         source = _open(location, split)
@@ -57,20 +40,14 @@ def open_source(
         except MissingSplit:
             source = _split_off(_open(location, "train"), val_split, split)
         else:
-            raise ConfigError(
-                f"val_split has no effect: {printable(location)} has validation images",
-                Set("data.val_split", "none"),
-                field="data.val_split",
-            )
+            what = f"val_split has no effect: {printable(location)} has validation images"
+            raise ConfigError(what, Set("data.val_split", "none"), field="data.val_split")
     if len(source) == 0:
         what = "; ".join((f"{source.name} has no images", *source.notes))
         raise DataError(what, field="data.dir")
     if split == "val" and not source.classes:
-        raise MissingSplit(
-            f"{source.name} has no class folders, and evaluation needs labels",
-            "put the images into one folder a class",
-            field="data.dir",
-        )
+        what = f"{source.name} has no class folders, and evaluation needs labels"
+        raise MissingSplit(what, "put the images into one folder a class", field="data.dir")
     if classes is not None:
         renumber(source, classes)
     return source
@@ -80,11 +57,9 @@ def _open(location: str, split: Split) -> ImageSource:
     found = (open_kind(location, split) for open_kind in SOURCES)
     source = next((source for source in found if source is not None), None)
     if source is None:
-        raise DataError(
-            f"{printable(location)!r} is no folder, .tar, .parquet or .arrow file",
-            "unpack it into a folder" if Path(location).is_file() else "check the path",
-            field="data.dir",
-        )
+        what = f"{printable(location)!r} is no folder, .tar, .parquet or .arrow file"
+        fix = "unpack it into a folder" if Path(location).is_file() else "check the path"
+        raise DataError(what, fix, field="data.dir")
     if len(set(source.classes)) < len(source.classes):
         twice = [name for name in set(source.classes) if source.classes.count(name) > 1]
         raise DataError(f"{source.name} has two classes of one name ({listed(sorted(twice))})")

@@ -48,10 +48,8 @@ def open_table(location: str, split: Split) -> ImageSource | None:
     name = f"{printable(root)} ({split})"
     parquet = sum(f.stat().st_size for f in files if f.suffix.lower() == ".parquet")
     if parquet > MAX_PARQUET_BYTES:
-        raise DataError(
-            f"{name} has {parquet >> 30} GiB of parquet, which would be held in memory",
-            "save it as arrow with datasets.load_dataset(...).save_to_disk(...)",
-        )
+        what = f"{name} has {parquet >> 30} GiB of parquet, which would be held in memory"
+        raise DataError(what, "save it as arrow with datasets.load_dataset(...).save_to_disk(...)")
     arrow = import_extra("pyarrow")
     tables = [_read_table(arrow, file) for file in files]
     columns = [c for c in _columns(name, tables[0].schema, options) if c is not None]
@@ -66,14 +64,12 @@ def open_table(location: str, split: Split) -> ImageSource | None:
 def open_hub(location: str, split: Split) -> ImageSource | None:
     """Open ``hfds/NAME`` of the Hugging Face hub through the ``datasets`` library and its cache.
 
-    None for another location; ``hfds/FOLDER`` is read as a folder of tables.
+    None for another location.
     """
     path, options = split_options(location)
     kind, _, name = path.partition("/")
     if kind != "hfds":
         return None
-    if Path(name).expanduser().exists():
-        return open_table(location.partition("/")[2], split)
     settle_network()
     datasets = import_extra("datasets")
     try:
@@ -85,11 +81,8 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
         raise
     except Exception as error:
         reason = printable(" ".join(str(error).split()))[:160]
-        raise DataError(
-            f"{printable(path)} could not be loaded ({reason})",
-            "check its name and the network",
-            field="data.dir",
-        ) from error
+        what = f"{printable(path)} could not be loaded ({reason})"
+        raise DataError(what, "check its name and the network", field="data.dir") from error
     columns = _columns(path, table.schema, options)
     return TableSource(f"{printable(path)} ({chosen})", table, *columns, notes=notes)
 
@@ -106,7 +99,6 @@ class TableSource(EncodedSource):
         *,
         notes: tuple[str, ...] = (),
     ) -> None:
-        """Read the labels. Raises `DataError` for rows without a class."""
         arrow, compute = import_extra("pyarrow"), import_extra("pyarrow.compute")
         self.name, self.notes = name, notes
         column = table.column(image)
@@ -128,7 +120,6 @@ class TableSource(EncodedSource):
 
 
 def import_extra(module: str) -> ModuleType:
-    """Import a module of the optional extra ``data``."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -210,11 +201,8 @@ def _columns(name: str, schema: Any, options: dict[str, str]) -> tuple[str, str 
     for option, column in options.items():
         word, known = (column, schema.names) if option in _OPTIONS else (option, _OPTIONS)
         if word not in known:
-            raise ConfigError(
-                f"{name} cannot be read with {printable(f'{option}={column}')!r}",
-                suggest(word, known),
-                field="data.dir",
-            )
+            what = f"{name} cannot be read with {printable(f'{option}={column}')!r}"
+            raise ConfigError(what, suggest(word, known), field="data.dir")
     types = import_extra("pyarrow").types
     kinds = {column: feature.get("_type") for column, feature in _features(schema).items()}
 
@@ -240,11 +228,8 @@ def _only(name: str, role: str, found: Sequence[str], preferred: Sequence[str]) 
     best = [c for c in found if c in preferred]
     if len(best) == 1:
         return best[0]
-    raise ConfigError(
-        f"{name} has several {role} columns, {listed(found, 8)}",
-        f"choose with ?{role}=COLUMN",
-        field="data.dir",
-    )
+    what = f"{name} has several {role} columns, {listed(found, 8)}"
+    raise ConfigError(what, f"choose with ?{role}=COLUMN", field="data.dir")
 
 
 def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], I64]:

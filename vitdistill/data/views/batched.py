@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import keyed
 from ...keyed import I64, Stream
 from ..augment import Augment, InputSpec
-from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes
+from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes, send
 from .randaugment import Policy, apply_operation
 
 
@@ -26,7 +26,6 @@ class BatchViews:
     def __init__(
         self, images: UInt8[Tensor, "N 3 H W"], augment: Augment, spec: InputSpec, seed: int
     ) -> None:
-        """Hold the images."""
         self.images, self.augment, self.spec, self.seed = images, augment, spec, seed
         self._policy = Policy.of(augment.aa) if augment.aa else None
         self._fill = torch.tensor([min(255, round(255 * m)) for m in spec.mean], dtype=torch.uint8)
@@ -58,14 +57,10 @@ class BatchViews:
             draws = keyed.uniforms(keys, CROP_UNIFORMS)
             height, width = images.shape[2:]
             boxes = random_boxes(draws, height, width, augment.scale, augment.ratio)
-            place = _send(np.stack(boxes, axis=1), device)
+            place = send(np.stack(boxes, axis=1), device)
             images = resize_boxes(images, place, self.spec.image_size, augment.interpolation)
         elif augment.crop == "pad":
             padding = augment.crop_padding
             offsets = np.floor(keyed.uniforms(keys, 2) * (2 * padding + 1)).astype(np.int64).T
-        top, left, mirrored = _send(np.stack([*offsets, flip.astype(np.int64)]), device)
+        top, left, mirrored = send(np.stack([*offsets, flip.astype(np.int64)]), device)
         return crop_and_flip(images, top, left, mirrored, padding)
-
-
-def _send(array: I64, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

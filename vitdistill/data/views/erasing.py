@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import keyed
 from ...keyed import I64, Stream
-from .geometry import inside_boxes
+from .geometry import inside_boxes, send
 
 _ATTEMPTS = 10
 _AREA = (0.02, 1 / 3)
@@ -34,9 +34,8 @@ def erase(
     if not len(rows):
         return images
     device = images.device
-    boxes = torch.from_numpy(np.stack([top, top + h, left, left + w], axis=1))
-    boxes = boxes.to(device, non_blocking=True)
-    index = torch.from_numpy(rows).to(device, non_blocking=True)
+    boxes = send(np.stack([top, top + h, left, left + w], axis=1), device)
+    index = send(rows, device)
     # Noise of whole images, of which the box is kept: the number of pixels does not depend on the
     # draws, so nothing here waits for the device.
     address = torch.arange(channels * height * width, device=device).view(

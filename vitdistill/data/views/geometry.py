@@ -25,6 +25,11 @@ _FIXED_POINT = float(1 << 22)
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return the host's numbers on ``device``, without waiting for it."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
 def random_boxes(
     uniforms: F64, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[I64, I64, I64, I64]:

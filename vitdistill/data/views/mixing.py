@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import keyed
 from ...keyed import F64, I64, U64, Stream
 from ..augment import Augment
-from .geometry import inside_boxes
+from .geometry import inside_boxes, send
 
 _GAMMA_ATTEMPTS = 32
 _GAMMA_DRAWS = 1 + 3 * _GAMMA_ATTEMPTS
@@ -34,23 +34,19 @@ def mix(
 
     Returns the mixed images, each one's partner's label, and the weight of its own.
     """
-    height, width = images.shape[2:]
+    (height, width), device = images.shape[2:], images.device
     lam, cut, boxes = draw_mixing(augment, seed, sample_ids, views, height, width)
-
-    def send(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(images.device, non_blocking=True)
-
     partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     mixed = images
-    weight = send(np.repeat(lam, 2).astype(np.float32))
+    weight = send(np.repeat(lam, 2).astype(np.float32), device)
     blended, pasted = np.flatnonzero(np.repeat(~cut, 2)), np.flatnonzero(np.repeat(cut, 2))
     if len(blended):
-        rows = send(blended)
+        rows = send(blended, device)
         share = weight[rows, None, None, None]
         mixed = mixed.index_copy(0, rows, mixed[rows] * share + partner[rows] * (1.0 - share))
     if len(pasted):
-        rows = send(pasted)
-        inside = inside_boxes(send(boxes[pasted // 2]), height, width)
+        rows = send(pasted, device)
+        inside = inside_boxes(send(boxes[pasted // 2], device), height, width)
         cut_in = torch.where(inside, partner[rows], images[rows])
         mixed = mixed.index_copy(0, rows, cut_in)
     return mixed, labels.unflatten(0, (-1, 2)).flip(1).flatten(), weight

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ... import keyed
 from ...keyed import F64, I64, U64
-from .geometry import affine
+from .geometry import affine, send
 
 
 class Kind(IntEnum):
@@ -172,8 +172,7 @@ def apply_operation(
 
 def _send(values: np.ndarray, images: Tensor, ndim: int = 1) -> Tensor:
     """Return one number an image, on the images' device, with ``ndim`` dimensions."""
-    sent = torch.from_numpy(values).to(images.device, non_blocking=True)
-    return sent.view(-1, *[1] * (ndim - 1))
+    return send(values, images.device).view(-1, *[1] * (ndim - 1))
 
 
 def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "B 6"]:
