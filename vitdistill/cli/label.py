@@ -1,7 +1,6 @@
 """``vitdistill label``: write a recipe's labels, and look after label stores."""
 
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from ..labels.tools import merge, prune
 from ..messages import format_bytes, plural
 from ..recipes.stages import Stages
 from ..runs.display import Display
-from ..runs.label import LabelOptions, label
+from ..runs.label import label
 from ..runs.label_check import check as check_labels
 from ..runs.stored import describe_proof, proof_of
 from ..storage.manifest import MANIFEST
@@ -43,8 +42,7 @@ def write(args: LabelArguments) -> int:
             what = f"--labels cannot take effect (teachers.{name}.labels)"
             raise UserError(what, "labels are written here, into --output")
     output = Path(args.output or Path("labels") / recipe.name)
-    options = LabelOptions(**{item.name: getattr(args, item.name) for item in fields(LabelOptions)})
-    done = label(recipe, output, options, device=args.device, say=say)
+    done = label(recipe, output, args, device=args.device, say=say)
     for name, store in done.stores.items():
         status = store.status()
         say(f"{name}: {status.records:,} records, {format_bytes(status.bytes)} in {store.path}")

@@ -16,6 +16,7 @@ from ..runs.networks import (
     build_blank,
     compile_errors,
     compile_networks,
+    name_precision,
     plan_of,
 )
 from ..runs.optim import clip_gradients, gradient_norm, make_optimizer
@@ -67,10 +68,9 @@ def measure_step(
         where = torch.cuda.get_device_name(found.device)
     whole = train.batch_size // train.accumulate
     part = f" (timed in batches of {found.size})" if found.size < whole else ""
-    amp_dtype = amp_dtype_of(train.amp_dtype, found.device) or torch.float32
     hours = format_duration(per_image * num_images * train.epochs)
     return (
-        f"Measured on {where}, {str(amp_dtype).removeprefix('torch.')}:"
+        f"Measured on {where}, {name_precision(amp_dtype_of(train.amp_dtype, found.device))}:"
         f" {per_image * train.batch_size:.3g} s a step of {train.batch_size} images{part},"
         f" {1 / per_image:,.0f} images/s, median of {found.count};\nthe whole run would take"
         f" {hours} of one process, loading and evaluation not counted."

@@ -22,9 +22,7 @@ from ..vit.needs import Needs
 from ..vit.network import Network
 from ..vit.output import ViTOutput
 from .base import Scalar, TeacherObjective, Truth, require
-from .masking import random_masking
-
-__all__ = ["DMAE", "DMAEAdapter", "alignment_loss", "random_masking", "three_quarters"]
+from .masking import random_masking as random_masking
 
 Distance = Literal["l1", "l2", "smooth_l1"]
 Projection = Literal["linear", "mlp", "none"]

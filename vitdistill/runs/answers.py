@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..data.batch import TeacherBatch
 from ..errors import NonFiniteError, Set
@@ -24,6 +23,7 @@ from ..vit.output import ViTOutput
 from ..weights import create as weights
 from ..world import World
 from .identity import origin_of_config, resolve_run
+from .networks import name_precision
 from .prepare import Prepared, Say, build, prove_teachers
 
 
@@ -102,7 +102,6 @@ class LabelRun:
         """Return what the labels of this teacher belong to."""
         prepared, config = self.prepared, self.prepared.recipe.teachers[name]
         teacher = prepared.teachers[name]
-        precision = str(teacher.dtype or prepared.amp_dtype or torch.float32).partition(".")[2]
         architecture, args = weights.describe(resolve_run(config.model), config.model_args)
         index = teacher.class_index
         return {
@@ -114,7 +113,7 @@ class LabelRun:
             "teacher.image_size": list(teacher.spec.image_size),
             "teacher.mean": list(teacher.spec.mean),
             "teacher.std": list(teacher.spec.std),
-            "teacher.precision": precision,
+            "teacher.precision": name_precision(teacher.dtype or prepared.amp_dtype),
             "teacher.batch_size": self.batch_size,
         }
 

@@ -35,12 +35,9 @@ class Report:
         write_atomic(folder.path / LOG_ID, json.dumps(known).encode())
         recipe = prepared.recipe
         run = LoggedRun(recipe.name, folder.path, str(known["id"]), step, flatten(recipe))
-        self._loggers = Loggers(recipe.train.log_to, run, say)
+        self.loggers = Loggers(recipe.train.log_to, run, say)
         self._proved = False  # an export of this network, by loading it
         self._origin = lineage(prepared)
-
-    def close(self) -> None:
-        self._loggers.close()
 
     def training(self, step: int, values: dict[str, float], speed: Speed) -> None:
         """Log what was computed since the last line, and how fast it went."""
@@ -92,7 +89,7 @@ class Report:
             for name in (FIRST_PICTURES, PICTURES):
                 if name == PICTURES or not (self.folder.path / name).is_file():
                     write_atomic(self.folder.path / name, png(sheet))
-            self._loggers.picture("pictures", np.array(sheet), step)
+            self.loggers.picture("pictures", np.array(sheet), step)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         at = {"kind": kind, "step": step, "epoch": step / self.steps_per_epoch}
@@ -100,7 +97,7 @@ class Report:
         self._show("validation" if kind == "eval" else kind, step, values)
 
     def _show(self, group: str, step: int, values: dict[str, float]) -> None:
-        self._loggers.log({f"{group}/{name}": value for name, value in values.items()}, step)
+        self.loggers.log({f"{group}/{name}": value for name, value in values.items()}, step)
 
 
 def lineage(prepared: Prepared) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Trainer:
             stack.enter_context(step_errors(self.prepared, self.output, lambda: state.step))
             stack.callback(self.feed.close)
             if self.report is not None:
-                stack.callback(self.report.close)
+                stack.callback(self.report.loggers.close)
             self.feed.fetch()
             self.ending, self.feed.waited = self.world.settle(self.feed.error), 0.0
             while True:
