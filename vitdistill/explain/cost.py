@@ -41,22 +41,15 @@ class Cost:
 
     ``*_plain`` is without this plan: the student alone by its own forward, the whole teacher on the
     whole image.
-
-    Attributes:
-        student: forward and backward.
-        teachers: forward, guides included.
-        objectives: forward and backward of what each objective computes itself.
-        adapters: parameters of each objective's own trainable part, where it has one.
-        activations: bytes an image that are kept for the backward pass, in float32.
     """
 
-    student: int
+    student: int  # forward and backward
     student_plain: int
-    teachers: dict[str, int]
+    teachers: dict[str, int]  # forward, guides included
     teachers_plain: dict[str, int]
-    objectives: dict[str, int]
-    adapters: dict[str, int]
-    activations: int
+    objectives: dict[str, int]  # forward and backward of what each computes itself
+    adapters: dict[str, int]  # parameters of each objective's own trainable part, if it has one
+    activations: int  # bytes an image that are kept for the backward pass, in float32
     activations_plain: int
 
     @property
