@@ -117,7 +117,7 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B 3 h w"] | Batch,
+        images: Tensor | Batch,
         labels: Int[Tensor, " B"] | None = None,
         *,
         ids: Int[Tensor, " B"] | None = None,
@@ -131,7 +131,7 @@ class Distiller(nn.Module):
         ``NAME_unweighted`` is each before its weight.
 
         Args:
-            images: normalised as ``images_spec`` says; or a batch of a `TrainLoader`.
+            images: (B, 3, h, w), normalised as ``images_spec`` says; or a batch of a `TrainLoader`.
             labels: of the images; None: unlabelled.
             ids: numbers of the samples. With them, what is drawn at random depends on seed, sample
                 and view alone, and stored labels can be read; else torch draws.
