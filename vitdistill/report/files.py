@@ -44,7 +44,6 @@ class Run:
     path: Path
     recipe: Recipe  # its stored labels' teachers too, where the labels are still there
     whole: Recipe | Stages  # what was trained: this recipe, or one of which it is a stage
-    proofs: dict[str, tuple[float, int]]  # of those teachers, as `proof_of` has them
     summary: dict[str, Any]  # {}: it is not finished
     metrics: Sequence[dict[str, Any]]
     images_per_second: float | None  # of training, median of its log lines
@@ -103,7 +102,9 @@ class Run:
         if teacher in self.summary.get("teachers", {}):
             count = int(self.scores.get("num_samples", NUM_IMAGES))
             return self.summary["teachers"][teacher], min(count, NUM_IMAGES)
-        return self.proofs.get(teacher, (None, 0))
+        with suppress(UserError, KeyError):  # its labels may be gone, or it has none
+            return proof_of(open_labels(self.recipe)[teacher]) or (None, 0)
+        return None, 0
 
     @cached_property
     def weights(self) -> frozenset[str]:
@@ -151,9 +152,7 @@ def read_run(path: Path) -> Run:
     timing = [numbers(line) for line in _read_log(path / TIMING)]
     pace = [line["images_per_second"] for line in timing if "images_per_second" in line]
     recipe, staged = load_recipe(path / RECIPE), path.absolute().parent / STAGES
-    proofs = {}
     with suppress(UserError):
-        proofs = {name: proof_of(store) for name, store in open_labels(recipe).items()}
         recipe = with_teachers(recipe)
     known = read_record(path / ENVIRONMENT) or {}
     steps = [step for step in known if step.isdecimal() and isinstance(known[step], dict)]
@@ -161,7 +160,6 @@ def read_run(path: Path) -> Run:
         path,
         recipe,
         load(staged) if staged.is_file() else recipe,
-        {name: proof for name, proof in proofs.items() if proof is not None},
         read_record(path / SUMMARY, SUMMED_UP) or {},
         _read_log(path / METRICS),
         statistics.median(pace) if pace else None,
