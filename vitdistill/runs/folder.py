@@ -19,7 +19,7 @@ import torch
 import torchvision
 
 from .. import __version__
-from ..errors import ConfigError, Fix, Give, UserError
+from ..errors import ConfigError, DataError, Fix, Give, UserError
 from ..recipes.config import Recipe
 from ..recipes.yaml import dump_recipe, load_recipe
 from ..storage.atomic import disk_errors, remove_temporaries, settle_asides, write_atomic
@@ -27,7 +27,7 @@ from ..storage.lock import lock_folder
 from ..storage.log import AppendLog
 from ..weights.export import FILES
 from ..world import World
-from .identity import RECIPE, SUMMARY, changes, note_identity, read_record
+from .identity import RECIPE, SUMMARY, WEIGHTS, changes, note_identity, read_record
 
 METRICS, TIMING, ENVIRONMENT = "metrics.jsonl", "timing.jsonl", "environment.json"
 FIRST_PICTURES, PICTURES = "pictures_first.png", "pictures.png"
@@ -80,7 +80,14 @@ def saved_recipe(path: Path) -> Recipe | None:
 
 def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Return the summary of this very run if it is finished; raises as `check_folder`."""
-    return read_record(path / SUMMARY, SUMMED_UP) if check_folder(path, recipe) else None
+    summary = read_record(path / SUMMARY, SUMMED_UP) if check_folder(path, recipe) else None
+    if summary is not None:
+        made = ["last"] if summary["best_top1"] is None else ["last", "best"]
+        gone = [kind for kind in made if not (path / kind / WEIGHTS).is_file()]
+        if gone:
+            what = f"the run {path} is finished, but the weights in {' and '.join(gone)} are gone"
+            raise DataError(what, ("restore them", Give("output")), field="output")
+    return summary
 
 
 class RunFolder:

@@ -56,8 +56,15 @@ def train(
 ) -> dict[str, Any]:
     """Train a recipe's student into the run folder ``output``, or resume the run that is there.
 
-    The run's summary is returned, and is also in ``summary.json``. ``device`` is ``auto``, ``cpu``,
-    ``cuda`` or ``cuda:N``; ``prepared`` is called on the main process before the first step.
+    Args:
+        recipe: of one run.
+        output: the run folder.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        console: where progress is shown.
+        prepared: called on the main process before the first step.
+
+    Returns:
+        The run's summary, which is also in ``summary.json``.
 
     Raises:
         UserError: the same on every process; before the run folder is touched where that can be.
