@@ -66,7 +66,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return _yaml().load(text)
-    except (YAMLError, ValueError, TypeError) as error:
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or getattr(error, "context", None) or error
