@@ -35,7 +35,8 @@ def test_demo_ends_with_a_table_a_picture_and_students_for_timm(
     output = tmp_path / "demo"
     assert run(f"demo --output {output}") == 0
     text = capsys.readouterr().out
-    for words in ("teacher, 64 wide", "+ plain distillation", "8 of 16 patches", "top-1", "MFLOPs"):
+    said = "teacher, 64 wide", "student, plain distillation", "8 of 16 patches", "top-1", "MFLOPs"
+    for words in said:
         assert words in text
     assert f"{output}/report.html" in text
     page = (output / "report.html").read_text()

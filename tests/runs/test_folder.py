@@ -15,11 +15,12 @@ import pytest
 import torch
 from small_runs import Child, tree
 
-from vitdistill.errors import ConfigError, DiskError, PermissionDenied
+from vitdistill.errors import ConfigError, DataError, DiskError, PermissionDenied
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.yaml import load_recipe
 from vitdistill.runs.folder import METRICS, RunFolder, check_folder, finished
+from vitdistill.storage.atomic import write_atomic
 from vitdistill.world import World
 
 RECIPE = Recipe()
@@ -40,6 +41,9 @@ def test_a_run_is_recognised_by_its_recipe(tmp_path):
     assert finished(tmp_path / "run", RECIPE) is None
     summary = {"scores": {}, "best_top1": None, "best_epoch": None, "seconds": 1.5}
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(DataError, match="weights in last are gone"):
+        finished(tmp_path / "run", RECIPE)
+    write_atomic(tmp_path / "run" / "last" / "model.safetensors", b"")
     assert finished(tmp_path / "run", RECIPE) == summary
 
 
@@ -92,8 +96,7 @@ def test_what_a_killed_beginning_leaves_is_no_obstacle(tmp_path, monkeypatch):
         RunFolder(run, RECIPE, {})
 
     Child(begin).wait()
-    (run / ".tmp-host.01234567-17-0123456789ab").write_text("an earlier version's")
-    assert len(list(run.iterdir())) == 3
+    assert len(list(run.iterdir())) == 2
     assert not check_folder(run, RECIPE)
     with RunFolder(run, RECIPE, {}):
         pass

@@ -156,7 +156,7 @@ def test_a_run_is_resumed_by_its_folder_and_begun_anew_only_in_another(
     before = tree(Path())
     again = ["train", str(folder), "--device", "cpu"]
     assert cli.main([*again, "--lr", "0.004"]) == 78
-    assert "optim.lr is 0.004 here and 0.002 there" in capsys.readouterr().err
+    assert "(--lr is 0.004 here and 0.002 there)" in capsys.readouterr().err
     assert tree(Path()) == before
     assert cli.main([*again, "--lr", "0.004", "--output", "new"]) == 0
     assert records(Path("new"))[0]["step"] == 2 and steps_saved(folder) == [1, 2, 3, 4]
