@@ -55,7 +55,7 @@ def test_the_students_weights_need_not_be_there(kd, tmp_path):
     recipe = kd(**{"student.pretrained": True})
     store = written(recipe, tmp_path / "labels")
     assert store.manifest.about["recipe"]["student"]["pretrained"]
-    with pytest.raises(DataError, match=r"pretrained weights of .* cannot be had"):
+    with pytest.raises(DataError, match=r"pretrained weights of .* could not be loaded"):
         run(recipe, tmp_path / "run")
 
 

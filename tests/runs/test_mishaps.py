@@ -173,4 +173,4 @@ def test_a_recipe_of_a_name_is_not_a_folder_of_that_name(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     Path("alone").mkdir()
     assert cli.main(["train", "alone", "--device", "cpu"]) == 78
-    assert "no images are named" in capsys.readouterr().err
+    assert "no images are given" in capsys.readouterr().err

@@ -8,7 +8,7 @@ weights at temperature 1, the augmentation, and the optimizer with its schedule 
 15. What differs: stochastic depth is on as their configuration has it, which their code never hands
 to the model; Mixup and CutMix draw their ratio for every pair of images, where theirs draws one for
 the whole batch; the schedule moves every update; float32 there, bfloat16 here. Their teachers'
-files cannot be had from a registry: the convolutional one here is timm's, the involutional one is
+files are in no registry: the convolutional one here is timm's, the involutional one is
 yours to give.
 
 LIB-KD (arXiv 2310.00369) published no code: of its method the abstract alone is fixed, light

@@ -31,7 +31,8 @@ def check_length(
     if steps < FEW_STEPS or left_out > num_images / 10:
         fitting = 1 << max((num_images * epochs // FEW_STEPS).bit_length() - 1, 4)
         size = min(fitting, max(train.batch_size // 2, 1))
-        what = f"that is little, and batches of {size} make {num_images // size * epochs:,} steps"
+        what = "that is a short run" if steps < FEW_STEPS else "that leaves many images out"
+        what += f", and batches of {size} would make {num_images // size * epochs:,} steps"
         say(str(ConfigError(what, (Set("train.batch_size", size), Set("train.epochs")))))
     share = 0.0 if train.ema_decay is None else train.ema_decay**steps
     if share > 0.01:

@@ -89,7 +89,7 @@ def _build(
 ) -> Built:
     field = "student" if isinstance(config, StudentConfig) else f"teachers.{name}"
     if not config.model:
-        raise ConfigError(f"the {name} has no model", Set(f"{field}.model"))
+        raise ConfigError(f"no {name} is given", Set(f"{field}.model"))
     if is_weights(config.model):
         what = f"{config.model} holds weights alone, and their network's name belongs in its place"
         raise ConfigError(what, Set(f"{field}.checkpoint", config.model), field=f"{field}.model")

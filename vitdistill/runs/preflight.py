@@ -31,6 +31,12 @@ _SPELLED = 20  # classes up to which a remedy spells their order
 _Answered = tuple[Tensor, Tensor, Tensor]  # images, logits and labels
 
 
+def describe_accuracy(accuracy: float, num_images: int) -> str:
+    """Say what a teacher was right on when it was proved."""
+    tried = f"{num_images:,} validation images (at most {NUM_IMAGES} are tried)"
+    return f"right on {accuracy:.1%} of {tried}, as the student sees them"
+
+
 @dataclass(frozen=True)
 class Proof:
     """A teacher's accuracy on ``num_images`` validation images, what its answers would reach
@@ -112,8 +118,8 @@ def _judge(
     if not proven:
         luck = ConfigError(
             f"{what}, which an untrained network reaches by luck (chance: {chance:.1%} for"
-            f" {len(classes)} classes): it was trained in too few steps, its weights are not"
-            " loaded, its classes are others, or its normalisation is not its own",
+            f" {len(classes)} classes): it was trained too briefly, or its weights, classes or"
+            " normalisation are wrong",
             ("train it for more epochs", "train it in smaller batches", "check its weights"),
             field=where,
         )
@@ -196,7 +202,8 @@ def _answer(teacher: Teacher, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor,
 
 
 def _name(teacher: Teacher) -> str:
-    return f"the {teacher.network.name} ({teacher.network.architecture})"
+    name, network = teacher.network.name, teacher.network.architecture
+    return f"the teacher ({network})" if name == "teacher" else f"the teacher {name!r} ({network})"
 
 
 def doubt_weights(teacher: Teacher) -> ConfigError | None:

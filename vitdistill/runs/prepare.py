@@ -42,6 +42,7 @@ from .pictures import NUM_PICTURES
 from .preflight import (
     NUM_IMAGES,
     Proof,
+    describe_accuracy,
     doubt_views,
     doubt_weights,
     prove_features,
@@ -200,7 +201,7 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     """
     folder = recipe.data.dir
     if not folder:
-        raise ConfigError("no images are named", Set("data.dir", "FOLDER"))
+        raise ConfigError("no images are given", Set("data.dir", "FOLDER"))
     reading = [name for name, objective in recipe.objectives.items() if objective.reads_labels]
     val_split = recipe.data.val_split
     train, val = open_source(folder, "train", val_split=val_split), None
@@ -348,7 +349,7 @@ def prove_teachers(prepared: Prepared, say: Say) -> dict[str, Proof]:
                 proof = prove_teacher(teacher, images, classes, world, accept)
                 doubts, found[name] = proof.doubts, proof
                 say(
-                    f"{name}: right on {proof.accuracy:.1%} of {proof.num_images} validation images"
+                    f"{name}: {describe_accuracy(proof.accuracy, proof.num_images)}"
                     f" (chance {proof.chance:.1%})"
                 )
                 seen = prepared.networks.spec

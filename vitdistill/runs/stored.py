@@ -11,6 +11,7 @@ from ..messages import plural
 from ..recipes.config import Recipe, TeacherConfig
 from ..recipes.convert import to_dict
 from ..vit.network import Network
+from .preflight import describe_accuracy
 
 
 def open_labels(recipe: Recipe) -> dict[str, LabelStore]:
@@ -37,7 +38,7 @@ def proof_of(store: LabelStore) -> tuple[float, int] | None:
 
 def describe_proof(proof: tuple[float, int]) -> str:
     """Say what `proof_of` returns."""
-    return f"right on {proof[0]:.1%} of {proof[1]:,} validation images before it wrote them"
+    return f"{describe_accuracy(*proof)}, before it wrote them"
 
 
 def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:

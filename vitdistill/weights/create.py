@@ -62,7 +62,7 @@ def create_model(
 
     Raises:
         ConfigError: a name or an argument does not exist.
-        DataError: weights cannot be had, do not fit, or are not finite.
+        DataError: weights cannot be loaded, do not fit, or are not finite.
     """
     if checkpoint is not None and pretrained:
         what = f"{printable(name)} has both pretrained weights and a checkpoint"

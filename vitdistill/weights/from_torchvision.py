@@ -52,8 +52,8 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
 
 
 def pretrained_missing(name: str, error: Exception) -> DataError:
-    """Return what to raise where a network's published weights cannot be had."""
-    what = f"the pretrained weights of {printable(name)} cannot be had ({first_line(error)})"
+    """Return what to raise where a network's published weights could not be loaded."""
+    what = f"the pretrained weights of {printable(name)} could not be loaded ({first_line(error)})"
     return DataError(what, (Set("checkpoint"), Set("pretrained", False)), field="pretrained")
 
 
