@@ -126,7 +126,7 @@ def test_what_is_not_known_is_left_empty(tmp_path: Path) -> None:
         (tmp_path / "old" / name).unlink()
     document = make_report([tmp_path / "old"])
     sections = dict(document.sections)
-    (scores, *_) = sections["What each recipe came to"]
+    (scores, *_) = sections["Results"]
     assert isinstance(scores, Table)
     assert list(scores.head) == ["recipe", "runs"]
     assert [list(row) for row in scores.rows] == [["old", "0 of 1 finished"]]
@@ -210,7 +210,9 @@ def test_what_is_said_of_runs_names_them_and_how_each_was_begun(tmp_path: Path) 
     tables = [b for _, blocks in document.sections for b in blocks if isinstance(b, Table)]
     rows = {table.caption.split()[0]: [*map(tuple, table.rows)] for table in tables if table.prose}
     assert [row[-1] for row in rows["Folders,"]][:2] == [f"vitdistill train k{i}" for i in (0, 1)]
-    assert ("kept", "one is damaged") in rows["What"] and ("kept", "k1 has a copy") in rows["What"]
+    assert ("kept", "one is damaged") in rows["Notes"] and ("kept", "k1 has a copy") in rows[
+        "Notes"
+    ]
     assert [row[0] for row in rows["Versions"]] == ["torch"]
     written = write_markdown(document)
     assert "**kept (1 of 2 runs), not kept, " in written

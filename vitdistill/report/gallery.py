@@ -80,11 +80,11 @@ def parted_pictures(groups: Sequence[Group]) -> Iterator[Block]:
         teacher, said = next(iter(answers.teachers.items()))
         taught, right = said == answers.labels, answers.right
         lost, won = (taught & ~right).sum(), (right & ~taught).sum()
-        more = " It passes its teacher." if won > lost else ""
+        more = " It surpasses its teacher." if won > lost else ""
         yield [
             Strong(group.name),
-            f": of {len(said):,} images its teacher alone is right on {lost}, the student alone on"
-            f" {won}.{more}",
+            f": of {len(said):,} images, its teacher alone answers {lost} correctly, the student"
+            f" alone {won}.{more}",
         ]
         order = sorted(np.flatnonzero(right != taught).tolist(), key=lambda i: (right[i], i))
         pictures = _pictures(run, answers, teacher, order[:NUM_PARTED])

@@ -1,4 +1,4 @@
-"""What is said of runs: verdicts, tables, charts, pictures."""
+"""The report on runs: verdicts, tables, charts, pictures."""
 
 import json
 import shlex
@@ -34,7 +34,7 @@ def make_report(
     say("drawing charts and pictures")
     sections: dict[str, Sequence[Block]] = {
         "Did it help?": _verdicts(groups),
-        "What each recipe came to": [
+        "Results": [
             tabulate_scores(groups),
             tabulate_costs(groups),
             *_notes(groups),
@@ -58,27 +58,28 @@ def _verdicts(groups: Sequence[Group]) -> list[Block]:
     questions = ask_questions(groups)
     if not questions:
         why = (
-            "Whether a teacher helped cannot be said: that needs finished runs of the same student"
+            "Whether a teacher helped is unknown: that needs finished runs of the same student"
             " with and without one, judged on the same images."
         )
         return [[why]]
     how = (
-        "A recipe with a teacher is measured by the best one of the same student without, and by"
-        " the first one here that has a teacher. Better and not better are said where the"
-        f" {1 - ERROR_RATE:.0%} interval of the difference in top-1, over seeds and over images,"
-        f" leaves out zero. Of two recipes that are equal, at most {ERROR_RATE / 2:.1%} of the"
-        " answers are better, by chance, and as many not better."
+        "Each recipe with a teacher is compared with the best recipe that trains the same student"
+        " without one, and with the first recipe here that has a teacher. The verdict is better or"
+        f" not better if the {1 - ERROR_RATE:.0%} confidence interval of the difference in top-1,"
+        " over seeds and over images, excludes zero. If two recipes are equally good, chance alone"
+        f" makes the verdict better in at most {ERROR_RATE / 2:.1%} of comparisons, and not better"
+        " in as many."
     )
     if any(q.best_of > 1 for q in questions):
         how += (
-            " The best of several without a teacher has had luck too: better is then said more"
-            " rarely, not better more often."
+            " The best of several recipes without a teacher owes something to luck: against it,"
+            " better is a rarer verdict, and not better a more frequent one."
         )
     if any(q.comparison.num_seeds < 2 for q in questions):
         how += " One run of a recipe cannot tell what other seeds would give: two are needed."
-    if not any(q.best_of for q in questions):
-        how += " Whether a teacher helped cannot be said: no such student is trained without one."
-    return [Verdicts([(q.comparison.verdict, _sentence(q)) for q in questions]), [how]]
+    alone = "Whether a teacher helped is unknown: none of these students was trained without one."
+    first: list[Block] = [] if any(q.best_of for q in questions) else [[alone]]
+    return [*first, Verdicts([(q.comparison.verdict, _sentence(q)) for q in questions]), [how]]
 
 
 def _sentence(question: Question) -> Text:
@@ -99,17 +100,18 @@ def _sentence(question: Question) -> Text:
 def _notes(groups: Sequence[Group]) -> Iterator[Block]:
     about = [(g.name, g.runs[0].recipe.description or g.runs[0].whole.description) for g in groups]
     if told := [row for row in about if row[1]]:
-        caption = "What each recipe says it is; what else was set is among the differences below"
+        caption = "What each recipe is; all settings that differ are listed below"
         yield Table(caption, ("recipe", "is"), told, prose=True)
     yield [
         "Top-1, calibration error (15 bins) and negative log-likelihood (nats an image) are of the"
-        " last weights on the validation images (best epoch: of those that did best on these very"
-        " images, in best/); ± is a standard error, in points. A teacher's top-1 says of how many"
-        " of these images, as its student sees them: of all where both answered to all, else of the"
-        f" {NUM_IMAGES} at most on which the teacher was proved before anything was trained. A"
-        " multiply-accumulate is 2 FLOPs. All together counts stored labels too, and those of these"
-        " runs whose weights were needed, but not how any other teacher was trained. Memory is"
-        " counted, for a step of one process in float32; time and speed were measured."
+        " last weights on the validation images (best epoch: of the weights in best/, which were"
+        " chosen on these very images); ± is a standard error, in points. A teacher's top-1 is"
+        " measured on the validation images as its student sees them; the number of images follows"
+        f" it. It is at most {NUM_IMAGES}, those on which the teacher was tried before training,"
+        " unless its answers to all of them were kept. A multiply-accumulate is 2 FLOPs. All"
+        " together includes stored labels and the training of those runs here whose weights were"
+        " needed, but not the training of any other teacher. Memory is calculated, for a step of"
+        " one process in float32; time and speed were measured."
     ]
     names = []
     for group in groups:
@@ -119,10 +121,10 @@ def _notes(groups: Sequence[Group]) -> Iterator[Block]:
         names += [f"{group.name}{few}"] if lacking else []
     if names:
         yield [
-            "Not kept one by one were the answers of ",
+            "Single answers were not kept of ",
             Strong(", ".join(names)),
-            ": how often these agree with their teacher is not known, and their errors over images"
-            " are taken as if networks erred independently of each other.",
+            ": how often these agree with their teacher is unknown, and their errors over images"
+            " are estimated as if networks erred independently of each other.",
         ]
 
 
@@ -174,7 +176,7 @@ def _exact(value: Any) -> str:
 
 
 def _environments(groups: Sequence[Group]) -> list[Block]:
-    """Tabulate what runs ran on, what is to be known of their images, and how each was started."""
+    """Tabulate what runs ran on, notes on their images, and how each was started."""
     versions: dict[str, dict[str, None]] = {}
     notes: dict[str, dict[str, None]] = {}
     folders = []
@@ -191,7 +193,7 @@ def _environments(groups: Sequence[Group]) -> list[Block]:
     about = [(", ".join(names), note) for note, names in notes.items()]
     tables = (
         Table("Versions and machines; several where runs differ", ("what", "value"), lines, True),
-        Table("What is to be known of their images", ("recipes", "note"), about, True),
+        Table("Notes on the images", ("recipes", "note"), about, True),
         Table(
             "Folders, and how each was begun", ("run", "recipe", "seed", "command"), folders, True
         ),

@@ -42,7 +42,7 @@ WIDEST = 1400  # pixels of a sheet; more images are below each other
 class Shown:
     """A sheet, and what each network says of each image: its likeliest classes, in words.
 
-    ``notes``: what is to be known of the teachers that cannot be asked.
+    ``notes``: notes on the teachers that cannot be asked.
     """
 
     sheet: Image.Image

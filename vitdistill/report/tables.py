@@ -1,4 +1,4 @@
-"""What each recipe came to and what it cost, a row a recipe."""
+"""The results of each recipe and what it cost, a row a recipe."""
 
 import math
 from collections.abc import Callable, Sequence
