@@ -218,6 +218,19 @@ def test_a_finished_run_is_left_as_it_is(
     refused(f"{KD} runs/teacher".replace("runs/new", "runs/teacher"), CONFIG)
 
 
+def test_a_finished_run_is_not_taken_for_one_of_other_images(
+    here: Path, refused: Callable[[str, int], str]
+) -> None:
+    command = ALONE.replace("runs/new", "runs/teacher")
+    shutil.copytree("photos", "moved")
+    assert run(command.replace("photos", "moved")) == 0
+    next(Path("moved/train").rglob("*.png")).unlink()
+    said = refused(command.replace("photos", "moved"), DATA)
+    assert "training images of this run have changed" in said
+    shutil.rmtree("moved")
+    assert run("train runs/teacher") == 0
+
+
 @pytest.mark.parametrize("gone", ["last", "best", "last/model.safetensors"])
 def test_a_finished_run_without_its_weights_is_not_called_done(
     gone: str, here: Path, refused: Callable[[str, int], str]

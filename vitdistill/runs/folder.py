@@ -8,8 +8,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,14 @@ def saved_recipe(path: Path) -> Recipe | None:
         return None
 
 
-def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the summary of this very run if it is finished; raises as `check_folder`."""
+def finished(
+    path: Path, recipe: Recipe, images: Callable[[], str] | None = None
+) -> dict[str, Any] | None:
+    """Return the summary of this very run if it is finished; raises as `check_folder`.
+
+    ``images`` tells the fingerprint of the training images; `DataError` if it has learnt from
+    others. It needs none any more: they may be gone.
+    """
     summary = read_record(path / SUMMARY, SUMMED_UP) if check_folder(path, recipe) else None
     if summary is not None:
         made = ["last"] if summary["best_top1"] is None else ["last", "best"]
@@ -87,6 +93,11 @@ def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
         if gone:
             what = f"the run {path} is finished, but the weights in {' and '.join(gone)} are gone"
             raise DataError(what, ("restore them", Give("output")), field="output")
+        if images is not None and not recipe.train.accept_changed_images:
+            seen = {}
+            with suppress(UserError):
+                seen["training images"] = images()
+            note_identity(path, recipe, seen)
     return summary
 
 

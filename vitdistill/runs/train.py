@@ -37,7 +37,7 @@ from .identity import SUMMARY, read_identity
 from .loggers import check_loggers
 from .nonfinite import nonfinite_error, refuse_nonfinite, step_errors
 from .optim import clip_gradients, gradient_norm, make_schedule, take_step
-from .prepare import Prepared, distribute, prepare, shares_at_start
+from .prepare import Prepared, distribute, open_images, prepare, shares_at_start
 from .report import Report
 from .stop import StopRequest
 from .stored import with_views_of_labels
@@ -74,7 +74,9 @@ def train(
     recipe = with_views_of_labels(recipe, saved_recipe(output))
     with join_world(device) as world, ExitStack() as stack:
         display = Display(console or Console(), world.is_main)
-        summary = world.from_main(partial(finished, output, recipe))
+        summary = world.from_main(
+            lambda: finished(output, recipe, lambda: open_images(recipe).train.fingerprint())
+        )
         if summary is not None:
             display.say(f"{output} is finished already: nothing to do")
             return summary
