@@ -87,6 +87,14 @@ def test_what_is_shared_is_done_just_before_the_first_row_that_needs_it(tmp_path
     assert [job.folder for job in work.pending()] == first + second
 
 
+def test_a_warm_up_fits_fewer_epochs_as_it_does_on_the_command_line() -> None:
+    short, given = {"train.epochs": 2}, {"train.epochs": 2, "optim.warmup_epochs": 1}
+    rows = {"short": Row(recipe="kd", set=short), "given": Row(recipe="kd", set=given)}
+    found = {job.row: job.recipe for job in jobs_of(study(rows=rows, alone=False, seeds=(0,)))}
+    assert found["short"].optim.warmup_epochs == 0.4
+    assert found["given"].optim.warmup_epochs == 1
+
+
 def test_a_row_with_stages_has_a_seed_in_each_and_names_what_is_shared() -> None:
     row = Row(recipe="small_images_dmae", set={"train.epochs": 30, "finetune.optim.lr": 0.5})
     jobs = jobs_of(study(rows={"two": row}, seeds=(3,), alone=True))

@@ -21,9 +21,11 @@ ELSEWHERE: dict[str, str] = {
     "--amp": "write --amp-dtype bfloat16, which is the default on a GPU",
     "--blr": "write --lr, which is not scaled: blr x batch size / 256",
     "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
+    "--dataset": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
     "--distillation-alpha": "write --kd-weight alpha --ce-weight 1-alpha",
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",
+    "--learning-rate": "write --lr",
     "--log-dir": "curves are written into the run's folder, --output",
     "--log-wandb": "write --log-to wandb",
     "--mask-ratio": "write --set masking.mask_rate=0.75",
@@ -32,6 +34,8 @@ ELSEWHERE: dict[str, str] = {
     "--num-classes": "the classes are those of the images",
     "--opt-betas": "write --set optim.opt_args.betas=[0.9,0.95]",
     "--resume": "the same command goes on with the run in its --output",
+    "--student": "write --model",
+    "--wd": "write --weight-decay",
 }
 """Flags of timm's, DeiT's and MAE's scripts that are not flags here, and what to write instead."""
 

@@ -14,7 +14,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 from ..errors import Add, Set, UserError
 from ..messages import plural, suggest
 from ..methods.base import Masking, TeacherObjective, TokenSelector
-from ..recipes.config import Recipe, TeacherConfig
+from ..recipes.config import Recipe, TeacherConfig, fit_warmup
 from ..recipes.convert import flatten, replace_fields
 from ..recipes.named import find_recipe, method_of_recipes
 from ..recipes.settings import EVERY_STAGE, FIRST_STAGE, UNLABELLED
@@ -23,9 +23,6 @@ from ..recipes.yaml import parse_yaml
 from ..storage.manifest import MANIFEST
 from .arguments import RecipeArguments, recipe_flags
 from .flags import wrap
-
-MOST_WARMUP = 0.2
-"""Of a run that is shorter than its recipe's, the part that its warm-up may be."""
 
 Values = dict[str, Any]
 """What fields of a recipe are to be, by dotted path."""
@@ -65,19 +62,15 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
 
 
 def _shorten_warmup(recipe: Recipe, values: Values) -> list[str]:
-    """Let a warm-up that nobody gave be no more of fewer epochs than a fifth, or the recipe's own
-    share; return what to say of it.
-    """
-    epochs, warmup = values.get("train.epochs"), recipe.optim.warmup_epochs
-    if "optim.warmup_epochs" in values or type(epochs) is not int or epochs < 1:
-        return []
-    fitting = epochs * max(warmup / recipe.train.epochs, MOST_WARMUP)
-    if fitting >= warmup:
+    """Let a warm-up that nobody gave fit fewer epochs; return what to say of it."""
+    fitting = fit_warmup(recipe, values)
+    if fitting is None:
         return []
     values["optim.warmup_epochs"] = fitting
     return [
-        f"of {plural(epochs, 'epoch')}, {fitting:.2g} are warm-up, where the recipe has"
-        f" {warmup:g} of {recipe.train.epochs:,}; --warmup-epochs N sets another"
+        f"of {plural(values['train.epochs'], 'epoch')}, {fitting:.2g} are warm-up, where the recipe"
+        f" has {recipe.optim.warmup_epochs:g} of {recipe.train.epochs:,}; --warmup-epochs N sets"
+        " another"
     ]
 
 

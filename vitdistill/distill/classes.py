@@ -61,7 +61,7 @@ def match_classes(
     if missing:
         what = f"the {name} does not know {len(missing)} of the data set's {len(wanted)} classes"
         what = f"{what} ({listed(missing)})"
-        raise ConfigError(what, "give a teacher trained on them", field=model)
+        raise ConfigError(what, "give a network that was trained on them", field=model)
     twice = [label for label in wanted if counts[label] > 1]
     if twice:
         what = f"the {name} has two classes called {twice[0]!r}, and one is meant"

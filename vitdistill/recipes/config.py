@@ -1,7 +1,8 @@
 """The recipe: a tree of frozen dataclasses that says everything about a run."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import ConfigError, Set
 from ..messages import listed, plural, printable
@@ -12,6 +13,8 @@ from .settings import DataConfig, OptimConfig, StudentConfig, TeacherConfig, Tra
 
 RESERVED_NAMES = frozenset({"loss", "loss_scale", "grad_norm", "lr", "kind", "step", "epoch"})
 """Columns of the run's log beside its objectives."""
+
+MOST_WARMUP = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,17 @@ def _check_args(recipe: Recipe) -> None:
             field, other = f"{path}.model_args.{name}", f"{path}.{name}"
             fix = Set(other) if hasattr(config, name) else f"leave {name} out"
             raise ConfigError(f"{field} is {_NOT_ARGS[name]}", fix, field=field)
+
+
+def fit_warmup(recipe: Recipe, values: Mapping[str, Any]) -> float | None:
+    """Return the warm-up that a recipe of the epochs in ``values`` has, where it is shorter than
+    the recipe's own and nobody gave one: a fifth of them, or the recipe's share if that is more.
+    """
+    epochs, warmup = values.get("train.epochs"), recipe.optim.warmup_epochs
+    if "optim.warmup_epochs" in values or type(epochs) is not int or epochs < 1:
+        return None
+    fitting = round(epochs * max(warmup / recipe.train.epochs, MOST_WARMUP), 6)
+    return fitting if fitting < warmup else None
 
 
 def _check_schedule(optim: OptimConfig, epochs: int) -> None:

@@ -63,7 +63,7 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     weights = Path(resolve_run(str(run), ("last",)))
     if weights == run:
         raise ConfigError(
-            f"{printable(run)} is no run's folder", "give what training wrote", field="run"
+            f"{printable(run)} is not a run folder", "give what training wrote", field="run"
         )
     run = weights.parent
     recipe = load_recipe(run / RECIPE)
@@ -135,6 +135,8 @@ def _build_teachers(
 
 
 def _decode(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise DataError(f"there is no image file {printable(path)}", field="images")
     try:
         return decode_image(path, printable(path))
     except DataError as error:

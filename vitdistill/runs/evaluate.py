@@ -22,6 +22,7 @@ from ..evaluate.accuracy import evaluate
 from ..evaluate.features import Pool, check_pool, extract
 from ..evaluate.knn import knn_accuracy
 from ..evaluate.linear import linear_probe
+from ..messages import listed
 from ..recipes.config import TeacherConfig
 from ..vit.flops import forward_flops
 from ..vit.needs import Needs
@@ -63,7 +64,9 @@ def images_of(models: Sequence[str]) -> tuple[str, float | None]:
     recipes = [saved_recipe(Path(resolve_run(model)).parent) for model in models]
     found = {(r.data.dir, r.data.val_split) for r in recipes if r is not None and r.data.dir}
     if len(found) != 1:
-        what = "the runs were trained on different images" if found else "no images are named"
+        what = f"no images are given, and {listed(models)} is not a run that was trained on some"
+        if found:
+            what = "the runs were trained on different images"
         raise ConfigError(what, Give("data_dir"), field="data_dir")
     return found.pop()
 

@@ -13,7 +13,7 @@ from ..messages import printable
 from ..methods.base import TeacherObjective
 from ..methods.cross_entropy import CrossEntropy
 from ..option import option
-from ..recipes.config import Recipe, check_folder_name, check_names
+from ..recipes.config import Recipe, check_folder_name, check_names, fit_warmup
 from ..recipes.convert import convert, in_file, replace_fields
 from ..recipes.named import find_recipe
 from ..recipes.settings import LabelOptions
@@ -261,6 +261,9 @@ def _parts(
     labels = {job.row for job in shared if job.label is not None}
     changed = {}
     for key, part in parts.items():
+        warmup = fit_warmup(part, given[key])
+        if warmup is not None:
+            given[key]["optim.warmup_epochs"] = warmup
         recipe = replace_fields(part, given[key])
         if "teacher" in runs:
             missing = [n for n, t in recipe.teachers.items() if not (t.model or t.labels)]

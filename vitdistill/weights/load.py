@@ -63,7 +63,9 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> DataErr
         fixes = Set("model_args.global_pool", "avg"), "give what it was fine-tuned from"
         return DataError(f"{what} {_name_of(model)} norms every token", fixes)
     what = f"{name} does not fit {_name_of(model)}: {_difference(model, state)}"
-    return DataError(what, "use its own file, or its number of classes and image size")
+    return DataError(
+        what, "name the network that was saved, with its width, depth, classes and image size"
+    )
 
 
 def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
