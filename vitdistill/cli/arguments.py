@@ -77,7 +77,7 @@ class ExplainArguments(RecipeArguments):
     """
 
     output: str | None = option(
-        None, "as of train: say whether the run would begin there, go on, or be refused", "--output"
+        None, "as for train: prints whether the run would start, resume or be refused", "--output"
     )
     time: bool = option(False, "time a few steps here, print the hours implied", "--time")
     device: str | None = option(None, "for --time: cpu, cuda or cuda:N", "--device")
@@ -173,7 +173,7 @@ class EvalArguments:
         field="teachers.model.model",
     )
     data_dir: str | None = option(
-        None, "images, as of train; none: those the runs were trained on", "--data-dir FOLDER"
+        None, "images, as for train; none: those the runs were trained on", "--data-dir FOLDER"
     )
     model_path: str | None = _of_teacher("checkpoint", "--model-path FILE")
     pretrained: bool = _of_teacher("pretrained", "--pretrained")
@@ -204,9 +204,9 @@ class EvalArguments:
     teacher_pretrained: bool = option(False, "timm's weights for it", "--teacher-pretrained")
     split: Literal["val", "train"] = option("val", "which images", "--split")
     val_split: float | None = option(
-        None, "as of train", "--val-split", field="data.val_split", above=0, below=1
+        None, "as for train", "--val-split", field="data.val_split", above=0, below=1
     )
-    skip_damaged: bool = option(False, "as of train", "--skip-damaged", field="data.skip_damaged")
+    skip_damaged: bool = option(False, "as for train", "--skip-damaged", field="data.skip_damaged")
     batch_size: int = option(256, "images a step and process", "--batch-size -b", at_least=1)
     workers: int = option(2, "loader processes", "--workers -j", at_least=0)
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
