@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.made import HOSTILE, make_hostile_runs, make_run, make_stages, taught
+from tests.report.made import HOSTILE, alone, make_hostile_runs, make_run, make_stages, taught
 from vitdistill.recipes.settings import OptimConfig
 from vitdistill.report.document import Chart, Charts, Document, Series, Table, Verdicts
 from vitdistill.report.page import make_report, show_values
@@ -133,6 +133,15 @@ def test_what_is_not_known_is_left_empty(tmp_path: Path) -> None:
     assert not any(isinstance(block, Verdicts) for block in sections["Did it help?"])
     assert "Curves" not in sections and "Pictures" not in sections
     Page(write_html(document))
+
+
+def test_that_no_student_was_alone_is_said_before_the_verdicts(tmp_path: Path) -> None:
+    for name, lr in (("one", 1e-5), ("other", 1e-4)):
+        make_run(tmp_path / name, taught(name, optim=OptimConfig(lr=lr)), 0.5)
+    words, verdicts, _ = dict(make_report([tmp_path]).sections)["Did it help?"]
+    assert not isinstance(words, Verdicts) and isinstance(verdicts, Verdicts)
+    make_run(tmp_path / "alone", alone("alone"), 0.5)
+    assert isinstance(dict(make_report([tmp_path]).sections)["Did it help?"][0], Verdicts)
 
 
 def draw(*series: Series, log: bool = False) -> str:
