@@ -118,8 +118,8 @@ def _judge(
     if not proven:
         luck = ConfigError(
             f"{what}, which an untrained network reaches by luck (chance: {chance:.1%} for"
-            f" {len(classes)} classes): it was trained too briefly, or its weights, classes or"
-            " normalisation are wrong",
+            f" {len(classes)} classes); perhaps it was trained too briefly, or its weights,"
+            " classes or normalisation are wrong",
             ("train it for more epochs", "train it in smaller batches", "check its weights"),
             field=where,
         )
