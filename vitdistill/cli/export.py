@@ -76,7 +76,7 @@ def _check(args: ExportArguments) -> None:
         if path is not None and Path(path).exists():
             raise ConfigError(f"{path} exists already", fixes[name], field=name)
     if args.output is not None and Path(args.output).is_dir() and any(Path(args.output).iterdir()):
-        raise ConfigError(f"{args.output} is not empty", fixes["output"], field="output")
+        raise ConfigError(f"{args.output} is not empty", "name another folder", field="output")
     if args.card and args.output is None:
         raise ConfigError("a card is written beside weights", fixes["output"], field="card")
     if args.private and args.push is None:

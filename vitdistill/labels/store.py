@@ -91,7 +91,11 @@ class LabelStore:
                 raise ConfigError(what, fix, field="labels")
             if not inner:
                 fix = "write them with 'vitdistill label', or name the folder they are in"
-                raise DataError(f"{printable(folder)} holds no labels", fix, field="labels")
+                name = printable(folder)
+                what = (
+                    f"{name} holds no labels" if folder.is_dir() else f"there is no folder {name}"
+                )
+                raise DataError(what, fix, field="labels")
             folder = inner[0]
         return cls(folder, read_store_manifest(folder))
 
