@@ -227,6 +227,7 @@ def test_a_finished_run_is_not_taken_for_one_of_other_images(
     next(Path("moved/train").rglob("*.png")).unlink()
     said = refused(command.replace("photos", "moved"), DATA)
     assert "training images of this run have changed" in said
+    assert "has no images" in refused(command.replace("photos", "runs/teacher/last"), DATA)
     shutil.rmtree("moved")
     assert run("train runs/teacher") == 0
 

@@ -21,7 +21,7 @@ ELSEWHERE: dict[str, str] = {
     "--amp": "write --amp-dtype bfloat16, which is the default on a GPU",
     "--blr": "write --lr, which is not scaled: blr x batch size / 256",
     "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
-    "--dataset": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
+    "--dataset": "write --data-dir",
     "--distillation-alpha": "write --kd-weight alpha --ce-weight 1-alpha",
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",

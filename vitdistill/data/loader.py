@@ -64,7 +64,11 @@ class TrainLoader:
         loading: Loading,
         labels: Mapping[str, TargetReader] | None = None,
     ) -> None:
-        """Prepare to load; ``labels`` read the stored answers of teachers, by their name."""
+        """Prepare to load; ``labels`` read the stored answers of teachers, by their name.
+
+        Raises `ConfigError` when the sizes do not divide, `DataError` when the data set is smaller
+        than one batch or an image is damaged.
+        """
         world = loading.world
         check_batches(source, augment, loading)
         self.source, self.augment, self.spec, self.loading = source, augment, spec, loading

@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def finished(
     """Return the summary of this very run if it is finished; raises as `check_folder`.
 
     ``images`` tells the fingerprint of the training images; `DataError` if it has learnt from
-    others. It needs none any more: they may be gone.
+    others. Its own may be gone: it needs none any more.
     """
     summary = read_record(path / SUMMARY, SUMMED_UP) if check_folder(path, recipe) else None
     if summary is not None:
@@ -94,10 +94,13 @@ def finished(
             what = f"the run {path} is finished, but the weights in {' and '.join(gone)} are gone"
             raise DataError(what, ("restore them", Give("output")), field="output")
         if images is not None and not recipe.train.accept_changed_images:
-            seen = {}
-            with suppress(UserError):
-                seen["training images"] = images()
-            note_identity(path, recipe, seen)
+            try:
+                seen = images()
+            except UserError:
+                if recipe.data.dir != load_recipe(path / RECIPE).data.dir:
+                    raise
+                return summary
+            note_identity(path, recipe, {"training images": seen})
     return summary
 
 

@@ -329,6 +329,9 @@ def push(
     """Put an exported network on the Hugging Face hub by timm's own `push_to_hf_hub`.
 
     The ``card`` becomes its README.md, unless there is one. Return the address.
+
+    Raises:
+        ConfigError: the hub cannot be reached, or refuses; its own words are passed on.
     """
     api = huggingface_hub.HfApi()
     record = {"version": __version__, **origin}

@@ -29,8 +29,11 @@ def open_source(
     """Open a ``split`` of the images at ``location``; with ``classes``, in these or some of them.
 
     What ``location`` may be is in docs/images.md. ``val_split`` is the fraction of each class's
-    training images that are validation images, where there are no others. Raises `MissingSplit`
-    when the split is absent or ``val`` has no labels to evaluate with.
+    training images that are validation images, where there are no others.
+
+    Raises `MissingSplit` when the split is absent or ``val`` has no labels to evaluate with,
+    `DataError` when images or classes are missing or damaged, and `ConfigError` for options
+    without meaning.
     """
     if val_split is None:
         source = _open(location, split)
