@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vitdistill.explain.ahead
 from vitdistill.errors import ConfigError
+from vitdistill.explain.ahead import forecast
 from vitdistill.methods.base import TeacherObjective
 from vitdistill.recipes import RECIPES
 from vitdistill.recipes.config import Recipe
@@ -85,6 +87,25 @@ def test_what_is_shared_is_done_just_before_the_first_row_that_needs_it(tmp_path
     first = ["alone/seed-0", "teacher", "live/seed-0", "answers", "stored/seed-0"]
     second = ["alone/seed-1", "live/seed-1", "stored/seed-1"]
     assert [job.folder for job in work.pending()] == first + second
+
+
+def test_what_is_shared_is_forecast_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+
+    def count(plan: Any, student: Any, *others: Any) -> Any:
+        counted.append(plan.student.architecture)
+        return real(plan, student, *others)
+
+    real = vitdistill.explain.ahead.cost_of
+    monkeypatch.setattr(vitdistill.explain.ahead, "cost_of", count)
+    rows = {"kd": Row(recipe="kd"), "masked": Row(recipe="maskedkd")}
+    work = Work(study(shared={**study().shared, "answers": Row(label="kd")}, rows=rows), tmp_path)
+    assert [*work.ahead] == ["teacher", "answers", "alone", *rows]
+    assert len(counted) == len(work.ahead)
+    monkeypatch.undo()
+    for job in work.jobs:
+        alone = [*forecast(together(work.jobs, job)).values()][-1]
+        assert work.ahead[job.row][-1][0].flops == alone.flops
 
 
 def test_a_warm_up_fits_fewer_epochs_as_it_does_on_the_command_line() -> None:

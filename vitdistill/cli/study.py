@@ -9,7 +9,7 @@ from rich.console import Console
 from ..recipes import find_file
 from ..report.answers import ask
 from ..study.plan import Row, Study, load_study
-from ..study.run import Work, describe, run_study
+from ..study.run import Work, check, describe, run_study
 from ..world import choose_device
 from .arguments import StudyArguments
 from .console import say
@@ -22,7 +22,9 @@ def run(args: StudyArguments) -> int:
     study = _study(args)
     output = Path(args.output or Path("studies") / study.name)
     if args.dry_run:
-        say("\n".join(describe(Work(study, output), args.device)))
+        work = Work(study, output)
+        check(work)
+        say("\n".join(describe(work, args.device)))
         return 0
     console = Console()
     quiet = Console(file=console.file, quiet=not console.is_terminal)

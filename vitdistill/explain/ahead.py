@@ -1,12 +1,13 @@
 """What the runs of a recipe will compute and cost, before any of them has run."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..data.loader import order_of
-from ..data.sources.base import check_enough, typical_side
+from ..data.sources.base import ImageSource, check_enough, typical_side
 from ..data.sources.joined import join
 from ..data.sources.open import open_source
 from ..distill.plan import Plan
@@ -45,15 +46,33 @@ class Forecast:
         return self.cost.step * self.num_images * self.recipe.train.epochs
 
 
-def forecast(recipe: Recipe | Stages) -> dict[str, Forecast]:
+@dataclass(frozen=True)
+class Known:
+    """What several forecasts share, each counted once.
+
+    Args:
+        stages: forecasts of stages that are the same in all of them, by name.
+        images: opened training images, by the settings that say which they are.
+    """
+
+    stages: dict[str, Forecast] = field(default_factory=dict)
+    images: dict[tuple[Any, ...], ImageSource] = field(default_factory=dict)
+
+
+def forecast(recipe: Recipe | Stages, known: Known | None = None) -> dict[str, Forecast]:
     """Return every run by its stage, whether or not the ones before it have run."""
+    known = known or Known()
     if isinstance(recipe, Recipe):
-        return {"": foresee(recipe, _count_images(recipe))}
+        return {"": foresee(recipe, _count_images(recipe, known))}
     before: dict[str, int] = {}
     found = {}
     for key, stage in recipe.stages.items():
+        if key in known.stages:
+            found[key] = known.stages[key]
+            before[key] = found[key].plan.student.num_classes
+            continue
         with in_stage(key):
-            counts = _count_images(stage)
+            counts = _count_images(stage, known)
         resolved, student, teachers = networks_ahead(recipe, key, counts[1], before)
         with in_stage(key):
             found[key] = _forecast(resolved, student, teachers, counts)
@@ -67,20 +86,30 @@ def foresee(recipe: Recipe, counts: tuple[int, int, int, str]) -> Forecast:
     return _forecast(recipe, student, teachers, counts)
 
 
-def _count_images(recipe: Recipe) -> tuple[int, int, int, str]:
+def _count_images(recipe: Recipe, known: Known) -> tuple[int, int, int, str]:
     """Return the first fields of a `Forecast`; ImageNet-1k's without data."""
-    if not recipe.data.dir:
+    data = recipe.data
+    if not data.dir:
         return IMAGENET_TRAIN_IMAGES, 1000, 0, ""
-    source = open_source(recipe.data.dir, "train", val_split=recipe.data.val_split)
-    if recipe.data.unlabelled is not None:
-        val = None
-        with suppress(MissingSplit):
-            val = open_source(recipe.data.dir, "val", val_split=recipe.data.val_split)
-        source = join(source, open_unlabelled(recipe, source), val)
+    which = data.dir, data.val_split, data.unlabelled, recipe.learns_without_labels
+    if which not in known.images:
+        known.images[which] = _open_images(recipe)
+    source = known.images[which]
     check_enough(source, recipe.train.batch_size)
-    order = order_of(source, recipe.data.augment, loading_of(recipe, ALONE))
+    order = order_of(source, data.augment, loading_of(recipe, ALONE))
     count = order.steps * recipe.train.batch_size
     return count, len(source.classes) or 1000, typical_side(source), order.describe()
+
+
+def _open_images(recipe: Recipe) -> ImageSource:
+    data = recipe.data
+    source = open_source(data.dir, "train", val_split=data.val_split)
+    if data.unlabelled is None:
+        return source
+    val = None
+    with suppress(MissingSplit):
+        val = open_source(data.dir, "val", val_split=data.val_split)
+    return join(source, open_unlabelled(recipe, source), val)
 
 
 def _forecast(

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import ConfigError, Give
-from ..explain.ahead import Forecast, forecast
+from ..explain.ahead import Forecast, Known, forecast
 from ..explain.measure import time_step
 from ..labels.store import LabelStore
 from ..messages import format_count, format_duration, format_table, printable
@@ -64,10 +64,14 @@ class Work:
         and the FLOPs of each.
         """
         found: dict[str, list[tuple[Forecast, int]]] = {}
+        known = Known()
         for job in self.jobs:
             if job.row not in found:
                 with in_row(job.row):
-                    runs = [*forecast(together(self.jobs, job)).values()][-len(job.parts) :]
+                    ahead = forecast(together(self.jobs, job), known)
+                    runs = [*ahead.values()][-len(job.parts) :]
+                    if "/" not in job.folder:
+                        known.stages[job.row] = runs[-1]
                     flops = map(partial(_flops, job), job.parts.values(), runs)
                     found[job.row] = [*zip(runs, flops, strict=True)]
         return found
@@ -183,7 +187,7 @@ def run_study(study: Study, output: Path, say: Say, *, device: str, console: Con
     with join_world(device) as world:
         tell = say if world.is_main else lambda text: None
         with world.together():
-            _check(work)
+            check(work)
         tell("\n".join([*describe(work), ""]))
         if world.is_main:
             _save(work)
@@ -235,7 +239,7 @@ def do(
             tell(f"  {top1}{format_duration(work.seconds(job) or 0)}, {last}")
 
 
-def _check(work: Work) -> None:
+def check(work: Work) -> None:
     """Raise what is known to be wrong with any run; write nothing."""
     output = work.output
     with disk_errors(output):
