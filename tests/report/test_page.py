@@ -11,11 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.made import HOSTILE, alone, make_hostile_runs, make_run, make_stages, taught
+from tests.report.made import (
+    HOSTILE,
+    LARGER,
+    alone,
+    make_hostile_runs,
+    make_run,
+    make_stages,
+    taught,
+)
 from vitdistill.recipes.settings import OptimConfig
 from vitdistill.report.document import Chart, Charts, Document, Series, Table, Verdicts
 from vitdistill.report.page import make_report, show_values
-from vitdistill.report.write import NUM_COLOURS, write_html, write_markdown
+from vitdistill.report.write import FRAME, NUM_COLOURS, plot, write_html, write_markdown
 
 VOID = {"meta", "img", "wbr"}
 
@@ -128,8 +136,8 @@ def test_what_is_not_known_is_left_empty(tmp_path: Path) -> None:
     sections = dict(document.sections)
     (scores, *_) = sections["Results"]
     assert isinstance(scores, Table)
-    assert list(scores.head) == ["recipe", "runs"]
-    assert [list(row) for row in scores.rows] == [["old", "0 of 1 finished"]]
+    assert list(scores.head) == ["name", "role", "runs"]
+    assert [list(row) for row in scores.rows] == [["old", "with a teacher", "0 of 1 finished"]]
     assert not any(isinstance(block, Verdicts) for block in sections["Did it help?"])
     assert "Curves" not in sections and "Pictures" not in sections
     Page(write_html(document))
@@ -138,10 +146,41 @@ def test_what_is_not_known_is_left_empty(tmp_path: Path) -> None:
 def test_that_no_student_was_alone_is_said_before_the_verdicts(tmp_path: Path) -> None:
     for name, lr in (("one", 1e-5), ("other", 1e-4)):
         make_run(tmp_path / name, taught(name, optim=OptimConfig(lr=lr)), 0.5)
-    words, verdicts, _ = dict(make_report([tmp_path]).sections)["Did it help?"]
+    words, verdicts, *_ = dict(make_report([tmp_path]).sections)["Did it help?"]
     assert not isinstance(words, Verdicts) and isinstance(verdicts, Verdicts)
     make_run(tmp_path / "alone", alone("alone"), 0.5)
     assert isinstance(dict(make_report([tmp_path]).sections)["Did it help?"][0], Verdicts)
+
+
+def test_many_recipes_are_answered_by_the_best_the_cheapest_and_one_table(tmp_path: Path) -> None:
+    """The teacher's own run is no rival: it is told apart in its table, and in no chart of them."""
+    teacher = make_run(tmp_path / "t", alone("big", student=LARGER), 0.9)
+    for seed in (0, 1):
+        make_run(tmp_path / f"a{seed}", alone("alone", seed), 0.5, right=20)
+        for i in range(11):
+            recipe = taught(f"kd {i:02d}", seed, optim=OptimConfig(lr=1e-5 * (i + 1)))
+            make_run(tmp_path / f"{i}{seed}", recipe, 0.4 + i / 20, learnt_from=teacher)
+    document = make_report([tmp_path])
+    sections = dict(document.sections)
+    said, against, first, _ = sections["Did it help?"]
+    assert isinstance(said, Verdicts) and len(said.items) <= 2
+    assert isinstance(against, Table) and isinstance(first, Table)
+    assert "kd 10" in said.items[0][1][0] and "the best" in said.items[0][1][1]
+    assert [row[0] for row in against.rows] == [f"kd {i:02d}" for i in reversed(range(11))]
+    results = sections["Results"][0]
+    assert isinstance(results, Table)
+    assert [*results.rows[-1][:2]] == ["big", "teacher"] and results.rows[0][0] == "kd 10"
+    curves = next(block for block in sections["Curves"] if isinstance(block, Charts))
+    assert len(curves.names) == 8 and "big" not in curves.names.values()
+    assert "big" not in {s.name for s in sections["Accuracy against cost"][0].items[0].series}
+
+
+def test_ticks_of_epochs_are_whole_and_stand_within_the_picture() -> None:
+    chart = Chart("t", "alt", "epoch", "y", [Series("s", 0, [(0.2, 1.0), (3.0, 2.0)])], whole=True)
+    assert [*plot(chart).x_ticks.values()] == ["0", "1", "2", "3"]
+    text = write_html(Document("t", "a", [("one", [Charts([chart])])]))
+    (width,) = re.findall(r'viewBox="0 0 (\d+) 300"', text)
+    assert int(width) - FRAME["right"] > 4 * 6, "half of the last label, eight letters"
 
 
 def draw(*series: Series, log: bool = False) -> str:
@@ -218,13 +257,14 @@ def test_what_is_said_of_runs_names_them_and_how_each_was_begun(tmp_path: Path) 
     document = make_report([tmp_path])
     tables = [b for _, blocks in document.sections for b in blocks if isinstance(b, Table)]
     rows = {table.caption.split()[0]: [*map(tuple, table.rows)] for table in tables if table.prose}
-    assert [row[-1] for row in rows["Folders,"]][:2] == [f"vitdistill train k{i}" for i in (0, 1)]
+    begun = [row[-1] for row in rows["Folders,"]]
+    assert [words for words in begun if words] == [f"vitdistill train k{i}" for i in (0, 1)]
     assert ("kept", "one is damaged") in rows["Notes"] and ("kept", "k1 has a copy") in rows[
         "Notes"
     ]
     assert [row[0] for row in rows["Versions"]] == ["torch"]
     written = write_markdown(document)
-    assert "**kept (1 of 2 runs), not kept, " in written
+    assert "Single answers were not kept of 4 of 5 runs" in written
     assert "two (stage pretrain) | one after the other |" in written
 
 

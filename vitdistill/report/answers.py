@@ -6,7 +6,7 @@ sure a difference is over images can only be told from the answers one by one.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,11 @@ from ..errors import MissingSplit, UserError
 from ..evaluate.accuracy import Metrics
 from ..keyed import I64
 from ..recipes.config import Recipe, TeacherConfig
-from ..recipes.convert import from_dict
 from ..recipes.yaml import load_recipe
 from ..runs.evaluate import measure_speed
 from ..runs.identity import RECIPE, WEIGHTS, read_record
 from ..runs.networks import Built, amp_dtype_of, build_teacher, build_teacher_model
-from ..runs.stored import open_labels
+from ..runs.stored import with_teachers
 from ..storage.atomic import sha256_file, write_atomic
 from ..vit.needs import Needs
 from ..world import World
@@ -61,20 +60,21 @@ class Answers:
     def right(self) -> Right:
         return self.student == self.labels
 
+    @property
+    def taught(self) -> Right:
+        """Which images its first teacher answers correctly."""
+        return next(iter(self.teachers.values())) == self.labels
+
 
 def read_answers(run: Path) -> Answers | None:
     """Read the answers of a run's last weights; None if there are none, or of other weights."""
     found, weights = read_record(run / ANSWERS, _KEYS), run / STUDENT / WEIGHTS
     if found is None or not weights.is_file() or found["weights"] != sha256_file(weights):
         return None
-    return Answers(
-        images=found["images"],
-        classes=tuple(found["classes"]),
-        labels=np.array(found["labels"]),
-        student=np.array(found["student"]),
-        teachers={name: np.array(said) for name, said in found["teachers"].items()},
-        scores=found["scores"],
-    )
+    labels, student = np.array(found["labels"]), np.array(found["student"])
+    teachers = {name: np.array(said) for name, said in found["teachers"].items()}
+    names = tuple(found["classes"])
+    return Answers(found["images"], names, labels, student, teachers, found["scores"])
 
 
 def open_validation(recipe: Recipe) -> ImageSource | None:
@@ -138,19 +138,6 @@ def ask(run: Path, device: torch.device, say: Callable[[str], None]) -> None:
         "scores": scores,
     }
     write_atomic(run / ANSWERS, json.dumps(kept).encode())
-
-
-def with_teachers(recipe: Recipe) -> Recipe:
-    """Return a recipe that also names the networks of the teachers that wrote its stored labels;
-    `UserError` if the labels are gone.
-    """
-    found = dict(recipe.teachers)
-    for name, store in open_labels(recipe).items():
-        about, config = store.manifest.about, found[name]
-        if not config.model and "recipe" in about:
-            wrote = from_dict(about["recipe"]).teachers[about["teacher"]]
-            found[name] = replace(wrote, labels=config.labels, missing=config.missing)
-    return replace(recipe, teachers=found)
 
 
 def _build(

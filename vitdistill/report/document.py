@@ -10,6 +10,10 @@ class Strong(str):
     """A word or name that stands out."""
 
 
+class Word(str):
+    """A verdict."""
+
+
 Text = Sequence[str]
 """A paragraph: plain and `Strong` parts, none of them markup."""
 Point = tuple[float, float]
@@ -37,7 +41,7 @@ class Table:
 class Verdicts:
     """Answers, each a word and a sentence."""
 
-    items: Sequence[tuple[str, Text]]
+    items: Sequence[tuple[Word, Text]]
 
 
 class Picture(NamedTuple):
@@ -79,7 +83,7 @@ class Chart:
     Args:
         alt: what is to be seen, in words.
         frontier: points, joined by steps, that nothing beats.
-        log: the horizontal axis is logarithmic.
+        log: the horizontal axis is logarithmic; whole: it counts whole things.
     """
 
     title: str
@@ -89,6 +93,7 @@ class Chart:
     series: Sequence[Series]
     frontier: Sequence[Point] = ()
     log: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)

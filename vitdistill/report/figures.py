@@ -8,6 +8,7 @@ from .groups import Group
 
 MOST_POINTS = 300
 """Points of a curve; of a longer one every so many are drawn."""
+MOST_LINES = 8  # the best ones, all their runs
 CURVES = (
     ("eval", "top1", "Top-1 on validation images", "top-1 (%)", 100),
     ("eval", "knn_top1", "k-NN top-1 on validation images", "top-1 (%)", 100),
@@ -22,8 +23,9 @@ def draw_scatters(groups: Sequence[Group]) -> list[Block]:
     A larger student is no rival in the first: only those of the commonest size are in it.
     """
     numbered = [*enumerate(groups)]
-    sizes = Counter(group.cost("prediction") for group in groups)
-    alike = [(i, g) for i, g in numbered if g.cost("prediction") == sizes.most_common(1)[0][0]]
+    rivals = [pair for pair in numbered if not pair[1].serves]
+    sizes = Counter(group.cost("prediction") for _, group in rivals)
+    alike = [(i, g) for i, g in rivals if g.cost("prediction") == sizes.most_common(1)[0][0]]
     title = "What training took" + (", of students of one size" if len(sizes) > 1 else "")
     charts = [
         _scatter(alike, "total", title, "training compute, all together (FLOPs)"),
@@ -57,21 +59,18 @@ def _scatter(groups: Sequence[tuple[int, Group]], cost: str, title: str, x: str)
 
 
 def draw_curves(groups: Sequence[Group]) -> list[Block]:
-    """Draw what runs logged, a line a run."""
-    charts = []
+    """Draw what the runs of the best logged, a line a run."""
+    charts, rivals = [], [*enumerate(group for group in groups if not group.serves)]
     for kind, name, title, y, factor in CURVES:
         drawn, ends = [], []
-        for number, group in enumerate(groups):
+        for number, group in rivals[:MOST_LINES]:
             for points in (run.curve(kind, name) for run in group.runs):
                 if len(points) > 1:
                     scaled = [(a, factor * b) for a, b in points]
-                    (first, begun), (last, ended) = scaled[0], scaled[-1]
                     step = -(-len(points) // MOST_POINTS)
                     drawn.append(Series(group.name, number, scaled[::-step][::-1]))
-                    ends.append(
-                        f"{group.name} from {begun:.4g} at epoch {first:.3g} to {ended:.4g} at"
-                        f" epoch {last:.3g}"
-                    )
+                    ends.append(f"{group.name} from {scaled[0][1]:.4g} to {scaled[-1][1]:.4g}")
         if drawn:
-            charts.append(Chart(title, "; ".join(ends), "epoch", y, drawn))
-    return [Charts(charts)] if charts else []
+            charts.append(Chart(title, "; ".join(ends), "epoch", y, drawn, whole=True))
+    left = [[f"Of the best {MOST_LINES} of {len(rivals)}:"]] if len(rivals) > MOST_LINES else []
+    return [*left, Charts(charts)] if charts else []

@@ -29,9 +29,9 @@ from ..runs.identity import (
     weights_identity,
 )
 from ..runs.preflight import NUM_IMAGES
-from ..runs.stored import open_labels, proof_of
+from ..runs.stored import open_labels, proof_of, with_teachers
 from ..storage.atomic import sha256_file
-from .answers import Answers, read_answers, with_teachers
+from .answers import Answers, read_answers
 from .verdict import Seed
 
 SEEDS = ("train.seed", "data.seed")

@@ -4,7 +4,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .cost import Paid, costs_of
@@ -21,6 +21,7 @@ class Group:
         runs: at least one, with what each cost.
         student: what tells its student from others, whatever weights of these runs it began with.
         taught: a teacher taught it, or what it began with.
+        serves: "": it is a result; or it is there for others, as a first stage or a teacher.
     """
 
     name: str
@@ -28,10 +29,16 @@ class Group:
     paid: Sequence[Paid]
     student: str
     taught: bool
+    serves: str = ""
 
     @property
     def recipe(self) -> Any:
         return self.runs[0].recipe
+
+    @property
+    def top1(self) -> float:
+        """Top-1, mean over its finished runs; 0: there is none."""
+        return self.scores.mean if self.scores else 0.0
 
     def mean(self, read: Callable[[Run], float | None]) -> float | None:
         """Return the mean over the runs; None where one of them does not say."""
@@ -73,6 +80,14 @@ class Question:
     comparison: Comparison
 
     @property
+    def measure(self) -> str:
+        """Say what the other one is."""
+        if not self.best_of:
+            return "the first with a teacher"
+        best = f"the best of {self.best_of} of " if self.best_of > 1 else ""
+        return f"{best}the same student without a teacher"
+
+    @property
     def cost_ratio(self) -> float | None:
         """Return how many times the compute of the other one this one took, teachers included."""
         ours, theirs = self.ours.cost("total"), self.theirs.cost("total")
@@ -88,16 +103,29 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         together.setdefault(_key(run, made), []).append(i)
     names = [_common_name([runs[i] for i in members]) for members in together.values()]
     above = os.path.commonpath([run.path.absolute().parent for run in runs])
-    return [
-        Group(
-            name if names.count(name) == 1 else os.path.relpath(runs[members[0]].path, above),
+    groups = []
+    for name, members in zip(names, together.values(), strict=True):
+        first = runs[members[0]]
+        group = Group(
+            name if names.count(name) == 1 else os.path.relpath(first.path, above),
             [runs[i] for i in members],
             [costs[i] for i in members],
-            repr(sorted(_student(runs[members[0]], made).items())),
-            any(run.recipe.teachers for run in _lineage(runs[members[0]], made)),
+            repr(sorted(_student(first, made).items())),
+            any(run.recipe.teachers for run in _lineage(first, made)),
         )
-        for name, members in zip(names, together.values(), strict=True)
-    ]
+        groups.append(group)
+    return [replace(group, serves=_serves(group, groups)) for group in groups]
+
+
+def _serves(group: Group, groups: Sequence[Group]) -> str:
+    """Tell what is only there for others. A teacher is not, if one also taught its network."""
+    made = {digest for run in group.runs for digest in run.weights}
+    others = [run.needed.items() for g in groups if g is not group for run in g.runs]
+    fields = {field for needed in others for field, digest in needed if digest in made}
+    if "student.model" in fields:
+        return "first stage"
+    rivals = any(other.taught and _comparable(group, other) for other in groups)
+    return "teacher" if fields and not rivals else ""
 
 
 def _key(run: Run, made: dict[str, Run]) -> str:

@@ -1,6 +1,7 @@
 """The report on runs: verdicts, tables, charts, pictures."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -10,12 +11,12 @@ from typing import Any
 from ..messages import plural
 from ..recipes.config import Recipe
 from ..runs.preflight import NUM_IMAGES
-from .document import Block, Document, Strong, Table, Text, Verdicts
+from .document import Block, Document, Strong, Table, Text, Verdicts, Word
 from .figures import draw_curves, draw_scatters
 from .files import find_runs, read_run
 from .gallery import confusions, parted_pictures, saved_pictures
 from .groups import Group, Question, ask_questions, group_runs
-from .tables import tabulate_costs, tabulate_scores
+from .tables import tabulate_costs, tabulate_questions, tabulate_scores
 from .verdict import ERROR_RATE
 
 
@@ -30,101 +31,89 @@ def make_report(
     say(f"reading {plural(len(folders), 'run')}")
     runs = [read_run(path) for path in folders]
     say("counting what training, labels and predictions cost")
-    groups = group_runs(runs)
+    found = group_runs(runs)
+    # The best first; first stages and teachers of others last.
+    groups = sorted(found, key=lambda group: (group.serves, -group.top1))
     say("drawing charts and pictures")
     sections: dict[str, Sequence[Block]] = {
-        "Did it help?": _verdicts(groups),
-        "Results": [
-            tabulate_scores(groups),
-            tabulate_costs(groups),
-            *_notes(groups),
-        ],
+        "Did it help?": _verdicts(ask_questions(found)),
         "Accuracy against cost": draw_scatters(groups),
+        "Results": [tabulate_scores(groups), tabulate_costs(groups), *_notes(groups)],
         "Curves": draw_curves(groups),
         "Pictures": [*saved_pictures(groups)],
         "Answers": [*confusions(groups), *parted_pictures(groups)],
-        "What differs between the recipes": _differences(groups),
+        "What differs": _differences(groups),
         "Where they ran": _environments(groups),
     }
-    about = f"{plural(len(runs), 'run')} of {plural(len(groups), 'recipe')}"
-    found = [(title, blocks) for title, blocks in sections.items() if blocks]
-    return Document("Distillation report", about, found)
+    about = f"{plural(len(runs), 'run')} in {plural(len(groups), 'row')}"
+    filled = [(title, blocks) for title, blocks in sections.items() if blocks]
+    return Document("Distillation report", about, filled)
 
 
 # --- verdicts ------------------------------------------------------------------------------------
 
 
-def _verdicts(groups: Sequence[Group]) -> list[Block]:
-    questions = ask_questions(groups)
+def _verdicts(questions: Sequence[Question]) -> list[Block]:
+    """Say the verdict on the best with a teacher and on the cheapest, and tabulate all."""
+    lone = "Whether a teacher helped is unknown: that needs finished runs of the same student with"
+    lone += " and without one, judged on the same images."
     if not questions:
-        why = (
-            "Whether a teacher helped is unknown: that needs finished runs of the same student"
-            " with and without one, judged on the same images."
-        )
-        return [[why]]
+        return [[lone]]
+    against: dict[str, list[Question]] = {}
+    for question in sorted(questions, key=lambda q: not q.best_of):
+        against.setdefault(question.theirs.name, []).append(question)
+    alone = [asked for asked in against.values() if asked[0].best_of]
+    said = [item for asked in alone or against.values() for item in _answer(asked)]
     how = (
-        "Each recipe with a teacher is compared with the best recipe that trains the same student"
-        " without one, and with the first recipe here that has a teacher. The verdict is better or"
-        f" not better if the {1 - ERROR_RATE:.0%} confidence interval of the difference in top-1,"
-        " over seeds and over images, excludes zero. If two recipes are equally good, chance alone"
-        f" makes the verdict better in at most {ERROR_RATE / 2:.1%} of comparisons, and not better"
-        " in as many."
+        f"The verdict is better or not better if the {1 - ERROR_RATE:.0%} confidence interval of"
+        " the difference in top-1, over seeds and over images, excludes zero. If two are equally"
+        f" good, chance alone makes it better in at most {ERROR_RATE / 2:.1%} of comparisons, and"
+        " not better in as many; the best of several owes something to luck."
     )
-    if any(q.best_of > 1 for q in questions):
-        how += (
-            " The best of several recipes without a teacher owes something to luck: against it,"
-            " better is a rarer verdict, and not better a more frequent one."
-        )
     if any(q.comparison.num_seeds < 2 for q in questions):
-        how += " One run of a recipe cannot tell what other seeds would give: two are needed."
-    alone = "Whether a teacher helped is unknown: none of these students was trained without one."
-    first: list[Block] = [] if any(q.best_of for q in questions) else [[alone]]
-    return [*first, Verdicts([(q.comparison.verdict, _sentence(q)) for q in questions]), [how]]
+        how += " One run cannot tell what other seeds would give: two of each are needed."
+    tables = map(tabulate_questions, against.values())
+    return [*([] if alone else [[lone]]), Verdicts(said), *tables, [how]]
 
 
-def _sentence(question: Question) -> Text:
-    found, ratio = question.comparison, question.cost_ratio
-    low, high, images = (f"{100 * v:+.1f}" for v in (found.low, found.high, found.images_error))
-    best = f"best of {question.best_of} recipes of the " if question.best_of > 1 else ""
-    text = f", the {best}same student without a teacher" if question.best_of else ""
-    alone = " by one run each" if found.num_seeds < 2 else ""
-    text += f": {100 * found.difference:+.1f} points of top-1{alone}, between {low} and {high}."
-    text += f" It took {ratio:.2g} times the training compute." if ratio else ""
-    text += f" Standard error: {images[1:]} over images"
-    if found.num_seeds > 1:
-        runs = "pairs of runs" if found.paired else "runs each, or more"
-        text += f", {100 * found.seeds_error:.1f} over {found.num_seeds} {runs}"
-    return [Strong(question.ours.name), " against ", Strong(question.theirs.name), f"{text}."]
+def _answer(asked: Sequence[Question]) -> list[tuple[Word, Text]]:
+    """Answer for the best with a teacher and, if that is another one, for the cheapest."""
+    best = max(asked, key=lambda q: q.comparison.difference)
+    cheapest = min(asked, key=lambda q: (q.cost_ratio or math.inf, -q.comparison.difference))
+    of = f" of {len(asked)} with a teacher" if len(asked) > 1 else ""
+    if best is cheapest:
+        both = " and the cheapest" if best.cost_ratio else ""
+        return [_sentence(best, of and f", the best{both}{of}")]
+    return [_sentence(best, f", the best{of}"), _sentence(cheapest, f", the cheapest{of}")]
+
+
+def _sentence(question: Question, note: str) -> tuple[Word, Text]:
+    found, ratio, theirs = question.comparison, question.cost_ratio, question.theirs
+    text = f" ({theirs.top1:.1%}, {question.measure}): {100 * found.difference:+.1f} points of"
+    text += f" top-1, 95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    text += f", at {ratio:.2g} times the training compute" if ratio else ""
+    text += "." if found.num_seeds > 1 else ", by one run each."
+    ours = f" ({question.ours.top1:.1%}{note}) against "
+    return Word(found.verdict), [Strong(question.ours.name), ours, Strong(theirs.name), text]
 
 
 def _notes(groups: Sequence[Group]) -> Iterator[Block]:
-    about = [(g.name, g.runs[0].recipe.description or g.runs[0].whole.description) for g in groups]
-    if told := [row for row in about if row[1]]:
-        caption = "What each recipe is; all settings that differ are listed below"
-        yield Table(caption, ("recipe", "is"), told, prose=True)
     yield [
-        "Top-1, calibration error (15 bins) and negative log-likelihood (nats an image) are of the"
-        " last weights on the validation images (best epoch: of the weights in best/, which were"
-        " chosen on these very images); ± is a standard error, in points. A teacher's top-1 is"
-        " measured on the validation images as its student sees them; the number of images follows"
-        f" it. It is at most {NUM_IMAGES}, those on which the teacher was tried before training,"
-        " unless its answers to all of them were kept. A multiply-accumulate is 2 FLOPs. All"
-        " together includes stored labels and the training of those runs here whose weights were"
-        " needed, but not the training of any other teacher. Memory is calculated, for a step of"
-        " one process in float32; time and speed were measured."
+        "A row is of the runs that differ in their seeds alone, and has their means. All scores are"
+        " of the last weights on the validation images (best epoch: of those in best/, which were"
+        " chosen on these very images); calibration error in 15 bins, likelihood in nats an image;"
+        f" ± is a standard error, in points. A teacher's top-1 is on up to {NUM_IMAGES} of them as"
+        " its student sees them, or on all if its answers were kept. A multiply-accumulate is 2"
+        " FLOPs. All together includes stored labels and the training of those runs here whose"
+        " weights were needed, but of no other teacher. Memory is calculated, for a step of one"
+        " process in float32; time and speed were measured."
     ]
-    names = []
-    for group in groups:
-        done = [run for run in group.runs if "top1" in run.scores]
-        lacking = sum(run.answers is None for run in done)
-        few = f" ({lacking} of {len(done)} runs)" if lacking < len(done) else ""
-        names += [f"{group.name}{few}"] if lacking else []
-    if names:
+    done = [run for group in groups for run in group.runs if "top1" in run.scores]
+    if lacking := sum(run.answers is None for run in done):
         yield [
-            "Single answers were not kept of ",
-            Strong(", ".join(names)),
-            ": how often these agree with their teacher is unknown, and their errors over images"
-            " are estimated as if networks erred independently of each other.",
+            f"Single answers were not kept of {lacking} of {plural(len(done), 'run')}: how often"
+            " these agree with their teacher is unknown, and their errors over images are estimated"
+            " as if networks erred independently of each other."
         ]
 
 
@@ -132,27 +121,27 @@ def _notes(groups: Sequence[Group]) -> Iterator[Block]:
 
 
 def _differences(groups: Sequence[Group]) -> list[Block]:
-    """Tabulate the settings that differ, but for defaults of parts that some recipes lack."""
+    """Tabulate what each began as, and the settings that differ, but for those of teachers and for
+    defaults of parts that some recipes lack.
+    """
+    rivals = [group for group in groups if group.serves != "teacher"]
     makers = {digest: group.name for group in groups for r in group.runs for digest in r.weights}
     defaults: set[tuple[str, str]] = set()
     flat: list[dict[str, Any]] = []
-    for group in groups:
+    for group in rivals:
         run = group.runs[0]
-        recipe, values = run.recipe, run.settings
+        recipe, augment, values = run.recipe, run.recipe.data.augment, run.settings
         parts: dict[str, Any] = {"selector": recipe.selector, "masking": recipe.masking}
-        parts["data.augment"] = recipe.data.augment
-        parts |= {f"objectives.{name}": o for name, o in recipe.objectives.items()}
-        parts |= {f"teachers.{name}": t for name, t in recipe.teachers.items()}
+        parts["data.augment"] = augment
+        for kind in ("objectives", "teachers"):
+            parts |= {f"{kind}.{name}": part for name, part in getattr(recipe, kind).items()}
         known = {path: fields(part) for path, part in parts.items() if part is not None}
         defaults |= {(f"{p}.{i.name}", _exact(i.default)) for p, its in known.items() for i in its}
-        idle = {f"data.augment.{name}" for name in vars(recipe.data.augment)}
-        idle -= {f"data.augment.{name}" for name in recipe.data.augment.effective()}
+        idle = {f"data.augment.{name}" for name in {*vars(augment)} - {*augment.effective()}}
         values |= {f: f"the run {makers[d]}" for f, d in run.needed.items() if d in makers}
-        flat.append(
-            {f: v for f, v in values.items() if v not in (None, {}, [], ()) and f not in idle}
-        )
-    rows = []
-    sections = [part.name for part in fields(Recipe)]
+        idle |= {field for field, value in values.items() if value in (None, {}, [], ())}
+        flat.append({f: v for f, v in values.items() if f not in idle})
+    rows, sections = [], [part.name for part in fields(Recipe)]
     names = dict.fromkeys(field for values in flat for field in values)
     for field in sorted(names, key=lambda name: sections.index(name.partition(".")[0])):
         cells = show_values([values.get(field, "") for values in flat])
@@ -160,8 +149,10 @@ def _differences(groups: Sequence[Group]) -> list[Block]:
         if len({*cells}) > 1 and not (len(told) == 1 and (field, *told) in defaults):
             rows.append((field, *cells))
     caption = "Settings that are not the same in all; empty: it has none, or none that acts"
-    table = Table(caption, ("setting", *(g.name for g in groups)), rows)
-    return [*table.parts()] if rows else []
+    about = [(g.name, g.runs[0].recipe.description or g.runs[0].whole.description) for g in groups]
+    began = Table("What each is, before settings of it were changed", ("name", "is"), about, True)
+    table = Table(caption, ("setting", *(group.name for group in rivals)), rows)
+    return [part for part in (began, *table.parts()) if any(row[1] for row in part.rows)]
 
 
 def show_values(values: Sequence[Any]) -> list[str]:
@@ -191,11 +182,10 @@ def _environments(groups: Sequence[Group]) -> list[Block]:
             versions.setdefault(key, {})[text] = None
     lines = [(key, "; ".join(texts)) for key, texts in versions.items() if any(texts)]
     about = [(", ".join(names), note) for note, names in notes.items()]
+    head = "folder", "name", "seed", "command"
     tables = (
         Table("Versions and machines; several where runs differ", ("what", "value"), lines, True),
-        Table("Notes on the images", ("recipes", "note"), about, True),
-        Table(
-            "Folders, and how each was begun", ("run", "recipe", "seed", "command"), folders, True
-        ),
+        Table("Notes on the images", ("name", "note"), about, True),
+        Table("Folders, and how each was begun", head, folders, True),
     )
     return [table for table in tables if table.rows]

@@ -1,15 +1,13 @@
 """What a run's networks make of images of one's own: one sheet, a row for each way to look."""
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ..data.augment import InputSpec
@@ -25,14 +23,13 @@ from ..recipes.config import Recipe, TeacherConfig
 from ..recipes.yaml import load_recipe
 from ..runs.identity import RECIPE, resolve_run
 from ..runs.networks import build_teacher, build_teacher_model, plan_of, runs
-from ..runs.pictures import GAP, MARGIN, draw_sheet, size_in_sheet
-from ..runs.stored import describe_proof, open_labels, proof_of
+from ..runs.pictures import GAP, MARGIN, draw_sheet, size_in_sheet, stack, write_below
+from ..runs.stored import describe_proof, open_labels, proof_of, with_teachers
 from ..storage import checkpoint
 from ..vit.needs import Needs
 from ..vit.walk import run_vit
 from ..weights.create import class_names
 from ..world import World
-from .answers import with_teachers
 
 NUM_CLASSES = 3
 WIDEST = 1400  # pixels of a sheet; more images are below each other
@@ -90,7 +87,8 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
         rows["the student\nattends to"] = batch.images * heat
     answers = {"student": output.logits}
     for name, teacher in asked.items():
-        if teacher.network.num_classes:
+        count = teacher.network.num_classes  # others than the student's, if it reads features alone
+        if count and count == len(classes or range(count)):
             answers[name] = teacher(batch.images, Needs(logits=True)).logits
     known = {name: logits for name, logits in answers.items() if logits is not None}
     said = [
@@ -104,8 +102,8 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     for i in range(0, len(images), columns):
         part = slice(i, i + columns)
         band = draw_sheet({name: pixels[part] for name, pixels in rows.items()}, built.spec)
-        bands.append(_with_words(band, said[part]))
-    return Shown(_below_each_other(bands), said, notes)
+        bands.append(write_below(band, said[part]))
+    return Shown(stack(bands), said, notes)
 
 
 def _build_teachers(
@@ -160,35 +158,3 @@ def _likeliest(logits: Float[Tensor, " C"], classes: tuple[str, ...]) -> list[st
     top = logits.float().softmax(0).topk(min(NUM_CLASSES, len(logits)))
     names = [printable(classes[i]) if classes else f"class {i}" for i in top.indices.tolist()]
     return [f"{n} {p:.0%}" for n, p in zip(names, top.values.tolist(), strict=True)]
-
-
-def _below_each_other(bands: Sequence[Image.Image]) -> Image.Image:
-    whole = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)), "white")
-    tops = accumulate((band.height for band in bands), initial=0)
-    for band, top in zip(bands, tops, strict=False):
-        whole.paste(band, (0, top))
-    return whole
-
-
-def _with_words(sheet: Image.Image, said: Sequence[Mapping[str, list[str]]]) -> Image.Image:
-    """Return the sheet with what is said of each image written under it."""
-    size = 12
-    width = (sheet.width - MARGIN) // len(said)
-    columns = [
-        [
-            line
-            for name, found in words.items()
-            for part in (f"{name}:", *found)
-            for line in textwrap.wrap(part, max(width // 7, 8))
-        ]
-        for words in said
-    ]
-    height = max(map(len, columns)) * (size + 4)
-    whole = Image.new("RGB", (sheet.width, sheet.height + height + 6 * bool(height)), "white")
-    whole.paste(sheet)
-    for i, lines in enumerate(columns):
-        place = MARGIN + i * width, sheet.height
-        text = "\n".join(lines)
-        draw = ImageDraw.Draw(whole)
-        draw.multiline_text(place, text, fill="black", font_size=size, spacing=4)
-    return whole

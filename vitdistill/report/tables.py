@@ -1,26 +1,47 @@
-"""The results of each recipe and what it cost, a row a recipe."""
+"""What is asked of the recipes, what each came to and what it cost, a row each."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..messages import format_bytes, format_count, format_duration
-from .document import Table
-from .groups import Group
+from .document import Table, Word
+from .groups import Group, Question
+from .verdict import ERROR_RATE
 
-Column = Callable[[Group], str]
+Column = Callable[[Any], str]
 _PERCENT = "{:.1%}".format
 _COUNT = "{:,.0f}".format
+
+
+def tabulate_questions(questions: Sequence[Question]) -> Table:
+    """Return the answers to what is asked against the same runs, the best first."""
+    asked = sorted(questions, key=lambda q: -q.comparison.difference)
+    several = any(q.comparison.num_seeds > 1 for q in asked)
+    columns: dict[str, Column] = {
+        "top-1": lambda q: _PERCENT(q.ours.top1),
+        "difference, points": lambda q: f"{100 * q.comparison.difference:+.1f}",
+        f"{1 - ERROR_RATE:.0%} interval": lambda q: (
+            f"{100 * q.comparison.low:+.1f} to {100 * q.comparison.high:+.1f}"
+        ),
+        "verdict": lambda q: Word(q.comparison.verdict) if several else "",
+        "times its training compute": _show(lambda q: q.cost_ratio, "{:.2g}".format),
+        "± images": lambda q: _points(q.comparison.images_error),
+        "± seeds": lambda q: _points(q.comparison.seeds_error),
+        "seeds": lambda q: f"{q.comparison.num_seeds}" if several else "",
+    }
+    counts = Counter(q.comparison.verdict for q in asked if several).items()
+    words = ": " + ", ".join(f"{count} {word}" for word, count in counts) if several else ""
+    caption = f"Against {asked[0].theirs.name}, {asked[0].measure}{words}"
+    return _table(caption, [q.ours.name for q in asked], asked, columns)
 
 
 def tabulate_scores(groups: Sequence[Group]) -> Table:
     """Return accuracy, calibration, and agreement with the teacher where it is known."""
 
     def error(kind: str) -> Column:
-        def show(group: Group) -> str:
-            value = getattr(group.scores, kind, math.nan)
-            return "" if math.isnan(value) else f"{100 * value:.1f}"
-
-        return show
+        return lambda group: _points(getattr(group.scores, kind, math.nan))
 
     def of_teachers(read: Callable[[Group, str], str]) -> Column:
         def show(group: Group) -> str:
@@ -40,6 +61,7 @@ def tabulate_scores(groups: Sequence[Group]) -> Table:
         return "" if value is None else f"{value:.1%}"
 
     columns = {
+        "role": lambda group: group.serves or f"with{'' if group.taught else 'out'} a teacher",
         "runs": _count_runs,
         "top-1": _score("top1", _PERCENT),
         "± seeds": error("seeds_error"),
@@ -53,14 +75,14 @@ def tabulate_scores(groups: Sequence[Group]) -> Table:
         "its teacher's top-1": of_teachers(top1),
         "agrees with it on": of_teachers(agreement),
     }
-    return _table("What it learnt, means over the runs of a recipe", groups, columns)
+    return _table("What it learnt", [group.name for group in groups], groups, columns)
 
 
 def tabulate_costs(groups: Sequence[Group]) -> Table:
     """Return what was counted, of labels and teachers too, and what was measured."""
 
     def flops(name: str) -> Column:
-        return _show(lambda group: group.cost(name) or None, format_count)
+        return _show(lambda group: group.cost(name) or None, lambda count: format_count(count, ""))
 
     columns = {
         "a prediction": flops("prediction"),
@@ -74,23 +96,29 @@ def tabulate_costs(groups: Sequence[Group]) -> Table:
         "memory": _show(lambda g: g.cost("memory"), lambda value: format_bytes(int(value))),
         "predictions/s": _score("images_per_second", _COUNT),
     }
-    return _table("What it cost, means over the runs of a recipe", groups, columns)
+    caption = "What it cost: FLOPs, then what was measured"
+    return _table(caption, [group.name for group in groups], groups, columns)
 
 
-def _table(caption: str, groups: Sequence[Group], columns: dict[str, Column]) -> Table:
+def _table(
+    caption: str, names: Sequence[str], items: Sequence[Any], columns: dict[str, Column]
+) -> Table:
     """Leave out columns of which nothing is known."""
-    cells = {head: [show(group) for group in groups] for head, show in columns.items()}
+    cells = {head: [show(item) for item in items] for head, show in columns.items()}
     known = {head: column for head, column in cells.items() if any(column)}
-    rows = [(g.name, *(known[head][i] for head in known)) for i, g in enumerate(groups)]
-    return Table(caption, ("recipe", *known), rows)
+    return Table(caption, ("name", *known), [*zip(names, *known.values(), strict=True)])
+
+
+def _points(part: float) -> str:
+    return "" if math.isnan(part) else f"{100 * part:.1f}"
 
 
 def _score(name: str, write: Callable[[float], str]) -> Column:
     return _show(lambda group: group.score(name), write)
 
 
-def _show(read: Callable[[Group], float | None], write: Callable[[float], str]) -> Column:
-    return lambda group: "" if (value := read(group)) is None else write(value)
+def _show(read: Callable[[Any], float | None], write: Callable[[float], str]) -> Column:
+    return lambda item: "" if (value := read(item)) is None else write(value)
 
 
 def _count_runs(group: Group) -> str:

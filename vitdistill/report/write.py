@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..messages import printable
-from .document import Chart, Document, Strong
+from .document import Chart, Document, Strong, Word
 
 NUM_COLOURS = 8
 SHAPES = (
@@ -25,8 +25,9 @@ SHAPES = (
     "M0-1.25L1.25 0L0 1.25L-1.25 0Z",
 )
 FRAME = {"left": 52, "right": 446, "bottom": 254, "top": 12}
-"""Where a chart's axes are, in a picture of 460 by 300."""
+"""Where a chart's axes are, in a picture of 476 by 300."""
 Axis = Callable[[float], float]
+KEPT = Markup('<span class="whole">{}</span>')
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>#|&~!${}]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
 
@@ -49,15 +50,20 @@ def _write(name: str, escape: Callable[[str], str], document: Document) -> str:
     def read(file: str) -> str:
         return files(__package__).joinpath(file).read_text("utf-8")
 
-    def break_names(text: str) -> Markup:
-        """Let a line end inside a name, behind what joins its parts."""
+    def break_names(text: str) -> Markup:  # a line may end behind what joins the parts of a name
         return Markup("<wbr>").join(map(say, re.split(r"(?<=[._/])", text)))
 
     environment = Environment(
         autoescape=True, finalize=say, undefined=StrictUndefined, trim_blocks=True
     )
     environment.tests["strong"] = lambda part: isinstance(part, Strong)
-    environment.filters["breakable"] = break_names
+    environment.tests["verdict"] = lambda cell: isinstance(cell, Word)
+
+    def keep_whole(text: str) -> Markup:  # no line ends at the hyphen of a measure
+        parts = enumerate(re.split("(top-1|k-NN)", text))
+        return Markup("").join(KEPT.format(say(p)) if i % 2 else say(p) for i, p in parts)
+
+    environment.filters |= {"breakable": break_names, "whole": keep_whole}
     environment.filters |= {"kind": lambda block: type(block).__name__, "plot": plot}
     given = {"style": Markup(read("style.css")), "shapes": SHAPES, "colours": NUM_COLOURS}
     return environment.from_string(read(name)).render(document=document, **given)
@@ -72,7 +78,7 @@ def plot(chart: Chart) -> SimpleNamespace:
     """Return where on a chart's picture a value is (``x``, ``y``), and the ticks of both axes."""
     points = [p for s in chart.series for p in (*s.points, s.mean) if p is not None]
     across, up = ([p[i] for p in points] for i in (0, 1))
-    x_ticks = _powers(across) if chart.log else _round_ticks(across)
+    x_ticks = _powers(across) if chart.log else _round_ticks(across, 1 if chart.whole else 0)
     y_ticks = _round_ticks(up)
     return SimpleNamespace(
         x=_axis([*across, *x_ticks], FRAME["left"], FRAME["right"], chart.log),
@@ -106,13 +112,14 @@ def _powers(values: Sequence[float]) -> list[float]:
     return ticks
 
 
-def _round_ticks(values: Sequence[float]) -> list[float]:
-    """Return about five round numbers around the values."""
+def _round_ticks(values: Sequence[float], least: float = 0) -> list[float]:
+    """Return about five round numbers around the values, multiples of ``least``."""
     low, high = min(values), max(values)
     if high == low:
         low, high = (0.9 * low, high) if high > 0 else (low, low + 1)
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if m * step * 5 >= high - low)
+    step = max(math.ceil(step), least) if least else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 

@@ -1,7 +1,9 @@
 """Sheets of pictures: what objectives have to show of a few images, and what teachers see."""
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, UInt8
@@ -37,6 +39,36 @@ def draw_sheet(rows: Mapping[str, Float[Tensor, "B 3 h w"]], spec: InputSpec) ->
             enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (MARGIN + i * (width + GAP), top))
     return sheet
+
+
+def stack(bands: Sequence[Image.Image]) -> Image.Image:
+    """Return sheets below each other as one."""
+    tops = [*accumulate((band.height for band in bands), initial=0)]
+    whole = Image.new("RGB", (bands[0].width, tops[-1]), "white")
+    for band, top in zip(bands, tops, strict=False):
+        whole.paste(band, (0, top))
+    return whole
+
+
+def write_below(sheet: Image.Image, said: Sequence[Mapping[str, list[str]]]) -> Image.Image:
+    """Return the sheet with what is said of each of its images written below that."""
+    size, width = 12, (sheet.width - MARGIN) // len(said)
+    columns = [
+        "\n".join(
+            textwrap.fill(part, max(width // 7, 8))
+            for name, found in words.items()
+            for part in (f"{name}:", *found)
+        )
+        for words in said
+    ]
+    height = max((text.count("\n") + 1) * (size + 4) + 6 for text in columns) * any(columns)
+    whole = Image.new("RGB", (sheet.width, sheet.height + height), "white")
+    whole.paste(sheet)
+    for i, text in enumerate(columns):
+        place = MARGIN + i * width, sheet.height
+        draw = ImageDraw.Draw(whole)
+        draw.multiline_text(place, text, fill="black", font_size=size, spacing=4)
+    return whole
 
 
 def png(image: Image.Image) -> bytes:

@@ -9,7 +9,7 @@ from ..labels.identity import differing, network_from_json, of_views
 from ..labels.store import LabelStore
 from ..messages import plural
 from ..recipes.config import Recipe, TeacherConfig
-from ..recipes.convert import to_dict
+from ..recipes.convert import from_dict, to_dict
 from ..vit.network import Network
 from .preflight import describe_accuracy
 
@@ -39,6 +39,19 @@ def proof_of(store: LabelStore) -> tuple[float, int] | None:
 def describe_proof(proof: tuple[float, int]) -> str:
     """Say what `proof_of` returns."""
     return f"{describe_accuracy(*proof)}, before it wrote them"
+
+
+def with_teachers(recipe: Recipe) -> Recipe:
+    """Return a recipe that also names the networks of the teachers that wrote its stored labels;
+    `UserError` if the labels are gone.
+    """
+    found = dict(recipe.teachers)
+    for name, store in open_labels(recipe).items():
+        about, config = store.manifest.about, found[name]
+        if not config.model and "recipe" in about:
+            wrote = from_dict(about["recipe"]).teachers[about["teacher"]]
+            found[name] = replace(wrote, labels=config.labels, missing=config.missing)
+    return replace(recipe, teachers=found)
 
 
 def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
