@@ -28,6 +28,7 @@ import torch
 from vitdistill.data.augment import AUGMENTS, Augment
 from vitdistill.data.batch import Batch
 from vitdistill.data.model_input import input_spec_of
+from vitdistill.data.order import Samples
 from vitdistill.data.views.checksums import view_checksums
 from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
@@ -247,7 +248,7 @@ class FromLabels:
         if self.checked:
             # Of random images, so they are not those of the records: what was compared are the
             # right ones.
-            view_checksums(self._pixels, self.setting.augment, 0, views, ids)
+            view_checksums(self._pixels, self.setting.augment, Samples(ids, views))
         times.append(time.process_time())
         self.student_step()
         times.append(time.process_time())

@@ -29,6 +29,7 @@ from .sources.base import ImageSource, check_enough
 from .views.batched import BatchViews
 from .views.checksums import view_checksums
 from .views.erasing import erase
+from .views.geometry import send_images
 from .views.mixing import mix
 from .views.single import eval_view, normalize, train_views
 from .workers import map_in_workers
@@ -83,9 +84,7 @@ class TrainLoader:
             name_all_damaged(source, loading.workers),
         ):
             kept = keep_decoded(source, augment, spec, loading.in_memory, loading.workers)
-        self._images = (
-            BatchViews(kept, augment, spec, loading.seed) if isinstance(kept, Tensor) else kept
-        )
+        self._images = BatchViews(kept, augment, spec) if isinstance(kept, Tensor) else kept
         # It changes pixels, and is decided by the data set and the options alone.
         self.pipeline = "batched" if isinstance(kept, Tensor) else "per-sample"
 
@@ -127,33 +126,31 @@ class TrainLoader:
             first = k * batch_size + world.rank * share
             for start in range(first, first + share, micro):
                 part = slice(start, start + micro)
-                yield Samples(epoch, ids[part], views[part])
+                yield Samples(ids[part], views[part], self.loading.seed, epoch)
 
     def _views(
         self, samples: Iterator[Samples], checked: bool = False
     ) -> Generator[_Views, None, None]:
         """Make uint8 views on the device, with checksums if ``checked`` or labels have to fit."""
         wanted = checked or bool(self._targets)
-        augment, seed, device = self.augment, self.loading.seed, self._device
+        augment, device = self.augment, self._device
         if isinstance(self._images, BatchViews):
             for number, shown in enumerate(samples):
-                pixels = self._images(shown.ids, shown.views, device)
+                pixels = self._images(shown, device)
                 # Checksums of a GPU's views need a copy to the host, so in training only the first
                 # four micro-batches and one in 64 afterwards are looked at.
                 due = checked or device.type == "cpu" or number < 4 or number % 64 == 0
-                sums = None
-                if wanted and due:
-                    sums = view_checksums(pixels.cpu(), augment, seed, shown.views, shown.ids)
+                sums = view_checksums(pixels.cpu(), augment, shown) if wanted and due else None
                 yield shown, pixels, sums
             return
-        make = partial(_make_train_views, self._images, augment, self.spec, seed, wanted)
+        make = partial(_make_train_views, self._images, augment, self.spec, wanted)
         workers = self.loading.workers
         with (
             name_all_damaged(self.source, workers),
             map_in_workers(make, samples, workers) as made,
         ):
             for shown, pixels, sums in made:
-                yield shown, _send(pixels, device), sums
+                yield shown, send_images(pixels, device), sums
 
     def _batch(
         self,
@@ -170,13 +167,11 @@ class TrainLoader:
         return batch
 
     def _mixed(self, shown: Samples, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
-        batch = _plain_batch(shown, pixels, self.spec, self._labels, self.loading.seed)
-        seed, ids, views = self.loading.seed, shown.ids, shown.views
-        batch.images = erase(batch.images, self.augment.reprob, seed, ids, views)
+        batch = _plain_batch(shown, pixels, self.spec, self._labels)
+        batch.images = erase(batch.images, self.augment.reprob, shown)
         if self.augment.mixes:
-            batch.images, batch.mixed_labels, batch.lam = mix(
-                batch.images, batch.labels, self.augment, seed, ids, views
-            )
+            mixed = mix(batch.images, batch.labels, self.augment, shown)
+            batch.images, batch.mixed_labels, batch.lam = mixed
         return batch
 
 
@@ -202,7 +197,7 @@ class EvalLoader:
         ids = evenly(source.labels, len(source) if limit is None else limit)
         own = ids[world.rank :: world.size]
         parts = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-        self._samples = [Samples(0, part, np.zeros_like(part)) for part in parts]
+        self._samples = [Samples(part, np.zeros_like(part)) for part in parts]
         self._labels = torch.from_numpy(source.labels)
         height, width = spec.image_size
         self._keep = len(own) * height * width * 3 < _EVAL_CACHE_BYTES
@@ -234,7 +229,7 @@ class EvalLoader:
         self._kept = seen
 
     def _batch(self, shown: Samples, pixels: UInt8[Tensor, "B 3 H W"]) -> Batch:
-        return _plain_batch(shown, _send(pixels, self.device), self.spec, self._labels)
+        return _plain_batch(shown, send_images(pixels, self.device), self.spec, self._labels)
 
 
 def order_of(source: ImageSource, augment: Augment, loading: Loading) -> Order:
@@ -279,11 +274,10 @@ def _check_kinds(name: str, others: Kind, loading: Loading, micro_batch: int, un
 
 
 def _make_train_views(
-    source: ImageSource, augment: Augment, spec: InputSpec, seed: int, checked: bool, shown: Samples
+    source: ImageSource, augment: Augment, spec: InputSpec, checked: bool, shown: Samples
 ) -> _Views:
-    address = seed, shown.views, shown.ids
-    pixels = train_views(source.load, augment, spec, *address)
-    return shown, pixels, view_checksums(pixels, augment, *address) if checked else None
+    pixels = train_views(source.load, augment, spec, shown)
+    return shown, pixels, view_checksums(pixels, augment, shown) if checked else None
 
 
 def _make_eval_views(
@@ -297,16 +291,9 @@ def _plain_batch(
     pixels: UInt8[Tensor, "B 3 H W"],
     spec: InputSpec,
     labels: Int[Tensor, " N"],
-    seed: int = 0,
 ) -> Batch:
     ids, views = torch.from_numpy(shown.ids), torch.from_numpy(shown.views)
     labels, ids, views = (
         it.to(pixels.device, non_blocking=True) for it in (labels[ids], ids, views)
     )
-    return Batch(normalize(pixels, spec), labels, ids, views, shown.epoch, seed=seed)
-
-
-def _send(pixels: UInt8[Tensor, "B 3 H W"], device: torch.device) -> UInt8[Tensor, "B 3 H W"]:
-    if device.type == "cuda":
-        pixels = pixels.pin_memory()
-    return pixels.to(device, non_blocking=True)
+    return Batch(normalize(pixels, spec), labels, ids, views, shown.epoch, seed=shown.seed)

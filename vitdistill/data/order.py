@@ -16,16 +16,21 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from .. import keyed
-from ..keyed import I64, Stream
+from ..keyed import I64, U64, Stream
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a micro-batch shows."""
+    """What a micro-batch shows: the address of everything that is random in it."""
 
-    epoch: int
     ids: I64  # the samples' numbers in the source, (B,)
     views: I64  # which view of each sample, (B,)
+    seed: int = 0  # of the run's data
+    epoch: int = 0
+
+    def keys(self, stream: Stream) -> U64:
+        """Return a key for the random numbers of each sample, (B,)."""
+        return keyed.keys(self.seed, self.views, self.ids, stream)
 
 
 @dataclass(frozen=True)
@@ -187,4 +192,4 @@ def view_samples(
         ids = np.arange(start, min(start + batch_size, last), dtype=np.int64)
         if partners is not None:
             ids = np.stack([ids, partners[ids]], axis=1).flatten()
-        yield Samples(view, ids, np.full(len(ids), view, dtype=np.int64))
+        yield Samples(ids, np.full(len(ids), view, dtype=np.int64), order.seed, view)

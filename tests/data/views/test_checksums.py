@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitdistill.data.augment import Augment
+from vitdistill.data.order import Samples
 from vitdistill.data.views import checksums
 from vitdistill.data.views.checksums import view_checksums
 
@@ -19,7 +20,7 @@ BOTH = replace(MIXED, reprob=0.5)
 def made(
     augment: Augment, seed: int = 7, pixels: torch.Tensor = PIXELS, ids: np.ndarray = IDS
 ) -> list[int]:
-    return view_checksums(pixels, augment, seed, np.full(len(ids), 2), ids).tolist()
+    return view_checksums(pixels, augment, Samples(ids, np.full(len(ids), 2), seed)).tolist()
 
 
 def test_checksums_are_frozen() -> None:

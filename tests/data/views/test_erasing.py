@@ -7,13 +7,14 @@ import pytest
 import torch
 from timm.data.random_erasing import RandomErasing
 
+from vitdistill.data.order import Samples
 from vitdistill.data.views.erasing import erase
 
 
 def erased(ids: range, prob: float, size: tuple[int, int] = (20, 30), seed=1, view=4):
     """Images of 7s, erased."""
     blank, views = torch.full((len(ids), 3, *size), 7.0), np.full(len(ids), view)
-    return erase(blank, prob, seed, np.array(ids), views)
+    return erase(blank, prob, Samples(np.array(ids), views, seed))
 
 
 def test_one_rectangle_of_noise() -> None:

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from vitdistill import keyed
 from vitdistill.data.augment import Augment
+from vitdistill.data.order import Samples
 from vitdistill.data.views.mixing import draw_mixing, mix, symmetric_beta
 from vitdistill.keyed import Stream
 
 MIXUP, CUTMIX, BOTH = Augment(mixup=0.8), Augment(cutmix=1.0), Augment(mixup=0.8, cutmix=1.0)
-PAIRS = 0, np.arange(40000, dtype=np.int64), np.zeros(40000, dtype=np.int64)
+PAIRS = Samples(np.arange(40000, dtype=np.int64), np.zeros(40000, dtype=np.int64))
 
 
 def mixed(augment: Augment, count: int, seed=1, view=3, rows=slice(None)) -> tuple:
@@ -21,7 +22,8 @@ def mixed(augment: Augment, count: int, seed=1, view=3, rows=slice(None)) -> tup
     ids = np.arange(count, dtype=np.int64)[::-1][rows].copy()
     images = labels.float()[:, None, None, None].expand(-1, 3, 12, 12).contiguous()
     kept = images.clone()
-    made = mix(images, labels, augment, seed, ids, np.full(len(ids), view, dtype=np.int64))
+    shown = Samples(ids, np.full(len(ids), view, dtype=np.int64), seed)
+    made = mix(images, labels, augment, shown)
     assert torch.equal(images, kept)
     return labels[:, None, None, None], *made
 
@@ -48,15 +50,15 @@ def test_cutmix_pastes_one_box_and_weighs_its_area() -> None:
 
 def test_probabilities() -> None:
     rates = {"mixup_prob": 0.6, "mixup_switch_prob": 0.3}
-    lam, cut, boxes = draw_mixing(Augment(mixup=0.8, cutmix=1.0, **rates), *PAIRS, 32, 32)
+    lam, cut, boxes = draw_mixing(Augment(mixup=0.8, cutmix=1.0, **rates), PAIRS, 32, 32)
     assert abs(cut.mean() - 0.3) < 0.01
     assert abs((lam[~cut] == 1.0).mean() - 0.4) < 0.01
     assert (boxes >= 0).all() and (boxes <= 32).all()
-    assert not draw_mixing(MIXUP, *PAIRS, 32, 32)[1].any()
+    assert not draw_mixing(MIXUP, PAIRS, 32, 32)[1].any()
 
 
 def test_cutmix_has_timms_distribution() -> None:
-    ours, cut, boxes = draw_mixing(CUTMIX, *PAIRS, 32, 24)
+    ours, cut, boxes = draw_mixing(CUTMIX, PAIRS, 32, 24)
     assert cut.all()
     random = np.random.default_rng(0)
     side = np.sqrt(1.0 - random.beta(1.0, 1.0, 20000))

@@ -11,6 +11,7 @@ from torchvision.transforms import functional as TF
 
 from vitdistill import keyed
 from vitdistill.data.augment import AUGMENTS, Augment, InputSpec
+from vitdistill.data.order import Samples
 from vitdistill.data.views.single import (
     eval_view,
     keep_generators,
@@ -28,12 +29,12 @@ def train_view(
     image: Image.Image, augment: Augment, spec: InputSpec, seed: int, view: int, sample_id: int
 ) -> torch.Tensor:
     views, ids = np.array([view], dtype=np.int64), np.array([sample_id], dtype=np.int64)
-    return train_views(lambda _: image, augment, spec, seed, views, ids)[0]
+    return train_views(lambda _: image, augment, spec, Samples(ids, views, seed))[0]
 
 
 def test_views_are_pure_and_alone_as_together(picture) -> None:
     ids, views = np.array([3, 0, 3], dtype=np.int64), np.array([1, 1, 2], dtype=np.int64)
-    together = train_views(picture, DEIT, SPEC, 4, views, ids)
+    together = train_views(picture, DEIT, SPEC, Samples(ids, views, seed=4))
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     for i, view, got in zip(ids.tolist(), views.tolist(), together, strict=True):
         assert torch.equal(got, train_view(picture(i), DEIT, SPEC, 4, view, i))
@@ -54,7 +55,7 @@ def test_the_callers_generators_are_left_alone(picture) -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     train_view(picture(0), DEIT, SPEC, 0, 0, 0)
     with pytest.raises(OSError):
-        train_views(fail, DEIT, SPEC, 0, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+        train_views(fail, DEIT, SPEC, Samples(*np.zeros((2, 1), dtype=np.int64)))
     assert draw() == wanted
 
 

@@ -6,9 +6,17 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ... import keyed
-from ...keyed import I64, Stream
+from ...keyed import Stream
 from ..augment import Augment, InputSpec
-from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes, send
+from ..order import Samples
+from .geometry import (
+    CROP_UNIFORMS,
+    crop_and_flip,
+    random_boxes,
+    resize_boxes,
+    send,
+    send_images,
+)
 from .randaugment import Policy, apply_operation
 
 
@@ -23,36 +31,24 @@ class BatchViews:
     ``images`` are what `prepare` gives, all of one size, on the host; `can_batch` must hold.
     """
 
-    def __init__(
-        self, images: UInt8[Tensor, "N 3 H W"], augment: Augment, spec: InputSpec, seed: int
-    ) -> None:
-        self.images, self.augment, self.spec, self.seed = images, augment, spec, seed
+    def __init__(self, images: UInt8[Tensor, "N 3 H W"], augment: Augment, spec: InputSpec) -> None:
+        self.images, self.augment, self.spec = images, augment, spec
         self._policy = Policy.of(augment.aa) if augment.aa else None
         self._fill = torch.tensor([min(255, round(255 * m)) for m in spec.mean], dtype=torch.uint8)
 
-    def __call__(
-        self, sample_ids: I64, views: I64, device: torch.device | str = "cpu"
-    ) -> UInt8[Tensor, "B 3 h w"]:
-        """Make views on ``device``, before normalisation and erasing; ids and views int64 (B,)."""
-        chosen = self.images[torch.from_numpy(sample_ids)]
-        if torch.device(device).type == "cuda":
-            chosen = chosen.pin_memory()
-        images = self._crop(chosen.to(device, non_blocking=True), sample_ids, views)
+    def __call__(self, shown: Samples, device: torch.device) -> UInt8[Tensor, "B 3 h w"]:
+        """Make views on ``device``, before normalisation and erasing."""
+        images = self._crop(send_images(self.images[torch.from_numpy(shown.ids)], device), shown)
         if self._policy is not None:
-            for operation in self._policy.draw(self._keys(sample_ids, views, Stream.AUGMENT)):
+            for operation in self._policy.draw(shown.keys(Stream.AUGMENT)):
                 images = apply_operation(images, operation, self._fill, self.augment.interpolation)
         return images
 
-    def _keys(self, sample_ids: I64, views: I64, stream: Stream) -> keyed.U64:
-        return keyed.keys(self.seed, views, sample_ids, stream)
-
-    def _crop(
-        self, images: UInt8[Tensor, "B 3 H W"], sample_ids: I64, views: I64
-    ) -> UInt8[Tensor, "B 3 h w"]:
+    def _crop(self, images: UInt8[Tensor, "B 3 H W"], shown: Samples) -> UInt8[Tensor, "B 3 h w"]:
         augment, device = self.augment, images.device
-        flip = keyed.uniforms(self._keys(sample_ids, views, Stream.FLIP), 1)[:, 0] < augment.hflip
-        keys = self._keys(sample_ids, views, Stream.CROP)
-        offsets, padding = np.zeros((2, len(sample_ids)), dtype=np.int64), 0
+        flip = keyed.uniforms(shown.keys(Stream.FLIP), 1)[:, 0] < augment.hflip
+        keys = shown.keys(Stream.CROP)
+        offsets, padding = np.zeros((2, len(keys)), dtype=np.int64), 0
         if augment.crop == "rrc":
             draws = keyed.uniforms(keys, CROP_UNIFORMS)
             height, width = images.shape[2:]

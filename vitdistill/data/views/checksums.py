@@ -14,28 +14,28 @@ from torch import Tensor
 
 from ...keyed import I64
 from ..augment import Augment
+from ..order import Samples
 from .erasing import erased_boxes
 from .mixing import draw_mixing
 
 
 def view_checksums(
-    pixels: UInt8[Tensor, "B 3 H W"], augment: Augment, seed: int, views: I64, sample_ids: I64
+    pixels: UInt8[Tensor, "B 3 H W"], augment: Augment, shown: Samples
 ) -> npt.NDArray[np.uint32]:
     """Return the CRC-32 of each view, uint32 (B,).
 
-    ``pixels`` are on the host, views and ids int64 (B,); if ``augment`` mixes, neighbours are
-    partners.
+    ``pixels`` are on the host; if ``augment`` mixes, neighbours are partners.
     """
     height, width = pixels.shape[2:]
     done: list[I64] = []
     if augment.reprob:
-        done.append(erased_boxes(augment.reprob, seed, sample_ids, views, height, width))
+        done.append(erased_boxes(augment.reprob, shown, height, width))
     if augment.mixes:
-        lam, cut, boxes = draw_mixing(augment, seed, sample_ids, views, height, width)
+        lam, cut, boxes = draw_mixing(augment, shown, height, width)
         # Rounded: a weight's last bits are the business of the numeric library.
         weight = np.rint(lam * 2**20).astype(np.int64)
         shared = [weight[:, None], cut[:, None].astype(np.int64), boxes * cut[:, None]]
-        partners = sample_ids.reshape(-1, 2)[:, ::-1].reshape(-1, 1)
+        partners = shown.ids.reshape(-1, 2)[:, ::-1].reshape(-1, 1)
         done += [partners, np.repeat(np.concatenate(shared, axis=1), 2, axis=0)]
     images = pixels.contiguous().numpy()
     sums = [zlib.crc32(image) for image in images]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import keyed
 from ...keyed import I64, Stream
+from ..order import Samples
 from .geometry import inside_boxes, send
 
 _ATTEMPTS = 10
@@ -21,16 +22,13 @@ _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 
 
 def erase(
-    images: Float[Tensor, "B 3 H W"], prob: float, seed: int, sample_ids: I64, views: I64
+    images: Float[Tensor, "B 3 H W"], prob: float, shown: Samples
 ) -> Float[Tensor, "B 3 H W"]:
-    """Fill a keyed rectangle of each chosen image with keyed noise, in place.
-
-    Ids and views are int64 (B,) on the host.
-    """
+    """Fill a keyed rectangle of each chosen image with keyed noise, in place."""
     if prob == 0.0:
         return images
     _, channels, height, width = images.shape
-    rows, top, left, h, w = _draw(prob, seed, sample_ids, views, height, width)
+    rows, top, left, h, w = _draw(prob, shown, height, width)
     if not len(rows):
         return images
     device = images.device
@@ -41,7 +39,7 @@ def erase(
     address = torch.arange(channels * height * width, device=device).view(
         1, channels, height, width
     )
-    keys = keyed.to_torch(keyed.keys(seed, views, sample_ids, Stream.ERASE_NOISE)[rows], device)
+    keys = keyed.to_torch(shown.keys(Stream.ERASE_NOISE)[rows], device)
     address = address.expand(len(rows), -1, -1, -1)
     noise = keyed.torch_normals(keys[:, None, None, None].expand_as(address), address)
     inside = inside_boxes(boxes, height, width)
@@ -49,24 +47,20 @@ def erase(
     return images
 
 
-def erased_boxes(
-    prob: float, seed: int, sample_ids: I64, views: I64, height: int, width: int
-) -> I64:
+def erased_boxes(prob: float, shown: Samples, height: int, width: int) -> I64:
     """Return each image's erased ``(top, left, height, width)``, zeros where nothing is erased."""
-    boxes = np.zeros((len(sample_ids), 4), dtype=np.int64)
-    rows, *box = _draw(prob, seed, sample_ids, views, height, width)
+    boxes = np.zeros((len(shown.ids), 4), dtype=np.int64)
+    rows, *box = _draw(prob, shown, height, width)
     boxes[rows] = np.stack(box, axis=1)
     return boxes
 
 
-def _draw(
-    prob: float, seed: int, sample_ids: I64, views: I64, height: int, width: int
-) -> tuple[I64, I64, I64, I64, I64]:
+def _draw(prob: float, shown: Samples, height: int, width: int) -> tuple[I64, I64, I64, I64, I64]:
     """Draw which images are erased, and where: ``(rows, top, left, height, width)``.
 
     A rectangle that does not fit is drawn again, ten times at most, as in timm.
     """
-    draws = keyed.uniforms(keyed.keys(seed, views, sample_ids, Stream.ERASE), 3 + 2 * _ATTEMPTS)
+    draws = keyed.uniforms(shown.keys(Stream.ERASE), 3 + 2 * _ATTEMPTS)
     tries = draws[:, 3:].reshape(-1, _ATTEMPTS, 2)
     area = (_AREA[0] + (_AREA[1] - _AREA[0]) * tries[..., 0]) * (height * width)
     aspect = np.exp(_LOG_ASPECT[0] + (_LOG_ASPECT[1] - _LOG_ASPECT[0]) * tries[..., 1])

@@ -30,6 +30,13 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
+def send_images(images: Tensor, device: torch.device) -> Tensor:
+    """Return the host's images on ``device``; a GPU copies pinned memory without a wait."""
+    if device.type == "cuda":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True)
+
+
 def random_boxes(
     uniforms: F64, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[I64, I64, I64, I64]:

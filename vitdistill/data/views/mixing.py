@@ -16,6 +16,7 @@ from torch import Tensor
 from ... import keyed
 from ...keyed import F64, I64, U64, Stream
 from ..augment import Augment
+from ..order import Samples
 from .geometry import inside_boxes, send
 
 _GAMMA_ATTEMPTS = 32
@@ -26,16 +27,14 @@ def mix(
     images: Float[Tensor, "B 3 H W"],
     labels: Int[Tensor, " B"],
     augment: Augment,
-    seed: int,
-    sample_ids: I64,
-    views: I64,
+    shown: Samples,
 ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Mix neighbours; ids and views are int64 (B,) on the host, B even.
+    """Mix neighbours; B is even.
 
     Returns the mixed images, each one's partner's label, and the weight of its own.
     """
     (height, width), device = images.shape[2:], images.device
-    lam, cut, boxes = draw_mixing(augment, seed, sample_ids, views, height, width)
+    lam, cut, boxes = draw_mixing(augment, shown, height, width)
     partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     mixed = images
     weight = send(np.repeat(lam, 2).astype(np.float32), device)
@@ -53,7 +52,7 @@ def mix(
 
 
 def draw_mixing(
-    augment: Augment, seed: int, sample_ids: I64, views: I64, height: int, width: int
+    augment: Augment, shown: Samples, height: int, width: int
 ) -> tuple[F64, npt.NDArray[np.bool_], I64]:
     """Draw how each pair of neighbours is mixed: ``(lam, cut, boxes)``, one row a pair.
 
@@ -61,8 +60,8 @@ def draw_mixing(
     box ``(top, bottom, left, right)`` is pasted. The weight of a cut pair is corrected to the area
     that was really pasted.
     """
-    smaller = sample_ids.reshape(-1, 2).min(axis=1)
-    keys = keyed.keys(seed, views[::2], smaller, Stream.MIX)
+    smaller = shown.ids.reshape(-1, 2).min(axis=1)
+    keys = keyed.keys(shown.seed, shown.views[::2], smaller, Stream.MIX)
     draws = keyed.uniforms(keys, 4)
     switched = draws[:, 1] < augment.mixup_switch_prob
     both = augment.mixup and augment.cutmix

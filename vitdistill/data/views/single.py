@@ -24,8 +24,8 @@ from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
 from ... import keyed
-from ...keyed import I64
 from ..augment import Augment, InputSpec
+from ..order import Samples
 
 _Transform = Callable[[Image.Image], Image.Image]
 
@@ -67,27 +67,20 @@ def prepare(image: Image.Image, augment: Augment, spec: InputSpec) -> Image.Imag
 
 
 def train_views(
-    load: Callable[[int], Image.Image],
-    augment: Augment,
-    spec: InputSpec,
-    seed: int,
-    views: I64,
-    sample_ids: I64,
+    load: Callable[[int], Image.Image], augment: Augment, spec: InputSpec, shown: Samples
 ) -> UInt8[Tensor, "B 3 H W"]:
     """Make training views, before normalisation and erasing; ``load`` gives a sample's RGB image.
 
     The generators of Python, numpy and torch are seeded for each view and restored afterwards.
     """
-    seeds = keyed.library_seeds(seed, views, sample_ids)
-    transform = _train_transform(augment, spec)
-
-    def make(sample_id: int, view_seed: int) -> UInt8[Tensor, "3 H W"]:
-        prepared = prepare(load(sample_id), augment, spec)
-        seed_generators(view_seed)
-        return pil_to_tensor(transform(prepared))
-
+    seeds = keyed.library_seeds(shown.seed, shown.views, shown.ids)
+    transform, made = _train_transform(augment, spec), []
     with keep_generators():
-        return torch.stack([make(*it) for it in zip(sample_ids.tolist(), seeds, strict=True)])
+        for sample_id, seed in zip(shown.ids.tolist(), seeds, strict=True):
+            prepared = prepare(load(sample_id), augment, spec)
+            seed_generators(seed)
+            made.append(pil_to_tensor(transform(prepared)))
+    return torch.stack(made)
 
 
 @contextmanager
