@@ -11,8 +11,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ FILES = frozenset({CONFIG, WEIGHTS})
 
 TOLERANCE = 1e-4  # of the logits of a traced network
 ABOUT = "about.json"
+_FREE_BATCH = ({0: torch.export.Dim("batch")},)
 
 
 def export_timm(
@@ -211,37 +212,6 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
     return answer
 
 
-def _trace(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    spec: InputSpec,
-    kind: str,
-    save: Callable[[nn.Module, Tensor], tuple[bytes, Callable[[Tensor], Tensor]]],
-) -> float:
-    """Write what ``save`` makes of a network if, loaded again, it answers the same.
-
-    Return its distance: the largest absolute difference of logits over batches of 1 and 3.
-    """
-    network = copy_network(_unwrapped(model)).to("cpu", torch.float32).eval()
-    images = _probe(spec)
-    check_finite(network.state_dict(), f"the network for {printable(path)}")
-    try:
-        data, run = save(network, images)
-    except Exception as error:
-        what = f"{type(network).__name__} cannot be exported to {kind} ({first_line(error)})"
-        raise ConfigError(what, "export for timm") from error
-    off = 0.0
-    for batch in (images[:1], torch.cat([images, images[:1].flip(-1)])):
-        distance = (run(batch) - _answers(network, batch)).abs().max().item()
-        if not distance <= TOLERANCE:  # NaN is not
-            far = f"{distance:.3g} away from torch's, more than {TOLERANCE:g}"
-            what = f"the {kind} network's logits are {far}; nothing was written"
-            raise DataError(what, "export for timm")
-        off = max(off, distance)
-    atomic.write_atomic(path, data)
-    return off
-
-
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -256,13 +226,11 @@ def export_onnx(
     ``classes``, the ``origin`` and what ``spec`` says, as JSON.
     """
     try:
-        modules = [importlib.import_module(name) for name in ("onnx", "onnxscript", "onnxruntime")]
+        _, _, runtime = map(importlib.import_module, ("onnx", "onnxscript", "onnxruntime"))
     except ImportError as error:
-        raise ConfigError(
-            f"ONNX export needs {error.name}", fix='pip install "vitdistill[onnx]"'
-        ) from error
-
-    def save(network: nn.Module, images: Tensor) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+        what = f"ONNX export needs {error.name}"
+        raise ConfigError(what, 'pip install "vitdistill[onnx]"') from error
+    with _tracing(model, path, spec, "ONNX") as (network, images):
         # In memory: torch's own save would write the final name, and not atomically.
         program = torch.onnx.export(
             network,
@@ -271,7 +239,7 @@ def export_onnx(
             external_data=False,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=_FREE_BATCH,
             verbose=False,
         )
         assert program is not None
@@ -279,10 +247,12 @@ def export_onnx(
         for key, value in _about(spec, classes, origin).items():
             proto.metadata_props.add(key=key, value=json.dumps(value))
         data = proto.SerializeToString()  # above 2 GB, a ValueError
-        session = modules[-1].InferenceSession(data, providers=["CPUExecutionProvider"])
-        return data, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+        session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
-    return _trace(model, path, spec, "ONNX", save)
+    def run(batch: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+
+    return _write_equal(path, data, "ONNX", network, run, images)
 
 
 def export_pt2(
@@ -297,17 +267,51 @@ def export_pt2(
     ``torch.export.load(path).module()`` answers ``images`` as in `export_onnx`; the extra file
     ``about.json`` says what an ONNX file's metadata say.
     """
-
-    def save(network: nn.Module, images: Tensor) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-        dynamic = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
+    with _tracing(model, path, spec, "torch.export") as (network, images):
+        program = torch.export.export(network, (images,), dynamic_shapes=_FREE_BATCH)
         file, about = io.BytesIO(), json.dumps(_about(spec, classes, origin))
         torch.export.save(program, file, extra_files={ABOUT: about})
         file.seek(0)
         loaded = torch.export.load(file).module()
-        return file.getvalue(), lambda batch: loaded(batch).detach()
+    return _write_equal(path, file.getvalue(), "torch.export", network, loaded, images)
 
-    return _trace(model, path, spec, "torch.export", save)
+
+@contextmanager
+def _tracing(
+    model: nn.Module, path: str | os.PathLike[str], spec: InputSpec, kind: str
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield a copy of the network to trace, and images; what fails inside says so of ``kind``."""
+    network = copy_network(_unwrapped(model)).to("cpu", torch.float32).eval()
+    check_finite(network.state_dict(), f"the network for {printable(path)}")
+    try:
+        yield network, _probe(spec)
+    except Exception as error:
+        what = f"{type(network).__name__} cannot be exported to {kind} ({first_line(error)})"
+        raise ConfigError(what, "export for timm") from error
+
+
+def _write_equal(
+    path: str | os.PathLike[str],
+    data: bytes,
+    kind: str,
+    network: nn.Module,
+    exported: Callable[[Tensor], Tensor],
+    images: Tensor,
+) -> float:
+    """Write the exported network if it answers as the one it was made of; return its distance.
+
+    That is the largest absolute difference of logits over batches of 1 and 3.
+    """
+    off = 0.0
+    for batch in (images[:1], torch.cat([images, images[:1].flip(-1)])):
+        distance = (exported(batch) - _answers(network, batch)).abs().max().item()
+        if not distance <= TOLERANCE:  # NaN is not
+            far = f"{distance:.3g} away from torch's, more than {TOLERANCE:g}"
+            what = f"the {kind} network's logits are {far}; nothing was written"
+            raise DataError(what, "export for timm")
+        off = max(off, distance)
+    atomic.write_atomic(path, data)
+    return off
 
 
 def _about(

@@ -45,46 +45,42 @@ _KINDS: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {"init_values": 1.0, "no_embed_class": True},
 }
 # Their names to timm's, applied in this order; those of torchvision's ViT too.
-_NAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^(vit|deit|ijepa|dinov2|dinov2_with_registers)\.", ""),
-        (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
-        (r"^embeddings\.distillation_token$", "dist_token"),
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^(encoder\.layer|layers)\.", "blocks."),
-        (r"^layernorm\.", "norm."),
-        (r"^(cls_)?classifier\.", "head."),
-        (r"^distillation_classifier\.", "head_dist."),
-        (r"^decoder\.decoder_layers\.", "decoder_blocks."),
-        (r"^decoder\.", ""),
-        (r"(?<=blocks)(\.\d+\.)layernorm_before\.", r"\1norm1."),
-        (r"(?<=blocks)(\.\d+\.)layernorm_after\.", r"\1norm2."),
-        # The second name of each is of transformers 5.
-        (
-            r"(?<=blocks)(\.\d+\.)attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.",
-            r"\1attn.\2.",
-        ),
-        (r"(?<=blocks)(\.\d+\.)attention\.(?:output\.dense|o_proj)\.", r"\1attn.proj."),
-        (r"(?<=blocks)(\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
-        (r"(?<=blocks)(\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
-        (r"^class_token$", "cls_token"),
-        (r"^conv_proj\.", "patch_embed.proj."),
-        (r"^encoder\.pos_embedding$", "pos_embed"),
-        (r"^encoder\.layers\.encoder_layer_", "blocks."),
-        (r"^encoder\.ln\.", "norm."),
-        (r"^heads\.head\.", "head."),
-        (r"(?<=blocks)(\.\d+\.)ln_([12])\.", r"\1norm\2."),
-        (r"(?<=blocks)(\.\d+\.)self_attention\.in_proj_", r"\1attn.qkv."),
-        (r"(?<=blocks)(\.\d+\.)self_attention\.out_proj\.", r"\1attn.proj."),
-        (r"(?<=blocks)(\.\d+\.)mlp\.(?:0|linear_1)\.", r"\1mlp.fc1."),
-        (r"(?<=blocks)(\.\d+\.)mlp\.(?:3|linear_2)\.", r"\1mlp.fc2."),
-        (r"(?<=blocks)(\.\d+\.)mlp\.weights_in\.", r"\1mlp.fc1."),
-        (r"(?<=blocks)(\.\d+\.)mlp\.weights_out\.", r"\1mlp.fc2."),
-        (r"(?<=blocks)(\.\d+\.)layer_scale([12])\.lambda1$", r"\1ls\2.gamma"),
-    )
-)
+_NAMES = {
+    r"^(vit|deit|ijepa|dinov2|dinov2_with_registers)\.": "",
+    r"^embeddings\.(cls_token|mask_token|register_tokens)$": r"\1",
+    r"^embeddings\.distillation_token$": "dist_token",
+    r"^embeddings\.position_embeddings$": "pos_embed",
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^(encoder\.layer|layers)\.": "blocks.",
+    r"^layernorm\.": "norm.",
+    r"^(cls_)?classifier\.": "head.",
+    r"^distillation_classifier\.": "head_dist.",
+    r"^decoder\.decoder_layers\.": "decoder_blocks.",
+    r"^decoder\.": "",
+    r"^class_token$": "cls_token",
+    r"^conv_proj\.": "patch_embed.proj.",
+    r"^encoder\.pos_embedding$": "pos_embed",
+    r"^encoder\.layers\.encoder_layer_": "blocks.",
+    r"^encoder\.ln\.": "norm.",
+    r"^heads\.head\.": "head.",
+}
+# Inside a block, behind its number. Of two names, the second is of transformers 5.
+_NAMES_IN_BLOCKS = {
+    r"layernorm_before\.": "norm1.",
+    r"layernorm_after\.": "norm2.",
+    r"attention\.(?:attention\.)?(?P<part>[qkv])(?:uery|ey|alue|_proj)\.": r"attn.\g<part>.",
+    r"attention\.(?:output\.dense|o_proj)\.": "attn.proj.",
+    r"intermediate\.dense\.": "mlp.fc1.",
+    r"output\.dense\.": "mlp.fc2.",
+    r"ln_(?P<number>[12])\.": r"norm\g<number>.",
+    r"self_attention\.in_proj_": "attn.qkv.",
+    r"self_attention\.out_proj\.": "attn.proj.",
+    r"mlp\.(?:0|linear_1|weights_in)\.": "mlp.fc1.",
+    r"mlp\.(?:3|linear_2|weights_out)\.": "mlp.fc2.",
+    r"layer_scale(?P<number>[12])\.lambda1$": r"ls\g<number>.gamma",
+}
+for _pattern, _name in _NAMES_IN_BLOCKS.items():
+    _NAMES[rf"(?<=blocks)(\.\d+\.){_pattern}"] = rf"\1{_name}"
 _ARCHITECTURES = {
     192: "vit_tiny_patch16_224",
     384: "vit_small_patch16_224",
@@ -115,8 +111,8 @@ def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a ViT's or masked autoencoder's tensors under timm's names, qkv in one."""
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        for pattern, name in _NAMES:
-            key = pattern.sub(name, key)
+        for pattern, name in _NAMES.items():
+            key = re.sub(pattern, name, key)
         renamed[key] = value
     for key in [key for key in renamed if ".attn.q." in key]:
         parts = [key.replace(".q.", f".{part}.") for part in "qkv"]
@@ -223,18 +219,19 @@ def _preprocessing(
     said = {} if preprocessor is None else dict(json.loads(read_bytes(preprocessor, 2**26)))
     said = dict(said.get("image_processor") or said)
     vision = {**config, **dict(config.get("vision_config") or {})}
-    half, clip = ((0.5,) * 3,) * 2, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    usual = half if kind in ("vit", "beit") or "siglip" in kind else None
-    usual = usual or (clip if "clip" in kind else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    names = ("image_mean", "image_std")
-    mean, std = (said.get(name, default) for name, default in zip(names, usual, strict=True))
+    if kind in ("vit", "beit") or "siglip" in kind:
+        mean, std = (0.5,) * 3, (0.5,) * 3
+    elif "clip" in kind:
+        mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    else:
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = said.get("image_mean", mean), said.get("image_std", std)
     if said.get("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    if "num_patches" in vision:  # of a network that takes any grid of so many
-        side = math.isqrt(int(vision["num_patches"])) * int(vision["patch_size"])
-        own: Any = side
-    else:
-        own = vision.get("image_size") or 224
+    own: Any = vision.get("image_size") or 224
+    takes_any_grid = "num_patches" in vision  # of so many
+    if takes_any_grid:
+        own = math.isqrt(int(vision["num_patches"])) * int(vision["patch_size"])
     found: dict[str, Any] = {
         "input_size": (int(vision.get("num_channels", 3)), *_sides(own)),
         "crop_pct": 0.875 if kind == "vit_mae" else 0.9,  # as timm evaluates the same networks
@@ -244,9 +241,7 @@ def _preprocessing(
     if kind in ("vit", "vit_mae") or not said:
         return found
     size, crop = said.get("size"), said.get("crop_size") if said.get("do_center_crop") else None
-    sides = _sides(crop or size or own)
-    if "num_patches" in vision:
-        sides = _sides(own)
+    sides = _sides(own if takes_any_grid else crop or size or own)
     found["input_size"] = (found["input_size"][0], *sides)
     found["crop_pct"] = (
         min(sides) / min(_sides(size or sides)) if crop else said.get("crop_pct") or 1.0
