@@ -40,6 +40,7 @@ def same(folder: Path, step: int, size: int = 300) -> bool:
 
 
 def latest(run: Path, warn=lambda text: None) -> Path | None:
+    checkpoint.settle(run)
     found = checkpoint.load_latest(run, warn)
     return None if found is None else found[0]
 

@@ -67,10 +67,10 @@ class LogitEncoding:
 
     def describe(self) -> str:
         count = self.num_classes
-        if self.kind != "topk":
-            return (
-                f"{count} logits in float16" if self.kind == "float16" else f"{count} logits, exact"
-            )
+        if self.kind == "float32":
+            return f"{count} logits, exact"
+        if self.kind == "float16":
+            return f"{count} logits in float16"
         if self.is_complete:
             return f"all {count} logits in float16, largest first"
         at = ", ".join(f"{t:g}" for t in self.temperatures)
@@ -196,12 +196,4 @@ def _largest(logits: Float[Tensor, "B C"], k: int) -> Int[Tensor, "B {k}"]:
 
     Of equal logits the smaller class comes first, which `torch.topk` does not promise.
     """
-    bound = logits.topk(k, dim=1).values[:, -1:]
-    chosen = logits >= bound
-    if bool((chosen.sum(1) > k).any()):  # a tie at the bound
-        above, equal = logits > bound, logits == bound
-        room = k - above.sum(1, keepdim=True)
-        chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
-    ids = chosen.nonzero()[:, 1].view(-1, k)
-    order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True).indices
-    return ids.gather(1, order)
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -21,7 +21,6 @@ from ..data.sources.table import import_extra
 from ..errors import ConfigError, DataError, Give
 from ..messages import plural, printable
 from ..storage.atomic import write_first
-from .layout import Targets
 from .store import LabelStore
 
 
@@ -69,23 +68,18 @@ def _write(arrow: Any, file: BinaryIO, store: LabelStore, views: Sequence[int]) 
 
 def _table(arrow: Any, store: LabelStore, view: int, part: int) -> Any:
     records = store.load(view, part).read_all().view(store.layout.dtype)
-    columns = _columns(view, store.manifest.part_range(part)[0], store.layout.targets(records))
-    arrays = {name: arrow.array(list(c) if c.ndim == 2 else c) for name, c in columns.items()}
-    return arrow.table(arrays)
-
-
-def _columns(view: int, first: int, targets: Targets) -> dict[str, npt.NDArray[Any]]:
-    encoding = targets.layout.logits
+    targets, encoding = store.layout.targets(records), store.layout.logits
     assert encoding is not None
     columns: dict[str, npt.NDArray[Any]] = {
-        "sample_id": np.arange(first, first + len(targets), dtype=np.int64),
+        "sample_id": np.arange(*store.manifest.part_range(part), dtype=np.int64),
         "view": np.full(len(targets), view, dtype=np.int32),
         "pixels": targets.pixels.numpy().astype(np.uint32),
     }
     if encoding.is_complete:
-        return {**columns, "logits": targets.logits().numpy()}
-    columns["class_ids"] = targets.fields["ids"].numpy().astype(np.int32)
-    columns["values"] = targets.fields["values"].float().numpy()
-    for t, tail in zip(encoding.temperatures, targets.fields["tails"].T.numpy(), strict=True):
-        columns[f"tail_{t!r}".removesuffix(".0")] = tail
-    return columns
+        columns["logits"] = targets.logits().numpy()
+    else:
+        columns["class_ids"] = targets.fields["ids"].numpy().astype(np.int32)
+        columns["values"] = targets.fields["values"].float().numpy()
+        for t, tail in zip(encoding.temperatures, targets.fields["tails"].T.numpy(), strict=True):
+            columns[f"tail_{t!r}".removesuffix(".0")] = tail
+    return arrow.table({k: arrow.array(list(c) if c.ndim == 2 else c) for k, c in columns.items()})

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +157,14 @@ class LabelStore:
         self._check_range("view", at, self.manifest.num_views)
         raw = np.zeros(len(ids), dtype=np.dtype((np.void, self.layout.record_bytes)))
         present = np.zeros(len(ids), dtype=bool)
-        places = at * self.num_parts + ids // self.manifest.part_size
-        order = np.argsort(places, kind="stable")
-        ranked = places[order]
-        rows = ids[order] % self.manifest.part_size
-        edges = np.flatnonzero(np.diff(ranked, prepend=-1, append=-1)).tolist()
-        for start, end in pairwise(edges):  # all records of one part together
-            place = divmod(int(ranked[start]), self.num_parts)
+        parts, rows = np.divmod(ids, self.manifest.part_size)
+        for place in sorted({*zip(at.tolist(), parts.tolist(), strict=True)}):
+            asked = (at == place[0]) & (parts == place[1])
             with suppress(FileNotFoundError):
                 if place not in self._parts:
                     self._parts[place] = self.load(*place)
-                raw[order[start:end]] = self._parts[place].take(rows[start:end])
-                present[order[start:end]] = True
+                raw[asked] = self._parts[place].take(rows[asked])
+                present[asked] = True
         return raw.view(self.layout.dtype), present
 
     def _check_range(self, what: str, values: I64, count: int) -> None:

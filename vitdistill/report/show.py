@@ -145,7 +145,7 @@ def _load_adapters(distillation: Distillation, run: Path) -> None:
     """Load decoders and the student they were trained with, where the run has any."""
     if not len(distillation.adapters):
         return
-    saved = checkpoint.read_latest(run)
+    saved = checkpoint.load_latest(run)
     if saved is None:
         what = f"the run {printable(run)} has no checkpoint, which holds its decoder"
         raise DataError(what, "train it again", field="run")

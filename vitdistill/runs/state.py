@@ -100,6 +100,7 @@ def find(output: Path, world: World, say: Say) -> tuple[Path, checkpoint.State] 
     saved = None
     with world.together():
         if world.is_main:
+            checkpoint.settle(output)
             saved = checkpoint.load_latest(output, warn=say, check=refuse_nonfinite)
     path = world.gather(None if saved is None else saved[0])[0]
     with world.together():

@@ -9,7 +9,6 @@ files is filled under a temporary name and renamed in the same way.
 import errno
 import hashlib
 import os
-import re
 import secrets
 import shutil
 import time
@@ -24,8 +23,6 @@ from ..messages import format_bytes, printable
 StrPath = str | os.PathLike[str]
 Content = bytes | memoryview | Callable[[BinaryIO], object]
 """What a file is to hold, or a function that writes it into the open file."""
-
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}")
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -252,10 +249,9 @@ def remove_temporaries(folder: StrPath, older_than: float = 0.0) -> None:
     what was written in the last ``older_than`` seconds.
     """
     with disk_errors(folder):
-        for entry in list(os.scandir(folder)) if Path(folder).is_dir() else ():
-            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-            if _TEMPORARY.fullmatch(entry.name) and age >= older_than:
-                _remove(Path(entry.path))
+        for path in Path(folder).glob(".tmp-" + "[0-9a-f]" * 12):
+            if time.time() - path.lstat().st_mtime >= older_than:
+                _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -34,7 +34,6 @@ FILES = frozenset({TENSORS, STATE, MANIFEST})
 _NAME = re.compile(r"step-([0-9]{8,})")
 _KIND = "vitdistill checkpoint"
 
-Warn = Callable[[str], None]
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A run's tensors by name, on the CPU, and its numbers and strings as plain JSON."""
 
@@ -95,22 +94,14 @@ def load(path: StrPath) -> State:
     return tensors, state
 
 
+def settle(run_dir: StrPath) -> None:
+    """Finish what a killed process left half replaced; only for the process that saves."""
+    atomic.settle_asides(Path(run_dir) / "checkpoints", FILES)
+
+
 def load_latest(
     run_dir: StrPath,
-    warn: Warn = lambda text: None,
-    check: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None,
-) -> tuple[Path, State] | None:
-    """Return what `read_latest` does; only for the process that saves.
-
-    What a kill left half replaced is settled first.
-    """
-    atomic.settle_asides(Path(run_dir) / "checkpoints", FILES)
-    return read_latest(run_dir, warn, check)
-
-
-def read_latest(
-    run_dir: StrPath,
-    warn: Warn = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
     check: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None,
 ) -> tuple[Path, State] | None:
     """Load the newest checkpoint that verifies, and its folder; None when there is none at all.
