@@ -63,19 +63,14 @@ class Augment:
 
     def __post_init__(self) -> None:
         check_options(self, "data.augment")
-        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
-            _require(
-                0.0 < low <= high < math.inf and (name == "ratio" or high <= 1.0),
-                f"data.augment.{name}",
-                (low, high),
-                "two ascending numbers above 0" + (", at most 1" if name == "scale" else ""),
-            )
+        (least, most), (low, high) = self.scale, self.ratio
+        ascending = "two ascending numbers above 0"
+        in_image = 0.0 < least <= most <= 1.0
+        _require(in_image, "data.augment.scale", (least, most), f"{ascending}, at most 1")
+        _require(0.0 < low <= high < math.inf, "data.augment.ratio", (low, high), ascending)
         known = self.aa is None or any(form.fullmatch(self.aa) for form in _AA_FORMS)
         wanted = "a string of timm's, such as 'rand-m9-mstd0.5-inc1'"
         _require(known, "data.augment.aa", self.aa, wanted)
-        self._check_effects()
-
-    def _check_effects(self) -> None:
         for name, (has_effect, why, fix) in self._effects().items():
             default, field = getattr(Augment, name), f"data.augment.{name}"
             if not has_effect and getattr(self, name) != default:
@@ -85,15 +80,12 @@ class Augment:
     def _effects(self) -> dict[str, tuple[bool, str, Set]]:
         """Return of settings that others switch off: whether they act, why not, and what would."""
         both, crop = self.mixup > 0.0 and self.cutmix > 0.0, f"with crop {self.crop!r}"
+        jitters = not self.aa or "3a" in self.aa
         return {
             "scale": (self.crop == "rrc", crop, _set("crop", "rrc")),
             "ratio": (self.crop == "rrc", crop, _set("crop", "rrc")),
             "crop_padding": (self.crop == "pad", crop, _set("crop", "pad")),
-            "color_jitter": (
-                not self.aa or "3a" in self.aa,
-                "together with data.augment.aa",
-                _set("aa"),
-            ),
+            "color_jitter": (jitters, "together with data.augment.aa", _set("aa")),
             "mixup_prob": (self.mixes, "without mixup or cutmix", _set("mixup")),
             "mixup_switch_prob": (both, "unless both mixup and cutmix are on", _set("mixup")),
         }

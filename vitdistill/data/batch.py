@@ -44,10 +44,8 @@ class Batch:
 
     def rows(self, index: Int[Tensor, " L"]) -> "Batch":
         """Return some of the images, without what is stored of them."""
-        taken: dict[str, Any] = {}
-        for name in ("images", "labels", "ids", "views", "mixed_labels", "lam"):
-            held = getattr(self, name)
-            taken[name] = None if held is None else held[index]
+        names = ("images", "labels", "ids", "views", "mixed_labels", "lam")
+        taken: Any = {x: held[index] for x in names if (held := getattr(self, x)) is not None}
         return replace(self, **taken, labelled=None, targets={})
 
     def uniforms(

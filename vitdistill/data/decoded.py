@@ -92,14 +92,12 @@ def _find_damaged(source: ImageSource, threads: int) -> list[int]:
             return True
         return False
 
-    return [i for i, found in enumerate(_map(is_damaged, len(source), threads)) if found]
+    return np.flatnonzero(_map(is_damaged, len(source), threads)).tolist()
 
 
 def _describe(source: ImageSource, damaged: list[int]) -> str:
-    names = listed((source.key(i) for i in damaged), 100)
-    return (
-        f"{len(damaged)} of {plural(len(source), 'image')} of {source.name} are damaged ({names})"
-    )
+    names, count = listed((source.key(i) for i in damaged), 100), plural(len(source), "image")
+    return f"{len(damaged)} of {count} of {source.name} are damaged ({names})"
 
 
 class DecodedSource(PartSource):

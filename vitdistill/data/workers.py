@@ -136,8 +136,9 @@ def _start_workers(count: int) -> Iterator[None]:
     # What torch cannot finish for want of files ends in a traceback, so we ask for them first: six
     # pipes a worker.
     with ExitStack() as stack:
-        for end in (end for _ in range(6 * count) for end in os.pipe()):
-            stack.callback(os.close, end)
+        for _ in range(6 * count):
+            for end in os.pipe():
+                stack.callback(os.close, end)
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if main else None
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -75,7 +75,8 @@ class LabelStore:
             fixes = Give("output"), "delete it, or give the very files that were labelled"
             raise DataError(what, fixes, field="output")
         if there.num_views < manifest.num_views:
-            there = _grown(folder, manifest.num_views)
+            there = replace(there, num_views=manifest.num_views)
+            write_manifest(folder, {}, there.to_json(), write_atomic)
         return cls(folder, there)
 
     @classmethod
@@ -234,15 +235,6 @@ def _make(folder: Path, manifest: Manifest) -> None:
     except DiskError:
         if not (folder / MANIFEST).is_file():  # another process may have made it first
             raise
-
-
-def _grown(folder: Path, num_views: int) -> Manifest:
-    """Write the store's manifest with at least so many views, and return it."""
-    manifest = read_store_manifest(folder)  # another process may have been faster
-    if manifest.num_views < num_views:
-        manifest = replace(manifest, num_views=num_views)
-        write_manifest(folder, {}, manifest.to_json(), write_atomic)
-    return manifest
 
 
 def _whole(values: Ids) -> I64:

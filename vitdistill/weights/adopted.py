@@ -17,8 +17,6 @@ from ..errors import ConfigError, DataError, UserError
 from ..messages import first_line
 from .transformers_network import TransformersNetwork
 
-_SIZE = (3, 224, 224)
-
 
 class Called(nn.Module):
     """A callable that answers images with logits, or a file that is run: no parameters, no states.
@@ -82,8 +80,8 @@ def adopt(
             what = f"{name} gives a {type(network).__name__}"
             raise ConfigError(what, "return an nn.Module, or a callable from images to logits")
         model = Called(network, name)
-    kind = type(network).__name__
-    known: dict[str, Any] = {"architecture": kind, "fixed_input_size": True, "input_size": _SIZE}
+    known: dict[str, Any] = {"architecture": type(network).__name__}
+    known |= {"fixed_input_size": True, "input_size": (3, 224, 224)}
     config = getattr(network, "config", None)
     is_transformers = isinstance(network, nn.Module) and hasattr(config, "model_type")
     if is_transformers and getattr(config, "image_size", None) is not None:

@@ -2,8 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,43 +188,47 @@ def _build(
     pretrained: bool = False,
 ) -> nn.Module:
     """Have a network built, and put the image size into its configuration."""
-    size = build.get("img_size")
-    spelled = ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
-    make: Callable[[], nn.Module]
-    if is_outside(name):
-        make = partial(build_outside, name, build, cfg)
-    else:
-        _check_name(name, pretrained)
-        fixed = (cfg or {}).get("fixed_input_size", _default_cfg(name).fixed_input_size)
-        # timm says of Sapiens2 that it takes any size, and builds it for one.
-        fixed = fixed or is_model_in_modules(name.partition(".")[0], ("eva",))
-        if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
-            # Fully convolutional: it takes any size, and no argument for it.
-            build = {key: value for key, value in build.items() if key != "img_size"}
-        extra: dict[str, Any] = {"pretrained_cfg": cfg} if cfg else {}
-        make = partial(timm.create_model, name, pretrained=pretrained, **extra, **build)
-    if pretrained:
-        settle_network()
     try:
-        model = make()
+        if is_outside(name):
+            model = build_outside(name, build, cfg)
+        else:
+            model = _build_timm(name, build, cfg, pretrained)
     except UserError:
         raise
     except Exception as error:  # whatever a network's own code raises for such arguments
         if pretrained and isinstance(error, RuntimeError | OSError):
             raise pretrained_missing(name, error) from error
-        raise _cannot_build(name, spelled, error) from error
+        raise _cannot_build(name, build, error) from error
     if pretrained:
         check_finite(model.state_dict(), f"what was downloaded for {printable(name)}")
         if getattr(model, "num_classes", None) != _default_cfg(name).num_classes:
             calm_classifier(model)
-    _record_input(model, size, build.get("in_chans"))
+    _record_input(model, build.get("img_size"), build.get("in_chans"))
     _check_grid(name, model)
     return model
 
 
-def _cannot_build(name: str, spelled: str, error: Exception) -> ConfigError:
+def _build_timm(
+    name: str, build: Mapping[str, Any], cfg: Mapping[str, Any] | None, pretrained: bool
+) -> nn.Module:
+    _check_name(name, pretrained)
+    fixed = (cfg or {}).get("fixed_input_size", _default_cfg(name).fixed_input_size)
+    # timm says of Sapiens2 that it takes any size, and builds it for one.
+    fixed = fixed or is_model_in_modules(name.partition(".")[0], ("eva",))
+    if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
+        # Fully convolutional: it takes any size, and no argument for it.
+        build = {key: value for key, value in build.items() if key != "img_size"}
+    if cfg:
+        build = {**build, "pretrained_cfg": cfg}
+    if pretrained:
+        settle_network()
+    return timm.create_model(name, pretrained=pretrained, **build)
+
+
+def _cannot_build(name: str, build: Mapping[str, Any], error: Exception) -> ConfigError:
     asked = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
     if asked is None:
+        spelled = ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
         what = f"{printable(name)} cannot be built with {spelled}: {first_line(error)}"
         return ConfigError(what, field="model_args")
     what = f"{printable(name)} takes no argument {asked[1]!r}"
@@ -294,9 +297,8 @@ def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str)
     imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     has_it = all(tuple(cfg.get(key) or value) == value for key, value in imagenet.items())
     of_torchvision = "conv_proj.weight" in state
-    if has_it or not isinstance(model, VisionTransformer):
-        return []
-    if not (is_headless(state) or of_torchvision):
+    is_vit = isinstance(model, VisionTransformer)
+    if has_it or not is_vit or not (is_headless(state) or of_torchvision):
         return []
     if is_pretraining(state) or of_torchvision:
         cfg.update(imagenet)

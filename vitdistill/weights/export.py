@@ -75,7 +75,11 @@ def export_timm(
     final = Path(folder)
     network = _unwrapped(model)
     input_spec = input_spec or input_spec_of(network)
-    name = _architecture(network, architecture).partition(".")[0]
+    said = architecture or (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
+    if not said:
+        what = f"{type(network).__name__} does not say its architecture"
+        raise ConfigError(what, Give("architecture"), field="architecture")
+    name = str(said).partition(".")[0]
     _refuse_foreign(final)
     state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
     check_finite(state, f"the network for {printable(final)}")
@@ -92,14 +96,6 @@ def export_timm(
         if prove:
             _check_reload(network, state, temporary, input_spec, name)
     return final
-
-
-def _architecture(network: nn.Module, said: str | None) -> str:
-    found = said or (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
-    if not found:
-        what = f"{type(network).__name__} does not say its architecture"
-        raise ConfigError(what, Give("architecture"), field="architecture")
-    return str(found)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

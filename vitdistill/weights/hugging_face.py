@@ -93,18 +93,11 @@ _DEFAULTS: dict[str, Any] = {  # theirs, for what a config.json leaves out
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "intermediate_size": 3072,
-    "image_size": 224,
     "patch_size": 16,
-    "num_channels": 3,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
     "qkv_bias": True,
 }
-
-
-def has_its_names(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a file's tensors are called as in Hugging Face's ViT or ViTMAE."""
-    return any(key in PATCHES or key.startswith("decoder.decoder_") for key in state)
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,8 +137,7 @@ def read_config(
             f"{printable(path)} or the {PREPROCESSOR} beside it makes no sense"
             f" ({type(error).__name__}: {error})"
         ) from error
-    cfg |= {"fixed_input_size": True, "num_classes": len(names)}
-    cfg |= {"classifier": "network.classifier"}
+    cfg |= {"fixed_input_size": True, "num_classes": len(names), "classifier": "network.classifier"}
     if names and not _of_imagenet(names) and names != [f"LABEL_{i}" for i in range(len(names))]:
         cfg["label_names"] = names
     if not args:
@@ -164,8 +156,17 @@ def _as_timms(
     other_head = kind.startswith("dinov2") and "ForImageClassification" in heads
     if kind not in _KINDS or said["hidden_act"] != "gelu" or other_head:
         return "", {}
-    args = {**_arguments(said), **_KINDS[kind], "img_size": [*cfg["input_size"][1:]]}
-    width = args["embed_dim"]
+    width = int(said["hidden_size"])
+    args = {
+        "img_size": [*cfg["input_size"][1:]],
+        "patch_size": said["patch_size"],
+        "embed_dim": width,
+        "depth": int(said["num_hidden_layers"]),
+        "num_heads": int(said["num_attention_heads"]),
+        "mlp_ratio": int(said["intermediate_size"]) / width,
+        "qkv_bias": bool(said["qkv_bias"]),
+        **_KINDS[kind],
+    }
     if kind == "deit" and "WithTeacher" in heads:
         args.pop("reg_tokens")
         return "deit_base_distilled_patch16_224", args
@@ -179,19 +180,6 @@ def _as_timms(
         args["mlp_ratio"] = 2 * ((int(int(width * ratio) * 2 / 3) + 7) // 8 * 8) / width
         return f"vit_giant_patch14{registers}_dinov2", args
     return f"vit_base_patch14{registers}_dinov2", args
-
-
-def _arguments(said: Mapping[str, Any]) -> dict[str, Any]:
-    dim, size = int(said["hidden_size"]), said["image_size"]
-    return {
-        "img_size": [size, size] if isinstance(size, int) else [int(side) for side in size],
-        "patch_size": said["patch_size"],
-        "embed_dim": dim,
-        "depth": int(said["num_hidden_layers"]),
-        "num_heads": int(said["num_attention_heads"]),
-        "mlp_ratio": int(said["intermediate_size"]) / dim,
-        "qkv_bias": bool(said["qkv_bias"]),
-    }
 
 
 def _class_names(config: Mapping[str, Any]) -> list[str]:

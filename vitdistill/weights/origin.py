@@ -28,31 +28,32 @@ def origin_of(
     None: they are random.
     """
     saved = read_saved(name)
+    if saved is None and checkpoint is None and not pretrained:
+        return None
     architecture = name if saved is None else saved.architecture
+    usual = get_pretrained_cfg(name) if saved is None and is_model(architecture) else None
+    known: Origin
     if checkpoint is not None:
-        usual = get_pretrained_cfg(name) if saved is None and is_model(architecture) else None
-        found = {"model": architecture.partition(".")[0], "weights": Path(checkpoint).name}
-        return found | ({"registry_license": usual.license} if usual and usual.license else {})
-    if saved is None:
-        cfg = get_pretrained_cfg(name) if pretrained else None
-        if cfg is None:
-            return {"model": name} if pretrained else None
+        known = {"model": architecture.partition(".")[0], "weights": Path(checkpoint).name}
+        known["registry_license"] = usual and usual.license
+    elif saved is not None:
+        tag = None if saved.record else saved.cfg.get("tag")
         known = {
-            "model": ".".join(filter(None, (cfg.architecture, cfg.tag))),
-            "weights": cfg.hf_hub_id or cfg.url,
-            "license": cfg.license,
-            "url": cfg.origin_url,
-        }
-    else:
-        known = {
-            "model": ".".join(
-                filter(None, (architecture, None if saved.record else saved.cfg.get("tag")))
-            ),
+            "model": ".".join(filter(None, (architecture, tag))),
             "weights": name if name.startswith("hf") else None,
             "license": saved.cfg.get("license"),
             "url": saved.cfg.get("origin_url"),
             "weights_sha256": saved.digest,
             **{key: saved.record.get(key) for key in LINEAGE},
+        }
+    elif usual is None:
+        known = {"model": name}
+    else:
+        known = {
+            "model": ".".join(filter(None, (usual.architecture, usual.tag))),
+            "weights": usual.hf_hub_id or usual.url,
+            "license": usual.license,
+            "url": usual.origin_url,
         }
     return {key: value for key, value in known.items() if value}
 

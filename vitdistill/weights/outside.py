@@ -54,24 +54,20 @@ def build_outside(
     if sides and "img_size" not in args:
         args["img_size"] = sides[0] if len({*sides}) == 1 else sides
     overlay, size = args.pop("pretrained_cfg_overlay", None), args.get("img_size")
-    if is_program(name):
-        network: Any = _open_program(Path(name))
-    elif name.startswith(TRANSFORMERS):
-        assert cfg is not None
-        with torch.device("cpu"):
-            sides = to_2tuple(size)
-            network = build_transformers(args["config"], args.get("num_classes"), sides)
-    elif name.startswith(TORCHVISION):
-        options = {key: args[key] for key in args.keys() - {"img_size", "num_classes"}}
-        with torch.device("cpu"):
-            network = build_torchvision(name, args.get("num_classes"), **options)
-    else:
-        factory = _find_factory(name, own_code_only=cfg is not None)
-        with torch.device("cpu"):  # somebody's code need not know of meta tensors
+    wanted = args.get("num_classes")
+    with torch.device("cpu"):  # somebody's code need not know of meta tensors
+        if is_program(name):
+            network: Any = _open_program(Path(name))
+        elif name.startswith(TRANSFORMERS):
+            network = build_transformers(args["config"], wanted, to_2tuple(size))
+        elif name.startswith(TORCHVISION):
+            options = {key: args[key] for key in args.keys() - {"img_size", "num_classes"}}
+            network = build_torchvision(name, wanted, **options)
+        else:
+            factory = _find_factory(name, own_code_only=cfg is not None)
             network = factory(**_taken(factory, args))
     known = {key: value for key, value in (cfg or {}).items() if key != "num_classes"}
     model = adopt(network, printable(name), {**known, **(overlay or {})}, size)
-    wanted = args.get("num_classes")
     if wanted and wanted != model.num_classes:
         what = f"{printable(name)} answers in {model.num_classes} classes, not in {wanted}"
         raise ConfigError(what, "have it take num_classes")

@@ -45,23 +45,18 @@ class TransformersNetwork(nn.Module):
         self.network, config = network, network.config
         vision = getattr(config, "vision_config", config)
         self.kind = str(vision.model_type)
-        patch = getattr(vision, "patch_size", 1)
-        self.patch_size = to_2tuple(patch)
+        self.patch_size = to_2tuple(getattr(vision, "patch_size", 1))
         own = getattr(vision, "image_size", None)
         # Positions of another size have to be asked for; some networks have none.
-        self.resizes = own is not None and {*image_size} != (
-            {own} if isinstance(own, int) else {*own}
-        )
+        self.resizes = own is not None and tuple(image_size) != to_2tuple(own)
         has_head = _HEAD in type(network).__name__
         self.num_classes = config.num_labels if has_head else 0
         with torch.no_grad():
             output = self._run(torch.zeros(1, 3, *image_size), True)
         states = self._states(output)
-        self.num_features = states[-1].shape[-1 if states[-1].ndim == 3 else 1]
-        self.feature_info = [
-            {"num_chs": state.shape[-1 if state.ndim == 3 else 1], "module": f"stage {i}"}
-            for i, state in enumerate(states)
-        ]
+        widths = [state.shape[-1 if state.ndim == 3 else 1] for state in states]
+        self.num_features = widths[-1]
+        self.feature_info = [{"num_chs": x, "module": f"stage {i}"} for i, x in enumerate(widths)]
         self.num_prefix_tokens, self.cls_token = 0, None
         if states[-1].ndim == 3:
             rows, columns = self._grid(image_size)

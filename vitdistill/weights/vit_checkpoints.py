@@ -99,7 +99,8 @@ def _without(state: State, prefixes: str | tuple[str, ...]) -> State:
 
 
 def _rename(model: VisionTransformer, target: Target, state: State) -> Converted:
-    if not hugging_face.has_its_names(state):
+    # Of Hugging Face's ViT or ViTMAE, or of torchvision's ViT.
+    if not any(key in hugging_face.PATCHES or key.startswith("decoder.decoder_") for key in state):
         return None
     return hugging_face.timm_names(state), "its names are another library's, and were translated"
 

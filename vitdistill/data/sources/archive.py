@@ -50,9 +50,8 @@ class TarSource(FileSource):
         self._members, folders = self._index()
         images, _ = find_images(self._members, self._head)
         prefix, self.notes = _split_prefix(self.name, images, split)
-        start = len(prefix)
-        inside = {key[start:]: at for key, at in self._members.items() if key.startswith(prefix)}
-        self._members = inside
+        members, start = self._members.items(), len(prefix)
+        self._members = {key[start:]: at for key, at in members if key.startswith(prefix)}
         classes = {key[start:].split("/")[0] for key in folders if key.startswith(prefix)} - {""}
         name = f"{self.name}:{printable(prefix[:-1])}" if prefix else self.name
         self._arrange(name, split, self._members, classes)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -191,8 +192,7 @@ class FileSource(EncodedSource):
             if ALL_SPLIT_NAMES.intersection(path.lower().split("/")[1:-1][:1]):
                 what = f"{name} holds several sets of images, one in {printable(owners[path])!r}"
                 raise DataError(what, Set("data.dir", f"{name}/{printable(owners[path])}"))
-        empty = sorted(set(folders) - found) if split == "train" else []
-        for folder in empty:
+        for folder in sorted(set(folders) - found) if split == "train" else ():
             what = f"the class folder {name}/{printable(folder)} has no images"
             raise DataError(f"{what} ({left_out})" if left_out else what, "fill or remove it")
         self.name = name
@@ -253,8 +253,7 @@ def say_taken(name: str, split: Split, chosen: str) -> str:
 def typical_side(source: ImageSource) -> int:
     """Return the median shorter side of some images, pixels."""
     some = range(0, len(source), -(-len(source) // 32))
-    sides = sorted(min(source.image_size(i)) for i in some)
-    return sides[len(sides) // 2]
+    return statistics.median_high(min(source.image_size(i)) for i in some)
 
 
 def renumber(source: ImageSource, classes: Sequence[str]) -> None:

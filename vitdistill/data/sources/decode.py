@@ -99,21 +99,12 @@ def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _from_sixteen_bits(image)
-    if image.mode in _ALPHA or (image.mode in _PLAIN and "transparency" in image.info):
-        return _on_white(image)
-    if image.mode in _PLAIN:
-        return image.convert("RGB")
-    what = f"{name}: pixels of mode {image.mode!r} have no known white level"
-    raise DamagedImage(what, "convert the image to 8 or 16 bits")
-
-
-def _from_sixteen_bits(image: Image.Image) -> Image.Image:
-    grey = (np.asarray(image).astype(np.int64) + 128) // 257
-    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    colours = image.convert("RGBA")
-    white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, colours).convert("RGB")
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    elif image.mode in _ALPHA or (image.mode in _PLAIN and "transparency" in image.info):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    elif image.mode not in _PLAIN:
+        what = f"{name}: pixels of mode {image.mode!r} have no known white level"
+        raise DamagedImage(what, "convert the image to 8 or 16 bits")
+    return image.convert("RGB")

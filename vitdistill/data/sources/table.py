@@ -162,12 +162,13 @@ def _files_of_split(root: Path, split: Split) -> tuple[list[Path], tuple[str, ..
     """
     files = sorted(p for p in root.rglob("*") if _is_table(p)) if root.is_dir() else [root]
     place = root if root.is_dir() else root.parent
-    files = [file for file in files if not is_hidden(str(file.relative_to(place)))]
-    inside = {file: str(file.relative_to(place)).lower() for file in files}
-    words = {f: ALL_SPLIT_NAMES.intersection(re.split(r"[^a-z]+", inside[f])) for f in files}
-    found = {word for file in files for word in words[file]}
-    chosen, notes = choose_split(printable(root), split, found)
-    return [file for file in files if not chosen or chosen in words[file]], notes
+    words: dict[Path, set[str]] = {}
+    for file in files:
+        inside = str(file.relative_to(place))
+        if not is_hidden(inside):
+            words[file] = ALL_SPLIT_NAMES & {*re.split(r"[^a-z]+", inside.lower())}
+    chosen, notes = choose_split(printable(root), split, set().union(*words.values()))
+    return [file for file, said in words.items() if not chosen or chosen in said], notes
 
 
 def _read_table(arrow: ModuleType, file: Path) -> Any:
@@ -250,10 +251,13 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
         raise DataError(
             f"{name}: {label!r} has {column.type} values, not whole numbers or names"
         ) from error
-    names = _features(table.schema).get(label, {}).get("names")
-    classes = tuple(map(str, names or sorted(v for v in set(values) if is_text or v >= 0)))
-    index = {(name if is_text or not names else i): i for i, name in enumerate(classes)}
-    labels = np.array([index.get(v if names else str(v), -1) for v in values], dtype=np.int64)
+    said = _features(table.schema).get(label, {}).get("names")
+    names = said or sorted(v for v in set(values) if is_text or v >= 0)
+    classes = tuple(map(str, names))
+    # Numbers beside names from the schema are the places of those names.
+    places = range(len(names)) if said and not is_text else names
+    index = {value: i for i, value in enumerate(places)}
+    labels = np.array([index.get(v, -1) for v in values], dtype=np.int64)
     if (labels < 0).any():
         value = printable(str(values[int(labels.argmin())]))
         raise DataError(f"{name}: label {value} is outside the {len(classes)} classes")
