@@ -97,9 +97,11 @@ class Order:
     def places(self) -> I64:
         """Return the number of the kind at each place of a step, int64 (batch size,)."""
         unit = 2 if self.paired else 1
-        counts = [kind.count // unit for kind in self.kinds]
-        reached = np.arange(sum(counts) + 1, dtype=np.int64) * counts[0] // sum(counts)
-        return np.repeat(1 - np.diff(reached), unit)
+        first, *others = (kind.count // unit for kind in self.kinds)
+        total = first + sum(others)
+        # The first kind has a place wherever its share of those so far grows by one.
+        share = np.arange(total + 1, dtype=np.int64) * first // total
+        return np.repeat(1 - np.diff(share), unit)
 
     def partners(self, view: int) -> I64:
         """Return, for each sample, the one of its kind that it is mixed with in ``view``."""

@@ -53,7 +53,7 @@ class LogitEncoding:
             raise ConfigError(f"topk labels of {self.k} classes hold nothing", Give("k"), field="k")
         low, high = _TEMPERATURES
         if not self.temperatures or not all(low <= t <= high for t in self.temperatures):
-            what = f"temperatures of topk labels are {listed(self.temperatures) or 'missing'}"
+            what = f"temperatures of topk labels are {_spell(self.temperatures) or 'missing'}"
             raise ConfigError(what, f"give numbers from {low:g} to {high:g}", field="temperatures")
         # One way to write each encoding, so that equal stores have equal manifests.
         object.__setattr__(self, "k", min(self.k, self.num_classes))
@@ -84,7 +84,7 @@ class LogitEncoding:
             return self.temperatures[0]
         if temperature not in self.temperatures:
             raise ConfigError(
-                f"the stored labels are right at temperature {listed(self.temperatures)} only, not"
+                f"the stored labels are right at temperature {_spell(self.temperatures)} only, not"
                 f" at {'no given one' if temperature is None else f'{temperature:g}'}",
                 ("ask for a stored temperature", "label again with this one among temperatures"),
                 field="temperatures",
@@ -182,7 +182,7 @@ class LogitEncoding:
         return {**kept, "tails": torch.stack(tails, 1).float()}
 
 
-def listed(temperatures: tuple[float, ...]) -> str:
+def _spell(temperatures: tuple[float, ...]) -> str:
     """Write temperatures: ``1 and 4``."""
     return " and ".join(f"{t:g}" for t in temperatures)
 

@@ -51,9 +51,8 @@ def require_free(path: StrPath, needed: int) -> None:
     with disk_errors(path):
         while not place.exists() and place != place.parent:
             place = place.parent
-        volume = os.statvfs(place)
-    free = volume.f_bavail * volume.f_frsize
-    if volume.f_blocks and free < needed:  # some volumes in memory have no blocks and no limit
+        total, _, free = shutil.disk_usage(place)
+    if total and free < needed:  # some volumes in memory have no blocks and no limit
         raise _full(path, f"{format_bytes(needed)} needed, {format_bytes(free)} free")
 
 

@@ -147,14 +147,11 @@ def _unwrapped(file: Path, found: Any, own: Collection[str]) -> dict[str, Tensor
             raise DataError(what)
         command = f"to take those under {others[0]!r}: {_converter(file, others[:1])}"
         raise DataError(f"{what}, and it holds some under {listed(others)}", command)
-    names = {key: key if key in own else bare_key(key) for key in found}
-    if not {*own} & {*names.values()}:
-        inside = (
-            name for name in _ATTRIBUTES if all(key.startswith(name) for key in names.values())
-        )
-        prefix = next(inside, "")
-        names = {key: bare_key(name.removeprefix(prefix)) for key, name in names.items()}
-    bare = {names[key]: value for key, value in found.items()}
+    bare = {key if key in own else bare_key(key): value for key, value in found.items()}
+    for prefix in () if {*own} & bare.keys() else _ATTRIBUTES:
+        if all(key.startswith(prefix) for key in bare):
+            bare = {bare_key(key.removeprefix(prefix)): value for key, value in bare.items()}
+            break
     if len(bare) < len(found):
         raise DataError(f"{printable(file)} holds tensors twice, with and without a prefix")
     return bare

@@ -29,14 +29,14 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
         # Only a plain ViT's file is brought under timm's names by `convert`.
         named = state if isinstance(model, VisionTransformer) else raw
         made = _converted(model, named)
-        converted, more = convert(target, made or {})
+        converted, more = convert(target, made)
         if _difference(model, converted):
             # A sentence about the file as it is says more than one about a failed conversion.
             raise _misfit(model, state, name)
         state, said = converted, [*dict.fromkeys([*said, *more])]
         if type(model).__module__.startswith("timm."):
             said.append(f"timm's converter for {_name_of(model)} was applied")
-            said += _resampled(named, made or {})
+            said += _resampled(named, made)
     check_finite(state, name)
     model.load_state_dict(state, strict=True)
     if said or notes:
@@ -90,11 +90,11 @@ def _name_of(model: nn.Module) -> str:
     return str(cfg.get("architecture") or type(model).__name__)
 
 
-def _converted(model: nn.Module, state: State) -> State | None:
-    """Return what timm's converter for public files of this family makes; None if it refuses."""
+def _converted(model: nn.Module, state: State) -> State:
+    """Return what timm's converter for public files of this family makes; {} if it refuses."""
     converter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if converter is None:
-        return None
+        return {}
     # DeiT III's files call a layer scale gamma_1; not every family's converter knows of them.
     known = inspect.signature(converter).parameters
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in known else {}
@@ -102,4 +102,4 @@ def _converted(model: nn.Module, state: State) -> State | None:
         return dict(converter(dict(state), model, **options))
     # It indexes whatever keys it expects of public files: any failure says that this is none.
     except Exception:
-        return None
+        return {}

@@ -171,7 +171,7 @@ def _resample_positions(model: VisionTransformer, target: Target, state: State) 
     grid = (int(grid[0]), int(grid[1]))
     num_prefix_tokens = own.shape[1] - grid[0] * grid[1]
     prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    theirs = _grid_of(model, target, state, grid, patches.shape[1])
+    theirs = _grid_of(model, target, grid, patches.shape[1])
     if theirs == grid:
         return None
     image = patches.float().reshape(1, *theirs, -1).permute(0, 3, 1, 2)
@@ -187,18 +187,13 @@ def _resample_positions(model: VisionTransformer, target: Target, state: State) 
 
 
 def _grid_of(
-    model: VisionTransformer, target: Target, state: State, grid: tuple[int, int], count: int
+    model: VisionTransformer, target: Target, grid: tuple[int, int], count: int
 ) -> tuple[int, int]:
     """Return the rows and columns in which a file's ``count`` patches lie; do not guess."""
-    kernels = [weights.get(_PATCHES) for weights in (state, model.state_dict())]
-    embed = model.patch_embed
-    if target.image_size is not None and getattr(embed, "img_size", None):
-        sizes = [(1, 1) if kernel is None else kernel.shape[2:] for kernel in kernels]
-        known = zip(target.image_size, embed.img_size, grid, *sizes, strict=True)
-        rows, columns = (
-            side // (pixels // patches * theirs // own)
-            for side, pixels, patches, theirs, own in known
-        )
+    own_size: Any = getattr(model.patch_embed, "img_size", None)
+    if target.image_size is not None and own_size:
+        known = zip(target.image_size, own_size, grid, strict=True)
+        rows, columns = (side // (own // patches) for side, own, patches in known)
         if rows * columns == count:
             return rows, columns
     side = math.isqrt(max(count, 0))

@@ -157,22 +157,17 @@ def apply_operation(
 
     groups: tuple[tuple[np.ndarray, Callable[[Tensor, I64, F64], Tensor]], ...] = (
         ((kind > Kind.NOTHING) & (kind <= _LAST_TABLE), _through_tables),
-        (kind == Kind.COLOR, lambda x, k, v: _blend(_grey(x)[:, None], x, _send(v, x, 4))),
-        (kind == Kind.SHARPNESS, lambda x, k, v: _blend(_smooth(x), x, _send(v, x, 4))),
+        (kind == Kind.COLOR, lambda x, k, v: _blend(_grey(x)[:, None], x, send(v, device))),
+        (kind == Kind.SHARPNESS, lambda x, k, v: _blend(_smooth(x), x, send(v, device))),
         (kind >= _FIRST_AFFINE, transform),
     )
     images = images.clone()
     for members, function in groups:
         rows = np.flatnonzero(members)
         if len(rows):
-            index = _send(rows, images)
+            index = send(rows, device)
             images[index] = function(images[index], kind[rows], operation.value[rows])
     return images
-
-
-def _send(values: np.ndarray, images: Tensor, ndim: int = 1) -> Tensor:
-    """Return one number an image, on the images' device, with ``ndim`` dimensions."""
-    return send(values, images.device).view(-1, *[1] * (ndim - 1))
 
 
 def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "B 6"]:
@@ -197,9 +192,13 @@ def _matrices(kind: I64, value: F64, height: int, width: int) -> Float[Tensor, "
 
 
 def _blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Do Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut off."""
+    """Do Pillow's ``Image.blend``: base + factor (image - base) in float32, clipped and cut off.
+
+    ``factor`` is one number an image.
+    """
     base = base.float()
-    mixed = base + factor.float() * (images.float() - base)
+    factor = factor.float().view(-1, *[1] * (images.ndim - 1))
+    mixed = base + factor * (images.float() - base)
     return mixed.clamp_(0, 255).to(torch.uint8)
 
 
@@ -227,8 +226,8 @@ def _through_tables(
     for one, make in _TABLES.items():
         rows = np.flatnonzero(kind == one)
         if len(rows):
-            index = _send(rows, images)
-            made = make(images[index], ramp, _send(value[rows], images, 3))
+            index = send(rows, images.device)
+            made = make(images[index], ramp, send(value[rows], images.device)[:, None, None])
             tables[index] = made.to(torch.uint8)
     return tables.gather(2, images.flatten(2).long()).view(images.shape)
 
