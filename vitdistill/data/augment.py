@@ -25,9 +25,7 @@ class Augment:
     """
 
     crop: Literal["rrc", "pad", "center"] = option(
-        "rrc",
-        "rrc: RandomResizedCrop; pad: padded crop for small images; center: none",
-        "--crop",
+        "rrc", "rrc: RandomResizedCrop; pad: padded crop for small images; center: none", "--crop"
     )
     scale: tuple[float, float] = option(
         (0.08, 1.0), "smallest and largest area of crop rrc, as a fraction of the image"

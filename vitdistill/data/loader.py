@@ -145,10 +145,7 @@ class TrainLoader:
             return
         make = partial(_make_train_views, self._images, augment, self.spec, wanted)
         workers = self.loading.workers
-        with (
-            name_all_damaged(self.source, workers),
-            map_in_workers(make, samples, workers) as made,
-        ):
+        with name_all_damaged(self.source, workers), map_in_workers(make, samples, workers) as made:
             for shown, pixels, sums in made:
                 yield shown, send_images(pixels, device), sums
 
@@ -287,10 +284,7 @@ def _make_eval_views(
 
 
 def _plain_batch(
-    shown: Samples,
-    pixels: UInt8[Tensor, "B 3 H W"],
-    spec: InputSpec,
-    labels: Int[Tensor, " N"],
+    shown: Samples, pixels: UInt8[Tensor, "B 3 H W"], spec: InputSpec, labels: Int[Tensor, " N"]
 ) -> Batch:
     ids, views = torch.from_numpy(shown.ids), torch.from_numpy(shown.views)
     labels, ids, views = (

@@ -57,13 +57,9 @@ def of_views(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def augment_of(identity: Mapping[str, Any]) -> Augment:
     """Return the augmentation of the views that were labelled."""
-    place = "view.augment."
-    found = {key.removeprefix(place): v for key, v in identity.items() if key.startswith(place)}
-    known = found.keys() & {field.name for field in dataclasses.fields(Augment)}
-    values: dict[str, Any] = {
-        key: tuple(found[key]) if isinstance(found[key], list) else found[key] for key in known
-    }
-    return Augment(**values)
+    known = {f"view.augment.{field.name}": field.name for field in dataclasses.fields(Augment)}
+    found: dict[str, Any] = {known[key]: v for key, v in identity.items() if key in known}
+    return Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
 def describe_views(identity: Mapping[str, Any]) -> str:

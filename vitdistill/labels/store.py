@@ -92,10 +92,9 @@ class LabelStore:
                 raise ConfigError(what, fix, field="labels")
             if not inner:
                 fix = "write them with 'vitdistill label', or name the folder they are in"
-                name = printable(folder)
-                what = (
-                    f"{name} holds no labels" if folder.is_dir() else f"there is no folder {name}"
-                )
+                what = f"there is no folder {printable(folder)}"
+                if folder.is_dir():
+                    what = f"{printable(folder)} holds no labels"
                 raise DataError(what, fix, field="labels")
             folder = inner[0]
         return cls(folder, read_store_manifest(folder))

@@ -65,9 +65,8 @@ def create_model(
     """
     if checkpoint is not None and pretrained:
         what = f"{printable(name)} has both pretrained weights and a checkpoint"
-        raise ConfigError(
-            what, ("leave pretrained out", "leave checkpoint out"), field="checkpoint"
-        )
+        fixes = "leave pretrained out", "leave checkpoint out"
+        raise ConfigError(what, fixes, field="checkpoint")
     build = {key: value for key, value in model_args.items() if value is not None}
     given = {"drop_path_rate": drop_path, "img_size": image_size, "num_classes": num_classes}
     for key, value in given.items():
@@ -154,9 +153,8 @@ def _check_name(name: str, pretrained: bool) -> None:
     """Raise `ConfigError` unless timm has a network, and weights, of this name."""
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
-        raise ConfigError(
-            f"timm {timm.__version__} has no network {printable(name)!r}", _near(architecture)
-        )
+        what = f"timm {timm.__version__} has no network {printable(name)!r}"
+        raise ConfigError(what, _near(architecture))
     tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
         raise ConfigError(f"{architecture} has no weights {printable(tag)!r}: {suggest(tag, tags)}")

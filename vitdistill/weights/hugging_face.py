@@ -133,10 +133,8 @@ def read_config(
         architecture, args = _as_timms(kind, said, config, cfg)
         epsilon = float(said["layer_norm_eps"])
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise DataError(
-            f"{printable(path)} or the {PREPROCESSOR} beside it makes no sense"
-            f" ({type(error).__name__}: {error})"
-        ) from error
+        what = f"{printable(path)} or the {PREPROCESSOR} beside it makes no sense"
+        raise DataError(f"{what} ({type(error).__name__}: {error})") from error
     cfg |= {"fixed_input_size": True, "num_classes": len(names), "classifier": "network.classifier"}
     if names and not _of_imagenet(names) and names != [f"LABEL_{i}" for i in range(len(names))]:
         cfg["label_names"] = names

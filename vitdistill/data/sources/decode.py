@@ -92,9 +92,8 @@ def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, a
         # DecompressionBombError and more.
         reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
-        raise DamagedImage(
-            f"{name}: the image is damaged or cut short ({reason})", _REMEDY
-        ) from error
+        what = f"{name}: the image is damaged or cut short ({reason})"
+        raise DamagedImage(what, _REMEDY) from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

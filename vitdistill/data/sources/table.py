@@ -123,9 +123,8 @@ def import_extra(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"tables need {module.split('.')[0]}", 'pip install "vitdistill[data]"'
-        ) from error
+        what = f"tables need {module.split('.')[0]}"
+        raise UserError(what, 'pip install "vitdistill[data]"') from error
 
 
 def _is_table(path: Path) -> bool:
@@ -144,9 +143,8 @@ def _files_in_use(folder: Path, name: str) -> Collection[str]:
     except FileNotFoundError:
         return () if name.startswith(("cache-", "indices-")) else (name,)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{printable(folder)}/state.json is damaged", "save the set again"
-        ) from error
+        what = f"{printable(folder)}/state.json is damaged"
+        raise DataError(what, "save the set again") from error
 
 
 def _is_table_folder(root: Path) -> bool:
@@ -183,9 +181,8 @@ def _read_table(arrow: ModuleType, file: Path) -> Any:
             return arrow.ipc.open_file(mapped).read_all()
     except (arrow.ArrowException, OSError) as error:
         reason = printable(str(error).split("\n")[0])[:120]
-        raise DataError(
-            f"{printable(file)} is damaged or not a table ({reason})", "replace it"
-        ) from error
+        what = f"{printable(file)} is damaged or not a table ({reason})"
+        raise DataError(what, "replace it") from error
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -248,9 +245,8 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
     try:
         values = column.cast(arrow.large_string() if is_text else arrow.int64()).to_pylist()
     except arrow.ArrowException as error:
-        raise DataError(
-            f"{name}: {label!r} has {column.type} values, not whole numbers or names"
-        ) from error
+        what = f"{name}: {label!r} has {column.type} values, not whole numbers or names"
+        raise DataError(what) from error
     said = _features(table.schema).get(label, {}).get("names")
     names = said or sorted(v for v in set(values) if is_text or v >= 0)
     classes = tuple(map(str, names))

@@ -9,14 +9,7 @@ from ... import keyed
 from ...keyed import Stream
 from ..augment import Augment, InputSpec
 from ..order import Samples
-from .geometry import (
-    CROP_UNIFORMS,
-    crop_and_flip,
-    random_boxes,
-    resize_boxes,
-    send,
-    send_images,
-)
+from .geometry import CROP_UNIFORMS, crop_and_flip, random_boxes, resize_boxes, send, send_images
 from .randaugment import Policy, apply_operation
 
 

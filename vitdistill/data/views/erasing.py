@@ -27,19 +27,16 @@ def erase(
     """Fill a keyed rectangle of each chosen image with keyed noise, in place."""
     if prob == 0.0:
         return images
-    _, channels, height, width = images.shape
+    (height, width), device = images.shape[2:], images.device
     rows, top, left, h, w = _draw(prob, shown, height, width)
     if not len(rows):
         return images
-    device = images.device
     boxes = send(np.stack([top, top + h, left, left + w], axis=1), device)
     index = send(rows, device)
     # Noise of whole images, of which the box is kept: the number of pixels does not depend on the
     # draws, so nothing here waits for the device.
-    address = torch.arange(channels * height * width, device=device).view(
-        1, channels, height, width
-    )
     keys = keyed.to_torch(shown.keys(Stream.ERASE_NOISE)[rows], device)
+    address = torch.arange(images[0].numel(), device=device).view(images.shape[1:])
     address = address.expand(len(rows), -1, -1, -1)
     noise = keyed.torch_normals(keys[:, None, None, None].expand_as(address), address)
     inside = inside_boxes(boxes, height, width)

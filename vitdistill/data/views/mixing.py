@@ -24,10 +24,7 @@ _GAMMA_DRAWS = 1 + 3 * _GAMMA_ATTEMPTS
 
 
 def mix(
-    images: Float[Tensor, "B 3 H W"],
-    labels: Int[Tensor, " B"],
-    augment: Augment,
-    shown: Samples,
+    images: Float[Tensor, "B 3 H W"], labels: Int[Tensor, " B"], augment: Augment, shown: Samples
 ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, " B"], Float[Tensor, " B"]]:
     """Mix neighbours; B is even.
 

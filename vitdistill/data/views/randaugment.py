@@ -82,10 +82,7 @@ OPERATIONS: dict[str, tuple[Kind, Level]] = {
     "Invert": (Kind.INVERT, _constant),
     "Rotate": (Kind.ROTATE, _signed(30.0)),
     "PosterizeIncreasing": (Kind.POSTERIZE, lambda level, _: 4 - np.trunc(level * 4)),
-    "SolarizeIncreasing": (
-        Kind.SOLARIZE,
-        lambda level, _: (256 - np.trunc(level * 256)).clip(0),
-    ),
+    "SolarizeIncreasing": (Kind.SOLARIZE, lambda level, _: (256 - np.trunc(level * 256)).clip(0)),
     "SolarizeAdd": (Kind.SOLARIZE_ADD, lambda level, _: np.trunc(level * 110).clip(0, 128)),
     "ColorIncreasing": (Kind.COLOR, _enhance),
     "ContrastIncreasing": (Kind.CONTRAST, _enhance),
