@@ -58,8 +58,12 @@ def of_views(identity: Mapping[str, Any]) -> dict[str, Any]:
 def augment_of(identity: Mapping[str, Any]) -> Augment:
     """Return the augmentation of the views that were labelled."""
     known = {f"view.augment.{field.name}": field.name for field in dataclasses.fields(Augment)}
-    found: dict[str, Any] = {known[key]: v for key, v in identity.items() if key in known}
-    return Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+    values: dict[str, Any] = {
+        known[key]: tuple(value) if isinstance(value, list) else value
+        for key, value in identity.items()
+        if key in known
+    }
+    return Augment(**values)
 
 
 def describe_views(identity: Mapping[str, Any]) -> str:

@@ -40,14 +40,14 @@ class Target:
         image_size: height and width of the images it was trained on, pixels; None: not known.
     """
 
-    model: nn.Module
+    model: Any  # an nn.Module; conversions know what theirs has
     name: str
     fresh_head: bool = False
     image_size: tuple[int, int] | None = None
 
 
 Converted = tuple[State, str] | None
-Conversion = Callable[[Any, Target, State], Converted]
+Conversion = Callable[[Target, State], Converted]
 
 
 def is_headless(state: Mapping[str, Tensor]) -> bool:
@@ -67,7 +67,7 @@ def convert(target: Target, state: State) -> tuple[State, list[str]]:
     notes: list[str] = []
     is_vit = isinstance(target.model, VisionTransformer)
     for conversion in _CONVERSIONS if is_vit else (_check_patches, _start_head):
-        done = conversion(target.model, target, state)
+        done = conversion(target, state)
         if done is not None:
             state, note = done
             notes += [note] if note else []
@@ -98,16 +98,17 @@ def _without(state: State, prefixes: str | tuple[str, ...]) -> State:
     return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
 
-def _rename(model: VisionTransformer, target: Target, state: State) -> Converted:
+def _rename(target: Target, state: State) -> Converted:
     # Of Hugging Face's ViT or ViTMAE, or of torchvision's ViT.
     if not any(key in hugging_face.PATCHES or key.startswith("decoder.decoder_") for key in state):
         return None
     return hugging_face.timm_names(state), "its names are another library's, and were translated"
 
 
-def _drop_decoder(model: VisionTransformer, target: Target, state: State) -> Converted:
+def _drop_decoder(target: Target, state: State) -> Converted:
     # A mask token alone is DINOv2's, which timm's converter knows by it.
-    if hasattr(model, "decoder_pred") or not any(key.startswith("decoder_") for key in state):
+    has_decoder = any(key.startswith("decoder_") for key in state)
+    if not has_decoder or hasattr(target.model, "decoder_pred"):
         return None
     encoder = _without(state, _PRETRAINING)
     if _PATCHES not in encoder:
@@ -115,17 +116,17 @@ def _drop_decoder(model: VisionTransformer, target: Target, state: State) -> Con
     return encoder, f"{plural(len(state) - len(encoder), 'tensor')} of its decoder are not used"
 
 
-def _drop_pools(model: VisionTransformer, target: Target, state: State) -> Converted:
+def _drop_pools(target: Target, state: State) -> Converted:
     # ViTModel's pooler is of no network of timm's, an attention pool only of those that have one.
-    pools = "pooler." if model.attn_pool is not None else ("pooler.", "attn_pool.")
+    pools = "pooler." if target.model.attn_pool is not None else ("pooler.", "attn_pool.")
     kept = _without(state, pools)
     return (kept, "its pooling layer is not used") if len(kept) < len(state) else None
 
 
-def _check_patches(model: nn.Module, target: Target, state: State) -> Converted:
+def _check_patches(target: Target, state: State) -> Converted:
     # timm's converter resamples patches of another size, which nothing notices in a network that
     # answers as it is, or in an encoder.
-    theirs, own = state.get(_PATCHES), model.state_dict().get(_PATCHES)
+    theirs, own = state.get(_PATCHES), target.model.state_dict().get(_PATCHES)
     if theirs is None or own is None or theirs.ndim != 4 or own.ndim != 4:
         return None
     if theirs.shape[2:] == own.shape[2:] or (target.fresh_head and not is_headless(state)):
@@ -138,9 +139,9 @@ def _check_patches(model: nn.Module, target: Target, state: State) -> Converted:
     raise DataError(what, fixes, field="model_args.patch_size")
 
 
-def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
+def _start_head(target: Target, state: State) -> Converted:
     """Use the network's new head, and the norm in it, as far as the file has none that fits."""
-    classifier, own = classifier_of(model), model.state_dict()
+    classifier, own = classifier_of(target.model), target.model.state_dict()
     theirs = [key for key in state if key.startswith(classifier)]
     others = [key for key in theirs if key not in own or own[key].shape[:1] != state[key].shape[:1]]
     if theirs and not (others and target.fresh_head):
@@ -150,7 +151,7 @@ def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
     fresh = {key: own[key] for key in own if key.startswith(heads) and key not in state}
     if not target.fresh_head or not fresh:
         return state, "its classifier is not used" if theirs else ""
-    calm_classifier(model)
+    calm_classifier(target.model)
     what = "its classifier is of other classes" if theirs else "it has no classifier"
     note = f"{what}: {', '.join(fresh)} start fresh"
     # The network norms after pooling (fc_norm), so it has no place for a norm of every token.
@@ -160,10 +161,10 @@ def _start_head(model: nn.Module, target: Target, state: State) -> Converted:
     return {**state, **fresh}, note
 
 
-def _resample_positions(model: VisionTransformer, target: Target, state: State) -> Converted:
+def _resample_positions(target: Target, state: State) -> Converted:
     """Resample positions to the network's grid of patches, as timm does, if theirs is another."""
+    model, table = target.model, state.get("pos_embed")
     own, grid = model.pos_embed, getattr(model.patch_embed, "grid_size", None)
-    table = state.get("pos_embed")
     if state.keys() != model.state_dict().keys() or table is None or grid is None:
         return None  # of another network; timm's converter or an error is next
     if own is None or table.ndim != 3 or table.shape[2] != own.shape[2]:
@@ -171,7 +172,7 @@ def _resample_positions(model: VisionTransformer, target: Target, state: State) 
     grid = (int(grid[0]), int(grid[1]))
     num_prefix_tokens = own.shape[1] - grid[0] * grid[1]
     prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    theirs = _grid_of(model, target, grid, patches.shape[1])
+    theirs = _grid_of(target, grid, patches.shape[1])
     if theirs == grid:
         return None
     image = patches.float().reshape(1, *theirs, -1).permute(0, 3, 1, 2)
@@ -186,11 +187,9 @@ def _resample_positions(model: VisionTransformer, target: Target, state: State) 
     )
 
 
-def _grid_of(
-    model: VisionTransformer, target: Target, grid: tuple[int, int], count: int
-) -> tuple[int, int]:
+def _grid_of(target: Target, grid: tuple[int, int], count: int) -> tuple[int, int]:
     """Return the rows and columns in which a file's ``count`` patches lie; do not guess."""
-    own_size: Any = getattr(model.patch_embed, "img_size", None)
+    own_size: Any = getattr(target.model.patch_embed, "img_size", None)
     if target.image_size is not None and own_size:
         known = zip(target.image_size, own_size, grid, strict=True)
         rows, columns = (side // (own // patches) for side, own, patches in known)

@@ -160,7 +160,7 @@ def _files_of_split(root: Path, split: Split) -> tuple[list[Path], tuple[str, ..
     """
     files = sorted(p for p in root.rglob("*") if _is_table(p)) if root.is_dir() else [root]
     place = root if root.is_dir() else root.parent
-    words: dict[Path, set[str]] = {}
+    words: dict[Path, frozenset[str]] = {}
     for file in files:
         inside = str(file.relative_to(place))
         if not is_hidden(inside):
