@@ -141,7 +141,7 @@ def main(
     slug = re.sub(r"[^a-z0-9]+", "-", where.name.lower())
     path = RESULTS / f"{found.name}_{slug}_{time.strftime('%Y-%m-%d')}.md"
     head = f"{describe_machine('results_gpu.py')}\n- device: {where.name}"
-    command = [sys.executable, "-m", "vitdistill.cli", "study", str(file)]
+    command = [sys.executable, "-m", "vitdistill", "study", str(file)]
     command += ["--output", str(folder), "--device", device]
 
     def begin() -> subprocess.Popen[bytes]:

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / "vitdistill"
 ROOMS = (
     *("errors", "messages", "option", "keyed", "memory", "world", "storage", "vit", "models"),
     *("data", "methods", "labels", "weights", "distill", "recipes", "evaluate", "runs"),
-    *("explain", "report", "study", "cli"),
+    *("explain", "report", "study", "cli", "__main__"),
 )
 EXTRAS = {
     *("sklearn", "datasets", "pyarrow", "tensorboard", "onnx", "onnxscript", "onnxruntime"),

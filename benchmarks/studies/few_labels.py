@@ -81,7 +81,7 @@ def main() -> None:
     def run(command: str) -> None:
         print(f"vitdistill {command}", flush=True)
         subprocess.run(
-            [sys.executable, "-m", "vitdistill.cli", *command.split()], cwd=args.folder, check=True
+            [sys.executable, "-m", "vitdistill", *command.split()], cwd=args.folder, check=True
         )
 
     split(args.archive, args.folder / "fifty")

@@ -353,7 +353,7 @@ def test_exporting_a_run(here: Path, refused: Callable[[str, int], str]) -> None
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(here: Path) -> None:
     before = tree(here)
     failed = subprocess.run(
-        [sys.executable, "-m", "vitdistill.cli", *shlex.split(ALONE)],
+        [sys.executable, "-m", "vitdistill", *shlex.split(ALONE)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
         capture_output=True,
         text=True,

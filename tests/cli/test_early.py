@@ -177,3 +177,9 @@ def test_the_first_word_comes_before_torch_beside_the_results(words: list[str]) 
         "",
         f"vitdistill {words[0]}: loading PyTorch and timm\n",
     )
+
+
+@pytest.mark.parametrize("module", ["vitdistill", "vitdistill.cli"])
+def test_python_runs_it_as_a_module(module: str) -> None:
+    found = subprocess.run([sys.executable, "-m", module, "trian"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr.count("did you mean 'train'?")) == (64, 1)

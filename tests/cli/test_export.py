@@ -159,7 +159,7 @@ def test_a_torch_export_file_answers_the_same_for_any_batch(here: Path) -> None:
 
 def push(words: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own: where the hub is, its client reads when imported."""
-    command = [sys.executable, "-m", "vitdistill.cli", "export", "runs/student", *words.split()]
+    command = [sys.executable, "-m", "vitdistill", "export", "runs/student", *words.split()]
     env = {**environment(), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **changes}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
 

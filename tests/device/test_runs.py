@@ -322,7 +322,7 @@ def test_torchrun(tmp_path, taught):
     (tmp_path / "recipe.yaml").write_text(dump_recipe(taught(**CALM, name="run")))
     words = ["train", str(tmp_path / "recipe.yaml"), "--device", DEVICE]
     launch = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={min(count, 2)}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vitdistill.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vitdistill"]
     command += [*words, "--output", str(tmp_path / "run")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -55,9 +55,9 @@ def check(line: str, page: Path) -> str:
     """Check one line of a shell; return the command of vitdistill it is, or ""."""
     words = shlex.split(line, comments=True)
     program = words[0]
-    if "vitdistill.cli" in words:  # torchrun, with or without Slurm's launcher
-        assert "torchrun" in words[:2]
-        return read(words[words.index("vitdistill.cli") + 1 :], page)
+    if "-m" in words:  # torchrun, with or without Slurm's launcher
+        assert "torchrun" in words[:2] and words[words.index("-m") + 1] == "vitdistill"
+        return read(words[words.index("-m") + 2 :], page)
     if program == "vitdistill":
         return read(words[1:], page)
     if program == "pip":

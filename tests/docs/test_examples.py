@@ -63,7 +63,7 @@ def vitdistill(site, *words):
     read once a process.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-    command = [sys.executable, "-m", "vitdistill.cli", *words]
+    command = [sys.executable, "-m", "vitdistill", *words]
     done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -154,7 +154,7 @@ def run(name: str, file: Path, output: Path, folder: Path) -> None:
         words += ["--labels", str(labels)]
     if name == "two_processes":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", "2", "-m", "vitdistill.cli"]
+        launcher += ["--nproc-per-node", "2", "-m", "vitdistill"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         environment["PYTHONPATH"] = str(RECORDED.parents[2])
         subprocess.run([*launcher, *words], check=True, capture_output=True, env=environment)

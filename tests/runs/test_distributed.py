@@ -241,7 +241,7 @@ def test_torchrun(tmp_path, plain):
     words = ["train", str(tmp_path / "recipe.yaml"), "--output", str(folder), "--device", "cpu"]
     # Not every host knows an address of its own name.
     launch = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vitdistill.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "vitdistill"]
     with subprocess.Popen(
         [*command, *words],
         env=environment(),

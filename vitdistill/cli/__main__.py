@@ -1,4 +1,4 @@
-"""``python -m vitdistill.cli``, as torchrun starts it."""
+"""``python -m vitdistill.cli``: the older spelling of ``python -m vitdistill``."""
 
 import sys
 
