@@ -1,14 +1,12 @@
 """The errors a user can meet: what was wrong and where, and what would set it right.
 
 An error names fields of the recipe (``masking.mask_rate``) and arguments (``output``), never flags
-of the command line: ``str(error)`` spells them for a Python user, and within a command as flags
-(`said_by`, `vitdistill.cli.render`).
+of the command line: ``str(error)`` is for a Python user, and `vitdistill.cli.render` spells flags.
 The command line leaves with the error's exit code (BSD ``sysexits`` numbers).
 """
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +88,18 @@ class UserError(Exception):
         return f"{where}{self.what}: {fixes}" if fixes else f"{where}{self.what}"
 
     def __str__(self) -> str:
-        return _said_by.get()(self)
+        return self.sentence()
 
 
-_said_by: ContextVar[Callable[[UserError], str]] = ContextVar("say", default=UserError.sentence)
+Spell = Callable[[UserError], str]
+"""Makes the sentence of an error: ``str``, or one that spells its remedies as flags."""
+Say = Callable[[str | UserError], None]
+"""Tells the user a line: text, or an error that is not raised, as a warning."""
 
 
-@contextmanager
-def said_by(render: Callable[[UserError], str]) -> Iterator[None]:
-    """Within the block, ``str(error)`` is what ``render`` makes of an error."""
-    token = _said_by.set(render)
-    try:
-        yield
-    finally:
-        _said_by.reset(token)
+def tell(line: str | UserError, spell: Spell = str) -> str:
+    """Return the text of what a `Say` is given."""
+    return line if isinstance(line, str) else f"warning: {spell(line)}"
 
 
 @contextmanager

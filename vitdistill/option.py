@@ -106,11 +106,13 @@ RAW = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 """What can redraw or reorder a terminal, and undecodable bytes."""
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""Words for a bool; in lower case."""
 NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def convert_scalar(value: Any, kind: type, name: str) -> Any:
-    """Return ``value`` as an int, a float, a bool or text; numbers are also read from text.
+    """Return ``value`` as an int, a float, a bool or text; all are also read from text.
 
     Raises `ConfigError`, with ``name``, if it is none.
     """
@@ -118,6 +120,8 @@ def convert_scalar(value: Any, kind: type, name: str) -> Any:
         number = _number(value)
         if number is not None and (kind is float or number == int(number)):
             return kind(number)
+    elif kind is bool and str(value).lower() in TRUTH:
+        return TRUTH[str(value).lower()]
     elif kind is str and isinstance(value, str):
         return _read_text(value, name)
     elif isinstance(value, kind):
@@ -145,10 +149,18 @@ def _number(value: Any) -> int | float | None:
     return None
 
 
-def unknown_field(path: str, known: Iterable[str]) -> ConfigError:
-    """Return the error of a field that does not exist at a dotted path."""
-    what = f"the recipe has no field {path!r}"
-    return ConfigError(what, suggest(path.rpartition(".")[2], known), field=path)
+class UnknownField(ConfigError):
+    """A field that a recipe does not have."""
+
+
+def unknown_field(path: str, known: Iterable[str]) -> UnknownField:
+    """Return the error of a field that does not exist at a dotted path, beside the ``known``."""
+    known, (parent, _, name) = list(known), path.rpartition(".")
+    fix = suggest(name, known)
+    if "model_args" in known:
+        of_network = f"if the network takes it, write {parent}.model_args.{name}"
+        fix = suggest(name, known, of_network, closeness=0.75)
+    return UnknownField(f"the recipe has no field {path!r}", fix, field=path)
 
 
 def refusal(value: Any, wanted: str, name: str) -> ConfigError:

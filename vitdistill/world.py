@@ -134,8 +134,8 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        choices = Give("device", "auto, cpu, cuda or cuda:N")
-        raise ConfigError(f"cannot train on the device {name!r}", choices, field="device")
+        choices = "choose from auto, cpu, cuda, cuda:N"
+        raise ConfigError(f"there is no device {name!r}", choices, field="device")
     if kind == "cpu":
         return torch.device("cpu")
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -12,9 +12,10 @@ from vitdistill.cli.arguments import (
     StudyArguments,
     TrainArguments,
 )
-from vitdistill.cli.render import render
-from vitdistill.errors import Add, ConfigError, Drop, Give, Set, UserError, said_by
+from vitdistill.cli.render import render, teller
+from vitdistill.errors import Add, ConfigError, Drop, Give, Set, UserError
 from vitdistill.evaluate.knn import K
+from vitdistill.recipes.stages import spell_in_stage
 
 
 def settings(*words: str) -> dict[str, Any]:
@@ -34,6 +35,10 @@ def settings(*words: str) -> dict[str, Any]:
         (["--pretrained"], "student.pretrained", True),
         (["--pretrained", "false"], "student.pretrained", False),
         (["--pretrained", "kd"], "student.pretrained", True),
+        (["--pretrained=No"], "student.pretrained", False),
+        (["--pretrained", "0"], "student.pretrained", False),
+        (["--no-pretrained"], "student.pretrained", False),
+        (["--no_in_memory"], "data.in_memory", False),
     ],
 )
 def test_spellings(words: list[str], path: str, value: Any) -> None:
@@ -88,7 +93,7 @@ def test_a_mistyped_command_is_one_sentence(
         (Set("student.pretrained", True), "", "give --pretrained"),
         (Set("teachers.conv.pretrained", True), "", "give --set teachers.conv.pretrained=true"),
         (Set("teachers.teacher.checkpoint"), "", "give --teacher-path FILE"),
-        (Give("data_dir", "photos"), "", "give --data-dir photos"),
+        (Give("labels", "photos"), "", "give --labels photos"),
         (Add("kd"), "finetune", "add --with finetune.kd"),
         (Drop("selector"), "", "give --without selector"),
         ("take a plain ViT", "", "take a plain ViT"),
@@ -134,11 +139,26 @@ def test_what_a_part_of_the_recipe_calls_its_own_fields_are_flags_too() -> None:
     assert render(error, TrainArguments).startswith("--batch-size 12 and lr_scale do not: give --b")
 
 
-def test_an_error_within_a_command_is_text_with_its_flags() -> None:
+def test_an_error_that_is_told_is_a_warning_with_flags(capsys: pytest.CaptureFixture[str]) -> None:
     error = ConfigError("optim.lr is little", Set("train.batch_size", 16))
-    with said_by(partial(render, arguments=TrainArguments)):
-        assert f"warning: {error}" == "warning: --lr is little: give --batch-size 16"
+    teller(TrainArguments())(error)
+    assert capsys.readouterr().out == "warning: --lr is little: give --batch-size 16\n"
     assert str(error) == "optim.lr is little: set train.batch_size=16"
+    in_stage = spell_in_stage("pretrain", partial(render, arguments=TrainArguments()))
+    assert in_stage(error).endswith("give --set pretrain.train.batch_size=16")
+
+
+def test_what_was_given_is_not_advised_again() -> None:
+    fixes = Give("output"), Set("train.batch_size"), Set("teachers.cnn.model")
+    error = ConfigError("what", fixes)
+    said = (
+        "what: give --output FOLDER, or give --batch-size N, or give --set teachers.cnn.model=VALUE"
+    )
+    assert render(error, TrainArguments) == render(error, TrainArguments()) == said
+    settings = {"train.batch_size": 2}
+    given = TrainArguments(output="x", settings=settings, set=("teachers.cnn.model=y",))
+    for name in ("--output", "--batch-size", "--set"):
+        assert f"give another {name}" in render(error, given)
 
 
 def test_what_cannot_be_printed_is_escaped() -> None:

@@ -14,6 +14,7 @@ from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD, RandomPatches
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import convert, flatten, from_dict, replace_fields, to_dict
+from vitdistill.recipes.named import named_recipe
 
 
 @given(recipe=RECIPES)
@@ -40,7 +41,7 @@ def test_any_recipe_survives_json_and_flattening(recipe: Recipe) -> None:
         ({"train": {"epochs": 1.5}}, "train.epochs"),
         ({"train": {"epochs": "--5"}}, "train.epochs"),
         ({"train": {"epochs": "²"}}, "train.epochs"),
-        ({"train": {"compile": 1}}, "train.compile"),
+        ({"train": {"compile": "soon"}}, "train.compile"),
         ({"name": 5}, "name"),
         ({"student": {"model_args": [1]}}, "student.model_args"),
         ({"student": {"model_args": {"a": float("nan")}}}, "student.model_args.a"),
@@ -127,7 +128,7 @@ def test_a_method_may_change_with_its_fields() -> None:
     ("path", "fix"),
     [
         ("optim.lrr", "did you mean 'lr'?"),
-        ("optm.lr", "did you mean 'optim'?"),
+        ("optm.lr", Set("optim.lr", 1)),
         ("selector.keep_rate", Add("maskedkd")),
         ("masking.mask_rate", Add("random_masking")),
         ("objectives.ce.schedule.to", Set("objectives.ce.schedule")),
@@ -144,3 +145,16 @@ def test_a_wrong_path_is_refused_with_what_to_do(path: str, fix: object) -> None
 def test_a_path_that_leads_nowhere(path: str) -> None:
     with pytest.raises(ConfigError):
         replace_fields(Recipe(), {path: 1})
+
+
+def test_a_field_that_is_elsewhere_is_found() -> None:
+    recipe = named_recipe("kd")
+    for path, places in (
+        ("kd.temperature", ["objectives.kd.temperature"]),
+        ("pretrained", ["student.pretrained", "teachers.teacher.pretrained"]),
+        ("teachers.cnn.model", ["teachers.teacher.model"]),
+        ("data.lr", ["optim.lr"]),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            replace_fields(recipe, {path: 2})
+        assert caught.value.fixes == tuple(Set(place, 2) for place in places)

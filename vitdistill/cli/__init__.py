@@ -8,14 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from importlib import import_module
 from typing import Any
 
 from .. import __version__
-from ..errors import DiskError, PermissionDenied, UserError, said_by
+from ..errors import DiskError, PermissionDenied, UserError
 from ..messages import printable, suggest
-from ..recipes import FAMILIES
+from ..recipes import FAMILIES, RECIPES
 from . import arguments as given
 from .console import lasting_console
 from .early import refuse_early
@@ -73,23 +72,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the process that met it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words in (["-h"], ["--help"], ["help"]):
         print(usage())
         return 0
     if words[0] == "--version":
         print(f"vitdistill {__version__}")
         return 0
+    if words[0] == "help":
+        words = [*words[1:], "--help"]
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
     prog = f"vitdistill {name}" if name in COMMANDS else "vitdistill"
-    spelled = partial(render, arguments=COMMANDS.get(name, COMMANDS["recipes"])[1])
+    given: Any = COMMANDS.get(name, COMMANDS["recipes"])[1]  # their class, until they are read
     try:
-        with said_by(spelled):
-            return _run(name, words[1 + name.count(" ") :], prog)
+        if name not in COMMANDS:
+            raise _no_command(words)
+        rest = words[1 + name.count(" ") :]
+        if {"-h", "--help"} & {*rest}:
+            print(_help(given, prog))
+            return 0
+        given = read_arguments(name, rest)
+        return _run(name, given, prog)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.agreed:
             which = "" if rank == "0" else f" (process {rank})"
-            print(f"{prog}{which}: {spelled(error)}", file=sys.stderr)
+            print(f"{prog}{which}: {render(error, given)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -99,20 +106,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return (PermissionDenied if isinstance(error, PermissionError) else DiskError).exit_code
 
 
-def _run(name: str, words: Sequence[str], prog: str) -> int:
-    if name not in COMMANDS:
-        known = [known for known in COMMANDS if " " not in known]
-        raise UserError(f"there is no command {printable(name)!r}", suggest(name, known))
-    place, kind = COMMANDS[name]
-    if {"-h", "--help"} & {*words}:
-        print(_help(kind, prog))
-        return 0
-    arguments = read_arguments(name, words)
+def _no_command(words: Sequence[str]) -> UserError:
+    """Return the error of words that begin with no command."""
+    known = [known for known in COMMANDS if " " not in known]
+    is_recipe = words[0].partition(":")[0] in RECIPES
+    fix = f"write vitdistill train {words[0]}" if is_recipe else suggest(words[0], known)
+    return UserError(f"there is no command {printable(words[0])!r}", fix)
+
+
+def _run(name: str, arguments: Any, prog: str) -> int:
     refuse_early(arguments)
     if "torch" not in sys.modules and name != "recipes" and os.environ.get("RANK", "0") == "0":
         # Importing torch and timm takes seconds. Results alone go to the standard output.
         print(f"{prog}: loading PyTorch and timm", file=sys.stderr, flush=True)
-    module, _, function = place.partition(":")
+    module, _, function = COMMANDS[name][0].partition(":")
     run: Callable[[Any], int] = getattr(import_module(f".{module}", __package__), function)
     return run(arguments)
 

@@ -126,7 +126,9 @@ class CheckArguments(StoreArguments):
 class MergeArguments:
     """Unite labels of one teacher that were written apart."""
 
-    target: str = option(MISSING, "the folder to write; it may have parts already", "TARGET")
+    target: str = option(
+        MISSING, "the folder to write; it may have parts already", "TARGET", field="output"
+    )
     from_: tuple[str, ...] = option(
         MISSING, "labels of one teacher that were written apart", "--from FOLDER"
     )
@@ -136,7 +138,7 @@ class MergeArguments:
 class PruneArguments(StoreArguments):
     """Write a smaller copy: fewer views, fewer classes an image."""
 
-    to: str = option(MISSING, "the folder to write", "--to FOLDER")
+    to: str = option(MISSING, "the folder to write", "--to FOLDER", field="output")
     views: int | None = option(None, "keep the first so many views; none: all", "--views")
     k: int | None = option(None, "classes an image to keep; none: as stored, or 10", "--k")
     encoding: Literal["float16", "topk"] | None = option(
@@ -199,15 +201,30 @@ class EvalArguments:
     pool: Literal["mean", "class"] | None = option(
         None, "features: mean of the patches (none, too) or the class token", "--pool"
     )
-    teacher_model: str | None = option(None, "one to compare its answers with", "--teacher-model")
-    teacher_path: str | None = option(None, "the teacher's weights", "--teacher-path FILE")
-    teacher_pretrained: bool = option(False, "timm's weights for it", "--teacher-pretrained")
+    teacher_model: str | None = option(
+        None, "one to compare its answers with", "--teacher-model", field="teachers.teacher.model"
+    )
+    teacher_path: str | None = option(
+        None, "the teacher's weights", "--teacher-path FILE", field="teachers.teacher.checkpoint"
+    )
+    teacher_pretrained: bool = option(
+        False,
+        "timm's weights for it",
+        "--teacher-pretrained",
+        field="teachers.teacher.pretrained",
+    )
     split: Literal["val", "train"] = option("val", "which images", "--split")
     val_split: float | None = option(
         None, "as for train", "--val-split", field="data.val_split", above=0, below=1
     )
     skip_damaged: bool = option(False, "as for train", "--skip-damaged", field="data.skip_damaged")
-    batch_size: int = option(256, "images a step and process", "--batch-size -b", at_least=1)
+    batch_size: int = option(
+        256,
+        "images a step and process",
+        "--batch-size -b",
+        field="train.eval_batch_size",
+        at_least=1,
+    )
     workers: int = option(2, "loader processes", "--workers -j", at_least=0)
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "precision; auto: bfloat16 on a GPU that has it, else float32", "--amp-dtype"
@@ -266,7 +283,9 @@ class StudyArguments:
 
     study: str = option(MISSING, "a study's YAML file, or the name of a recipe", "FILE")
     output: str | None = option(None, "folder of it all; none: studies/NAME", "--output FOLDER")
-    data_dir: str | None = option(None, "the images, of all rows", "--data-dir FOLDER")
+    data_dir: str | None = option(
+        None, "the images, of all rows", "--data-dir FOLDER", field="data.dir"
+    )
     set: tuple[str, ...] = option((), "any field of a recipe, in all rows", "--set FIELD=VALUE")
     seeds: tuple[int, ...] = option((), "none: those of the file, or 0 1 2", "--seeds N")
     dry_run: bool = option(

@@ -34,5 +34,6 @@ def refuse_early(args: Any) -> None:
         place, _, name = item.partition("=")[0].rpartition(".")
         teacher = place.startswith("teachers.") and place.count(".") == 1
         part = TeacherConfig if teacher else PARTS.get(place)
-        if part is not None and name not in options_of(part):
+        elsewhere = any(name in options_of(other) for other in PARTS.values())
+        if part is not None and name not in options_of(part) and not elsewhere:
             raise unknown_field(f"{place}.{name}", options_of(part))

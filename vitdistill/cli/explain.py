@@ -16,6 +16,7 @@ from ..runs.stored import with_views_of_labels
 from .arguments import ExplainArguments
 from .console import say
 from .recipe import resolve_recipe
+from .render import teller
 
 
 def run(args: ExplainArguments) -> int:
@@ -50,7 +51,8 @@ def run(args: ExplainArguments) -> int:
             measured = measure_step(run.recipe, run.num_classes, run.num_images, device)
             say(f"\n{measured}", fold=True)
             with suppress(UserError):  # images or weights may not be there yet
-                say(shares_ahead(run.recipe, device), fold=True)
+                for line in shares_ahead(run.recipe, device):
+                    teller(args)(line)
         if key:
             say("")
     if len(runs) > 1:

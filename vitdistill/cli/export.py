@@ -17,22 +17,22 @@ from .console import say
 
 
 def run(args: ExportArguments) -> int:
-    _check(args)
     folder = resolve_run(args.model, (args.weights,) if args.weights else ("best", "last"))
     if not Path(folder.removeprefix("local-dir:")).is_dir():
         what = f"there is no run or export folder {args.model}"
         raise ConfigError(what, "give a run, or a folder with a config.json", field="model")
+    saved = weights.read_saved(folder)
+    assert saved is not None
+    _check(args)
     if folder != args.model:
         say(f"exporting {folder}")
     elif args.weights is not None:
         what = f"{folder} is no run that has best and last weights"
         raise ConfigError(what, Give("weights", "none"))
     model = weights.create_model(folder).eval()
-    saved = weights.read_saved(folder)
-    assert saved is not None
     if args.push is not None and is_outside(saved.architecture):
         what = f"timm does not know {saved.architecture}, and so cannot push it"
-        raise ConfigError(what, Give("output", "FOLDER"), field="push")
+        raise ConfigError(what, Give("output"), field="push")
     spec, classes = input_spec_of(model), weights.class_names(model)
     origin: Any = {key: saved.record[key] for key in LINEAGE if key in saved.record}
     if not saved.record:  # others' weights are what it began from
@@ -68,19 +68,18 @@ def run(args: ExportArguments) -> int:
 def _check(args: ExportArguments) -> None:
     """Raise `ConfigError` unless there is something to write, and room for it."""
     files = {"onnx": args.onnx, "pt2": args.pt2}
-    fixes = {"output": Give("output", "FOLDER"), "push": Give("push", "ORG/NAME")}
-    fixes |= {name: Give(name, "FILE") for name in files}
     if not (args.output or args.push or any(files.values())):
-        raise ConfigError("nothing to write", tuple(fixes.values()), field="output")
+        fixes = tuple(map(Give, ("output", "push", *files)))
+        raise ConfigError("nothing to write", fixes, field="output")
     for name, path in files.items():
         if path is not None and Path(path).exists():
-            raise ConfigError(f"{path} exists already", fixes[name], field=name)
+            raise ConfigError(f"{path} exists already", Give(name), field=name)
     if args.output is not None and Path(args.output).is_dir() and any(Path(args.output).iterdir()):
-        raise ConfigError(f"{args.output} is not empty", "name another folder", field="output")
+        raise ConfigError(f"{args.output} is not empty", Give("output"), field="output")
     if args.card and args.output is None:
-        raise ConfigError("a card is written beside weights", fixes["output"], field="card")
+        raise ConfigError("a card is written beside weights", Give("output"), field="card")
     if args.private and args.push is None:
-        raise ConfigError("only what is pushed can be private", fixes["push"], field="private")
+        raise ConfigError("only what is pushed can be private", Give("push"), field="private")
 
 
 def _loading(architecture: str, place: str, scheme: str = "local-dir") -> str:

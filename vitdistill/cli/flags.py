@@ -9,6 +9,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -17,14 +18,20 @@ from ..messages import printable, suggest
 from ..option import Option, check_option, convert_scalar, options_of
 from ..recipes.settings import PARTS
 
+_AMP = ("--amp", "--bf16", "--fp16", "--mixed-precision", "--native-amp")
 ELSEWHERE: dict[str, str] = {
-    "--amp": "write --amp-dtype bfloat16, which is the default on a GPU",
+    **dict.fromkeys(_AMP, "write --amp-dtype bfloat16, which is the default on a GPU"),
     "--blr": "write --lr, which is not scaled: blr x batch size / 256",
+    "--alpha": "write --kd-weight alpha --ce-weight 1-alpha",
+    "--bs": "write --batch-size, that of all processes together",
+    "--config": "write the YAML file in place of the recipe's name, without a flag",
     "--data-set": "write --data-dir, a folder or torchvision/CIFAR10?root=DIR",
     "--dataset": "write --data-dir",
+    "--dataset-name": "write --data-dir",
     "--distillation-alpha": "write --kd-weight alpha --ce-weight 1-alpha",
     "--distillation-type": "the recipe says it, kd for soft, hard_kd for hard and alone for none",
     "--eval": "write vitdistill eval RUN --data-dir FOLDER",
+    "--gpu": "write --device cuda:0",
     "--learning-rate": "write --lr",
     "--log-dir": "curves are written into the run's folder, --output",
     "--log-wandb": "write --log-to wandb",
@@ -33,11 +40,15 @@ ELSEWHERE: dict[str, str] = {
     "--nb-classes": "the classes are those of the images",
     "--num-classes": "the classes are those of the images",
     "--opt-betas": "write --set optim.opt_args.betas=[0.9,0.95]",
+    "--optimizer": "write --opt",
+    "--per-device-train-batch-size": "write --batch-size, that of all processes together",
     "--resume": "the same command goes on with the run in its --output",
     "--student": "write --model",
+    "--tau": "write --temperature",
+    "--train-dir": "write --data-dir",
     "--wd": "write --weight-decay",
 }
-"""Flags of timm's, DeiT's and MAE's scripts that are not flags here, and what to write instead."""
+"""Flags of other tools that are not flags here, and what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +104,8 @@ class Flag:
             if word not in choices:
                 raise UserError(f"{self.name} is {printable(word)!r}", suggest(word, choices))
             return word
-        value = {"true": True, "false": False}.get(word.lower(), word) if kind is bool else word
         try:
-            return convert_scalar(value, kind, self.name)
+            return convert_scalar(word, kind, self.name)
         except ConfigError as error:
             raise UserError(error.what, error.fixes) from None
 
@@ -145,7 +155,11 @@ def _spell_out(words: Sequence[str], known: Mapping[str, Flag], prog: str) -> li
             spelled.append(word)
             continue
         name, equals, value = word.partition("=")
-        flag = known.get(name.replace("_", "-"))
+        plain = name.replace("_", "-")
+        flag = known.get(plain)
+        switch = known.get(plain.replace("--no-", "--", 1))
+        if flag is None and not equals and switch is not None and switch.value_kind is bool:
+            flag, equals, value = switch, "=", "false"
         if flag is None:
             raise _unknown(name, known, prog)
         if not equals and flag.alone and not _reads(flag, following):
@@ -165,22 +179,41 @@ def _reads(flag: Flag, word: str) -> bool:
 
 def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
     plain, field = name.replace("_", "-"), name[2:].replace("-", "_")
-    places = [place for place, part in PARTS.items() if field in options_of(part)]
-    advice = ELSEWHERE.get(plain) or (f"write --set {places[0]}.{field}=VALUE" if places else "")
+    found = [
+        (place, options[field])
+        for place, part in PARTS.items()
+        if field in (options := options_of(part))
+    ]
+    ways = [next(iter(about.spellings), "") for _, about in found]
+    ways = [way for way in ways if way in known]
+    ways += [f"--set {place}.{field}=VALUE" for place, _ in found]
+    ways = [f"--set {name[2:]}=VALUE"] if "." in name else ways  # --optim.lr
+    advice = ELSEWHERE.get(plain) or (f"write {ways[0]}" if ways else "")
+    alone = [
+        flag.name
+        for flag in known.values()
+        if flag.positional and field in (flag.dest, flag.dest.rstrip("s"))
+    ]
+    if alone:
+        advice = f"write {alone[0]} without a flag"
     # That of a command without a recipe sets fields of its networks.
     own = {flag for flag in known if flag != "--set" or not known[flag].option.field}
     if not own.issuperset(re.findall(r"--[\w-]+", advice)):
         advice = ""
-    names = [spelling for spelling in known if spelling.startswith("--")]
-    longer = [spelling for spelling in names if spelling.startswith(f"{plain}-")]
-    hint = suggest(longer[0] if longer else plain, names, f"'{prog} --help' lists them")
+    # Dashes would make all flags alike.
+    names = [spelling[2:] for spelling in known if spelling.startswith("--")]
+    longer = [name for name in names if len(plain) > 4 and name.startswith(plain[2:])]
+    close = longer[:1] or get_close_matches(plain[2:], names, n=1)
+    hint = f"did you mean '--{close[0]}'?" if close else f"'{prog} --help' lists them"
     return UserError(f"there is no flag {printable(name)}", advice or hint)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        what = message.removeprefix("argument ")
-        raise UserError(printable(what), f"'{self.prog} --help' says more")
+        what, fix = message.removeprefix("argument "), f"'{self.prog} --help' says more"
+        if what.startswith("unrecognized") and "=" in what:
+            fix = "write --set FIELD=VALUE"
+        raise UserError(printable(what), fix)
 
 
 class _Once(argparse.Action):
@@ -195,11 +228,14 @@ class _Once(argparse.Action):
 def _make_parser(groups: Groups, prog: str, about: str = "") -> argparse.ArgumentParser:
     every = [flag for flags in groups.values() for flag in flags]
     aliases = [f"{other} for {flag.name}" for flag in every for other in flag.option.spellings[1:]]
+    notes = [f"Also understood: {', '.join(aliases)}."] if aliases else []
+    if any(flag.value_kind is bool for flag in every):
+        notes.insert(0, "A flag without a value is a switch: --no-FLAG turns it off.")
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *(flag.metavar for flag in every if flag.positional), "[flags]"]),
         description=about,
-        epilog=wrap(f"Also understood: {', '.join(aliases)}.") if aliases else None,
+        epilog="\n\n".join(wrap(line) for line in notes) or None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,

@@ -28,6 +28,7 @@ from .arguments import (
 )
 from .console import say
 from .recipe import resolve_recipe
+from .render import teller
 
 
 def write(args: LabelArguments) -> int:
@@ -40,9 +41,9 @@ def write(args: LabelArguments) -> int:
     for name, teacher in recipe.teachers.items():
         if teacher.labels is not None:
             what = f"--labels cannot take effect (teachers.{name}.labels)"
-            raise UserError(what, "labels are written here, into --output")
+            raise UserError(what, "leave it out: labels are written, into --output")
     output = Path(args.output or Path("labels") / recipe.name)
-    done = label(recipe, output, args, device=args.device, say=say)
+    done = label(recipe, output, args, device=args.device, say=teller(args))
     for name, store in done.stores.items():
         status = store.status()
         say(f"{name}: {status.records:,} records, {format_bytes(status.bytes)} in {store.path}")
@@ -111,7 +112,7 @@ def check(args: CheckArguments) -> int:
             data_dir=args.data_dir,
             model=args.teacher_model,
             device=args.device,
-            say=say,
+            say=teller(args),
         )
         say(f"{name}: {found}", fold=True)
         wrong += not found.as_stored

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import Add, Set, UserError
 from ..messages import plural, suggest
 from ..methods.base import Masking, TeacherObjective, TokenSelector
 from ..recipes.config import Recipe, TeacherConfig, fit_warmup
-from ..recipes.convert import flatten, replace_fields
+from ..recipes.convert import find_places, flatten, replace_fields
 from ..recipes.named import find_recipe, method_of_recipes
 from ..recipes.settings import EVERY_STAGE, FIRST_STAGE, UNLABELLED
 from ..recipes.stages import Stages, in_stage, refuse_sources
@@ -38,7 +38,7 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
             effect in this recipe.
     """
     found = find_recipe(args.recipe)
-    words = _by_stage(found.stages if isinstance(found, Stages) else {""}, args)
+    words = _by_stage(found.stages if isinstance(found, Stages) else {"": found}, args)
     recipes = _compose(found, words)
     values = _values_of_flags(recipes, args)
     for key, recipe in recipes.items():
@@ -89,7 +89,9 @@ def put(values: Values, path: str, value: Any) -> None:
     values[path] = value
 
 
-def _by_stage(recipes: Collection[str], args: RecipeArguments) -> dict[str, dict[str, list[str]]]:
+def _by_stage(
+    recipes: Mapping[str, Recipe], args: RecipeArguments
+) -> dict[str, dict[str, list[str]]]:
     """Return the words of ``--set``, ``--with`` and ``--without``, such as ``finetune.kd``, by flag
     and under the stage they begin with, without it.
     """
@@ -105,9 +107,21 @@ def _by_stage(recipes: Collection[str], args: RecipeArguments) -> dict[str, dict
         else:
             lost.append((flag, word))
     if lost:
-        ways = (" ".join(f"{flag} {key}.{word}" for flag, word in lost) for key in recipes)
+        paths = [word.partition("=")[0] for flag, word in lost if flag == "--set"]
+        having = [key for key in recipes if all(find_places(recipes[key], p) for p in paths)]
+        ways = (
+            " ".join(f"{flag} {key}.{_whole(recipes[key], flag, word)}" for flag, word in lost)
+            for key in having or recipes
+        )
         raise _of_which_stage((f"{flag} {word}" for flag, word in lost), ways)
     return found
+
+
+def _whole(recipe: Recipe, flag: str, word: str) -> str:
+    """Return a word with the whole path of the field that it sets."""
+    path, equals, value = word.partition("=")
+    places = find_places(recipe, path) if flag == "--set" else []
+    return f"{places[0]}{equals}{value}" if places else word
 
 
 def _of_which_stage(words: Iterable[str], ways: Iterable[str]) -> UserError:

@@ -14,6 +14,7 @@ from ..world import choose_device
 from .arguments import StudyArguments
 from .console import say
 from .recipe import read_setting
+from .render import teller
 from .report import write_report
 
 
@@ -28,7 +29,7 @@ def run(args: StudyArguments) -> int:
         return 0
     console = Console()
     quiet = Console(file=console.file, quiet=not console.is_terminal)
-    run_study(study, output, say, device=args.device, console=quiet)
+    run_study(study, output, teller(args), device=args.device, console=quiet)
     if os.environ.get("RANK", "0") == "0":
         work, device = Work(study, output), choose_device(args.device)
         for folder in (folder for job in work.jobs for folder in work.runs(job)):

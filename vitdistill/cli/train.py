@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ from ..runs.train import train
 from .arguments import TrainArguments
 from .console import say
 from .recipe import resolve_recipe
+from .render import render
 
 
 def run(args: TrainArguments) -> int:
     recipe, console = resolve_recipe(args), Console()
-    output = _output(args, recipe)
+    output, spell = _output(args, recipe), partial(render, arguments=args)
     if isinstance(recipe, Stages):
         train_stages(
             recipe,
             output,
             device=args.device,
             console=console,
+            spell=spell,
             prepared=_show,
             done=lambda key, folder, summary: say(f"{key} {_done_text(summary, folder)}"),
             until=args.stage,
@@ -42,7 +45,8 @@ def run(args: TrainArguments) -> int:
     if args.stage is not None:
         raise UserError(f"--stage cannot take effect: the recipe {recipe.name!r} has no stages")
     named = replace(recipe, name=output.absolute().name or recipe.name)
-    summary = train(named, output, device=args.device, console=console, prepared=_show)
+    shown: Any = {"console": console, "spell": spell, "prepared": _show}
+    summary = train(named, output, device=args.device, **shown)
     say(_done_text(summary, output))
     return 0
 

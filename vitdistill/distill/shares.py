@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from ..data.batch import Batch
-from ..errors import ConfigError, Drop
+from ..errors import ConfigError, Drop, Set, UserError
 from .step import Distillation
 from .teacher import Teacher
 
@@ -37,15 +37,15 @@ def measure_shares(
     return {name: (loss / whole, norm / moved) for name, (loss, norm) in found.items()}
 
 
-def describe_shares(shares: Shares) -> list[str]:
+def describe_shares(shares: Shares) -> list[str | UserError]:
     """Say what each of several objectives weighs, and which are nearly nothing."""
     if len(shares) < 2:
         return []
     parts = [f"{name} {loss:.0%} / {of:.0%}" for name, (loss, of) in shares.items()]
-    lines = [f"shares of the loss / of its gradient at the start: {', '.join(parts)}"]
+    first = f"shares of the loss / of its gradient at the start: {', '.join(parts)}"
+    lines: list[str | UserError] = [first]
     for name, (_, of) in shares.items():
         if of < LEAST:
             what = f"{name} is nearly nothing beside the others, {of:.1%} of the gradient"
-            fixes = f"raise objectives.{name}.weight", Drop(name)
-            lines.append(str(ConfigError(what, fixes)))
+            lines.append(ConfigError(what, (Set(f"objectives.{name}.weight"), Drop(name))))
     return lines

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..distill.step import Distillation, blank_batch
+from ..errors import UserError
 from ..messages import format_duration, plural
 from ..recipes.config import Recipe
 from ..runs.networks import (
@@ -77,11 +78,10 @@ def measure_step(
     )
 
 
-def shares_ahead(recipe: Recipe, device_name: str = "auto") -> str:
+def shares_ahead(recipe: Recipe, device_name: str = "auto") -> list[str | UserError]:
     """Return what a run will say of its objectives' shares; raises as `prepare` does."""
     with join_world(device_name) as world:
-        prepared = prepare(recipe, world, lambda text: None)
-        return "\n".join(shares_at_start(prepared))
+        return shares_at_start(prepare(recipe, world, lambda text: None))
 
 
 def _make_step(recipe: Recipe, num_classes: int, world: World) -> Callable[[int], float]:

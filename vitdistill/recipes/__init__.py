@@ -7,7 +7,7 @@ A named recipe is what ``make(name)`` in the file of its family returns, a `Reci
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Set
 from ..messages import printable, suggest
 
 FILES = ("stages.yaml", "recipe.yaml")
@@ -164,6 +164,9 @@ def find_file(name: str) -> Path | None:
     inside = [path / file for file in FILES if (path / file).is_file()]
     if inside or path.is_file():
         return inside[0] if inside else path
+    if path.is_dir():
+        what = f"the folder {printable(name)} holds no recipe"
+        raise ConfigError(what, Set("data.dir", name), field="recipe")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         raise ConfigError(f"there is no recipe file {printable(name)}", field="recipe")
     raise unknown_recipe(name)

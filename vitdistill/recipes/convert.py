@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ..errors import Add, ConfigError, Set, fields_below
 from ..messages import suggest
-from ..methods import method_class, method_name
+from ..methods import METHODS, method_class, method_name
 from ..methods.base import Masking, Objective, TokenSelector
-from ..option import convert_scalar, refusal, unknown_field
+from ..option import UnknownField, convert_scalar, refusal, unknown_field
 from .config import Recipe
 
 T = TypeVar("T")
@@ -146,6 +146,8 @@ def _convert_method(value: Any, kind: type, path: str) -> Any:
         return value
     if not isinstance(value, Mapping) or "method" not in value:
         wanted = "a mapping with the key 'method' is needed, e.g. {method: kd, weight: 0.5}"
+        if isinstance(value, str) and value in METHODS:
+            raise ConfigError(f"{path} is {value!r}", (Add(value), wanted), field=path)
         raise refusal(value, wanted, path)
     cls = method_class(str(value["method"]))
     if not issubclass(cls, kind):
@@ -165,8 +167,36 @@ def _join(path: str, name: Any) -> str:
 
 def replace_fields(settings: T, values: Mapping[str, Any]) -> T:
     """Return a recipe, or other settings, with the fields at dotted paths (``optim.lr``) replaced,
-    all at once.
+    all at once; `ConfigError` says where a field is that was looked for elsewhere.
     """
+    try:
+        return _replace_fields(settings, values)
+    except UnknownField as error:
+        wrong = next((p for p in values if f"{p}.".startswith(f"{error.field}.")), "")
+        places = find_places(settings, wrong) if wrong else []
+        error.fixes = tuple(Set(place, values[wrong]) for place in places) or error.fixes
+        raise
+
+
+def find_places(settings: Any, path: str) -> list[str]:
+    """Return the paths that ``path`` (``kd.weight``) is the end of, or else those of its last name:
+    below its first name, if there are any.
+    """
+    found: list[str] = []
+
+    def walk(node: Any, place: str) -> None:
+        for key, item in node.items() if isinstance(node, dict) else ():
+            found.append(_join(place, key))
+            walk(item, found[-1])
+
+    walk(to_dict(settings), "")
+    last = [place for place in found if f".{place}".endswith(f".{path.rpartition('.')[2]}")]
+    whole = [place for place in last if f".{place}".endswith(f".{path}")]
+    below = [place for place in last if place.startswith(f"{path.partition('.')[0]}.")]
+    return whole or below or last
+
+
+def _replace_fields(settings: T, values: Mapping[str, Any]) -> T:
     data = to_dict(settings)
     for path, value in values.items():
         node, walked, (*parents, last) = data, "", path.split(".")

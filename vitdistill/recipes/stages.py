@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ConfigError, Set, UserError
+from ..errors import ConfigError, Set, Spell, UserError
 from ..messages import suggest
 from . import FILES
 from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name, check_names
@@ -85,6 +85,16 @@ def in_stage(key: str) -> Iterator[None]:
     except UserError as error:
         error.stage = error.stage or key
         raise
+
+
+def spell_in_stage(key: str, spell: Spell) -> Spell:
+    """Return ``spell`` for errors that a run of this stage only tells."""
+
+    def spelled(error: UserError) -> str:
+        error.stage = key
+        return spell(error)
+
+    return spelled
 
 
 def sources(recipe: Recipe) -> dict[str, str]:

@@ -157,5 +157,5 @@ def _build(
             if teacher.network.num_classes:
                 networks[name], _ = build_teacher(config, name, *place, built=teacher)
         except UserError as error:
-            say(f"{name} cannot be asked: {error}")
+            say(f"{name} cannot be asked: {error.what}")
     return networks

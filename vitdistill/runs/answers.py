@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.batch import TeacherBatch
-from ..errors import NonFiniteError, Set
+from ..errors import NonFiniteError, Say, Set
 from ..labels.identity import network_to_json, versions
 from ..labels.layout import Layout, NonFinite, Records
 from ..labels.manifest import Manifest
@@ -24,7 +24,7 @@ from ..weights import create as weights
 from ..world import World
 from .identity import origin_of_config, resolve_run
 from .networks import name_precision
-from .prepare import Prepared, Say, build, prove_teachers
+from .prepare import Prepared, build, prove_teachers
 
 
 def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:

@@ -9,15 +9,19 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from ..distill.step import UNWEIGHTED
+from ..errors import Spell, UserError, tell
 from ..messages import format_duration, printable_lines
 
 SHOWN = ("top1", "top5", "nll", "knn_top1", "knn_top5")  # of the scores; all are logged
 
 
 class Display(Progress):
-    """Progress of a run, with a bar if the console is a terminal; not ``enabled``: silent."""
+    """Progress of a run, with a bar if the console is a terminal; not ``enabled``: silent.
 
-    def __init__(self, console: Console, enabled: bool = True) -> None:
+    ``spell`` makes the sentences of warnings.
+    """
+
+    def __init__(self, console: Console, enabled: bool = True, spell: Spell = str) -> None:
         columns = (
             SpinnerColumn(),
             BarColumn(),
@@ -27,7 +31,7 @@ class Display(Progress):
         silent = not (enabled and console.is_terminal)
         self._below = Text()  # Progress asks for what it will show when it is made
         super().__init__(*columns, console=console, transient=True, disable=silent)
-        self.enabled = enabled
+        self.enabled, self.spell = enabled, spell
         self.steps_per_epoch = 1
         self._bar = self.add_task("", total=None)
 
@@ -35,10 +39,10 @@ class Display(Progress):
         """Show the last log line below the bar."""
         return Group(super().get_renderable(), self._below)
 
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
+    def say(self, line: str | UserError) -> None:
+        """Print a line that stays; an error is a warning."""
         if self.enabled:
-            lines, whole = printable_lines(text), not self.console.is_terminal
+            lines, whole = printable_lines(tell(line, self.spell)), not self.console.is_terminal
             self.console.print(lines, highlight=False, markup=False, soft_wrap=whole)
 
     def begin(self, step: int, total_steps: int, steps_per_epoch: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from ..errors import Add, ConfigError, Drop, Give, Preempted, Set
+from ..errors import Add, ConfigError, Drop, Give, Preempted, Say, Set
 from ..labels.encoding import LogitEncoding
 from ..labels.layout import Layout
 from ..labels.manifest import Manifest
@@ -26,7 +26,7 @@ from ..world import agreed, join_world
 from .answers import LabelRun, prepare_teachers
 from .folder import contents
 from .networks import find_logit_readers
-from .prepare import Prepared, Say
+from .prepare import Prepared
 from .stop import StopRequest
 
 COMPLETE_CLASSES = 256  # up to so many ``auto`` stores all logits; above, the largest

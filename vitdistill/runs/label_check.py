@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import keyed
-from ..errors import DataError, Give
+from ..errors import DataError, Give, Say
 from ..labels.identity import differing
 from ..labels.layout import Layout, Records
 from ..labels.store import LabelStore
@@ -14,7 +14,6 @@ from ..recipes.config import Recipe
 from ..recipes.convert import from_dict
 from ..world import join_world
 from .answers import LabelRun, prepare_teachers
-from .prepare import Say
 
 _CHUNK = 32  # records of a part that are checked before another part is opened
 

@@ -1,8 +1,6 @@
 """How many steps a run has, and whether its settings were made for so many."""
 
-from collections.abc import Callable
-
-from ..errors import ConfigError, Set
+from ..errors import ConfigError, Say, Set
 from ..messages import plural
 from ..recipes.config import Recipe
 
@@ -10,9 +8,7 @@ FEW_STEPS = 1000
 """Steps below which a recipe made for ImageNet does not get where it should."""
 
 
-def check_length(
-    recipe: Recipe, num_images: int, an_epoch: int, say: Callable[[str], None]
-) -> None:
+def check_length(recipe: Recipe, num_images: int, an_epoch: int, say: Say) -> None:
     """Say how many steps a run has, what an epoch leaves out, and what to set where that is poor.
 
     ``an_epoch``: steps an epoch.
@@ -33,7 +29,7 @@ def check_length(
         size = min(fitting, max(train.batch_size // 2, 1))
         what = "that is a short run" if steps < FEW_STEPS else "that leaves many images out"
         what += f", and batches of {size} would make {num_images // size * epochs:,} steps"
-        say(str(ConfigError(what, (Set("train.batch_size", size), Set("train.epochs")))))
+        say(ConfigError(what, (Set("train.batch_size", size), Set("train.epochs"))))
     share = 0.0 if train.ema_decay is None else train.ema_decay**steps
     if share > 0.01:
         # A memory of a tenth of the run leaves e^-10 of them.
@@ -42,4 +38,4 @@ def check_length(
         error = ConfigError(what, fix)
         if share > 0.5:
             raise error
-        say(str(error))
+        say(error)

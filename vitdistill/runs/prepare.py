@@ -1,6 +1,6 @@
 """Everything a run needs, built and checked before a single file is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,7 @@ from ..distill.plan import Plan
 from ..distill.shares import describe_shares, measure_shares
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, Drop, MissingSplit, Set, UserError
+from ..errors import ConfigError, Drop, MissingSplit, Say, Set, UserError
 from ..evaluate.knn import K
 from ..labels.identity import views_identity
 from ..labels.reader import LabelReader
@@ -53,8 +53,6 @@ from .stored import check_labels, open_labels
 # Images a k-NN evaluation during training looks at: the standard error of 2000 answers is at most
 # 1.1 points, and the bank has 5 images of each of 1000 classes.
 NUM_BANK, NUM_QUERIES = 5000, 2000
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -320,7 +318,7 @@ def make_loaders(
     )
 
 
-def shares_at_start(prepared: Prepared) -> list[str]:
+def shares_at_start(prepared: Prepared) -> list[str | UserError]:
     """Say how much each objective weighs before the first step, on a few images.
 
     Nothing where labels are stored: they belong to the views of training.
@@ -362,7 +360,7 @@ def prove_teachers(prepared: Prepared, say: Say) -> dict[str, Proof]:
                 prove_features(teacher, needs, images, world)
                 say(f"{name}: its features are finite and differ from image to image")
         for suspicion in doubts:
-            say(f"warning: {suspicion}")
+            say(suspicion)
     return found
 
 

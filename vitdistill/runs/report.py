@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import Say
 from ..recipes.convert import flatten
 from ..storage.atomic import write_atomic
 from ..weights.export import export_timm
@@ -18,7 +19,7 @@ from .folder import FIRST_PICTURES, METRICS, PICTURES, TIMING, RunFolder
 from .identity import origin_of_config, read_record
 from .loggers import LoggedRun, Loggers
 from .pictures import draw_sheet, png
-from .prepare import Prepared, Say
+from .prepare import Prepared
 from .stored import open_labels
 
 LOG_ID = "log_id.json"

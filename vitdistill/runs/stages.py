@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..data.loader import check_batches
 from ..distill.step import Distillation
-from ..errors import ConfigError, Give, Set
+from ..errors import ConfigError, Give, Set, Spell
 from ..messages import suggest
 from ..recipes.config import Recipe
 from ..recipes.convert import replace_fields
@@ -26,6 +26,7 @@ from ..recipes.stages import (
     foreseen,
     in_stage,
     sources,
+    spell_in_stage,
 )
 from ..recipes.yaml import dump_recipe
 from ..storage.atomic import disk_errors, write_atomic
@@ -47,6 +48,7 @@ def train_stages(
     *,
     device: str = "auto",
     console: Console | None = None,
+    spell: Spell = str,
     prepared: Callable[[Any], None] | None = None,
     done: Callable[[str, Path, dict[str, Any]], None] | None = None,
     until: str | None = None,
@@ -54,6 +56,7 @@ def train_stages(
     """Train the stages one after the other into folders of ``output`` and return their summaries.
 
     Args:
+        spell: as `train`.
         prepared: called on the main process before the first step of each stage that runs.
         done: called on the main process with a finished stage's name, folder and summary.
         until: the stage to stop after.
@@ -83,9 +86,8 @@ def train_stages(
             say(f"stage {key} ({number} of {len(keys)}): {folder}")
             with in_stage(key):
                 recipe = resolved(stages, key, output)
-                summaries[key] = train(
-                    recipe, folder, device=device, console=console, prepared=begin
-                )
+                shown: Any = {"console": console, "spell": spell_in_stage(key, spell)}
+                summaries[key] = train(recipe, folder, device=device, prepared=begin, **shown)
             if world.is_main and done is not None:
                 done(key, folder, summaries[key])
         # If stages are left out and none ran, the folder may be of a recipe that has all.

@@ -10,14 +10,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..distill.step import Distillation
-from ..errors import DataError
+from ..errors import DataError, Say
 from ..storage import checkpoint
 from ..storage.optimizer import pack_optimizer, unpack_optimizer
 from ..world import World
 from .folder import RunFolder
 from .nonfinite import refuse_nonfinite
 from .optim import make_optimizer
-from .prepare import Prepared, Say
+from .prepare import Prepared
 
 _NUMBERS = ("step", "evaluated_at", "scores", "best", "best_step", "seconds")
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ..data.batch import Batch
 from ..distill.step import UNWEIGHTED
-from ..errors import NonFiniteError, Preempted, UserError
+from ..errors import NonFiniteError, Preempted, Spell, UserError
 from ..evaluate.accuracy import evaluate
 from ..evaluate.features import Stopped
 from ..evaluate.knn import knn_evaluation
@@ -52,6 +52,7 @@ def train(
     *,
     device: str = "auto",
     console: Console | None = None,
+    spell: Spell = str,
     prepared: Callable[[Prepared], None] | None = None,
 ) -> dict[str, Any]:
     """Train a recipe's student into the run folder ``output``, or resume the run that is there.
@@ -61,6 +62,7 @@ def train(
         output: the run folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         console: where progress is shown.
+        spell: makes the sentences of warnings, where these are not for a Python user.
         prepared: called on the main process before the first step.
 
     Returns:
@@ -73,7 +75,7 @@ def train(
     output = Path(output)
     recipe = with_views_of_labels(recipe, saved_recipe(output))
     with join_world(device) as world, ExitStack() as stack:
-        display = Display(console or Console(), world.is_main)
+        display = Display(console or Console(), world.is_main, spell)
         summary = world.from_main(
             lambda: finished(output, recipe, lambda: open_images(recipe).train.fingerprint())
         )

@@ -4,7 +4,7 @@ Several processes may do the same study at once: each does what no other one has
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..errors import ConfigError, Give
+from ..errors import ConfigError, Give, Say
 from ..explain.ahead import Forecast, Known, forecast
 from ..explain.measure import time_step
 from ..labels.store import LabelStore
@@ -43,7 +43,6 @@ from .plan import (
     together,
 )
 
-Say = Callable[[str], None]
 WAIT = 5.0  # seconds between two looks at what other processes do
 
 
