@@ -31,6 +31,7 @@ HOMES = {
     "docs/images/*": "images",
     "examples/*.ipynb": "examples",
     "examples/own_method/*": "examples/own_method",
+    "tests/messages.txt": "messages.md",  # which `write_messages` makes of it
 }
 """Files of the repository, and where on the site they are; patterns name a folder there."""
 

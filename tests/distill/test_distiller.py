@@ -190,6 +190,28 @@ def test_what_does_not_go_together_is_refused() -> None:
     assert refused.value.field == "labels"
 
 
+def test_errors_name_arguments_and_networks_and_no_field_of_a_recipe() -> None:
+    ce, whole = ["ce", "kd"], {"masking": "random_masking"}
+    cases: list[tuple[Any, str]] = [
+        (lambda: Distiller(vit(0), {}, ce), "give the teacher 'teacher'"),
+        (lambda: Distiller(vit(0), [vit(1)], ce), "several teachers by name"),
+        (lambda: Distiller(vit(0), vit(1), ["ce", SoftKD]), "'SoftKD' is no Objective"),
+        (lambda: Distiller(vit(0), vit(1), ["maskedkd"]), "'maskedkd' is no Objective"),
+        (lambda: Distiller(vit(0), vit(1), ce, "random_masking"), "is no TokenSelector"),
+        (lambda: Distiller(vit(0), vit(1), ["mae"]), "give masking='random_masking'"),
+        (lambda: Distiller(vit(0), vit(1, img_size=32), ce, **whole), "student with img_size=32"),
+        (lambda: Distiller(vit(0), vit(1), "kd")([1]), "give a tensor"),
+        (
+            lambda: Distiller(vit(0), vit(1), ce)(batch_of().images, torch.zeros(1).long()),
+            "1 labels are given",
+        ),
+    ]
+    for make, words in cases:
+        with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+            make()
+        assert "student." not in str(refused.value) and "set " not in str(refused.value)
+
+
 # -- anybody's loop -------------------------------------------------------------------------------
 
 

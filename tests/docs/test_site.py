@@ -36,6 +36,12 @@ def test_links_between_the_pages_lead_somewhere(tmp_path: Path) -> None:
             assert not place or place in anchors[there], f"{path.name}: {address}"
 
 
+def test_links_lead_somewhere_in_a_checkout_too() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"):
+        for address in re.findall(r"\]\((?!http)([^)\s#]+)", FENCE.sub("", page.read_text())):
+            assert (page.parent / address).exists(), f"{page.name}: {address}"
+
+
 def test_every_page_is_in_the_navigation(tmp_path: Path) -> None:
     build_site.gather(tmp_path)
     pages = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.md")}

@@ -169,7 +169,7 @@ def test_half_precision_sums_in_float32(seed: int, dtype: torch.dtype, stride: i
 def test_shapes_that_do_not_belong_together(
     shape: tuple[int, int, int, int], kernel_size: int, stride: int
 ) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(ConfigError):
         involution(torch.zeros(1, 4, 4, 4), torch.zeros(shape), kernel_size, stride)
 
 
@@ -240,7 +240,7 @@ def test_a_stride_pools_the_cell_it_stands_for() -> None:
     ],
 )
 def test_impossible_modules(options: dict[str, int]) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(ConfigError):
         Involution(**options)
 
 
@@ -393,3 +393,14 @@ def test_export_and_back(tmp_path: Path) -> None:
 def test_no_dilation() -> None:
     with pytest.raises(ConfigError, match="output_stride"):
         create_model("rednet26", output_stride=8)
+
+
+def test_impossible_networks() -> None:
+    for build in (
+        lambda: RedNet((1, 1)),
+        lambda: RedNet((1, 1, 1, 1), channels=(64, 128)),
+        lambda: RedNet((1, 1, 1, 1), channels=(60, 128, 256, 512)),
+        lambda: rednet(27),
+    ):
+        with pytest.raises(ConfigError):
+            build()

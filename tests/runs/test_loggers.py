@@ -9,8 +9,10 @@ import pytest
 from small_runs import ranks, records, run, unfinished
 
 from vitdistill.errors import ConfigError
+from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.fingerprint import fingerprint
 from vitdistill.runs.loggers import LoggedRun, Loggers, check_loggers
+from vitdistill.runs.report import name_for_loggers
 
 pytestmark = pytest.mark.whole
 
@@ -161,3 +163,11 @@ def test_trackio(tmp_path, monkeypatch):
     log_twice("trackio", tmp_path)
     (found,) = trackio.Api().runs("vitdistill")
     assert found.name == "run-0123456789ab"
+
+
+def test_a_stage_is_named_after_the_folder_of_its_stages(tmp_path: Path) -> None:
+    recipe = Recipe(name="pretrain")
+    assert name_for_loggers(recipe, tmp_path / "mine" / "pretrain") == "pretrain"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "stages.yaml").write_text("")
+    assert name_for_loggers(recipe, tmp_path / "mine" / "pretrain") == "mine-pretrain"

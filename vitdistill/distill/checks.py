@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
 
-from ..errors import Add, ConfigError, Drop, Give, Set, fields_below
+from ..errors import Add, ConfigError, Drop, Set, fields_below
 from ..labels.layout import Layout
 from ..messages import suggest
 from ..methods.base import Masking, Objective, TeacherObjective, TokenSelector
@@ -98,7 +98,7 @@ def check_stored(
         if chooses is not None:
             what = f"{where} are its answers to whole images, and {_kind(chooses)} hides patches"
             part = Drop("selector" if chooses is selector else "masking")
-            raise ConfigError(what, (part, f"leave {field} out"), field=field)
+            raise ConfigError(what, (part, "run it, without labels"), field=field)
         needs = stored[name]
         absent = ["attention"] if needs.attention or needs.qkv else []
         absent += ["logits"] if needs.logits and layout.logits is None else []
@@ -133,14 +133,15 @@ def _temperature(name: str, objective: TeacherObjective, layout: Layout) -> floa
     field = f"teachers.{objective.teacher}.labels"
     if wanted is None or len(wanted) > 1:
         what = f"{name} reads complete logits, and {hold}"
-        raise ConfigError(what, Give("encoding", "float16"), field=field)
+        raise ConfigError(what, "label again, in the encoding float16", field=field)
     if wanted and wanted[0] not in logits.temperatures:
         right = ", ".join(f"{t:g}" for t in logits.temperatures)
         what = (
             f"{name} reads logits at temperature {wanted[0]:g}, and {hold}, right at {right} only"
         )
         declared = Set(f"objectives.{name}.temperature", logits.temperatures[0])
-        raise ConfigError(what, (declared, Give("temperatures", wanted[0])), field=field)
+        again = f"label again, at the temperature {wanted[0]:g}"
+        raise ConfigError(what, (declared, again), field=field)
     return wanted[0] if wanted else logits.temperatures[0]
 
 
@@ -162,10 +163,12 @@ def check_masking(
             what = f"{kind} hides patches, and {_the(network)} cannot be run on a part of them"
             raise ConfigError(what, "take a plain ViT", field=_model(network))
         if network.grid != student.grid:
-            grids = " and ".join(f"{n.grid[0]} x {n.grid[1]}" for n in (student, network))
+            grids = " and ".join(map(_grid, (student, network)))
             what = f"{kind} shows the same patches to all, and student and {_the(network)} have"
             size = f"teachers.{network.name}.image_size"
-            raise ConfigError(f"{what} {grids}", (Set("student.image_size"), Set(size)), field=size)
+            sizes = network.grid[0] * student.patch_size[0], student.grid[0] * network.patch_size[0]
+            fixes = Set("student.image_size", sizes[0]), Set(size, sizes[1])
+            raise ConfigError(f"{what} {grids}", fixes, field=size)
     count, more = masking.count(student.num_patches), masking.teacher_count(student.num_patches)
     if more > count and (not teachers or any(needs.attention for needs in live.values())):
         why = "an objective compares their attention" if teachers else "there is no teacher"
@@ -205,6 +208,12 @@ def _kind(method: object) -> str:
 
 def _the(network: Network) -> str:
     return f"the {network.name} ({network.architecture})"
+
+
+def _grid(network: Network) -> str:
+    """Return ``8 x 8 (images of 32 in patches of 4 pixels)``."""
+    (rows, columns), size, patch = network.grid, network.image_size[0], network.patch_size[0]
+    return f"{rows} x {columns} (images of {size} in patches of {patch} pixels)"
 
 
 def _model(network: Network) -> str:

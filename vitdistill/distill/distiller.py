@@ -1,6 +1,7 @@
 """Distillation inside a training loop of your own: no recipe, no run folder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from .. import keyed
 from ..data.augment import InputSpec
 from ..data.batch import Batch
 from ..data.model_input import input_spec_of
-from ..errors import ConfigError, DataError, Drop, Give
+from ..errors import Add, ConfigError, DataError, Drop, Fix, Give, Set, UserError
 from ..labels.identity import network_from_json
 from ..labels.reader import LabelReader
 from ..labels.store import LabelStore
-from ..methods import method_class, method_name
+from ..methods import METHODS, method_class, method_name
 from ..methods.base import Masking, Objective, Scalar, TokenSelector
 from ..vit.families import describe_network
 from ..vit.output import ViTOutput
@@ -30,6 +31,37 @@ from .teacher import Teacher
 
 Answering = nn.Module | Callable[[Tensor], Any] | str | Path
 """What answers images with logits; or the folder of a run or an export, which holds such."""
+
+
+@contextmanager
+def _without_a_recipe() -> Iterator[None]:
+    """Have errors name arguments and networks in place of a recipe's fields."""
+    try:
+        yield
+    except UserError as error:
+        error.fixes = tuple(map(_as_argument, error.fixes))
+        raise
+
+
+def _as_argument(fix: Fix) -> Fix:
+    if isinstance(fix, Add):
+        kind, name = method_class(fix.method.partition(":")[0]), repr(fix.method)
+        if issubclass(kind, Objective):
+            return f"add {name} to objectives"
+        return f"give {'masking' if issubclass(kind, Masking) else 'selector'}={name}"
+    if not isinstance(fix, Set):
+        return fix
+    part, _, field = fix.field.partition(".")
+    who = f"the {part}"
+    if part in ("teachers", "objectives"):
+        name, _, field = field.partition(".")
+        who = f"the {part[:-1]} {name!r}"
+    if field == "model":
+        return f"give {who}"
+    verb = "build" if part in ("student", "teachers") else "make"
+    field = field.removeprefix("model_args.").replace("image_size", "img_size")
+    of = f"another {field}" if fix.value is None else f"{field}={fix.value!r}"
+    return f"{verb} {who} with {of}"
 
 
 class Distiller(nn.Module):
@@ -46,8 +78,8 @@ class Distiller(nn.Module):
         teachers: one or several by name: likewise, or any function of images; or a `LabelStore` of
             stored answers. Each computes in its parameters' precision, and a float32 one under the
             loop's autocast.
-        objectives: by name, or a list of methods: names (``"kd"``, or ``"kd:NAME"`` for the teacher
-            of that name) or objects (``NKD(gamma=2)``).
+        objectives: by name, or one or several methods: names (``"kd"``, or ``"kd:NAME"`` for the
+            teacher of that name) or objects (``NKD(gamma=2)``).
         selector: chooses the patches that teachers see, such as ``"maskedkd"``.
         masking: hides patches from student and teachers, such as ``"random_masking"``.
         images_spec: size and normalisation of the batches; None: the student's own. A teacher that
@@ -62,11 +94,12 @@ class Distiller(nn.Module):
             or ids that they read are missing.
     """
 
+    @_without_a_recipe()
     def __init__(
         self,
         student: nn.Module | str | Path,
         teachers: Answering | LabelStore | Mapping[str, Answering | LabelStore],
-        objectives: Mapping[str, Objective] | Sequence[Objective | str],
+        objectives: Mapping[str, Objective] | Sequence[Objective | str] | Objective | str,
         selector: TokenSelector | str | None = None,
         masking: Masking | str | None = None,
         *,
@@ -98,8 +131,8 @@ class Distiller(nn.Module):
             describe_network(network, "student", _architecture(network), spec.image_size),
             networks,
             _named(objectives),
-            _made(selector),
-            _made(masking),
+            None if selector is None else _made(selector, TokenSelector, "selector"),
+            None if masking is None else _made(masking, Masking, "masking"),
             {name: reader.store.layout for name, reader in self._readers.items()},
         )
         self.distillation = Distillation(network, plan)
@@ -142,8 +175,13 @@ class Distiller(nn.Module):
         """
         batch = images
         if not isinstance(batch, Batch):
-            assert isinstance(images, Tensor)
+            if not isinstance(images, Tensor):
+                what = f"the images are a {type(images).__name__}"
+                raise ConfigError(what, "give a tensor (B, 3, h, w)", field="images")
             _check_images(images, self.student)
+            if labels is not None and len(labels) != len(images):
+                what = f"{len(labels)} labels are given of {len(images)} images"
+                raise ConfigError(what, "give one an image", field="labels")
             reading = [name for name, o in self.plan.objectives.items() if o.reads_labels]
             if labels is None and reading:
                 what = f"the objective {reading[0]!r} reads labels, and none are given"
@@ -212,6 +250,11 @@ def _unwrap(model: Any, name: str) -> tuple[Callable[..., ViTOutput], Any]:
             what = f"the {name} is {str(model)!r}, which is no folder of a run or an export"
             raise ConfigError(what, "give a network, as timm.create_model makes it", field=name)
         model = create_model(str(found[0]))
+    if not (isinstance(model, nn.Module) or (callable(model) and name != "student")):
+        what = f"the {name} is a {type(model).__name__}"
+        several = ", or several teachers by name: {'first': ..., 'second': ...}"
+        fix = "give a network, as timm.create_model makes it"
+        raise ConfigError(what, fix if name == "student" else fix + several, field=name)
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         what = f"a network in {type(model).__name__} cannot be looked into"
         raise ConfigError(what, "give the network itself, and wrap the Distiller", field="student")
@@ -247,23 +290,31 @@ def _adopted(model: Any, name: str, spec: InputSpec) -> nn.Module:
     try:
         return adopt(model, f"the {name}", said, None if known else spec.image_size)
     except DataError as error:
-        raise ConfigError(error.what, Give("images_spec"), field="images_spec") from error
+        fixes = Give("images_spec"), "give a network of images (B, 3, h, w) to logits"
+        raise ConfigError(error.what, fixes, field="images_spec") from error
 
 
-def _made(method: Any) -> Any:
-    if not isinstance(method, str):
-        return method
-    name, _, teacher = method.partition(":")
-    return method_class(name)(**({"teacher": teacher} if teacher else {}))
+def _made(method: Any, kind: type, argument: str) -> Any:
+    """Return a method of this kind, which may be given by its name; refuse any other."""
+    made = method
+    if isinstance(method, str):
+        name, _, teacher = method.partition(":")
+        made = method_class(name)(**({"teacher": teacher} if teacher else {}))
+    if not isinstance(made, kind):
+        known = [name for name in METHODS if issubclass(method_class(name), kind)]
+        what = f"{argument}: {getattr(method, '__name__', method)!r} is no {kind.__name__}"
+        raise ConfigError(what, f"give a name ({', '.join(known)}) or an object", field=argument)
+    return made
 
 
 def _named(
-    objectives: Mapping[str, Objective] | Sequence[Objective | str],
+    objectives: Mapping[str, Objective] | Sequence[Objective | str] | Objective | str,
 ) -> dict[str, Objective]:
     if isinstance(objectives, Mapping):
-        return dict(objectives)
+        return {name: _made(o, Objective, "objectives") for name, o in objectives.items()}
     named: dict[str, Objective] = {}
-    for made in map(_made, objectives):
+    several = [objectives] if isinstance(objectives, Objective | str) else objectives
+    for made in (_made(method, Objective, "objectives") for method in several):
         key, teacher = method_name(made), getattr(made, "teacher", "teacher")
         key = key if teacher == "teacher" else f"{key}_{teacher}"
         if key in named:

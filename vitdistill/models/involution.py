@@ -19,6 +19,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+from ..messages import suggest
 from .involution_op import involution as involution
 
 
@@ -36,6 +38,9 @@ class Involution(nn.Module):
         group_channels: channels that share a kernel.
         reduction: the kernel is made from ``channels / reduction`` numbers.
 
+    Raises:
+        ConfigError: the channels do not divide, or the kernel has no middle.
+
     Source: arXiv 2103.06255 section 3.2; ``involution_naive.py`` of d-li14/involution@21c3158.
     """
 
@@ -48,8 +53,10 @@ class Involution(nn.Module):
         reduction: int = 4,
     ) -> None:
         super().__init__()
-        fits = kernel_size % 2 and channels % math.lcm(group_channels, reduction) == 0
-        assert fits, "channels are a multiple of the group's and the reduction, the size is odd"
+        multiple = math.lcm(group_channels, reduction)
+        if channels % multiple or not kernel_size % 2:
+            what = f"there is no involution of {channels} channels and a kernel of {kernel_size}"
+            raise ConfigError(what, f"give a multiple of {multiple} channels, and an odd kernel")
         self.kernel_size = kernel_size
         self.stride = stride
         narrow = channels // reduction
@@ -104,6 +111,9 @@ class RedNet(ResNet):
         small_images: no stride in the stem and no pooling after it, for images of about 32 x 32, on
             which the authors' network ends at one pixel. This form is not the authors'.
 
+    Raises:
+        ConfigError: there are not four stages, or an involution's channels do not divide.
+
     Source: arXiv 2103.06255 section 4.1; ``rednet.py`` of d-li14/involution@21c3158.
     """
 
@@ -120,6 +130,9 @@ class RedNet(ResNet):
         stem_width: int = 32,
         small_images: bool = False,
     ) -> None:
+        if not len(layers) == len(channels) == 4:
+            what = f"a RedNet has four stages, not layers {[*layers]} of channels {[*channels]}"
+            raise ConfigError(what, "give four of each")
         block: Any = _Block
         super().__init__(
             block,
@@ -145,7 +158,13 @@ class RedNet(ResNet):
 
 
 def rednet(depth: int, num_classes: int = 1000, **options: Any) -> RedNet:
-    """Return a RedNet of 26, 38, 50, 101 or 152 layers; ``options`` are `RedNet`'s."""
+    """Return a RedNet of 26, 38, 50, 101 or 152 layers; ``options`` are `RedNet`'s.
+
+    Raises `ConfigError` for any other depth.
+    """
+    if depth not in DEPTHS:
+        fix = suggest(str(depth), map(str, DEPTHS))
+        raise ConfigError(f"there is no RedNet of {depth} layers", fix)
     return RedNet(DEPTHS[depth], num_classes, **options)
 
 

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..errors import ConfigError
+
 # Numbers of the output that are summed at once. On a CPU what one tap reads and writes should stay
 # in the cache (measured from 2^16 to all at once: 2^18 to 2^20 are fastest); elsewhere this bounds
 # the float32 copies of half-precision inputs.
@@ -39,12 +41,17 @@ def involution(
         kernel_size: odd.
         stride: of the output, in pixels.
 
+    Raises:
+        ConfigError: the shapes do not fit, or the kernel has no middle.
+
     Source: arXiv 2103.06255 equation 4; ``involution_naive.py`` of d-li14/involution@21c3158.
     """
     places = (-(-x.shape[2] // stride), -(-x.shape[3] // stride))
     groups, rest = divmod(kernel.shape[1], kernel_size**2)
     fits = not rest and groups and x.shape[1] % groups == 0 and kernel.shape[2:] == places
-    assert fits and kernel_size % 2, f"{kernel.shape} is no kernel for images of {x.shape}"
+    if not fits or not kernel_size % 2:
+        shapes = tuple(kernel.shape), tuple(x.shape)
+        raise ConfigError("kernels of {} do not fit images of {}".format(*shapes))
     dtype = torch.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.to(dtype), kernel.to(dtype)
     if torch.compiler.is_exporting():

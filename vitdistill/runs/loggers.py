@@ -41,7 +41,7 @@ class LoggedRun:
     """What a logger is told of its run.
 
     Args:
-        name: of the run's folder.
+        name: of the run's folder; a stage's, after that of the folder of stages.
         folder: where the client may keep its files.
         id: of the run, for the client to go on with it when it is resumed.
         step: steps that were taken before; what was logged of later ones is taken again.

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ..errors import Say
+from ..recipes.config import Recipe
 from ..recipes.convert import flatten
+from ..recipes.stages import STAGES
 from ..storage.atomic import write_atomic
 from ..weights.export import export_timm
 from .display import Speed
@@ -25,6 +27,12 @@ from .stored import open_labels
 LOG_ID = "log_id.json"
 
 
+def name_for_loggers(recipe: Recipe, folder: Path) -> str:
+    """Return a run's name; a stage's, which many recipes call alike, after that of its stages."""
+    above = folder.absolute().parent
+    return f"{above.name}-{recipe.name}" if (above / STAGES).is_file() else recipe.name
+
+
 class Report:
     """Writes into the folder of a run that goes on after ``step``."""
 
@@ -34,8 +42,8 @@ class Report:
         # By it loggers know the run, from its beginning.
         known = read_record(folder.path / LOG_ID, ("id",)) or {"id": uuid.uuid4().hex[:12]}
         write_atomic(folder.path / LOG_ID, json.dumps(known).encode())
-        recipe = prepared.recipe
-        run = LoggedRun(recipe.name, folder.path, str(known["id"]), step, flatten(recipe))
+        recipe, name = prepared.recipe, name_for_loggers(prepared.recipe, folder.path)
+        run = LoggedRun(name, folder.path, str(known["id"]), step, flatten(recipe))
         self.loggers = Loggers(recipe.train.log_to, run, say)
         self._proved = False  # an export of this network, by loading it
         self._origin = lineage(prepared)

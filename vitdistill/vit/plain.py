@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import ConfigError, Set
+from ..errors import ConfigError
 from .heads import TokenHeads
 from .network import AttentionSource, Network
 from .output import QKV, BlockRun
@@ -71,8 +71,8 @@ class PlainViT:
         if model.training and not isinstance(
             getattr(model, "patch_drop", None), nn.Identity | None
         ):
-            field = "student.model_args.patch_drop_rate"
-            raise ConfigError("patches are both chosen and dropped", Set(field, 0), field=field)
+            what = "patches are chosen, and the network drops some itself"
+            raise ConfigError(what, "build it with patch_drop_rate=0", field="student.model_args")
         if self._embeds_patches_alone():
             positions = self._positions(images)
             patches = self._embed_kept(images, keep)
