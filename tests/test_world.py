@@ -76,22 +76,22 @@ def command(words):
     return 0
 
 
-LOST = "vitdistill: another process of this run died or does not answer .*\n"
+LOST = "vitdistill recipes: another process of this run died or does not answer .*\n"
 
 
 @pytest.mark.parametrize(
     ("word", "codes", "first", "second"),
     [
-        ("together", [65, 65], "vitdistill: cat/05.png is damaged\n", ""),
-        ("alone", [70, 64], LOST, r"vitdistill \(process 1\): mine alone" + "\n"),
+        ("together", [65, 65], "vitdistill recipes: cat/05.png is damaged\n", ""),
+        ("alone", [70, 64], LOST, r"vitdistill recipes \(process 1\): mine alone" + "\n"),
     ],
 )
 def test_an_error_is_said_once_by_who_met_it(word, codes, first, second):
     def work(rank):
-        cli._run = lambda name, words, prog: command(words)  # of this process, a fork
+        cli._run = lambda *_: command([word])  # of this process, a fork
         text = io.StringIO()
         with contextlib.redirect_stderr(text):
-            return cli.main(["fail", word]), text.getvalue()
+            return cli.main(["recipes"]), text.getvalue()
 
     answers = ranks(2, work)
     assert [code for code, _ in answers] == codes
@@ -111,16 +111,16 @@ def test_whoever_lives_speaks(dies, when):
                 here.gather(step)
 
     def work(rank):
-        cli._run = lambda name, words, prog: meet(rank)  # of this process, a fork
+        cli._run = lambda *_: meet(rank)  # of this process, a fork
         text = io.StringIO()
         with contextlib.redirect_stderr(text):
-            return cli.main(["fail"]), text.getvalue()
+            return cli.main(["recipes"]), text.getvalue()
 
     for rank, answer in enumerate(ranks(3, work)):
         if rank == dies:
             assert answer is None
         else:
             code, text = answer
-            who = f"vitdistill (process {rank})" if rank else "vitdistill"
+            who = f"vitdistill recipes (process {rank})" if rank else "vitdistill recipes"
             assert code == 70 and text.count("\n") == 1
             assert text.startswith(f"{who}: another process of this run died")
