@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import ConfigError, Set
 from ..messages import printable, suggest
 
-FILES = ("stages.yaml", "recipe.yaml")
+STAGES, RECIPE = "stages.yaml", "recipe.yaml"
 """What holds the recipe in the folder of stages, and in that of a run."""
 
 
@@ -158,12 +158,12 @@ def find_file(name: str) -> Path | None:
 
     None: it is the name of a recipe. Raises `ConfigError` where it is none of these.
     """
-    path, known = Path(name), name.partition(":")[0] in RECIPES
-    if known:
+    if name.partition(":")[0] in RECIPES:
         return None
-    inside = [path / file for file in FILES if (path / file).is_file()]
-    if inside or path.is_file():
-        return inside[0] if inside else path
+    path = Path(name)
+    for file in (path / STAGES, path / RECIPE, path):
+        if file.is_file():
+            return file
     if path.is_dir():
         what = f"the folder {printable(name)} holds no recipe"
         raise ConfigError(what, Set("data.dir", name), field="recipe")

@@ -50,10 +50,9 @@ class Recipe:
         parts = {"data": self.data, "optim": self.optim, "train": self.train, **self.networks}
         for path, part in parts.items():
             check_options(part, path)
-        for name, teacher in self.teachers.items():
-            _check_missing_labels(f"teachers.{name}", teacher)
+        for path, network in self.networks.items():
+            _check_network(path, network)
         _check_schedule(self.optim, self.train.epochs)
-        _check_args(self)
         if self.data.unlabelled is None and self.data.labelled_share != DataConfig.labelled_share:
             what = "labelled_share has no effect without unlabelled images"
             fixes = Set("data.unlabelled"), Set("data.labelled_share", DataConfig.labelled_share)
@@ -72,6 +71,11 @@ class Recipe:
     def learns_without_labels(self) -> bool:
         """Whether an objective learns from images without labels."""
         return not all(objective.reads_labels for objective in self.objectives.values())
+
+    @property
+    def num_views(self) -> int:
+        """How many different views of an image a run shows."""
+        return self.data.views or self.train.epochs
 
     @property
     def data_seed(self) -> int:
@@ -95,14 +99,6 @@ def check_names(field: str, names: Collection[str], reserved: Collection[str] = 
             raise ConfigError(what, fix, field=field)
 
 
-def _check_missing_labels(path: str, teacher: TeacherConfig) -> None:
-    for part, value in {"labels": teacher.labels, "model": teacher.model}.items():
-        if teacher.missing == "online" and not value:
-            what = f"{path}.missing is 'online', which needs {path}.{part}"
-            fix = (Set(f"{path}.{part}"), Set(f"{path}.missing", "error"))
-            raise ConfigError(what, fix, field=f"{path}.{part}")
-
-
 _NOT_ARGS = {
     "checkpoint": "a setting of its own",
     "pretrained": "a setting of its own",
@@ -114,13 +110,19 @@ _NOT_ARGS = {
 """Arguments that are no ``model_args``, and why."""
 
 
-def _check_args(recipe: Recipe) -> None:
-    """Raise `ConfigError` for arguments of timm's which a network has from elsewhere."""
-    for path, config in recipe.networks.items():
-        for name in sorted(config.model_args.keys() & _NOT_ARGS):
-            field, other = f"{path}.model_args.{name}", f"{path}.{name}"
-            fix = Set(other) if hasattr(config, name) else f"leave {name} out"
-            raise ConfigError(f"{field} is {_NOT_ARGS[name]}", fix, field=field)
+def _check_network(path: str, config: StudentConfig | TeacherConfig) -> None:
+    """Raise `ConfigError` for an argument of timm's that a network has from elsewhere, and for a
+    teacher that could not answer where its labels have no record.
+    """
+    for name in sorted(config.model_args.keys() & _NOT_ARGS):
+        field, other = f"{path}.model_args.{name}", f"{path}.{name}"
+        fix = Set(other) if hasattr(config, name) else f"leave {name} out"
+        raise ConfigError(f"{field} is {_NOT_ARGS[name]}", fix, field=field)
+    if isinstance(config, TeacherConfig) and config.missing == "online":
+        for part in ("labels", "model"):
+            if not getattr(config, part):
+                what = f"{path}.missing is 'online', which needs {path}.{part}"
+                raise ConfigError(what, (Set(f"{path}.{part}"), Set(f"{path}.missing", "error")))
 
 
 def fit_warmup(recipe: Recipe, values: Mapping[str, Any]) -> float | None:

@@ -201,20 +201,15 @@ def _replace_fields(settings: T, values: Mapping[str, Any]) -> T:
     for path, value in values.items():
         node, walked, (*parents, last) = data, "", path.split(".")
         for name in parents:
-            node, walked = _enter(node, walked, name), _join(walked, name)
+            walked = _join(walked, name)
+            if not isinstance(node, dict) or name not in node:
+                raise unknown_field(walked, node if isinstance(node, dict) else ())
+            node = node[name]
+            if node is None:
+                fix = Add(NULL_METHODS[walked]) if walked in NULL_METHODS else Set(walked)
+                raise ConfigError(f"{walked} is null", fix, field=walked)
         if not isinstance(node, dict):
             raise unknown_field(path, ())
         node[last] = to_dict(value)
     replaced: T = convert(data, type(settings))
     return replaced
-
-
-def _enter(node: Any, path: str, name: str) -> Any:
-    """Return what ``name`` is in the mapping ``node`` at ``path``."""
-    inner = _join(path, name)
-    if not isinstance(node, dict) or name not in node:
-        raise unknown_field(inner, node if isinstance(node, dict) else ())
-    if node[name] is None:
-        fix = Add(NULL_METHODS[name]) if inner in NULL_METHODS else Set(inner)
-        raise ConfigError(f"{inner} is null", fix, field=inner)
-    return node[name]

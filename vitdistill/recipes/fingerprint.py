@@ -40,14 +40,11 @@ def is_volatile(path: str) -> bool:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Return the sha256 of everything that can change the result, except where weights files are:
-    they are known by their content.
-    """
+    """Return the sha256 of what can change the result; weights files are known by content."""
     # A recipe made in Python may hold 5 where the one read from its YAML holds 5.0.
     flat = flatten(from_dict(to_dict(recipe)))
-    files = {f"{path}.checkpoint" for path, config in recipe.networks.items() if config.checkpoint}
-    later = {key for key, value in flat.items() if (key.rpartition(".")[2], value) in LATER.items()}
-    out = files | later
+    out = {f"{path}.checkpoint" for path, config in recipe.networks.items() if config.checkpoint}
+    out |= {key for key, value in flat.items() if (key.rpartition(".")[2], value) in LATER.items()}
     fixed = {key: value for key, value in flat.items() if not is_volatile(key) and key not in out}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 

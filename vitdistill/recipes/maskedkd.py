@@ -7,11 +7,8 @@ All pairs share one recipe: DeiT's, with soft distillation at temperature 1 and 
 
 from dataclasses import replace
 
-from ..methods.cross_entropy import CrossEntropy
-from ..methods.kd import SoftKD
-from ..methods.maskedkd import MaskedKD
+from . import plain
 from .config import Recipe, StudentConfig, TeacherConfig
-from .deit import IMAGENET
 
 
 def make(name: str) -> Recipe:
@@ -19,12 +16,7 @@ def make(name: str) -> Recipe:
     student, _, teacher = name.partition("_from_")
     weights = f"{teacher}_patch16_224.fb_in1k"
     return replace(
-        IMAGENET,
+        plain.make("maskedkd"),
         student=StudentConfig(model=f"{student}_patch16_224", drop_path=0.1),
         teachers={"teacher": TeacherConfig(model=weights, pretrained=True)},
-        objectives={
-            "ce": CrossEntropy(weight=0.5, smoothing=0.1),
-            "kd": SoftKD(weight=0.5, temperature=1.0),
-        },
-        selector=MaskedKD(keep_rate=0.5),
     )

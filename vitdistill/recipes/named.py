@@ -45,8 +45,9 @@ def method_of_recipes(name: str, beside: str = "") -> Any:
 
 
 def find_recipe(name: str) -> Recipe | Stages:
-    """Return a recipe by its name, by the path of a YAML file, or by the folder of a run or of
-    stages, which holds its recipe; raises `ConfigError` with a suggestion.
+    """Return a recipe by its name, its YAML file, or the folder of a run or of stages.
+
+    Raises `ConfigError` with a suggestion.
     """
     file = find_file(name)
     return named_recipe(name) if file is None else load(file)

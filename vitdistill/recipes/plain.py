@@ -16,22 +16,20 @@ from .deit import IMAGENET
 CE = CrossEntropy(smoothing=0.1)
 HALF = CrossEntropy(weight=0.5, smoothing=0.1)
 # The paper's weight of ViTKD is for sums over 196 patches; means fit any resolution and width.
-VITKD = ViTKD(reduction="mean")
-# Weights as published, beside a cross-entropy of weight 0.1 and of 1.
-STANDARDIZED = SoftKD(weight=9.0, temperature=2.0, standardize=True)
-GUIDANCE = LocalityGuidance(weight=2.5, normalize=True)
+_VITKD = ViTKD(reduction="mean")
 
 _SOFT: dict[str, Objective] = {"ce": HALF, "kd": SoftKD(weight=0.5)}
-_OBJECTIVES: dict[str, dict[str, Objective]] = {
+OBJECTIVES: dict[str, dict[str, Objective]] = {
     "alone": {"ce": CE},
     "kd": _SOFT,
     "hard_kd": {"ce": HALF, "kd": HardKD(weight=0.5)},
     "maskedkd": _SOFT,
-    "standardized_kd": {"ce": CE, "kd": STANDARDIZED},
+    # Weights as published: the first beside a cross-entropy of weight 0.1, the second of 1.
+    "standardized_kd": {"ce": CE, "kd": SoftKD(weight=9.0, temperature=2.0, standardize=True)},
+    "guidance": {"ce": CE, "guidance": LocalityGuidance(weight=2.5, normalize=True)},
     "nkd": {"ce": CE, "nkd": NKD()},
-    "vitkd": {"ce": CE, "vitkd": VITKD},
-    "vitkd_nkd": {"ce": CE, "nkd": NKD(), "vitkd": VITKD},
-    "guidance": {"ce": CE, "guidance": GUIDANCE},
+    "vitkd": {"ce": CE, "vitkd": _VITKD},
+    "vitkd_nkd": {"ce": CE, "nkd": NKD(), "vitkd": _VITKD},
 }
 
 # Fine-tuning is BEiT's and MAE's (arXiv 2106.08254, 2111.06377): a new head, a small learning rate,
@@ -64,7 +62,7 @@ _DISTILL = replace(
 # Four views of an image, in turn, are what a teacher has to answer to, whatever the epochs.
 _FEW_LABELS = replace(
     _DISTILL,
-    objectives={"ce": CE, "kd": STANDARDIZED},
+    objectives=OBJECTIVES["standardized_kd"],
     selector=None,
     data=replace(_DISTILL.data, views=4),
 )
@@ -82,6 +80,6 @@ def make(name: str) -> Recipe:
     return replace(
         IMAGENET,
         teachers={} if name == "alone" else {"teacher": TeacherConfig()},
-        objectives=_OBJECTIVES[name],
+        objectives=OBJECTIVES[name],
         selector=MaskedKD(keep_rate=0.5) if name == "maskedkd" else None,
     )

@@ -192,6 +192,10 @@ class TrainConfig:
     accept_changed_images: bool = option(False, "go on with other images than the run began with")
     eval_batch_size: int = option(256, "images a step of evaluation and process", at_least=1)
 
+    def micro_batch(self, num_processes: int = 1) -> int:
+        """Return how many images a process computes at once."""
+        return self.batch_size // (self.accumulate * num_processes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions:

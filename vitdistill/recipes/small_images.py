@@ -12,10 +12,9 @@ from ..methods.kd import SoftKD
 from ..methods.mae import PixelReconstruction
 from ..methods.maskedkd import MaskedKD
 from ..methods.masking import RandomMasking
-from ..methods.nkd import NKD
 from .config import DataConfig, OptimConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from .libkd import LOSSES
-from .plain import CE, GUIDANCE, STANDARDIZED, VITKD
+from .plain import CE, OBJECTIVES
 from .stages import Stages
 
 VIT = "vit_tiny_patch16_224"
@@ -58,21 +57,19 @@ _SOFT = {
     "ce": CrossEntropy(weight=0.1, smoothing=0.1),
     "kd": SoftKD(weight=0.9, temperature=4.0),
 }
-_BOTH = {"ce": CE, "nkd": NKD(), "vitkd": VITKD}
 _HALF_SEEN = MaskedKD(keep_rate=0.5)
 
 _TAUGHT: dict[str, dict[str, Any]] = {
     "kd": {"objectives": _SOFT},
     "maskedkd": {"objectives": _SOFT, "selector": _HALF_SEEN},
-    "standardized_kd": {"objectives": {"ce": CE, "kd": STANDARDIZED}},
-    "nkd": {"objectives": {"ce": CE, "nkd": NKD()}},
-    "vitkd": {"objectives": {"ce": CE, "vitkd": VITKD}},
-    "vitkd_nkd": {"objectives": _BOTH},
-    "guidance": {"objectives": {"ce": CE, "guidance": GUIDANCE}},
-    "masked_vitkd_nkd": {"objectives": _BOTH, "selector": _HALF_SEEN},
+    **{
+        name: {"objectives": OBJECTIVES[name]}
+        for name in ("standardized_kd", "nkd", "vitkd", "vitkd_nkd", "guidance")
+    },
+    "masked_vitkd_nkd": {"objectives": OBJECTIVES["vitkd_nkd"], "selector": _HALF_SEEN},
     "few_labels": {
         "student": replace(_BASE.student, model_args={**SHAPE, "patch_size": 8}),
-        "objectives": {"ce": CE, "kd": STANDARDIZED},
+        "objectives": OBJECTIVES["standardized_kd"],
         "data": replace(_BASE.data, views=4),
         "optim": replace(_BASE.optim, warmup_epochs=1.0),
         "train": replace(_BASE.train, epochs=24, eval_every=4),
@@ -99,6 +96,7 @@ def make(name: str) -> Recipe | Stages:
         return replace(_BASE, **_OTHERS[key])
     if key == "mae":
         return _MAE
-    dmae = replace(_MAE, teachers=_ONE, objectives={**_MAE.objectives, "dmae": DMAE()})
-    pretrain = dmae if key == "dmae" else _MAE
+    pretrain = _MAE
+    if key == "dmae":
+        pretrain = replace(_MAE, teachers=_ONE, objectives={**_MAE.objectives, "dmae": DMAE()})
     return Stages(stages={"pretrain": pretrain, "finetune": _FINE_TUNING})

@@ -6,20 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import ConfigError, Set, Spell, UserError
 from ..messages import suggest
-from . import FILES
-from .config import Recipe, StudentConfig, TeacherConfig, check_folder_name, check_names
-from .convert import convert, from_dict, in_file
+from . import STAGES
+from .config import Recipe, check_folder_name, check_names
+from .convert import convert, from_dict, in_file, replace_fields
 from .yaml import read_mapping
 
-STAGES = FILES[0]
-"""The staged recipe, in the folder that holds the stages' own."""
 PREFIX = "stage:"
-
-Config = TypeVar("Config", StudentConfig, TeacherConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,26 +46,23 @@ class Stages:
         if len(self.stages) < 2:
             what = f"{self.name!r} has fewer than two stages"
             raise ConfigError(what, "write a plain recipe", field="stages")
-        unnamed = Recipe.__dataclass_fields__["name"].default
         named = {
-            key: replace(recipe, name=key) if recipe.name == unnamed else recipe
+            key: replace(recipe, name=key) if recipe.name == Recipe.name else recipe
             for key, recipe in self.stages.items()
         }
         object.__setattr__(self, "stages", named)
-        earlier: list[str] = []
-        used: set[str] = set()
-        taken = {STAGES}
-        for key, recipe in named.items():
+        used, folders, keys = set[str](), {STAGES}, [*named]
+        for number, (key, recipe) in enumerate(named.items()):
             with in_stage(key):
-                if recipe.name in taken:
+                if recipe.name in folders:
                     raise ConfigError(f"the folder {recipe.name!r} is taken", Set("name"))
-                refuse_sources(recipe, earlier)
+                refuse_sources(recipe, keys[:number])
             used |= {*sources(recipe).values()}
-            taken.add(recipe.name)
-            earlier.append(key)
-        for key in [key for key in earlier[:-1] if key not in used]:
-            fix = f"name '{PREFIX}{key}' in a later student.model or teacher, or drop it"
-            raise ConfigError(f"no later stage uses what {key!r} trains", fix, field="stages")
+            folders.add(recipe.name)
+        for key in keys[:-1]:
+            if key not in used:
+                fix = f"name '{PREFIX}{key}' in a later student.model or teacher, or drop it"
+                raise ConfigError(f"no later stage uses what {key!r} trains", fix, field="stages")
 
     @property
     def last(self) -> Recipe:
@@ -127,32 +120,19 @@ def foreseen(stages: Stages, key: str) -> Recipe:
 
     Nothing else is known of its networks before the earlier stages have run.
     """
-    recipe = stages.stages[key]
-    named = sources(recipe)
-
-    def known(path: str, config: Config) -> Config:
-        source = named.get(f"{path}.model")
-        return config if source is None else _merged(config, foreseen(stages, source).student)
-
-    teachers = {name: known(f"teachers.{name}", t) for name, t in recipe.teachers.items()}
-    return replace(recipe, student=known("student", recipe.student), teachers=teachers)
-
-
-def _merged(config: Config, base: StudentConfig) -> Config:
-    """Return ``config`` as a network that begins as ``base``.
-
-    Arguments that only training reads are not handed on; an export leaves them out too.
-    """
-    args = {
-        key: value
-        for key, value in base.model_args.items()
-        if not key.endswith(("drop_rate", "drop_path_rate"))
-    }
-    if base.image_size is not None:
-        args["img_size"] = base.image_size
-    if config.image_size is not None:
-        args.pop("img_size", None)
-    return replace(config, model=base.model, model_args={**args, **config.model_args})
+    recipe, values = stages.stages[key], dict[str, Any]()
+    for place, source in sources(recipe).items():
+        path = place.removesuffix(".model")
+        own, begun = recipe.networks[path], foreseen(stages, source).student
+        # What only training reads is not handed on; an export leaves it out too.
+        unread = ("drop_rate", "drop_path_rate")
+        args = {k: v for k, v in begun.model_args.items() if not k.endswith(unread)}
+        if begun.image_size is not None:
+            args["img_size"] = begun.image_size
+        if own.image_size is not None:
+            args.pop("img_size", None)
+        values |= {place: begun.model, f"{path}.model_args": args | own.model_args}
+    return replace_fields(recipe, values)
 
 
 # --- YAML ----------------------------------------------------------------------------------------

@@ -61,9 +61,7 @@ def _yaml() -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return what the YAML document ``text`` holds; raises `ConfigError` naming ``source`` and the
-    line.
-    """
+    """Return what the YAML document ``text`` holds; `ConfigError` names ``source`` and the line."""
     try:
         return _yaml().load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -75,9 +73,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_mapping(path: str | Path) -> dict[Any, Any]:
-    """Return the mapping a recipe file holds, unchecked; raises `ConfigError` naming the line that
-    is wrong.
-    """
+    """Return the mapping a recipe file holds, unchecked; `ConfigError` names the wrong line."""
     source = f"the recipe {path}"
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -99,9 +95,7 @@ def dump_yaml(data: Any) -> str:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read the recipe file of one run; raises `ConfigError` naming the line or the field that is
-    wrong.
-    """
+    """Read the recipe file of one run; `ConfigError` names the line or the field that is wrong."""
     return from_dict(read_mapping(path), str(path))
 
 
