@@ -87,8 +87,8 @@ def _done_text(summary: dict[str, Any], output: Path) -> str:
 def _show(prepared: Prepared) -> None:
     train, loader = prepared.recipe.train, prepared.loaders.train
     models = {name: teacher.model for name, teacher in prepared.teachers.items()}
-    micro_batch = train.batch_size // (train.accumulate * prepared.world.size)
-    cost = cost_of(prepared.plan, prepared.student, models, micro_batch)
+    size = train.micro_batch(prepared.world.size)
+    cost = cost_of(prepared.plan, prepared.student, models, size)
     images = loader.steps_per_epoch * train.batch_size
     side = typical_side(loader.source)
     kinds = loader.order.describe()

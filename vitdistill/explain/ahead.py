@@ -117,5 +117,5 @@ def _forecast(
 ) -> Forecast:
     plan = plan_of(recipe, student.network, {name: b.network for name, b in teachers.items()})
     models = {name: built.model for name, built in teachers.items()}
-    micro_batch = recipe.train.batch_size // recipe.train.accumulate
+    micro_batch = recipe.train.micro_batch()
     return Forecast(recipe, *counts, plan, cost_of(plan, student.model, models, micro_batch))

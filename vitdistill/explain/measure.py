@@ -45,7 +45,7 @@ def time_step(recipe: Recipe, num_classes: int, device_name: str = "auto") -> Me
     loading is not measured. A batch larger than a few seconds allow is timed in part.
     """
     world, train = World(0, 1, choose_device(device_name)), recipe.train
-    step, whole = _make_step(recipe, num_classes, world), train.batch_size // train.accumulate
+    step, whole = _make_step(recipe, num_classes, world), train.micro_batch()
     size = min(4, whole)
     with compile_errors(train.compile):
         step(size)
@@ -67,8 +67,7 @@ def measure_step(
     where = f"this CPU ({plural(torch.get_num_threads(), 'thread')})"
     if found.device.type == "cuda":
         where = torch.cuda.get_device_name(found.device)
-    whole = train.batch_size // train.accumulate
-    part = f" (timed in batches of {found.size})" if found.size < whole else ""
+    part = f" (timed in batches of {found.size})" if found.size < train.micro_batch() else ""
     hours = format_duration(per_image * num_images * train.epochs)
     return (
         f"Measured on {where}, {name_precision(amp_dtype_of(train.amp_dtype, found.device))}:"

@@ -18,17 +18,18 @@ def explain(
     unknown), ``kinds`` what an epoch shows of labelled and unlabelled ones, see `Order.describe`.
     """
     run = f"{plural(num_images, 'image')} x {plural(epochs, 'epoch')}"
+    num_shown = num_images * epochs
     sections = [
         [
             "What each network computes for an image",
-            *format_table(_costs(plan, cost, num_images * epochs)),
+            *format_table(_costs(plan, cost, num_shown)),
             f"  {_plain(plan)}: every network whole, on whole images",
             f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",
             *([f"  {kinds}"] if kinds else []),
         ],
         _networks(plan, image_side),
         _memory(plan, cost),
-        *_as_the_paper_counts(plan, num_images * epochs),
+        *_as_the_paper_counts(plan, num_shown),
         _objectives(plan),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -76,7 +77,7 @@ def _numbers(blocks: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(blocks)))
 
 
-def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
+def _costs(plan: Plan, cost: Cost, num_shown: int) -> list[tuple[str, ...]]:
     """FLOPs by network and objective, beside what they would be without this plan."""
 
     def row(name: str, parameters: int, flops: int, plain: int | None) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ def _costs(plan: Plan, cost: Cost, num_images: int) -> list[tuple[str, ...]]:
         if plain == 0 and name not in stored:  # it may compute anything anywhere
             return name, size, "not counted", "", ""
         share = f"{flops / plain:.0%} of {format_count(plain)}" if plain else ""
-        return name, size, format_count(flops), share, format_count(flops * num_images)
+        return name, size, format_count(flops), share, format_count(flops * num_shown)
 
     stored = [f"{name} (stored)" for name in plan.stored]
     rows = [
@@ -138,14 +139,14 @@ def _memory(plan: Plan, cost: Cost) -> list[str]:
     ]
 
 
-def _as_the_paper_counts(plan: Plan, num_images: int) -> list[list[str]]:
+def _as_the_paper_counts(plan: Plan, num_shown: int) -> list[list[str]]:
     """The cost of each teacher whose logits are read, as the MaskedKD paper counts it."""
     sections = []
     for name, needs in plan.live.items():
         teacher, keep = plan.teachers[name], plan.num_keep[name]
         if not (teacher.walks and needs.logits):
             continue
-        masked, whole = (vit_macs(teacher, count) * num_images for count in (keep, None))
+        masked, whole = (vit_macs(teacher, count) * num_shown for count in (keep, None))
         saved = f" against {format_count(whole, 'MACs')} for plain distillation"
         saved += f" ({masked / whole - 1:+.0%})"
         heading = f"The {name} as the MaskedKD paper counts it (blocks whole, all patches embedded)"

@@ -93,7 +93,7 @@ def _paid(run: Run, places: dict[str, str]) -> Paid:
         counts = images, max(getattr(student, "num_classes", 0), 2), 0, ""
         ahead = foresee(recipe, counts)
         trained = ahead.plan.student.num_parameters + sum(ahead.cost.adapters.values())
-        micro_batch = recipe.train.batch_size // recipe.train.accumulate
+        micro_batch = recipe.train.micro_batch()
         found = replace(
             found,
             teachers=sum(ahead.cost.teachers.values()),

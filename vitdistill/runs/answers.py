@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..world import World
 from .identity import origin_of_config, resolve_run
 from .networks import name_precision
 from .prepare import Prepared, build, prove_teachers
+from .stop import StopRequest
 
 
 def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
@@ -46,7 +47,7 @@ class LabelRun:
     """Teachers that answer, and the layout of each one's records, by its name."""
 
     prepared: Prepared
-    layouts: dict[str, Layout]
+    layouts: dict[str, Layout] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -74,15 +75,13 @@ class LabelRun:
             )
         except NonFinite as error:
             sample = int(batch.ids[error.index])
-            key = self.prepared.images.train.key(sample)
-            raise NonFiniteError(
-                f"the answer of the {name} to view {view} of sample {sample} ({key}) cannot be"
-                f" stored ({error})",
-                ("check its weights", Set(f"teachers.{name}.precision", "float32")),
-            ) from error
+            place = f"view {view} of sample {sample} ({self.prepared.images.train.key(sample)})"
+            what = f"the answer of the {name} to {place} cannot be stored ({error})"
+            fixes = "check its weights", Set(f"teachers.{name}.precision", "float32")
+            raise NonFiniteError(what, fixes) from error
 
     def make(
-        self, unit: Unit, stop: Callable[[], bool], tell: Callable[[float], None]
+        self, unit: Unit, stop: StopRequest, tell: Callable[[float], None]
     ) -> list[Records] | None:
         """Return the records of a part for each of its stores; None when asked to stop.
 
@@ -91,7 +90,7 @@ class LabelRun:
         names = [store.path.name for store in unit.stores]
         made: dict[str, list[Records]] = {name: [] for name in names}
         for batch, answers in self.answers(unit.view, unit.lo, unit.hi):
-            if stop():
+            if stop:
                 return None
             for name in names:
                 made[name].append(self.records(name, unit.view, batch, answers[name]))
@@ -126,7 +125,7 @@ class LabelRun:
             identity=self.identity(name),
             layout=self.layouts[name],
             num_samples=len(self.prepared.images.train),
-            num_views=recipe.data.views or recipe.train.epochs,
+            num_views=recipe.num_views,
             part_size=part_size,
             about={
                 "teacher": name,

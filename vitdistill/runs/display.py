@@ -22,12 +22,8 @@ class Display(Progress):
     """
 
     def __init__(self, console: Console, enabled: bool = True, spell: Spell = str) -> None:
-        columns = (
-            SpinnerColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-        )
+        text = TextColumn("{task.description}")
+        columns = SpinnerColumn(), BarColumn(), text, TimeElapsedColumn()
         silent = not (enabled and console.is_terminal)
         self._below = Text()  # Progress asks for what it will show when it is made
         super().__init__(*columns, console=console, transient=True, disable=silent)
@@ -70,8 +66,8 @@ class Display(Progress):
     def step(self, step: int, losses: Mapping[str, float], lr: float, speed: "Speed") -> None:
         """Show the state after ``step`` steps; ``losses`` are means since the last call."""
         total = int(self.tasks[0].total or 0)
-        shown = {n: value for n, value in losses.items() if not n.endswith(UNWEIGHTED)}
-        terms = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        shown = [f"{n} {value:.4f}" for n, value in losses.items() if not n.endswith(UNWEIGHTED)]
+        terms = "  ".join(shown)
         line = (
             f"step {step}/{total}  epoch {step / self.steps_per_epoch:.2f}  {terms}  lr {lr:.2e} "
             f" {speed.images_per_second:,.0f} images/s  {speed.wait_share:.0%} waiting for data "
@@ -82,15 +78,13 @@ class Display(Progress):
         self._below = Text(line, style="dim")
 
     def evaluation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
-        shown = {name: value for name, value in scores.items() if name in SHOWN}
-        text = "  ".join(
+        shown = [
             f"{name} {value:.4f}" if name == "nll" else f"{name} {value:.2%}"
-            for name, value in shown.items()
-        )
-        self.say(
-            f"epoch {step / self.steps_per_epoch:g}  validation "
-            f" {text}{'  (best so far)' if best else ''}"
-        )
+            for name, value in scores.items()
+            if name in SHOWN
+        ]
+        note = ["(best so far)"] if best else []
+        self.say("  ".join([f"epoch {step / self.steps_per_epoch:g}", "validation", *shown, *note]))
 
 
 class Speed:
@@ -108,9 +102,9 @@ class Speed:
         """Count a step; the first one, which warms caches up, only starts the clock."""
         if self._begun is None:
             self._begun = self._window = time.perf_counter()
-            return
-        self._steps += 1
-        self._window_steps += 1
+        else:
+            self._steps += 1
+            self._window_steps += 1
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training (evaluation, saving)."""

@@ -4,13 +4,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from ..data.decoded import check_images
 from ..data.loader import EvalLoader
@@ -32,8 +31,6 @@ from .display import Display
 from .folder import saved_recipe
 from .identity import resolve_run
 from .networks import Built, amp_dtype_of, build_teacher, build_teacher_model
-
-Known = tuple[Float[Tensor, "_ D"], Int[Tensor, " _"]]  # features and labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +90,8 @@ def evaluate_model(job: Evaluation, world: World, display: Display) -> dict[str,
     spec, teacher = model.spec, None
     if job.teacher is not None:
         teacher, _ = build_teacher(job.teacher, "teacher", source.classes, spec, world.device)
-
-    def load(images: ImageSource) -> EvalLoader:
-        return EvalLoader(images, spec, batch_size=job.batch_size, workers=job.workers, world=world)
-
-    loader = load(source)
+    how: dict[str, Any] = {"batch_size": job.batch_size, "workers": job.workers, "world": world}
+    loader = EvalLoader(source, spec, **how)
     scores: dict[str, Any] = {"model": job.model.model, "num_samples": float(len(source))}
     if source.notes:
         scores["notes"] = source.notes
@@ -111,10 +105,14 @@ def evaluate_model(job: Evaluation, world: World, display: Display) -> dict[str,
         tick = display.watch("evaluating", len(loader))
         scores |= evaluate(model, loader, world, amp_dtype, tick, teacher, among)
     if bank is not None:
-        loaders = load(bank), loader
-        tick = display.watch("reading features", len(loaders[0]) + len(loader))
-        how = world, amp_dtype, job.pool, tick
-        scores |= _judge_features(job, *(extract(model.model, images, *how) for images in loaders))
+        loaders = EvalLoader(bank, spec, **how), loader
+        tick = display.watch("reading features", sum(map(len, loaders)))
+        train, val = (extract(model.model, it, world, amp_dtype, job.pool, tick) for it in loaders)
+        scores |= {"pool": job.pool, "num_train_samples": len(train[1])}
+        if job.knn is not None:
+            scores |= {"knn_k": job.knn, **knn_accuracy(*train, *val, k=job.knn)}
+        if job.linear_probe:
+            scores |= linear_probe(*train, *val)
     display.working("measuring its cost")
     return {
         **scores,
@@ -144,30 +142,19 @@ def _build(
     job: Evaluation, built: Built, classes: tuple[str, ...], device: torch.device
 ) -> tuple[Teacher, str]:
     """Return the model, and why it has no answers to be counted; empty if it has."""
-    about = "model", classes, built.spec, device
+    make = partial(build_teacher, job.model, "model", classes, built.spec, device, built=built)
     if job.probes:
         check_pool(job.pool, built.network.has_class_token)
     try:
         if not built.network.num_classes:
-            what = (
-                f"{job.model.model} has no classifier, so no accuracy or agreement with a teacher"
-            )
-            raise ConfigError(what, (Give("knn"), Give("linear_probe")), field="model")
-        return build_teacher(job.model, *about, built=built)[0], ""
+            what = "has no classifier, so no accuracy or agreement with a teacher"
+            fixes = Give("knn"), Give("linear_probe")
+            raise ConfigError(f"{job.model.model} {what}", fixes, field="model")
+        return make()[0], ""
     except ConfigError as error:
         if not job.probes or job.teacher is not None:
             raise
-        return build_teacher(job.model, *about, objectives={}, built=built)[0], error.what
-
-
-def _judge_features(job: Evaluation, train: Known, val: Known) -> dict[str, Any]:
-    """Return what features and labels are worth, learnt from the first and tried on the second."""
-    found: dict[str, Any] = {"pool": job.pool, "num_train_samples": len(train[1])}
-    if job.knn is not None:
-        found |= {"knn_k": job.knn, **knn_accuracy(*train, *val, k=job.knn)}
-    if job.linear_probe:
-        found |= linear_probe(*train, *val)
-    return found
+        return make(objectives={})[0], error.what
 
 
 @torch.no_grad()
@@ -178,9 +165,7 @@ def measure_speed(
     amp_dtype: torch.dtype | None,
     seconds: float = 1.0,
 ) -> float:
-    """Return images a second of the forward pass alone, the median over ``seconds`` and a
-    warm-up.
-    """
+    """Return images a second of the forward pass alone, the median over ``seconds``."""
     images, times = torch.randn(batch_size, 3, *model.spec.image_size, device=world.device), [0.0]
     while len(times) < 5 or sum(times) < seconds:
         begun = time.perf_counter()

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,10 @@ def saved_recipe(path: Path) -> Recipe | None:
         return None
 
 
-def finished(
-    path: Path, recipe: Recipe, images: Callable[[], str] | None = None
-) -> dict[str, Any] | None:
-    """Return the summary of this very run if it is finished; raises as `check_folder`.
+def finished(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the summary of this very run if it is finished; `DataError` if its weights are gone.
 
-    ``images`` tells the fingerprint of the training images; `DataError` if it has learnt from
-    others. Its own may be gone: it needs none any more.
+    Raises as `check_folder`.
     """
     summary = read_record(path / SUMMARY, SUMMED_UP) if check_folder(path, recipe) else None
     if summary is not None:
@@ -93,14 +90,6 @@ def finished(
         if gone:
             what = f"the run {path} is finished, but the weights in {' and '.join(gone)} are gone"
             raise DataError(what, ("restore them", Give("output")), field="output")
-        if images is not None and not recipe.train.accept_changed_images:
-            try:
-                seen = images()
-            except UserError:
-                if recipe.data.dir != load_recipe(path / RECIPE).data.dir:
-                    raise
-                return summary
-            note_identity(path, recipe, {"training images": seen})
     return summary
 
 
@@ -143,16 +132,15 @@ class RunFolder:
 
         Return the device it ran on before, if that was another; else "".
         """
-        path = self.path / ENVIRONMENT
-        now = environment() | {"device": world.device_name, "processes": world.size}
-        now |= {"images": list(images)}
-        known = {k: v for k, v in (read_record(path) or {}).items() if k.isdecimal()}
-        if not known or now != known[max(known, key=int)]:
-            kept = {begun: found for begun, found in known.items() if int(begun) < step}
+        path, device = self.path / ENVIRONMENT, world.device_name
+        now = environment() | {"device": device, "processes": world.size, "images": [*images]}
+        known = (read_record(path) or {}).items()
+        kept = {begun: v for begun, v in known if begun.isdecimal() and int(begun) < step}
+        last = kept[max(kept, key=int)] if kept else {}
+        if now != last:
             write_atomic(path, json.dumps({**kept, str(step): now}, indent=2).encode())
-            device: str = kept[max(kept, key=int)].get("device", "") if kept else ""
-            return "" if device == world.device_name else device
-        return ""
+        before: str = last.get("device", "")
+        return "" if before == device else before
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, Fix, Give, Set
 from ..messages import printable
+from ..recipes import RECIPE
 from ..recipes.config import Recipe
 from ..recipes.convert import flatten, replace_fields
 from ..recipes.fingerprint import differences, fingerprint
@@ -21,7 +22,7 @@ from ..recipes.yaml import load_recipe
 from ..storage.atomic import sha256_file, write_atomic
 from ..weights.origin import Origin, origin_of
 
-RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
+IDENTITY, SUMMARY = "identity.json", "summary.json"
 WEIGHTS = "model.safetensors"
 IMAGES = ("training images", "validation images")
 
@@ -57,14 +58,9 @@ def stages_in(folder: Path) -> list[Path]:
 
 
 def weights_identity(recipe: Recipe) -> dict[str, str]:
-    """Return the digests of the weights files and folders that a recipe names, by field.
-
-    What is not there, or not on this disk, is left out.
-    """
-    configs: dict[str, StudentConfig | TeacherConfig] = {"student": recipe.student}
-    configs |= {f"teachers.{name}": teacher for name, teacher in recipe.teachers.items()}
+    """Return the digests of the weights on this disk that a recipe names, by field."""
     files = {}
-    for path, config in configs.items():
+    for path, config in recipe.networks.items():
         if config.checkpoint:
             files[f"{path}.checkpoint"] = Path(config.checkpoint)
         elif config.model:
@@ -85,10 +81,10 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
     Weights are compared by content: the path may differ where the content does not.
     """
     saved, then, now = load_recipe(folder / RECIPE), read_identity(folder), weights_identity(recipe)
-    same = {field: flatten(recipe)[field] for field in now if then.get(field) == now[field]}
-    lines = differences(recipe, replace_fields(saved, same) if same else saved)
+    before, after = flatten(saved), flatten(recipe)
+    same = {field: after[field] for field in now if then.get(field) == now[field]}
+    lines = differences(recipe, replace_fields(saved, same))
     if has_learnt(folder):
-        before, after = flatten(saved), flatten(recipe)
         for field in now:
             if then.get(field, now[field]) != now[field] and before.get(field) == after[field]:
                 lines.append(f"{field} has other weights than then")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -64,10 +65,9 @@ def label(
             with disk_errors(output):
                 found = contents(output)
             if found and not any((output / name / MANIFEST).is_file() for name in found):
-                raise ConfigError(
-                    f"{printable(output)} holds no labels, but {listed(found)}", Give("output")
-                )
-        run = LabelRun(prepare_teachers(recipe, world, say), {})
+                what = f"{printable(output)} holds no labels, but {listed(found)}"
+                raise ConfigError(what, Give("output"))
+        run = LabelRun(prepare_teachers(recipe, world, say))
         with world.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
             manifests = _manifests(run, options)
             stores = _open_stores(output, manifests, say)
@@ -81,7 +81,7 @@ def label(
         with StopRequest() as stop, progress:
             parts = write_missing(
                 stores,
-                lambda unit: run.make(unit, lambda: bool(stop), progress.within),
+                partial(run.make, stop=stop, tell=progress.within),
                 rank=world.rank,
                 world_size=world.size,
                 stop=lambda: bool(stop),
@@ -100,17 +100,11 @@ def _without_labels(recipe: Recipe) -> Recipe:
     for field in ("selector", "masking"):
         part = getattr(recipe, field)
         if part is not None:
-            raise ConfigError(
-                f"{type(part).__name__} chooses patches anew in every step, and labels are of whole"
-                " images",
-                Drop(field),
-                field=field,
-            )
+            what = f"{type(part).__name__} chooses patches anew in every step"
+            raise ConfigError(f"{what}, and labels are of whole images", Drop(field), field=field)
     if recipe.data.augment.repeated_aug > 1:
-        raise ConfigError(
-            "labels are of one view an image and epoch, and repeated augmentation shows several",
-            Set("data.augment.repeated_aug", 1),
-        )
+        what = "labels are of one view an image and epoch, and repeated augmentation shows several"
+        raise ConfigError(what, Set("data.augment.repeated_aug", 1))
     teachers = recipe.teachers.items()
     return replace(
         recipe, teachers={name: replace(t, labels=None, missing="error") for name, t in teachers}
@@ -121,17 +115,16 @@ def _without_labels(recipe: Recipe) -> Recipe:
 
 
 def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> LogitEncoding:
-    reading = find_logit_readers(recipe.objectives, teacher)
-    readers = [objective.teacher_temperatures for objective in reading]
-    kind = options.encoding
+    readers = find_logit_readers(recipe.objectives, teacher)
+    read_at = [objective.teacher_temperatures for objective in readers]
+    kind, k, temperatures = options.encoding, options.k or 0, options.temperatures
     if kind == "auto":
-        sparse = all(wanted is not None and len(wanted) <= 1 for wanted in readers)
+        sparse = all(wanted is not None and len(wanted) <= 1 for wanted in read_at)
         kind = "topk" if teacher.num_classes > COMPLETE_CLASSES and sparse else "float16"
-    k, temperatures = options.k or 0, options.temperatures
     if kind == "topk":
         k = _DEFAULT_K if options.k is None else options.k
-        read_at = sorted({t for wanted in readers for t in wanted or ()})
-        temperatures = temperatures or tuple(read_at) or (1.0,)
+        wanted_at = sorted({t for wanted in read_at for t in wanted or ()})
+        temperatures = temperatures or tuple(wanted_at) or (1.0,)
     return LogitEncoding(kind=kind, num_classes=teacher.num_classes, k=k, temperatures=temperatures)
 
 

@@ -69,10 +69,8 @@ def check(
         run = LabelRun(prepare_teachers(recipe, world, say), {name: store.layout})
         changed = differing(store.manifest.identity, run.identity(name))
         if changed:
-            raise DataError(
-                f"what made the labels in {store.path} has changed: {changed}",
-                (Give("data_dir"), Give("teacher_model")),
-            )
+            what = f"what made the labels in {store.path} has changed: {changed}"
+            raise DataError(what, (Give("data_dir"), Give("teacher_model")))
         for view, first, last in _places(store, sealed, samples, recipe.data_seed):
             for batch, answers in run.answers(view, first, last):
                 stored.append(store.read(np.full(len(batch.ids), view), batch.ids)[0])

@@ -8,22 +8,18 @@ FEW_STEPS = 1000
 """Steps below which a recipe made for ImageNet does not get where it should."""
 
 
-def check_length(recipe: Recipe, num_images: int, an_epoch: int, say: Say) -> None:
+def check_length(recipe: Recipe, num_images: int, steps_per_epoch: int, say: Say) -> None:
     """Say how many steps a run has, what an epoch leaves out, and what to set where that is poor.
-
-    ``an_epoch``: steps an epoch.
 
     Raises:
         ConfigError: the moving average would mostly be the weights the run began with.
     """
     train, epochs = recipe.train, recipe.train.epochs
-    steps, warmup = an_epoch * epochs, an_epoch * recipe.optim.warmup_epochs
-    left_out = max(num_images - an_epoch * train.batch_size, 0)
+    steps, warmup = steps_per_epoch * epochs, steps_per_epoch * recipe.optim.warmup_epochs
+    left_out = max(num_images - steps_per_epoch * train.batch_size, 0)
     rest = f"{left_out:,} of {num_images:,} images ({left_out / num_images:.0%})"
-    say(
-        f"{plural(steps, 'step')}, {an_epoch:,} an epoch, {warmup:,.0f} of them warm-up"
-        + (f"; an epoch leaves out {rest}" if left_out else "")
-    )
+    length = f"{plural(steps, 'step')}, {steps_per_epoch:,} an epoch, {warmup:,.0f} of them warm-up"
+    say(f"{length}; an epoch leaves out {rest}" if left_out else length)
     if steps < FEW_STEPS or left_out > num_images / 10:
         fitting = 1 << max((num_images * epochs // FEW_STEPS).bit_length() - 1, 4)
         size = min(fitting, max(train.batch_size // 2, 1))

@@ -7,9 +7,9 @@ when it is asked for. One that fails never stops a run.
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Say
 from ..messages import first_line, suggest
 
 PROJECT = "vitdistill"
@@ -87,35 +87,36 @@ def _known() -> dict[str, str]:
 class Loggers:
     """The loggers of a run; one that fails is left out from then on, and that is said once."""
 
-    def __init__(self, names: Sequence[str], run: LoggedRun, say: Callable[[str], None]) -> None:
+    def __init__(self, names: Sequence[str], run: LoggedRun, say: Say) -> None:
         if tuple(names) == AUTO:
             names = ["tensorboard"] if find_spec("tensorboard") else []
         self._open: dict[str, Logger] = {}
         self._say, known = say, _known()
         for name in names:
-            self._try(name, partial(self._begin, name, known[name], run))
+            with self._leave_out_if_it_fails(name):
+                self._open[name] = resolve_name(known[name])(run)
 
-    def _begin(self, name: str, place: str, run: LoggedRun) -> None:
-        self._open[name] = resolve_name(place)(run)
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._tell_each(lambda logger: logger.log(values, step))
 
-    def _try(self, name: str, work: Callable[[], None]) -> None:
+    def picture(self, name: str, pixels: npt.NDArray[np.uint8], step: int) -> None:
+        self._tell_each(lambda logger: logger.picture(name, pixels, step))
+
+    def close(self) -> None:
+        self._tell_each(lambda logger: logger.close())
+
+    def _tell_each(self, tell: Callable[[Logger], None]) -> None:
+        for name, logger in [*self._open.items()]:
+            with self._leave_out_if_it_fails(name):
+                tell(logger)
+
+    @contextmanager
+    def _leave_out_if_it_fails(self, name: str) -> Iterator[None]:
         try:
-            work()
+            yield
         except Exception as error:  # whatever a client raises: of its network, its disk, its login
             self._open.pop(name, None)
             self._say(f"warning: the logger {name} failed and is left out ({first_line(error)})")
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, logger in [*self._open.items()]:
-            self._try(name, partial(logger.log, values, step))
-
-    def picture(self, what: str, pixels: npt.NDArray[np.uint8], step: int) -> None:
-        for name, logger in [*self._open.items()]:
-            self._try(name, partial(logger.picture, what, pixels, step))
-
-    def close(self) -> None:
-        for name, logger in [*self._open.items()]:
-            self._try(name, logger.close)
 
 
 class TensorBoard:

@@ -1,7 +1,7 @@
 """From a recipe to networks: the student, its teachers, and the plan that ties them."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from types import FunctionType
@@ -16,7 +16,7 @@ from ..distill.classes import ClassMatch, match_classes
 from ..distill.plan import Plan, make_plan
 from ..distill.step import Distillation
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, Set, UserError, fields_below
+from ..errors import ConfigError, Say, Set, UserError, fields_below
 from ..messages import first_line
 from ..methods.base import Objective, TeacherObjective
 from ..models.mae import hold_positions, init_mae
@@ -62,14 +62,12 @@ def build_student(config: StudentConfig, num_classes: int, *, with_weights: bool
     """Build the student with a head for ``num_classes``; 0: without a head."""
     drop_path = config.drop_path or None
     built = _build(config, "student", num_classes, with_weights, drop_path=drop_path)
-    if config.init == "model":
-        return built
-    if not built.network.walks:
-        raise ConfigError(
-            f"init mae is for plain ViTs, and {config.model} is none",
-            (Set("student.init", "model"), Set("student.model")),
-        )
-    (hold_positions if _has_weights(config) else init_mae)(built.model)
+    if config.init == "mae":
+        if not built.network.walks:
+            what = f"init mae is for plain ViTs, and {config.model} is none"
+            raise ConfigError(what, (Set("student.init", "model"), Set("student.model")))
+        begin = hold_positions if _has_weights(config) else init_mae
+        begin(built.model)
     return built
 
 
@@ -115,9 +113,12 @@ def _build(
 
 def _has_weights(config: StudentConfig | TeacherConfig) -> bool:
     """Return whether weights are named, by a file or by the model itself."""
-    return bool(
-        config.checkpoint or config.pretrained or weights.carries_weights(resolve_run(config.model))
-    )
+    return bool(config.checkpoint) or _loads_own_weights(config)
+
+
+def _loads_own_weights(config: StudentConfig | TeacherConfig) -> bool:
+    """Return whether weights come with the model itself."""
+    return config.pretrained or weights.carries_weights(resolve_run(config.model))
 
 
 def check_has_weights(config: TeacherConfig, name: str) -> None:
@@ -127,11 +128,8 @@ def check_has_weights(config: TeacherConfig, name: str) -> None:
     if not _has_weights(config):
         field = f"teachers.{name}"
         file, pretrained = Set(f"{field}.checkpoint", "FILE"), Set(f"{field}.pretrained", True)
-        raise ConfigError(
-            f"the {name} {config.model} would have random weights",
-            (file, pretrained, Set(f"{field}.model", "RUN")),
-            field=f"{field}.checkpoint",
-        )
+        what = f"the {name} {config.model} would have random weights"
+        raise ConfigError(what, (file, pretrained, Set(f"{field}.model", "RUN")))
 
 
 def find_logit_readers(
@@ -153,38 +151,32 @@ def build_blank(
 
     Teachers answer for ``num_classes``; ``heads``: classes of a teacher's own head, by name.
     """
-    objectives, heads = recipe.objectives, heads or {}
     student = build_student(recipe.student, num_classes, with_weights=False)
-    if not any(objective.trains_heads(student.network) for objective in objectives.values()):
+    if not trains_classifier(recipe, student.network):
         student = build_student(recipe.student, 0, with_weights=False)
     teachers = {}
     for name, config in recipe.teachers.items():
         if config.labels is not None:
             continue
         built = build_teacher_model(config, name, with_weights=False)
-        if name in heads:
+        readers = find_logit_readers(recipe.objectives, built.network)
+        # Only loading a file could tell its head. Without readers it is assumed to have none, and
+        # with them to have one, also of a network that timm builds without, such as DINOv3.
+        if heads and name in heads:
             built = _with_classes(built, heads[name])
-        else:
-            built = _with_assumed_head(built, config, num_classes, objectives)
-        if built.network.num_classes and find_logit_readers(objectives, built.network):
+        elif config.checkpoint and not readers:
+            built = _with_classes(built, 0)
+        elif readers and not (built.network.num_classes or _loads_own_weights(config)):
+            built = _with_classes(built, num_classes)
+        if built.network.num_classes and find_logit_readers(recipe.objectives, built.network):
             built = replace(built, network=replace(built.network, num_classes=num_classes))
         teachers[name] = built
     return student, teachers
 
 
-def _with_assumed_head(
-    built: Built, config: TeacherConfig, num_classes: int, objectives: Mapping[str, Objective]
-) -> Built:
-    """Give a teacher the head that its file is assumed to have: only loading it could tell.
-
-    Without readers of logits it has none. With them it has one, also under timm's name of a network
-    that has none of its own, such as DINOv3.
-    """
-    if not find_logit_readers(objectives, built.network):
-        return _with_classes(built, 0) if config.checkpoint else built
-    from_file = not config.pretrained and not weights.carries_weights(resolve_run(config.model))
-    lacks = built.network.num_classes == 0
-    return _with_classes(built, num_classes) if lacks and from_file else built
+def trains_classifier(recipe: Recipe, student: Network) -> bool:
+    """Return whether an objective trains the student's head."""
+    return any(objective.trains_heads(student) for objective in recipe.objectives.values())
 
 
 def _with_classes(built: Built, num_classes: int) -> Built:
@@ -216,13 +208,13 @@ def build_teacher(
     if objectives is not None and not find_logit_readers(objectives, network):
         match = ClassMatch(None, "only its features are read")
     else:
-        order = _class_order(config, name, classes, network.num_classes)
-        match = ClassMatch(
-            order, "the images are unlabelled: its own classes are kept", names or ()
-        )
+        count = network.num_classes
+        order = _class_order(config, name, classes, count)
         if classes:
-            how = config.reorder_classes, order
-            match = match_classes(name, names, network.num_classes, classes, *how)
+            match = match_classes(name, names, count, classes, config.reorder_classes, order)
+        else:
+            kept = "the images are unlabelled: its own classes are kept"
+            match = ClassMatch(order, kept, names or ())
     if match.index is not None:
         network, index = replace(network, num_classes=len(match.index)), torch.tensor(match.index)
     teacher = Teacher(
@@ -266,7 +258,7 @@ class Networks:
 
 
 def build_networks(
-    recipe: Recipe, classes: tuple[str, ...], device: torch.device, say: Callable[[str], None]
+    recipe: Recipe, classes: tuple[str, ...], device: torch.device, say: Say
 ) -> Networks:
     """Build the networks of a recipe and resolve its plan.
 
@@ -278,7 +270,7 @@ def build_networks(
     # that the student's weights are the first that the seed gives.
     with torch.device("meta"):
         blank = build_student(recipe.student, num_classes, with_weights=False)
-    trained = any(o.trains_heads(blank.network) for o in recipe.objectives.values())
+    trained = trains_classifier(recipe, blank.network)
     torch.manual_seed(recipe.train.seed)
     student = build_student(recipe.student, num_classes if trained else 0)
     # Building a network draws numbers; adapters begin alike, whether a teacher runs or is stored.
@@ -311,28 +303,25 @@ def _build_teachers(
     classes: tuple[str, ...],
     images_spec: InputSpec,
     device: torch.device,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[dict[str, Teacher], list[tuple[int, tuple[str, ...]]]]:
-    """Build the teachers, and return the classes of those whose logits are read."""
-    stores = open_labels(recipe)
+    """Build the teachers; return also the (number, names) of classes of those that answer."""
+    stores, objectives = open_labels(recipe), recipe.objectives
     teachers: dict[str, Teacher] = {}
     answers: list[tuple[int, tuple[str, ...]]] = []
     for name, config in recipe.teachers.items():
-        if name in stores:
-            network = stored_network(stores[name], name)
-            if find_logit_readers(recipe.objectives, network):
-                names = tuple(stores[name].manifest.about.get("classes", ()))
-                answers.append((network.num_classes, names))
-            # Others may have to answer, or are compared with the one that made the labels.
-            if not runs(config) and (not config.model or made_by(stores[name], config)):
-                continue
-        teacher, match = build_teacher(
-            config, name, classes, images_spec, device, recipe.objectives
-        )
-        teachers[name] = teacher
-        if name not in stores and find_logit_readers(recipe.objectives, teacher.network):
-            answers.append((teacher.network.num_classes, match.classes))
-        say(f"{name}: {teacher.network.architecture}, {match.remark}")
+        store = stores.get(name)
+        if store is not None:
+            network, names = stored_network(store, name), store.manifest.about.get("classes", ())
+        # Those with labels may have to answer, or are compared with the one that made the labels.
+        if store is None or runs(config) or (config.model and not made_by(store, config)):
+            teacher, match = build_teacher(config, name, classes, images_spec, device, objectives)
+            teachers[name] = teacher
+            say(f"{name}: {teacher.network.architecture}, {match.remark}")
+            if store is None:
+                network, names = teacher.network, match.classes
+        if find_logit_readers(objectives, network):
+            answers.append((network.num_classes, tuple(names)))
     return teachers, answers
 
 
@@ -377,8 +366,7 @@ def compile_errors(compiled: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, UserError | MemoryError | torch.OutOfMemoryError)
-        if known or not compiled:
+        if not compiled or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
             raise
         what = f"the networks cannot be compiled ({first_line(error)})"
         raise ConfigError(what, Set("train.compile", False)) from error

@@ -18,13 +18,13 @@ _CALMER = (Set("optim.lr"), Set("optim.clip_grad"), Set("train.amp_dtype", "floa
 
 def nonfinite_error(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError:
     """Repeat a step that was not applied, to name the culprit; call it on every process."""
-    found = [error for error in prepared.world.gather(_culprit(prepared, step, num_steps)) if error]
+    found = [e for e in prepared.world.gather(_find_culprit(prepared, step, num_steps)) if e]
     # One process's loss is in everybody's gradients: the cause, which has a place, comes first.
     unknown = NonFiniteError("the loss is NaN or infinite", _CALMER)
     return agreed(min(found, key=lambda error: error.field == unknown.field, default=unknown))
 
 
-def _culprit(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError | None:
+def _find_culprit(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError | None:
     distillation, teachers = prepared.distillation, prepared.teachers
     named = {name: p for name, p in distillation.named_parameters() if p.requires_grad}
     (micro_batches,) = prepared.loaders.train.batches(step, 1)
@@ -58,8 +58,7 @@ def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 @contextmanager
 def step_errors(prepared: Prepared, output: Path, step: Callable[[], int]) -> Iterator[None]:
     """Say of an error where it happened, and what is left; ``step``: which one it is now."""
-    train = prepared.recipe.train
-    size = train.batch_size // (train.accumulate * prepared.world.size)
+    size = prepared.recipe.train.micro_batch(prepared.world.size)
     where = (
         f"in a training step of {plural(size, 'image')} at once; the batch size is part of what a"
         " run computes, so another one needs another output"

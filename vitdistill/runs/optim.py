@@ -18,7 +18,7 @@ from torch import nn
 
 from ..distill.step import Distillation
 from ..errors import ConfigError, Set
-from ..messages import suggest
+from ..messages import first_line, suggest
 from ..recipes.config import OptimConfig
 
 _FUSED = ("adamw", "adam", "sgd", "nesterov", "momentum")
@@ -30,19 +30,16 @@ def parameter_groups(distillation: Distillation, config: OptimConfig) -> list[di
     Adapters follow; their vectors do not decay.
     """
     student: Any = distillation.student
-    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
     exempt = student.no_weight_decay() if hasattr(student, "no_weight_decay") else ()
+    how: dict[str, Any] = {"weight_decay": config.weight_decay, "no_weight_decay_list": exempt}
     if config.layer_decay is None:
-        groups = param_groups_weight_decay(student, no_weight_decay_list=exempt, **decay)
-    elif not hasattr(student, "group_matcher"):
-        raise ConfigError(
-            f"layer_decay needs a timm model that names its layers: {type(student).__name__} does"
-            " not",
-            Set("optim.layer_decay", "none"),
-        )
+        groups = param_groups_weight_decay(student, **how)
+    elif hasattr(student, "group_matcher"):
+        groups = param_groups_layer_decay(student, layer_decay=config.layer_decay, **how)
     else:
-        decay["layer_decay"] = config.layer_decay
-        groups = param_groups_layer_decay(student, no_weight_decay_list=exempt, **decay)
+        does_not = f"{type(student).__name__} does not"
+        what = f"layer_decay needs a timm model that names its layers: {does_not}"
+        raise ConfigError(what, Set("optim.layer_decay", "none"))
     if len(distillation.adapters):
         groups += param_groups_weight_decay(distillation.adapters, weight_decay=config.weight_decay)
     return [group for group in groups if group["params"]]
@@ -80,11 +77,9 @@ def make_optimizer(distillation: Distillation, config: OptimConfig) -> torch.opt
         if config.opt.lower().removeprefix("lookahead_") not in known:
             what, fix = f"there is no optimizer {config.opt!r}", suggest(config.opt, known)
             raise ConfigError(what, fix, field="optim.opt") from None
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(
-            f"the optimizer {config.opt} cannot be made with opt_args {config.opt_args} ({reason})",
-            (Set("optim.opt_args"), Set("optim.opt")),
-        ) from error
+        args = f"opt_args {config.opt_args} ({first_line(error)})"
+        what = f"the optimizer {config.opt} cannot be made with {args}"
+        raise ConfigError(what, (Set("optim.opt_args"), Set("optim.opt"))) from error
     if config.sched == "none":
         # A schedule multiplies by lr_scale at every step; without one, layer decay is applied here.
         for group in optimizer.param_groups:

@@ -32,9 +32,10 @@ def natural_order(classes: Sequence[str]) -> tuple[int, ...]:
     """
 
     def key(place: int) -> list[tuple[int, str]]:
-        parts = enumerate(re.split(r"(\d+)", classes[place].casefold()))
-        numbers = [(i % 2, part.lstrip("0") if i % 2 else part) for i, part in parts]
-        return [(len(part) * is_number, part) for is_number, part in numbers]
+        parts = re.split(r"(\d+)", classes[place].casefold())
+        parts[1::2] = [number.lstrip("0") for number in parts[1::2]]
+        # Of two numbers the one with fewer digits comes first.
+        return [(len(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
     ordered = sorted(range(len(classes)), key=key)
     return tuple(sorted(range(len(classes)), key=ordered.__getitem__))

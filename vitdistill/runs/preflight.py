@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..data.augment import InputSpec
 from ..data.batch import Batch
+from ..data.loader import EvalLoader
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, Fix, NonFiniteError, Set, UserError
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..vit.needs import Needs
 from ..vit.output import ViTOutput
 from ..world import World, agreed
-from .orders import alignment, find_better_order, log_likelihoods
+from .orders import Reordering, alignment, find_better_order, log_likelihoods
 
 NUM_IMAGES = 512
 MANY = 0.03  # of accuracy: what a teacher may lose by how images are cut before it is said
@@ -102,28 +103,17 @@ def _judge(
     untrained = doubt_weights(teacher) if accuracy < (1 + chance) / 2 else None
     proven = untrained is None and accuracy > chance and alignment(logits, labels) > enough
     what = f"{_name(teacher)} is right on {accuracy:.1%} of {len(labels)} validation images"
-    order, reordered = find_better_order(logits, labels, classes), None
-    if order is not None:
-        own, i = min((own, i) for i, own in enumerate(order.index) if own != i)
-        fix = Set(f"{where}.class_order", "natural" if order.natural else [*order.index])
-        spelled = teacher.class_index is None and (order.natural or len(classes) <= _SPELLED)
-        reordered = ConfigError(
-            f"{what}, and would be on {order.accuracy:.1%} with its classes in"
-            f" {'their natural (2 before 10)' if order.natural else 'another'} order, where its"
-            f" class {own} is the data set's {i}, {classes[i]!r}",
-            fix if spelled else "give its config.json the names of its classes (label_names)",
-            field=fix.field,
-        )
+    order = find_better_order(logits, labels, classes)
+    reordered = None if order is None else _doubt_order(teacher, classes, order, what)
     doubts = [doubt for doubt in (untrained, misfit, reordered) if doubt is not None]
-    if not proven:
-        luck = ConfigError(
+    if not (proven or doubts):
+        luck = (
             f"{what}, which an untrained network reaches by luck (chance: {chance:.1%} for"
             f" {len(classes)} classes); perhaps it was trained too briefly, or its weights,"
-            " classes or normalisation are wrong",
-            ("train it for more epochs", "train it in smaller batches", "check its weights"),
-            field=where,
+            " classes or normalisation are wrong"
         )
-        doubts = doubts or [luck]
+        fixes = "train it for more epochs", "train it in smaller batches", "check its weights"
+        doubts = [ConfigError(luck, fixes, field=where)]
     # A weak teacher confuses classes without being in another order.
     certain = order is not None and order.certain
     if certain or not (proven or accept):
@@ -133,19 +123,36 @@ def _judge(
     return Proof(accuracy, chance, len(labels), tuple(doubts))
 
 
+def _doubt_order(
+    teacher: Teacher, classes: Sequence[str], order: Reordering, what: str
+) -> ConfigError:
+    """Return the error of classes in the wrong order; ``what``: how often the teacher is right."""
+    own, i = min((own, i) for i, own in enumerate(order.index) if own != i)
+    field = f"teachers.{teacher.network.name}.class_order"
+    fix: Fix = Set(field, "natural" if order.natural else [*order.index])
+    if teacher.class_index is not None or not (order.natural or len(classes) <= _SPELLED):
+        fix = "give its config.json the names of its classes (label_names)"
+    how = "their natural (2 before 10)" if order.natural else "another"
+    what += f", and would be on {order.accuracy:.1%} with its classes in {how} order, where its"
+    what += f" class {own} is the data set's {i}, {classes[i]!r}"
+    return ConfigError(what, fix, field=field)
+
+
 @torch.no_grad()
 def doubt_views(
-    teacher: Teacher, proof: Proof, batches: Iterable[Batch], seen: InputSpec, world: World
+    teacher: Teacher, proof: Proof, images: EvalLoader, world: World
 ) -> ConfigError | None:
-    """Return an error if a teacher is `MANY` points better on these images as it was made for; call
-    it on every process.
+    """Return an error if a teacher is `MANY` points better on images that are cut as it was made
+    for; call it on every process.
 
-    Args:
-        batches: this process's share of the images of the ``proof``, cut as the teacher's own.
-        seen: how the student's run cuts them.
+    ``images``: this process's share of those of the ``proof``, as the student sees them.
     """
-    right, own = torch.zeros(2, dtype=torch.float64), teacher.spec
-    for batch in batches:
+    own, seen = teacher.spec, images.spec
+    cut = replace(own, mean=seen.mean, std=seen.std, interpolation=seen.interpolation)
+    if cut == seen:
+        return None
+    right = torch.zeros(2, dtype=torch.float64)
+    for batch in images.cut_as(cut):
         found = _answer(teacher, batch.images).argmax(1) == batch.labels.cpu()
         right += torch.tensor([found.sum(), len(found)])
     hits, count = torch.stack(world.gather(right)).sum(0).tolist()

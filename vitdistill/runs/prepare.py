@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,17 +126,15 @@ class Prepared:
             "image pipeline": self.loaders.train.pipeline,
             "precision": name_precision(self.amp_dtype),
         }
-        for name in self.teachers:
-            found[f"weights of the {name}"] = self.networks.digests[name]
-        for name, store in open_labels(self.recipe).items():
-            found[f"labels of the {name}"] = store.manifest.digest
-        return found
+        found |= {f"weights of the {name}": self.networks.digests[name] for name in self.teachers}
+        stores = open_labels(self.recipe).items()
+        return found | {f"labels of the {name}": store.manifest.digest for name, store in stores}
 
     def identity_of_views(self) -> dict[str, Any]:
         """Return what labels have to share with the run that reads them."""
-        images, networks, data = self.images.train, self.networks, self.recipe.data
-        given = images, networks.classes, networks.spec, data.augment
-        return views_identity(*given, self.recipe.data_seed, self.loaders.train.pipeline)
+        images, networks, recipe = self.images.train, self.networks, self.recipe
+        made_by = networks.spec, recipe.data.augment, recipe.data_seed, self.loaders.train.pipeline
+        return views_identity(images, networks.classes, *made_by)
 
     @contextmanager
     def in_micro_batch(self, step: int, number: int) -> Iterator[None]:
@@ -168,11 +167,10 @@ def prepare(recipe: Recipe, world: World, say: Say, begun_in: str | None = None)
     proofs = prove_teachers(prepared, say)
     with world.together(), memory_errors("before the first step", less):
         unused = unused_parameters(prepared)
-        if unused:
-            say(
-                f"no gradient reaches {plural(len(unused), 'parameter')} ({listed(unused)}): no"
-                f" objective reads {'it' if len(unused) == 1 else 'them'}"
-            )
+    if unused:
+        them = "it" if len(unused) == 1 else "them"
+        named = f"{plural(len(unused), 'parameter')} ({listed(unused)})"
+        say(f"no gradient reaches {named}: no objective reads {them}")
     return replace(prepared, unused=unused, proofs=proofs)
 
 
@@ -197,24 +195,20 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     Raises:
         ConfigError: the images lack labels that the recipe needs, or are all of one class.
     """
-    folder = recipe.data.dir
-    if not folder:
+    data = recipe.data
+    if not data.dir:
         raise ConfigError("no images are given", Set("data.dir", "FOLDER"))
     reading = [name for name, objective in recipe.objectives.items() if objective.reads_labels]
-    val_split = recipe.data.val_split
-    train, val = open_source(folder, "train", val_split=val_split), None
+    train, val = open_source(data.dir, "train", val_split=data.val_split), None
     if reading and len(train.classes) < 2:
-        found = "have no labels (no class folders)"
-        if train.classes:
-            found = f"are all of one class ({train.classes[0]!r})"
-        raise ConfigError(
-            f"the images in {folder} {found}, and the objective {reading[0]!r} reads them",
-            (Set("data.dir"), Drop(reading[0])),
-        )
+        one = f"are all of one class ({train.classes[0]!r})" if train.classes else ""
+        found = one or "have no labels (no class folders)"
+        what = f"the images in {data.dir} {found}, and the objective {reading[0]!r} reads them"
+        raise ConfigError(what, (Set("data.dir"), Drop(reading[0])))
     if len(train.classes) != 1:
         try:
             classes = train.classes or None
-            val = open_source(folder, "val", classes=classes, val_split=val_split)
+            val = open_source(data.dir, "val", classes=classes, val_split=data.val_split)
             shown = len(set(val.labels.tolist()))
             if shown < len(train.classes):
                 say(f"{val.name} has images of {shown} of the {len(train.classes)} classes")
@@ -223,11 +217,11 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
                 raise
     if train.classes and val is None:
         say("no validation images, or one class alone: nothing is evaluated")
-    how = recipe.data.skip_damaged, recipe.data.workers
-    if recipe.data.skip_damaged:
+    if data.skip_damaged:
         say("every image is decoded once, to leave damaged ones out")
+    how = data.skip_damaged, data.workers
     train, val = check_images(train, *how), None if val is None else check_images(val, *how)
-    if recipe.data.unlabelled is not None:
+    if data.unlabelled is not None:
         train = join(train, check_images(open_unlabelled(recipe, train), *how), val)
     images = Images(train, val, train.classes if val is not None else ())
     for note in images.notes:
@@ -242,10 +236,8 @@ def open_unlabelled(recipe: Recipe, train: ImageSource) -> ImageSource:
     if not recipe.learns_without_labels:
         why = "every objective reads labels"
     if why:
-        raise ConfigError(
-            f"{why}, so further images without labels have no effect",
-            Set("data.unlabelled", "none"),
-        )
+        what = f"{why}, so further images without labels have no effect"
+        raise ConfigError(what, Set("data.unlabelled", "none"))
     try:
         return open_source(recipe.data.unlabelled, "train")
     except UserError as error:
@@ -289,33 +281,30 @@ def loading_of(recipe: Recipe, world: World) -> Loading:
 def make_loaders(
     recipe: Recipe, images: Images, networks: Networks, world: World, say: Say
 ) -> Loaders:
-    spec, data, train = networks.spec, recipe.data, recipe.train
+    spec, data = networks.spec, recipe.data
     labels = {
         name: LabelReader(name, store, recipe.teachers[name].missing == "online")
         for name, store in open_labels(recipe).items()
     }
-
-    def judge(source: ImageSource, limit: int | None = None) -> EvalLoader:
-        size = train.eval_batch_size
-        return EvalLoader(
-            source, spec, batch_size=size, workers=data.workers, world=world, limit=limit
-        )
-
+    judged_by = partial(
+        EvalLoader,
+        spec=spec,
+        batch_size=recipe.train.eval_batch_size,
+        workers=data.workers,
+        world=world,
+    )
     val, bank, proof = None, None, None
     if images.val is not None:
-        proof, val = judge(images.val, NUM_IMAGES), judge(images.val)
+        proof, val = judged_by(images.val, limit=NUM_IMAGES), judged_by(images.val)
         if not networks.classes:
-            bank, val = judge(images.labelled, NUM_BANK), judge(images.val, NUM_QUERIES)
+            bank = judged_by(images.labelled, limit=NUM_BANK)
+            val = judged_by(images.val, limit=NUM_QUERIES)
             num = min(NUM_BANK, len(images.labelled))
             say(f"evaluated by the {min(K, num)} nearest of {num} training images (k-NN)")
     few, alone = images.val or images.train, World(0, 1, world.device)
-    return Loaders(
-        TrainLoader(images.train, data.augment, spec, loading_of(recipe, world), labels),
-        val,
-        bank,
-        proof,
-        shown=EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone, limit=NUM_PICTURES),
-    )
+    shown = EvalLoader(few, spec, batch_size=NUM_PICTURES, world=alone, limit=NUM_PICTURES)
+    train = TrainLoader(images.train, data.augment, spec, loading_of(recipe, world), labels)
+    return Loaders(train, val, bank, proof, shown)
 
 
 def shares_at_start(prepared: Prepared) -> list[str | UserError]:
@@ -332,35 +321,23 @@ def shares_at_start(prepared: Prepared) -> list[str | UserError]:
 
 
 def prove_teachers(prepared: Prepared, say: Say) -> dict[str, Proof]:
-    """Prove every teacher that runs, on validation images; return the proofs by name.
-
-    What is suspicious of one is said.
-    """
+    """Prove every teacher that runs, say what is suspicious, and return the proofs by name."""
     world, images, found = prepared.world, prepared.loaders.proof, dict[str, Proof]()
+    classes = prepared.networks.classes or prepared.images.classes
     for name, teacher in prepared.teachers.items():
-        needs, doubt = prepared.plan.reads(name), doubt_weights(teacher)
-        doubts: tuple[ConfigError, ...] = () if doubt is None else (doubt,)
+        needs, doubts = prepared.plan.reads(name), [doubt_weights(teacher)]
         with world.autocast(prepared.amp_dtype):
             if images is not None and needs.logits:
-                classes = prepared.networks.classes or prepared.images.classes
                 accept = prepared.recipe.teachers[name].accept_unproven
-                proof = prove_teacher(teacher, images, classes, world, accept)
-                doubts, found[name] = proof.doubts, proof
-                say(
-                    f"{name}: {describe_accuracy(proof.accuracy, proof.num_images)}"
-                    f" (chance {proof.chance:.1%})"
-                )
-                seen = prepared.networks.spec
-                alike = {"mean": seen.mean, "std": seen.std, "interpolation": seen.interpolation}
-                own = replace(teacher.spec, **alike)  # type: ignore[arg-type]
-                if own != seen:
-                    doubt = doubt_views(teacher, proof, images.cut_as(own), seen, world)
-                    doubts += () if doubt is None else (doubt,)
+                proof = found[name] = prove_teacher(teacher, images, classes, world, accept)
+                right = describe_accuracy(proof.accuracy, proof.num_images)
+                say(f"{name}: {right} (chance {proof.chance:.1%})")
+                doubts = [*proof.doubts, doubt_views(teacher, proof, images, world)]
             elif images is not None:
                 prove_features(teacher, needs, images, world)
                 say(f"{name}: its features are finite and differ from image to image")
-        for suspicion in doubts:
-            say(suspicion)
+        for doubt in filter(None, doubts):
+            say(doubt)
     return found
 
 
@@ -372,7 +349,7 @@ def unused_parameters(prepared: Prepared) -> tuple[str, ...]:
     """
     distillation, train, size = prepared.distillation, prepared.recipe.train, 2
     if train.compile:
-        size = train.batch_size // (train.accumulate * prepared.world.size)
+        size = train.micro_batch(prepared.world.size)
         compile_networks(distillation, *prepared.teachers.values())
     batch = blank_batch(prepared.plan, size, prepared.world.device)
     named = {name: p for name, p in distillation.named_parameters() if p.requires_grad}
@@ -394,6 +371,5 @@ def distribute(prepared: Prepared) -> nn.Module:
     if prepared.world.size == 1:
         return prepared.distillation
     # Without device_ids: batches are on the device already.
-    return DistributedDataParallel(
-        prepared.distillation, find_unused_parameters=bool(prepared.unused)
-    )
+    unused = bool(prepared.unused)
+    return DistributedDataParallel(prepared.distillation, find_unused_parameters=unused)

@@ -51,11 +51,9 @@ class Report:
     def training(self, step: int, values: dict[str, float], speed: Speed) -> None:
         """Log what was computed since the last line, and how fast it went."""
         self._write("train", step, values)
-        if math.isfinite(speed.images_per_second):
-            pace = {
-                "images_per_second": round(speed.images_per_second, 1),
-                "wait_share": round(speed.wait_share, 4),
-            }
+        rate, share = round(speed.images_per_second, 1), round(speed.wait_share, 4)
+        if math.isfinite(rate):
+            pace = {"images_per_second": rate, "wait_share": share}
             self.folder.log(TIMING, {"step": step, **pace})
             self._show("speed", step, pace)
 
@@ -93,12 +91,13 @@ class Report:
         distillation.eval()
         with prepared.world.autocast(prepared.amp_dtype):
             rows = distillation.pictures(batch, prepared.teachers)
-        if rows:
-            sheet = draw_sheet(rows, prepared.networks.spec)
-            for name in (FIRST_PICTURES, PICTURES):
-                if name == PICTURES or not (self.folder.path / name).is_file():
-                    write_atomic(self.folder.path / name, png(sheet))
-            self.loggers.picture("pictures", np.array(sheet), step)
+        if not rows:
+            return
+        sheet, first = draw_sheet(rows, prepared.networks.spec), self.folder.path / FIRST_PICTURES
+        write_atomic(self.folder.path / PICTURES, png(sheet))
+        if not first.is_file():
+            write_atomic(first, png(sheet))
+        self.loggers.picture("pictures", np.array(sheet), step)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         at = {"kind": kind, "step": step, "epoch": step / self.steps_per_epoch}

@@ -37,7 +37,7 @@ from .folder import check_folder, contents, saved_recipe
 from .identity import SUMMARY
 from .networks import Built, build_blank, check_has_weights, plan_of
 from .optim import make_optimizer
-from .prepare import loading_of, open_images
+from .prepare import Prepared, loading_of, open_images
 from .stored import open_labels, stored_network, with_views_of_labels
 from .train import train
 
@@ -49,7 +49,7 @@ def train_stages(
     device: str = "auto",
     console: Console | None = None,
     spell: Spell = str,
-    prepared: Callable[[Any], None] | None = None,
+    prepared: Callable[[Prepared], None] | None = None,
     done: Callable[[str, Path, dict[str, Any]], None] | None = None,
     until: str | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -70,12 +70,12 @@ def train_stages(
     keys = [*stages.stages]
     if until is not None and until not in keys:
         raise ConfigError(f"there is no stage {until!r}", fix=suggest(until, keys), field="stage")
-    chosen = keys[: None if until is None else keys.index(until) + 1]
+    chosen = keys if until is None else keys[: keys.index(until) + 1]
 
-    def begin(job: Any) -> None:
+    def begin(run: Prepared) -> None:
         _save(stages, output)
         if prepared is not None:
-            prepared(job)
+            prepared(run)
 
     summaries = {}
     with join_world(device) as world:
@@ -120,16 +120,15 @@ def _check(stages: Stages, chosen: list[str], output: Path, num_processes: int) 
         found = contents(output) if output.is_dir() else []
     foreign = sorted({*found} - {recipe.name for recipe in stages.stages.values()})
     if foreign and STAGES not in found:
-        raise ConfigError(
-            f"the output {output} is not empty ({foreign[0]} is in it) and holds no stages",
-            fix=Give("output"),
-            field="output",
-        )
+        what = f"the output {output} is not empty ({foreign[0]} is in it) and holds no stages"
+        raise ConfigError(what, Give("output"))
+    pending = []
     for key in chosen:
+        folder, recipe = output / stages.stages[key].name, resolved(stages, key, output)
         with in_stage(key):
-            folder, recipe = output / stages.stages[key].name, resolved(stages, key, output)
             check_folder(folder, with_views_of_labels(recipe, saved_recipe(folder)), Set("name"))
-    pending = [key for key in chosen if not (output / stages.stages[key].name / SUMMARY).is_file()]
+        if not (folder / SUMMARY).is_file():
+            pending.append(key)
     if len(pending) > 1:  # a single one finds its own mistakes
         _check_ahead(stages, pending, num_processes)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..distill.step import Distillation
 from ..errors import DataError, Say
+from ..messages import first_line
 from ..storage import checkpoint
 from ..storage.optimizer import pack_optimizer, unpack_optimizer
 from ..world import World
@@ -125,11 +126,9 @@ def load(state: State, world: World, saved: tuple[Path, checkpoint.State]) -> di
         if isinstance(state.best, float):  # of an earlier version
             state.best = [state.best, -math.inf]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"{found} does not fit this version's student and optimizer ({reason})",
-            "resume with the version it began with",
-        ) from error
+        reason = first_line(error)
+        what = f"{found} does not fit this version's student and optimizer ({reason})"
+        raise DataError(what, "resume with the version it began with") from error
     # Each process goes on with its own sums; another number of processes shares their mean.
     sums = torch.tensor(numbers["sums"], dtype=torch.float64)
     if sums.shape[1] == len(state.sums):  # earlier versions logged fewer values

@@ -1,10 +1,9 @@
 """Stored labels that a run reads: opened, compared with the run, and their views adopted."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ConfigError, DataError, Set
+from ..errors import ConfigError, DataError, Fix, Say, Set
 from ..labels.identity import differing, network_from_json, of_views
 from ..labels.store import LabelStore
 from ..messages import plural
@@ -63,10 +62,9 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     Raises:
         ConfigError: the recipe wants more views than are labelled.
     """
-    stores = open_labels(recipe)
+    stores, data = open_labels(recipe), recipe.data
     if not stores:
         return recipe
-    data = recipe.data
     needed = {name: s for name, s in stores.items() if recipe.teachers[name].missing == "error"}
     fewest = min(store.manifest.num_views for store in (needed or stores).values())
     if began is not None:
@@ -79,71 +77,52 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
         seed = next((s for s in seeds if s not in (None, recipe.train.seed)), None)
     views = views if data.views is None else data.views
     if needed and views is not None and views > fewest:
-        raise ConfigError(
-            f"the recipe shows {views} views of each image, and {fewest} are labelled",
-            (Set("data.views", fewest), "label more"),
-        )
+        what = f"the recipe shows {views} views of each image, and {fewest} are labelled"
+        raise ConfigError(what, (Set("data.views", fewest), "label more"))
     seed = seed if data.seed is None else data.seed
     return replace(recipe, data=replace(data, views=views, seed=seed))
 
 
 def made_by(store: LabelStore, config: TeacherConfig) -> bool:
-    """Return whether a teacher of this very configuration wrote the labels.
-
-    Then its weights need not be compared again.
-    """
+    """Return whether a teacher of this very configuration wrote the labels: it fits them."""
     recipe = store.manifest.about.get("recipe") or {}
     then = recipe.get("teachers", {}).get(store.manifest.about.get("teacher"))
-    now, fresh = to_dict(config), to_dict(TeacherConfig())
-    return then is not None and all(
-        then.get(key, fresh[key]) == now[key]
-        for key in now
-        if key not in ("labels", "missing", "accept_unproven")
-    )
+    ignored = dict.fromkeys(("labels", "missing", "accept_unproven"))
+    fresh, now = to_dict(TeacherConfig()), to_dict(config)
+    return then is not None and fresh | then | ignored == now | ignored
 
 
-def check_labels(
-    recipe: Recipe, views: dict[str, Any], digests: dict[str, str], say: Callable[[str], None]
-) -> None:
+def check_labels(recipe: Recipe, views: dict[str, Any], digests: dict[str, str], say: Say) -> None:
     """Raise `DataError` unless every label store is of these views and these teachers.
 
-    ``views``: the identity of the run's views. ``digests``: of the weights of the teachers that are
-    to be compared. ``say`` is told a line about each store.
+    ``views``: the identity of the run's views. ``digests``: of the weights to be compared.
     """
     for name, store in open_labels(recipe).items():
-        run, labels = dict(views), of_views(store.manifest.identity)
+        manifest, field = store.manifest, f"teachers.{name}.labels"
+        run, labels = dict(views), of_views(manifest.identity)
         if name in digests:
             run["teacher.weights"] = digests[name]
-            labels["teacher.weights"] = store.manifest.identity["teacher.weights"]
+            labels["teacher.weights"] = manifest.identity["teacher.weights"]
         if not views["view.augment.reprob"]:
             # Views are made before they are normalised, and every teacher has its own normalisation
             # again. Only the noise of random erasing is drawn in the student's.
-            for key in ("view.mean", "view.std"):
-                labels[key] = run[key]
+            labels |= {key: run[key] for key in ("view.mean", "view.std")}
         changed = differing(labels, run)
         if changed:
-            fixes = ["make the recipe agree", "label again"]
+            fixes: tuple[Fix, ...] = ("make the recipe agree", "label again")
             if "view.mean" in changed or "view.std" in changed:
-                fixes.append("label with data.augment.reprob=0, for students of any normalisation")
-            raise DataError(
-                f"the labels of the {name} ({store.path}) are not for this run: {changed}",
-                tuple(fixes),
-                field=f"teachers.{name}.labels",
-            )
-        num_views = recipe.data.views or recipe.train.epochs
-        absent = [(view, part) for view, part in store.missing_parts() if view < num_views]
+                fixes += ("label with data.augment.reprob=0, for students of any normalisation",)
+            what = f"the labels of the {name} ({store.path}) are not for this run: {changed}"
+            raise DataError(what, fixes, field=field)
+        num_views = recipe.num_views
+        absent = sum(view < num_views for view, _ in store.missing_parts())
         if absent and recipe.teachers[name].missing == "error":
-            raise DataError(
-                f"the labels of the {name} lack {plural(len(absent), 'part')} of"
-                f" {num_views * store.num_parts}",
-                ("label the rest", Set("data.views"), Set(f"teachers.{name}.missing", "online")),
-                field=f"teachers.{name}.labels",
-            )
-        written, whole = store.status().records, store.manifest.num_samples
+            parts = f"{plural(absent, 'part')} of {num_views * store.num_parts}"
+            fixes = "label the rest", Set("data.views"), Set(f"teachers.{name}.missing", "online")
+            raise DataError(f"the labels of the {name} lack {parts}", fixes, field=field)
         proof = proof_of(store)
-        right = f"; it was {describe_proof(proof)}" if proof else ""
         say(
-            f"{name}: {store.manifest.about['network']['architecture']}, stored labels,"
-            f" {written:,} of {whole * store.manifest.num_views:,} records, {num_views} views used"
-            f"{right}"
+            f"{name}: {manifest.about['network']['architecture']}, stored labels,"
+            f" {store.status().records:,} of {manifest.num_samples * manifest.num_views:,} records,"
+            f" {num_views} views used{f'; it was {describe_proof(proof)}' if proof else ''}"
         )

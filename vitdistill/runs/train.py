@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ..data.batch import Batch
 from ..distill.step import UNWEIGHTED
@@ -27,13 +28,14 @@ from ..evaluate.knn import knn_evaluation
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..messages import plural
 from ..recipes.config import Recipe
+from ..recipes.yaml import load_recipe
 from ..storage.atomic import write_atomic
 from ..world import agreed, join_world
 from . import state as states
 from .display import Display, Speed
 from .feed import Feed
 from .folder import RunFolder, finished, saved_recipe
-from .identity import SUMMARY, read_identity
+from .identity import RECIPE, SUMMARY, note_identity, read_identity
 from .loggers import check_loggers
 from .nonfinite import nonfinite_error, refuse_nonfinite, step_errors
 from .optim import clip_gradients, gradient_norm, make_schedule, take_step
@@ -73,12 +75,11 @@ def train(
         Preempted: the run was asked to stop, and has saved its state.
     """
     output = Path(output)
-    recipe = with_views_of_labels(recipe, saved_recipe(output))
+    begun = saved_recipe(output)
+    recipe = with_views_of_labels(recipe, begun)
     with join_world(device) as world, ExitStack() as stack:
         display = Display(console or Console(), world.is_main, spell)
-        summary = world.from_main(
-            lambda: finished(output, recipe, lambda: open_images(recipe).train.fingerprint())
-        )
+        summary = world.from_main(partial(_find_summary, output, recipe))
         if summary is not None:
             display.say(f"{output} is finished already: nothing to do")
             return summary
@@ -90,12 +91,30 @@ def train(
         folder = None
         with world.together():
             if world.is_main:
-                for line in shares_at_start(run) if saved_recipe(output) is None else ():
-                    display.say(line)
+                if begun is None:
+                    for line in shares_at_start(run):
+                        display.say(line)
                 if prepared is not None:
                     prepared(run)
                 folder = stack.enter_context(RunFolder(output, recipe, run.identity()))
         return Trainer(run, output, folder, display).finish()
+
+
+def _find_summary(output: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the summary of this very run if it is finished; `DataError` if it has learnt from
+    other images. Its own may be gone: it needs none any more.
+    """
+    summary = finished(output, recipe)
+    if summary is None or recipe.train.accept_changed_images:
+        return summary
+    try:
+        seen = open_images(recipe).train.fingerprint()
+    except UserError:
+        if recipe.data.dir != load_recipe(output / RECIPE).data.dir:
+            raise
+    else:
+        note_identity(output, recipe, {"training images": seen})
+    return summary
 
 
 class Trainer:
@@ -292,27 +311,16 @@ class Trainer:
         self.speed.pause(time.perf_counter() - begun)
 
     def _evaluate(self) -> None:
-        state, loaders = self.state, self.prepared.loaders
+        state = self.state
         model = self.prepared.student if state.ema is None else state.ema.module
         # Each process has statistics of its own (BatchNorm): those that are saved are the first's.
         self.world.take_from_main(model.buffers())
-        scores, score, best = None, [0.0], False
-        if loaders.val is not None:
-
-            def stop() -> bool:  # asked before every batch
-                self.display.working(f"evaluating, batch {next(batch)}")
-                return bool(self.stop)
-
-            batch = count(1)
-            how = self.world, self.prepared.amp_dtype, stop
-            try:
-                if loaders.bank is None:
-                    scores = evaluate(model, loaders.val, *how)
-                else:
-                    scores = knn_evaluation(model, loaders.bank, loaders.val, *how)
-            except Stopped:
-                self.ending = self._preempted()
-                return
+        try:
+            scores, score, best = self._score(model), [0.0], False
+        except Stopped:
+            self.ending = self._preempted()
+            return
+        if scores is not None:
             if "top1" in scores:
                 score = [scores["top1"], -scores["nll"]]
                 best = state.best is None or score > state.best
@@ -326,6 +334,21 @@ class Trainer:
             if best:
                 state.best, state.best_step = score, state.step
         state.evaluated_at, self.unsaved = state.step, True
+
+    def _score(self, model: nn.Module) -> dict[str, float] | None:
+        """Judge the student by validation images, if there are any; `Stopped` if asked to."""
+        loaders, numbers = self.prepared.loaders, count(1)
+
+        def stop() -> bool:  # asked before every batch
+            self.display.working(f"evaluating, batch {next(numbers)}")
+            return bool(self.stop)
+
+        how = self.world, self.prepared.amp_dtype, stop
+        if loaders.val is None:
+            return None
+        if loaders.bank is None:
+            return evaluate(model, loaders.val, *how)
+        return knn_evaluation(model, loaders.bank, loaders.val, *how)
 
     def log(self) -> None:
         """Show and write the means since the last log line."""
@@ -362,13 +385,9 @@ class Trainer:
         self.speed.pause(time.perf_counter() - begun)
 
     def _preempted(self) -> Preempted:
-        return agreed(
-            Preempted(
-                f"stopped by {self.stop.name or 'another process'} at step {self.state.step} of"
-                f" {self.num_steps}, state saved in {self.output}",
-                "the same command resumes it",
-            )
-        )
+        place = f"step {self.state.step} of {self.num_steps}, state saved in {self.output}"
+        what = f"stopped by {self.stop.name or 'another process'} at {place}"
+        return agreed(Preempted(what, "the same command resumes it"))
 
     def _leave(self, ending: UserError) -> NoReturn:
         """Save what was learnt, and raise the error that all processes met."""
@@ -382,6 +401,7 @@ class Trainer:
         raise ending
 
     def _summarise(self) -> dict[str, Any]:
+        """Write the summary; it is the main process's on all of them."""
         state, best_at = self.state, self.state.best_step
         summary = {
             "steps": self.num_steps,
@@ -393,9 +413,7 @@ class Trainer:
             "seconds": state.seconds,
             "processes": self.world.size,
         }
-
-        def write() -> dict[str, Any]:
-            write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
-            return summary
-
-        return self.world.from_main(write)  # equal on all, their seconds too
+        with self.world.together():
+            if self.world.is_main:
+                write_atomic(self.output / SUMMARY, json.dumps(summary, indent=2).encode())
+        return self.world.gather(summary)[0]

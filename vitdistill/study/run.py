@@ -143,7 +143,7 @@ def _flops(job: Job, recipe: Recipe, ahead: Forecast) -> int:
     """Return the FLOPs of a run whose teachers all run in the forecast; or of its labels."""
     teachers, images = ahead.cost.teachers, ahead.num_images
     if job.label is not None:
-        return sum(teachers.values()) * images * (recipe.data.views or recipe.train.epochs)
+        return sum(teachers.values()) * images * recipe.num_views
     stored = {path.split(".")[1] for path in label_sources(recipe)}
     step = ahead.cost.step - sum(teachers.get(name, 0) for name in stored)
     return step * images * recipe.train.epochs
