@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from PIL import Image
 from small_runs import CLASSES, VIT, run, tree
 from timm.models import create_model
 
+from vitdistill import Distiller
 from vitdistill.data.augment import InputSpec
 from vitdistill.data.batch import Batch
 from vitdistill.data.loader import EvalLoader
@@ -21,9 +22,11 @@ from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.open import open_source
 from vitdistill.distill.classes import match_classes
 from vitdistill.distill.teacher import Teacher
-from vitdistill.errors import ConfigError, NonFiniteError, Set
+from vitdistill.errors import ConfigError, NonFiniteError, Set, tell
+from vitdistill.methods.base import TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
+from vitdistill.methods.maskedkd import MaskedKD
 from vitdistill.methods.vitkd import ViTKD
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.recipes.settings import TeacherConfig
@@ -31,6 +34,7 @@ from vitdistill.runs.label import LabelOptions, label
 from vitdistill.runs.networks import build_teacher, find_logit_readers
 from vitdistill.runs.orders import alignment, natural_order
 from vitdistill.runs.preflight import (
+    accuracy_on_chosen,
     chance_accuracy,
     prove_features,
     prove_teacher,
@@ -45,6 +49,13 @@ from vitdistill.world import ALONE
 
 OTHER = ("dog", "eel", "fox")
 NEEDS = Needs(hidden=frozenset({0}), features=True)
+
+
+class Said(list):
+    """The lines of a run."""
+
+    def tell(self, line):
+        self.append(tell(line))
 
 
 @pytest.fixture
@@ -149,11 +160,51 @@ def test_a_teacher_that_was_made_for_the_middle_of_images_is_said_to_be_better_t
         config["pretrained_cfg"]["crop_pct"] = part
         (middle / "config.json").write_text(json.dumps(config))
         changes = {"data.dir": str(framed), "teachers.teacher.model": str(middle)}
-        lines: list[str] = []
-        found = prepare(taught(**changes), ALONE, lines.append).proofs["teacher"].accuracy
+        lines = Said()
+        found = prepare(taught(**changes), ALONE, lines.tell).proofs["teacher"].accuracy
         warned = [line for line in lines if line.startswith("warning") and "middle 50%" in line]
         assert len(warned) == number and 0.4 < found < 0.8
         assert not number or ("100.0%" in warned[0] and "data.augment.crop=rrc" in warned[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(TokenSelector):
+    """Always these patches."""
+
+    patches: tuple[int, ...] = ()
+
+    def select(self, grid, num_keep, student, teacher, noise):
+        return torch.tensor(self.patches).expand(len(student.logits), -1)
+
+
+def test_a_teacher_is_tried_on_the_patches_that_are_chosen_for_it(tmp_path, images, teacher):
+    """The middle of each image has its class's colour, and the frame that of the next class."""
+    framed = shutil.copytree(images, tmp_path / "framed")
+    for path in framed.glob("val/*/*.png"):
+        with Image.open(path) as image:
+            pixels = np.zeros((32, 32, 3), np.uint8)
+            pixels[..., (CLASSES.index(path.parent.name) + 1) % 3] = 255
+            pixels[8:24, 8:24] = np.array(image)
+        Image.fromarray(pixels).save(path)
+    answering, student = build(teacher / "last"), create_model(f"local-dir:{teacher / 'last'}")
+    loader = EvalLoader(open_source(str(framed), "val"), answering.spec, batch_size=8)
+    side = answering.network.grid[0]
+    inner = range(side // 4, side - side // 4)
+    middle = tuple(row * side + column for row in inner for column in inner)
+    frame = tuple({*range(side**2)} - {*middle})
+    right = {}
+    for patches in (middle, frame):
+        selector = Fixed(num_keep=len(patches), patches=patches)
+        distiller = Distiller(student, answering.model, ["ce", "kd"], selector)
+        right[patches] = accuracy_on_chosen(distiller.distillation, answering, loader, ALONE)
+    assert right == {middle: 1.0, frame: 0.0}
+
+
+def test_it_is_said_where_a_teacher_is_shown_a_part_of_the_patches(taught):
+    for selector, number in ((MaskedKD(keep_rate=0.5), 1), (None, 0)):
+        lines = Said()
+        prepare(replace(taught(), selector=selector), ALONE, lines.tell)
+        assert sum("of 16 patches it is shown" in line for line in lines) == number
 
 
 def test_the_order_that_a_remedy_sets_is_the_teachers(changed, prove):
@@ -365,11 +416,11 @@ def test_labels_beside_unlabelled_training_images_prove_the_teacher(tmp_path, im
     with pytest.raises(ConfigError) as caught:
         prepare(recipe, ALONE, lambda text: None)
     (fix,) = caught.value.fixes
-    said = []
-    prepare(replace_fields(recipe, {fix.field: fix.value}), ALONE, said.append)
+    said = Said()
+    prepare(replace_fields(recipe, {fix.field: fix.value}), ALONE, said.tell)
     assert any(line.startswith("teacher: right on 100.0%") for line in said)
     with pytest.raises(ConfigError, match="does not place"):
-        prepare(replace_fields(recipe, {fix.field: "natural"}), ALONE, said.append)
+        prepare(replace_fields(recipe, {fix.field: "natural"}), ALONE, said.tell)
 
 
 # -- luck and order -------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ from torch import Tensor
 from ..data.augment import InputSpec
 from ..data.batch import Batch
 from ..data.loader import EvalLoader
+from ..distill.step import Distillation
 from ..distill.teacher import Teacher
 from ..errors import ConfigError, Fix, NonFiniteError, Set, UserError
 from ..memory import SMALLER_EVALUATION, memory_errors
 from ..vit.needs import Needs
 from ..vit.output import ViTOutput
+from ..vit.walk import run_vit
 from ..world import World, agreed
 from .orders import Reordering, alignment, find_better_order, log_likelihoods
 
@@ -169,6 +171,28 @@ def doubt_views(
         fixes,
         field="data.augment",
     )
+
+
+@torch.no_grad()
+def accuracy_on_chosen(
+    distillation: Distillation, teacher: Teacher, batches: Iterable[Batch], world: World
+) -> float:
+    """Return how often a teacher is right on the patches that are chosen for it; call it on every
+    process.
+
+    One that never saw a part of an image may lose much of its accuracy there, and of its worth.
+    """
+    plan, right = distillation.plan, torch.zeros(2, dtype=torch.float64)
+    distillation.eval()
+    for batch in batches:
+        output = run_vit(distillation.student, batch.images, plan.student_needs)
+        keep = distillation.choose(teacher.network.name, teacher, batch, output)
+        logits = teacher(batch.images, Needs(logits=True), keep).logits
+        assert logits is not None
+        found = logits.argmax(1) == batch.labels
+        right += torch.tensor([found.sum(), len(found)])
+    hits, count = torch.stack(world.gather(right)).sum(0).tolist()
+    return float(hits / count)
 
 
 def _views(spec: InputSpec) -> str:

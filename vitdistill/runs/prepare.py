@@ -43,6 +43,7 @@ from .pictures import NUM_PICTURES
 from .preflight import (
     NUM_IMAGES,
     Proof,
+    accuracy_on_chosen,
     describe_accuracy,
     doubt_views,
     doubt_weights,
@@ -333,6 +334,11 @@ def prove_teachers(prepared: Prepared, say: Say) -> dict[str, Proof]:
                 right = describe_accuracy(proof.accuracy, proof.num_images)
                 say(f"{name}: {right} (chance {proof.chance:.1%})")
                 doubts = [*proof.doubts, doubt_views(teacher, proof, images, world)]
+                num_keep = prepared.plan.num_keep[name]
+                if prepared.plan.selector is not None and num_keep is not None:
+                    accuracy = accuracy_on_chosen(prepared.distillation, teacher, images, world)
+                    shown = f"the {num_keep} of {teacher.network.num_patches} patches it is shown"
+                    say(f"{name}: right on {accuracy:.1%} of them by {shown} at the start")
             elif images is not None:
                 prove_features(teacher, needs, images, world)
                 say(f"{name}: its features are finite and differ from image to image")
