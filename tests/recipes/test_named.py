@@ -27,7 +27,7 @@ def test_a_named_recipe_survives_yaml(name: str, tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     for name in (str(tmp_path / "no.yaml"), "no.yaml", "a/b", str(tmp_path / "folder.yaml")):
-        with pytest.raises(ConfigError, match="no recipe file"):
+        with pytest.raises(ConfigError, match="no recipe"):
             find_recipe(name)
     for name in ("maskdkd", "maskedkd:first_release", "dmae_tiny_from_mae_base:first"):
         with pytest.raises(ConfigError) as caught:
