@@ -105,6 +105,19 @@ def test_a_run_pays_for_the_runs_whose_weights_it_needed_once(tmp_path: Path) ->
     assert paid["second"].before == sum(value or 0 for value in own)
 
 
+def test_a_teacher_that_another_one_began_with_is_a_teacher(tmp_path: Path) -> None:
+    student = alone("alone").student
+    wide = replace(student, model_args={**student.model_args, "embed_dim": 36})
+    teacher = make_run(tmp_path / "teacher", alone("teacher", student=wide), 0.5)
+    later = make_run(tmp_path / "later", alone("later", student=wide), 0.6, began_from=teacher)
+    make_run(tmp_path / "kd", taught("kd"), 0.5, learnt_from=teacher)
+    make_run(tmp_path / "kd_later", taught("kd_later"), 0.5, learnt_from=later)
+    make_run(tmp_path / "alone", alone("alone"), 0.4)
+    serves = {group.name: group.serves for group in groups_in(tmp_path)}
+    results = {"kd": "", "kd_later": "", "alone": ""}
+    assert serves == {"teacher": "teacher", "later": "teacher", **results}
+
+
 def test_answers_of_other_weights_or_images_are_not_used(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", taught("kd"), 0.5, right=20)
     answers = read_answers(run)

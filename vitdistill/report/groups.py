@@ -122,10 +122,10 @@ def _serves(group: Group, groups: Sequence[Group]) -> str:
     made = {digest for run in group.runs for digest in run.weights}
     others = [run.needed.items() for g in groups if g is not group for run in g.runs]
     fields = {field for needed in others for field, digest in needed if digest in made}
-    if "student.model" in fields:
-        return "first stage"
     rivals = any(other.taught and _comparable(group, other) for other in groups)
-    return "teacher" if fields and not rivals else ""
+    if fields - {"student.model"} and not rivals:
+        return "teacher"
+    return "first stage" if fields >= {"student.model"} else ""
 
 
 def _key(run: Run, made: dict[str, Run]) -> str:
