@@ -45,7 +45,9 @@ def make_report(
         "What differs": _differences(groups),
         "Where they ran": _environments(groups),
     }
-    about = f"{plural(len(runs), 'run')} in {plural(len(groups), 'row')}"
+    about = plural(len(runs), "run")
+    if len(groups) < len(runs):
+        about += f" in {plural(len(groups), 'row')}"
     filled = [(title, blocks) for title, blocks in sections.items() if blocks]
     return Document("Distillation report", about, filled)
 
