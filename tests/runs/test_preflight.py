@@ -22,7 +22,7 @@ from vitdistill.data.model_input import input_spec_of
 from vitdistill.data.sources.open import open_source
 from vitdistill.distill.classes import match_classes
 from vitdistill.distill.teacher import Teacher
-from vitdistill.errors import ConfigError, NonFiniteError, Set, tell
+from vitdistill.errors import ConfigError, NonFiniteError, Set, UserError, tell
 from vitdistill.methods.base import TokenSelector
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
@@ -198,6 +198,19 @@ def test_a_teacher_is_tried_on_the_patches_that_are_chosen_for_it(tmp_path, imag
         distiller = Distiller(student, answering.model, ["ce", "kd"], selector)
         right[patches] = accuracy_on_chosen(distiller.distillation, answering, loader, ALONE)
     assert right == {middle: 1.0, frame: 0.0}
+
+
+class Hungry(Fixed):
+    def select(self, grid, num_keep, student, teacher, noise):
+        raise torch.OutOfMemoryError
+
+
+def test_memory_that_runs_out_there_is_answered_with_the_batch_size(images, teacher):
+    answering, student = build(teacher / "last"), create_model(f"local-dir:{teacher / 'last'}")
+    loader = EvalLoader(open_source(str(images), "val"), answering.spec, batch_size=8)
+    distiller = Distiller(student, answering.model, ["ce", "kd"], Hungry(num_keep=8))
+    with pytest.raises(UserError, match="eval_batch_size"):
+        accuracy_on_chosen(distiller.distillation, answering, loader, ALONE)
 
 
 def test_it_is_said_where_a_teacher_is_shown_a_part_of_the_patches(taught):

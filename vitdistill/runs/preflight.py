@@ -154,9 +154,10 @@ def doubt_views(
     if cut == seen:
         return None
     right = torch.zeros(2, dtype=torch.float64)
-    for batch in images.cut_as(cut):
-        found = _answer(teacher, batch.images).argmax(1) == batch.labels.cpu()
-        right += torch.tensor([found.sum(), len(found)])
+    with world.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
+        for batch in images.cut_as(cut):
+            found = _answer(teacher, batch.images).argmax(1) == batch.labels.cpu()
+            right += torch.tensor([found.sum(), len(found)])
     hits, count = torch.stack(world.gather(right)).sum(0).tolist()
     if hits / count <= proof.accuracy + MANY:
         return None
@@ -184,13 +185,14 @@ def accuracy_on_chosen(
     """
     plan, right = distillation.plan, torch.zeros(2, dtype=torch.float64)
     distillation.eval()
-    for batch in batches:
-        output = run_vit(distillation.student, batch.images, plan.student_needs)
-        keep = distillation.choose(teacher.network.name, teacher, batch, output)
-        logits = teacher(batch.images, Needs(logits=True), keep).logits
-        assert logits is not None
-        found = logits.argmax(1) == batch.labels
-        right += torch.tensor([found.sum(), len(found)])
+    with world.together(), memory_errors("while the teacher was tried", SMALLER_EVALUATION):
+        for batch in batches:
+            output = run_vit(distillation.student, batch.images, plan.student_needs)
+            keep = distillation.choose(teacher.network.name, teacher, batch, output)
+            logits = teacher(batch.images, Needs(logits=True), keep).logits
+            assert logits is not None
+            found = (logits.argmax(1) == batch.labels).cpu()
+            right += torch.tensor([found.sum(), len(found)])
     hits, count = torch.stack(world.gather(right)).sum(0).tolist()
     return float(hits / count)
 
