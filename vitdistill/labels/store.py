@@ -75,7 +75,8 @@ class LabelStore:
             fixes = Give("output"), "delete it, or give the very files that were labelled"
             raise DataError(what, fixes, field="output")
         if there.num_views < manifest.num_views:
-            there = replace(there, num_views=manifest.num_views)
+            there = read_store_manifest(folder)  # another process may have been faster
+            there = replace(there, num_views=max(there.num_views, manifest.num_views))
             write_manifest(folder, {}, there.to_json(), write_atomic)
         return cls(folder, there)
 
