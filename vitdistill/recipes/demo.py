@@ -23,15 +23,14 @@ def demo_recipes(images: str, teacher: str) -> dict[str, Recipe]:
         ),
         optim=OptimConfig(lr=2e-3, warmup_epochs=2.0, clip_grad=1.0),
         train=TrainConfig(
-            epochs=30, batch_size=64, log_every=1000, eval_every=10, amp_dtype="float32"
+            epochs=24, batch_size=32, log_every=1000, eval_every=8, amp_dtype="float32"
         ),
     )
     alone = replace(
         base,
         description="student, 16 wide, 2 deep",
         student=_vit(16, 2, 2),
-        optim=replace(base.optim, lr=4e-3),
-        train=replace(base.train, epochs=40),
+        optim=replace(base.optim, lr=6e-3),
     )
     taught = replace(
         alone,
