@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "vitdistill"
 ROOMS = (
-    *("errors", "messages", "option", "keyed", "memory", "world", "storage", "vit", "models"),
+    *("messages", "errors", "option", "keyed", "memory", "world", "storage", "vit", "models"),
     *("data", "methods", "labels", "weights", "distill", "recipes", "evaluate", "runs"),
     *("explain", "report", "study", "cli", "__main__"),
 )

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from .messages import printable
+
 
 @dataclass(frozen=True)
 class Set:
@@ -82,10 +84,12 @@ class UserError(Exception):
         self.field = field or next(filter(None, named), "")
 
     def sentence(self, spell: Callable[[Fix, str], str] = spell_python) -> str:
-        """The sentence to show, its remedies spelled by ``spell(fix, stage)``."""
+        """The sentence to show, its remedies spelled by ``spell(fix, stage)``; names of files and
+        classes in it may hold anything, so it is fit for a terminal.
+        """
         where = f"in the stage {self.stage!r}, " if self.stage else ""
         fixes = ", or ".join(spell(fix, self.stage) for fix in self.fixes)
-        return f"{where}{self.what}: {fixes}" if fixes else f"{where}{self.what}"
+        return printable(f"{where}{self.what}: {fixes}" if fixes else f"{where}{self.what}")
 
     def __str__(self) -> str:
         return self.sentence()

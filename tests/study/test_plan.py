@@ -1,6 +1,7 @@
 """Which runs a study comes to."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vitdistill.recipes import RECIPES
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import to_dict
 from vitdistill.recipes.named import named_recipe
+from vitdistill.recipes.settings import LabelOptions
 from vitdistill.recipes.stages import Stages, sources
 from vitdistill.recipes.yaml import dump_yaml
 from vitdistill.study.plan import (
@@ -28,7 +30,7 @@ from vitdistill.study.plan import (
     together,
     without_teachers,
 )
-from vitdistill.study.run import Work
+from vitdistill.study.run import Work, check
 
 PLAIN = [name for name in RECIPES if not isinstance(named_recipe(name), Stages)]
 
@@ -87,6 +89,28 @@ def test_what_is_shared_is_done_just_before_the_first_row_that_needs_it(tmp_path
     first = ["alone/seed-0", "teacher", "live/seed-0", "answers", "stored/seed-0"]
     second = ["alone/seed-1", "live/seed-1", "stored/seed-1"]
     assert [job.folder for job in work.pending()] == first + second
+
+
+SPARSE = {"encoding": "topk", "k": 5}
+READS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "all of it": (SPARSE, "kd", {}),
+    "complete logits at any temperature": ({"encoding": "float16"}, "kd", {"temperature": 3}),
+    "another temperature": (SPARSE, "kd", {"temperature": 3}),
+    "complete logits": (SPARSE, "standardized_kd", {}),
+    "hidden states": ({}, "vitkd", {}),
+    "chosen patches": ({}, "maskedkd", {}),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_a_row_reads_what_its_shared_labels_will_hold(what: str, tmp_path: Path) -> None:
+    options, recipe, changed = READS[what]
+    settings = {f"objectives.kd.{key}": value for key, value in changed.items()}
+    row = Row(recipe=recipe, set={"teachers.teacher.labels": "stage:answers", **settings})
+    shared = {**study().shared, "answers": Row(label="kd", options=LabelOptions(**options))}
+    refused = list(READS).index(what) > 1
+    with pytest.raises(ConfigError, match="in the row 'mine'") if refused else nullcontext():
+        check(Work(study(shared=shared, rows={"mine": row}), tmp_path))
 
 
 def test_what_is_shared_is_forecast_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DiskError, PermissionDenied, UserError
-from ..messages import printable, suggest
+from ..messages import suggest
 from ..recipes import FAMILIES, RECIPES
 from . import arguments as given
 from .console import lasting_console
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except OSError as error:  # what nobody foresaw of files, such as a name that is too long
-        print(f"{prog}: {printable(str(error))}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return (PermissionDenied if isinstance(error, PermissionError) else DiskError).exit_code
 
 
@@ -111,7 +111,7 @@ def _no_command(words: Sequence[str]) -> UserError:
     known = [known for known in COMMANDS if " " not in known]
     is_recipe = words[0].partition(":")[0] in RECIPES
     fix = f"write vitdistill train {words[0]}" if is_recipe else suggest(words[0], known)
-    return UserError(f"there is no command {printable(words[0])!r}", fix)
+    return UserError(f"there is no command {words[0]!r}", fix)
 
 
 def _run(name: str, arguments: Any, prog: str) -> int:

@@ -37,7 +37,7 @@ def run(args: DemoArguments) -> int:
     recipes = demo_recipes(str(images), str(output / "teacher" / "last"))
     quiet = Console(file=console.file, quiet=not console.is_terminal)
     rows: list[tuple[str, ...]] = [
-        ("Handwritten digits", "top-1", "teacher, an image", "whole step", "time")
+        ("Handwritten digits; FLOPs an image", "top-1", "teacher", "whole step", "time")
     ]
     for i, (name, recipe) in enumerate(recipes.items()):
         say(f"[{i + 1}/{len(recipes)}] {recipe.description}")

@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 from ..errors import DataError
-from ..messages import printable
 from ..methods import check_method
 from ..option import options_of, unknown_field
 from ..recipes import RECIPES, find_file
@@ -21,7 +20,7 @@ def refuse_early(args: Any) -> None:
     for name in IMAGES if isinstance(args, ExplainArguments) else (*IMAGES, *WEIGHTS, "store"):
         path = given.get(name)
         if path and not path.startswith(("hfds/", "torchvision/")) and not os.path.exists(path):
-            what = f"there is no file or folder {printable(path)}"
+            what = f"there is no file or folder {path}"
             raise DataError(what, "check the path", field=name)
     if not isinstance(args, RecipeArguments):
         return

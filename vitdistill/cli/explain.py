@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..explain.ahead import forecast
 from ..explain.measure import measure_step, shares_ahead
-from ..messages import format_count, format_table, printable
+from ..messages import format_count, format_table
 from ..recipes.config import Recipe
 from ..recipes.stages import Stages, in_stage, sources
 from ..recipes.yaml import dump_recipe
@@ -34,7 +34,7 @@ def run(args: ExplainArguments) -> int:
         for key, stage in stages.items():
             with in_stage(key):
                 state = _state(stage, Path(args.output, stage.name if key else ""))
-                say(f"{printable(Path(args.output))}{f', stage {key}' if key else ''}: {state}")
+                say(f"{Path(args.output)}{f', stage {key}' if key else ''}: {state}")
         say("")
     runs = forecast(recipe)
     if not all(stage.data.dir for stage in stages.values()):

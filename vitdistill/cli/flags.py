@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, UserError
-from ..messages import printable, suggest
+from ..messages import suggest
 from ..option import Option, check_option, convert_scalar, options_of
 from ..recipes.settings import PARTS
 
@@ -102,7 +102,7 @@ class Flag:
             return None
         if get_origin(kind) is Literal:
             if word not in choices:
-                raise UserError(f"{self.name} is {printable(word)!r}", suggest(word, choices))
+                raise UserError(f"{self.name} is {word!r}", suggest(word, choices))
             return word
         try:
             return convert_scalar(word, kind, self.name)
@@ -205,7 +205,7 @@ def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
     longer = [name for name in names if len(plain) > 4 and name.startswith(plain[2:])]
     close = longer[:1] or get_close_matches(plain[2:], names, n=1)
     hint = f"did you mean '--{close[0]}'?" if close else f"'{prog} --help' lists them"
-    return UserError(f"there is no flag {printable(name)}", advice or hint)
+    return UserError(f"there is no flag {name}", advice or hint)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -213,7 +213,7 @@ class _Parser(argparse.ArgumentParser):
         what, fix = message.removeprefix("argument "), f"'{self.prog} --help' says more"
         if what.startswith("unrecognized") and "=" in what:
             fix = "write --set FIELD=VALUE"
-        raise UserError(printable(what), fix)
+        raise UserError(what, fix)
 
 
 class _Once(argparse.Action):

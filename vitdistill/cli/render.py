@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import Add, Drop, Fix, Give, Say, Set, UserError, spell_python, tell
-from ..messages import printable
 from ..recipes.settings import EVERY_STAGE
 from .arguments import RecipeArguments, recipe_flags
 from .console import say
@@ -37,7 +36,7 @@ def render(error: UserError, arguments: Any) -> str:
         last = {path.rpartition(".")[2]: path for path in meant if path in known}
         names |= {name: known[path].name for name, path in last.items() if "_" in name}
         sentence = _FIELD.sub(lambda word: names.get(word[0], word[0]), sentence)
-    return printable(sentence)
+    return sentence
 
 
 def teller(arguments: Any) -> Say:

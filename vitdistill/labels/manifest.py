@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..messages import printable
 from ..storage.manifest import read_manifest
 from .identity import differing
 from .layout import Layout
@@ -92,5 +91,5 @@ def read_store_manifest(folder: Path) -> Manifest:
             return manifest
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
         pass
-    what = f"{printable(folder)} holds no labels, or labels of a format that is not read"
+    what = f"{folder} holds no labels, or labels of a format that is not read"
     raise DataError(what, "use the version of vitdistill that wrote them")

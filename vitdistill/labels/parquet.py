@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..data.sources.table import import_extra
 from ..errors import ConfigError, DataError, Give
-from ..messages import plural, printable
+from ..messages import plural
 from ..storage.atomic import write_first
 from .store import LabelStore
 
@@ -33,21 +33,21 @@ def export_labels(
     """
     file, manifest = Path(path), store.manifest
     if file.suffix.lower() != ".parquet":
-        raise ConfigError(f"{printable(file)} is no .parquet file", Give("to"), field="to")
+        raise ConfigError(f"{file} is no .parquet file", Give("to"), field="to")
     if store.layout.logits is None:
-        raise ConfigError(f"{printable(store.path)} holds no logits to export", field="store")
+        raise ConfigError(f"{store.path} holds no logits to export", field="store")
     chosen = list(range(manifest.num_views)) if views is None else sorted(set(views))
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < manifest.num_views:
-        what = f"the views of {printable(store.path)} are 0 to {manifest.num_views - 1}"
+        what = f"the views of {store.path} are 0 to {manifest.num_views - 1}"
         raise ConfigError(what, Give("views"), field="views")
     missing = [place for place in store.missing_parts() if place[0] in chosen]
     if missing:
-        what = f"{printable(store.path)} lacks {plural(len(missing), 'part')} of these views"
+        what = f"{store.path} lacks {plural(len(missing), 'part')} of these views"
         raise DataError(what, "run the command that wrote it again, which writes what is missing")
     import_extra("pyarrow.parquet")
     write = partial(_write, import_extra("pyarrow"), store=store, views=chosen)
     if os.path.lexists(file) or not write_first(file, write):
-        raise ConfigError(f"{printable(file)} exists already", Give("to"), field="to")
+        raise ConfigError(f"{file} exists already", Give("to"), field="to")
     return manifest.num_samples * len(chosen), file.stat().st_size
 
 

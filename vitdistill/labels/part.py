@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from ..errors import DataError
 from ..keyed import I64
-from ..messages import printable
 from ..storage.atomic import disk_errors, write_first
 from .manifest import FORMAT, Manifest
 
@@ -60,7 +59,7 @@ class Part:
         return json.loads(text), start
 
     def _damaged(self, how: str) -> DataError:
-        return DataError(f"{printable(self._path)} is damaged: {how}", _REMEDY)
+        return DataError(f"{self._path} is damaged: {how}", _REMEDY)
 
     def take(self, rows: I64) -> Raw:
         """Return the records at these places of the part; `DataError` for a damaged block."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..data.augment import Augment
 from ..errors import ConfigError, DataError, DiskError, Give
 from ..keyed import I64
-from ..messages import listed, printable
+from ..messages import listed
 from ..storage.atomic import disk_errors, staged_dir, write_atomic
 from ..storage.manifest import MANIFEST, write_manifest
 from .identity import augment_of
@@ -65,13 +65,13 @@ class LabelStore:
             with disk_errors(folder):
                 found = sorted(os.listdir(folder)) if folder.is_dir() else []
             if found and MANIFEST not in found:  # another process may have made it since
-                what = f"{printable(folder)} holds no labels, but {listed(found)}"
+                what = f"{folder} holds no labels, but {listed(found)}"
                 raise ConfigError(what, Give("output"), field="output")
             if not found:
                 _make(folder, manifest)
         there = read_store_manifest(folder)
         if different := there.differences(manifest, "in the store", "here"):
-            what = f"{printable(folder)} holds labels of something else ({different})"
+            what = f"{folder} holds labels of something else ({different})"
             fixes = Give("output"), "delete it, or give the very files that were labelled"
             raise DataError(what, fixes, field="output")
         if there.num_views < manifest.num_views:
@@ -88,14 +88,14 @@ class LabelStore:
             with disk_errors(folder):
                 inner = sorted(found.parent for found in folder.glob(f"[!.]*/{MANIFEST}"))
             if len(inner) > 1:
-                what = f"{printable(folder)} holds the labels of several teachers"
-                fix = f"name one of {', '.join(printable(found.name) for found in inner)}"
+                what = f"{folder} holds the labels of several teachers"
+                fix = f"name one of {', '.join(found.name for found in inner)}"
                 raise ConfigError(what, fix, field="labels")
             if not inner:
                 fix = "write them with 'vitdistill label', or name the folder they are in"
-                what = f"there is no folder {printable(folder)}"
+                what = f"there is no folder {folder}"
                 if folder.is_dir():
-                    what = f"{printable(folder)} holds no labels"
+                    what = f"{folder} holds no labels"
                 raise DataError(what, fix, field="labels")
             folder = inner[0]
         return cls(folder, read_store_manifest(folder))
@@ -144,7 +144,7 @@ class LabelStore:
         if not present.all():
             what = f"has no record of sample {ids[~present][0]} in view {view}"
             fix = "label again, which writes what is missing"
-            raise DataError(f"{printable(self.path)} {what}", fix)
+            raise DataError(f"{self.path} {what}", fix)
         return self.layout.targets(records)
 
     def read(self, views: Ids, sample_ids: Ids) -> tuple[Records, npt.NDArray[np.bool_]]:
@@ -170,7 +170,7 @@ class LabelStore:
 
     def _check_range(self, what: str, values: I64, count: int) -> None:
         for wrong in values[(values < 0) | (values >= count)]:
-            raise DataError(f"{printable(self.path)} has no {what} {wrong}, but {count} of them")
+            raise DataError(f"{self.path} has no {what} {wrong}, but {count} of them")
 
     def load(self, view: int, part: int) -> Part:
         """Open a part anew and check its footer; `FileNotFoundError` if it is not there."""
@@ -225,7 +225,7 @@ class LabelStore:
 
 
 def _foreign(path: Path) -> str:
-    return f"{printable(path)} is not a file of this store: move it elsewhere"
+    return f"{path} is not a file of this store: move it elsewhere"
 
 
 def _make(folder: Path, manifest: Manifest) -> None:

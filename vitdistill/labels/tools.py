@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import ConfigError, DataError, Give
-from ..messages import plural, printable
+from ..messages import plural
 from ..storage.atomic import require_free
 from .encoding import LogitEncoding
 from .store import LabelStore
@@ -28,7 +28,7 @@ def merge(
     for store in others:
         given = (first.manifest, "in the former", "in the latter")
         if different := store.manifest.differences(*given):
-            both = f"{printable(store.path)} and {printable(first.path)}"
+            both = f"{store.path} and {first.path}"
             what = f"{both} hold labels of different things ({different})"
             raise DataError(what, "leave one of them out", field="from")
     num_views = max(store.manifest.num_views for store in stores)
@@ -46,12 +46,12 @@ def merge(
         # Another process may have sealed it meanwhile.
         if not united.seal(*place, records) and united.load(*place).crcs != store.load(*place).crcs:
             raise _conflict(united, store, place)
-        say(f"{number} of {len(todo)} parts copied: {printable(store.part_path(*place))}")
+        say(f"{number} of {len(todo)} parts copied: {store.part_path(*place)}")
     return united
 
 
 def _conflict(first: LabelStore, second: LabelStore, place: tuple[int, int]) -> DataError:
-    both = " and ".join(printable(store.part_path(*place)) for store in (first, second))
+    both = " and ".join(str(store.part_path(*place)) for store in (first, second))
     fix = "delete the wrong one ('vitdistill label check' compares records with the teacher)"
     return DataError(f"{both} hold different records of the same samples", fix)
 
@@ -77,7 +77,7 @@ def prune(
     views = manifest.num_views if num_views is None else num_views
     if not 1 <= views <= manifest.num_views:
         there = plural(manifest.num_views, "view")
-        what = f"{printable(store.path)} has {there}, of which {views} cannot be kept"
+        what = f"{store.path} has {there}, of which {views} cannot be kept"
         raise ConfigError(what, Give("views"), field="views")
     layout = manifest.layout if encoding is None else manifest.layout.with_logits(encoding)
     was = {"num_views": manifest.num_views, "layout": manifest.layout.to_json()}
@@ -91,5 +91,5 @@ def prune(
         if encoding is not None:
             records = manifest.layout.convert(records, encoding)
         pruned.seal(view, part, records)
-        say(f"{number} of {len(todo)} parts written: {printable(pruned.part_path(view, part))}")
+        say(f"{number} of {len(todo)} parts written: {pruned.part_path(view, part)}")
     return pruned

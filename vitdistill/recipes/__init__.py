@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, Set
-from ..messages import printable, suggest
+from ..messages import suggest
 
 STAGES, RECIPE = "stages.yaml", "recipe.yaml"
 """What holds the recipe in the folder of stages, and in that of a run."""
@@ -165,13 +165,13 @@ def find_file(name: str) -> Path | None:
         if file.is_file():
             return file
     if path.is_dir():
-        what = f"the folder {printable(name)} holds no recipe"
+        what = f"the folder {name} holds no recipe"
         raise ConfigError(what, Set("data.dir", name), field="recipe")
     if path.suffix in (".yaml", ".yml") or "/" in name:
-        raise ConfigError(f"there is no recipe file {printable(name)}", field="recipe")
+        raise ConfigError(f"there is no recipe file {name}", field="recipe")
     raise unknown_recipe(name)
 
 
 def unknown_recipe(name: str) -> ConfigError:
     fix = suggest(name, RECIPES, "'vitdistill recipes' lists them")
-    return ConfigError(f"there is no recipe {printable(name)!r}", fix, field="recipe")
+    return ConfigError(f"there is no recipe {name!r}", fix, field="recipe")

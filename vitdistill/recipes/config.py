@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, Set
-from ..messages import listed, plural, printable
+from ..messages import listed, plural
 from ..methods.base import Masking, Objective, TokenSelector
 from ..methods.cross_entropy import CrossEntropy
 from ..option import check_options
@@ -93,7 +93,7 @@ def check_names(field: str, names: Collection[str], reserved: Collection[str] = 
     """Raise `ConfigError` unless the keys of a mapping can stand in dotted paths and in logs."""
     for name in names:
         if not name.isidentifier() or name in reserved:
-            what = f"{field} has the name {printable(name)!r}"
+            what = f"{field} has the name {name!r}"
             taken = f", but not {listed(sorted(reserved))}" if reserved else ""
             fix = f"give one of letters, digits and underscores{taken}"
             raise ConfigError(what, fix, field=field)

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import ConfigError
-from ..messages import printable, suggest
+from ..messages import suggest
 from ..methods import method_class
 from ..methods.base import Objective
 from . import RECIPES, find_file, unknown_recipe
@@ -21,7 +21,7 @@ def named_recipe(name: str) -> Recipe | Stages:
     family = RECIPES[plain]
     if variant and variant not in family.variants:
         fix = suggest(variant, family.variants, f"write {plain} alone")
-        raise ConfigError(f"{plain} has no variant {printable(variant)!r}", fix, field="recipe")
+        raise ConfigError(f"{plain} has no variant {variant!r}", fix, field="recipe")
     make = import_module(f".{family.module}", __package__).make
     made: Recipe | Stages = make(plain, **({variant: True} if variant else {}))
     about = f"recipe {name}, {family.recipes[plain]}"

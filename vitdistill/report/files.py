@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, UserError
-from ..messages import printable
 from ..recipes.config import Recipe
 from ..recipes.convert import flatten
 from ..recipes.fingerprint import is_volatile
@@ -141,7 +140,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
                 inside.append(Path(folder))
                 names.clear()
         if not inside:
-            what = f"there is no run in {printable(path)}"
+            what = f"there is no run in {path}"
             raise ConfigError(what, "give the folder of a run, or one above it", field="paths")
         found |= {run.resolve(): run for run in inside if run.resolve() not in found}
     return [*found.values()]
@@ -181,5 +180,5 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             found.append(record)
         elif number < len(lines):
-            raise DataError(f"line {number} of {printable(path)} is damaged", "delete the line")
+            raise DataError(f"line {number} of {path} is damaged", "delete the line")
     return found

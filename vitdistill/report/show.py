@@ -59,9 +59,7 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     """
     weights = Path(resolve_run(str(run), ("last",)))
     if weights == run:
-        raise ConfigError(
-            f"{printable(run)} is not a run folder", "give what training wrote", field="run"
-        )
+        raise ConfigError(f"{run} is not a run folder", "give what training wrote", field="run")
     run = weights.parent
     recipe = load_recipe(run / RECIPE)
     built = build_teacher_model(TeacherConfig(model=str(weights)), "student")
@@ -125,7 +123,7 @@ def _build_teachers(
             store, proof = stores[name], proof_of(stores[name])
             network = str(store.manifest.identity.get("teacher.architecture", "a network"))
             notes.append(
-                f"{name} is not asked: training read its labels from {printable(store.path)}, and"
+                f"{name} is not asked: training read its labels from {store.path}, and"
                 f" {error.what}; by these labels it is {network}"
                 + (f", {describe_proof(proof)}" if proof else "")
             )
@@ -134,9 +132,9 @@ def _build_teachers(
 
 def _decode(path: Path) -> Image.Image:
     if not path.is_file():
-        raise DataError(f"there is no image file {printable(path)}", field="images")
+        raise DataError(f"there is no image file {path}", field="images")
     try:
-        return decode_image(path, printable(path))
+        return decode_image(path, str(path))
     except DataError as error:
         raise DataError(error.what, "give another image", field="images") from error
 
@@ -147,7 +145,7 @@ def _load_adapters(distillation: Distillation, run: Path) -> None:
         return
     saved = checkpoint.load_latest(run)
     if saved is None:
-        what = f"the run {printable(run)} has no checkpoint, which holds its decoder"
+        what = f"the run {run} has no checkpoint, which holds its decoder"
         raise DataError(what, "train it again", field="run")
     tensors, prefix = saved[1][0], "distillation."
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, Fix, Give, Set
-from ..messages import printable
 from ..recipes import RECIPE
 from ..recipes.config import Recipe
 from ..recipes.convert import flatten, replace_fields
@@ -112,7 +111,7 @@ def read_record(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None
     with suppress(ValueError):
         if isinstance(found := json.loads(path.read_bytes()), dict) and {*keys} <= found.keys():
             return found
-    raise DataError(f"{printable(path)} is damaged", "delete it to go on without what it says")
+    raise DataError(f"{path} is damaged", "delete it to go on without what it says")
 
 
 def note_identity(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from ..distill.plan import Plan
 from ..errors import Add, ConfigError, Drop, Give, Preempted, Say, Set
 from ..labels.encoding import LogitEncoding
 from ..labels.layout import Layout
@@ -16,7 +17,7 @@ from ..labels.manifest import Manifest
 from ..labels.store import LabelStore
 from ..labels.writing import write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
-from ..messages import format_bytes, format_duration, listed, printable
+from ..messages import format_bytes, format_duration, listed
 from ..recipes.config import Recipe
 from ..recipes.settings import LabelOptions
 from ..storage.atomic import disk_errors, require_free
@@ -65,7 +66,7 @@ def label(
             with disk_errors(output):
                 found = contents(output)
             if found and not any((output / name / MANIFEST).is_file() for name in found):
-                what = f"{printable(output)} holds no labels, but {listed(found)}"
+                what = f"{output} holds no labels, but {listed(found)}"
                 raise ConfigError(what, Give("output"))
         run = LabelRun(prepare_teachers(recipe, world, say))
         with world.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
@@ -126,6 +127,16 @@ def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> L
         wanted_at = sorted({t for wanted in read_at for t in wanted or ()})
         temperatures = temperatures or tuple(wanted_at) or (1.0,)
     return LogitEncoding(kind=kind, num_classes=teacher.num_classes, k=k, temperatures=temperatures)
+
+
+def foresee_layout(recipe: Recipe, plan: Plan, name: str, options: LabelOptions) -> Layout:
+    """Return what the recipe's labels of a teacher will hold; sizes of hidden states are 0."""
+    needs = plan.live[name]
+    return Layout(
+        logits=logit_encoding(recipe, plan.teachers[name], options) if needs.logits else None,
+        hidden=tuple((block, 0, 0) for block in sorted(needs.hidden)),
+        features=(0, 0) if needs.features else None,
+    )
 
 
 def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOptions) -> Layout:

@@ -1,6 +1,5 @@
 """What a run goes on from: everything that changes while it trains, saved and loaded."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,14 +122,11 @@ def load(state: State, world: World, saved: tuple[Path, checkpoint.State]) -> di
             state.scaler.load_state_dict(numbers["scaler"])
         for name in _NUMBERS:
             setattr(state, name, numbers[name])
-        if isinstance(state.best, float):  # of an earlier version
-            state.best = [state.best, -math.inf]
+        # Each process goes on with its own sums; another number of processes shares their mean.
+        sums = torch.tensor(numbers["sums"], dtype=torch.float64)
+        state.sums.copy_(sums[world.rank] if len(sums) == world.size else sums.mean(0))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = first_line(error)
         what = f"{found} does not fit this version's student and optimizer ({reason})"
         raise DataError(what, "resume with the version it began with") from error
-    # Each process goes on with its own sums; another number of processes shares their mean.
-    sums = torch.tensor(numbers["sums"], dtype=torch.float64)
-    if sums.shape[1] == len(state.sums):  # earlier versions logged fewer values
-        state.sums.copy_(sums[world.rank] if len(sums) == world.size else sums.mean(0))
     return dict(numbers["offsets"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import DataError, DiskError, PermissionDenied, UserError
-from ..messages import format_bytes, printable
+from ..messages import format_bytes
 
 StrPath = str | os.PathLike[str]
 Content = bytes | memoryview | Callable[[BinaryIO], object]
@@ -39,10 +39,10 @@ def disk_errors(path: StrPath) -> Iterator[None]:
             case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
                 raise _full(path, reason) from error
             case errno.EACCES | errno.EPERM | errno.EROFS:
-                what = f"{printable(path)} may not be read or written ({reason})"
+                what = f"{path} may not be read or written ({reason})"
                 fix = "choose another folder, or change its permissions"
                 raise PermissionDenied(what, fix) from error
-        raise DiskError(f"{printable(path)} cannot be read or written ({reason})") from error
+        raise DiskError(f"{path} cannot be read or written ({reason})") from error
 
 
 def require_free(path: StrPath, needed: int) -> None:
@@ -57,7 +57,7 @@ def require_free(path: StrPath, needed: int) -> None:
 
 
 def _full(path: StrPath, why: str) -> DiskError:
-    what = f"{printable(path)} cannot be written: the disk is full ({why}); nothing has changed"
+    what = f"{path} cannot be written: the disk is full ({why}); nothing has changed"
     return DiskError(what, "make room and run the same command again")
 
 
@@ -125,9 +125,9 @@ def read_bytes(path: StrPath, most: int | None = None) -> bytes:
     """Read a whole file; ``DataError`` if there is no regular file or more than ``most`` bytes."""
     with disk_errors(path):
         if not Path(path).is_file():  # a pipe would be waited for
-            raise DataError(f"{printable(path)} is missing, or no file")
+            raise DataError(f"{path} is missing, or no file")
         if most is not None and Path(path).stat().st_size > most:
-            raise DataError(f"{printable(path)} is larger than {format_bytes(most)}")
+            raise DataError(f"{path} is larger than {format_bytes(most)}")
         return Path(path).read_bytes()
 
 

@@ -21,7 +21,6 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import DataError, DiskError, NonFiniteError
-from ..messages import printable
 from . import atomic, manifest
 from .atomic import StrPath, disk_errors
 from .manifest import MANIFEST
@@ -74,7 +73,7 @@ def save(
             for name in (TENSORS, STATE):
                 manifest.read_verified(temporary, name, body)
         except DataError as error:
-            what = f"{printable(final)} was written but reads back changed, so the disk is failing"
+            what = f"{final} was written but reads back changed, so the disk is failing"
             fix = "move the run's folder to another disk; earlier checkpoints are untouched"
             raise DiskError(what, fix) from error
     _prune(final, keep)
@@ -88,7 +87,7 @@ def load(path: StrPath) -> State:
     identity = body["identity"]
     named = not _NAME.fullmatch(folder.name) or _step(folder) == identity.get("step")
     if identity.get("kind") != _KIND or set(body["files"]) != {TENSORS, STATE} or not named:
-        raise DataError(f"{printable(folder)} is not the checkpoint its name says")
+        raise DataError(f"{folder} is not the checkpoint its name says")
     state = json.loads(manifest.read_verified(folder, STATE, body))
     tensors = safetensors.torch.load(manifest.read_verified(folder, TENSORS, body))
     return tensors, state
@@ -117,9 +116,9 @@ def load_latest(
             return folder, state
         except (DataError, DiskError, NonFiniteError) as error:
             damaged.append(folder)
-            warn(f"{printable(folder)} is damaged, and the checkpoint before it is used: {error}")
+            warn(f"{folder} is damaged, and the checkpoint before it is used: {error}")
     if damaged:
-        what = f"none of the checkpoints in {printable(place)} is intact"
+        what = f"none of the checkpoints in {place} is intact"
         raise DataError(what, ("restore one from a copy", "start again in a new folder"))
     return None
 

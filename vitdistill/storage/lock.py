@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ConfigError, Give
-from ..messages import printable
 from .atomic import disk_errors, make_dirs
 
 LOCK = ".lock"
@@ -85,8 +84,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> Lock:
     if lock is None:
         owner = "another process"
         with suppress(OSError):
-            owner = printable(path.read_text(errors="replace")) or owner
-        what = f"{printable(folder)} is in use by {owner}"
+            owner = path.read_text(errors="replace") or owner
+        what = f"{folder} is in use by {owner}"
         raise InUse(what, ("wait for it", Give("output")), field="output")
     with disk_errors(path):
         os.ftruncate(lock._fd, 0)

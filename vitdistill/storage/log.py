@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import DataError
-from ..messages import printable
 from .atomic import StrPath, disk_errors, fsync_dir, make_dirs, write_all
 
 
@@ -31,7 +30,7 @@ class AppendLog:
             try:
                 if offset and os.pread(self._fd, 1, offset - 1) != b"\n":
                     why = f"it has no line's end at byte {offset}"
-                    what = f"{printable(self.path)} is not the log this run wrote: {why}"
+                    what = f"{self.path} is not the log this run wrote: {why}"
                     raise DataError(what, "restore it, or start a new run in another folder")
                 os.ftruncate(self._fd, offset)
                 os.fsync(self._fd)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..messages import printable
 from .atomic import StrPath, read_bytes, write_new
 
 MANIFEST = "manifest.json"
@@ -58,7 +57,7 @@ def read_manifest(folder: StrPath) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
-        raise DataError(f"{printable(path)} is damaged, or of another version of vitdistill")
+        raise DataError(f"{path} is damaged, or of another version of vitdistill")
     return body
 
 
@@ -82,4 +81,4 @@ def read_verified(folder: StrPath, name: str, body: Mapping[str, Any]) -> bytes:
 
 
 def _damaged(path: Path) -> DataError:
-    return DataError(f"{printable(path)} is missing or damaged: it is not what its manifest says")
+    return DataError(f"{path} is missing or damaged: it is not what its manifest says")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UserError
-from ..messages import printable
 from ..methods.base import TeacherObjective
 from ..methods.cross_entropy import CrossEntropy
 from ..option import option
@@ -203,7 +202,7 @@ def in_row(row: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.stage, error.what = "", f"in the row {printable(row)!r}, {error.what}"
+        error.stage, error.what = "", f"in the row {row!r}, {error.what}"
         raise
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..distill.plan import make_plan
 from ..errors import ConfigError, Give, Say
 from ..explain.ahead import Forecast, Known, forecast
 from ..explain.measure import time_step
 from ..labels.store import LabelStore
-from ..messages import format_count, format_duration, format_table, printable
+from ..messages import format_count, format_duration, format_table
 from ..recipes.config import Recipe
 from ..recipes.convert import from_dict, to_dict
 from ..recipes.fingerprint import differences
@@ -24,7 +25,7 @@ from ..recipes.stages import Stages
 from ..recipes.yaml import dump_yaml
 from ..runs.folder import SUMMED_UP, check_folder, contents, saved_recipe
 from ..runs.identity import SUMMARY, read_record
-from ..runs.label import label
+from ..runs.label import foresee_layout, label
 from ..runs.stages import resolved, train_stages
 from ..runs.stored import with_views_of_labels
 from ..runs.train import train
@@ -41,6 +42,7 @@ from .plan import (
     label_sources,
     resolve,
     together,
+    writer,
 )
 
 WAIT = 5.0  # seconds between two looks at what other processes do
@@ -244,7 +246,7 @@ def check(work: Work) -> None:
     with disk_errors(output):
         found = contents(output) if output.is_dir() else []
     if found and STUDY not in found:
-        what = f"the output {printable(output)} is not empty ({printable(found[0])} is in it) and"
+        what = f"the output {output} is not empty ({found[0]} is in it) and"
         raise ConfigError(f"{what} holds no study", Give("output"), field="output")
     assert work.ahead  # every row can be built
     for job in work.jobs:
@@ -256,6 +258,25 @@ def check(work: Work) -> None:
                 check_folder(folder, recipe, "change the study back")
             for store in work.stores(job).values() if job.label else ():
                 _check_labels(work, job, store)
+            _check_reading(work, job)
+
+
+def _check_reading(work: Work, job: Job) -> None:
+    """Refuse to read of shared labels, which may not be there yet, what they will not hold."""
+    shared = {other.row: other for other in work.jobs}
+    for recipe, (ahead, _) in zip(job.parts.values(), work.ahead[job.row], strict=True):
+        labels = {}
+        for path, source in label_sources(recipe).items():
+            written, name = writer(work.jobs, recipe, path)
+            ((wrote, _),), options = work.ahead[source], shared[source].label
+            assert options is not None
+            labels[path.split(".")[1]] = foresee_layout(written, wrote.plan, name, options)
+        if labels:
+            plan = ahead.plan
+            make_plan(
+                *(plan.student, plan.teachers, plan.objectives, plan.selector, plan.masking),
+                labels,
+            )
 
 
 def _check_labels(work: Work, job: Job, store: LabelStore) -> None:
@@ -264,7 +285,7 @@ def _check_labels(work: Work, job: Job, store: LabelStore) -> None:
     written = from_dict(store.manifest.about["recipe"])
     changed = differences(recipe, written)
     if changed:
-        what = f"the labels {printable(store.path)} are of another recipe ({changed[0]})"
+        what = f"the labels {store.path} are of another recipe ({changed[0]})"
         raise ConfigError(what, (Give("output"), "change the study back"), field="output")
 
 

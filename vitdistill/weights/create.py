@@ -64,7 +64,7 @@ def create_model(
         DataError: weights cannot be loaded, do not fit, or are not finite.
     """
     if checkpoint is not None and pretrained:
-        what = f"{printable(name)} has both pretrained weights and a checkpoint"
+        what = f"{name} has both pretrained weights and a checkpoint"
         fixes = "leave pretrained out", "leave checkpoint out"
         raise ConfigError(what, fixes, field="checkpoint")
     build = {key: value for key, value in model_args.items() if value is not None}
@@ -153,11 +153,11 @@ def _check_name(name: str, pretrained: bool) -> None:
     """Raise `ConfigError` unless timm has a network, and weights, of this name."""
     architecture, _, tag = name.partition(".")
     if not is_model(architecture):
-        what = f"timm {timm.__version__} has no network {printable(name)!r}"
+        what = f"timm {timm.__version__} has no network {name!r}"
         raise ConfigError(what, _near(architecture))
     tags = [key.partition(".")[2] for key in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
-        raise ConfigError(f"{architecture} has no weights {printable(tag)!r}: {suggest(tag, tags)}")
+        raise ConfigError(f"{architecture} has no weights {tag!r}: {suggest(tag, tags)}")
     if pretrained and not _default_cfg(name).has_weights:
         fixes = ("name one of its tags", Set("checkpoint"))
         raise ConfigError(f"timm has no pretrained weights for {name}", fixes, field="pretrained")
@@ -198,7 +198,7 @@ def _build(
             raise pretrained_missing(name, error) from error
         raise _cannot_build(name, build, error) from error
     if pretrained:
-        check_finite(model.state_dict(), f"what was downloaded for {printable(name)}")
+        check_finite(model.state_dict(), f"what was downloaded for {name}")
         if getattr(model, "num_classes", None) != _default_cfg(name).num_classes:
             calm_classifier(model)
     _record_input(model, build.get("img_size"), build.get("in_chans"))
@@ -227,9 +227,9 @@ def _cannot_build(name: str, build: Mapping[str, Any], error: Exception) -> Conf
     asked = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
     if asked is None:
         spelled = ", ".join(f"{key}={value!r}" for key, value in build.items()) or "its defaults"
-        what = f"{printable(name)} cannot be built with {spelled}: {first_line(error)}"
+        what = f"{name} cannot be built with {spelled}: {first_line(error)}"
         return ConfigError(what, field="model_args")
-    what = f"{printable(name)} takes no argument {asked[1]!r}"
+    what = f"{name} takes no argument {asked[1]!r}"
     fix = "leave it out of the model's arguments"
     return ConfigError(what, fix, field=f"model_args.{asked[1]}")
 
@@ -258,7 +258,7 @@ def _check_grid(name: str, model: nn.Module) -> None:
     patch, size = to_2tuple(patch), to_2tuple(size)
     if any(side % step for side, step in zip(size, patch, strict=True)):
         parts, whole = (f"{sides[0]} x {sides[1]}" for sides in (patch, size))
-        what = f"{printable(name)} cuts images into patches of {parts}, which do not fill {whole}"
+        what = f"{name} cuts images into patches of {parts}, which do not fill {whole}"
         fix = "choose an image size that is a multiple of the patch size"
         raise ConfigError(what, fix, field="image_size")
 

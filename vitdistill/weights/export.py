@@ -26,7 +26,7 @@ from .. import __version__
 from ..data.augment import InputSpec
 from ..data.model_input import input_spec_of
 from ..errors import ConfigError, DataError, DiskError, Give
-from ..messages import first_line, printable
+from ..messages import first_line
 from ..storage import atomic
 from ..storage.atomic import disk_errors, sha256_file
 from ..storage.tensors import tensor_bytes
@@ -82,7 +82,7 @@ def export_timm(
     name = str(said).partition(".")[0]
     _refuse_foreign(final)
     state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
-    check_finite(state, f"the network for {printable(final)}")
+    check_finite(state, f"the network for {final}")
     content = tensor_bytes(state, {"format": "pt"})
     digest = hashlib.sha256(content).hexdigest()
     config = _config(network, name, dict(model_args or {}), classes, input_spec)
@@ -92,7 +92,7 @@ def export_timm(
         atomic.write_new(temporary / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
         if sha256_file(temporary / WEIGHTS) != digest:
             what = "was written but reads back changed, so the disk is failing"
-            raise DiskError(f"{printable(final)} {what}")
+            raise DiskError(f"{final} {what}")
         if prove:
             _check_reload(network, state, temporary, input_spec, name)
     return final
@@ -116,8 +116,8 @@ def _refuse_foreign(folder: Path) -> None:
     with suppress(DataError, ValueError, KeyError, TypeError):
         ours = "weights_sha256" in json.loads(atomic.read_bytes(folder / CONFIG))["vitdistill"]
     if names - FILES or not ours:
-        other = printable(min(names - FILES or names))
-        what = f"{printable(folder)} holds something that vitdistill did not export: {other}"
+        other = min(names - FILES or names)
+        what = f"{folder} holds something that vitdistill did not export: {other}"
         raise ConfigError(what, fix=Give("output"), field="output")
 
 
@@ -278,7 +278,7 @@ def _tracing(
 ) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield a copy of the network to trace, and images; what fails inside says so of ``kind``."""
     network = copy_network(_unwrapped(model)).to("cpu", torch.float32).eval()
-    check_finite(network.state_dict(), f"the network for {printable(path)}")
+    check_finite(network.state_dict(), f"the network for {path}")
     try:
         yield network, _probe(spec)
     except Exception as error:
@@ -351,7 +351,7 @@ def push(
             safe_serialization=True,
         )
     except Exception as error:  # of the hub's client, its transport, its validation
-        what = f"{printable(repository)} cannot be pushed ({first_line(error)})"
+        what = f"{repository} cannot be pushed ({first_line(error)})"
         fix = "log in by 'hf auth login' with a token that may write, and check the network"
         raise ConfigError(what, fix, field="push") from error
     return f"{huggingface_hub.constants.ENDPOINT}/{repository}"

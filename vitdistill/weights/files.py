@@ -46,7 +46,7 @@ def load_state_dict(path: str | os.PathLike[str], own: Collection[str] = ()) -> 
         head = opened.read(512)
     _refuse_failed_download(file, head)
     if file.suffix not in (".safetensors", *_PICKLES):
-        what = f"{printable(file)} is no weights file that can be read"
+        what = f"{file} is no weights file that can be read"
         raise DataError(what, fix="convert to .safetensors")
     # Some publish safetensors under a name of PyTorch's: the content tells.
     is_safe = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size - 8
@@ -61,10 +61,10 @@ def load_state_dict(path: str | os.PathLike[str], own: Collection[str] = ()) -> 
 def check_is_file(path: str | os.PathLike[str]) -> None:
     """Raise `DataError` where there is no regular file: reading a pipe would wait for ever."""
     if Path(path).is_dir():
-        what = f"{printable(path)} is a folder, not a weights file"
+        what = f"{path} is a folder, not a weights file"
         raise DataError(what, ("give it as the model's name", "name the file in it"))
     if not Path(path).is_file():
-        raise DataError(f"there is no weights file {printable(path)}")
+        raise DataError(f"there is no weights file {path}")
 
 
 def is_weights(path: str | os.PathLike[str]) -> bool:
@@ -94,7 +94,7 @@ def _refuse_failed_download(file: Path, head: bytes) -> None:
     elif head.startswith(b"version https://git-lfs"):
         what = "a Git LFS pointer"
     if what:
-        raise DataError(f"{printable(file)} is {what}, not weights", fix="download the file itself")
+        raise DataError(f"{file} is {what}, not weights", fix="download the file itself")
 
 
 def _read_pickle(file: Path) -> Any:
@@ -107,14 +107,14 @@ def _read_pickle(file: Path) -> Any:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if "TorchScript" in str(error) or (asked and isinstance(error, pickle.UnpicklingError)):
             code = f"a pickle of more than tensors ({asked[1]})" if asked else "a TorchScript"
-            what = f"{printable(file)} holds {code}, which was not executed"
+            what = f"{file} holds {code}, which was not executed"
             fix = f"where you trust its source, convert it: {_converter(file)}"
             raise DataError(what, fix) from error
         raise _unreadable(file, error) from error
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:
-    what = f"{printable(file)} is cut short, damaged or no weights file ({first_line(error)})"
+    what = f"{file} is cut short, damaged or no weights file ({first_line(error)})"
     return DataError(what, "download it again")
 
 
@@ -142,7 +142,7 @@ def _unwrapped(file: Path, found: Any, own: Collection[str]) -> dict[str, Tensor
         inner = [found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)]
         found = next(filter(_is_state, inner), inner[0] if inner else found)
     if not _is_state(found):
-        what = f"{printable(file)} holds no weights: named tensors were expected"
+        what = f"{file} holds no weights: named tensors were expected"
         if not others:
             raise DataError(what)
         command = f"to take those under {others[0]!r}: {_converter(file, others[:1])}"
@@ -153,7 +153,7 @@ def _unwrapped(file: Path, found: Any, own: Collection[str]) -> dict[str, Tensor
             bare = {bare_key(key.removeprefix(prefix)): value for key, value in bare.items()}
             break
     if len(bare) < len(found):
-        raise DataError(f"{printable(file)} holds tensors twice, with and without a prefix")
+        raise DataError(f"{file} holds tensors twice, with and without a prefix")
     return bare
 
 

@@ -75,7 +75,7 @@ class Saved:
                 continue
             if self.digest is not None and sha256_file(file) != self.digest:
                 what = "is damaged or was replaced: its sha256 is not the one in"
-                raise DataError(f"{printable(file)} {what} {CONFIG} beside it", "export again")
+                raise DataError(f"{file} {what} {CONFIG} beside it", "export again")
             return load_state_dict(file, own), f"{self.place}/{name}"
         for name in _SHARDS:
             index = self.fetch(name)
@@ -88,11 +88,11 @@ class Saved:
             files = set(json.loads(read_bytes(index, MOST_CONFIG))["weight_map"].values())
             shards = {name: self.fetch(name) for name in sorted(files) if Path(name).name == name}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{printable(index)} is no list of weights files") from error
+            raise DataError(f"{index} is no list of weights files") from error
         state: dict[str, Tensor] = {}
         for name, shard in shards.items():
             if shard is None:
-                raise DataError(f"{self.place} lacks {printable(name)}, which {index.name} names")
+                raise DataError(f"{self.place} lacks {name}, which {index.name} names")
             state |= load_state_dict(shard, own)
         return state
 
@@ -101,11 +101,11 @@ def read_folder(folder: Path) -> Saved:
     """Read the network saved in a folder, in timm's form or Hugging Face's of a ViT."""
     place = folder.expanduser()
     if not place.is_dir():
-        fix = f"for a network of the Hugging Face hub, hf-hub:{printable(folder)}"
-        raise ConfigError(f"there is no folder {printable(folder)}", fix)
+        fix = f"for a network of the Hugging Face hub, hf-hub:{folder}"
+        raise ConfigError(f"there is no folder {folder}", fix)
     if not (place / CONFIG).is_file() and (place / "best" / CONFIG).is_file():
-        what = f"{printable(place)} is a run, not one of its networks"
-        raise ConfigError(what, f"name {printable(place / 'best')}")
+        what = f"{place} is a run, not one of its networks"
+        raise ConfigError(what, f"name {place / 'best'}")
     return _read(printable(place), lambda name: place / name if (place / name).is_file() else None)
 
 
@@ -123,7 +123,7 @@ def _download(place: str, filename: str) -> Path | None:
         # Without network, "not in the cache" is an EntryNotFoundError too, and says nothing.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
-        what = f"hf-hub:{printable(place)} cannot be reached ({first_line(error)})"
+        what = f"hf-hub:{place} cannot be reached ({first_line(error)})"
         fix = "without network, download it elsewhere and give its folder"
         raise DataError(what, fix) from error
 
@@ -135,7 +135,7 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
         found = sorted(file for n in ("*", "*/*") for file in Path(place).glob(f"{n}/{CONFIG}"))
         fix = "name timm's network, and give the weights as its checkpoint"
         if found:
-            fix = f"give one that is in it, such as {printable(found[0].parent)}"
+            fix = f"give one that is in it, such as {found[0].parent}"
         raise ConfigError(what, fix)
     try:
         config = json.loads(read_bytes(path, MOST_CONFIG))
@@ -147,13 +147,11 @@ def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
         architecture, args = str(config["architecture"]), dict(config.get("model_args") or {})
         cfg = _pretrained_cfg(config)
         record = dict(config.get("vitdistill") or {})
-        if record:
-            cfg.pop("license", None)  # version 0.1.0 copied the architecture's from the registry
         _check({**args, **cfg})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{printable(path)} is no configuration of timm's") from error
+        raise DataError(f"{path} is no configuration of timm's") from error
     if not (is_model(architecture) or is_outside(architecture)):
-        what = f"{printable(path)} names the architecture {printable(architecture)!r}, which timm"
+        what = f"{path} names the architecture {architecture!r}, which timm"
         fix = "install the timm that wrote it"
         raise ConfigError(f"{what} {timm.__version__} does not have", fix)
     return Saved(place, architecture, args, cfg, fetch, record.get("weights_sha256"), record)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from ..errors import ConfigError, DataError, Set
-from ..messages import first_line, printable, suggest
+from ..messages import first_line, suggest
 
 NAME = "torchvision/"
 _VITS = {"vit_b_16": "base_patch16", "vit_b_32": "base_patch32", "vit_l_16": "large_patch16"}
@@ -32,7 +32,7 @@ def build_torchvision(name: str, num_classes: int | None, **args: Any) -> nn.Mod
     bare = name.removeprefix(NAME)
     if bare not in list_torchvision():
         near = suggest(bare, list_torchvision(), "torchvision.models.list_models() lists them")
-        raise ConfigError(f"torchvision has no classifier {printable(bare)!r}", near)
+        raise ConfigError(f"torchvision has no classifier {bare!r}", near)
     if num_classes is not None:
         args["num_classes"] = num_classes
     model: nn.Module = models.get_model(bare, weights=None, **args)
@@ -53,7 +53,7 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
 
 def pretrained_missing(name: str, error: Exception) -> DataError:
     """Return what to raise where a network's published weights could not be loaded."""
-    what = f"the pretrained weights of {printable(name)} could not be loaded ({first_line(error)})"
+    what = f"the pretrained weights of {name} could not be loaded ({first_line(error)})"
     return DataError(what, (Set("checkpoint"), Set("pretrained", False)), field="pretrained")
 
 

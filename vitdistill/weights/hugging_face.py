@@ -26,7 +26,6 @@ from timm.data import (
 from torch import Tensor
 
 from ..errors import DataError
-from ..messages import printable
 from ..storage.atomic import read_bytes
 from .transformers_network import NAME as TRANSFORMERS
 
@@ -133,7 +132,7 @@ def read_config(
         architecture, args = _as_timms(kind, said, config, cfg)
         epsilon = float(said["layer_norm_eps"])
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        what = f"{printable(path)} or the {PREPROCESSOR} beside it makes no sense"
+        what = f"{path} or the {PREPROCESSOR} beside it makes no sense"
         raise DataError(f"{what} ({type(error).__name__}: {error})") from error
     cfg |= {"fixed_input_size": True, "num_classes": len(names), "classifier": "network.classifier"}
     if names and not _of_imagenet(names) and names != [f"LABEL_{i}" for i in range(len(names))]:

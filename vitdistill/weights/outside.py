@@ -69,7 +69,7 @@ def build_outside(
     known = {key: value for key, value in (cfg or {}).items() if key != "num_classes"}
     model = adopt(network, printable(name), {**known, **(overlay or {})}, size)
     if wanted and wanted != model.num_classes:
-        what = f"{printable(name)} answers in {model.num_classes} classes, not in {wanted}"
+        what = f"{name} answers in {model.num_classes} classes, not in {wanted}"
         raise ConfigError(what, "have it take num_classes")
     return model
 
@@ -135,7 +135,7 @@ def _open_program(file: Path) -> Called:
     except UserError:
         raise
     except Exception as error:  # whatever a reader says of a file of another kind
-        what = f"{printable(file)} is no network that can be run ({first_line(error)})"
+        what = f"{file} is no network that can be run ({first_line(error)})"
         fix = "if it holds weights, name their network, and give it as the checkpoint"
         raise DataError(what, fix) from error
     network = Called(call, printable(file), sha256_file(file))
@@ -152,7 +152,7 @@ def _open_onnx(file: Path) -> tuple[Callable[[Tensor], Any], dict[str, Any]]:
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError as error:
-        what = f"{printable(file)} needs {error.name}"
+        what = f"{file} needs {error.name}"
         raise ConfigError(what, 'pip install "vitdistill[onnx]"') from error
     session = runtime.InferenceSession(str(file), providers=runtime.get_available_providers())
     given, outputs = session.get_inputs()[0], [output.name for output in session.get_outputs()]

@@ -65,7 +65,7 @@ class TarSource(FileSource):
     def _size(self, path: str) -> int:
         size = self._members[path][1]
         if size < 0:
-            what = f"{self.name} holds {printable(path)!r} as a link, a device or a sparse file"
+            what = f"{self.name} holds {path!r} as a link, a device or a sparse file"
             raise DataError(what, "make the archive again of plain files, with tar -h")
         return size
 
@@ -110,7 +110,7 @@ class TarSource(FileSource):
                         members[name] = (member.offset_data, member.size if is_plain else -1)
                 end = os.pread(file.fileno(), _BLOCK, archive.offset)
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            reason = printable(str(error))
+            reason = str(error)
             raise DataError(f"{self.name} is not a readable tar archive ({reason})") from error
         if end != bytes(_BLOCK) or any(offset + size > length for offset, size in members.values()):
             raise DataError(f"{self.name} is cut short", "copy or download it again")

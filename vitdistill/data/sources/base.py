@@ -187,13 +187,13 @@ class FileSource(EncodedSource):
             stray = next(path for path, owner in owners.items() if not owner)
             what = f"{name} has class folders and also images beside them, such as"
             fixes = "move or remove those", Set("data.unlabelled")
-            raise DataError(f"{what} {printable(stray)!r}", fixes)
+            raise DataError(f"{what} {stray!r}", fixes)
         for path in images:
             if ALL_SPLIT_NAMES.intersection(path.lower().split("/")[1:-1][:1]):
-                what = f"{name} holds several sets of images, one in {printable(owners[path])!r}"
-                raise DataError(what, Set("data.dir", f"{name}/{printable(owners[path])}"))
+                what = f"{name} holds several sets of images, one in {owners[path]!r}"
+                raise DataError(what, Set("data.dir", f"{name}/{owners[path]}"))
         for folder in sorted(set(folders) - found) if split == "train" else ():
-            what = f"the class folder {name}/{printable(folder)} has no images"
+            what = f"the class folder {name}/{folder} has no images"
             raise DataError(f"{what} ({left_out})" if left_out else what, "fill or remove it")
         self.name = name
         if left_out:

@@ -28,7 +28,7 @@ def open_builtin(location: str, split: Split) -> ImageSource | None:
         return None
     if name not in _BY_FLAG + _BY_NAME:
         fix = suggest(name, _BY_FLAG + _BY_NAME)
-        raise ConfigError(f"unknown data set {printable(path)!r}", fix, field="data.dir")
+        raise ConfigError(f"unknown data set {path!r}", fix, field="data.dir")
     if set(options) != {"root"}:
         what = f"{path} needs its folder, and only that"
         raise ConfigError(what, f"write {path}?root=FOLDER", field="data.dir")
@@ -72,7 +72,7 @@ def _read(name: str, root: Path, split: Split) -> Any:
         return getattr(datasets, name)(str(root), download=False, **choice)
     except Exception as error:
         # RuntimeError for absent or altered files, and whatever unpickling or unpacking raises.
-        reason = printable(str(error).split(". ")[0].split("\n")[0])
-        what = f"torchvision's {name} cannot be read from {printable(root)} ({reason})"
+        reason = str(error).split(". ")[0].split("\n")[0]
+        what = f"torchvision's {name} cannot be read from {root} ({reason})"
         fix = "put its files there first, nothing is downloaded"
         raise DataError(what, fix, field="data.dir") from error

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ...errors import DataError, PermissionDenied, Set, UserError
-from ...messages import printable
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Largest image that is decoded, in pixels."""
@@ -91,7 +90,7 @@ def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, a
         # DecompressionBombError and more.
-        reason = printable(" ".join(str(error).split()))[:120] or type(error).__name__
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         what = f"{name}: the image is damaged or cut short ({reason})"
         raise DamagedImage(what, _REMEDY) from error
 

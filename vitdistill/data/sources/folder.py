@@ -53,7 +53,7 @@ class FolderSource(FileSource):
             _refuse(error)
             raise
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{printable(self.root / path)} is no regular file", "remove it")
+            raise DataError(f"{self.root / path} is no regular file", "remove it")
         return found.st_size
 
 
@@ -64,7 +64,7 @@ def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
         for name in folders:
             path = os.path.join(folder, name)
             if os.path.islink(path) and os.path.realpath(path) in _real_parents(folder, root):
-                raise DataError(f"{printable(path)} is a link to a folder around it", "remove it")
+                raise DataError(f"{path} is a link to a folder around it", "remove it")
         yield folder, folders, [name for name in names if not is_hidden(name)]
 
 
@@ -76,5 +76,5 @@ def _real_parents(folder: str, root: str) -> set[str]:
 
 def _refuse(error: OSError) -> None:
     kind = PermissionDenied if isinstance(error, PermissionError) else DataError
-    what = f"{printable(error.filename)} cannot be read ({error.strerror})"
+    what = f"{error.filename} cannot be read ({error.strerror})"
     raise kind(what, "make it readable, or remove it") from error

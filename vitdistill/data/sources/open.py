@@ -7,7 +7,7 @@ import numpy as np
 
 from ... import keyed
 from ...errors import ConfigError, DataError, MissingSplit, Set
-from ...messages import listed, printable
+from ...messages import listed
 from .archive import open_archive
 from .base import ImageSource, PartSource, Split, renumber
 from .builtin import open_builtin
@@ -43,7 +43,7 @@ def open_source(
         except MissingSplit:
             source = _split_off(_open(location, "train"), val_split, split)
         else:
-            what = f"val_split has no effect: {printable(location)} has validation images"
+            what = f"val_split has no effect: {location} has validation images"
             raise ConfigError(what, Set("data.val_split", "none"), field="data.val_split")
     if len(source) == 0:
         what = "; ".join((f"{source.name} has no images", *source.notes))
@@ -60,7 +60,7 @@ def _open(location: str, split: Split) -> ImageSource:
     found = (open_kind(location, split) for open_kind in SOURCES)
     source = next((source for source in found if source is not None), None)
     if source is None:
-        what = f"{printable(location)!r} is no folder, .tar, .parquet or .arrow file"
+        what = f"{location!r} is no folder, .tar, .parquet or .arrow file"
         fix = "unpack it into a folder" if Path(location).is_file() else "check the path"
         raise DataError(what, fix, field="data.dir")
     if len(set(source.classes)) < len(source.classes):

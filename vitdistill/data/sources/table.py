@@ -56,7 +56,7 @@ def open_table(location: str, split: Split) -> ImageSource | None:
     try:
         table = arrow.concat_tables([table.select(columns) for table in tables])
     except (arrow.ArrowInvalid, KeyError) as error:
-        reason = printable(str(error))
+        reason = str(error)
         raise DataError(f"the tables of {name} have different columns ({reason})") from error
     return TableSource(name, table, *columns, notes=notes)
 
@@ -80,8 +80,8 @@ def open_hub(location: str, split: Split) -> ImageSource | None:
     except MissingSplit:
         raise
     except Exception as error:
-        reason = printable(" ".join(str(error).split()))[:160]
-        what = f"{printable(path)} could not be loaded ({reason})"
+        reason = " ".join(str(error).split())[:160]
+        what = f"{path} could not be loaded ({reason})"
         raise DataError(what, "check its name and the network", field="data.dir") from error
     columns = _columns(path, table.schema, options)
     return TableSource(f"{printable(path)} ({chosen})", table, *columns, notes=notes)
@@ -143,7 +143,7 @@ def _files_in_use(folder: Path, name: str) -> Collection[str]:
     except FileNotFoundError:
         return () if name.startswith(("cache-", "indices-")) else (name,)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{printable(folder)}/state.json is damaged"
+        what = f"{folder}/state.json is damaged"
         raise DataError(what, "save the set again") from error
 
 
@@ -180,8 +180,8 @@ def _read_table(arrow: ModuleType, file: Path) -> Any:
             mapped.seek(0)
             return arrow.ipc.open_file(mapped).read_all()
     except (arrow.ArrowException, OSError) as error:
-        reason = printable(str(error).split("\n")[0])[:120]
-        what = f"{printable(file)} is damaged or not a table ({reason})"
+        reason = str(error).split("\n")[0][:120]
+        what = f"{file} is damaged or not a table ({reason})"
         raise DataError(what, "replace it") from error
 
 
@@ -199,7 +199,7 @@ def _columns(name: str, schema: Any, options: dict[str, str]) -> tuple[str, str 
     for option, column in options.items():
         word, known = (column, schema.names) if option in _OPTIONS else (option, _OPTIONS)
         if word not in known:
-            what = f"{name} cannot be read with {printable(f'{option}={column}')!r}"
+            what = f"{name} cannot be read with {f'{option}={column}'!r}"
             raise ConfigError(what, suggest(word, known), field="data.dir")
     types = import_extra("pyarrow").types
     kinds = {column: feature.get("_type") for column, feature in _features(schema).items()}
