@@ -53,6 +53,17 @@ def test_from_a_teacher_to_a_student_that_never_saw_it(
     assert "finished already" in capsys.readouterr().out
 
 
+def test_what_label_says_to_do_next_can_be_done(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of fewer views than the recipe has, too."""
+    recipe = f"small_images_few_labels {SHORT}"
+    assert run(f"label {recipe} {TEACHER} --views 1 --output {tmp_path / 'labels'}") == 0
+    flags = capsys.readouterr().out.splitlines()[-1].partition("recipe and ")[2]
+    assert run(f"train {recipe} {flags} --output {tmp_path / 'run'}") == 0
+    assert "1 view used" in capsys.readouterr().out
+
+
 def test_labels_are_looked_after(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

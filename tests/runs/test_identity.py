@@ -6,7 +6,15 @@ from vitdistill.errors import ConfigError, DataError, Set
 from vitdistill.recipes.config import Recipe
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.runs.folder import RunFolder, check_folder
-from vitdistill.runs.identity import IDENTITY, changes, read_identity, resolve_run, weights_identity
+from vitdistill.runs.identity import (
+    IDENTITY,
+    SUMMARY,
+    changes,
+    is_unfinished,
+    read_identity,
+    resolve_run,
+    weights_identity,
+)
 
 BEGAN = {"training images": "a", "validation images": "b", "labels of the teacher": "c"}
 
@@ -94,4 +102,7 @@ def test_a_run_stands_for_its_best_weights_or_its_last(run):
         (run / kind).mkdir()
         (run / kind / "config.json").touch()
         assert resolve_run(str(run)) == str(run / kind)
+    assert is_unfinished(str(run)) and is_unfinished(str(run / "best"))
+    (run / SUMMARY).touch()
+    assert not is_unfinished(str(run)) and not is_unfinished("deit_tiny_patch16_224")
     assert resolve_run("deit_tiny_patch16_224") == "deit_tiny_patch16_224"

@@ -53,7 +53,7 @@ usage: vitdistill COMMAND [arguments]       (vitdistill COMMAND --help for each)
 
 From photos/{{train,val}}/CLASS/*.jpg and a teacher to a student:
   vitdistill train maskedkd --data-dir photos --model deit_tiny_patch16_224 \\
-    --teacher-model runs/teacher/best"""
+    --teacher-model runs/teacher"""
 
 
 def usage() -> str:

@@ -227,7 +227,8 @@ class _Once(argparse.Action):
 
 def _make_parser(groups: Groups, prog: str, about: str = "") -> argparse.ArgumentParser:
     every = [flag for flags in groups.values() for flag in flags]
-    aliases = [f"{other} for {flag.name}" for flag in every for other in flag.option.spellings[1:]]
+    named = [flag for flag in every if not flag.positional]
+    aliases = [f"{other} for {flag.name}" for flag in named for other in flag.option.spellings[1:]]
     notes = [f"Also understood: {', '.join(aliases)}."] if aliases else []
     if any(flag.value_kind is bool for flag in every):
         notes.insert(0, "A flag without a value is a switch: --no-FLAG turns it off.")

@@ -47,7 +47,8 @@ def write(args: LabelArguments) -> int:
     for name, store in done.stores.items():
         status = store.status()
         say(f"{name}: {status.records:,} records, {format_bytes(status.bytes)} in {store.path}")
-    say(f"done: train with the same recipe and --labels {shlex.quote(str(output))}")
+    views = f" --views {args.settings['data.views']}" if "data.views" in args.settings else ""
+    say(f"done: train with the same recipe and --labels {shlex.quote(str(output))}{views}")
     return 0
 
 
@@ -76,7 +77,7 @@ def info(args: StoreArguments) -> int:
         network = manifest.about.get("network", {}).get("architecture", "a teacher")
         size = format_bytes(layout.record_bytes)
         say(f"{name}: {network}, {layout.describe()}, {size} a record")
-        views = f"{manifest.num_samples:,} images x {manifest.num_views} views"
+        views = f"{manifest.num_samples:,} images x {plural(manifest.num_views, 'view')}"
         say(f"  {views}, parts of {manifest.part_size:,}")
         if proof := proof_of(store):
             say(f"  {describe_proof(proof)}")

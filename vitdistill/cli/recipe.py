@@ -49,7 +49,8 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
             # Some recipes give the size of the input among the model's arguments.
             if "img_size" in recipe.student.model_args and "student.image_size" in values[key]:
                 values[key]["student.model_args.img_size"] = values[key].pop("student.image_size")
-            notes = [*notes, *_shorten_warmup(recipe, values[key])]
+            where = f"in the stage {key!r}, " if key else ""
+            notes = [*notes, *(where + note for note in _shorten_warmup(recipe, values[key]))]
             recipes[key] = replace_fields(recipe, values[key])
             _refuse_idle(recipes[key], values[key])
         if os.environ.get("RANK", "0") == "0":

@@ -134,7 +134,7 @@ def _memory(plan: Plan, cost: Cost) -> list[str]:
     size, count = format_bytes(16 * trained), format_count(trained, "").strip()
     return [
         "Training memory",
-        f"  kept for the backward pass: {kept} an image; the {_trained(plan)} alone: {alone}",
+        f"  kept for the backward pass: {kept} an image; as timm trains it: {alone}",
         f"  weights, gradients and AdamW's two moments: {size} ({count} parameters)",
     ]
 
@@ -144,7 +144,7 @@ def _as_the_paper_counts(plan: Plan, num_shown: int) -> list[list[str]]:
     sections = []
     for name, needs in plan.live.items():
         teacher, keep = plan.teachers[name], plan.num_keep[name]
-        if not (teacher.walks and needs.logits):
+        if plan.selector is None or not (teacher.walks and needs.logits):
             continue
         masked, whole = (vit_macs(teacher, count) * num_shown for count in (keep, None))
         saved = f" against {format_count(whole, 'MACs')} for plain distillation"

@@ -80,7 +80,10 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     rows: dict[str, Tensor] = {"input": batch.images}
     for attention in output.attention.values():
         saliency = patch_saliency(attention, output.num_prefix_tokens)
-        heat = (saliency / saliency.amax(1, keepdim=True)).view(-1, 1, *output.grid)
+        # From the least to the most of an image: a little-trained student's patches differ little.
+        least, most = saliency.aminmax(dim=1, keepdim=True)
+        heat = (saliency - least) / (most - least).clamp_min(1e-12)
+        heat = heat.view(-1, 1, *output.grid)
         heat = F.interpolate(heat, batch.images.shape[-2:], mode="bilinear")
         rows["the student\nattends to"] = batch.images * heat
     answers = {"student": output.logits}

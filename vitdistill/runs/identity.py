@@ -47,6 +47,12 @@ def resolve_run(name: str, kinds: Sequence[str] = ("best", "last")) -> str:
     raise ConfigError(what, "train it to its first evaluation")
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a model's name stands for weights of a run that has not come to its end."""
+    run = Path(resolve_run(name)).parent
+    return (run / RECIPE).is_file() and not (run / SUMMARY).is_file()
+
+
 def stages_in(folder: Path) -> list[Path]:
     """Return the folders of the runs that a folder of stages has, in order; [] for another one."""
     if not (folder / STAGES).is_file():

@@ -17,7 +17,7 @@ from ..labels.manifest import Manifest
 from ..labels.store import LabelStore
 from ..labels.writing import write_missing
 from ..memory import SMALLER_EVALUATION, memory_errors
-from ..messages import format_bytes, format_duration, listed
+from ..messages import format_bytes, format_duration, listed, plural
 from ..recipes.config import Recipe
 from ..recipes.settings import LabelOptions
 from ..storage.atomic import disk_errors, require_free
@@ -184,7 +184,7 @@ def _open_stores(output: Path, manifests: Mapping[str, Manifest], say: Say) -> l
         record = format_bytes(manifest.layout.record_bytes)
         say(
             f"{name}: {manifest.layout.describe()}, {record} a record,"
-            f" {manifest.num_samples:,} images x {manifest.num_views} views"
+            f" {manifest.num_samples:,} images x {plural(manifest.num_views, 'view')}"
         )
     if size:
         require_free(output, size + 1_000_000)
@@ -214,7 +214,7 @@ class _Progress(Progress):
         elif at > self._start and (due or done == total):
             self._shown = now
             left = (now - self._begun) / (at - self._start) * (total - at)
-            share_done = f"{at / total:.0%} of {self._num_views:,} views"
+            share_done = f"{at / total:.0%} of {plural(self._num_views, 'view')}"
             self._say(f"{share_done}, {format_duration(left)} left")
 
     def within(self, share: float) -> None:

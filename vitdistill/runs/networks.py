@@ -26,7 +26,7 @@ from ..vit.network import Network
 from ..weights import create as weights
 from ..weights.files import check_is_file, is_weights
 from ..weights.outside import is_outside
-from .identity import resolve_run
+from .identity import is_unfinished, resolve_run
 from .orders import natural_order
 from .stored import made_by, open_labels, stored_network
 
@@ -317,7 +317,8 @@ def _build_teachers(
         if store is None or runs(config) or (config.model and not made_by(store, config)):
             teacher, match = build_teacher(config, name, classes, images_spec, device, objectives)
             teachers[name] = teacher
-            say(f"{name}: {teacher.network.architecture}, {match.remark}")
+            rest = "; its run is not finished" if is_unfinished(config.model) else ""
+            say(f"{name}: {teacher.network.architecture}, {match.remark}{rest}")
             if store is None:
                 network, names = teacher.network, match.classes
         if find_logit_readers(objectives, network):

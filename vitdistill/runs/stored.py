@@ -77,7 +77,7 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
         seed = next((s for s in seeds if s not in (None, recipe.train.seed)), None)
     views = views if data.views is None else data.views
     if needed and views is not None and views > fewest:
-        what = f"the recipe shows {views} views of each image, and {fewest} are labelled"
+        what = f"the recipe shows {views} views of each image, and labels are of {fewest}"
         raise ConfigError(what, (Set("data.views", fewest), "label more"))
     seed = seed if data.seed is None else data.seed
     return replace(recipe, data=replace(data, views=views, seed=seed))
@@ -124,5 +124,6 @@ def check_labels(recipe: Recipe, views: dict[str, Any], digests: dict[str, str],
         say(
             f"{name}: {manifest.about['network']['architecture']}, stored labels,"
             f" {store.status().records:,} of {manifest.num_samples * manifest.num_views:,} records,"
-            f" {num_views} views used{f'; it was {describe_proof(proof)}' if proof else ''}"
+            f" {plural(num_views, 'view')} used"
+            f"{f'; it was {describe_proof(proof)}' if proof else ''}"
         )

@@ -101,8 +101,8 @@ def read_folder(folder: Path) -> Saved:
     """Read the network saved in a folder, in timm's form or Hugging Face's of a ViT."""
     place = folder.expanduser()
     if not place.is_dir():
-        fix = f"for a network of the Hugging Face hub, hf-hub:{folder}"
-        raise ConfigError(f"there is no folder {folder}", fix)
+        hub = f"write hf-hub:{folder} for a network of the Hugging Face hub"
+        raise ConfigError(f"there is no folder {folder}", ("train it first", hub))
     if not (place / CONFIG).is_file() and (place / "best" / CONFIG).is_file():
         what = f"{place} is a run, not one of its networks"
         raise ConfigError(what, f"name {place / 'best'}")
