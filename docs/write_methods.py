@@ -280,7 +280,12 @@ def masking_row(name: str, cls: type[Masking]) -> list[str]:
 
 def paragraph(name: str, cls: Method) -> str:
     """Write a method's description, formula, and the fields it does not share with others."""
-    lines = [f"### `{name}`", "", f"{paper(cls)}. {reading(cls)}".strip(), ""]
+    lines = [
+        f"### `{name}`",
+        "",
+        f"{paper(cls)}. {reading(cls)}".strip() + f" In Python: `{cls.__name__}`.",
+        "",
+    ]
     lines.append("\n\n".join(prose(part) for part in description(cls)))
     if issubclass(cls, Objective):
         lines += ["", f"Loss: `{cls.formula}`."]

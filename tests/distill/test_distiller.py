@@ -16,6 +16,7 @@ from small_runs import plain_recipe, ranks, run, taught_recipe, write_images
 from small_vits import ROTARY, batch_of, network, teacher_of, vit
 from torch import Tensor, nn
 
+import vitdistill.methods
 from vitdistill import Distiller
 from vitdistill.data.augment import Augment, InputSpec
 from vitdistill.data.batch import Batch
@@ -25,6 +26,7 @@ from vitdistill.distill.plan import make_plan
 from vitdistill.distill.step import Distillation
 from vitdistill.errors import ConfigError, DataError
 from vitdistill.labels.reader import LabelReader
+from vitdistill.methods import METHODS, method_class
 from vitdistill.methods.cross_entropy import CrossEntropy
 from vitdistill.methods.kd import SoftKD
 from vitdistill.methods.maskedkd import MaskedKD
@@ -168,6 +170,33 @@ def test_a_teacher_has_its_own_normalisation_and_size() -> None:
         (images * 0.5 + 0.5 - 0.1) / 0.3, (32, 32), mode="bicubic", antialias=True
     )
     assert torch.allclose(prepared, pixels, atol=1e-5)
+
+
+def test_a_teacher_is_asked_in_evaluation_mode_whatever_was_done_to_it() -> None:
+    teacher = timm.create_model("resnet10t", num_classes=5)
+    distiller = Distiller(vit(0), teacher, ["ce", "kd"], images_spec=SPEC)
+    images, labels = torch.rand(4, 3, 16, 16), torch.arange(4) % 3
+    first = distiller(images, labels)["kd"]
+    teacher.train()
+    assert torch.equal(distiller(images, labels)["kd"], first) and not teacher.training
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 1, 2, 0], torch.rand(4), torch.eye(4), torch.arange(4).int(), torch.zeros(3).long()],
+)
+def test_labels_are_one_class_an_image(labels: Any) -> None:
+    distiller = Distiller(vit(0), vit(1), ["ce", "kd"], images_spec=SPEC)
+    with pytest.raises((ConfigError, TypeCheckError), match="labels"):
+        distiller(torch.rand(4, 3, 16, 16), labels)
+
+
+def test_the_class_of_every_method_is_imported_by_its_name() -> None:
+    for name in METHODS:
+        cls = method_class(name)
+        assert getattr(vitdistill.methods, cls.__name__) is cls
+    with pytest.raises(ImportError):
+        from vitdistill.methods import Nobody  # noqa: F401
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -26,6 +26,14 @@ def test_a_small_folder_under_a_recipe_made_for_imagenet():
     assert advice.fixes[0] == Set("train.batch_size", 128) and "1,350 steps" in advice.what
 
 
+def test_of_images_that_are_shown_several_times_an_epoch_all_are_counted():
+    settings = {"data.unlabelled": "rest", "train.batch_size": 128, "optim.warmup_epochs": 0.0}
+    recipe = replace_fields(Recipe(), settings)
+    lines = []
+    check_length(replace_fields(recipe, {"train.epochs": 1}), 3000, 46, lines.append)
+    assert len(lines) == 2 and "368 steps" in lines[1].what  # 46 * 128 // 16
+
+
 @given(
     num_images=st.integers(1, 2_000_000),
     batch_size=st.integers(1, 4096),

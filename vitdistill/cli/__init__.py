@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{prog}{which}: {render(error, given)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        goes_on = ": the same command goes on" if name in ("train", "study", "label") else ""
+        print(f"{prog}: interrupted{goes_on}", file=sys.stderr)
         return 130
     except OSError as error:  # what nobody foresaw of files, such as a name that is too long
         print(f"{prog}: {error}", file=sys.stderr)

@@ -179,9 +179,8 @@ class Distiller(nn.Module):
                 what = f"the images are a {type(images).__name__}"
                 raise ConfigError(what, "give a tensor (B, 3, h, w)", field="images")
             _check_images(images, self.student)
-            if labels is not None and len(labels) != len(images):
-                what = f"{len(labels)} labels are given of {len(images)} images"
-                raise ConfigError(what, "give one an image", field="labels")
+            if labels is not None:
+                _check_labels(labels, len(images))
             reading = [name for name, o in self.plan.objectives.items() if o.reads_labels]
             if labels is None and reading:
                 what = f"the objective {reading[0]!r} reads labels, and none are given"
@@ -218,6 +217,21 @@ class _Drawn(Batch):
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE
     ) -> Float[Tensor, "B {count}"]:
         return torch.rand(len(self.images), count, device=self.images.device)
+
+
+def _check_labels(labels: Any, count: int) -> None:
+    """Raise `ConfigError` for labels that are not one class an image."""
+    given = type(labels).__name__
+    if isinstance(labels, Tensor):
+        given = f"{labels.dtype}, {tuple(labels.shape)}"
+        if labels.shape == (count,) and labels.dtype is torch.long:
+            return
+        if labels.ndim == 1 and len(labels) != count:
+            what = f"{len(labels)} labels are given of {count} images"
+            raise ConfigError(what, "give one an image", field="labels")
+    what = f"the labels are {given}"
+    fix = f"give class numbers from 0 on, torch.long, ({count},); of mixed images, mixed_labels too"
+    raise ConfigError(what, fix, field="labels")
 
 
 def _check_images(images: Tensor, student: nn.Module) -> None:
@@ -303,7 +317,9 @@ def _made(method: Any, kind: type, argument: str) -> Any:
     if not isinstance(made, kind):
         known = [name for name in METHODS if issubclass(method_class(name), kind)]
         what = f"{argument}: {getattr(method, '__name__', method)!r} is no {kind.__name__}"
-        raise ConfigError(what, f"give a name ({', '.join(known)}) or an object", field=argument)
+        example = method_class(known[0]).__name__
+        fix = f"give a name ({', '.join(known)}), or an object, vitdistill.methods.{example}()"
+        raise ConfigError(what, fix, field=argument)
     return made
 
 

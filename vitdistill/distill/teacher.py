@@ -101,6 +101,8 @@ class Teacher:
         self, images: Float[Tensor, "B 3 h w"], needs: Needs, keep: Int[Tensor, "B K"] | None = None
     ) -> ViTOutput:
         """Answer to images in the student's normalisation; ``keep`` indexes its own patch grid."""
+        if self.model.training:  # the caller's own hands may have changed it since
+            self.model.eval()
         # A teacher of its own precision leaves the caller's autocast.
         own = None if self.dtype is None else torch.autocast(self.device.type, enabled=False)
         with own or nullcontext():

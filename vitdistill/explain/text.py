@@ -21,7 +21,7 @@ def explain(
     num_shown = num_images * epochs
     sections = [
         [
-            "What each network computes for an image",
+            "What each network computes for a training image",
             *format_table(_costs(plan, cost, num_shown)),
             f"  {_plain(plan)}: every network whole, on whole images",
             f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",

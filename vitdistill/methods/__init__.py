@@ -31,6 +31,16 @@ METHODS: dict[str, str] = {
 }
 
 
+_NAMES = {place.partition(":")[2]: name for name, place in METHODS.items()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the class of a method: ``from vitdistill.methods import SoftKD``."""
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return method_class(_NAMES[name])
+
+
 @cache
 def method_names() -> dict[str, str]:
     """Return every method's class by name, those of installed packages' entry points included."""

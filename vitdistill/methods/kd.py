@@ -91,7 +91,8 @@ class LogitObjective(TeacherObjective):
             what = (
                 f"the {teacher.name} answers with {counts}, and logits are compared class by class"
             )
-            raise ConfigError(what, field=f"teachers.{self.teacher}.model")
+            fixes = "give a teacher of these classes", "compare features, as vitkd does"
+            raise ConfigError(what, fixes, field=f"teachers.{self.teacher}.model")
         if self.standardize and student.num_classes <= 2:
             what = "standardised logits of two classes are the same whatever a teacher says"
             raise ConfigError(what, Set("standardize", False))

@@ -58,10 +58,11 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures below each other, or small ones side by side."""
+    """Pictures below each other, or small ones side by side; ``about``: what is said of them."""
 
     items: Sequence[Picture]
     small: bool = False
+    about: Text = ()
 
 
 class Series(NamedTuple):

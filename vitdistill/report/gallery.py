@@ -81,11 +81,11 @@ def parted_pictures(groups: Sequence[Group]) -> Iterator[Block]:
         counts = len(a.right), (a.taught & ~a.right).sum(), (a.right & ~a.taught).sum()
         rows.append((group.name, *(f"{count:,}" for count in counts)))
     if rows:
-        head = "name", "images", "its teacher alone", "the student alone"
+        head = "name", "images", "only the teacher", "only the student"
         yield Table("Images that only one of the two answers correctly, in a run", head, rows)
         if pictures := _pictures(asked[0][0].runs[0], asked[0][1]):
-            yield ["Some of those of ", Strong(rows[0][0]), ":"]
-            yield Pictures(pictures, small=True)
+            about = ["Some of those of ", Strong(rows[0][0]), ":"]
+            yield Pictures(pictures, small=True, about=about)
 
 
 def _pictures(run: Run, answers: Answers) -> list[Picture]:

@@ -150,9 +150,9 @@ def _differences(groups: Sequence[Group]) -> list[Block]:
         told = {_exact(values[field]) for values in flat if field in values}
         if len({*cells}) > 1 and not (len(told) == 1 and (field, *told) in defaults):
             rows.append((field, *cells))
-    caption = "Settings that are not the same in all; empty: it has none, or none that acts"
+    caption = "Settings that differ; empty where a row has none, or none that acts"
     about = [(g.name, g.runs[0].recipe.description or g.runs[0].whole.description) for g in groups]
-    began = Table("What each is, before settings of it were changed", ("name", "is"), about, True)
+    began = Table("What each is, apart from the settings below", ("name", "is"), about, True)
     table = Table(caption, ("setting", *(group.name for group in rivals)), rows)
     return [part for part in (began, *table.parts()) if any(row[1] for row in part.rows)]
 

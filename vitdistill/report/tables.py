@@ -27,13 +27,14 @@ def tabulate_questions(questions: Sequence[Question]) -> Table:
         ),
         "verdict": lambda q: Word(q.comparison.verdict) if several else "",
         "times its training compute": _show(lambda q: q.cost_ratio, "{:.2g}".format),
-        "± images": lambda q: _points(q.comparison.images_error),
-        "± seeds": lambda q: _points(q.comparison.seeds_error),
+        "difference ± images": lambda q: _points(q.comparison.images_error),
+        "difference ± seeds": lambda q: _points(q.comparison.seeds_error),
         "seeds": lambda q: f"{q.comparison.num_seeds}" if several else "",
     }
     counts = Counter(q.comparison.verdict for q in asked if several).items()
-    words = ": " + ", ".join(f"{count} {word}" for word, count in counts) if several else ""
-    caption = f"Against {asked[0].theirs.name}, {asked[0].measure}{words}"
+    words = ", ".join(f"{word} ({count})" for word, count in counts)
+    caption = f"Against {asked[0].theirs.name}, {asked[0].measure}"
+    caption += f"; verdicts: {words}" if several else ""
     return _table(caption, [q.ours.name for q in asked], asked, columns)
 
 

@@ -15,6 +15,8 @@ def check_length(recipe: Recipe, num_images: int, steps_per_epoch: int, say: Say
         ConfigError: the moving average would mostly be the weights the run began with.
     """
     train, epochs = recipe.train, recipe.train.epochs
+    if recipe.data.unlabelled is not None:  # some images are shown several times an epoch
+        num_images = steps_per_epoch * train.batch_size
     steps, warmup = steps_per_epoch * epochs, steps_per_epoch * recipe.optim.warmup_epochs
     left_out = max(num_images - steps_per_epoch * train.batch_size, 0)
     rest = f"{left_out:,} of {num_images:,} images ({left_out / num_images:.0%})"

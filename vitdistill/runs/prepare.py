@@ -21,7 +21,7 @@ from ..distill.plan import Plan
 from ..distill.shares import describe_shares, measure_shares
 from ..distill.step import Distillation, blank_batch
 from ..distill.teacher import Teacher
-from ..errors import ConfigError, Drop, MissingSplit, Say, Set, UserError
+from ..errors import ConfigError, DataError, Drop, MissingSplit, Say, Set, UserError
 from ..evaluate.knn import K
 from ..labels.identity import views_identity
 from ..labels.reader import LabelReader
@@ -210,9 +210,11 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
         try:
             classes = train.classes or None
             val = open_source(data.dir, "val", classes=classes, val_split=data.val_split)
-            shown = len(set(val.labels.tolist()))
-            if shown < len(train.classes):
-                say(f"{val.name} has images of {shown} of the {len(train.classes)} classes")
+            shown = {*val.labels.tolist()}
+            absent = [name for i, name in enumerate(train.classes) if i not in shown]
+            if absent:
+                what = f"{val.name} has no images of {listed(absent)}, which scores leave out"
+                say(DataError(what, "add some, to judge these classes too"))
         except MissingSplit:
             if reading:
                 raise

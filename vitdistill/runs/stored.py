@@ -29,7 +29,7 @@ def stored_network(store: LabelStore, name: str) -> Network:
 
 def proof_of(store: LabelStore) -> tuple[float, int] | None:
     """Return what the teacher behind stored labels was right on, and of how many validation images,
-    before it wrote them; None: that was not noted, or could not be told.
+    when it wrote them; None: that was not noted, or could not be told.
     """
     found = store.manifest.about.get("proof")
     return (float(found[0]), int(found[1])) if found else None
@@ -37,7 +37,7 @@ def proof_of(store: LabelStore) -> tuple[float, int] | None:
 
 def describe_proof(proof: tuple[float, int]) -> str:
     """Say what `proof_of` returns."""
-    return f"{describe_accuracy(*proof)}, before it wrote them"
+    return f"{describe_accuracy(*proof)} when its labels were written"
 
 
 def with_teachers(recipe: Recipe) -> Recipe:

@@ -77,8 +77,9 @@ def export_timm(
     input_spec = input_spec or input_spec_of(network)
     said = architecture or (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
     if not said:
-        what = f"{type(network).__name__} does not say its architecture"
-        raise ConfigError(what, Give("architecture"), field="architecture")
+        what = f"{type(network).__name__} is no network of timm that says its architecture"
+        fixes = Give("architecture"), "give the network alone, as the student of a Distiller"
+        raise ConfigError(what, fixes, field="architecture")
     name = str(said).partition(".")[0]
     _refuse_foreign(final)
     state = {bare_key(key): value.detach().cpu() for key, value in network.state_dict().items()}
