@@ -91,6 +91,7 @@ def test_what_is_shared_is_done_just_before_the_first_row_that_needs_it(tmp_path
     assert [job.folder for job in work.pending()] == first + second
 
 
+SHALLOW = {"student.model_args.depth": 3}
 SPARSE = {"encoding": "topk", "k": 5}
 READS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "all of it": (SPARSE, "kd", {}),
@@ -106,11 +107,13 @@ READS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 def test_a_row_reads_what_its_shared_labels_will_hold(what: str, tmp_path: Path) -> None:
     options, recipe, changed = READS[what]
     settings = {f"objectives.kd.{key}": value for key, value in changed.items()}
-    row = Row(recipe=recipe, set={"teachers.teacher.labels": "stage:answers", **settings})
-    shared = {**study().shared, "answers": Row(label="kd", options=LabelOptions(**options))}
+    reads = {"teachers.teacher.labels": "stage:answers", **settings}
+    rows = {"mine": Row(recipe=f"small_images_{recipe}", set=reads)}
+    answers = Row(label="small_images_kd", options=LabelOptions(**options))
+    shared = {"teacher": Row(recipe="small_images_alone"), "answers": answers}
     refused = list(READS).index(what) > 1
     with pytest.raises(ConfigError, match="in the row 'mine'") if refused else nullcontext():
-        check(Work(study(shared=shared, rows={"mine": row}), tmp_path))
+        check(Work(study(shared=shared, rows=rows, set=SHALLOW), tmp_path))
 
 
 def test_what_is_shared_is_forecast_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +125,10 @@ def test_what_is_shared_is_forecast_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     real = vitdistill.explain.ahead.cost_of
     monkeypatch.setattr(vitdistill.explain.ahead, "cost_of", count)
-    rows = {"kd": Row(recipe="kd"), "masked": Row(recipe="maskedkd")}
-    work = Work(study(shared={**study().shared, "answers": Row(label="kd")}, rows=rows), tmp_path)
+    rows = {name: Row(recipe=f"small_images_{name}") for name in ("kd", "maskedkd")}
+    answers = Row(label="small_images_kd")
+    shared = {"teacher": Row(recipe="small_images_alone"), "answers": answers}
+    work = Work(study(shared=shared, rows=rows, set=SHALLOW), tmp_path)
     assert [*work.ahead] == ["teacher", "answers", "alone", *rows]
     assert len(counted) == len(work.ahead)
     monkeypatch.undo()
