@@ -72,11 +72,12 @@ _tower = beartype.beartype(
 
 
 def _jaxtyped(target: Any = None, *, typechecker: Any) -> Any:
-    """`jaxtyping.jaxtyped`, which the import hook puts on every class and function, with four
+    """`jaxtyping.jaxtyped`, which the import hook puts on every class and function, with five
     differences.
 
-    Under torch.compile and torch.export the plain function is traced: the checks cannot be, and are
-    not in the product. A dataclass that is given a wrong type answers with its own validation,
+    What names no array is not checked: mypy does that, and checks at every call took a third of
+    the tests' time. Under torch.compile and torch.export the plain function is traced: the checks
+    cannot be, and are not in the product. A dataclass that is given a wrong type answers with its own validation,
     where it has one, as it does to a user. A function inside a function is not checked: its check
     would be built anew at every call of the outer one. Protocols are made checkable at run time:
     beartype refuses annotations it cannot test.
@@ -85,12 +86,13 @@ def _jaxtyped(target: Any = None, *, typechecker: Any) -> Any:
         return functools.partial(_jaxtyped, typechecker=typechecker)
     if typechecker is not None:
         typechecker = _tower
-    if torch.compiler.is_compiling() or "<locals>" in target.__qualname__:
+    if inspect.isclass(target) and getattr(target, "_is_protocol", False):
+        return typing.runtime_checkable(target)
+    shaped = "jaxtyping." in repr(getattr(target, "__annotations__", {}))
+    if not shaped or torch.compiler.is_compiling() or "<locals>" in target.__qualname__:
         return target
     if not inspect.isclass(target):
         return _unless_compiling(target, _check(target, typechecker=typechecker))
-    if getattr(target, "_is_protocol", False):
-        return typing.runtime_checkable(target)
     plain = target.__init__
     _check(target, typechecker=typechecker)
     if target.__init__ is not plain:  # only dataclasses are checked, and each once

@@ -93,7 +93,7 @@ def test_a_card_says_where_weights_come_from(here: Path) -> None:
         "for the whole training",
     ):
         assert said in body
-    assert str(here) not in text and "random weights" in body
+    assert str(here) not in text and "initial weights" in body
     code, found = body.split("```python\n")[1].split("```")[0], {}
     exec(code, found)
     assert found["model"].num_classes == 3 and not found["model"].training

@@ -120,7 +120,7 @@ def _origins(origin: Origin, data: str) -> list[str]:
         for role, found in ancestors(origin)
     ]
     if "began_from" not in origin:
-        rows.insert(0, ("the beginning", "random weights", "none needed", ""))
+        rows.insert(0, ("initial weights", "random", "none needed", ""))
     rows.append(("training images", data or "not known", "not recorded", ""))
     return [
         "## Where it comes from",

@@ -12,7 +12,7 @@ from ..study.plan import Row, Study, load_study
 from ..study.run import Work, check, describe, run_study
 from ..world import choose_device
 from .arguments import StudyArguments
-from .console import say
+from .console import say, working
 from .recipe import read_setting
 from .render import teller
 from .report import write_report
@@ -24,6 +24,7 @@ def run(args: StudyArguments) -> int:
     output = Path(args.output or Path("studies") / study.name)
     if args.dry_run:
         work = Work(study, output)
+        working("counting what every row costs, and timing its steps")
         check(work)
         say("\n".join(describe(work, args.device)))
         return 0

@@ -23,7 +23,8 @@ def explain(
         [
             "What each network computes for a training image",
             *format_table(_costs(plan, cost, num_shown)),
-            f"  {_plain(plan)}: every network whole, on whole images",
+            f"  {_plain(plan)}: every network whole, on whole images; here, patches,",
+            "    blocks and tokens of the last block that nothing reads are left out",
             f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",
             *([f"  {kinds}"] if kinds else []),
         ],

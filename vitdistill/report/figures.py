@@ -53,7 +53,7 @@ def _scatter(groups: Sequence[tuple[int, Group]], cost: str, title: str, x: str)
         if not frontier or point[1] > frontier[-1][1]:
             frontier.append(point)
     best = ", ".join(series.name for mean, series in drawn if mean in frontier)
-    alt = f"on the frontier, where nothing else is as good for less: {best}"
+    alt = f"on the Pareto frontier: {best}"
     log = means[-1][0] > 8 * means[0][0]
     return Chart(title, alt, x, "top-1 (%)", [s for _, s in drawn], frontier, log)
 

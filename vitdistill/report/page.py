@@ -74,6 +74,8 @@ def _verdicts(questions: Sequence[Question]) -> list[Block]:
     )
     if any(q.comparison.num_seeds < 2 for q in questions):
         how += " One run cannot tell what other seeds would give: two of each are needed."
+    elif any(q.comparison.verdict == "cannot tell" for q in questions):
+        how += " More seeds narrow the interval."
     tables = map(tabulate_questions, against.values())
     return [*([] if alone else [[lone]]), Verdicts(said), *tables, [how]]
 

@@ -202,6 +202,7 @@ class _Progress(Progress):
         self._bar = self.add_task("labelling", total=None)
         self._say, self._parts, self._num_views = say, (0, 0), num_views
         self._start: int | None = None
+        self._said = ""
         self._begun = self._shown = time.perf_counter()
 
     def __call__(self, done: int, total: int, share: float = 0.0) -> None:
@@ -214,8 +215,11 @@ class _Progress(Progress):
         elif at > self._start and (due or done == total):
             self._shown = now
             left = (now - self._begun) / (at - self._start) * (total - at)
-            share_done = f"{at / total:.0%} of {plural(self._num_views, 'view')}"
-            self._say(f"{share_done}, {format_duration(left)} left")
+            line = f"{at / total:.0%} of {plural(self._num_views, 'view')}"
+            line += f", {format_duration(left)} left"
+            if line != self._said:  # the end of the last part is the end of all
+                self._say(line)
+                self._said = line
 
     def within(self, share: float) -> None:
         """Show that a ``share`` of a part is made."""

@@ -110,6 +110,8 @@ def check_labels(recipe: Recipe, views: dict[str, Any], digests: dict[str, str],
         changed = differing(labels, run)
         if changed:
             fixes: tuple[Fix, ...] = ("make the recipe agree", "label again")
+            if "images." in changed:
+                fixes = (Set("data.dir"), Set("data.unlabelled"), "label again")
             if "view.mean" in changed or "view.std" in changed:
                 fixes += ("label with data.augment.reprob=0, for students of any normalisation",)
             what = f"the labels of the {name} ({store.path}) are not for this run: {changed}"

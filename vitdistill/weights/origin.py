@@ -59,10 +59,10 @@ def origin_of(
 
 
 def ancestors(origin: Mapping[str, Any], role: str = "") -> Iterator[tuple[str, Origin]]:
-    """Yield every network that a record names, with its part: ``teacher``, ``its beginning``."""
+    """Yield every network that a record names, with its part: ``teacher``, ``initial weights``."""
     of = f" of {role}" if role else ""
     began = origin.get("began_from")
-    named = {} if began is None else {f"the beginning{of}": began}
+    named = {} if began is None else {f"initial weights{of}": began}
     named |= {f"{name}{of}": record for name, record in origin.get("teachers", {}).items()}
     for part, record in named.items():
         yield part, record
