@@ -30,7 +30,7 @@ from vitdistill.study.plan import (
     together,
     without_teachers,
 )
-from vitdistill.study.run import Work, check
+from vitdistill.study.run import Work, check, describe
 
 PLAIN = [name for name in RECIPES if not isinstance(named_recipe(name), Stages)]
 
@@ -135,6 +135,19 @@ def test_what_is_shared_is_forecast_once(tmp_path: Path, monkeypatch: pytest.Mon
     for job in work.jobs:
         alone = [*forecast(together(work.jobs, job)).values()][-1]
         assert work.ahead[job.row][-1][0].flops == alone.flops
+
+
+def test_a_row_whose_teacher_is_another_row_without_a_classifier_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitdistill.explain.measure.SECONDS", 0.0)
+    shared, rows = (
+        {"teacher": Row(recipe="small_images_mae")},
+        {"dmae": Row(recipe="small_images_dmae")},
+    )
+    work = Work(study(shared=shared, rows=rows, set=SHALLOW, alone=False), tmp_path)
+    header, *lines = describe(work, "cpu")
+    assert "time" in header and [line.split()[0] for line in lines[1:3]] == ["teacher", "dmae"]
 
 
 def test_a_warm_up_fits_fewer_epochs_as_it_does_on_the_command_line() -> None:

@@ -48,7 +48,7 @@ def run(args: ExplainArguments) -> int:
         say(run.text)
         if args.time:
             device = args.device or "auto"
-            measured = measure_step(run.recipe, run.num_classes, run.num_images, device)
+            measured = measure_step(run, device)
             say(f"\n{measured}", fold=True)
             with suppress(UserError):  # images or weights may not be there yet
                 for line in shares_ahead(run.recipe, device):

@@ -18,11 +18,11 @@ from ..runs.networks import (
     compile_errors,
     compile_networks,
     name_precision,
-    plan_of,
 )
 from ..runs.optim import clip_gradients, gradient_norm, make_optimizer
 from ..runs.prepare import prepare, shares_at_start
 from ..world import World, choose_device, join_world
+from .ahead import Forecast
 from .cost import stand_in
 
 SECONDS = 10.0
@@ -38,14 +38,14 @@ class Measured:
     device: torch.device
 
 
-def time_step(recipe: Recipe, num_classes: int, device_name: str = "auto") -> Measured:
-    """Time optimizer steps of ``recipe`` on this machine.
+def time_step(ahead: Forecast, device_name: str = "auto") -> Measured:
+    """Time optimizer steps of a run on this machine.
 
     Weights are random, which costs the same. Images are random and on the device already, so that
     loading is not measured. A batch larger than a few seconds allow is timed in part.
     """
-    world, train = World(0, 1, choose_device(device_name)), recipe.train
-    step, whole = _make_step(recipe, num_classes, world), train.micro_batch()
+    world, train = World(0, 1, choose_device(device_name)), ahead.recipe.train
+    step, whole = _make_step(ahead, world), train.micro_batch()
     size = min(4, whole)
     with compile_errors(train.compile):
         step(size)
@@ -58,17 +58,15 @@ def time_step(recipe: Recipe, num_classes: int, device_name: str = "auto") -> Me
     return Measured(statistics.median_high(times) / size, len(times), size, world.device)
 
 
-def measure_step(
-    recipe: Recipe, num_classes: int, num_images: int, device_name: str = "auto"
-) -> str:
-    """Time optimizer steps of ``recipe`` on this machine; return one sentence or two."""
-    found, train = time_step(recipe, num_classes, device_name), recipe.train
+def measure_step(ahead: Forecast, device_name: str = "auto") -> str:
+    """Time optimizer steps of a run on this machine; return one sentence or two."""
+    found, train = time_step(ahead, device_name), ahead.recipe.train
     per_image = found.per_image
     where = f"this CPU ({plural(torch.get_num_threads(), 'thread')})"
     if found.device.type == "cuda":
         where = torch.cuda.get_device_name(found.device)
     part = f" (timed in batches of {found.size})" if found.size < train.micro_batch() else ""
-    hours = format_duration(per_image * num_images * train.epochs)
+    hours = format_duration(per_image * ahead.num_images * train.epochs)
     return (
         f"Measured on {where}, {name_precision(amp_dtype_of(train.amp_dtype, found.device))}:"
         f" {per_image * train.batch_size:.3g} s a step of {train.batch_size} images{part},"
@@ -83,23 +81,24 @@ def shares_ahead(recipe: Recipe, device_name: str = "auto") -> list[str | UserEr
         return shares_at_start(prepare(recipe, world, lambda text: None))
 
 
-def _make_step(recipe: Recipe, num_classes: int, world: World) -> Callable[[int], float]:
+def _make_step(ahead: Forecast, world: World) -> Callable[[int], float]:
     """Return what takes a training step on so many images, and returns its seconds."""
-    device, amp_dtype = world.device, amp_dtype_of(recipe.train.amp_dtype, world.device)
-    student, built = build_blank(recipe, num_classes)
-    plan = plan_of(recipe, student.network, {name: b.network for name, b in built.items()})
+    recipe, plan, device = ahead.recipe, ahead.plan, world.device
+    amp_dtype = amp_dtype_of(recipe.train.amp_dtype, device)
+    heads = {name: teacher.num_classes for name, teacher in plan.teachers.items()}
+    student, built = build_blank(recipe, ahead.num_classes, heads)
     module = Distillation(student.model, plan).to(device).train()
     teachers = {}
     for name, teacher in built.items():
         dtype = PRECISIONS[recipe.teachers[name].precision]
-        teachers[name] = stand_in(teacher.model, teacher.network, module, device, dtype)
+        teachers[name] = stand_in(teacher.model, plan.teachers[name], module, device, dtype)
     optimizer = make_optimizer(module, recipe.optim)
     if recipe.train.compile:
         compile_networks(module, *teachers.values())
 
     def step(size: int) -> float:
         blank = blank_batch(plan, size, device)
-        labels = torch.randint(num_classes, (size,), device=device)
+        labels = torch.randint(ahead.num_classes, (size,), device=device)
         batch = replace(blank, images=torch.randn_like(blank.images), labels=labels)
         _wait(device)
         begun = time.perf_counter()

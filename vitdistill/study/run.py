@@ -163,7 +163,7 @@ def describe(work: Work, device: str | None = None) -> list[str]:
         if device is not None:
             seconds = 0.0
             for ahead, own in runs:
-                measured = time_step(ahead.recipe, ahead.num_classes, device).per_image
+                measured = time_step(ahead, device).per_image
                 seconds += measured * own / ahead.cost.step
             taken += count * seconds
             row.append(format_duration(count * seconds))
