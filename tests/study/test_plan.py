@@ -116,6 +116,14 @@ def test_a_row_reads_what_its_shared_labels_will_hold(what: str, tmp_path: Path)
         check(Work(study(shared=shared, rows=rows, set=SHALLOW), tmp_path))
 
 
+def test_shared_labels_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
+    shared = {"teacher": Row(recipe="small_images_alone")}
+    shared["answers"] = Row(label="small_images_kd", options=LabelOptions(hidden_dtype="float32"))
+    with pytest.raises(ConfigError, match="in the row 'answers'") as refused:
+        check(Work(study(shared=shared, rows={"kd": Row(recipe="small_images_kd")}), tmp_path))
+    assert refused.value.field == "hidden_dtype"
+
+
 def test_what_is_shared_is_forecast_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[str] = []
 

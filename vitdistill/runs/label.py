@@ -130,31 +130,32 @@ def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> L
 
 
 def foresee_layout(recipe: Recipe, plan: Plan, name: str, options: LabelOptions) -> Layout:
-    """Return what the recipe's labels of a teacher will hold; sizes of hidden states are 0."""
+    """Return what the recipe's labels of a teacher will hold; sizes of hidden states are 0.
+
+    Raises:
+        ConfigError: the recipe reads attention, or an option cannot take effect.
+    """
     needs = plan.live[name]
-    return Layout(
-        logits=logit_encoding(recipe, plan.teachers[name], options) if needs.logits else None,
-        hidden=tuple((block, 0, 0) for block in sorted(needs.hidden)),
-        features=(0, 0) if needs.features else None,
-    )
-
-
-def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOptions) -> Layout:
-    needs, logits = prepared.plan.live[name], None
     if needs.attention or needs.qkv:
         what = f"the recipe reads attention of the {name}, which is too large to be stored"
         raise ConfigError(what, "leave out the objective that does", field="objectives")
     if options.hidden_dtype is not None and not (needs.hidden or needs.features):
         what = f"hidden_dtype cannot take effect: the recipe reads only logits of the {name}"
         raise ConfigError(what, "leave hidden_dtype out", field="hidden_dtype")
-    if answer.logits is not None:
-        logits = logit_encoding(prepared.recipe, prepared.plan.teachers[name], options)
-    states, features = sorted(answer.hidden.items()), answer.features
     return Layout(
-        logits=logits,
-        hidden=tuple((block, state.shape[1], state.shape[2]) for block, state in states),
-        features=None if features is None else (features.shape[1], features.shape[2]),
+        logits=logit_encoding(recipe, plan.teachers[name], options) if needs.logits else None,
+        hidden=tuple((block, 0, 0) for block in sorted(needs.hidden)),
+        features=(0, 0) if needs.features else None,
         hidden_dtype=options.hidden_dtype or "float16",
+    )
+
+
+def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOptions) -> Layout:
+    features = answer.features
+    return replace(
+        foresee_layout(prepared.recipe, prepared.plan, name, options),
+        hidden=tuple((b, h.shape[1], h.shape[2]) for b, h in sorted(answer.hidden.items())),
+        features=None if features is None else (features.shape[1], features.shape[2]),
     )
 
 

@@ -256,8 +256,12 @@ def check(work: Work) -> None:
                 if saved is not None:
                     recipe = with_views_of_labels(recipe, saved)
                 check_folder(folder, recipe, "change the study back")
-            for store in work.stores(job).values() if job.label else ():
-                _check_labels(work, job, store)
+            if job.label is not None:
+                ((ahead, _),) = work.ahead[job.row]
+                for name in job.recipe.teachers:
+                    foresee_layout(job.recipe, ahead.plan, name, job.label)
+                for store in work.stores(job).values():
+                    _check_labels(work, job, store)
             _check_reading(work, job)
 
 
