@@ -28,12 +28,12 @@ from ..weights.outside import is_outside
 
 CARD = "README.md"
 METHOD = {"method": None, "teacher": "teacher", "head": "auto"}
-"""What goes without saying of a method; None: whatever it is."""
+"""Settings of a method not to list at these values; None: at any value."""
 
 
 def model_card(model: nn.Module, weights: Path, name: str, saved: Saved, origin: Origin) -> str:
-    """Write the card of the network in the folder ``weights``: ``best/`` or ``last/`` of a run, of
-    which the card then says the data, the method, the cost and the accuracy.
+    """Return the card of the network in the folder ``weights``; of a run's ``best/`` or ``last/``,
+    with its data, method, cost and accuracy.
     """
     run = weights.resolve().parent
     recipe = load_recipe(run / RECIPE) if (run / RECIPE).is_file() else None
@@ -68,7 +68,7 @@ def model_card(model: nn.Module, weights: Path, name: str, saved: Saved, origin:
 
 
 def loading(architecture: str, place: str, scheme: str = "local-dir") -> tuple[str, str]:
-    """Return how an export is loaded, and what is to be imported besides."""
+    """Return the call that loads an export, and the module to import first."""
     if is_outside(architecture):
         return f"vitdistill.create_model({place!r})", "vitdistill"
     file = model_entrypoint(architecture.partition(".")[0]).__module__
@@ -87,7 +87,7 @@ def _code(architecture: str, name: str) -> str:
 
 
 def _data_name(location: str) -> str:
-    """Return what others may know of where the images are: not the folders of this machine."""
+    """Return where the images are, without the folders of this machine."""
     return location if location.startswith(("hfds/", "torchvision/")) else Path(location).name
 
 
@@ -160,7 +160,7 @@ def _training(recipe: Recipe, data: str, summary: Mapping[str, Any], run: Path) 
     if "seconds" in summary:
         last = list((read_record(run / ENVIRONMENT) or {"0": {}}).values())[-1]
         device = last.get("device", "cpu")
-        if device == "cpu":  # a run of before has no device, and its GPUs
+        if device == "cpu":  # older runs recorded GPUs instead of a device
             device = ", ".join(dict.fromkeys(last.get("gpus") or [last.get("processor", "")]))
         took = format_duration(summary["seconds"])
         cost.append(f"{took} on {device} (processes: {summary['processes']})")

@@ -1,4 +1,4 @@
-"""Standard output and error, which may go away: a command does not depend on who reads it."""
+"""Standard output and error, which a reader may close without stopping the command."""
 
 import io
 import os
@@ -38,14 +38,14 @@ class Lasting:
 def say(text: str, fold: bool = False) -> None:
     """Print lines as they are, however long; what cannot be printed is escaped.
 
-    ``fold``: on a terminal between words, for prose that nobody copies.
+    ``fold``: wrap at words on a terminal, for prose that nobody copies.
     """
     lines = printable_lines(text)
     print(wrap(lines) if fold and sys.stdout.isatty() else lines)
 
 
 def working(text: str) -> None:
-    """Tell whoever waits what is being done; results alone go to the standard output."""
+    """Say on stderr what is being done; standard output is for results."""
     print(f"vitdistill: {printable_lines(text)}", file=sys.stderr)
 
 

@@ -26,11 +26,11 @@ NUM_VALIDATION = 360
 
 
 def run(args: DemoArguments) -> int:
-    """Teacher, student alone, plain distillation, MaskedKD at several keep rates; then a table, and
-    a report.
+    """Train a teacher, then students: alone, by plain distillation, by MaskedKD at several keep
+    rates; print a table, and write a report.
     """
     output, console = Path(args.output), Console()
-    # Matrices this small lose more to waiting for each other than they gain.
+    # With matrices this small, threads lose more to waiting than they gain.
     torch.set_num_threads(1)
     images = output / "images"
     write_digits(images)

@@ -53,10 +53,10 @@ ELSEWHERE: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag, or a word of its own, as the command line takes it.
+    """A flag or positional argument of the command line.
 
     It fills the field ``dest`` of the arguments, or of the recipe, with a ``kind``. The ``default``
-    is for the help; MISSING: it has to be given.
+    is for the help; MISSING: required.
     """
 
     dest: str
@@ -144,8 +144,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _spell_out(words: Sequence[str], known: Mapping[str, Flag], prog: str) -> list[str]:
-    """Return the words with each flag under its first name, and a value after each that can stand
-    alone.
+    """Return the words with each flag by its first name, and a value for each that stands alone.
 
     With argparse's ``nargs="?"``, ``--pretrained kd`` would take the recipe for its value.
     """
@@ -196,7 +195,7 @@ def _unknown(name: str, known: Mapping[str, Flag], prog: str) -> UserError:
     ]
     if alone:
         advice = f"write {alone[0]} without a flag"
-    # That of a command without a recipe sets fields of its networks.
+    # --set of a command without a recipe sets fields of its networks.
     own = {flag for flag in known if flag != "--set" or not known[flag].option.field}
     if not own.issuperset(re.findall(r"--[\w-]+", advice)):
         advice = ""

@@ -25,13 +25,13 @@ from .arguments import RecipeArguments, recipe_flags
 from .flags import wrap
 
 Values = dict[str, Any]
-"""What fields of a recipe are to be, by dotted path."""
+"""New values of a recipe's fields, by dotted path."""
 
 
 def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
     """Return the recipe a command is to run.
 
-    What is left out of it because the command line names another network is said.
+    Print what is left out because the command line names another network.
 
     Raises:
         UserError: an unknown recipe, method or field, a wrong value, or a flag that cannot take
@@ -63,7 +63,7 @@ def resolve_recipe(args: RecipeArguments) -> Recipe | Stages:
 
 
 def _shorten_warmup(recipe: Recipe, values: Values) -> list[str]:
-    """Let a warm-up that nobody gave fit fewer epochs; return what to say of it."""
+    """Shorten a warm-up that nobody gave to fit fewer epochs; return what to say of it."""
     fitting = fit_warmup(recipe, values)
     if fitting is None:
         return []
@@ -93,8 +93,8 @@ def put(values: Values, path: str, value: Any) -> None:
 def _by_stage(
     recipes: Mapping[str, Recipe], args: RecipeArguments
 ) -> dict[str, dict[str, list[str]]]:
-    """Return the words of ``--set``, ``--with`` and ``--without``, such as ``finetune.kd``, by flag
-    and under the stage they begin with, without it.
+    """Return the words of ``--set``, ``--with`` and ``--without`` by flag and stage, such as ``kd``
+    of ``finetune.kd`` under ``finetune``.
     """
     given = {"--set": args.set, "--with": args.with_, "--without": args.without}
     if [*recipes] == [""]:
@@ -126,7 +126,7 @@ def _whole(recipe: Recipe, flag: str, word: str) -> str:
 
 
 def _of_which_stage(words: Iterable[str], ways: Iterable[str]) -> UserError:
-    """Return the error of words that several stages may be meant by, with the ways to say which."""
+    """Return the error for words that do not say which stage they mean, with ways to say it."""
     fixes = *(f"give {way}" for way in ways if way), "give several of these"
     return UserError(f"it is not said which stage is meant by {', '.join(words)}", fixes)
 
@@ -137,7 +137,7 @@ def _of_which_stage(words: Iterable[str], ways: Iterable[str]) -> UserError:
 def _values_of_flags(recipes: Mapping[str, Recipe], args: RecipeArguments) -> dict[str, Values]:
     """Return what the flags replace in the recipe of each stage."""
     settings, values = dict(args.settings), {key: Values() for key in recipes}
-    several: dict[str, list[str]] = {}  # the stages that have a setting, which is for one of them
+    several: dict[str, list[str]] = {}  # the stages that a setting for one of them may mean
     for path, value in settings.items():
         keys = _stages_of(recipes, path)
         if len(keys) > 1 and path not in (*EVERY_STAGE, *UNLABELLED):
@@ -208,8 +208,8 @@ def _labels_in(folder: str, teachers: Sequence[str]) -> Values:
 def _without_args_of_others(
     recipe: Recipe, values: Values, stage: str
 ) -> tuple[Recipe, Sequence[str]]:
-    """Return the recipe without the ``model_args`` that shape a timm network in whose place the
-    command line names another, and a line on each of timm's: others bring their own.
+    """Return the recipe without the ``model_args`` of timm networks that the command line replaces,
+    and a note for each that another timm network replaces.
     """
     dropped, notes = Values(), []
     for path, config in recipe.networks.items():

@@ -28,7 +28,7 @@ def render(error: UserError, arguments: Any) -> str:
     for name in {error.field, error.field.rpartition(".")[2]} if error.field in known else ():
         if sentence.startswith(f"{name} is "):
             sentence = known[error.field].name + sentence.removeprefix(name)
-    # The command line's own errors say what they mean, and in stages a flag may be for another one.
+    # The command line's own errors name flags already; in stages a flag may mean another stage.
     if type(error) is not UserError and not error.stage:
         names = {path: flag.name for path, flag in known.items() if "." in path}
         meant = [error.field, *(fix.field for fix in error.fixes if isinstance(fix, Set))]
@@ -40,7 +40,7 @@ def render(error: UserError, arguments: Any) -> str:
 
 
 def teller(arguments: Any) -> Say:
-    """Return what prints the lines of a command that was given these arguments."""
+    """Return a function that prints the lines of a command with these arguments."""
     return lambda line: say(tell(line, lambda error: render(error, arguments)))
 
 
@@ -58,7 +58,7 @@ def _given(arguments: Any, own: Mapping[str, Flag]) -> frozenset[str]:
 class _Spelling:
     """How a command spells remedies: by its flags, which are ``known`` by field or argument.
 
-    What was ``given`` already is not advised again, but another value of it.
+    For what was ``given`` already, another value is advised.
     """
 
     known: Mapping[str, Flag]

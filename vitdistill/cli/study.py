@@ -40,7 +40,7 @@ def run(args: StudyArguments) -> int:
 
 
 def _study(args: StudyArguments) -> Study:
-    """Return the study of a file, or of one recipe, with what the words change in it."""
+    """Return the study of a file, or of one recipe, with the command line's changes."""
     file, name = find_file(args.study), args.study.replace(":", "_")
     if file is not None:
         study = load_study(file)

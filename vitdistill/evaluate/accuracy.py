@@ -145,8 +145,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return a classifier's `Metrics` over all processes, every image once.
 
-    ``among``: the classes of the images, sorted, to tell ``top1_among`` them alone too. Raises as
-    `batches_together`.
+    ``among``: the classes of the images, sorted, to return ``top1_among`` these alone too. Raises
+    as `batches_together`.
     """
     network = model.model if isinstance(model, Teacher) else model
     answers = model if isinstance(model, Teacher) else partial(run_vit, model)

@@ -47,7 +47,7 @@ def batches_together(loader: EvalLoader, world: World, stop: Callable[[], bool])
 
     Raises:
         Stopped: ``stop`` returned true on one of them.
-        UserError: of one of them, on every process.
+        UserError: one of them met it; raised on every process.
     """
     batches = iter(loader)
     for _ in range(max(world.gather(len(loader)))):

@@ -1,6 +1,6 @@
 """k nearest neighbours on one vector an image.
 
-Labels are needed only to judge by, so k-NN can follow a pre-training whose loss has none.
+Labels are needed only for judging, so k-NN can follow pre-training whose loss uses none.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ K = 20
 TEMPERATURE = 0.07
 
 _SIMILARITIES = 2**25  # of one chunk of queries: 128 MiB
-# Cosines of float32 vectors nearer to each other than this are equal: duplicates are rounded.
+# Float32 cosines closer than this count as equal: those of duplicates differ by rounding.
 _ROUNDING = 1e-6
 
 

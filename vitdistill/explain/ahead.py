@@ -80,14 +80,14 @@ def forecast(recipe: Recipe | Stages, known: Known | None = None) -> dict[str, F
 
 
 def foresee(recipe: Recipe, counts: tuple[int, int, int, str]) -> Forecast:
-    """Return a run of these first fields of a `Forecast`."""
+    """Forecast a run; ``counts`` are the fields of `Forecast` after its recipe."""
     with torch.device("meta"):
         student, teachers = build_blank(recipe, counts[1])
     return _forecast(recipe, student, teachers, counts)
 
 
 def _count_images(recipe: Recipe, known: Known) -> tuple[int, int, int, str]:
-    """Return the first fields of a `Forecast`; ImageNet-1k's without data."""
+    """Return the fields of `Forecast` after its recipe; ImageNet-1k's without data."""
     data = recipe.data
     if not data.dir:
         return IMAGENET_TRAIN_IMAGES, 1000, 0, ""

@@ -69,8 +69,8 @@ def cost_of(
     """Count what ``plan`` computes an image, by running its step on the meta device.
 
     Networks are left as they are; teachers whose answers are stored may be missing. ``batch_size``
-    is the images of a micro-batch: what is computed once for all of them is shared among them, and
-    what is computed between any two of them grows with it.
+    is the images of a micro-batch: work done once for all is shared among them, and work on pairs
+    of them grows with it.
     """
     batch_size = max(batch_size, 2)  # some batch norms refuse to train on one value a channel
     model = on_meta(student).train()
@@ -146,7 +146,7 @@ def _counting(
 
 
 def _cut(value: Any) -> Any:
-    """Cut a recorded output from its graph: what is computed behind its tensors is not counted."""
+    """Detach a recorded output from its graph, so that what computed it is not counted."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_() if value.is_floating_point() else value
     if isinstance(value, ViTOutput):

@@ -82,7 +82,7 @@ def shares_ahead(recipe: Recipe, device_name: str = "auto") -> list[str | UserEr
 
 
 def _make_step(ahead: Forecast, world: World) -> Callable[[int], float]:
-    """Return what takes a training step on so many images, and returns its seconds."""
+    """Return a function that takes a step on that many images and returns its seconds."""
     recipe, plan, device = ahead.recipe, ahead.plan, world.device
     amp_dtype = amp_dtype_of(recipe.train.amp_dtype, device)
     heads = {name: teacher.num_classes for name, teacher in plan.teachers.items()}

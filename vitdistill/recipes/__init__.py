@@ -11,12 +11,12 @@ from ..errors import ConfigError, Set
 from ..messages import suggest
 
 STAGES, RECIPE = "stages.yaml", "recipe.yaml"
-"""What holds the recipe in the folder of stages, and in that of a run."""
+"""The recipe files in a folder of stages, and in a run's."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Recipes that share a file, ``module``; ``about`` them is said in the help.
+    """Recipes that share a file, ``module``; the help shows ``about``.
 
     Each line of ``table`` is a name and a description. ``variants`` are keyword arguments that
     ``make`` takes, given as ``NAME:VARIANT``.

@@ -111,8 +111,8 @@ _NOT_ARGS = {
 
 
 def _check_network(path: str, config: StudentConfig | TeacherConfig) -> None:
-    """Raise `ConfigError` for an argument of timm's that a network has from elsewhere, and for a
-    teacher that could not answer where its labels have no record.
+    """Raise `ConfigError` for a timm argument that is set elsewhere, and for a teacher that could
+    not answer where its labels have no record.
     """
     for name in sorted(config.model_args.keys() & _NOT_ARGS):
         field, other = f"{path}.model_args.{name}", f"{path}.{name}"
@@ -126,8 +126,8 @@ def _check_network(path: str, config: StudentConfig | TeacherConfig) -> None:
 
 
 def fit_warmup(recipe: Recipe, values: Mapping[str, Any]) -> float | None:
-    """Return the warm-up that a recipe of the epochs in ``values`` has, where it is shorter than
-    the recipe's own and nobody gave one: a fifth of them, or the recipe's share if that is more.
+    """Return a warm-up for the epochs in ``values``: a fifth of them, or the recipe's share if that
+    is more. None unless that is shorter than the recipe's own and nobody gave one.
     """
     epochs, warmup = values.get("train.epochs"), recipe.optim.warmup_epochs
     if "optim.warmup_epochs" in values or type(epochs) is not int or epochs < 1:

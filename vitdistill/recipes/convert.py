@@ -64,7 +64,7 @@ def from_dict(data: Any, source: str = "") -> Recipe:
 
 @contextmanager
 def in_file(source: str) -> Iterator[None]:
-    """Begin the errors raised inside with the file that is wrong."""
+    """Prefix errors raised inside with the file that is wrong."""
     try:
         yield
     except ConfigError as error:
@@ -167,7 +167,7 @@ def _join(path: str, name: Any) -> str:
 
 def replace_fields(settings: T, values: Mapping[str, Any]) -> T:
     """Return a recipe, or other settings, with the fields at dotted paths (``optim.lr``) replaced,
-    all at once; `ConfigError` says where a field is that was looked for elsewhere.
+    all at once; for an unknown field, `ConfigError` says where one of that name is.
     """
     try:
         return _replace_fields(settings, values)
@@ -179,8 +179,8 @@ def replace_fields(settings: T, values: Mapping[str, Any]) -> T:
 
 
 def find_places(settings: Any, path: str) -> list[str]:
-    """Return the paths that ``path`` (``kd.weight``) is the end of, or else those of its last name:
-    below its first name, if there are any.
+    """Return the paths that end in ``path`` (``kd.weight``), or else in its last name: below its
+    first name, if there are any.
     """
     found: list[str] = []
 

@@ -1,5 +1,5 @@
-"""DeiT's training recipe (arXiv 2012.12877), on which the MaskedKD paper's pairs stand, and DeiT's
-own distillation token.
+"""DeiT's training recipe (arXiv 2012.12877), the base of the MaskedKD paper's pairs, and DeiT's own
+distillation token.
 
 Source: the defaults of effl-lab/MaskedKD@96d052d, which are those of facebookresearch/deit. Two
 differences, both on purpose: the schedule moves every update, where theirs moves every epoch and so
@@ -22,7 +22,7 @@ IMAGENET = Recipe(
     optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=5.0, warmup_lr=1e-6, min_lr=1e-5),
     train=TrainConfig(epochs=300, batch_size=1024),
 )
-"""On which the recipes of other papers stand too."""
+"""The base of other papers' recipes too."""
 
 
 def make(name: str) -> Recipe:

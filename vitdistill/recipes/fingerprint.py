@@ -1,4 +1,4 @@
-"""What of a recipe can change the result: by it a run is known when it is resumed."""
+"""The part of a recipe that can change the result; by it a resume recognises its run."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ LATER = {
     "saliency": "attention",
     "standardize": False,
 }
-"""Fields that came later, which are left out while they say what was so before."""
+"""Fields added later; left out while they have the value that was implied before."""
 
 
 def is_volatile(path: str) -> bool:

@@ -11,10 +11,10 @@ the whole batch; the schedule moves every update; float32 there, bfloat16 here. 
 files are in no registry: the convolutional one here is timm's, the involutional one is
 yours to give.
 
-LIB-KD (arXiv 2310.00369) published no code: of its method the abstract alone is fixed, light
-teachers, one convolutional and one involutional, whose logits are stored and teach one ViT
-together. `libkd` is that with Co-advise's losses, on a plain ViT with learned tokens; everything
-its abstract leaves open is Co-advise's or ours.
+LIB-KD (arXiv 2310.00369) published no code: only its abstract fixes the method, light teachers, one
+convolutional and one involutional, whose stored logits together teach one ViT. `libkd` is that with
+Co-advise's losses, on a plain ViT with learned tokens; everything its abstract leaves open is
+Co-advise's or ours.
 """
 
 from dataclasses import replace

@@ -18,7 +18,7 @@ from .stages import Stages
 def make(name: str) -> Stages:
     """Return ``mae_base`` or ``mae_large``."""
     taught, fine = pretraining("base", "large", 0.75, first=True), fine_tuning(first=True)
-    # timm has a ViT-L under no name with ImageNet's normalisation: DeiT's ViT-B, deeper and wider.
+    # timm has no ViT-L with ImageNet's normalisation: make DeiT's ViT-B deeper and wider.
     large = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
     pretrain = replace(
         taught,

@@ -29,10 +29,10 @@ def named_recipe(name: str) -> Recipe | Stages:
 
 
 def method_of_recipes(name: str, beside: str = "") -> Any:
-    """Return the method ``name`` as the recipe of that name has it, but of weight 1.
+    """Return the method ``name`` as the recipe of that name has it, but with weight 1.
 
-    One of the family of ``beside``, to which it is added, comes first: what fits small images need
-    not fit large ones. A method without a recipe has its defaults.
+    A recipe in the family of ``beside``, which it is added to, comes first: what fits small images
+    need not fit large ones. A method without a recipe has its defaults.
     """
     kind, family = method_class(name), RECIPES.get(beside.partition(":")[0])
     words = [f"{family.module}_{name}" if family else name, name]

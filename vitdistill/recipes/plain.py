@@ -44,7 +44,7 @@ _FINETUNE = Recipe(
     optim=OptimConfig(lr=1e-4, layer_decay=0.75, warmup_epochs=1.0, min_lr=1e-6, clip_grad=1.0),
     train=TrainConfig(epochs=20, batch_size=32, log_every=20),
 )
-# A CNN's blocks need larger steps, and all of them (LOG.md).
+# A CNN needs a larger learning rate, the same in all blocks (LOG.md).
 _FINETUNE_CNN = replace(
     _FINETUNE,
     student=StudentConfig(model="tf_efficientnet_lite0.in1k", pretrained=True),
@@ -59,7 +59,7 @@ _DISTILL = replace(
     optim=replace(_FINETUNE.optim, lr=3e-4),
     train=replace(_FINETUNE.train, epochs=40),
 )
-# Four views of an image, in turn, are what a teacher has to answer to, whatever the epochs.
+# The teacher answers to four views of an image, shown in turn, whatever the epochs.
 _FEW_LABELS = replace(
     _DISTILL,
     objectives=OBJECTIVES["standardized_kd"],

@@ -32,8 +32,8 @@ class Stages:
             folder; a recipe without one takes the stage's.
 
     Raises:
-        ConfigError: a stage names one that does not exist or comes later, or nothing follows from
-            what a stage trains.
+        ConfigError: a stage names one that does not exist or comes later, or no later stage uses
+            what one trains.
     """
 
     name: str = "run"
@@ -81,7 +81,7 @@ def in_stage(key: str) -> Iterator[None]:
 
 
 def spell_in_stage(key: str, spell: Spell) -> Spell:
-    """Return ``spell`` for errors that a run of this stage only tells."""
+    """Return ``spell`` for errors that a run of this stage reports but does not raise."""
 
     def spelled(error: UserError) -> str:
         error.stage = key

@@ -1,7 +1,7 @@
 """What a run's student and its teachers say of each validation image, kept beside the run.
 
-A run keeps sums alone. Which images two networks answer alike, which classes are confused, and how
-sure a difference is over images can only be told from the answers one by one.
+A run keeps only sums. Which images two networks answer alike, which classes are confused, and how
+certain a difference over images is can only be told from single answers.
 """
 
 import json
@@ -91,7 +91,7 @@ def open_validation(recipe: Recipe) -> ImageSource | None:
 def ask(run: Path, device: torch.device, say: Callable[[str], None]) -> None:
     """Have a run's last student, and its teachers that are there, answer to its validation images.
 
-    Nothing is done where they did, and where there is nobody or nothing to ask.
+    Do nothing if they already did, or if there is nobody or nothing to ask.
 
     Raises:
         UserError: the images that the recipe names are not there.

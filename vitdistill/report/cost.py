@@ -43,7 +43,7 @@ class Paid:
 def costs_of(runs: Sequence[Run]) -> list[Paid]:
     """Return what each run cost."""
     made = {digest: i for i, run in enumerate(runs) for digest in run.weights}
-    # Folders may have moved since; what is among the runs is known by its weights.
+    # Folders may have moved since: recognise runs by their weights.
     places = {digest: str(runs[i].path / "last") for digest, i in made.items()}
     known: dict[str, Paid] = {}  # seeds cost the same
     alone = []
@@ -60,7 +60,7 @@ def costs_of(runs: Sequence[Run]) -> list[Paid]:
 
 
 def _ancestors(runs: Sequence[Run], made: dict[str, int], run: Run) -> set[int]:
-    """Return the numbers of the runs whose weights a run needed, and of those that they needed.
+    """Return the numbers of the runs whose weights a run needed, directly or indirectly.
 
     ``made``: the number of the run that made weights, by their digest.
     """

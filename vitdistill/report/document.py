@@ -22,7 +22,7 @@ MOST_COLUMNS = 8  # of a table of recipes side by side
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, of which the first names the row; "": it is not known. ``prose``: of words."""
+    """Rows of cells, the first naming the row; "": unknown. ``prose``: cells are words."""
 
     caption: str
     head: Sequence[str]
@@ -30,7 +30,7 @@ class Table:
     prose: bool = False
 
     def parts(self) -> Iterator["Table"]:
-        """Yield it in parts that a page is wide enough for."""
+        """Yield the table in parts that fit the width of a page."""
         for i in range(1, len(self.head), MOST_COLUMNS):
             last = i + MOST_COLUMNS
             rows = [(row[0], *row[i:last]) for row in self.rows if any(row[i:last])]

@@ -7,7 +7,7 @@ from .document import Block, Chart, Charts, Point, Series
 from .groups import Group
 
 MOST_POINTS = 300
-"""Points of a curve; of a longer one every so many are drawn."""
+"""Points drawn of a curve; longer ones are thinned out."""
 MOST_LINES = 8  # the best ones, all their runs
 CURVES = (
     ("eval", "top1", "Top-1 on validation images", "top-1 (%)", 100),
@@ -18,9 +18,9 @@ CURVES = (
 
 
 def draw_scatters(groups: Sequence[Group]) -> list[Block]:
-    """Draw every run by what its training took, and by what a prediction of its student takes.
+    """Plot every run by the compute of its training, and by that of a prediction.
 
-    A larger student is no rival in the first: only those of the commonest size are in it.
+    The first chart has students of the commonest size only: larger ones are no rivals.
     """
     numbered = [*enumerate(groups)]
     rivals = [pair for pair in numbered if not pair[1].serves]

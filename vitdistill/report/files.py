@@ -1,4 +1,4 @@
-"""Runs as their folders tell them: nothing is trained, and nothing is written."""
+"""Reading runs from their folders, without training or writing anything."""
 
 import json
 import math
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What people call its recipe, and the stage of it that it is; "": it has none."""
+        """The name of its recipe, and of the stage that it is; "": there are no stages."""
         name = self.recipe.name
         if not isinstance(self.whole, Stages):
             return name, ""
@@ -90,11 +90,11 @@ class Run:
 
     @property
     def num_trained(self) -> int:
-        """Training images it saw, each as often as it did; 0: it is not finished."""
+        """Training images it saw, repeats included; 0: it is not finished."""
         return int(numbers(self.summary).get("steps", 0)) * self.recipe.train.batch_size
 
     def top1_of(self, teacher: str) -> tuple[float | None, int]:
-        """Return what a teacher is right on, and of how many validation images; None: unknown."""
+        """Return a teacher's top-1, and on how many validation images; None: unknown."""
         if self.answers is not None and teacher in self.answers.teachers:
             right = self.answers.teachers[teacher] == self.answers.labels
             return float(right.mean()), len(right)

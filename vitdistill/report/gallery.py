@@ -1,4 +1,4 @@
-"""Pictures in a report: what runs drew, and images on which student and teacher part."""
+"""Pictures in a report: what runs drew, and images on which student and teacher differ."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ SIDE = 160  # pixels of an image
 
 
 def saved_pictures(groups: Sequence[Group]) -> Iterator[Block]:
-    """Yield what the best that drew a few images drew of them, early and late, drawn anew."""
+    """Yield the first and last pictures of the best groups that saved any, re-encoded."""
     drawn = [(g, r.path) for g in groups for r in g.runs[:1] if (r.path / PICTURES).is_file()]
     for group, folder in drawn[:MOST_DRAWN]:
         files = [folder / FIRST_PICTURES, folder / PICTURES]

@@ -19,9 +19,9 @@ class Group:
     Args:
         name: what people call it.
         runs: at least one, with what each cost.
-        student: what tells its student from others, whatever weights of these runs it began with.
+        student: identifies its student, whatever weights of these runs it began with.
         taught: a teacher taught it, or what it began with.
-        serves: "": it is a result; or it is there for others, as a first stage or a teacher.
+        serves: what it is to others, a first stage or a teacher; "": it is a result.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Question:
-    """Is ``ours`` better than ``theirs``, which is the best of ``best_of`` without a teacher, or
-    another one with a teacher.
+    """Is ``ours`` better than ``theirs``: the best of ``best_of`` without a teacher or, at 0,
+    another with one?
     """
 
     ours: Group
@@ -89,13 +89,13 @@ class Question:
 
     @property
     def cost_ratio(self) -> float | None:
-        """Return how many times the compute of the other one this one took, teachers included."""
+        """Return the compute of ours over that of theirs, teachers included."""
         ours, theirs = self.ours.cost("total"), self.theirs.cost("total")
         return ours / theirs if ours and theirs else None
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Put runs of one recipe together, in the order in which each recipe comes first."""
+    """Group runs by recipe, in the order in which recipes first appear."""
     costs = costs_of(runs)
     made = {digest: run for run in runs for digest in run.weights}
     together: dict[str, list[int]] = {}
@@ -118,7 +118,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _serves(group: Group, groups: Sequence[Group]) -> str:
-    """Tell what is only there for others. A teacher is not, if one also taught its network."""
+    """Say what a group only serves as. A teacher is a result if its network is also taught."""
     made = {digest for run in group.runs for digest in run.weights}
     others = [run.needed.items() for g in groups if g is not group for run in g.runs]
     fields = {field for needed in others for field, digest in needed if digest in made}
@@ -129,7 +129,7 @@ def _serves(group: Group, groups: Sequence[Group]) -> str:
 
 
 def _key(run: Run, made: dict[str, Run]) -> str:
-    """Return what runs of one recipe share: weights of other runs are known by their recipe."""
+    """Return the key of a run's recipe; weights of other runs stand for their recipe."""
     found = run.settings
     for field, digest in run.needed.items():
         if field in found and digest in made:
@@ -138,15 +138,13 @@ def _key(run: Run, made: dict[str, Run]) -> str:
 
 
 def _lineage(run: Run, made: dict[str, Run]) -> list[Run]:
-    """Return a run after those of these runs with whose weights its student began, in order."""
+    """Return the runs whose weights its student began with, in order, then the run itself."""
     source = made.get(run.identity.get("student.model", ""))
     return [run] if source is None or source is run else [*_lineage(source, made), run]
 
 
 def _student(run: Run, made: dict[str, Run]) -> dict[str, Any]:
-    """Return the settings that make two students the same; how they are trained may differ, and
-    which tokens are read in the end.
-    """
+    """Return the settings that make students the same; their training and pooling may differ."""
     found: dict[str, Any] = {}
     for part in _lineage(run, made):
         own = {k: v for k, v in part.settings.items() if k.startswith(_STUDENT)}
@@ -161,8 +159,8 @@ _STUDENT = ("student.model", "student.image_size", "student.checkpoint", "studen
 
 
 def _common_name(runs: Sequence[Run]) -> str:
-    """Return the name that runs share, but for the number of their seed, or that of the first; and
-    their stage.
+    """Return the name that runs share, apart from the number of their seed, else the first one's;
+    and their stage.
     """
     names = dict.fromkeys(run.names[0] for run in runs)
     plain = {re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) for name in names}

@@ -125,8 +125,8 @@ def _notes(groups: Sequence[Group]) -> Iterator[Block]:
 
 
 def _differences(groups: Sequence[Group]) -> list[Block]:
-    """Tabulate what each began as, and the settings that differ, but for those of teachers and for
-    defaults of parts that some recipes lack.
+    """Tabulate what each is, and the settings that differ, except those of teachers and defaults of
+    parts that some recipes lack.
     """
     rivals = [group for group in groups if group.serves != "teacher"]
     makers = {digest: group.name for group in groups for r in group.runs for digest in r.weights}
@@ -160,7 +160,7 @@ def _differences(groups: Sequence[Group]) -> list[Block]:
 
 
 def show_values(values: Sequence[Any]) -> list[str]:
-    """Return what is shown of a setting in several recipes: what differs looks different."""
+    """Return a setting of several recipes as text: values that differ look different."""
     exact = [_exact(value) for value in values]
     short = [f"{v:g}" if type(v) is float else text for v, text in zip(values, exact, strict=True)]
     return short if len({*short}) == len({*exact}) else exact

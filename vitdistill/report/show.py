@@ -80,7 +80,7 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
     rows: dict[str, Tensor] = {"input": batch.images}
     for attention in output.attention.values():
         saliency = patch_saliency(attention, output.num_prefix_tokens)
-        # From the least to the most of an image: a little-trained student's patches differ little.
+        # Stretch each image to its own range: a little-trained student's patches differ little.
         least, most = saliency.aminmax(dim=1, keepdim=True)
         heat = (saliency - least) / (most - least).clamp_min(1e-12)
         heat = heat.view(-1, 1, *output.grid)
@@ -110,7 +110,7 @@ def show(run: Path, images: Sequence[Path], world: World) -> Shown:
 def _build_teachers(
     recipe: Recipe, classes: tuple[str, ...], spec: InputSpec, device: torch.device
 ) -> tuple[dict[str, Teacher], list[str]]:
-    """Return a run's teachers, those behind its stored labels too, and notes on such as are gone.
+    """Return a run's teachers, also those behind stored labels, and notes on missing ones.
 
     Raises:
         UserError: one that ran in training cannot be built.

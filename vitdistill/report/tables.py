@@ -1,4 +1,4 @@
-"""What is asked of the recipes, what each came to and what it cost, a row each."""
+"""Tables of verdicts, scores and costs, with a row for each recipe."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ _COUNT = "{:,.0f}".format
 
 
 def tabulate_questions(questions: Sequence[Question]) -> Table:
-    """Return the answers to what is asked against the same runs, the best first."""
+    """Return the answers to questions against the same runs, the best first."""
     asked = sorted(questions, key=lambda q: -q.comparison.difference)
     several = any(q.comparison.num_seeds > 1 for q in asked)
     columns: dict[str, Column] = {

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 ERROR_RATE = 0.05
-"""How often two equal recipes are told apart, at most: half of it as better, half as worse."""
+"""Highest rate of telling equal recipes apart: half of it as better, half as worse."""
 
 Verdict = Literal["better", "not better", "cannot tell"]
 Seed = tuple[int, int]
@@ -61,8 +61,8 @@ class Comparison:
     Args:
         difference: of the means.
         seeds_error, images_error: its standard errors over seeds (NaN: one seed) and over images.
-        low, high: the interval that holds the true difference but for `ERROR_RATE`; over images
-            alone where there is one seed.
+        low, high: the 1 - `ERROR_RATE` confidence interval of the difference; over images alone
+            if there is one seed.
         num_seeds: of the recipe that has fewer.
         paired: both have the same seeds.
     """
@@ -87,7 +87,7 @@ def compare(ours: Scores, theirs: Scores) -> Comparison:
 
     The half width of the interval is ``sqrt((t SE_seeds)^2 + (z SE_images)^2)``: t of the seeds'
     degrees of freedom is exact where seeds alone matter, z where images alone do, and between them
-    the interval is on the safe side. So are the images' errors, which hold the seeds' once more.
+    the interval is on the safe side. So are the images' errors, which include the seeds' again.
     """
     paired = ours.top1.keys() == theirs.top1.keys()
     count = min(len(ours.top1), len(theirs.top1))

@@ -50,7 +50,7 @@ def _write(name: str, escape: Callable[[str], str], document: Document) -> str:
     def read(file: str) -> str:
         return files(__package__).joinpath(file).read_text("utf-8")
 
-    def break_names(text: str) -> Markup:  # a line may end behind what joins the parts of a name
+    def break_names(text: str) -> Markup:  # allow a line break after each separator
         return Markup("<wbr>").join(map(say, re.split(r"(?<=[._/])", text)))
 
     environment = Environment(

@@ -1,4 +1,4 @@
-"""A recipe's teachers answer on this process, and their answers become records."""
+"""Run a recipe's teachers on this process, and turn their answers into records."""
 
 import shlex
 import sys
@@ -35,7 +35,7 @@ def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
     if data.unlabelled is not None:
         small = replace(small, batch_size=4 * world.size)
         data = replace(data, labelled_share=0.5)
-    student = replace(recipe.student, pretrained=False)  # only its network is asked, for its input
+    student = replace(recipe.student, pretrained=False)  # only its input spec is needed
     with world.together(), memory_errors("while the teachers were built", SMALLER_EVALUATION):
         prepared = build(replace(recipe, train=small, data=data, student=student), world, say)
         prepared = replace(prepared, recipe=recipe)
@@ -44,7 +44,7 @@ def prepare_teachers(recipe: Recipe, world: World, say: Say) -> Prepared:
 
 @dataclass
 class LabelRun:
-    """Teachers that answer, and the layout of each one's records, by its name."""
+    """Running teachers, and the layout of each one's records by name."""
 
     prepared: Prepared
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class LabelRun:
             yield batch, answers
 
     def records(self, name: str, view: int, batch: TeacherBatch, answer: ViTOutput) -> Records:
-        """Return a teacher's answer to a batch as records; `NonFiniteError` if it is no numbers."""
+        """Return a teacher's answer to a batch as records; `NonFiniteError` if it is not finite."""
         try:
             return self.layouts[name].encode(
                 answer.logits, answer.hidden, answer.features, batch.checksums
@@ -98,7 +98,7 @@ class LabelRun:
         return [np.concatenate(made[name]) for name in names]
 
     def identity(self, name: str) -> dict[str, Any]:
-        """Return what the labels of this teacher belong to."""
+        """Return what the labels of this teacher depend on."""
         prepared, config = self.prepared, self.prepared.recipe.teachers[name]
         teacher = prepared.teachers[name]
         architecture, args = weights.describe(resolve_run(config.model), config.model_args)

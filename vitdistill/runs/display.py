@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines that stay, and on a terminal a bar below them."""
+"""What a run prints: lines that stay and, on a terminal, a bar below them."""
 
 import math
 import time
@@ -25,7 +25,7 @@ class Display(Progress):
         text = TextColumn("{task.description}")
         columns = SpinnerColumn(), BarColumn(), text, TimeElapsedColumn()
         silent = not (enabled and console.is_terminal)
-        self._below = Text()  # Progress asks for what it will show when it is made
+        self._below = Text()  # Progress renders in its constructor
         super().__init__(*columns, console=console, transient=True, disable=silent)
         self.enabled, self.spell = enabled, spell
         self.steps_per_epoch = 1
@@ -51,7 +51,7 @@ class Display(Progress):
         self.update(self._bar, description=text)
 
     def watch(self, text: str, total: int) -> Callable[[], bool]:
-        """Begin a bar of ``total`` batches; return a ``stop`` that never does, and moves it."""
+        """Start a bar of ``total`` batches; return a ``stop`` that moves it and is never true."""
 
         def tick() -> bool:
             self.advance(self._bar)
@@ -111,7 +111,7 @@ class Speed:
         self._window += seconds
 
     def read(self, waited: float) -> None:
-        """Close the window; for ``waited`` seconds of it the loop stood still for data."""
+        """Close the window, in which the loop waited ``waited`` seconds for data."""
         now = time.perf_counter()
         if self._window_steps:
             elapsed = max(now - self._window, 1e-9)
@@ -120,7 +120,7 @@ class Speed:
         self._window, self._window_steps = now, 0
 
     def seconds_left(self, steps: int) -> float:
-        """Estimate ``steps`` further steps, evaluations included; NaN before the second one."""
+        """Estimate the time of ``steps`` more, evaluations included; NaN before the second step."""
         if self._begun is None or self._steps == 0:
             return math.nan
         return steps * (time.perf_counter() - self._begun) / self._steps

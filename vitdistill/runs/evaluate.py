@@ -71,9 +71,9 @@ def images_of(models: Sequence[str]) -> tuple[str, float | None]:
 def evaluate_model(job: Evaluation, world: World, display: Display) -> dict[str, Any]:
     """Return the scores of a model, its size, FLOPs and speed, by name.
 
-    Without a classifier for these classes its features can still be judged; ``no_top1`` says then
-    why there is no accuracy. Where the images are of some of its classes, ``top1`` is among all of
-    its own, and ``top1_among`` among these, of which ``among`` says how many.
+    Without a classifier for these classes its features can still be judged; ``no_top1`` then says
+    why there is no accuracy. If the images show only some of its classes, ``top1`` is among all of
+    them and ``top1_among`` among those shown, which ``among`` counts.
 
     Raises:
         ConfigError: the images have no labels, or there is nothing to judge the model by.
@@ -141,7 +141,7 @@ def _open_images(job: Evaluation) -> tuple[ImageSource, ImageSource | None]:
 def _build(
     job: Evaluation, built: Built, classes: tuple[str, ...], device: torch.device
 ) -> tuple[Teacher, str]:
-    """Return the model, and why it has no answers to be counted; empty if it has."""
+    """Return the model, and why its answers cannot be scored; empty if they can."""
     make = partial(build_teacher, job.model, "model", classes, built.spec, device, built=built)
     if job.probes:
         check_pool(job.pool, built.network.has_class_token)

@@ -14,7 +14,7 @@ class Feed:
 
     def __init__(self, steps: Iterator[tuple[Batch, ...]], device: torch.device) -> None:
         self.batches: tuple[Batch, ...] | None = None  # of the next step; None: there is none
-        self.error: UserError | None = None  # prevents them here, until all processes meet
+        self.error: UserError | None = None  # why there are none; settled when processes meet
         self.waited = 0.0  # seconds the device stood still for data
         self._steps = steps
         self._on_gpu = device.type == "cuda"

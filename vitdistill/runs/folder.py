@@ -128,9 +128,9 @@ class RunFolder:
         return {name: log.sync() for name, log in self._logs.items()}
 
     def record_environment(self, step: int, world: World, images: Sequence[str] = ()) -> str:
-        """Note what the run runs on from ``step`` on, and what is to be known of its images.
+        """Record the environment from ``step`` on, with notes on the images.
 
-        Return the device it ran on before, if that was another; else "".
+        Return the previous device, if that was another; else "".
         """
         path, device = self.path / ENVIRONMENT, world.device_name
         now = environment() | {"device": device, "processes": world.size, "images": [*images]}

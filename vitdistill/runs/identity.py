@@ -1,7 +1,7 @@
 """What a run's result depends on besides its settings: weights, images and labels, by content.
 
-``identity.json`` holds a digest of each, from before the first step on, so that a resumed run can
-tell whether anything changed; a file or a folder that moved has not.
+``identity.json`` holds a digest of each, written before the first step, so that a resume can tell
+whether anything changed; moving a file or folder changes nothing.
 """
 
 import json
@@ -29,8 +29,8 @@ IMAGES = ("training images", "validation images")
 def resolve_run(name: str, kinds: Sequence[str] = ("best", "last")) -> str:
     """Return the folder of weights that a model's name stands for.
 
-    A run stands for its ``best/`` weights, or ``last/`` if it had nothing to choose by: the first
-    of ``kinds``; a folder of stages for the run of its last stage; any other name for itself.
+    A run stands for the first of ``kinds`` that it has (it has no ``best/`` if it had nothing to
+    choose by); a folder of stages for its last run; any other name for itself.
 
     Raises:
         ConfigError: the run has no weights yet.
@@ -48,13 +48,13 @@ def resolve_run(name: str, kinds: Sequence[str] = ("best", "last")) -> str:
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a model's name stands for weights of a run that has not come to its end."""
+    """Whether a model's name stands for weights of an unfinished run."""
     run = Path(resolve_run(name)).parent
     return (run / RECIPE).is_file() and not (run / SUMMARY).is_file()
 
 
 def stages_in(folder: Path) -> list[Path]:
-    """Return the folders of the runs that a folder of stages has, in order; [] for another one."""
+    """Return the run folders in a folder of stages, in order; [] for any other folder."""
     if not (folder / STAGES).is_file():
         return []
     stages = load(folder / STAGES)
@@ -81,7 +81,7 @@ def origin_of_config(config: StudentConfig | TeacherConfig) -> Origin | None:
 
 
 def changes(folder: Path, recipe: Recipe) -> list[str]:
-    """Return what of ``recipe`` differs from the run in this folder and can change its result.
+    """Return how ``recipe`` differs from the run in this folder in what can change its result.
 
     Weights are compared by content: the path may differ where the content does not.
     """
@@ -107,7 +107,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None:
-    """Return what a JSON file of a run's folder says, None where there is none.
+    """Return the mapping in a JSON file of a run's folder; None if there is no file.
 
     Raises:
         DataError: it is damaged, or lacks one of ``keys``.
@@ -121,9 +121,9 @@ def read_record(path: Path, keys: Collection[str] = ()) -> dict[str, Any] | None
 
 
 def note_identity(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:
-    """Write down what a run begins with, or refuse to go on with anything else.
+    """Record what a run begins with, or refuse to continue with anything else.
 
-    ``identity`` is what is known once everything is built; weights are known by `changes`.
+    ``identity`` is what is known once everything is built; `changes` compares weights.
 
     Raises:
         DataError: something that the run has learnt from, or will, has changed.

@@ -1,4 +1,4 @@
-"""Labelling: a recipe's teachers answer, once, to the very views its student will see."""
+"""Labelling: run a recipe's teachers once, on exactly the views its student will see."""
 
 import time
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ from .networks import find_logit_readers
 from .prepare import Prepared
 from .stop import StopRequest
 
-COMPLETE_CLASSES = 256  # up to so many ``auto`` stores all logits; above, the largest
+COMPLETE_CLASSES = 256  # up to this many, ``auto`` stores all logits; above, the largest
 _DEFAULT_K = 10
 _EVERY_S = 10.0
 
@@ -56,7 +56,7 @@ def label(
 
     Every view that the recipe's student will see is labelled: ``data.views`` of each image, or one
     an epoch. Any number of processes, under torchrun or not, may run this at the same time. After
-    `Preempted`, what is written stays, and the same command goes on.
+    `Preempted`, what is written stays, and the same call continues it.
     """
     output = Path(output)
     with join_world(device) as world:
@@ -72,7 +72,7 @@ def label(
         with world.together(), memory_errors("while a teacher was tried", SMALLER_EVALUATION):
             manifests = _manifests(run, options)
             stores = _open_stores(output, manifests, say)
-            for store in stores:  # a part that was cut is named, not counted as written
+            for store in stores:  # raise on a truncated part, do not count it as written
                 for place in store.sealed_parts():
                     store.load(*place)
         # From here on processes do not meet: each writes parts of its own. The launcher stops the
@@ -95,7 +95,7 @@ def label(
 
 
 def _without_labels(recipe: Recipe) -> Recipe:
-    """Return the recipe as its teachers run it; refuse answers that depend on more than a view."""
+    """Return the recipe with all teachers live; refuse answers that depend on more than a view."""
     if not recipe.teachers:
         raise ConfigError("the recipe has no teacher to label with", Add("kd"), field="teachers")
     for field in ("selector", "masking"):
@@ -130,7 +130,7 @@ def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> L
 
 
 def foresee_layout(recipe: Recipe, plan: Plan, name: str, options: LabelOptions) -> Layout:
-    """Return what the recipe's labels of a teacher will hold; sizes of hidden states are 0.
+    """Return the layout of a teacher\'s labels in advance; sizes of hidden states are 0.
 
     Raises:
         ConfigError: the recipe reads attention, or an option cannot take effect.
@@ -160,7 +160,7 @@ def _layout(prepared: Prepared, name: str, answer: ViTOutput, options: LabelOpti
 
 
 def _manifests(run: LabelRun, options: LabelOptions) -> dict[str, Manifest]:
-    """Label a batch to nowhere, to see what there is to store of each teacher."""
+    """Label a batch without storing it, to see what each teacher records."""
     prepared, manifests = run.prepared, {}
     batch, answers = next(run.answers(0, 0, min(run.batch_size, len(prepared.images.train))))
     for name, answer in answers.items():
@@ -175,7 +175,7 @@ def _manifests(run: LabelRun, options: LabelOptions) -> dict[str, Manifest]:
 
 
 def _open_stores(output: Path, manifests: Mapping[str, Manifest], say: Say) -> list[LabelStore]:
-    """Return the teachers' stores, made if they are missing; say what is to be written."""
+    """Open or create the teachers' stores; say how much there is to write."""
     size = 0
     for name, manifest in manifests.items():
         folder = output / name

@@ -1,4 +1,4 @@
-"""Checking labels: the teacher answers again to some of them."""
+"""Checking labels: run the teacher again on some of them."""
 
 from dataclasses import dataclass, replace
 
@@ -20,14 +20,14 @@ _CHUNK = 32  # records of a part that are checked before another part is opened
 
 @dataclass(frozen=True)
 class Check:
-    """How a teacher's answers, made anew and encoded, compare with what is stored."""
+    """How a teacher's new answers, encoded, compare with the stored ones."""
 
     count: int  # records compared
-    views: int  # of them, how many views have the pixels that were labelled
+    views: int  # how many of them have the pixels that were labelled
     agreement: float  # how often the most probable class is the same
-    variation: float  # half the sum of the probabilities' differences, mean
-    hidden: float  # largest difference of hidden states and features, over the largest of them
-    tolerance: float  # for the last two, by the arithmetic's precision
+    variation: float  # mean of half the sum of absolute probability differences
+    hidden: float  # largest difference of hidden states or features, over the largest value
+    tolerance: float  # for the last two, by the teacher's precision
 
     @property
     def as_stored(self) -> bool:
@@ -55,8 +55,8 @@ def check(
 ) -> Check:
     """Run the teacher again on about ``samples`` stored (view, image), in random places.
 
-    ``data_dir`` and ``model``: where the images and the teacher have moved. `DataError` if they are
-    others than those of the labels.
+    ``data_dir`` and ``model``: where the images and the teacher are now, if they moved. `DataError`
+    if they are not those of the labels.
     """
     about, sealed = store.manifest.about, list(store.sealed_parts())
     if not sealed:
@@ -82,7 +82,7 @@ def check(
 def _places(
     store: LabelStore, sealed: list[tuple[int, int]], samples: int, seed: int
 ) -> list[tuple[int, int, int]]:
-    """Choose (view, first, last) of about ``samples`` records, in as many sealed parts as go."""
+    """Choose (view, first, last) of about ``samples`` records, spread over sealed parts."""
     chunk = min(_CHUNK, store.manifest.part_size)
     order = keyed.permutation(seed, 0, len(sealed), keyed.Stream.SUBSET)[: -(-samples // chunk)]
     each = -(-samples // len(order))

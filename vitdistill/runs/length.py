@@ -5,7 +5,7 @@ from ..messages import plural
 from ..recipes.config import Recipe
 
 FEW_STEPS = 1000
-"""Steps below which a recipe made for ImageNet does not get where it should."""
+"""Below this many steps, a recipe made for ImageNet falls short."""
 
 
 def check_length(recipe: Recipe, num_images: int, steps_per_epoch: int, say: Say) -> None:
@@ -30,7 +30,7 @@ def check_length(recipe: Recipe, num_images: int, steps_per_epoch: int, say: Say
         say(ConfigError(what, (Set("train.batch_size", size), Set("train.epochs"))))
     share = 0.0 if train.ema_decay is None else train.ema_decay**steps
     if share > 0.01:
-        # A memory of a tenth of the run leaves e^-10 of them.
+        # Averaging over a tenth of the run leaves e^-10 of them.
         fix = Set("train.ema_decay", f"{1 - 10 / steps:.3g}" if steps > 20 else "none")
         what = f"{share:.0%} of the moving average of {steps:,} steps are the weights it began with"
         error = ConfigError(what, fix)

@@ -41,10 +41,10 @@ class LoggedRun:
     """What a logger is told of its run.
 
     Args:
-        name: of the run's folder; a stage's, after that of the folder of stages.
+        name: of the run's folder; for a stage, after that of the folder of stages.
         folder: where the client may keep its files.
-        id: of the run, for the client to go on with it when it is resumed.
-        step: steps that were taken before; what was logged of later ones is taken again.
+        id: of the run, by which the client continues it after a resume.
+        step: steps taken before; later ones that were logged are taken again.
         settings: the recipe, flat.
     """
 
@@ -125,7 +125,7 @@ class TensorBoard:
     def __init__(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What it shows of steps from this one on is dropped.
+        # Drop what it has of steps from this one on.
         first = run.step + 1
         self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=first)
 
@@ -165,7 +165,7 @@ class WandB:
 
 
 class Trackio(WandB):
-    """Trackio, on this machine or where its environment variables say; its runs are as W&B's."""
+    """Trackio, on this machine or where its environment variables say; used like W&B."""
 
     def __init__(self, run: LoggedRun) -> None:
         self._client = import_module("trackio")

@@ -106,7 +106,7 @@ def _build(
         spec = replace(spec, image_size=(config.image_size, config.image_size))
     network = describe_network(model, name, config.model, spec.image_size)
     if not (network.walks or is_outside(config.model)):
-        # Depthwise convolutions run up to 1.5 times as fast so, forward and backward.
+        # Makes depthwise convolutions up to 1.5 times as fast, forward and backward.
         model = model.to(memory_format=torch.channels_last)
     return Built(model, spec, network)
 
@@ -149,7 +149,7 @@ def build_blank(
 ) -> tuple[Built, dict[str, Built]]:
     """Build the student and the teachers that run, without their weights.
 
-    Teachers answer for ``num_classes``; ``heads``: classes of a teacher's own head, by name.
+    Teachers answer for ``num_classes``; ``heads``: sizes of teachers' own heads, by name.
     """
     student = build_student(recipe.student, num_classes, with_weights=False)
     if not trains_classifier(recipe, student.network):
@@ -160,8 +160,8 @@ def build_blank(
             continue
         built = build_teacher_model(config, name, with_weights=False)
         readers = find_logit_readers(recipe.objectives, built.network)
-        # Only loading a file could tell its head. Without readers it is assumed to have none, and
-        # with them to have one, also of a network that timm builds without, such as DINOv3.
+        # Only loading the checkpoint could tell its head: assume none if nothing reads its logits,
+        # else one, even for a network that timm builds without, such as DINOv3.
         if heads and name in heads:
             built = _with_classes(built, heads[name])
         elif config.checkpoint and not readers:
@@ -180,7 +180,7 @@ def trains_classifier(recipe: Recipe, student: Network) -> bool:
 
 
 def _with_classes(built: Built, num_classes: int) -> Built:
-    """Give a network another head, in place; unchanged where it cannot have another."""
+    """Replace a network's head, in place, if its model can do that."""
     if not hasattr(built.model, "reset_classifier"):
         return built
     built.model.reset_classifier(num_classes)  # type: ignore[operator]
@@ -198,10 +198,10 @@ def build_teacher(
     objectives: Mapping[str, Objective] | None = None,
     built: Built | None = None,
 ) -> tuple[Teacher, ClassMatch]:
-    """Build a frozen teacher that answers for ``classes`` in their order; without, in its own.
+    """Build a frozen teacher that answers for ``classes``, in their order; if empty, for its own.
 
-    They need not match where none of ``objectives`` reads its logits (None: they are read).
-    ``built`` is its network, if that exists already.
+    The classes need not match if none of ``objectives`` reads its logits (None: they are read).
+    ``built``: its network, if it is built already.
     """
     built = built or build_teacher_model(config, name)
     network, index, names = built.network, None, weights.class_names(built.model)
@@ -262,18 +262,18 @@ def build_networks(
 ) -> Networks:
     """Build the networks of a recipe and resolve its plan.
 
-    The student answers for ``classes``; where the images are unlabelled, for those of its teachers;
-    and has no classifier where no objective trains one.
+    The student answers for ``classes``, or for its teachers' if the images are unlabelled; it has
+    no classifier if no objective trains one.
     """
     num_classes = max(len(classes), 1)
-    # Only a built network says which of its heads an objective trains: ask one without numbers, so
-    # that the student's weights are the first that the seed gives.
+    # Only a built network tells which of its heads an objective trains: ask one on the meta device,
+    # so that the student's weights are the first draws from the seed.
     with torch.device("meta"):
         blank = build_student(recipe.student, num_classes, with_weights=False)
     trained = trains_classifier(recipe, blank.network)
     torch.manual_seed(recipe.train.seed)
     student = build_student(recipe.student, num_classes if trained else 0)
-    # Building a network draws numbers; adapters begin alike, whether a teacher runs or is stored.
+    # Building a network draws numbers; adapters must start alike whether teachers run or not.
     with torch.random.fork_rng(devices=[]):
         teachers, answers = _build_teachers(recipe, classes, student.spec, device, say)
     if not trained:
@@ -313,7 +313,7 @@ def _build_teachers(
         store = stores.get(name)
         if store is not None:
             network, names = stored_network(store, name), store.manifest.about.get("classes", ())
-        # Those with labels may have to answer, or are compared with the one that made the labels.
+        # One with labels may still run, or be compared with the one that made them.
         if store is None or runs(config) or (config.model and not made_by(store, config)):
             teacher, match = build_teacher(config, name, classes, images_spec, device, objectives)
             teachers[name] = teacher
@@ -353,9 +353,9 @@ def plan_of(recipe: Recipe, student: Network, teachers: Mapping[str, Network]) -
 
 
 def compile_networks(*runners: Distillation | Teacher) -> None:
-    """Compile how networks run; their modules and their weights' names stay as they are."""
+    """Compile the ``run`` of networks; modules and names of weights stay as they are."""
     for it in runners:
-        # What is compiled is kept by code object, a few forms of each: every network has its own.
+        # Compiled code is cached by code object, a few variants each: give every network its own.
         run: Any = it.run
         known = run.__globals__, run.__name__, run.__defaults__, run.__closure__
         it.run = torch.compile(FunctionType(run.__code__.replace(), *known))
@@ -363,7 +363,7 @@ def compile_networks(*runners: Distillation | Teacher) -> None:
 
 @contextmanager
 def compile_errors(compiled: bool) -> Iterator[None]:
-    """Raise `ConfigError` for what a compiler raises, which is of many kinds."""
+    """Turn whatever a compiler raises into `ConfigError`."""
     try:
         yield
     except Exception as error:

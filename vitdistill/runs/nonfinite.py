@@ -1,4 +1,4 @@
-"""What ends a step: memory that runs out, and the first number that is NaN or infinite."""
+"""Errors that end a step: out of memory, and the first NaN or infinite number."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _CALMER = (Set("optim.lr"), Set("optim.clip_grad"), Set("train.amp_dtype", "floa
 def nonfinite_error(prepared: Prepared, step: int, num_steps: int) -> NonFiniteError:
     """Repeat a step that was not applied, to name the culprit; call it on every process."""
     found = [e for e in prepared.world.gather(_find_culprit(prepared, step, num_steps)) if e]
-    # One process's loss is in everybody's gradients: the cause, which has a place, comes first.
+    # One process's loss reaches all gradients: prefer an error that names a teacher or objective.
     unknown = NonFiniteError("the loss is NaN or infinite", _CALMER)
     return agreed(min(found, key=lambda error: error.field == unknown.field, default=unknown))
 
@@ -30,7 +30,7 @@ def _find_culprit(prepared: Prepared, step: int, num_steps: int) -> NonFiniteErr
     (micro_batches,) = prepared.loaders.train.batches(step, 1)
     for i, batch in enumerate(micro_batches):
         samples = f"(samples {', '.join(map(str, batch.ids[:4].tolist()))}, ...) is NaN or infinite"
-        # Each pass begins with the draws of the step: it repeats its dropout.
+        # Each pass starts from the step's random state, so it repeats its dropout.
         with torch.no_grad(), prepared.in_micro_batch(step, i):
             _, answers = distillation.answer(batch, teachers)
         for name, answer in answers.items():
@@ -57,7 +57,7 @@ def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 @contextmanager
 def step_errors(prepared: Prepared, output: Path, step: Callable[[], int]) -> Iterator[None]:
-    """Say of an error where it happened, and what is left; ``step``: which one it is now."""
+    """Add to an error where it happened, and what is left; ``step`` returns the current one."""
     size = prepared.recipe.train.micro_batch(prepared.world.size)
     where = (
         f"in a training step of {plural(size, 'image')} at once; the batch size is part of what a"

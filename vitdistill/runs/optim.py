@@ -93,7 +93,7 @@ def make_schedule(
     """Return a function that sets the learning rate of step s, counted from 0, before it."""
     if config.sched == "none":
         return lambda step: None
-    # timm begins the schedule itself after a prefix, so that much less of it is left.
+    # timm starts the schedule after a warm-up prefix, so it is shorter by that.
     length = epochs - config.warmup_epochs if config.warmup_prefix else epochs
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -118,7 +118,7 @@ def gradient_norm(module: nn.Module) -> torch.Tensor:
 
 
 def clip_gradients(module: nn.Module, max_norm: float | None, norm: torch.Tensor) -> None:
-    """Scale gradients in place so that ``norm``, theirs, is at most ``max_norm``; None: never."""
+    """Scale gradients in place so that their ``norm`` is at most ``max_norm``; None: never."""
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
 
@@ -126,9 +126,9 @@ def clip_gradients(module: nn.Module, max_norm: float | None, norm: torch.Tensor
 def take_step(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, finite: torch.Tensor
 ) -> None:
-    """Step where ``finite`` is true; a scaler judges its gradients itself.
+    """Step if ``finite`` is true; a scaler checks its gradients itself.
 
-    Fused optimizers decide it on the device; for any other one the host waits.
+    Fused optimizers decide on the device; for others the host waits.
     """
     if scaler is not None:
         scaler.step(optimizer)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 EVIDENCE = 3.0  # nats by which another order has to be the better explanation
 _SHARPNESS = tuple(2.0 ** (k / 2) for k in range(-8, 9))
-_AT_RANDOM = 0.05  # of the images may be answered at random, so that no single one decides
+_AT_RANDOM = 0.05  # fraction of answers that may be random, so that no single one decides
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Reordering:
     index: tuple[int, ...]  # the place of each of the data set's classes among the teacher's
     natural: bool  # it is that of `natural_order`
     accuracy: float  # in this order
-    certain: bool  # the answers themselves prefer it, not their probabilities alone
+    certain: bool  # the top answers prefer it, not just the probabilities
 
 
 def natural_order(classes: Sequence[str]) -> tuple[int, ...]:
-    """Return the place of each class when people sort them: 2 before 10, capitals as small letters.
+    """Return the place of each class in natural order: 2 before 10, ignoring case.
 
     >>> natural_order(["0", "1", "10", "11", "2"])
     (0, 1, 3, 4, 2)
@@ -45,7 +45,7 @@ def alignment(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
     """Return how much better answers fit the labels than in a random order of the classes.
 
     In standard deviations over all orders (Hoeffding 1951). The rows of an untrained head are
-    exchangeable, so this is about normal for one, whatever the features below know of the classes.
+    exchangeable, so this is about normal for it, whatever the features know of the classes.
     """
     scores = logits.double().softmax(-1)
     seen, rows = labels.unique(return_inverse=True)
@@ -55,7 +55,7 @@ def alignment(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
 
 
 def log_likelihoods(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return the log-probability of each label, at the sharpness that suits all of them best."""
+    """Return the log-probability of each label, at the sharpness that maximises their sum."""
     each = [_pick(logs, labels) for logs in _temper(logits)]
     return max(each, key=lambda found: float(found.sum()))
 
@@ -92,10 +92,9 @@ def find_better_order(
 
 
 def _temper(logits: Float[Tensor, "N C"]) -> Iterator[Float[Tensor, "N C"]]:
-    """Yield the log-probabilities of all answers, from nearly even to nearly certain ones.
+    """Yield the log-probabilities of all answers, from nearly uniform to nearly certain.
 
-    Networks are sure of themselves to different degrees, and one is believed as far as its record
-    warrants.
+    Networks differ in confidence; each is believed as far as its record warrants.
     """
     scores = logits.double() - logits.double().mean(1, keepdim=True)
     scores = scores / scores.std().clamp_min(1e-12)
@@ -113,14 +112,14 @@ def _add_rows(scores: Float[Tensor, "N C"], rows: Int[Tensor, " N"]) -> Float[Te
 
 
 def _exchange(table: Float[Tensor, "K K"], price: float) -> Int[Tensor, " K"]:
-    """Exchange columns as long as that raises the diagonal's sum, less a price a column moved."""
+    """Exchange columns while that raises the diagonal's sum less a price for each moved column."""
     rows = torch.arange(len(table))
     order, table = rows.clone(), table + price * torch.eye(len(table))
     for _ in rows:
         crossed = table[:, order]
         now = crossed.diagonal()
         gain, partner = (crossed + crossed.T - now[:, None] - now).max(1)
-        # Pairs that gain most by each other do not disturb one another.
+        # Pairs that gain most from each other are disjoint.
         pairs = (partner[partner] == rows) & (gain > 1e-9)
         if not bool(pairs.any()):
             break

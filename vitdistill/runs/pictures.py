@@ -24,7 +24,7 @@ def size_in_sheet(spec: InputSpec) -> tuple[int, int]:
 
 
 def draw_sheet(rows: Mapping[str, Float[Tensor, "B 3 h w"]], spec: InputSpec) -> Image.Image:
-    """Draw one row a name: its images side by side, back from the network's normalisation."""
+    """Draw a row for each name: its images side by side, their normalisation undone."""
     pixels = {name: _to_pixels(images, spec) for name, images in rows.items()}
     height, width = size_in_sheet(spec)
     count = max(len(images) for images in pixels.values())
@@ -42,7 +42,7 @@ def draw_sheet(rows: Mapping[str, Float[Tensor, "B 3 h w"]], spec: InputSpec) ->
 
 
 def stack(bands: Sequence[Image.Image]) -> Image.Image:
-    """Return sheets below each other as one."""
+    """Stack sheets vertically into one."""
     tops = [*accumulate((band.height for band in bands), initial=0)]
     whole = Image.new("RGB", (bands[0].width, tops[-1]), "white")
     for band, top in zip(bands, tops, strict=False):
@@ -51,7 +51,7 @@ def stack(bands: Sequence[Image.Image]) -> Image.Image:
 
 
 def write_below(sheet: Image.Image, said: Sequence[Mapping[str, list[str]]]) -> Image.Image:
-    """Return the sheet with what is said of each of its images written below that."""
+    """Return the sheet with the text on each image written below it."""
     size, width = 12, (sheet.width - MARGIN) // len(said)
     columns = [
         "\n".join(

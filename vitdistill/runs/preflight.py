@@ -1,4 +1,4 @@
-"""Preflight: before money is spent, every teacher is proved on a slice of the validation images."""
+"""Preflight: prove every teacher on a slice of the validation images, before money is spent."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,28 +22,28 @@ from ..world import World, agreed
 from .orders import Reordering, alignment, find_better_order, log_likelihoods
 
 NUM_IMAGES = 512
-MANY = 0.03  # of accuracy: what a teacher may lose by how images are cut before it is said
+MANY = 0.03  # accuracy a teacher may lose by how images are cut before a warning
 _NUM_TRIED, _FEWEST = 256, 30  # images on which other normalisations and sizes are tried
 _NORMALISATIONS = (  # ImageNet's mean and std, Inception's, none
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 )
-_SPELLED = 20  # classes up to which a remedy spells their order
+_SPELLED = 20  # up to this many classes a remedy spells their order
 
 _Answered = tuple[Tensor, Tensor, Tensor]  # images, logits and labels
 
 
 def describe_accuracy(accuracy: float, num_images: int) -> str:
-    """Say what a teacher was right on when it was proved."""
+    """Describe a teacher's accuracy when it was proved."""
     tried = f"{num_images:,} validation images (at most {NUM_IMAGES} are tried)"
     return f"right on {accuracy:.1%} of {tried}, as the student sees them"
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A teacher's accuracy on ``num_images`` validation images, what its answers would reach
-    without looking at them, and what is suspicious but not certain.
+    """A teacher's accuracy on ``num_images`` validation images, what its answers would reach by
+    chance, and what is suspicious but not certain.
     """
 
     accuracy: float
@@ -66,7 +66,7 @@ def prove_teacher(
     Args:
         batches: validation images in the student's normalisation.
         classes: of the data set, in the order of the logits.
-        accept: what luck explains is only doubted.
+        accept: only doubt answers that luck explains.
 
     Raises:
         NonFiniteError: an answer is NaN or infinite.
@@ -98,8 +98,8 @@ def _judge(
     """Compare answers with labels, the same on every process."""
     where = f"teachers.{teacher.network.name}"
     accuracy, chance = _accuracy(logits, labels), chance_accuracy(labels, logits.argmax(1))
-    # Few classes or images cannot show more: with K of C classes seen, perfection is the root of
-    # (K - 1)(C - 1), and what a weak teacher shows grows with the root of the images.
+    # Few classes or images limit the alignment: with K of C classes seen, a perfect teacher reaches
+    # sqrt((K - 1)(C - 1)), and a weak one's grows with the root of the number of images.
     perfect = math.sqrt((len(labels.unique()) - 1) * (len(classes) - 1))
     enough = min(3.1, perfect / 2, 0.14 * math.sqrt(len(labels)))
     untrained = doubt_weights(teacher) if accuracy < (1 + chance) / 2 else None
@@ -144,10 +144,10 @@ def _doubt_order(
 def doubt_views(
     teacher: Teacher, proof: Proof, images: EvalLoader, world: World
 ) -> ConfigError | None:
-    """Return an error if a teacher is `MANY` points better on images that are cut as it was made
-    for; call it on every process.
+    """Return an error if a teacher is more than `MANY` better on images cut as it was made for;
+    call it on every process.
 
-    ``images``: this process's share of those of the ``proof``, as the student sees them.
+    ``images``: this process's share of the images of ``proof``, as the student sees them.
     """
     own, seen = teacher.spec, images.spec
     cut = replace(own, mean=seen.mean, std=seen.std, interpolation=seen.interpolation)
@@ -178,10 +178,9 @@ def doubt_views(
 def accuracy_on_chosen(
     distillation: Distillation, teacher: Teacher, batches: Iterable[Batch], world: World
 ) -> float:
-    """Return how often a teacher is right on the patches that are chosen for it; call it on every
-    process.
+    """Return a teacher's accuracy on the patches chosen for it; call it on every process.
 
-    One that never saw a part of an image may lose much of its accuracy there, and of its worth.
+    One that never saw partial images may lose much of its accuracy on them, and of its worth.
     """
     plan, right = distillation.plan, torch.zeros(2, dtype=torch.float64)
     distillation.eval()
@@ -204,8 +203,7 @@ def _views(spec: InputSpec) -> str:
 
 @torch.no_grad()
 def prove_features(teacher: Teacher, needs: Needs, batches: Iterable[Batch], world: World) -> None:
-    """Check what is recorded of a teacher without a classifier to judge it by; call it on every
-    process.
+    """Check what is recorded of a teacher whose logits are not read; call it on every process.
 
     Raises:
         NonFiniteError: something recorded is NaN or infinite.
@@ -220,7 +218,7 @@ def prove_features(teacher: Teacher, needs: Needs, batches: Iterable[Batch], wor
 
 
 def _record(teacher: Teacher, needs: Needs, images: Float[Tensor, "B 3 H W"]) -> ViTOutput:
-    """Return what a teacher records of images; raise `NonFiniteError` where it is no number."""
+    """Return what a teacher records of images; raise `NonFiniteError` unless all is finite."""
     output = teacher(images, needs)
     if not all(bool(recorded.isfinite().all()) for recorded in output.tensors()):
         what = f"{_name(teacher)} gives NaN or infinity on validation images"
@@ -240,7 +238,7 @@ def _name(teacher: Teacher) -> str:
 
 
 def doubt_weights(teacher: Teacher) -> ConfigError | None:
-    """Return an error if most norms of a network are as they begin: scales and shifts constant."""
+    """Return an error if most norms of a network look untrained: constant scales and shifts."""
     owned = [list(module.parameters(recurse=False)) for module in teacher.model.modules()]
     norms = [vector for own in owned if all(p.ndim == 1 for p in own) for vector in own]
     if 2 * sum(bool((vector == vector[0]).all()) for vector in norms) <= len(norms):
@@ -291,7 +289,7 @@ def _accuracy(logits: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
 
 
 def chance_accuracy(labels: Int[Tensor, " N"], answers: Int[Tensor, " N"]) -> float:
-    """The accuracy if answers had nothing to do with labels; 1/C only where both are balanced."""
+    """Return the accuracy of answers independent of the labels; 1/C if either is balanced."""
     size = int(torch.cat((labels, answers)).max()) + 1
     counts = (every.bincount(minlength=size).double() for every in (labels, answers))
     return float(torch.stack([*counts]).prod(0).sum()) / len(labels) ** 2

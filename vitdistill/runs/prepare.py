@@ -154,8 +154,8 @@ class Prepared:
 def prepare(recipe: Recipe, world: World, say: Say, begun_in: str | None = None) -> Prepared:
     """Open the images, build the networks, resolve the plan and prove the teachers; write nothing.
 
-    Call it on every process: what one of them cannot do stops them all. ``begun_in``: the precision
-    that the run began in, which ``auto`` then means on any device.
+    Call it on every process: if one fails, all stop. ``begun_in``: the precision that the run began
+    in, which ``auto`` then means on any device.
     """
     less = (Set("train.batch_size"), "end what else runs here", "choose a smaller network")
     with world.together(), memory_errors("before the first step", less):
@@ -251,7 +251,7 @@ def open_unlabelled(recipe: Recipe, train: ImageSource) -> ImageSource:
 def judge_by_teacher(images: Images, networks: Networks, say: Say) -> tuple[Images, Networks]:
     """Keep validation images beside unlabelled training images if the teacher has their classes.
 
-    A teacher without names of its classes is taken at their number, and proved by its accuracy.
+    A teacher without class names is matched by their number, and proved by its accuracy.
     """
     if images.val is None or images.train.classes:
         return images, networks
@@ -313,7 +313,7 @@ def make_loaders(
 def shares_at_start(prepared: Prepared) -> list[str | UserError]:
     """Say how much each objective weighs before the first step, on a few images.
 
-    Nothing where labels are stored: they belong to the views of training.
+    Return [] if labels are stored: they belong to the views of training.
     """
     if prepared.plan.stored:
         return []
@@ -353,7 +353,7 @@ def unused_parameters(prepared: Prepared) -> tuple[str, ...]:
     """Name the trainable parameters no loss reaches, by a backward pass over blank images.
 
     Which these are depends on the plan alone, not on images, labels or mode (tests/contract).
-    Networks that are to be compiled are so by that pass, which is then of a step's size.
+    With ``train.compile`` the pass is a whole micro-batch, and also compiles the networks.
     """
     distillation, train, size = prepared.distillation, prepared.recipe.train, 2
     if train.compile:

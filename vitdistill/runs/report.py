@@ -1,4 +1,4 @@
-"""What a run writes of itself, on the main process: logs, exports and pictures."""
+"""What a run's main process writes: logs, exports and pictures."""
 
 import json
 import math
@@ -28,7 +28,7 @@ LOG_ID = "log_id.json"
 
 
 def name_for_loggers(recipe: Recipe, folder: Path) -> str:
-    """Return a run's name; a stage's, which many recipes call alike, after that of its stages."""
+    """Return a run's name; a stage's, which many recipes share, after that of its folder."""
     above = folder.absolute().parent
     return f"{above.name}-{recipe.name}" if (above / STAGES).is_file() else recipe.name
 
@@ -39,13 +39,13 @@ class Report:
     def __init__(self, prepared: Prepared, folder: RunFolder, step: int, say: Say) -> None:
         self.prepared, self.folder = prepared, folder
         self.steps_per_epoch = prepared.loaders.train.steps_per_epoch
-        # By it loggers know the run, from its beginning.
+        # The id by which loggers know the run.
         known = read_record(folder.path / LOG_ID, ("id",)) or {"id": uuid.uuid4().hex[:12]}
         write_atomic(folder.path / LOG_ID, json.dumps(known).encode())
         recipe, name = prepared.recipe, name_for_loggers(prepared.recipe, folder.path)
         run = LoggedRun(name, folder.path, str(known["id"]), step, flatten(recipe))
         self.loggers = Loggers(recipe.train.log_to, run, say)
-        self._proved = False  # an export of this network, by loading it
+        self._proved = False  # whether loading an export proved it
         self._origin = lineage(prepared)
 
     def training(self, step: int, values: dict[str, float], speed: Speed) -> None:

@@ -62,8 +62,8 @@ def train_stages(
         until: the stage to stop after.
 
     Raises:
-        UserError: as `train`; before anything runs also for what is wrong with a later stage, and
-            for a folder that holds a stage with other settings or weights.
+        UserError: as `train`; also, before anything runs, if a later stage is wrong or a folder
+            holds a stage with other settings or weights.
     """
     output = Path(output)
     stages = replace(stages, name=output.absolute().name or stages.name)
@@ -134,7 +134,7 @@ def _check(stages: Stages, chosen: list[str], output: Path, num_processes: int) 
 
 
 def _check_ahead(stages: Stages, pending: list[str], num_processes: int) -> None:
-    """Raise what the pending stages would end in once they begin, as far as it can be known."""
+    """Raise, as far as it can be known, what the pending stages would fail with."""
     num_classes: dict[str, int] = {}
     for key, stage in stages.stages.items():
         with in_stage(key):
@@ -145,7 +145,7 @@ def _check_ahead(stages: Stages, pending: list[str], num_processes: int) -> None
             if key not in pending:
                 continue
             plan = plan_of(recipe, student.network, {n: t.network for n, t in teachers.items()})
-            if key == pending[0]:  # the rest of it is found when it begins, which is at once
+            if key == pending[0]:  # it begins at once and finds the rest itself
                 continue
             world = World(0, num_processes, torch.device("cpu"))
             check_batches(open_images(stage).train, stage.data.augment, loading_of(stage, world))
@@ -163,7 +163,7 @@ def networks_ahead(
 ) -> tuple[Recipe, Built, dict[str, Built]]:
     """Return a stage's recipe and networks before any stage has run.
 
-    ``before``: how many classes the students of earlier stages answer in; this stage's is added.
+    ``before``: numbers of classes of earlier stages' students; this stage's is added.
     """
     recipe = foreseen(stages, key)
     named = sources(stages.stages[key]).items()

@@ -1,4 +1,4 @@
-"""What a run goes on from: everything that changes while it trains, saved and loaded."""
+"""What a run resumes from: everything that changes while it trains, saved and loaded."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ _NUMBERS = ("step", "evaluated_at", "scores", "best", "best_step", "seconds")
 class State:
     """Everything that changes while a run trains.
 
-    A new number is a field here and a name in ``_NUMBERS``; new weights are a line of `modules`.
+    Add a number as a field here and a name in ``_NUMBERS``, weights as a line of `modules`.
     """
 
     distillation: Distillation
@@ -39,13 +39,13 @@ class State:
     step: int = 0  # optimizer steps taken
     evaluated_at: int = -1  # the step of the last evaluation
     scores: dict[str, float] = field(default_factory=dict)  # its result
-    # Highest top-1 accuracy and, of equal ones, minus the lowest nll; after step best_step.
+    # Highest top-1 accuracy and minus its nll (lowest of ties); reached at best_step.
     best: list[float] | None = None
     best_step: int = -1
     seconds: float = 0.0  # spent in all sessions of the run
 
     def pack(self) -> tuple[dict[str, Tensor], Any]:
-        """Return all tensors by their name in a checkpoint, and how the optimizer holds its own."""
+        """Return all tensors by their checkpoint names, and the structure of the optimizer's."""
         tensors, structure = pack_optimizer(self.optimizer.state_dict())
         for name, module in self.modules.items():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
@@ -53,7 +53,7 @@ class State:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What has weights, by the prefix of its tensors in a checkpoint."""
+        """Modules with weights, by the prefix of their tensors in a checkpoint."""
         found: dict[str, nn.Module] = {"distillation": self.distillation}
         return found if self.ema is None else {**found, "ema": self.ema.module}
 
@@ -74,15 +74,15 @@ def begin(prepared: Prepared, num_values: int) -> State:
 def save(state: State, prepared: Prepared, folder: RunFolder | None) -> None:
     """Save the state; call it on every process, with a ``folder`` on the one that writes.
 
-    The logs are synced first, and their ends are part of the checkpoint: a resume cuts them back to
-    it, so that they hold every step once.
+    The logs are synced first and their lengths saved: a resume cuts them back to these, so that
+    they hold every step once.
     """
     world = prepared.world
     sums = world.gather(state.sums.tolist())
     with world.together():
         if folder is None:
             return
-        # A checkpoint is good because this was looked at: only then may it take older ones' place.
+        # Only a checkpoint that passed this check may replace older ones.
         tensors, structure = state.pack()
         refuse_nonfinite(tensors)
         numbers = {name: getattr(state, name) for name in _NUMBERS} | {
@@ -108,7 +108,7 @@ def find(output: Path, world: World, say: Say) -> tuple[Path, checkpoint.State] 
 
 
 def load(state: State, world: World, saved: tuple[Path, checkpoint.State]) -> dict[str, int]:
-    """Take over a checkpoint, and return where its logs ended; `DataError` if it does not fit."""
+    """Load a checkpoint, and return where its logs ended; `DataError` if it does not fit."""
     found, (tensors, numbers) = saved
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in state.modules}
     for key, tensor in tensors.items():
@@ -122,7 +122,7 @@ def load(state: State, world: World, saved: tuple[Path, checkpoint.State]) -> di
             state.scaler.load_state_dict(numbers["scaler"])
         for name in _NUMBERS:
             setattr(state, name, numbers[name])
-        # Each process goes on with its own sums; another number of processes shares their mean.
+        # Each process resumes its own sums; if their number changed, all take the mean.
         sums = torch.tensor(numbers["sums"], dtype=torch.float64)
         state.sums.copy_(sums[world.rank] if len(sums) == world.size else sums.mean(0))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

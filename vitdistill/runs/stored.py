@@ -28,8 +28,8 @@ def stored_network(store: LabelStore, name: str) -> Network:
 
 
 def proof_of(store: LabelStore) -> tuple[float, int] | None:
-    """Return what the teacher behind stored labels was right on, and of how many validation images,
-    when it wrote them; None: that was not noted, or could not be told.
+    """Return the accuracy of the teacher behind stored labels when it wrote them, and on how many
+    validation images; None: not recorded, or not known.
     """
     found = store.manifest.about.get("proof")
     return (float(found[0]), int(found[1])) if found else None
@@ -54,7 +54,7 @@ def with_teachers(recipe: Recipe) -> Recipe:
 
 
 def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
-    """Set the number of views and their seed as the recipe's labels have them, unless it says.
+    """Take the number of views and their seed from the recipe's labels, unless it sets them.
 
     With several label stores, use the smallest view count among the required ones. A run that
     ``began`` goes on with the views it had, whatever has been labelled since.
@@ -70,7 +70,7 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     if began is not None:
         views, seed = began.data.views, began.data.seed
     else:
-        # Of labelled images an epoch shows more than one view where they stand beside others.
+        # Beside unlabelled images, an epoch shows labelled ones in more than one view.
         few = fewest < recipe.train.epochs or data.unlabelled is not None
         views = fewest if few else None
         seeds = [store.manifest.identity.get("view.seed") for store in stores.values()]
@@ -84,7 +84,7 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
 
 
 def made_by(store: LabelStore, config: TeacherConfig) -> bool:
-    """Return whether a teacher of this very configuration wrote the labels: it fits them."""
+    """Return whether a teacher of exactly this configuration wrote the labels."""
     recipe = store.manifest.about.get("recipe") or {}
     then = recipe.get("teachers", {}).get(store.manifest.about.get("teacher"))
     ignored = dict.fromkeys(("labels", "missing", "accept_unproven"))
@@ -104,8 +104,8 @@ def check_labels(recipe: Recipe, views: dict[str, Any], digests: dict[str, str],
             run["teacher.weights"] = digests[name]
             labels["teacher.weights"] = manifest.identity["teacher.weights"]
         if not views["view.augment.reprob"]:
-            # Views are made before they are normalised, and every teacher has its own normalisation
-            # again. Only the noise of random erasing is drawn in the student's.
+            # Views are made before normalisation, and every teacher applies its own. Only the noise
+            # of random erasing is drawn in the student's.
             labels |= {key: run[key] for key in ("view.mean", "view.std")}
         changed = differing(labels, run)
         if changed:

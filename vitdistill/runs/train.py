@@ -1,4 +1,4 @@
-"""The training loop: one for one process or many, and every way it can stop.
+"""The training loop, for one process or many, and every way it can stop.
 
 Samples, views and the order of both depend on the recipe alone. Dropout and stochastic depth are
 drawn a micro-batch at a time, so their draws (and nothing else) also depend on the number of
@@ -45,7 +45,7 @@ from .stop import StopRequest
 from .stored import with_views_of_labels
 
 SKIPPED = "skipped_steps"
-"""How many steps since the last log line a gradient that overflowed float16 left without effect."""
+"""Steps since the last log line that had no effect because a gradient overflowed float16."""
 
 
 def train(
@@ -71,7 +71,7 @@ def train(
         The run's summary, which is also in ``summary.json``.
 
     Raises:
-        UserError: the same on every process; before the run folder is touched where that can be.
+        UserError: the same on every process; if possible before the run folder is touched.
         Preempted: the run was asked to stop, and has saved its state.
     """
     output = Path(output)
@@ -101,8 +101,8 @@ def train(
 
 
 def _find_summary(output: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the summary of this very run if it is finished; `DataError` if it has learnt from
-    other images. Its own may be gone: it needs none any more.
+    """Return the summary of this very run if it is finished; `DataError` if it learnt from other
+    images. Its own images may be gone: it no longer needs them.
     """
     summary = finished(output, recipe)
     if summary is None or recipe.train.accept_changed_images:
@@ -123,7 +123,7 @@ class Trainer:
     def __init__(
         self, prepared: Prepared, output: Path, folder: RunFolder | None, display: Display
     ) -> None:
-        """Make the state, or load the one in ``output``; ``folder`` is None on other processes."""
+        """Make the state, or load the one in ``output``; ``folder``: None off the main process."""
         self.prepared, self.output, self.folder = prepared, output, folder
         self.display, self.say = display, display.say
         self.world, self.recipe = prepared.world, prepared.recipe
@@ -216,8 +216,8 @@ class Trainer:
     def step(self) -> None:
         """Take one optimizer step; the host does not wait for the device.
 
-        From the first number on that is NaN or infinite no step is applied: `_read` finds it. A
-        step that float16 skips counts: the schedule, the moving average and the images go on.
+        After the first NaN or infinity no step is applied: `_read` finds it. A step that float16
+        skips still counts: the schedule, the moving average and the images go on.
         """
         prepared, state, micro_batches = self.prepared, self.state, self.feed.batches
         assert micro_batches is not None
@@ -236,7 +236,7 @@ class Trainer:
             noted = norm.masked_fill(skipped, 0)
             state.sums[-3].add_(skipped)
         state.sums[-2].add_(noted)
-        # What is no number stays in the sums, be it of a step before, and less itself is NaN.
+        # NaN and infinity stay in the sums, even from earlier steps; either minus itself is NaN.
         total = state.sums.sum()
         finite = total - total == 0
         state.sums[-1].add_(finite)
@@ -251,8 +251,8 @@ class Trainer:
         self.display.tick(state.step)
         # The device has all its work by now: the host fetches the next batches meanwhile.
         self.feed.fetch()
-        # The processes meet here once. What only one of them knows (a signal, a damaged image) is
-        # known to all after it.
+        # The processes meet here once: what only one of them knew (a signal, a damaged image), all
+        # know afterwards.
         stopped, failed = self.world.any(bool(self.stop), self.feed.error is not None)
         # The step counts: an error of the next batch, or a signal, ends the run after it is saved.
         if failed:
@@ -279,7 +279,7 @@ class Trainer:
         """Return the sums since the last log line, as means over the processes.
 
         Raises:
-            NonFiniteError: a number was none; the state is that before the first such step.
+            NonFiniteError: a number is not finite; the state is that before the first such step.
         """
         sums: list[float] = self.world.mean(self.state.sums).tolist()
         if not all(map(math.isfinite, sums)):
@@ -313,7 +313,7 @@ class Trainer:
     def _evaluate(self) -> None:
         state = self.state
         model = self.prepared.student if state.ema is None else state.ema.module
-        # Each process has statistics of its own (BatchNorm): those that are saved are the first's.
+        # BatchNorm statistics differ between processes: the first one's are saved.
         self.world.take_from_main(model.buffers())
         try:
             scores, score, best = self._score(model), [0.0], False
@@ -328,7 +328,7 @@ class Trainer:
         with self.world.together():
             if self.report is not None:
                 self.report.evaluation(model, state.step, scores, best)
-        # From here on it counts: what fails before leaves the run as it was.
+        # From here on it counts: a failure before leaves the run as it was.
         if scores is not None:
             state.scores = scores
             if best:
@@ -336,7 +336,7 @@ class Trainer:
         state.evaluated_at, self.unsaved = state.step, True
 
     def _score(self, model: nn.Module) -> dict[str, float] | None:
-        """Judge the student by validation images, if there are any; `Stopped` if asked to."""
+        """Evaluate the student on the validation images, if any; `Stopped` if asked to stop."""
         loaders, numbers = self.prepared.loaders, count(1)
 
         def stop() -> bool:  # asked before every batch
@@ -401,7 +401,7 @@ class Trainer:
         raise ending
 
     def _summarise(self) -> dict[str, Any]:
-        """Write the summary; it is the main process's on all of them."""
+        """Write the main process's summary, and return it on every process."""
         state, best_at = self.state, self.state.best_step
         summary = {
             "steps": self.num_steps,

@@ -25,14 +25,14 @@ ALONE = "alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A recipe, by name or file, and what is changed of it.
+    """A recipe, by name or file, and changes to it.
 
     Args:
-        recipe: whose student is trained.
-        label: whose teachers' answers are stored instead; of what is shared alone.
+        recipe: the one whose student is trained.
+        label: the one whose teachers' answers are stored instead; only under ``shared``.
         options: of these stored labels.
-        set: fields and their values; of a recipe with stages in all of them, or in the one whose
-            name comes first (``finetune.optim.lr``).
+        set: values by field; in a recipe with stages for all of them, or for the one whose name
+            comes first (``finetune.optim.lr``).
     """
 
     recipe: str = ""
@@ -52,18 +52,18 @@ class Study:
     """Rows by seeds, and what they share.
 
     Args:
-        shared: runs and stored labels that are made once, in order. Rows, and later ones of these,
-            name them as ``stage:NAME``: a run as a model, labels as a teacher's ``labels``. A
-            teacher with neither is ``stage:teacher``, if that is among them. With labels among
-            them all rows see images in the order and views of these, so that seeds pair.
+        shared: runs and stored labels that are made once, in order. Rows and later entries name
+            them as ``stage:NAME``: a run as a model, labels as a teacher's ``labels``. A teacher
+            with neither is ``stage:teacher``, if that is shared. With shared labels all rows see
+            images in the labels' order and views, so that seeds pair.
         rows: each is run with every seed.
-        grid: values of fields, of which every combination makes a row of each row.
+        grid: values by field; every combination makes a row of each row.
         set: what is changed in all of them.
         seeds: of everything random, ``train.seed``.
-        alone: add the student of each row with a teacher without one, as it is trained there.
+        alone: add the student of each taught row without a teacher, trained as in that row.
 
     Raises:
-        ConfigError: a name is no name of a folder or is taken, or nothing is to be done.
+        ConfigError: a name is taken or cannot be a folder's, or there is nothing to do.
     """
 
     name: str = "study"
@@ -90,7 +90,7 @@ class Study:
 
 
 Parts = dict[str, Recipe]
-"""The recipe of every stage of a row, in order; of a single run that of ""."""
+"""A row's recipes by stage, in order; a single run's is under ""."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Job:
 
     Args:
         row: what it is a seed of.
-        parts: name what is shared, and earlier ones, as stages.
+        parts: recipes; they name what is shared, and earlier parts, as stages.
         folder: inside the study's.
         label: how answers are stored; None: it is a run.
     """
@@ -120,7 +120,7 @@ class Job:
 
     @property
     def needs(self) -> set[str]:
-        """The names of what it needs that is shared."""
+        """The names of the shared runs and labels it needs."""
         named = [{**sources(r), **label_sources(r)}.values() for r in self.parts.values()]
         return {name for names in named for name in names} - {*self.parts}
 
@@ -164,10 +164,10 @@ def load_study(path: str | Path) -> Study:
 
 
 def jobs_of(study: Study) -> list[Job]:
-    """Return what a study does in its order; what others need comes first.
+    """Return the jobs of a study in order; what others need comes first.
 
     Raises:
-        ConfigError: of a row's recipe; or it names something that is not shared.
+        ConfigError: a row's recipe is wrong, or names something that is not shared.
     """
     shared: list[Job] = []
     for name, row in study.shared.items():
@@ -198,7 +198,7 @@ def jobs_of(study: Study) -> list[Job]:
 
 @contextmanager
 def in_row(row: str) -> Iterator[None]:
-    """Say of a user error which row it is about."""
+    """Name the row in user errors raised inside."""
     try:
         yield
     except UserError as error:
@@ -207,8 +207,8 @@ def in_row(row: str) -> Iterator[None]:
 
 
 def together(jobs: Sequence[Job], job: Job) -> Stages | Recipe:
-    """Return a job after the shared runs it needs, as they would be one recipe whose teachers run,
-    stored labels or not.
+    """Return a job after the shared runs it needs, as one recipe whose teachers run even if their
+    labels are stored.
     """
     shared = {other.row: other for other in jobs if "/" not in other.folder}
     needed: Parts = {}
@@ -279,7 +279,7 @@ def _parts(
 
 
 def _alone(rows: Sequence[Recipe]) -> dict[str, Parts]:
-    """Return each taught student once without a teacher, where no row trains it so."""
+    """Return each taught student once, without a teacher, unless a row already trains it so."""
     found: dict[str, Parts] = {}
     known = [recipe.student for recipe in rows if not recipe.teachers]
     for recipe in rows:
@@ -291,7 +291,7 @@ def _alone(rows: Sequence[Recipe]) -> dict[str, Parts]:
 
 
 def without_teachers(recipe: Recipe, name: str) -> Recipe:
-    """Return the recipe with what reads labels alone; cross-entropy trains every head, wholly."""
+    """Return the recipe without teachers; cross-entropy has weight 1 and trains every head."""
     own = {k: o for k, o in recipe.objectives.items() if not isinstance(o, TeacherObjective)}
     own = {
         k: replace(o, weight=1.0, head="all") if isinstance(o, CrossEntropy) else o

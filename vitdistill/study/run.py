@@ -50,7 +50,7 @@ WAIT = 5.0  # seconds between two looks at what other processes do
 
 @dataclass(frozen=True)
 class Work:
-    """A study in its folder, as it will be and as far as it is."""
+    """A study in its folder: what it will do, and how far it is."""
 
     study: Study
     output: Path
@@ -61,8 +61,8 @@ class Work:
 
     @cached_property
     def ahead(self) -> dict[str, list[tuple[Forecast, int]]]:
-        """Return, of each row, its runs as they will be, whether or not those before them have run,
-        and the FLOPs of each.
+        """Return forecasts of each row's runs, and their FLOPs, whether or not those before them
+        have run.
         """
         found: dict[str, list[tuple[Forecast, int]]] = {}
         known = Known()
@@ -111,8 +111,8 @@ class Work:
         return {file.parent.name: LabelStore.open(file.parent) for file in files}
 
     def pending(self) -> list[Job]:
-        """Return what is to be done, in order: each run, and what it needs of what is shared just
-        before the first that needs it.
+        """Return what is left to do, in order: the runs, and whatever is shared just before the
+        first that needs it.
         """
         shared = {job.row: job for job in self.jobs if "/" not in job.folder}
         found: list[Job] = []
@@ -129,7 +129,7 @@ class Work:
         return found
 
     def seconds_left(self, jobs: Sequence[Job]) -> float | None:
-        """Estimate these runs by finished ones: of their row, or else by FLOPs; None: no idea."""
+        """Estimate these runs from finished ones: of their row, else by FLOPs; None: unknown."""
         taken = [(job, s) for job in self.jobs if (s := self.seconds(job)) is not None]
         flops = sum(self.flops(job) for job, _ in taken)
         if not taken or not flops:
@@ -142,7 +142,7 @@ class Work:
 
 
 def _flops(job: Job, recipe: Recipe, ahead: Forecast) -> int:
-    """Return the FLOPs of a run whose teachers all run in the forecast; or of its labels."""
+    """Return the FLOPs of a run, or of its labels; in the forecast all its teachers run."""
     teachers, images = ahead.cost.teachers, ahead.num_images
     if job.label is not None:
         return sum(teachers.values()) * images * recipe.num_views
@@ -178,10 +178,10 @@ def describe(work: Work, device: str | None = None) -> list[str]:
 
 
 def run_study(study: Study, output: Path, say: Say, *, device: str, console: Console) -> None:
-    """Do what of a study is not done yet, and is not being done by another process.
+    """Do what in a study is neither done nor being done by another process.
 
     Raises:
-        UserError: before anything runs for what can be known to be wrong with any run; as `train`.
+        UserError: as `train`; before anything runs for what is known to be wrong with any run.
         Preempted: it was asked to stop, and goes on from there.
     """
     work = Work(study, output)
@@ -266,7 +266,7 @@ def check(work: Work) -> None:
 
 
 def _check_reading(work: Work, job: Job) -> None:
-    """Refuse to read of shared labels, which may not be there yet, what they will not hold."""
+    """Refuse a job that reads what shared labels, written or not, do not hold."""
     shared = {other.row: other for other in work.jobs}
     for recipe, (ahead, _) in zip(job.parts.values(), work.ahead[job.row], strict=True):
         labels = {}
