@@ -130,7 +130,7 @@ def logit_encoding(recipe: Recipe, teacher: Network, options: LabelOptions) -> L
 
 
 def foresee_layout(recipe: Recipe, plan: Plan, name: str, options: LabelOptions) -> Layout:
-    """Return the layout of a teacher\'s labels in advance; sizes of hidden states are 0.
+    """Return the layout of a teacher's labels in advance; sizes of hidden states are 0.
 
     Raises:
         ConfigError: the recipe reads attention, or an option cannot take effect.

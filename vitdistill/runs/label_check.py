@@ -98,7 +98,7 @@ def _places(
 def _alone(recipe: Recipe, name: str, data_dir: str | None, model: str | None) -> Recipe:
     """Return the recipe with this one teacher, and without objectives that read another."""
     objectives = {
-        # Heads are the student's, and none is to be missed here because its teacher is.
+        # A student's head may be that of a teacher dropped here; which head it is does not matter.
         key: replace(objective, head="all") if hasattr(objective, "head") else objective  # type: ignore[call-arg]
         for key, objective in recipe.objectives.items()
         if not isinstance(objective, TeacherObjective) or objective.teacher == name

@@ -311,7 +311,7 @@ def make_loaders(
 
 
 def shares_at_start(prepared: Prepared) -> list[str | UserError]:
-    """Say how much each objective weighs before the first step, on a few images.
+    """Return lines on how much each objective weighs before the first step, on a few images.
 
     Return [] if labels are stored: they belong to the views of training.
     """
