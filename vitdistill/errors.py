@@ -65,11 +65,10 @@ class UserError(Exception):
     Args:
         what: what was wrong, and where: ``it hides none of the student's 49 patches``.
         fix: what would set it right; of several, any one will do.
-        field: the field of the recipe, or the argument, that is wrong; empty: what the first fix
-            that sets one sets.
+        field: the wrong field of the recipe, or argument; empty: the first one that a fix sets.
 
-    ``stage`` is the stage of a staged recipe whose fields are meant, "" for a recipe of one run.
-    ``agreed``: every process of a run raises it, so that the first one says it for all.
+    ``stage``: the stage of the recipe that the fields belong to; "" for a recipe of one run.
+    ``agreed``: every process of the run raises it, and only the first reports it.
     """
 
     exit_code = 64
@@ -84,8 +83,9 @@ class UserError(Exception):
         self.field = field or next(filter(None, named), "")
 
     def sentence(self, spell: Callable[[Fix, str], str] = spell_python) -> str:
-        """The sentence to show, its remedies spelled by ``spell(fix, stage)``; names of files and
-        classes in it may hold anything, so it is fit for a terminal.
+        """Return the sentence to show, with remedies spelled by ``spell(fix, stage)``.
+
+        It is escaped for a terminal, since names of files and classes may hold anything.
         """
         where = f"in the stage {self.stage!r}, " if self.stage else ""
         fixes = ", or ".join(spell(fix, self.stage) for fix in self.fixes)
@@ -102,15 +102,15 @@ Say = Callable[[str | UserError], None]
 
 
 def tell(line: str | UserError, spell: Spell = str) -> str:
-    """Return the text of what a `Say` is given."""
+    """Return the text of a line for a `Say`."""
     return line if isinstance(line, str) else f"warning: {spell(line)}"
 
 
 @contextmanager
 def fields_below(path: str, names: Collection[str]) -> Iterator[None]:
-    """Name fields from the root of the recipe in errors of its part at ``path``.
+    """Make errors name fields from the root of the recipe, not from ``path``.
 
-    A method knows only its own fields, which are ``names``.
+    A method knows only its own fields, ``names``.
     """
 
     def named(field: str) -> str:
@@ -149,7 +149,7 @@ class DiskError(UserError):
 
 
 class Preempted(UserError):
-    exit_code = 75  # the run was asked to stop and has saved its state: the same command goes on
+    exit_code = 75  # the run was asked to stop and saved its state: the same command resumes it
 
 
 class PermissionDenied(UserError):

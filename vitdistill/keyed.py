@@ -44,7 +44,7 @@ class Stream(IntEnum):
     PATCHES = 10
     DROPOUT = 11
     OBJECTIVE = 12
-    PAIRS = 13  # 14 was of a label encoding that is gone
+    PAIRS = 13  # 14 was a label encoding's, now removed
     SPLIT = 15
     UNLABELLED = 16
 
@@ -146,7 +146,7 @@ def torch_keys(
 def torch_uniforms(keys: Int[Tensor, " B"], count: int) -> Float[Tensor, "B {count}"]:
     """Return float32 numbers in [0, 1): the first 24 bits of each key's first outputs."""
     index = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
-    # `torch_bits` without its last shift by 31, which the first 24 bits do not see.
+    # `torch_bits` without its last shift by 31, which leaves the first 24 bits alone.
     return _shift(_torch_mix(keys[:, None] + index, last=False), 40).float() * 2.0**-24
 
 

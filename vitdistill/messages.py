@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 
 def printable(name: str | os.PathLike[str]) -> str:
-    """``name`` with control characters and undecodable bytes escaped, fit for a terminal."""
+    """Return ``name`` with control characters and undecodable bytes escaped for a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(name))
 
 
@@ -36,10 +36,10 @@ def plural(number: int, noun: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str], otherwise: str = "", closeness: float = 0.6) -> str:
-    """What to write in place of an unknown ``word``: ``did you mean 'kd'?``, or the known words.
+    """Suggest a replacement for an unknown ``word``: ``did you mean 'kd'?``, or the known words.
 
-    ``otherwise`` is said where nothing is close; empty: ``choose from ...``. ``closeness`` is the
-    part of their letters that words share at least.
+    ``otherwise`` is used if nothing is close; empty: ``choose from ...``. ``closeness`` is the
+    least share of letters in common.
     """
     known = [str(name) for name in known]
     close = get_close_matches(str(word), known, n=1, cutoff=closeness)

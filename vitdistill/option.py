@@ -22,12 +22,12 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Option:
-    """What people and the command line know of a field.
+    """How a field is described to people and on the command line.
 
     Args:
         help: one line, without a full stop.
-        flag: how the command line spells it, other spellings, and what stands for its value in the
-            help. A name without dashes is a word of its own; empty: it has none.
+        flag: its spelling on the command line, other spellings, and what stands for its value in
+            the help. A name without dashes is positional; empty: no flag.
         alone: what the flag means without a value.
         field: the recipe's field that the argument of a command stands for.
         at_least, above, at_most, below: bounds of a number.
@@ -112,9 +112,9 @@ NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def convert_scalar(value: Any, kind: type, name: str) -> Any:
-    """Return ``value`` as an int, a float, a bool or text; all are also read from text.
+    """Return ``value`` as a ``kind`` (int, float, bool or str), reading it from text if need be.
 
-    Raises `ConfigError`, with ``name``, if it is none.
+    Raises `ConfigError`, with ``name``, if it cannot be one.
     """
     if kind in (int, float):
         number = _number(value)
@@ -130,14 +130,14 @@ def convert_scalar(value: Any, kind: type, name: str) -> Any:
 
 
 def _read_text(text: str, name: str) -> str:
-    """Return ``text`` with ``~`` expanded where a path begins, of an option inside it too."""
+    """Return ``text`` with ``~`` expanded where a path begins, also in an option's value."""
     if RAW.search(text):
         raise refusal(text, "text without control characters is needed", name)
     return re.sub(r"(?<![^=])~[^/=]*(?=/)", lambda home: os.path.expanduser(home[0]), text)
 
 
 def _number(value: Any) -> int | float | None:
-    """Return a finite number; None: it is none."""
+    """Return ``value`` as a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     for read in (int, float):  # a whole number may have more digits than a float
@@ -154,7 +154,7 @@ class UnknownField(ConfigError):
 
 
 def unknown_field(path: str, known: Iterable[str]) -> UnknownField:
-    """Return the error of a field that does not exist at a dotted path, beside the ``known``."""
+    """Return the error for an unknown field at a dotted path, suggesting a ``known`` one."""
     known, (parent, _, name) = list(known), path.rpartition(".")
     fix = suggest(name, known)
     if "model_args" in known:

@@ -24,7 +24,7 @@ from .messages import first_line, plural
 T = TypeVar("T")
 Error = TypeVar("Error", bound=UserError)
 
-# What gloo says, by a plain RuntimeError, when a peer is gone; others raise a DistError.
+# What gloo says, in a plain RuntimeError, when a peer is gone; others raise a DistError.
 _PEER_LOST = ("by peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
 
 
@@ -101,7 +101,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Meet at the end of the block and raise on every process a user error of one of them.
+        """Meet at the end of the block; raise any process's user error on every process.
 
         Nothing inside may meet.
         """
@@ -113,7 +113,7 @@ class World:
         self.agree(failure)
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """Return on every process what ``work`` returns on the main one; so for its user errors."""
+        """Run ``work`` on the main process; return its result, or raise its user error, on all."""
         found: T | None = None
         with self.together():
             if self.is_main:
@@ -146,19 +146,19 @@ def choose_device(name: str = "auto") -> torch.device:
     # Every process checks the largest index, so that all of them stop and not only those without
     # a GPU.
     largest = max(index, num_processes - 1)
-    if num_gpus == 1 and not number:  # a scheduler may show each process a GPU of its own alone
+    if num_gpus == 1 and not number:  # a scheduler may show each process only its own GPU
         largest = index = 0
     if largest >= num_gpus:
         what = f"the device cuda:{largest} is needed, and torch sees {plural(num_gpus, 'GPU')}"
         raise ConfigError(what, Give("device", "cpu"), field="device")
     try:
         torch.cuda.set_device(index)
-        torch.cuda.mem_get_info(index)  # the first that needs the device
+        torch.cuda.mem_get_info(index)  # the first call to need the device
     except RuntimeError as error:
         what = f"the device cuda:{index} cannot be used ({first_line(error)})"
         raise ConfigError(what, ("end what else uses it", Give("device")), field="device") from None
-    # By default torch rounds to TF32 in convolutions alone: an image's patches would differ by
-    # 1e-3 between being embedded all together and one by one. They compute as products do.
+    # By default torch rounds to TF32 in convolutions but not in matrix products: patches embedded
+    # all together and one by one would differ by 1e-3. So use the products' setting for both.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return torch.device("cuda", index)
 
@@ -194,7 +194,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     failed = True
     try:
-        # The others wait for as long as one writes: to a slow disk that may be long.
+        # The others wait while one process writes, which may take long on a slow disk.
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         world = World(dist.get_rank(), size, chosen)
         check_own_gpus(world)
@@ -210,7 +210,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         raise ProcessLost(what, fix) from error
     finally:
         if dist.is_initialized():
-            # NCCL ends in order only when all do: after an error it would wait for the others.
+            # NCCL shuts down only together: after an error it would wait for the others.
             if failed and chosen.type == "cuda":
                 distributed_c10d._abort_process_group()
             else:

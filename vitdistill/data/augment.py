@@ -1,4 +1,4 @@
-"""How training views are made, and what a network wants to be fed."""
+"""How training views are made, and the input a network expects."""
 
 import math
 import re
@@ -76,7 +76,7 @@ class Augment:
                 raise ConfigError(f"{name} has no effect {why}", fixes, field=field)
 
     def _effects(self) -> dict[str, tuple[bool, str, Set]]:
-        """Return of settings that others switch off: whether they act, why not, and what would."""
+        """Map each dependent setting to whether it acts, why not, and what would enable it."""
         both, crop = self.mixup > 0.0 and self.cutmix > 0.0, f"with crop {self.crop!r}"
         jitters = not self.aa or "3a" in self.aa
         return {
@@ -118,7 +118,7 @@ AUGMENTS: dict[str, Augment] = {
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network wants to be fed."""
+    """The input a network expects."""
 
     image_size: tuple[int, int]  # height, width
     mean: tuple[float, float, float]  # of RGB, in units of white
@@ -138,5 +138,5 @@ class InputSpec:
 
 
 def evaluated_as_trained(spec: InputSpec, augment: Augment) -> InputSpec:
-    """Evaluate on whole images a network that was trained on whole images (``pad``)."""
+    """Return ``spec``, without a crop for a network trained on whole images (``pad``)."""
     return replace(spec, crop_pct=1.0) if augment.crop == "pad" else spec

@@ -38,12 +38,12 @@ class Batch:
     view: int  # the epoch
     mixed_labels: Int[Tensor, " B"] | None = None  # of the images mixed in
     lam: Float[Tensor, " B"] | None = None  # the weight of ``labels`` against ``mixed_labels``
-    labelled: Int[Tensor, " L"] | None = None  # the rows with labels; None: no row without
+    labelled: Int[Tensor, " L"] | None = None  # the rows with labels; None: all
     seed: int = 0  # of the run's data, which keys `uniforms`
     targets: dict[str, Any] = field(default_factory=dict)  # what each `TargetReader` returned
 
     def rows(self, index: Int[Tensor, " L"]) -> "Batch":
-        """Return some of the images, without what is stored of them."""
+        """Return some of the images, without their stored targets."""
         names = ("images", "labels", "ids", "views", "mixed_labels", "lam")
         taken: Any = {x: held[index] for x in names if (held := getattr(self, x)) is not None}
         return replace(self, **taken, labelled=None, targets={})

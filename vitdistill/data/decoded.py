@@ -54,9 +54,9 @@ def keep_decoded(
 
 
 def check_images(source: ImageSource, skip_damaged: bool, threads: int) -> ImageSource:
-    """Leave out the images that cannot be decoded, with a note, or raise an error for empty files.
+    """Leave out images that cannot be decoded, with a note, or raise an error for empty files.
 
-    The first needs all images decoded once.
+    ``skip_damaged`` chooses the first, which decodes every image once.
     """
     if not skip_damaged:
         with name_all_damaged(source, threads):
@@ -73,7 +73,7 @@ def check_images(source: ImageSource, skip_damaged: bool, threads: int) -> Image
 
 @contextmanager
 def name_all_damaged(source: ImageSource, threads: int) -> Iterator[None]:
-    """Where one damaged image is met, raise an error that names all of the source."""
+    """If the block meets a damaged image, raise an error that names all in the source."""
     try:
         yield
     except DamagedImage as first:
@@ -112,9 +112,9 @@ class DecodedSource(PartSource):
 
 
 def _sizes_below(source: ImageSource, limit: float) -> list[tuple[int, int]] | None:
-    """Read the (width, height) of every image; None when decoded they take ``limit`` bytes or more.
+    """Read the (width, height) of every image; None if decoded they take ``limit`` bytes or more.
 
-    A large data set is given up after the headers of its first ``limit`` bytes.
+    Headers are read only until that is known.
     """
     sizes, total = [], 0
     for i in range(len(source)):

@@ -46,7 +46,7 @@ class Loading:
 
     batch_size: int  # of an optimizer step, over all processes and micro-batches
     seed: int  # of the order, the views and the mixing
-    accumulate: int = 1  # micro-batches of a step, a process
+    accumulate: int = 1  # micro-batches per step and process
     workers: int = 0  # processes that make views, or threads that decode into memory
     in_memory: bool | None = None  # keep images decoded; None: when they take less than 2 GiB
     views: int | None = None  # different views of an image; None: a new one every epoch
@@ -65,7 +65,7 @@ class TrainLoader:
         loading: Loading,
         labels: Mapping[str, TargetReader] | None = None,
     ) -> None:
-        """Prepare to load; ``labels`` read the stored answers of teachers, by their name.
+        """Prepare to load; ``labels`` maps teachers' names to readers of their stored answers.
 
         Raises `ConfigError` when the sizes do not divide, `DataError` when the data set is smaller
         than one batch or an image is damaged.
@@ -85,7 +85,7 @@ class TrainLoader:
         ):
             kept = keep_decoded(source, augment, spec, loading.in_memory, loading.workers)
         self._images = BatchViews(kept, augment, spec) if isinstance(kept, Tensor) else kept
-        # It changes pixels, and is decided by the data set and the options alone.
+        # It changes pixels, so only the data set and the options decide it.
         self.pipeline = "batched" if isinstance(kept, Tensor) else "per-sample"
 
     def batches(self, start_step: int = 0, num_steps: int | None = None) -> Iterator[_Step]:
@@ -104,8 +104,8 @@ class TrainLoader:
     ) -> Iterator[TeacherBatch]:
         """Yield view ``view`` of the samples ``first`` to ``last - 1``, in order.
 
-        Where images are mixed, each comes mixed with its partner in that view; the one without a
-        partner (of an odd number) comes as it is.
+        With mixing, each image comes mixed with its partner in that view; one without a partner
+        comes as it is.
         """
         samples = view_samples(self.order, view, first, last, batch_size)
         own = slice(None, None, 2 if self.order.paired else 1)
@@ -131,7 +131,7 @@ class TrainLoader:
     def _views(
         self, samples: Iterator[Samples], checked: bool = False
     ) -> Generator[_Views, None, None]:
-        """Make uint8 views on the device, with checksums if ``checked`` or labels have to fit."""
+        """Make uint8 views on the device, with checksums if ``checked`` or labels are stored."""
         wanted = checked or bool(self._targets)
         augment, device = self.augment, self._device
         if isinstance(self._images, BatchViews):
@@ -201,7 +201,7 @@ class EvalLoader:
         self._kept: list[UInt8[Tensor, "B 3 H W"]] = []
 
     def cut_as(self, spec: InputSpec) -> "EvalLoader":
-        """Return the same images as another network wants them."""
+        """Return a loader of the same images for another network."""
         other = copy(self)
         other.spec, other._kept, other._keep = spec, [], False
         return other
@@ -253,7 +253,7 @@ def check_batches(source: ImageSource, augment: Augment, loading: Loading) -> No
 
 
 def _check_kinds(name: str, others: Kind, loading: Loading, micro_batch: int, unit: int) -> None:
-    """Refuse a share that is no multiple of ``unit`` images of a micro-batch."""
+    """Refuse a labelled share that is no multiple of ``unit`` images in a micro-batch."""
     batch_size, share = loading.batch_size, loading.labelled_share
     wanted = micro_batch * share / unit
     number = round(wanted)

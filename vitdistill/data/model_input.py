@@ -17,7 +17,7 @@ def input_spec_of(model: nn.Module) -> InputSpec:
     """
     config = resolve_model_data_config(model)
     channels, height, width = config["input_size"]
-    # What timm's own function builds with img_size=... or in_chans=... keeps its pretrained_cfg.
+    # A model that timm builds with img_size=... or in_chans=... keeps its pretrained_cfg.
     embed: Any = getattr(model, "patch_embed", None)
     if type(embed) is PatchEmbed:
         channels = embed.proj.in_channels

@@ -61,8 +61,8 @@ def divide(labels: I64, batch_size: int, labelled_share: float) -> tuple[Kind, .
 class Order:
     """The order of a run's training images; ``paired``: neighbours are mixed.
 
-    An epoch is as long as the longest pass over a kind, what does not fill a step left out. Another
-    kind comes several times in it, its last pass cut off, each time in another order and view.
+    An epoch is the longest pass over a kind, without an incomplete last step. The other kind fills
+    it with several passes, each in another order and view, the last one cut short.
     """
 
     kinds: tuple[Kind, ...]
@@ -76,7 +76,7 @@ class Order:
         return max(len(self.one_pass(kind, 0)[0]) // kind.count for kind in self.kinds)
 
     def describe(self) -> str:
-        """Say how often an epoch shows each kind, and how many of a step; "" for one kind."""
+        """Say how many of each kind a step shows, and how often an epoch; "" for one kind."""
         if len(self.kinds) == 1:
             return ""
         parts = [
@@ -87,7 +87,7 @@ class Order:
         return f"each step: {' and '.join(parts)}"
 
     def one_pass(self, kind: Kind, number: int) -> tuple[I64, I64]:
-        """Return the (sample ids, view ids) of a pass over a kind, whole pairs of ``paired``."""
+        """Return the (sample ids, view ids) of a pass over a kind; ``paired``: whole pairs only."""
         ids, views = epoch_order(
             kind.size, self.seed, number, self.repeats, self.num_views, kind.stream
         )
@@ -99,7 +99,7 @@ class Order:
         unit = 2 if self.paired else 1
         first, *others = (kind.count // unit for kind in self.kinds)
         total = first + sum(others)
-        # The first kind has a place wherever its share of those so far grows by one.
+        # The first kind gets a place wherever its share of the places so far grows by one.
         share = np.arange(total + 1, dtype=np.int64) * first // total
         return np.repeat(1 - np.diff(share), unit)
 
@@ -164,7 +164,7 @@ def epoch_order(
 def pair_partners(size: int, seed: int, view: int, stream: Stream = Stream.ORDER) -> I64:
     """Return, for each sample, the one it is mixed with in ``view``; treat it as read-only.
 
-    The sample left over of an odd number is its own partner.
+    With an odd ``size``, the sample left over is its own partner.
     """
     order = keyed.permutation(seed, view, size, stream)
     partners = np.arange(size, dtype=np.int64)
@@ -174,7 +174,7 @@ def pair_partners(size: int, seed: int, view: int, stream: Stream = Stream.ORDER
 
 
 def evenly(labels: I64, count: int) -> I64:
-    """Return the same ``count`` samples or fewer, in order, each class with its share."""
+    """Choose at most ``count`` samples, always the same, in order, with each class's share."""
     size = len(labels)
     # Laid out class by class, shuffled within each, and taken at equal steps.
     shuffled = keyed.permutation(0, 0, size, Stream.SUBSET)

@@ -50,7 +50,7 @@ def map_in_workers(
             num_workers=workers,
             collate_fn=_identity,
             worker_init_fn=_prepare_worker,
-            generator=torch.Generator(),  # otherwise the global one is drawn from
+            generator=torch.Generator(),  # otherwise torch draws from the global one
         )
         try:
             with _start_workers(workers):
@@ -67,8 +67,8 @@ def map_in_workers(
                 if process.is_alive():
                     process.kill()
 
-    # An iteration may still be open when the program ends. Hooks run last in, first out, so this
-    # one comes before multiprocessing's, which waits for workers, and these ignore SIGTERM.
+    # An iteration may still be open when the program ends. Hooks run last in, first out: this one
+    # before multiprocessing's, which would wait for workers that ignore its SIGTERM.
     atexit.register(stop)
     try:
         yield _receive(iterator, processes)
@@ -120,21 +120,21 @@ def _identity(item: Any) -> Any:
 def _prepare_worker(worker: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # Items are pickled by a thread, which drops one that it cannot send: the parent would wait for
-    # it forever. A worker that is gone is noticed.
+    # The thread that pickles items drops one that it cannot send, and the parent would wait for it
+    # forever. So exit: the parent notices a lost worker.
     Queue._on_queue_feeder_error = staticmethod(lambda error, item: os._exit(1))  # type: ignore
 
 
 @contextmanager
 def _start_workers(count: int) -> Iterator[None]:
-    """Keep signals right while torch starts workers.
+    """Protect signal handling while torch starts workers.
 
-    Workers begin with signals blocked: one that came before `_prepare_worker` would end them. And
-    the SIGCHLD handler that torch sets is undone: it raises for a dead worker at any point of the
-    program, even in the middle of a checkpoint. `_receive` notices the death within seconds.
+    Workers begin with signals blocked: one that came before `_prepare_worker` would end them. The
+    SIGCHLD handler that torch sets is undone: for a dead worker it raises anywhere in the program,
+    even in the middle of a checkpoint. `_receive` notices the death within seconds.
     """
-    # What torch cannot finish for want of files ends in a traceback, so we ask for them first: six
-    # pipes a worker.
+    # If torch runs out of file descriptors it ends in a traceback, so try to open as many first:
+    # six pipes a worker.
     with ExitStack() as stack:
         for _ in range(6 * count):
             for end in os.pipe():

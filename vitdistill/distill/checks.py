@@ -31,7 +31,7 @@ def resolve(needs: Needs, network: Network, reader: str) -> Needs:
 
 
 def teacher_of(name: str, objective: Objective, teachers: Mapping[str, Network]) -> Network | None:
-    """Return the teacher that an objective reads, if any; refuse one that is not there."""
+    """Return the teacher that an objective reads, if any; refuse an unknown one."""
     if not isinstance(objective, TeacherObjective):
         return None
     wanted = objective.teacher
@@ -49,7 +49,7 @@ def check_objective(
     teacher: Network | None,
     masking: Masking | None,
 ) -> None:
-    """Refuse an objective that cannot compare these networks, or under this masking."""
+    """Refuse an objective that does not suit these networks or this masking."""
     with _naming(name, objective):
         objective.check(student, teacher)
     if objective.needs_masking and masking is None:
@@ -91,7 +91,7 @@ def check_stored(
     selector: TokenSelector | None,
     masking: Masking | None,
 ) -> None:
-    """Refuse to read what stored answers do not hold, or to choose their patches."""
+    """Refuse stored answers that lack what is read, or whose patches would be chosen."""
     for name, layout in labels.items():
         where, field = f"the labels of the {name}", f"teachers.{name}.labels"
         chooses = masking or (selector if selector and name in selector.teachers else None)
@@ -153,7 +153,7 @@ def check_masking(
     live: Mapping[str, Needs],
     selector: TokenSelector | None,
 ) -> None:
-    """Refuse a masking of networks that cannot see the same patches, or of no effect."""
+    """Refuse a masking without effect, or networks that cannot see the same patches."""
     kind = _kind(masking)
     if selector is not None:
         what = f"{kind} and {_kind(selector)} both choose the patches a teacher sees"
@@ -198,7 +198,7 @@ def chosen_teachers(
 
 
 def _naming(name: str, objective: Objective) -> AbstractContextManager[None]:
-    """Name an objective's own fields, in an error that it raises, from the root of the recipe."""
+    """Make an objective's errors name its fields from the root of the recipe."""
     return fields_below(f"objectives.{name}", {field.name for field in fields(objective)})
 
 

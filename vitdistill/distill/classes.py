@@ -28,8 +28,8 @@ def match_classes(
     """Match a teacher's classes to the data set's by name.
 
     A teacher that knows more classes answers for the data set's alone. Another order is accepted
-    only with ``reorder``, so that nobody is surprised by it. A teacher without class names is taken
-    at its count, its classes in the order of ``index``; the preflight proves that order.
+    only with ``reorder``, so that nobody is surprised by it. A teacher without class names needs
+    the same number of them, in the order of ``index``; the preflight proves that order.
 
     Raises:
         ConfigError: a class is missing, or the order or the count differs.

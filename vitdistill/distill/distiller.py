@@ -75,9 +75,9 @@ class Distiller(nn.Module):
 
     Args:
         student: a timm network, any module that answers images with logits, or a run's folder.
-        teachers: one or several by name: likewise, or any function of images; or a `LabelStore` of
-            stored answers. Each computes in its parameters' precision, and a float32 one under the
-            loop's autocast.
+        teachers: one, or several by name: as for ``student``, any function of images, or a
+            `LabelStore` of stored answers. Each computes in its parameters' precision, a float32
+            one under the loop's autocast.
         objectives: by name, or one or several methods: names (``"kd"``, or ``"kd:NAME"`` for the
             teacher of that name) or objects (``NKD(gamma=2)``).
         selector: chooses the patches that teachers see, such as ``"maskedkd"``.
@@ -161,7 +161,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Scalar]:
         """Return the weighted loss of every objective by name, and their sum as ``loss``.
 
-        ``NAME_unweighted`` is each before its weight.
+        ``NAME_unweighted`` is each without its weight.
 
         Args:
             images: (B, 3, h, w), normalised as ``images_spec`` says; or a batch of a `TrainLoader`.
@@ -211,7 +211,7 @@ class Distiller(nn.Module):
 
 @dataclass
 class _Drawn(Batch):
-    """A batch of images that nobody numbered: torch's generator draws for them."""
+    """A batch without sample ids, whose random numbers come from torch's generator."""
 
     def uniforms(
         self, count: int, stream: keyed.Stream = keyed.Stream.OBJECTIVE
@@ -257,7 +257,7 @@ def _check_images(images: Tensor, student: nn.Module) -> None:
 
 
 def _unwrap(model: Any, name: str) -> tuple[Callable[..., ViTOutput], Any]:
-    """Return how to run a network, and the network: that in a folder, or in ``torch.compile``."""
+    """Return how to run a network, and the network, out of a folder or ``torch.compile``."""
     if isinstance(model, str | Path):
         found = [f for f in (Path(model, "best"), Path(model, "last"), Path(model)) if f.is_dir()]
         if not found:
@@ -273,7 +273,7 @@ def _unwrap(model: Any, name: str) -> tuple[Callable[..., ViTOutput], Any]:
         what = f"a network in {type(model).__name__} cannot be looked into"
         raise ConfigError(what, "give the network itself, and wrap the Distiller", field="student")
     inner: Any = getattr(model, "_orig_mod", None)
-    # Its own forward is never called: what is compiled, with the same options, is the walk.
+    # Its own forward is never called, so compile `run_vit` with the same options.
     return (run_vit, model) if inner is None else (model.dynamo_ctx(run_vit), inner)
 
 
@@ -296,7 +296,7 @@ def _freeze(answering: Answering, name: str, images_spec: InputSpec) -> Teacher:
 
 
 def _adopted(model: Any, name: str, spec: InputSpec) -> nn.Module:
-    """Return a network that says how many classes it has; where it says nothing, on ``spec``."""
+    """Return a network with ``num_classes``; one that says nothing of its input wants ``spec``."""
     if isinstance(model, nn.Module) and hasattr(model, "num_classes"):
         return model
     known = getattr(model, "pretrained_cfg", None)

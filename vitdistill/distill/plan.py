@@ -21,18 +21,18 @@ class Plan:
     selector: TokenSelector | None  # chooses patches of live teachers; None: they see everything
     student_needs: Needs  # what the student records
     live: dict[str, Needs]  # what each running teacher records in its supervising pass
-    guides: dict[str, Needs]  # what one records in an extra, whole pass, for the selector
+    guides: dict[str, Needs]  # what one records in an extra pass on whole images, for the selector
     num_keep: dict[str, int | None]  # patches each teacher sees; None: all
-    notes: dict[str, str]  # what objectives say of themselves between these networks
+    notes: dict[str, str]  # what each objective says of these networks
     masking: Masking | None = None  # hides patches from student and teachers
     student_keep: int | None = None  # patches the student sees; None: all
-    stored: dict[str, Needs] = field(default_factory=dict)  # read of teachers with labels
+    stored: dict[str, Needs] = field(default_factory=dict)  # what is read of stored labels
     labels: dict[str, Layout] = field(default_factory=dict)  # what their records hold
     # At which temperature an objective reads stored logits; None: complete ones.
     temperatures: dict[str, float | None] = field(default_factory=dict)
 
     def reads(self, teacher: str) -> Needs:
-        """Return what is read of a teacher, live or stored."""
+        """Return what objectives read of a teacher, live or stored."""
         return self.live[teacher] if teacher in self.live else self.stored[teacher]
 
 
@@ -46,7 +46,7 @@ def make_plan(
 ) -> Plan:
     """Resolve what every network must compute.
 
-    ``labels`` says what the records hold, for each teacher whose answers are stored.
+    ``labels`` has the layout of the records of each teacher whose answers are stored.
 
     Raises:
         ConfigError: the combination is impossible, or part of it would silently have no effect.
@@ -107,7 +107,7 @@ def _note(
     teachers: Mapping[str, Network],
     num_keep: Mapping[str, int | None],
 ) -> str:
-    """Return what the objective says of itself, and what is true of its kind."""
+    """Return the objective's own note, and notes on its patches, batches and schedule."""
     name = objective.teacher if isinstance(objective, TeacherObjective) else ""
     teacher, count = teachers.get(name), num_keep.get(name)
     parts = [objective.describe(student, teacher, count)]

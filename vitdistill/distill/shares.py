@@ -18,10 +18,10 @@ Shares = dict[str, tuple[float, float]]  # of the loss, of the gradient's norm, 
 def measure_shares(
     distillation: Distillation, batch: Batch, teachers: Mapping[str, Teacher]
 ) -> Shares:
-    """Return the shares of objectives in a batch's loss and in what moves the student."""
+    """Return each objective's share of a batch's loss and of the student's gradient norms."""
     parameters = [p for p in distillation.student.parameters() if p.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in distillation.named_buffers()}
-    # What is compiled is so for the run's batches, and cannot be walked backwards twice.
+    # Compiled code is specialised to the run's batches, and allows one backward pass only.
     with torch.compiler.set_stance("force_eager"):
         losses = distillation(batch, teachers)
     found = {}

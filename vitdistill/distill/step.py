@@ -46,9 +46,9 @@ class Distillation(nn.Module):
     ) -> dict[str, Scalar]:
         """Return the weighted loss of every objective by name, and their sum as ``loss``.
 
-        ``NAME_unweighted`` is each before its weight. Losses are means over the batch; ``progress``
-        is the fraction of the run that is done. The sum is NaN when a teacher's logits are not
-        finite, which an argmax would hide.
+        ``NAME_unweighted`` is each without its weight. Losses are means over the batch;
+        ``progress`` is the fraction of the run that is done. The sum is NaN when a teacher's logits
+        are not finite, which an argmax would hide.
         """
         student, answers = self.answer(batch, teachers)
         losses, unweighted = {}, {}
@@ -60,15 +60,15 @@ class Distillation(nn.Module):
         for answer in answers.values():
             live = answer.live if isinstance(answer, StoredAnswer) else answer
             if live is not None and live.logits is not None:
-                # Nothing times what is no number is NaN.
+                # 0 times NaN or infinity is NaN.
                 losses["loss"] = losses["loss"] + 0 * live.logits.sum(dtype=torch.float32)
         return losses | unweighted
 
     def answer(self, batch: Batch, teachers: Mapping[str, Teacher]) -> tuple[ViTOutput, Answers]:
         """Return what the student and each teacher record of a batch.
 
-        The student runs first, because it may choose what its teachers see. Of a teacher that sees
-        more patches than the student, the student's are returned. A teacher with stored labels
+        The student runs first, because it may choose what its teachers see. If a teacher sees more
+        patches than the student, only the student's are returned. A teacher with stored labels
         runs only on images without a record.
         """
         plan = self.plan
@@ -93,7 +93,7 @@ class Distillation(nn.Module):
     def loss(self, name: str, student: ViTOutput, answers: Answers, batch: Batch) -> Scalar:
         """Return the loss of one objective, without its weight.
 
-        One that reads labels sees the images with labels alone.
+        An objective that reads labels sees only the labelled images.
         """
         objective = self.plan.objectives[name]
         teacher = answers[objective.teacher] if isinstance(objective, TeacherObjective) else None
@@ -117,7 +117,7 @@ class Distillation(nn.Module):
     def pictures(
         self, batch: Batch, teachers: Mapping[str, Teacher]
     ) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """Return what objectives and selector show of a batch, the input first; {} for nothing."""
+        """Return pictures of objectives and selector, the input first; {} if there are none."""
         order = self.mask(batch)
         output = self._student(batch, order, run_vit)
         shown: dict[str, Tensor] = {}

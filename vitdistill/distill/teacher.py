@@ -25,7 +25,7 @@ class Teacher:
         model: moved to ``device`` and frozen in place.
         network: its description, with the number of classes it answers with after matching.
         spec: the image size and normalisation it was trained with.
-        images_spec: those of the images it will be given, which are renormalised and resized.
+        images_spec: those of the images it is given, which it renormalises and resizes.
         class_index: positions of the data set's classes among its own; None: as they are.
         dtype: precision of weights and arithmetic; None: float32, or the caller's autocast.
     """
@@ -55,7 +55,7 @@ class Teacher:
         other = copy(self)
         plain = isinstance(self.model, VisionTransformer | Eva)
         if plain and spec.image_size != self.spec.image_size:
-            # Only what depends on the size is another's: parameters stay the same ones.
+            # Copy only what depends on the size: parameters are shared.
             other.model = deepcopy(self.model, {id(p): p for p in self.model.parameters()})
             other.model.set_input_size(img_size=spec.image_size)  # type: ignore[operator]
         other._set_spec(spec)
@@ -100,10 +100,10 @@ class Teacher:
     def __call__(
         self, images: Float[Tensor, "B 3 h w"], needs: Needs, keep: Int[Tensor, "B K"] | None = None
     ) -> ViTOutput:
-        """Answer to images in the student's normalisation; ``keep`` indexes its own patch grid."""
-        if self.model.training:  # the caller's own hands may have changed it since
+        """Answer images in the student's normalisation; ``keep`` indexes its own patch grid."""
+        if self.model.training:  # the caller may have changed it since
             self.model.eval()
-        # A teacher of its own precision leaves the caller's autocast.
+        # A teacher with its own precision ignores the caller's autocast.
         own = None if self.dtype is None else torch.autocast(self.device.type, enabled=False)
         with own or nullcontext():
             output = self.run(self.model, self.prepare(images), needs, keep)

@@ -30,9 +30,9 @@ class LogitEncoding:
     """How logits of C classes are stored.
 
     ``float32``: as they are, bit for bit. ``float16``: ``z - max z`` in float16 and the maximum in
-    float32. ``topk``: the ``k`` largest and, for each of the ``temperatures`` T, what the others
-    weigh together; the distribution at T has the right values in the head and the right mass in
-    the tail, which is spread evenly.
+    float32. ``topk``: the ``k`` largest and, for each of the ``temperatures`` T, the total weight
+    of the others; the distribution at T has the right values in the head and the right mass in the
+    tail, which is spread evenly.
     """
 
     kind: Literal["float32", "float16", "topk"]
@@ -121,9 +121,9 @@ class LogitEncoding:
             return {"ids": ids, "values": values}
         rest = (logits - top).scatter(1, ids, -torch.inf)
         tails = []
-        # The head is rounded and the tail is not, so that the true log-sum would shift mass between
-        # them. What is kept is the true ratio of tail to head, times the rounded head: the tail's
-        # mass is then exact, whatever rounding did.
+        # The head is rounded and the tail is not, so storing the true log-sum would shift mass
+        # between them. Store the true ratio of tail to head times the rounded head instead: the
+        # tail's mass is then exact, whatever rounding did.
         for t in self.temperatures:
             ratio = (rest / t).logsumexp(1) - ((head - top) / t).logsumexp(1)
             tails.append((ratio + (values.double() / t).logsumexp(1)).clamp(min=_LOWEST / t))

@@ -51,7 +51,7 @@ def views_identity(
 
 
 def of_views(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of an identity that a student shares with the labels it learns from."""
+    """Return the part of an identity that a student must share with its labels."""
     return {key: value for key, value in identity.items() if key.startswith(_OF_VIEWS)}
 
 
@@ -67,7 +67,7 @@ def augment_of(identity: Mapping[str, Any]) -> Augment:
 
 
 def describe_views(identity: Mapping[str, Any]) -> str:
-    """Say what makes the views that were labelled, as a loop in Python would."""
+    """Say how the labelled views were made, in Python's notation."""
     settings = vars(augment_of(identity)).items()
     said = ", ".join(f"{key}={v!r}" for key, v in settings if v != getattr(Augment, key))
     height, width = identity.get("view.image_size", ("?", "?"))

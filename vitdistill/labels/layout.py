@@ -27,7 +27,7 @@ _HIDDEN_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class NonFinite(ValueError):
-    """An answer, in row ``index`` of a batch, has numbers that its storage format does not."""
+    """The answer in row ``index`` of a batch has numbers that its storage format lacks."""
 
     def __init__(self, index: int, what: str) -> None:
         super().__init__(f"{what} in row {index}")
@@ -186,7 +186,7 @@ class Targets:
     def logits(self, temperature: float | None = None) -> Float[Tensor, "B C"]:
         """Return float32 logits z, all finite: ``softmax(z / T)`` is what the teacher said at T.
 
-        Those of topk are right at the temperature asked for alone, which must be a stored one.
+        With topk they are right only at the temperature asked for, which must be a stored one.
         """
         if self.layout.logits is None:
             raise ConfigError("the labels hold no logits", "label again with logits")

@@ -59,7 +59,7 @@ class Manifest:
         return lo, min(lo + self.part_size, self.num_samples)
 
     def differences(self, wanted: "Manifest", there: str, here: str) -> str:
-        """Name the compared fields in which ``wanted`` is not as this; "" if there are none."""
+        """Name the compared fields in which ``wanted`` differs from this; "" if none does."""
         return differing(self._compared(), wanted._compared(), there, here)
 
     def _compared(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def read_store_manifest(folder: Path) -> Manifest:
         if (body["kind"], body["format"]) == (_KIND, FORMAT):
             known = {key: body[key] for key in body if key not in ("kind", "format", "layout")}
             manifest = Manifest(layout=Layout.from_json(body["layout"]), **known)
-            assert manifest.layout.dtype.itemsize  # numpy knows what shapes there are
+            assert manifest.layout.dtype.itemsize  # numpy refuses impossible shapes
             return manifest
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
         pass

@@ -84,7 +84,7 @@ class Part:
         if not self._path.is_file():
             raise FileNotFoundError(self._path)
         with disk_errors(self._path), open(self._path, "rb") as file:
-            if not os.path.getsize(file.fileno()):  # which cannot be mapped
+            if not os.path.getsize(file.fileno()):  # an empty file cannot be mapped
                 raise self._damaged("it is empty")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

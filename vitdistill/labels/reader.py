@@ -78,9 +78,9 @@ class StoredAnswer:
     _read: dict[float | None, ViTOutput] = field(default_factory=dict)
 
     def at(self, temperature: float | None) -> ViTOutput:
-        """Return the answer as a teacher records it, with logits that are right at a temperature.
+        """Return the answer as a teacher records it, with logits for this temperature.
 
-        None: the logits of a complete encoding, or no logits.
+        None: with logits only if their encoding is complete.
         """
         if temperature not in self._read:
             stored = self.targets.layout.logits

@@ -49,16 +49,16 @@ class LabelStore:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self.layout, self.num_parts = manifest.layout, manifest.num_parts
-        self._parts: dict[tuple[int, int], Part] = {}  # that were read from
+        self._parts: dict[tuple[int, int], Part] = {}  # those read from
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LabelStore, (self.path, self.manifest)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest) -> "LabelStore":
-        """Make an empty store, or open the one there, which gets more views if it has few.
+        """Make an empty store, or open the existing one, with more views if ``manifest`` has more.
 
-        `DataError` if that is damaged or of other labels, `ConfigError` if it is something else.
+        `DataError` if it is damaged or of other labels, `ConfigError` if it is something else.
         """
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
@@ -104,7 +104,7 @@ class LabelStore:
 
     @property
     def augment(self) -> Augment:
-        """How the views were made that are labelled."""
+        """How the labelled views were made."""
         return augment_of(self.manifest.identity)
 
     def view_path(self, view: int) -> Path:
@@ -120,7 +120,7 @@ class LabelStore:
         """Return the (view, part) that are there, in order."""
         places = []
         for view in range(self.manifest.num_views):
-            names = set(self._names(view))  # one listing a view, not one question a part
+            names = set(self._names(view))  # list a folder once, not ask for each part
             parts = range(self.num_parts)
             places += [(view, i) for i in parts if self.part_path(view, i).name in names]
         return places

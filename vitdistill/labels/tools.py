@@ -18,8 +18,8 @@ def merge(
 ) -> LabelStore:
     """Unite the parts of stores of the same answers in ``target``, which may have parts already.
 
-    What is copied stays when this is stopped; running again copies the rest. `DataError` if the
-    stores or two records differ (found before anything is written), or a part is damaged.
+    If it is stopped, running it again copies the rest. `DataError` if the stores or two records
+    differ (found before anything is written), or a part is damaged.
     """
     if not sources:
         raise ConfigError("there is nothing to merge", Give("from"), field="from")
@@ -67,8 +67,8 @@ def prune(
     """Write a smaller store of the same answers: fewer views, or logits in another encoding.
 
     The first ``num_views`` views are kept; parts that the source lacks are missing in the target
-    too. What is written stays when this is stopped; running again writes the rest. `ConfigError` if
-    nothing would become smaller or the source lacks what is asked for, `DataError` for damage.
+    too. If it is stopped, running it again writes the rest. `ConfigError` if nothing would become
+    smaller or the source lacks what is asked for, `DataError` for damage.
     """
     store = LabelStore.open(source)
     manifest = store.manifest

@@ -17,8 +17,8 @@ from .layout import Records
 from .store import LabelStore
 
 _POLL_S = 0.2
-# A temporary this old is a killed writer's. Younger ones may be of somebody who makes a part that
-# is sealed by now, on a disk without locks: removing them would fail his write.
+# A temporary this old is a killed writer's. A younger one may be a live writer's, of a part sealed
+# by now, on a disk without locks: removing it would fail that write.
 _ABANDONED_S = 3600.0
 
 
@@ -49,9 +49,9 @@ def write_missing(
     """Write what is missing in these stores of equal shape; return how many parts were sealed.
 
     The processes of one run divide the parts by rank, and each helps the others when its own are
-    done. A part that another process has locked is left to it. Returns when all are there, whoever
+    done. A part that another process has locked is left to it. Returns when all exist, whoever
     wrote them, or when ``make`` returns None or ``stop`` True (asked before every part and while
-    waiting for others). ``progress`` is told how many (view, part) are there, and of how many.
+    waiting for others). ``progress`` gets the number of (view, part) that exist, and the total.
     """
     places = sorted(set(chain.from_iterable(store.missing_parts() for store in stores)))
     pending = places[rank::world_size]
@@ -97,7 +97,7 @@ def _lacking(
                 yield None
                 return
             locks.enter_context(lock)
-        # Its last writer may have sealed it and gone since we looked.
+        # Another writer may have sealed the part and left since we looked.
         yield [store for store in lacking if not store.is_sealed(*place)]
 
 

@@ -62,9 +62,9 @@ def shared_rows(
     of_student: Float[Tensor, "B Hs Ls"],
     of_teacher: Float[Tensor, "B Ht Lt"],
 ) -> tuple[Float[Tensor, "B Hs L"], Float[Tensor, "B Ht L"]]:
-    """Return a row of attention each over the compared tokens, summing to 1.
+    """Return each network's row of attention over the compared tokens, summing to 1.
 
-    Between unequal grids the patches keep their total.
+    Resampling to another grid keeps the patches' total.
     """
     row, target = of_student.float(), of_teacher.detach().float()
     patches = row[:, :, student.num_prefix_tokens :]

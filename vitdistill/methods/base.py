@@ -97,8 +97,8 @@ class Objective(ABC):
 
     reads_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = False
-    couples_images: ClassVar[bool] = False  # an image's loss depends on its micro-batch
-    needs_masking: ClassVar[bool] = False  # there is something to learn from hidden patches only
+    couples_images: ClassVar[bool] = False  # an image's loss depends on the rest of its micro-batch
+    needs_masking: ClassVar[bool] = False  # it learns from hidden patches only
     needs_every_patch: ClassVar[bool] = False  # the student cannot run on a part of its patches
     terms: ClassVar[tuple[str, ...]] = ()  # fields of its terms' weights; one has to be above 0
     goes_with: ClassVar[tuple[str, ...]] = ()  # methods it is meant to stand beside
@@ -147,7 +147,7 @@ class Objective(ABC):
     def pictures(
         self, student: ViTOutput, batch: Truth, adapter: Any
     ) -> dict[str, Float[Tensor, "B 3 h w"]]:
-        """Return what there is to look at beside the input, in the student's normalisation."""
+        """Return pictures to show beside the input, in the student's normalisation."""
         return {}
 
     @abstractmethod

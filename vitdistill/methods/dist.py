@@ -21,9 +21,9 @@ from .kd import Logits, SoftLogitObjective, check_logits
 def pearson(student: Float[Tensor, "R M"], teacher: Float[Tensor, "R M"]) -> Float[Tensor, " R"]:
     """Return the correlation of each row of ``student`` with the same row of ``teacher``.
 
-    Constant rows correlate with nothing: 0, and no gradient, which would be that of rounding
-    errors. As in the authors' code, 1e-8 is added to the product of the norms, so rows of very
-    small variance count less.
+    Constant rows give 0 and no gradient, which would only be that of rounding errors. As in the
+    authors' code, 1e-8 is added to the product of the norms, so rows of very small variance count
+    less.
     """
     a, b = student - student.mean(-1, keepdim=True), teacher - teacher.mean(-1, keepdim=True)
     norm_a, norm_b = a.norm(dim=-1), b.norm(dim=-1)

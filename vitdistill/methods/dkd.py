@@ -32,7 +32,7 @@ def _against_the_rest(
     log_probs: Logits, labels: Classes, others: Int[Tensor, "B C-1"]
 ) -> Float[Tensor, "B 2"]:
     """Return ``log p_y`` and ``log(1 - p_y)``."""
-    # The latter from the others: 1 - p_y is 0 in float32 long before they are.
+    # The latter from the other classes: 1 - p_y is 0 in float32 long before their sum is.
     rest = log_probs.gather(1, others).logsumexp(-1)
     return torch.stack([of_label(log_probs, labels), rest], dim=-1)
 

@@ -35,14 +35,14 @@ def kd_loss(student_logits: Logits, teacher_logits: Logits, temperature: float =
 def standardize(logits: Logits) -> Logits:
     """Return ``(v - mean(v)) / (std(v) + 1e-7)`` of each image's logits, in float32.
 
-    Mean and (unbiased) standard deviation are over the classes, so that a student need reach the
-    order and the proportions of its teacher's logits, and not their scale. Equal logits become 0.
+    Mean and (unbiased) standard deviation are over the classes, so a student need only match the
+    order and proportions of its teacher's logits, not their scale. Equal logits become 0.
 
     Source: "Logit Standardization in Knowledge Distillation", Sun et al., CVPR 2024, arXiv
         2403.01427, eq. 9 and algorithm 1; sunshangquan/logit-standardization-KD@f6e5aa5.
     """
     centred = logits.float() - logits.float().mean(-1, keepdim=True)
-    # Its gradient is 0 where that of a standard deviation is not a number: at equal logits.
+    # At equal logits its gradient is 0, and that of a standard deviation NaN.
     length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     return centred / (length / (logits.shape[-1] - 1) ** 0.5 + 1e-7)
 
@@ -82,7 +82,7 @@ class LogitObjective(TeacherObjective):
 
     @property
     def teacher_temperatures(self) -> tuple[float, ...] | None:
-        # Mean and deviation are of all classes; the order of the logits stays as it is.
+        # Mean and deviation need the logits of all classes; the order does not change.
         return None if self.standardize and self.reads_at else self.reads_at
 
     def check(self, student: Network, teacher: Network) -> None:

@@ -26,7 +26,7 @@ from .base import Scalar, TeacherObjective, Truth, block_pairs, require
 def patch_gram_loss(student: Float[Tensor, "G M Ds"], teacher: Float[Tensor, "G M Dt"]) -> Scalar:
     """Return the mean squared difference of ``G`` matrices ``(M, M)`` of cosines, in float32.
 
-    Of the patches of each image it is the term within an image.
+    On the patches of each image, this is the term within an image.
     """
     student = F.normalize(student.float(), dim=-1)
     teacher = F.normalize(teacher.detach().float(), dim=-1)

@@ -34,7 +34,7 @@ def patch_saliency(
     """Return how much the class token attends to each patch, mean over heads.
 
     ``attention`` is the class token's row after the softmax over all L = P + N tokens. ``patches``
-    renormalises each head; with ``tokens`` one that attends to the class token weighs less.
+    renormalises each head; with ``tokens`` a head that attends to the class token weighs less.
     """
     patches = attention[:, :, num_prefix_tokens:]
     if softmax_over == "patches":

@@ -76,7 +76,7 @@ class ViTKDAdapter(nn.Module):
     def generate(
         self, patches: Float[Tensor, "B N Ds"], mask: Tensor | None, grid: tuple[int, int]
     ) -> Float[Tensor, "B N Dt"]:
-        """Generate the teacher's features from the student's, whose ``mask`` is hidden."""
+        """Generate the teacher's features from the student's, with those in ``mask`` hidden."""
         features = self.align_high(patches) if hasattr(self, "align_high") else patches
         if mask is not None:
             features = torch.where(mask[:, :, None], self.mask_token.to(features.dtype), features)

@@ -43,7 +43,7 @@ class AdvisedViT(VisionTransformer):
         self.reset_classifier(self.num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make new heads; with 0 classes the network gives its normed tokens."""
+        """Make new heads; with 0 classes the network returns its normed tokens."""
         assert not global_pool, "every head reads its own token: there is nothing to pool"
         self.num_classes = num_classes
         if num_classes > 0:
@@ -146,7 +146,7 @@ class CiT(AdvisedViT):
 
     def __init__(self, prediction: str | Sequence[float] = "mean", **options: Any) -> None:
         stems: Any = TwoStems
-        # Whoever gives one of these too is told so by Python.
+        # Python refuses options that repeat one of these.
         super().__init__(
             embed_layer=stems,
             embed_norm_layer=None,
@@ -191,7 +191,7 @@ def advised_vit(
     prediction: str | Sequence[float] = "mean",
     **options: Any,
 ) -> AdvisedViT:
-    """Return a plain ViT with a learned token and a head for each teacher, as DeiT's one.
+    """Return a plain ViT with a learned token and a head for each teacher, as DeiT has for one.
 
     Args:
         pretrained: timm sets it to load an export; there are no other pretrained weights.
@@ -220,7 +220,7 @@ def advised_vit(
         pretrained_cfg=saved or tag or None,
         **options,
     )
-    # timm makes a network by calling a function, which has no place for a class of ours.
+    # timm's function makes a network of its own class, and takes no other.
     model.__class__ = AdvisedViT
     nn.init.trunc_normal_(model.reg_token, std=0.02)  # as DeiT's distillation token
     model.advise(names, prediction)

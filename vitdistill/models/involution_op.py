@@ -14,9 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import ConfigError
 
-# Numbers of the output that are summed at once. On a CPU what one tap reads and writes should stay
-# in the cache (measured from 2^16 to all at once: 2^18 to 2^20 are fastest); elsewhere this bounds
-# the float32 copies of half-precision inputs.
+# Output elements summed at once. On a CPU what one tap reads and writes should stay in the cache
+# (measured from 2^16 to all at once: 2^18 to 2^20 are fastest); elsewhere this bounds the float32
+# copies of half-precision inputs.
 _AT_ONCE = {"cpu": 1 << 18}
 _AT_ONCE_ELSEWHERE = 1 << 24
 
@@ -117,13 +117,13 @@ def _parts(groups: int, sized: Tensor, *tensors: Tensor) -> Iterator[tuple[Tenso
     """
     most = _AT_ONCE.get(sized.device.type, _AT_ONCE_ELSEWHERE)
     many = max(1, most * groups // max(1, sized.numel()))
-    # The batch innermost makes long loops of rows of 4 pixels.
+    # With the batch innermost, even rows of 4 pixels make long loops.
     batch_last = (t.unflatten(1, (groups, -1)).permute(1, 2, 3, 4, 0) for t in tensors)
     return zip(*(t.split(many) for t in batch_last), strict=True)
 
 
 def _planes(x: Tensor, stride: int) -> dict[tuple[int, int], Tensor]:
-    """View every ``stride``-th pixel, from each place to begin at."""
+    """View every ``stride``-th pixel, from each offset."""
     return {(a, b): x[:, :, a::stride, b::stride] for a, b in product(range(stride), repeat=2)}
 
 

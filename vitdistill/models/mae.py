@@ -84,7 +84,7 @@ def pixel_targets(
 class MAEDecoder(nn.Module):
     """MAE's decoder for any encoder of width ``dim``, with the public checkpoints' names.
 
-    It begins as MAE's. ``decoder_dim`` is a multiple of 4 and of ``decoder_num_heads``.
+    It is initialised as MAE's. ``decoder_dim`` is a multiple of 4 and of ``decoder_num_heads``.
     """
 
     decoder_embed: nn.Linear
@@ -154,7 +154,7 @@ class MAEDecoder(nn.Module):
         """Return pixels and places of the M hidden patches alone, as `forward`'s, to rounding."""
         # Two savings over `forward`. What enters the first block at a hidden patch is the same for
         # every image, so it is projected once for the batch and looked up. The last block computes
-        # the hidden patches alone, since nobody reads the others. One block is first and last.
+        # the hidden patches alone, since nobody reads the others. A single block is both.
         embedded = self.decoder_embed(features)
         positions = self.decoder_pos_embed
         num_patches = positions.shape[1] - 1
@@ -241,7 +241,7 @@ class MaskedAutoencoder(MAEDecoder, VisionTransformer):
 def init_mae(model: nn.Module) -> None:
     """Initialise a ViT as MAE does, in place; positions become the fixed sine-cosine table.
 
-    Raises `ConfigError` for a network that does not know where a patch is.
+    Raises `ConfigError` for a network without positions.
 
     Source: ``initialize_weights`` of facebookresearch/mae@efb2a80.
     """
@@ -273,9 +273,9 @@ def init_mae(model: nn.Module) -> None:
 
 
 def hold_positions(model: nn.Module) -> None:
-    """Leave the table of positions out of training, as MAE does.
+    """Freeze the table of positions, as MAE does.
 
-    Rotary positions stay as they are, and a bias by relative position is learned, as BEiT does.
+    Rotary positions stay as they are, and a bias by relative position is learned, as in BEiT.
 
     Raises `ConfigError` for a network that has none of these.
     """

@@ -124,7 +124,7 @@ def write_all(fd: int, content: bytes | memoryview) -> None:
 def read_bytes(path: StrPath, most: int | None = None) -> bytes:
     """Read a whole file; ``DataError`` if there is no regular file or more than ``most`` bytes."""
     with disk_errors(path):
-        if not Path(path).is_file():  # a pipe would be waited for
+        if not Path(path).is_file():  # reading a pipe would block
             raise DataError(f"{path} is missing, or no file")
         if most is not None and Path(path).stat().st_size > most:
             raise DataError(f"{path} is larger than {format_bytes(most)}")
@@ -150,7 +150,7 @@ def make_dirs(path: StrPath) -> None:
                 break
             folder = folder.parent
         for folder in reversed(missing):
-            # Another process may make it first; a file of that name shows in what comes next.
+            # Another process may make it first; with a file of that name, the next step fails.
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o777)
             fsync_dir(folder.parent)
@@ -166,10 +166,10 @@ def fsync_dir(path: StrPath) -> None:
 
 @contextmanager
 def staged_dir(final: StrPath, replaces: Collection[str] | None = None) -> Iterator[Path]:
-    """Yield a temporary folder, to be filled with `write_new`; it becomes ``final`` with no error.
+    """Yield a temporary folder to fill with `write_new`; without an error it becomes ``final``.
 
-    A ``final`` with files in it is replaced as a whole or not at all if ``replaces`` names them,
-    and a `DiskError` otherwise. After a kill half way, `settle_asides` finishes the work.
+    With ``replaces``, the names of its files, a non-empty ``final`` is replaced as a whole or not
+    at all; without, it is a `DiskError`. After a kill half way, `settle_asides` finishes the work.
     """
     final = Path(final)
     make_dirs(final.parent)
@@ -216,9 +216,9 @@ def remove_dir(path: StrPath, known: Collection[str]) -> bool:
 
 
 def settle_asides(folder: Path, known: Collection[str]) -> None:
-    """Finish what a process left that was killed in `staged_dir` while it replaced a folder here.
+    """Finish the work of a process that was killed in `staged_dir` while replacing a folder here.
 
-    The old one comes back where the new one did not arrive, and goes where it did.
+    The old folder is restored if the new one did not arrive, and removed if it did.
     """
     with disk_errors(folder):
         for old in folder.glob(".replaced-*-*"):
@@ -232,7 +232,7 @@ def settle_asides(folder: Path, known: Collection[str]) -> None:
 def _clear_aside(aside: Path, final: Path, known: Collection[str]) -> None:
     """Remove a folder that ``final`` has replaced, after moving hidden files (``.DS_Store``) over.
 
-    What cannot go is left where it is: the folder that counts is in place.
+    What cannot be removed is left: the new folder is in place.
     """
     with suppress(OSError, UserError):
         for entry in aside.iterdir():
@@ -254,7 +254,7 @@ def remove_temporaries(folder: StrPath, older_than: float = 0.0) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a temporary; what a network disk keeps for a reader goes with `remove_temporaries`."""
+    """Remove a temporary; `remove_temporaries` gets what a network disk keeps for a reader."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

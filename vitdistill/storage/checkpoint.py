@@ -105,8 +105,8 @@ def load_latest(
 ) -> tuple[Path, State] | None:
     """Load the newest checkpoint that verifies, and its folder; None when there is none at all.
 
-    ``warn`` is told of each damaged one on the way; `DataError` if there are some, all damaged.
-    ``check`` raises `NonFiniteError` for tensors that no run can go on from.
+    ``warn`` is told of each damaged one on the way; `DataError` if all are damaged. ``check``
+    raises `NonFiniteError` for tensors that no run can resume from.
     """
     damaged, place = [], Path(run_dir) / "checkpoints"
     for folder in _candidates(place):
@@ -133,8 +133,8 @@ def _candidates(folder: Path) -> list[Path]:
 def _prune(newest: Path, keep: int) -> None:
     """Remove what is older than the newest ``keep`` checkpoints, counting from ``newest``.
 
-    Later steps stay: they belong to a line of training that somebody went back from. An older one
-    counts if its sizes are right; its content was read back when it was saved.
+    Later steps stay: somebody went back to an earlier one. An older one counts if its sizes are
+    right; its content was read back when it was saved.
     """
     kept = 1
     for folder in _candidates(newest.parent):

@@ -1,8 +1,8 @@
 """Locks the kernel holds: released by any death of the process, so no lock is ever stale.
 
 A lock is an ``flock`` on a file that is made for it and removed on release; what a killed process
-leaves is an unlocked file, which the next one takes over. Where a network disk has no locks, every
-process gets every lock: two runs may then start in one folder, so do not start them.
+leaves is an unlocked file, which the next one takes over. On a network disk without locks every
+process gets every lock: do not start two runs in one folder there.
 """
 
 import fcntl

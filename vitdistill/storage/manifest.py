@@ -27,7 +27,7 @@ def write_manifest(
     """Write the manifest of an unpublished folder, or with `write_atomic` of a published one.
 
     Args:
-        contents: what was written, by file name: digested as meant, not as found on the disk.
+        contents: what was written, by file name; digests are of this, not of what is on disk.
         identity: plain JSON that says what the folder is.
     """
     files = {
@@ -39,7 +39,7 @@ def write_manifest(
 
 
 def _manifest_bytes(body: Mapping[str, Any]) -> bytes:
-    """Spell a manifest in the one way there is: a reader compares all of it, to the last space."""
+    """Return the only valid spelling of a manifest: a reader compares it byte for byte."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     whole = {"manifest": body, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return json.dumps(whole, sort_keys=True, indent=1).encode() + b"\n"

@@ -1,6 +1,6 @@
 """An optimizer's state as named tensors and JSON, without pickle and bit for bit.
 
-The JSON keeps what it would otherwise change: integer keys, tuples, dtypes and strides.
+The JSON encodes what plain JSON would change: integer keys, tuples, dtypes and strides.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""ViTs with a bias of attention by relative position: timm's `Beit`, of BEiT and BEiT v2."""
+"""ViTs with a relative position bias in attention: timm's `Beit`, of BEiT and BEiT v2."""
 
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ class BiasedViT(PlainViT):
     """timm's `Beit`: a plain ViT whose scores get a learned number for each relative position.
 
     The numbers are gathered for the patches that were embedded last, so an instance serves one
-    forward pass. Recorded attention has them in it; recorded q and k have not.
+    forward pass. Recorded attention includes them; recorded q and k do not.
     """
 
     blocks: ClassVar[tuple[type, ...]] = (Block,)
@@ -42,7 +42,7 @@ class BiasedViT(PlainViT):
             self.seen = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], dim=1)
         table = self.model.rel_pos_bias
         shared = None if table is None else self._gather(table, None)
-        # Of all patches it is as timm's own, without images: another kernel rounds otherwise.
+        # For all patches, drop the image axis as timm does: another kernel rounds differently.
         self.shared = shared[0] if shared is not None and keep is None else shared
         return super().embed(images, keep)
 
@@ -62,7 +62,7 @@ class BiasedViT(PlainViT):
     ) -> BlockRun:
         if self.seen is None:
             return super().run_block(i, tokens, rows, attention, qkv)
-        # A block of timm's adds its table for all patches.
+        # timm's own block would add its table for all patches.
         asked = (i, tokens, rows, attention, qkv)
         if self._checkpoints():
             return BlockRun(*checkpoint(self._walk_block, *asked, use_reentrant=False))
@@ -80,7 +80,7 @@ class BiasedViT(PlainViT):
         return own if shared is None else own + shared
 
     def _gather(self, table: Any, rows: int | None) -> Float[Tensor, "images H rows L"]:
-        """Return a table's numbers for the first ``rows`` tokens (None: all) towards all."""
+        """Return a table's numbers from the first ``rows`` tokens (None: all) to all tokens."""
         index = table.relative_position_index
         if self.seen is None:
             index = index[None, :rows]

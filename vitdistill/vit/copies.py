@@ -1,4 +1,4 @@
-"""Copies of networks, which may hold what they computed from their weights for evaluation."""
+"""Copies of networks, even of those that cache tensors computed from their weights."""
 
 import copy
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 def copy_network(model: nn.Module) -> nn.Module:
     """Copy a network with its weights, wherever it has run."""
-    # timm's LeViT, TinyViT, EfficientFormer and EfficientViT keep their attention biases after a
-    # pass in evaluation; with a history of gradients deepcopy refuses these.
+    # timm's LeViT, TinyViT, EfficientFormer and EfficientViT cache their attention biases in
+    # evaluation; deepcopy refuses these if they have a gradient history.
     return _copy(model, lambda tensor: tensor if tensor.is_leaf else tensor.detach().clone())
 
 
@@ -28,7 +28,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def _copy(model: nn.Module, of_tensor: Callable[[Tensor], Tensor]) -> nn.Module:
-    # deepcopy takes what it finds in ``memo`` for already copied.
+    # deepcopy treats what is in ``memo`` as already copied.
     memo: dict[int, Any] = {}
     for module in model.modules():
         for held in vars(module).values():  # parameters, buffers, and dicts of the module's own

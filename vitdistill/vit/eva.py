@@ -89,7 +89,7 @@ def _bias_of(attn: Any) -> Tensor | None:
 
 
 def _rotate(attn: Any, vectors: Float[Tensor, "B H rows d"], rope: Tensor) -> Tensor:
-    """Turn the vectors of patches; those of prefix tokens have no place and stay."""
+    """Rotate the vectors of patches; prefix tokens have no position and stay."""
     prefix = attn.num_prefix_tokens
     before, patches = vectors[:, :, :prefix], vectors[:, :, prefix:]
     turned = apply_rot_embed_cat(patches, rope[..., : patches.shape[2], :], half=attn.rotate_half)

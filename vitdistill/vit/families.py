@@ -1,4 +1,4 @@
-"""Families of networks: which class sees a network as `run_vit` does."""
+"""Families of networks: which class runs a network for `run_vit`."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ FAMILIES = (PlainViT, RotaryViT, BiasedViT, NaFlexViT)
 
 
 def family_of(model: nn.Module) -> PlainViT | Whole:
-    """Return ``model`` as seen by its family; one outside all families is run whole."""
+    """Return ``model`` wrapped by its family; one outside all families is run whole."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for family in FAMILIES:
         if family.accepts(model):

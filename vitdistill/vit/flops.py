@@ -30,7 +30,7 @@ def forward_flops(model: nn.Module, image_size: tuple[int, int], *, backward: bo
     """Count the FLOPs of a model's own forward pass on one image (a multiply-accumulate is 2).
 
     The pass runs on the meta device; ``backward``: with the backward pass. 0: it cannot be counted,
-    for it reads what its tensors hold.
+    because it reads the values of tensors.
     """
     size = 2  # some batch norms refuse to train on one value a channel
     images = torch.empty(size, 3, *image_size, device="meta")

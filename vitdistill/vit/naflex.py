@@ -16,7 +16,7 @@ class NaFlexViT(PlainViT):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Do as `PlainViT.accepts`; rotary positions are run whole: timm has them as `Eva` too."""
+        """Do as `PlainViT.accepts`, but run rotary positions whole: timm has them as `Eva` too."""
         own = "forward", "forward_features", "forward_head", "_forward_embeds", "_pool"
         known = isinstance(model, NaFlexVit) and runs_as(model, NaFlexVit, *own)
         return known and model.rope is None and type(model.embeds) is NaFlexEmbeds

@@ -33,8 +33,8 @@ class ViTOutput:
     Attributes:
         logits: the prediction that the model's own ``forward`` gives in evaluation.
         head_logits: each head's own, in the order of ``network.heads``, if there are several.
-        hidden: tokens by block, P prefix tokens first, then K patches; patches alone of a network
-            whose class token joins them at the end (CaiT).
+        hidden: tokens by block, P prefix tokens first, then K patches; patches alone if the class
+            token joins them at the end (CaiT).
         attention: by block, float32: how the class token attends to all tokens, or its stand-in,
             see `Network.attention_source`.
         qkv: queries, keys and values by block.
@@ -97,7 +97,7 @@ class ViTOutput:
         return PatchMap(tokens[:, tokens.shape[1] - count :], grid, self.keep)
 
     def first_patches(self, keep: Int[Tensor, "B K"]) -> "ViTOutput":
-        """Return the record of the first K patches that were seen, ``keep``, alone."""
+        """Return the record of only the first K patches seen, which are ``keep``."""
         # Logits still describe all patches; attention cannot be sliced, and nobody reads it here.
         size = self.num_prefix_tokens + keep.shape[1]
         return replace(

@@ -1,4 +1,4 @@
-"""Arithmetic of patches: to the same places in two networks, and how many are kept or masked."""
+"""Patch arithmetic: matching places in two networks, and how many are kept or masked."""
 
 import math
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class PatchMap:
     keep: Int[Tensor, "B K"] | None = None
 
     def at(self, places: "PatchMap") -> Float[Tensor, "B M D"]:
-        """Return this map's vectors where ``places`` has its own.
+        """Return this map's vectors at the patches of ``places``.
 
-        This map has to be whole, or of the very same patches.
+        This map must be whole, or of the very same patches.
         """
         if self.keep is not None:
             assert self.keep is places.keep and self.grid == places.grid
@@ -52,7 +52,7 @@ def resample_patches(
     """
     if grid == to_grid:
         return vectors
-    # One product, of which torch's interpolation gives the weights: its own backward pass is ten
+    # One matrix product with the weights of torch's interpolation, whose own backward pass is ten
     # times slower, and adds in any order on a GPU.
     with full_precision(vectors):
         return _weights(grid, to_grid, vectors.device) @ vectors.float()
@@ -65,7 +65,7 @@ _KNOWN: dict[tuple[Any, ...], Tensor] = {}
 def _weights(
     grid: tuple[int, int], to_grid: tuple[int, int], device: torch.device
 ) -> Float[Tensor, "M N"]:
-    """Return what each place of a grid adds to each place of another; made once."""
+    """Return the weight of each place of a grid in each place of another; cached."""
     key = grid, to_grid, device
     if key not in _KNOWN:
         each = torch.eye(grid[0] * grid[1]).unflatten(1, grid)[:, None]
@@ -75,9 +75,9 @@ def _weights(
 
 
 def top_patches(scores: Float[Tensor, "B N"], count: int) -> Int[Tensor, "B {count}"]:
-    """Return the patches of the highest scores, highest first; of equal ones the first.
+    """Return the patches of the highest scores, highest first; of equal ones, the first.
 
-    On every device alike, which `torch.topk` is not.
+    Every device gives the same, unlike with `torch.topk`.
     """
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
@@ -88,7 +88,7 @@ def gather_patches(
     """Return the rows of ``values`` at the kept patches; all of them if ``keep`` is None."""
     if keep is None:
         return values
-    # Its backward pass adds where it read, while that of an index sorts all of it first.
+    # The backward pass of gather adds in place; that of indexing sorts all indices first.
     index = keep.reshape(*keep.shape, *(1,) * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
     return values.gather(1, index)
 

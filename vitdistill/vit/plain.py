@@ -125,7 +125,7 @@ class PlainViT:
     ) -> BlockRun:
         """Run block ``i``, for its first ``rows`` output tokens or (None) for all.
 
-        ``attention`` and ``qkv`` ask for the record of these. Attention is float32, computed from
+        ``attention`` and ``qkv`` say what to record. Attention is float32, computed from
         the block's own q and k; see `Network.attention_source` for what stands for the class token.
         """
         block: Any = self.model.blocks[i]
@@ -143,7 +143,7 @@ class PlainViT:
         return BlockRun(block(tokens, **extra))
 
     def _checkpoints(self) -> bool:
-        """Whether activations are computed again backward, to save memory."""
+        """Whether the backward pass recomputes activations, to save memory."""
         model = self.model
         return bool(model.grad_checkpointing and model.training and torch.is_grad_enabled())
 
@@ -343,7 +343,7 @@ def project_qkv(
 def project_jointly(
     attn: Any, x: Tensor, rows: int | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `project_qkv` does, of an attention that does not norm."""
+    """Do `project_qkv` for attention without norms."""
     weight = attn.qkv.weight
     if rows is None:
         q, k, v = split_heads(attn, F.linear(x, weight, bias), 3)

@@ -19,9 +19,9 @@ class Whole:
     Its "blocks" are its feature stages, whose maps come from timm's ``forward_intermediates``;
     width and grid may differ from stage to stage. Prefix tokens are recorded where timm gives them:
     at every stage (TNT, ViTs with a forward of their own), or in the features alone, for a class
-    token that joins the patches at the end (CaiT, XCiT, VOLO, PiT). Of several scales with a class
-    token each (CrossViT, CoaT) none is read. A network whose
-    stages alone are read stops after the last of them.
+    token that joins the patches at the end (CaiT, XCiT, VOLO, PiT). If several scales have a class
+    token each (CrossViT, CoaT), none is read. If only stages are read, the network stops after the
+    last of them.
 
     Attributes:
         network: the description of the model.
@@ -59,7 +59,7 @@ class Whole:
         except Exception as error:  # whatever somebody's code raises
             if not images.is_meta:
                 raise
-            if not needs.hidden and not needs.features:  # its logits cost what is not counted
+            if not needs.hidden and not needs.features:  # the cost of its logits is not counted
                 blank = images.new_empty(len(images), self.network.num_classes)
                 return ViTOutput(logits=blank.requires_grad_(), network=self.network)
             what = f"the cost of what is read of a {type(self.model).__name__} cannot be counted"
@@ -95,7 +95,7 @@ class Whole:
         )
 
     def _features(self, final: Any, last: Any) -> Float[Tensor, "B L D"]:
-        """Return the output of ``forward_features`` as tokens, or ``last`` if it is no such map."""
+        """Return the output of ``forward_features`` as tokens, or ``last`` if its shape differs."""
         patches = _as_tokens(last[0] if isinstance(last, tuple) else last)
         final = getattr(final, "features", final)  # where it holds the logits too
         prefix, count = self.network.num_prefix_tokens, patches.shape[1]
@@ -115,7 +115,7 @@ class Whole:
 
 
 def _mean(answer: Any) -> Tensor:
-    """Return one answer of a distilled hybrid, which gives one a head in training."""
+    """Return the mean answer of a distilled hybrid, which in training gives one a head."""
     if isinstance(answer, tuple):
         answer = sum(answer) / len(answer)
     mean: Tensor = answer
@@ -123,7 +123,7 @@ def _mean(answer: Any) -> Tensor:
 
 
 def _class_token(model: nn.Module) -> Tensor | None:
-    # NaFlexVit has its tokens in a module, and transformers' networks where they like.
+    # NaFlexVit keeps its tokens in a module, and transformers' networks anywhere.
     token = getattr(getattr(model, "embeds", model), "cls_token", None)
     return token if isinstance(token, Tensor) and token.ndim == 3 else None
 
@@ -132,7 +132,7 @@ def _prefix_tokens(model: Any) -> tuple[int, bool]:
     """Return how many tokens precede the patches, and whether they do so at every stage."""
     count = int(getattr(model, "num_prefix_tokens", 0) or 0)
     if "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters:
-        return count, count > 0  # without any, timm's `Eva` fails where it is asked for them
+        return count, count > 0  # timm's `Eva` without any fails if asked for them
     token = _class_token(model)
     return (0 if token is None else token.shape[1]), False
 

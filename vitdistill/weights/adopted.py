@@ -1,7 +1,7 @@
-"""Networks of anybody: a module or a callable, told apart from timm's by nothing it can be asked.
+"""Any module or callable as a network with the attributes of timm's.
 
-`adopt` lets a network answer two blank images and writes down what timm's networks say of
-themselves: ``num_classes``, ``num_features`` and ``pretrained_cfg``.
+`adopt` runs a network on two blank images and sets what timm's networks have: ``num_classes``,
+``num_features`` and ``pretrained_cfg``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ class Called(nn.Module):
     Args:
         call: gets images as its ``pretrained_cfg`` says, float32, on the device of the run; may
             answer with a tensor, an array or nested lists.
-        name: of it, for messages.
+        name: its name in messages.
         sha256: of the file it comes from; it stands for its weights.
     """
 
@@ -65,13 +65,13 @@ class Called(nn.Module):
 def adopt(
     network: Any, name: str, cfg: Mapping[str, Any] | None = None, size: Any = None
 ) -> nn.Module:
-    """Return a module that says of itself what timm's do: ``network``, or a `Called` around it.
+    """Return a module with the attributes of timm's: ``network``, or a module around it.
 
     Args:
-        network: a module, or a callable; what it says itself in ``num_classes``, ``num_features``
-            and ``pretrained_cfg`` stays.
-        name: of it, for messages.
-        cfg: what is known of it in place of its own ``pretrained_cfg``, in timm's words.
+        network: a module, or a callable; its own ``num_classes``, ``num_features`` and
+            ``pretrained_cfg`` are kept.
+        name: its name in messages.
+        cfg: entries that override its own ``pretrained_cfg``.
         size: height and width of its images, or one number, pixels; None: its own, or 224.
     """
     model: Any = network
@@ -104,7 +104,7 @@ def adopt(
 
 
 def _count_answers(model: nn.Module, name: str, size: tuple[int, int]) -> int:
-    """Let a network answer two blank images, and return in how many classes."""
+    """Run a network on two blank images, and return how many classes it answers in."""
     training = [module for module in model.modules() if module.training]
     weight = next(model.parameters(), torch.empty(0, device="cpu"))
     try:

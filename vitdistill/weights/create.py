@@ -107,7 +107,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def carries_weights(name: str) -> bool:
-    """Return whether a network of this name comes with weights, or is left to its own error."""
+    """Return whether this name comes with weights; also True if unknown, which fails later."""
     if name.startswith(TORCHVISION):
         return False
     return _split(name)[0] != "timm" or not is_model(name.partition(".")[0])
@@ -123,7 +123,7 @@ def describe(name: str, model_args: Mapping[str, Any]) -> tuple[str, dict[str, A
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return where a network comes from, ``timm``, ``folder`` or ``hub``, and its place there."""
+    """Return a network's source (``timm``, ``outside``, ``folder``, ``hub``) and place there."""
     scheme, colon, rest = name.partition(":")
     if colon and scheme in ("hf-hub", "hf_hub"):
         return "hub", rest
@@ -139,7 +139,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def read_saved(name: str) -> Saved | None:
-    """Return what is saved in a folder or on the hub; None for a plain timm name."""
+    """Return what is saved in a folder or on the hub; None for any other name."""
     source, place = _split(name)
     if source == "folder":
         return read_folder(Path(place))
@@ -164,7 +164,7 @@ def _check_name(name: str, pretrained: bool) -> None:
 
 
 def _near(name: str) -> str:
-    """Return what to say of a name that timm does not know."""
+    """Return a hint for a name that timm does not know."""
     if name in list_torchvision():
         return f"name torchvision's by {TORCHVISION}{name}"
     start = name.lower().replace("-", "_")
@@ -211,7 +211,7 @@ def _build_timm(
 ) -> nn.Module:
     _check_name(name, pretrained)
     fixed = (cfg or {}).get("fixed_input_size", _default_cfg(name).fixed_input_size)
-    # timm says of Sapiens2 that it takes any size, and builds it for one.
+    # timm says that Sapiens2 takes any size, but builds it for one.
     fixed = fixed or is_model_in_modules(name.partition(".")[0], ("eva",))
     if not fixed and not build.keys() & {"strict_img_size", "dynamic_img_size"}:
         # Fully convolutional: it takes any size, and no argument for it.
@@ -250,7 +250,7 @@ def _record_input(model: nn.Module, size: Any, in_chans: int | None) -> None:
 def _check_grid(name: str, model: nn.Module) -> None:
     embed: Any = getattr(model, "patch_embed", None)
     patch, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
-    if isinstance(model, NaFlexVit):  # built for no size
+    if isinstance(model, NaFlexVit):  # built for any size
         cfg: Any = model.pretrained_cfg
         embed, patch, size = model.embeds, model.embeds.patch_size, cfg["input_size"][1:]
     if not patch or not size or getattr(embed, "dynamic_img_pad", False):
@@ -288,7 +288,7 @@ def _num_answers(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 
 
 def _set_normalisation(model: nn.Module, state: Mapping[str, Tensor], name: str) -> list[str]:
-    """Normalise as ImageNet where the file is a masked autoencoder's; return what to say of it."""
+    """Normalise as ImageNet for a masked autoencoder's or torchvision's file; return notes."""
     # A timm name decides the normalisation, but a plain ViT's file without a classifier need not be
     # of the network that the name stands for, and torchvision's is not.
     cfg = getattr(model, "pretrained_cfg", None) or {}

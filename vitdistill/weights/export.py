@@ -70,7 +70,7 @@ def export_timm(
 
     Raises:
         ConfigError: the folder holds something else, or the arguments do not rebuild the network.
-        DataError: the weights do not load, or load as others.
+        DataError: the weights do not load, or load with other values.
     """
     final = Path(folder)
     network = _unwrapped(model)
@@ -131,7 +131,7 @@ def _config(
 ) -> dict[str, Any]:
     cfg = getattr(network, "pretrained_cfg", None) or {}
     num_classes = int(network.num_classes)  # type: ignore[arg-type]
-    # A network that is only asked needs none of training's arguments (drop_path_rate, ...).
+    # Inference needs none of training's arguments (drop_path_rate, ...).
     args = {k: v for k, v in args.items() if v is not None and not re.search(r"drop.*_rate$", k)}
     dynamic = bool(args.get("dynamic_img_size")) or args.get("strict_img_size") is False
     embed_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
@@ -277,7 +277,7 @@ def export_pt2(
 def _tracing(
     model: nn.Module, path: str | os.PathLike[str], spec: InputSpec, kind: str
 ) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield a copy of the network to trace, and images; what fails inside says so of ``kind``."""
+    """Yield a copy of the network to trace, and images; errors inside name ``kind``."""
     network = copy_network(_unwrapped(model)).to("cpu", torch.float32).eval()
     check_finite(network.state_dict(), f"the network for {path}")
     try:
@@ -295,14 +295,14 @@ def _write_equal(
     exported: Callable[[Tensor], Tensor],
     images: Tensor,
 ) -> float:
-    """Write the exported network if it answers as the one it was made of; return its distance.
+    """Write the exported network if it answers as the original does; return the distance.
 
     That is the largest absolute difference of logits over batches of 1 and 3.
     """
     off = 0.0
     for batch in (images[:1], torch.cat([images, images[:1].flip(-1)])):
         distance = (exported(batch) - _answers(network, batch)).abs().max().item()
-        if not distance <= TOLERANCE:  # NaN is not
+        if not distance <= TOLERANCE:  # NaN fails too
             far = f"{distance:.3g} away from torch's, more than {TOLERANCE:g}"
             what = f"the {kind} network's logits are {far}; nothing was written"
             raise DataError(what, "export for timm")

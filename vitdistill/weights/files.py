@@ -30,15 +30,15 @@ _LAST = ("state_dict", "model_state_dict", "model_state", "model", "net", "netwo
 _WRAPPERS = (*_AVERAGES, *_LAST, "params", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
 _PICKLES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
-# Of Lightning's modules and the like, and of transformers' around a network of timm's.
+# Prefixes of Lightning's modules and the like, and of transformers' wrapper of timm's networks.
 _ATTRIBUTES = ("model.", "net.", "network.", "backbone.", "timm_model.")
 
 
 def load_state_dict(path: str | os.PathLike[str], own: Collection[str] = ()) -> dict[str, Tensor]:
     """Read the tensors of a weights file, on the CPU, without a training script's wrappers.
 
-    Reads ``.safetensors``, and ``.pth .pt .bin .tar .ckpt`` of tensors only; else `DataError`. What
-    is in ``own``, the names in a network's own, is not taken for a wrapper's.
+    Reads ``.safetensors``, and ``.pth .pt .bin .tar .ckpt`` of tensors only; else `DataError`.
+    Names in ``own``, the network's, are not taken for a wrapper's.
     """
     check_is_file(path)
     file = Path(path)
@@ -48,7 +48,7 @@ def load_state_dict(path: str | os.PathLike[str], own: Collection[str] = ()) -> 
     if file.suffix not in (".safetensors", *_PICKLES):
         what = f"{file} is no weights file that can be read"
         raise DataError(what, fix="convert to .safetensors")
-    # Some publish safetensors under a name of PyTorch's: the content tells.
+    # Some publish safetensors under PyTorch's suffixes: the content tells.
     is_safe = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size - 8
     if file.suffix != ".safetensors" and not is_safe:
         return _unwrapped(file, _read_pickle(file), own)
@@ -102,7 +102,7 @@ def _read_pickle(file: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
-    # A damaged file fails in another place of the reader each time (struct.error, KeyError, ...).
+    # A damaged file may fail anywhere in the reader (struct.error, KeyError, ...).
     except Exception as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if "TorchScript" in str(error) or (asked and isinstance(error, pickle.UnpicklingError)):
@@ -119,7 +119,7 @@ def _unreadable(file: Path, error: Exception) -> DataError:
 
 
 def _converter(file: Path, keys: Sequence[str] = _WRAPPERS) -> str:
-    """Return a command that takes from a pickle what `_unwrapped` would, or is under ``keys``."""
+    """Return a command that extracts what `_unwrapped` would, or what is under ``keys``."""
     code = (
         "import sys, torch, safetensors.torch as s; "
         'd = torch.load(sys.argv[1], map_location="cpu", weights_only=False); '

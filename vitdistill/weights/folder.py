@@ -27,9 +27,9 @@ CONFIG = "config.json"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 _SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MOST_CONFIG = 64 * 2**20  # bytes
-_MOST = {"depth": 1000, "num_classes": 10**7}  # of a network that a config.json may ask for
+_MOST = {"depth": 1000, "num_classes": 10**7}  # that a config.json may ask for
 
-# What timm's config says about where weights came from: they come from the folder.
+# timm's fields for where weights come from: here they come from the folder.
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "source")
 
 
@@ -38,7 +38,7 @@ class Saved:
     """What a config.json says of a network: timm's architecture, arguments and ``pretrained_cfg``.
 
     ``fetch`` gets another file of the same place, or None; ``digest`` is the sha256 of weights that
-    we exported, and ``record`` what we said of them; ``notes`` are to be said when its weights are
+    we exported, and ``record`` what we said of them; ``notes`` are logged when its weights are
     loaded.
     """
 
@@ -53,7 +53,7 @@ class Saved:
 
     @property
     def num_classes(self) -> int:
-        """The classes its weights answer in; 0: none."""
+        """The number of classes its weights answer in; 0: none."""
         return int(self.cfg.get("num_classes", 1000))
 
     @property
@@ -65,7 +65,7 @@ class Saved:
         return (int(size[0]), int(size[1])) if len(size) == 2 else None
 
     def load_weights(self, own: Collection[str]) -> tuple[dict[str, Tensor], str]:
-        """Return its tensors, for a network that calls its ``own``, and where they are.
+        """Return its tensors, for a network whose names are ``own``, and where they are.
 
         `DataError` if they are not what was exported.
         """
@@ -120,7 +120,7 @@ def _download(place: str, filename: str) -> Path | None:
     try:
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
     except (OSError, ValueError, RuntimeError, EntryNotFoundError) as error:
-        # Without network, "not in the cache" is an EntryNotFoundError too, and says nothing.
+        # Offline, "not in the cache" is an EntryNotFoundError too, and proves nothing.
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         what = f"hf-hub:{place} cannot be reached ({first_line(error)})"

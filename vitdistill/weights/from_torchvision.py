@@ -19,7 +19,7 @@ def list_torchvision() -> list[str]:
 
 
 def as_timms(name: str, args: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return timm's name and arguments of the same network; those given where timm has none."""
+    """Return timm's name and arguments of the same network; unchanged if timm has none."""
     bare = name.removeprefix(NAME)
     if bare == name or bare not in _VITS:
         return name, dict(args)

@@ -1,6 +1,6 @@
-"""Hugging Face's networks: their config, and the tensors' names of those that timm's plain ViT is.
+"""Hugging Face's networks: their config, and tensor names where timm's plain ViT is the same.
 
-One thing differs: timm's norms add 1e-6 to the variance, as the networks did from which the
+One thing differs: timm's norms add 1e-6 to the variance, as did the networks from which the
 published files were converted. Hugging Face's config.json says 1e-12, which moves the last digits
 of the answers.
 
@@ -33,7 +33,7 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _BASES = ("vit.", "deit.", "ijepa.", "dinov2.", "dinov2_with_registers.", "")
 PATCHES = tuple(f"{base}embeddings.patch_embeddings.projection.weight" for base in _BASES)
 PATCHES += ("conv_proj.weight",)  # torchvision's ViT
-# What timm's plain ViT is told besides sizes, to have the layout of these.
+# Arguments, besides sizes, that give timm's plain ViT the layout of these.
 _KINDS: dict[str, dict[str, Any]] = {
     "vit": {},
     "vit_mae": {},
@@ -147,7 +147,7 @@ def read_config(
 def _as_timms(
     kind: str, said: Mapping[str, Any], config: Mapping[str, Any], cfg: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Return timm's plain ViT of the same layout and its arguments; no arguments: there is none."""
+    """Return timm's plain ViT of the same layout and its arguments; empty if there is none."""
     heads = str(config.get("architectures") or "")
     # DINOv2's classifier reads the class token beside the mean of the patches.
     other_head = kind.startswith("dinov2") and "ForImageClassification" in heads

@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
     """Load a file's tensors into a network; log what was done to them, and ``notes``, in one line.
 
-    What does not fit as it is goes through `convert` and then through the converter that timm has
-    for public files of the network's family. `DataError` names the first keys that differ.
+    They go through `convert` and, if they still do not fit, through timm's converter for public
+    files of the network's family. `DataError` names the first keys that differ.
     """
     model, name = target.model, target.name
     raw = state
@@ -31,7 +31,7 @@ def load_into(target: Target, state: State, notes: Sequence[str] = ()) -> None:
         made = _converted(model, named)
         converted, more = convert(target, made)
         if _difference(model, converted):
-            # A sentence about the file as it is says more than one about a failed conversion.
+            # An error about the original file says more than one about a failed conversion.
             raise _misfit(model, state, name)
         state, said = converted, [*dict.fromkeys([*said, *more])]
         if type(model).__module__.startswith("timm."):
@@ -100,6 +100,6 @@ def _converted(model: nn.Module, state: State) -> State:
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in known else {}
     try:
         return dict(converter(dict(state), model, **options))
-    # It indexes whatever keys it expects of public files: any failure says that this is none.
+    # It indexes the keys it expects in public files: any failure means that this is not one.
     except Exception:
         return {}

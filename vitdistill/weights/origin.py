@@ -1,10 +1,10 @@
 """Where weights came from, and under which licence: what every export carries on.
 
 A record is plain JSON: ``model``, and where they are known ``weights``, ``license``, ``url`` and
-``weights_sha256``; of a file under one of timm's names ``registry_license``, that of timm's own
-weights. A network that this product trained has ``began_from`` and ``teachers``
-besides, which are records in turn. What is not known is left out, and nothing is guessed: an
-architecture's entry in timm's registry says nothing of other weights.
+``weights_sha256``; for a file under one of timm's names, ``registry_license`` is that of timm's own
+weights. A network that this product trained also has ``began_from`` and ``teachers``, which are
+records in turn. What is not known is left out, and nothing is guessed: an architecture's entry in
+timm's registry says nothing of other weights.
 """
 
 import os

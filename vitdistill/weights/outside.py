@@ -36,7 +36,7 @@ def is_outside(name: str) -> bool:
 
 
 def is_program(name: str) -> bool:
-    """Return whether a network's name is that of a file which holds what it computes."""
+    """Return whether a network's name is that of a file that runs, such as ONNX."""
     return name.endswith((".onnx", ".pt2", *_SCRIPTS))
 
 
@@ -75,7 +75,7 @@ def build_outside(
 
 
 def _taken(factory: Callable[..., Any], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out of ``args`` what a network need not take: the number of classes, the size."""
+    """Drop from ``args`` the number of classes and the size if ``factory`` does not take them."""
     parameters = inspect.signature(factory).parameters
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     optional = () if takes_all else {"num_classes", "img_size"} - parameters.keys()
@@ -85,7 +85,7 @@ def _taken(factory: Callable[..., Any], args: Mapping[str, Any]) -> dict[str, An
 def _find_factory(name: str, own_code_only: bool) -> Callable[..., Any]:
     """Import what ``package.module:factory`` names, from the current directory too.
 
-    ``own_code_only``: a config.json names it, which anybody may have written, with its arguments.
+    ``own_code_only``: name and arguments are from a config.json, which anybody may have written.
     """
     module_name, _, attribute = name.partition(":")
     here = Path.cwd()

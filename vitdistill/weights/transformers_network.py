@@ -61,7 +61,7 @@ class TransformersNetwork(nn.Module):
         if states[-1].ndim == 3:
             rows, columns = self._grid(image_size)
             self.num_prefix_tokens = states[-1].shape[1] - rows * columns
-        if self.num_prefix_tokens:  # the first; its place alone is asked for
+        if self.num_prefix_tokens:  # the class token; only its presence matters
             self.cls_token = torch.empty(1, 1, self.num_features, device="meta")
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
@@ -135,7 +135,7 @@ def build_transformers(
 ) -> TransformersNetwork:
     """Build a network of transformers from what its config.json holds, with random weights.
 
-    ``num_classes``: None: as it says itself; 0: none.
+    ``num_classes``: None: as the config says; 0: none.
     """
     try:
         library = importlib.import_module("transformers")

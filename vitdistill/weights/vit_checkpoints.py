@@ -83,10 +83,10 @@ def classifier_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def calm_classifier(model: nn.Module) -> None:
-    """Begin a new classifier as small as a ViT's, if it is larger, in place.
+    """Scale a new classifier's weights down to a ViT's, if they are larger, in place.
 
     Some CNNs begin certain of one class (EfficientNet: a loss of 11 over ten classes), and the
-    gradients of that spoil what was learnt below.
+    resulting gradients spoil the pre-trained layers.
     """
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
@@ -106,7 +106,7 @@ def _rename(target: Target, state: State) -> Converted:
 
 
 def _drop_decoder(target: Target, state: State) -> Converted:
-    # A mask token alone is DINOv2's, which timm's converter knows by it.
+    # A mask token alone is DINOv2's, and tells timm's converter so.
     has_decoder = any(key.startswith("decoder_") for key in state)
     if not has_decoder or hasattr(target.model, "decoder_pred"):
         return None
@@ -117,15 +117,15 @@ def _drop_decoder(target: Target, state: State) -> Converted:
 
 
 def _drop_pools(target: Target, state: State) -> Converted:
-    # ViTModel's pooler is of no network of timm's, an attention pool only of those that have one.
+    # No network of timm's has ViTModel's pooler, and only some have an attention pool.
     pools = "pooler." if target.model.attn_pool is not None else ("pooler.", "attn_pool.")
     kept = _without(state, pools)
     return (kept, "its pooling layer is not used") if len(kept) < len(state) else None
 
 
 def _check_patches(target: Target, state: State) -> Converted:
-    # timm's converter resamples patches of another size, which nothing notices in a network that
-    # answers as it is, or in an encoder.
+    # timm's converter resamples patches of another size, which would go unnoticed in a network
+    # that keeps its head, or in an encoder.
     theirs, own = state.get(_PATCHES), target.model.state_dict().get(_PATCHES)
     if theirs is None or own is None or theirs.ndim != 4 or own.ndim != 4:
         return None
@@ -140,7 +140,7 @@ def _check_patches(target: Target, state: State) -> Converted:
 
 
 def _start_head(target: Target, state: State) -> Converted:
-    """Use the network's new head, and the norm in it, as far as the file has none that fits."""
+    """Use the network's new head, with its norm, where the file has none that fits."""
     classifier, own = classifier_of(target.model), target.model.state_dict()
     theirs = [key for key in state if key.startswith(classifier)]
     others = [key for key in theirs if key not in own or own[key].shape[:1] != state[key].shape[:1]]
@@ -188,7 +188,7 @@ def _resample_positions(target: Target, state: State) -> Converted:
 
 
 def _grid_of(target: Target, grid: tuple[int, int], count: int) -> tuple[int, int]:
-    """Return the rows and columns in which a file's ``count`` patches lie; do not guess."""
+    """Return the rows and columns of a file's ``count`` patches; raise rather than guess."""
     own_size: Any = getattr(target.model.patch_embed, "img_size", None)
     if target.image_size is not None and own_size:
         known = zip(target.image_size, own_size, grid, strict=True)

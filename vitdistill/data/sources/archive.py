@@ -90,7 +90,7 @@ class TarSource(FileSource):
     def _index(self) -> tuple[dict[str, tuple[int, int]], list[str]]:
         """Read ``{member name: (offset, bytes)}`` of the files, and the names of the folders.
 
-        What is not hidden counts; a member that is no plain file has -1 bytes.
+        Hidden members are left out; one that is not a plain file has -1 bytes.
         """
         file = self._open()
         length = os.fstat(file.fileno()).st_size
@@ -118,7 +118,7 @@ class TarSource(FileSource):
 
 
 def _split_prefix(name: str, members: list[str], split: Split) -> tuple[str, tuple[str, ...]]:
-    """Find the folder of the split, with a slash, or the one root; and do `choose_split`."""
+    """Do `choose_split`, in the one root if there is one; return the folder with a slash."""
     tops = {member.split("/", 1)[0] for member in members}
     nested = all("/" in member for member in members)
     is_split = ALL_SPLIT_NAMES & {top.lower() for top in tops}

@@ -141,8 +141,8 @@ class PartSource(IndirectSource):
 def is_hidden(path: str) -> bool:
     """Whether the file or folder at ``path``, inside a source, belongs to a tool or a system.
 
-    That is the case where a name on the way begins with a dot (``.cache``, ``._photo.png``) or is
-    one that systems give to folders of their own.
+    It does if a part of the path begins with a dot (``.cache``, ``._photo.png``) or is the name of
+    a system folder.
     """
     return any(part.startswith(".") or part in _OF_SYSTEMS for part in path.split("/"))
 
@@ -150,7 +150,7 @@ def is_hidden(path: str) -> bool:
 def find_images(paths: Iterable[str], read_head: Callable[[str], bytes]) -> tuple[list[str], str]:
     """Choose the images among files, and say how many others there are.
 
-    A name without a suffix is looked into: ``read_head`` gives its first bytes.
+    A file without a suffix is judged by its first bytes, from ``read_head``.
     """
     images, others = [], Counter[str]()
     for path in paths:
@@ -210,7 +210,7 @@ class FileSource(EncodedSource):
 
     @abstractmethod
     def _size(self, path: str) -> int:
-        """Return the bytes of a file. Raises `DataError` for what is none."""
+        """Return a file's size in bytes. Raises `DataError` for what is no file."""
 
     def key(self, i: int) -> str:
         return self._keys[i]
@@ -220,9 +220,9 @@ class FileSource(EncodedSource):
 
 
 def choose_split(name: str, split: Split, found: Collection[str]) -> tuple[str, tuple[str, ...]]:
-    """Choose the split's among the names at a place, and say which is taken for it.
+    """Choose the split's name among those ``found``; return it with a note if it is another.
 
-    "", all of the place, for training where no name is a split's. Raises `MissingSplit`.
+    For training, if no name is a split's, choose "": the whole place. Raises `MissingSplit`.
     """
     known = {other.lower(): other for other in sorted(found)}
     if split == "train" and not ALL_SPLIT_NAMES & known.keys():

@@ -43,7 +43,7 @@ def decode_image(data: bytes | Path, name: str) -> Image.Image:
     """
     with _opened(data, name) as image:
         if image.format == "PNG":
-            # Pillow reads pixels without a look at their checksums.
+            # Pillow reads pixels without checking their checksums.
             with _opened(data, name) as twin:
                 twin.verify()
         image.load()
@@ -57,7 +57,7 @@ def image_size(data: bytes | Path, name: str) -> tuple[int, int]:
     with _opened(data, name) as image:
         width, height = image.size
         with suppress(Exception):
-            # A TIFF is turned by Pillow, in its header's size and in its pixels.
+            # Pillow turns a TIFF by itself, both the header's size and the pixels.
             turn = image.getexif().get(ExifTags.Base.Orientation, 1)
             if image.format != "TIFF" and turn in (5, 6, 7, 8):
                 return height, width
@@ -66,7 +66,7 @@ def image_size(data: bytes | Path, name: str) -> tuple[int, int]:
 
 @contextmanager
 def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
-    """Open an image; whatever goes wrong with it inside the ``with`` block names it."""
+    """Open an image; any error inside the ``with`` block names it."""
     try:
         size = len(data) if isinstance(data, bytes) else os.path.getsize(data)
         if not 0 < size <= MAX_BYTES:

@@ -69,7 +69,7 @@ def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _real_parents(folder: str, root: str) -> set[str]:
-    """Return where ``folder`` and those around it, up to ``root``, really are."""
+    """Return the real paths of ``folder`` and its parents up to ``root``."""
     inside = os.path.relpath(folder, root).split(os.sep)
     return {os.path.realpath(os.path.join(root, *inside[:i])) for i in range(len(inside) + 1)}
 

@@ -34,8 +34,8 @@ class JoinedSource(IndirectSource):
 def join(labelled: ImageSource, others: ImageSource, val: ImageSource | None) -> ImageSource:
     """Join images without labels to the labelled ones of a run.
 
-    What is a labelled or a validation image too is left out of them, with a note. Raises
-    `DataError` where nothing is left.
+    Those that are also labelled or validation images are left out, with a note. Raises `DataError`
+    if nothing is left.
     """
     known = (labelled,) if val is None else (labelled, val)
     copies = np.unique(np.concatenate([find_copies(others, source) for source in known]))

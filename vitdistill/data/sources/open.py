@@ -26,10 +26,10 @@ def open_source(
     classes: tuple[str, ...] | None = None,
     val_split: float | None = None,
 ) -> ImageSource:
-    """Open a ``split`` of the images at ``location``; with ``classes``, in these or some of them.
+    """Open a ``split`` of the images at ``location``; ``classes`` number its labels, if given.
 
-    What ``location`` may be is in docs/images.md. ``val_split`` is the fraction of each class's
-    training images that are validation images, where there are no others.
+    See docs/images.md for ``location``. ``val_split`` is the fraction of each class's training
+    images to hold out for validation, if there are no validation images.
 
     Raises `MissingSplit` when the split is absent or ``val`` has no labels to evaluate with,
     `DataError` when images or classes are missing or damaged, and `ConfigError` for options

@@ -133,9 +133,9 @@ def _is_table(path: Path) -> bool:
 
 
 def _files_in_use(folder: Path, name: str) -> Collection[str]:
-    """Return the files that ``datasets`` counts in a folder; ``name`` alone where it says nothing.
+    """Return the files that ``datasets`` lists for a folder; without a list, ``name`` alone.
 
-    Beside them lie what ``map`` and ``shuffle`` kept, and parts of earlier versions.
+    Others are caches of ``map`` and ``shuffle``, and parts of earlier versions.
     """
     try:
         state = json.loads((folder / "state.json").read_bytes())
@@ -154,9 +154,9 @@ def _is_table_folder(root: Path) -> bool:
 
 
 def _files_of_split(root: Path, split: Split) -> tuple[list[Path], tuple[str, ...]]:
-    """Find the files whose name or folder says the split, and do `choose_split`.
+    """Do `choose_split`, and return the files whose path names that split.
 
-    Where no file says any split, all of them are training data.
+    If no path names any split, all files are training data.
     """
     files = sorted(p for p in root.rglob("*") if _is_table(p)) if root.is_dir() else [root]
     place = root if root.is_dir() else root.parent
@@ -250,7 +250,7 @@ def _labels(name: str, table: Any, label: str | None) -> tuple[tuple[str, ...], 
     said = _features(table.schema).get(label, {}).get("names")
     names = said or sorted(v for v in set(values) if is_text or v >= 0)
     classes = tuple(map(str, names))
-    # Numbers beside names from the schema are the places of those names.
+    # With names from the schema, numbers are indices into them.
     places = range(len(names)) if said and not is_text else names
     index = {value: i for i, value in enumerate(places)}
     labels = np.array([index.get(v, -1) for v in values], dtype=np.int64)

@@ -14,7 +14,7 @@ from .randaugment import Policy, apply_operation
 
 
 def can_batch(augment: Augment) -> bool:
-    """Whether `BatchViews` has all of ``augment``: RandAugment, and no jitter of colours."""
+    """Whether `BatchViews` supports all of ``augment``: RandAugment, but no colour jitter."""
     return Policy.of(augment.aa) is not None if augment.aa else augment.color_jitter == 0.0
 
 

@@ -32,7 +32,7 @@ def view_checksums(
         done.append(erased_boxes(augment.reprob, shown, height, width))
     if augment.mixes:
         lam, cut, boxes = draw_mixing(augment, shown, height, width)
-        # Rounded: a weight's last bits are the business of the numeric library.
+        # Rounded: a weight's last bits depend on the numeric library.
         weight = np.rint(lam * 2**20).astype(np.int64)
         shared = [weight[:, None], cut[:, None].astype(np.int64), boxes * cut[:, None]]
         partners = shown.ids.reshape(-1, 2)[:, ::-1].reshape(-1, 1)

@@ -33,8 +33,8 @@ def erase(
         return images
     boxes = send(np.stack([top, top + h, left, left + w], axis=1), device)
     index = send(rows, device)
-    # Noise of whole images, of which the box is kept: the number of pixels does not depend on the
-    # draws, so nothing here waits for the device.
+    # Draw noise for whole images and keep the box: shapes do not depend on the boxes drawn, so
+    # nothing here waits for the device.
     keys = keyed.to_torch(shown.keys(Stream.ERASE_NOISE)[rows], device)
     address = torch.arange(images[0].numel(), device=device).view(images.shape[1:])
     address = address.expand(len(rows), -1, -1, -1)

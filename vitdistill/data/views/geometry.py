@@ -128,7 +128,7 @@ def _coefficients(
     """
     device = start.device
     length = length.double()[:, None, None]
-    # Divided by a tensor: GPUs take division by a number as a product, which rounds otherwise.
+    # Divide by a tensor: GPUs turn division by a number into a product, which rounds differently.
     scale = length / torch.full_like(length, out_size)
     stretch = scale.clamp(min=1.0)
     support = _SUPPORT[interpolation] * stretch

@@ -241,7 +241,7 @@ def _autocontrast(images: Tensor, ramp: Tensor, value: Tensor) -> Tensor:
     present = _histograms(images) > 0
     low = present.int().argmax(2, keepdim=True)
     high = 255 - present.flip(2).int().argmax(2, keepdim=True)
-    # Tensor by tensor: torch takes a number over a tensor by way of the reciprocal, which is not
+    # Tensor by tensor: torch divides a number by a tensor through the reciprocal, which is not
     # correctly rounded.
     scale = torch.full_like(low, 255, dtype=torch.float64) / (high - low).clamp(min=1)
     stretched = (ramp * scale + -low * scale).clamp(0, 255).trunc().long()

@@ -34,7 +34,7 @@ def normalize(images: UInt8[Tensor, "B 3 H W"], spec: InputSpec) -> Float[Tensor
     """Turn pixels into a network's input: divided by 255, minus mean, over std."""
     constants = torch.tensor([(255.0,) * 3, spec.mean, spec.std], dtype=torch.float32)
     white, mean, std = constants[..., None, None].to(images.device, non_blocking=True)
-    # A tensor of 255s: GPUs take division by a number as a product, which rounds otherwise.
+    # A tensor of 255s: GPUs turn division by a number into a product, which rounds differently.
     return images.float().div_(white).sub_(mean).div_(std)
 
 
