@@ -169,7 +169,8 @@ def staged_dir(final: StrPath, replaces: Collection[str] | None = None) -> Itera
     """Yield a temporary folder to fill with `write_new`; without an error it becomes ``final``.
 
     With ``replaces``, the names of its files, a non-empty ``final`` is replaced as a whole or not
-    at all; without, it is a `DiskError`. After a kill half way, `settle_asides` finishes the work.
+    at all; other files in it stay beside it, in ``.replaced-*``. Without, it is a `DiskError`.
+    After a kill half way, `settle_asides` finishes the work.
     """
     final = Path(final)
     make_dirs(final.parent)

@@ -50,8 +50,9 @@ def create_model(
     """Build a timm network by name, with its weights if asked for; log what was made of them.
 
     Args:
-        name: timm's, ``hf-hub:ORG/NAME``, ``local-dir:FOLDER`` or a folder with a ``config.json``:
-            timm's, which `export_timm` writes, or Hugging Face's of a ViT or ViTMAE.
+        name: timm's, ``torchvision/NAME``, ``hf-hub:ORG/NAME``, ``package.module:factory``, a file
+            that runs (ONNX, ``.pt2``, TorchScript), or a folder with a ``config.json``: timm's,
+            which `export_timm` writes, or Hugging Face's of a ViT or ViTMAE.
         num_classes: another number than the weights' gives a fresh head. Without it, a plain timm
             name gets the ``checkpoint``'s number, 0 for a plain ViT's file without a classifier.
         checkpoint: a weights file, loaded in place of the network's own.

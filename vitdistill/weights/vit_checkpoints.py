@@ -3,7 +3,7 @@
 Masked autoencoders come with a decoder, encoders without a classifier, Hugging Face's files under
 other names, and all of them for another image size. `convert` runs the conversions in order; each
 returns the tensors changed with a note for the user, or None if it does not apply. Networks that
-are no plain ViT get a new head only; timm's own converters do the rest (`load`).
+are not plain ViTs only get a new head; timm's own converters do the rest (`load`).
 """
 
 import math
