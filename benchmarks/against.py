@@ -1,11 +1,11 @@
-"""What a step costs in this tree against another checkout of it, interleaved in one run.
+"""Compare the cost of a step in this tree with that in another checkout, in one run.
 
     git worktree add ../before COMMIT
     python benchmarks/against.py ../before cifar --rounds 9
 
 Each tree's own ``benchmarks/step_cost.py`` builds the steps in a process of its own; the two take
-turns, step by step, in changing order. The clock is the CPU time of the process that runs the step,
-and a step is compared with the same step of the other tree in the same round.
+turns, step by step, in changing order. The clock is the CPU time of the process that runs the step.
+A step is compared with the same step of the other tree in the same round.
 """
 
 import argparse

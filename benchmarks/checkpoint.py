@@ -1,14 +1,13 @@
-"""What a checkpoint costs, against torch.save: writing with digests, syncs and a second reading,
-and loading what is verified.
+"""What saving a checkpoint (digests, syncs, reading back) and loading it (verified) cost, against
+torch.save and torch.load.
 
-    python benchmarks/checkpoint.py                          # the training state of a DeiT-S, in
-    the working folder python benchmarks/checkpoint.py vit_base_patch16_224 --folder /mnt/shared
-    --write
+    python benchmarks/checkpoint.py    # the training state of a DeiT-S, in the working folder
+    python benchmarks/checkpoint.py vit_base_patch16_224 --folder /mnt/shared --write
 
-The state is what a run saves: weights, their moving average and AdamW's two moments, float32. Each
-is written round after round in another order, to a folder that is removed afterwards. The clock is
-wall time, since disks are waited for; the row of torch.save that is synced writes to the disk what
-the row above leaves to the system's cache.
+The state is what a run saves: weights, their moving average and AdamW's two moments, float32. The
+ways to save and load take turns, in another order every round, in a folder that is removed
+afterwards. The clock is wall time, since disks are waited for. The synced torch.save writes to the
+disk what the row above it leaves in the system's cache.
 """
 
 import os

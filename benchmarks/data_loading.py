@@ -1,8 +1,8 @@
 """Training views a second: made in batches, or one by one from decoded images or from files.
 
 ``python benchmarks/data_loading.py photos --size 32`` prints a Markdown table for the small-image
-recipe and DeiT's. One process, one thread, the loader alone: images a second of CPU time (for
-shared machines) and of wall time. ``--workers`` adds rows of loader processes.
+recipe and DeiT's. It times the loader alone, in one process with one thread: images a second of CPU
+time (for shared machines) and of wall time. ``--workers`` adds rows with loader processes.
 """
 
 import argparse

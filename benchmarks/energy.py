@@ -1,12 +1,12 @@
-"""Whether a CNN chooses a ViT teacher's patches well by the energy of its own features.
+"""Whether the energy of a CNN student's features chooses a ViT teacher's patches well.
 
     python benchmarks/energy.py photos --classes 10 --seeds 2
 
-A small ViT is trained on some classes of small images; then a small ConvNeXt learns from it, the
-teacher seeing a part of its patches: those of the highest energy (`saliency="energy"`), random
-ones, those the teacher itself attends to, or all of them. Everything but the choice is equal:
-first weights, batches and shifts by seed. Top-1 on validation images, mean over seeds, with
-the teacher's own top-1 on the patches that were chosen for it. One thread.
+A small ViT is trained on some classes of small images; then a small ConvNeXt learns from it while
+the teacher sees only some patches: those of the highest energy (`saliency="energy"`), random ones,
+those the teacher itself attends to, or all of them. For each seed, initial weights, batches and
+shifts are equal. The table gives top-1 on validation images, its mean over seeds, and the
+teacher's own top-1 on the patches chosen for it. One thread.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SIDE, BATCH = 32, 64
 TEACHER = {"img_size": SIDE, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}
 STUDENT = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}
 STAGE = 1
-"""Of the student: 4 x 4 places on 32 pixels; those after it have 2 x 2 and 1."""
+"""The student's, of 4 x 4 places on 32 pixels; the stages after it have 2 x 2 and 1."""
 
 
 def main() -> None:

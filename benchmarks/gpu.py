@@ -1,14 +1,13 @@
-"""What a GPU does a second: our steps beside timm's on the same work, and the whole loop.
+"""Images a second on a GPU: our steps against timm's on the same work, and the whole loop.
 
     make bench-gpu                                        # five minutes on one GPU
     python benchmarks/gpu.py --device cuda --budget 300 --write
-    python benchmarks/gpu.py --device cpu --tiny          # to its end anywhere, in two minutes
+    python benchmarks/gpu.py --device cpu --tiny          # all of it, anywhere, in two minutes
 
-Parts in order of worth, each with a share of the time; what is known is printed at once, and
-written after every part. All steps of a part run in one process, round after round in another
-order, timed by the device's own events, and are compared with timm's of the same round. Random
-images and weights, bfloat16, one batch that stays on the device; the loop loads its images as a
-user's does.
+The most valuable parts run first, each with a share of the time; results are printed at once, and
+written after every part. All steps of a part run in one process, in another order every round. They
+are timed by the device's own events and compared with timm's of the same round. Random images and
+weights, bfloat16, one batch that stays on the device; the loop loads its images as a user's does.
 """
 
 import json
@@ -42,7 +41,7 @@ from vitdistill.storage.atomic import write_atomic
 from vitdistill.world import choose_device
 
 ALONE, STORED = "ours, student alone", "ours, KD from stored labels"
-TARGETS = {  # images a second, as a ratio to what it is compared with
+TARGETS = {  # the step compared with, and the ratio of images a second
     ALONE: (PLAIN, 1.0),
     "ours, KD": (TASK, 1.05),
     STORED: (PLAIN, 0.95),

@@ -1,6 +1,6 @@
 """Print what this package costs to read: lines, functions, errors, imports.
 
-``python benchmarks/house.py [--path FOLDER]...``: a column for each folder, vitdistill/ by default.
+``python benchmarks/house.py [--path FOLDER]...`` prints a column per folder; default vitdistill/.
 """
 
 import argparse

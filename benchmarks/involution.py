@@ -1,14 +1,14 @@
-"""What our involution costs against the naive one, which unfolds the image: CPU time and extra
-memory, interleaved.
+"""What our involution costs in CPU time and extra memory, against the naive one, which unfolds the
+image.
 
     python benchmarks/involution.py            # about three minutes
-    python benchmarks/involution.py --write    # and keep the table in benchmarks/results/
+    python benchmarks/involution.py --write    # keep the table in benchmarks/results/
 
-Both are the same module with the same weights, the small convolutions that make the kernels
-included; only the sum over the neighbourhood differs. They run in one process, one after another,
-round after round, and are compared within a round. The clock is the CPU time of this process. Extra
-memory is the most that torch held at once beyond inputs and weights, as its profiler saw every
-allocation. Random images, float32, one thread; "training" is forward and backward.
+Both are the same module with the same weights, including the small convolutions that make the
+kernels; only the sum over the neighbourhood differs. They take turns in one process and are
+compared within a round. The clock is the CPU time of this process. Extra memory is the most that
+torch held at once beyond inputs and weights, by its profiler. Random images, float32, one thread;
+"training" is forward and backward.
 """
 
 import random

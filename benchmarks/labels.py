@@ -1,15 +1,14 @@
-"""What stored labels cost: reading them at random, their share of a training step, and the step
-against the one with a live teacher.
+"""What stored labels cost: random reads, their share of a training step, and a step from labels
+against one with a live teacher.
 
     python benchmarks/labels.py            # about three minutes
-    python benchmarks/labels.py --write    # and keep the tables in benchmarks/results/
+    python benchmarks/labels.py --write    # keep the tables in benchmarks/results/
 
-The stores are made in a temporary folder, of random answers, and lie in the system's page cache
-when they are read. Everything runs in one process, one after another, round after round in another
-order, and is compared within a round. What is read is timed inside a step from labels, one batch a
-step, so that the caches hold the data of the step before. The clock is the CPU time of this
-process. Random weights and images, float32, one thread; loading and augmenting images is in no
-step.
+The stores hold random answers in a temporary folder, and are in the system's page cache when they
+are read. Everything takes turns in one process, in another order every round, and is compared
+within a round. Reads are timed inside a step from labels, one batch a step, so that the caches hold
+the data of the step before. The clock is the CPU time of this process. Random weights and images,
+float32, one thread; no step loads or augments images.
 """
 
 import itertools
@@ -47,7 +46,7 @@ from vitdistill.methods.kd import SoftKD
 from vitdistill.vit.families import describe_network
 
 IMAGENET, PART_SIZE = 1_281_167, 16_384
-BATCH_SIZE, BATCHES = 1024, 40  # of random reads, and how many of them are timed together
+BATCH_SIZE, BATCHES = 1024, 40  # a batch of random reads, and how many batches are timed together
 RECORDS_A_SECOND, RECORD_BYTES, SHARE = 500_000, 44 + 4, 0.01  # targets
 ANSWERS = 4096  # different ones in a store
 

@@ -1,12 +1,11 @@
-"""Operations that a training step dispatches, beside timm's own step and its distillation task.
+"""Count the operations of a training step, against timm's own step and its distillation task.
 
     python benchmarks/launches.py          # a minute
-    python benchmarks/launches.py --write  # and keep the table in benchmarks/results/
+    python benchmarks/launches.py --write  # keep the table in benchmarks/results/
 
-A GPU starts a kernel or more for each; a small network on a fast card is bound by that. They are
-counted on a CPU. Operations that only look at memory otherwise (views) or reserve it start nothing
-and are left out, and an operation on a list of tensors (an optimizer's) counts once. The steps are
-those of `steps.py`.
+A GPU starts at least one kernel for each, which limits a small network on a fast card. They are
+counted on a CPU. Views and reservations of memory start nothing and are left out; an operation on
+a list of tensors (an optimizer's) counts once. The steps are those of `steps.py`.
 """
 
 from collections import Counter
@@ -20,7 +19,7 @@ from steps import Made, Maker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _STUDENT = PAIRS["cifar"].student
-PAIR = replace(  # of twelve blocks each, as DeiT-Ti and DeiT-S are
+PAIR = replace(  # twelve blocks each, as DeiT-Ti and DeiT-S have
     PAIRS["cifar"],
     title="ViT of width 192 from width 384, 12 blocks each, patch 4 on 32 x 32",
     student=(_STUDENT[0], {**_STUDENT[1], "depth": 12}),
@@ -29,7 +28,7 @@ PAIR = replace(  # of twelve blocks each, as DeiT-Ti and DeiT-S are
 PHASES = ("student", "teachers", "losses", "backward", "rest")
 RESERVES = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")
 RESERVES += ("_unsafe_view", "alias", "lift_fresh", "_reshape_alias", "promote_types")
-# An optimizer that is not fused reads its step counts, which are the host's.
+# An optimizer that is not fused reads its step counts, which are on the host.
 ON_HOST = ("_local_scalar_dense", "_record_function_enter_new", "_record_function_exit")
 
 

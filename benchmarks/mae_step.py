@@ -1,22 +1,20 @@
-"""What a DMAE step costs, against the step of the authors' code: the whole teacher and its decoder
-run, and are thrown away.
+"""What a DMAE step costs, against that of the authors' code, which runs the whole teacher and its
+decoder and discards the surplus.
 
     python benchmarks/mae_step.py                  # ViT-S from ViT-B, about half an hour
-    python benchmarks/mae_step.py large --write    # ViT-B from ViT-L, and keep the table in
-    benchmarks/results/
+    python benchmarks/mae_step.py large --write    # ViT-B from ViT-L; keep the table in results/
 
-The optimizer's work does not grow with the batch and is the same in every step: in a batch of four
+The optimizer's work is the same in every step and does not grow with the batch: in a batch of four
 it hides a part of what is saved.
 
-The steps of one mask rate run in one process, one after another, round after round in another
-order, on the same images, masks and weights, and have to give the same losses. A step is compared
-with the authors' of its own round. The clock is the CPU time of this process. Random images and
-weights, float32, one thread. Memory is the peak of what torch allocates in a step, beyond the
-weights.
+The steps of one mask rate take turns in one process, in another order every round, on the same
+images, masks and weights, and must give the same losses. A step is compared with the authors' of
+its own round. The clock is the CPU time of this process. Random images and weights, float32, one
+thread. Memory is the peak of what torch allocates in a step, beyond the weights.
 
-Freed memory is kept, as on a GPU: otherwise glibc gives every large tensor back to the system and
-the next one is paid for page by page, 14 % of the authors' step in batches of 64 and nothing of a
-step of small tensors.
+Freed memory is kept, as on a GPU. Otherwise glibc returns every large tensor to the system and the
+next one is paid for page by page: 14 % of the authors' step in batches of 64, nothing in a step of
+small tensors.
 """
 
 import ctypes

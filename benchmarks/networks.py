@@ -1,16 +1,15 @@
-"""What is true of timm's networks here: every claim on every network, random weights, small images.
+"""Which claims hold for timm's networks: each claim on each network, random weights, small images.
 
     python benchmarks/networks.py                  # all of them
-    python benchmarks/networks.py convnext eva02   # those whose name has one of these
+    python benchmarks/networks.py convnext eva02   # those whose name contains one of these
     python benchmarks/networks.py --part 1/2       # every second one, from the first
 
-For each: whether it is walked or run whole, and whether `run_vit` equals ``model(images)``; whether
-all patches in another order do, and half of them equal timm's own forward pass with those patches;
-what it records (class token, hidden states, attention); whether its FLOPs are counted, a copy of it
-answers the same, and an export reloaded does. Then every role, by one real step beside a small ViT:
-as teacher / as student. A cell is ``yes``, the largest difference relative to the largest answer,
-or the number of the sentence below the table that refuses it; anything else is a fault, as is a
-refusal that names no way out.
+For each: whether it is walked or run whole; whether `run_vit` equals ``model(images)``, with all
+patches in another order too, and with half of them timm's own forward pass on those; what it
+records (class token, hidden states, attention); whether its FLOPs are counted; whether a copy and a
+reloaded export answer the same. Then every role, as teacher / as student, by one real step with a
+small ViT. A cell is ``yes``, the largest difference relative to the largest answer, or the number
+of the refusal below the table; anything else is a fault, as is a refusal that names no way out.
 """
 
 import argparse
@@ -42,7 +41,7 @@ from vitdistill.weights.export import export_timm
 
 MAX_PARAMETERS = 150e6
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3}
-"""Of ViTs; the others are as timm has them."""
+"""For ViTs; the others are as timm has them."""
 
 FAMILIES = ("eva", "beit", "naflexvit")
 """Modules of timm of which every name is measured."""

@@ -1,11 +1,11 @@
-"""A study within seconds on one card, by several processes at once, and the report after every run.
+"""Run a study in a budget of seconds on one card, by several processes; report after every run.
 
     python benchmarks/results_gpu.py benchmarks/studies/few_labels_gpu.yaml --budget 400 --write
     python benchmarks/results_gpu.py benchmarks/studies/few_labels_gpu.yaml --device cpu --tiny
 
 Each process is `vitdistill study` on the same folder: small networks leave most of a card idle. The
-study's paths are of the folder it is started in. Runs that the time ends in are saved, and go on
-with the same command, as do those that are missing.
+study's paths are relative to the folder it is started in. When the time is up, unfinished runs are
+saved; the same command goes on with them, and with those that have not begun.
 """
 
 import re

@@ -1,13 +1,12 @@
-"""What a training step costs against plain timm training of the student alone, and the FLOPs beside
-it.
+"""What a training step costs, in CPU time and FLOPs, against plain timm training of the student
+alone.
 
     python benchmarks/step_cost.py                # both settings, about three minutes
-    python benchmarks/step_cost.py cifar --write  # one, and keep the table in benchmarks/results/
+    python benchmarks/step_cost.py cifar --write  # one; keep the table in benchmarks/results/
 
-All steps run in one process, one after another, round after round; a step is compared only with the
-floor of its own round, so that neither a slow minute nor a busy neighbour decides. The clock is the
-CPU time of this process. Random images and weights, float32, no drop path, the same batch for every
-step.
+All steps take turns in one process; a step is compared only with the floor of its own round, so
+that neither a slow minute nor a busy neighbour decides. The clock is the CPU time of this process.
+Random images and weights, float32, no drop path, the same batch for every step.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Training steps of one student and one teacher, timm's and ours, on any device.
 
-timm's steps are those of its train.py: its task, AdamW over lists of tensors. Ours is the training
-loop's (`Trainer.step`): what it always does besides is the norm of all gradients, the sums of the
-log, and the check for NaN.
+timm's steps are those of its train.py: its task, AdamW over lists of tensors. Ours are the training
+loop's (`Trainer.step`), which adds the norm of all gradients, the sums of the log and the check for
+NaN.
 """
 
 from collections.abc import Callable

@@ -4,10 +4,10 @@
     python benchmarks/teacher_proof.py PHOTOS WEIGHTS --write
 
 PHOTOS is an image folder of at least 100 classes (train/ and val/), such as CIFAR-100; WEIGHTS are
-those of a network of timm that was trained on something else. Teachers are linear classifiers on
-its features, trained on one to thirty images a class, with noise on the features where they are to
-be weak; each is proved as it is, with its classes in other orders, and through a wrong input.
-Untrained networks look at the same images.
+those of a timm network trained on something else. Teachers are linear classifiers on its features,
+trained on one to thirty images a class, the weak ones with noise on the features. Each is proved as
+it is, with its classes in other orders, and with a wrong input. Untrained networks are proved on
+the same images.
 """
 
 import argparse

@@ -7,7 +7,7 @@ timm's ``tf_efficientnet_lite0.in1k``. FOLDER gets these as ``pretrained.safeten
 ``fifty/train/CLASS`` (fifty images a class, drawn with a fixed seed and listed in
 ``fifty/labelled.json``), ``fifty/val/CLASS`` (the test images), ``fifty/rest`` (the other training
 images, without labels), ``every`` (all of them with labels), ``teacher``, ``labels``, ``study`` and
-``report.md``. The same command goes on where it was stopped; ``--until images`` stops before the
+``report.md``. The same command resumes where it was stopped; ``--until images`` stops before the
 teacher, ``--until labels`` before the study.
 """
 
@@ -25,7 +25,7 @@ LABELLED = 50
 TEACHER = "train finetune_cnn --data-dir fifty --model tf_efficientnet_lite0"
 TEACHER += " --model-path pretrained.safetensors --img-size 96 --epochs 8 --output teacher"
 TEACHER += " --set train.eval_every=4 data.workers=0"
-# One command for what the rows read: logits, and the stages that guide.
+# One command stores all that the rows read: logits, and the stages that guide.
 LABELS = "label small_images_standardized_kd --with guidance --data-dir fifty"
 LABELS += " --unlabelled-dir fifty/rest --views 4 --output labels/all"
 LABELS += " --teacher-model teacher --teacher-img-size 96 --encoding float16"
