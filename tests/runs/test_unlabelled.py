@@ -85,6 +85,10 @@ def test_stored_answers_to_all_images_are_those_of_the_teacher(tmp_path, kd, oth
     free = replace_fields(free, {"teachers.teacher.labels": str(store.path)})
     run(free, tmp_path / "free")
     assert records(tmp_path / "free") == records(tmp_path / "stored")
+    forgotten = replace_fields(free, {"data.unlabelled": None, "data.labelled_share": 0.25})
+    with pytest.raises(DataError, match=r"images.count") as refused:
+        run(forgotten, tmp_path / "forgotten")
+    assert Set("data.unlabelled") in refused.value.fixes
 
 
 # -- what is served, and what is refused ----------------------------------------------------------
