@@ -30,7 +30,7 @@ KINDS = {
 
 REMEDY = re.compile(
     r"(a (whole )?number|add|check|choose|did you mean|download|expected one|fill|for a network|give"
-    r"|go on|leave|make|name|replace|set|take|true or false|use|'vitdistill|where you trust|write)\b"
+    r"|go on|leave|make|name|replace|set|take|true or false|use|'vitdistill|write|if you trust)\b"
     r"|'vitdistill"
 )
 """How a remedy begins: with what to do."""

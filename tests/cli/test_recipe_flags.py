@@ -209,7 +209,7 @@ def test_fewer_epochs_shorten_the_warm_up_without_a_jump(
             cut = short if isinstance(short, Recipe) else short.stages[key]
             warmup = cut.optim.warmup_epochs
             assert 0 < warmup < epochs / 5 + 1e-9 and cut.train.epochs == epochs
-            assert (warmup < recipe.optim.warmup_epochs) <= ("are warm-up, where the" in said)
+            assert (warmup < recipe.optim.warmup_epochs) <= ("--warmup-epochs N changes it" in said)
             found[key].append(warmup)
     for key, warmups in found.items():
         pairs = [*zip(lengths, warmups, strict=True)]
@@ -220,5 +220,5 @@ def test_fewer_epochs_shorten_the_warm_up_without_a_jump(
 def test_a_warm_up_that_is_given_is_kept_or_refused() -> None:
     given = ("small_images_alone", "--epochs", "2", "--warmup-epochs")
     assert parsed(*given, "0.5").optim.warmup_epochs == 0.5
-    assert "warm-up is as long as the run: 2 of 2 epochs" in refused(*given, "2")
+    assert "warm-up takes the whole run: 2 of 2 epochs" in refused(*given, "2")
     assert parsed(*given[:2], "10").optim.warmup_epochs == 2

@@ -93,13 +93,13 @@ def test_a_flag_is_for_every_stage_for_the_first_or_for_the_only_one_with_the_fi
         ("--with finetune.kd --teacher-precision float32", "or give --set distill.", USAGE),
         (
             "--lr 1 --epochs 2",
-            "which stage is meant by --lr, --epochs: give --set pretrain.optim.lr=1.0"
+            "no stage is named for --lr, --epochs: give --set pretrain.optim.lr=1.0"
             " --set pretrain.train.epochs=2, or give --set finetune.optim.lr=1.0 --set finetune.",
             USAGE,
         ),
         (
             "--with kd --set optim.lr=1",
-            "which stage is meant by --set optim.lr=1, --with kd: give --set pretrain.optim.lr=1"
+            "no stage is named for --set optim.lr=1, --with kd: give --set pretrain.optim.lr=1"
             " --with pretrain.kd, or",
             USAGE,
         ),

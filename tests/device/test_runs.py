@@ -163,7 +163,7 @@ def test_a_run_goes_on_on_another_device(tmp_path, whole, first, then):
     lines = []
     run(recipe, unfinished(folder, tmp_path / "run", 4), lines, device=then)
     near(folder, tmp_path / "run", rel=1e-2)
-    said = [line for line in lines if line.startswith("until here on ")]
+    said = [line for line in lines if line.startswith("the run moves from ")]
     assert len(said) == (first != then)
 
 

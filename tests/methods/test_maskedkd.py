@@ -184,7 +184,7 @@ def test_what_energy_cannot_choose_by_is_refused() -> None:
         MaskedKD(saliency="energy", softmax_over="patches")
     model: Any = timm.create_model("resnet10t", num_classes=5, **CNNS["resnet10t"]).eval()
     output = run_vit(model, torch.randn(1, 3, 32, 32), Needs(hidden=frozenset({-1, -2})))
-    with pytest.raises(ConfigError, match="one place") as caught:
+    with pytest.raises(ConfigError, match="is 1 x 1") as caught:
         ENERGY.select((4, 4), 8, output, None, None)
     assert caught.value.field == "selector.block"
     replace(ENERGY, block=-2).select((4, 4), 8, output, None, None)

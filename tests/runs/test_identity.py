@@ -47,7 +47,7 @@ def test_weights_are_the_same_wherever_they_are(run, tmp_path):
 def test_other_weights_under_the_old_name_are_noticed_once_something_is_learnt(run, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"others")
     recipe = named(tmp_path / "a.safetensors")
-    assert changes(run, recipe) == ["student.checkpoint has other weights than then"]
+    assert changes(run, recipe) == ["student.checkpoint has other weights than when the run began"]
     with pytest.raises(ConfigError):
         check_folder(run, recipe)
     (run / "checkpoints" / "step-00000001").rmdir()

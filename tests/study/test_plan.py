@@ -260,5 +260,5 @@ def test_a_file_is_read_back_and_unknown_fields_are_refused(tmp_path: Path) -> N
         with pytest.raises(ConfigError):
             jobs_of(study(rows={"kd": row}))
     for shared in ({"two": Row(recipe="mae_base")}, {"finetune": Row(recipe="alone")}):
-        with pytest.raises(ConfigError, match=r"has stages|name of what is shared"):
+        with pytest.raises(ConfigError, match=r"has stages|names both a stage"):
             jobs_of(study(shared=shared, rows={"other": Row(recipe="mae_base")}))

@@ -199,7 +199,9 @@ class EvalArguments:
         False, "judge its features by a linear classifier trained on them", "--linear-probe"
     )
     pool: Literal["mean", "class"] | None = option(
-        None, "features: mean of the patches (none, too) or the class token", "--pool"
+        None,
+        "features to judge: the class token, or the mean of the patches (also for none)",
+        "--pool",
     )
     teacher_model: str | None = option(
         None, "one to compare its answers with", "--teacher-model", field="teachers.teacher.model"
@@ -258,7 +260,7 @@ class ExportArguments:
 
     model: str = option(MISSING, "a run, or a folder with config.json", "RUN")
     weights: Literal["best", "last"] | None = option(
-        None, "which of a run's; none: best, or last where none was best", "--weights"
+        None, "which of a run's weights; none: best, or else last", "--weights"
     )
     output: str | None = option(
         None, "folder to write for timm: config.json and model.safetensors", "--output FOLDER"
@@ -287,7 +289,9 @@ class StudyArguments:
         None, "the images, of all rows", "--data-dir FOLDER", field="data.dir"
     )
     set: tuple[str, ...] = option((), "any field of a recipe, in all rows", "--set FIELD=VALUE")
-    seeds: tuple[int, ...] = option((), "none: those of the file, or 0 1 2", "--seeds N")
+    seeds: tuple[int, ...] = option(
+        (), "seeds of every row; none: those of the file, or 0 1 2", "--seeds N"
+    )
     dry_run: bool = option(
         False, "only print what every row will cost, and how long by measured steps", "--dry-run"
     )
@@ -298,8 +302,8 @@ class StudyArguments:
 class ReportArguments:
     """whether it helped and what it cost: a page on finished runs, with tables, charts, pictures
 
-    Of runs of the same student, with and without a teacher and with several seeds, it says which is
-    better, which is not, and what cannot be told from so few. The HTML file needs nothing else.
+    From runs of the same student, with and without a teacher and with several seeds, it says which
+    is better, which is not, and what so few runs cannot tell. The HTML file needs nothing else.
     """
 
     paths: tuple[str, ...] = option(
@@ -311,8 +315,8 @@ class ReportArguments:
     )
     ask: bool = option(
         False,
-        "have students and teachers answer to the validation images first, which is kept in each"
-        " run's folder: agreement, confused classes, sharper verdicts",
+        "first run students and teachers on the validation images and keep their answers in each"
+        " run's folder: adds agreement, confused classes, sharper verdicts",
         "--ask",
     )
     device: str | None = option(None, "for --ask: auto, cpu, cuda or cuda:N", "--device")

@@ -49,10 +49,10 @@ def _job(args: EvalArguments, name: str) -> Evaluation:
         raise ConfigError(what, "leave --split out", field="split")
     of_teacher = any(item.startswith("teacher.") for item in args.set)
     if args.teacher_model is None and (args.teacher_path or args.teacher_pretrained or of_teacher):
-        what = "what is given of the teacher has no effect without --teacher-model"
+        what = "settings of the teacher have no effect without --teacher-model"
         raise ConfigError(what, field="teacher_model")
     if args.model_path and len(args.models) > 1:
-        raise ConfigError("--model-path is of one model, and several are given", field="models")
+        raise ConfigError("--model-path is for one model, but several are given", field="models")
     model = TeacherConfig(
         model=resolve_run(name),
         checkpoint=args.model_path,
@@ -70,7 +70,7 @@ def _job(args: EvalArguments, name: str) -> Evaluation:
     values: dict[str, Any] = {}
     for path, value in map(read_setting, args.set):
         if path.partition(".")[0] not in ("model", "teacher"):
-            raise UserError(f"--set {path} is of no network", "write model.FIELD or teacher.FIELD")
+            raise UserError(f"--set {path} names no network", "write model.FIELD or teacher.FIELD")
         put(values, path, value)
     given |= {"model": model, "teacher": teacher, "pool": args.pool or "mean"}
     job = replace_fields(Evaluation(**given), values)

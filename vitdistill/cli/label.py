@@ -35,9 +35,7 @@ def write(args: LabelArguments) -> int:
     recipe = resolve_recipe(args)
     if isinstance(recipe, Stages):
         what = f"the recipe {recipe.name!r} has stages"
-        raise UserError(
-            what, "label the recipe of one of them, its recipe.yaml in the run's folder"
-        )
+        raise UserError(what, "give the recipe of one stage, recipe.yaml in its folder")
     for name, teacher in recipe.teachers.items():
         if teacher.labels is not None:
             what = f"--labels cannot take effect (teachers.{name}.labels)"

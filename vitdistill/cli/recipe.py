@@ -69,9 +69,8 @@ def _shorten_warmup(recipe: Recipe, values: Values) -> list[str]:
         return []
     values["optim.warmup_epochs"] = fitting
     return [
-        f"of {plural(values['train.epochs'], 'epoch')}, {fitting:.2g} are warm-up, where the recipe"
-        f" has {recipe.optim.warmup_epochs:g} of {recipe.train.epochs:,}; --warmup-epochs N sets"
-        " another"
+        f"the warm-up is {fitting:.2g} of {plural(values['train.epochs'], 'epoch')}, in the recipe"
+        f" {recipe.optim.warmup_epochs:g} of {recipe.train.epochs:,}; --warmup-epochs N changes it"
     ]
 
 
@@ -128,7 +127,7 @@ def _whole(recipe: Recipe, flag: str, word: str) -> str:
 def _of_which_stage(words: Iterable[str], ways: Iterable[str]) -> UserError:
     """Return the error for words that do not say which stage they mean, with ways to say it."""
     fixes = *(f"give {way}" for way in ways if way), "give several of these"
-    return UserError(f"it is not said which stage is meant by {', '.join(words)}", fixes)
+    return UserError(f"no stage is named for {', '.join(words)}", fixes)
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -282,7 +281,7 @@ def _add(recipe: Recipe, word: str) -> Recipe:
     elif isinstance(method, TokenSelector) and teacher:
         method = replace(method, teachers=(teacher,))
     elif teacher:
-        raise UserError(f"--with {word}: {name} is of no teacher", f"leave :{teacher} out")
+        raise UserError(f"--with {word}: {name} reads no teacher", f"leave :{teacher} out")
     if isinstance(method, Masking):
         return replace(recipe, masking=method)
     if isinstance(method, TokenSelector):

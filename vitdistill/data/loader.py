@@ -240,7 +240,7 @@ def check_batches(source: ImageSource, augment: Augment, loading: Loading) -> No
     micro_batch, rest = divmod(batch_size, processes * accumulate)
     problem = ""
     if rest:
-        problem = f"does not divide by {processes} processes x {accumulate} micro-batches"
+        problem = f"is no multiple of {processes} processes x {accumulate} micro-batches"
     elif augment.mixes and micro_batch % 2:
         problem = f"makes micro-batches of {micro_batch}, and mixup and cutmix need an even number"
     if problem:

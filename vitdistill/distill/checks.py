@@ -98,7 +98,7 @@ def check_stored(
         if chooses is not None:
             what = f"{where} are its answers to whole images, and {_kind(chooses)} hides patches"
             part = Drop("selector" if chooses is selector else "masking")
-            raise ConfigError(what, (part, "run it, without labels"), field=field)
+            raise ConfigError(what, (part, "run the teacher in place of its labels"), field=field)
         needs = stored[name]
         absent = ["attention"] if needs.attention or needs.qkv else []
         absent += ["logits"] if needs.logits and layout.logits is None else []
@@ -137,7 +137,7 @@ def _temperature(name: str, objective: TeacherObjective, layout: Layout) -> floa
     if wanted and wanted[0] not in logits.temperatures:
         right = ", ".join(f"{t:g}" for t in logits.temperatures)
         what = (
-            f"{name} reads logits at temperature {wanted[0]:g}, and {hold}, right at {right} only"
+            f"{name} reads logits at temperature {wanted[0]:g}, and {hold}, valid only at {right}"
         )
         declared = Set(f"objectives.{name}.temperature", logits.temperatures[0])
         again = f"label again, at the temperature {wanted[0]:g}"

@@ -38,21 +38,21 @@ def match_classes(
     model, reordering = f"teachers.{name}.model", f"teachers.{name}.reorder_classes"
     count = len(wanted if known is None else known)
     if count != teacher_count:
-        whose = "the data set has" if known is None else "it names"
+        whose = "the data set has" if known is None else "names"
         raise ConfigError(
-            f"the {name} answers with {teacher_count} classes and {whose} {count}",
-            fix="give a teacher trained on these classes, or whose config.json names all of its"
-            " own (label_names)",
+            f"the {name} answers with {teacher_count} classes, but {whose} {count}",
+            fix="give a teacher trained on these classes, or one whose config.json names all of its"
+            " classes (label_names)",
             field=model,
         )
     if index is not None and known not in (None, wanted):
         ordering = f"teachers.{name}.class_order"
-        what = f"the classes of the {name} have names, which give their order"
+        what = f"the classes of the {name} have names, so class_order does not apply"
         raise ConfigError(what, Set(ordering, "same"))
     if index is not None:
         return ClassMatch(tuple(index), "its classes are in the order that is set", wanted)
     if known is None:
-        remark = "it carries no class names: their order is proved by its accuracy"
+        remark = "its classes have no names: its accuracy proves their order"
         return ClassMatch(None, remark, wanted)
     if known == wanted:
         return ClassMatch(None, "its classes are the data set's, in order", wanted)

@@ -199,7 +199,7 @@ class Distiller(nn.Module):
             )
         for name, reader in self._readers.items():
             if isinstance(batch, _Drawn):
-                what = f"the {name}'s stored labels are read by the samples' numbers"
+                what = f"the {name}'s stored labels are looked up by sample number"
                 raise ConfigError(what, Give("ids"), field="ids")
             if name not in batch.targets:
                 of_views, of_ids = (t.cpu().numpy() for t in (batch.views, batch.ids))

@@ -42,7 +42,7 @@ def knn_votes(
         (Caron et al. 2021) reports.
     """
     if not 1 <= k <= len(bank):
-        what = f"k-NN cannot ask {k} of {plural(len(bank), 'training image')}"
+        what = f"k-NN takes 1 to {plural(len(bank), 'training image')}, not {k}"
         raise ConfigError(what, Give("knn"))
     similar = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
     top, index = similar.topk(k)

@@ -50,7 +50,9 @@ class LogitEncoding:
                 raise ConfigError(what, Give("encoding", "topk"), field="encoding")
             return
         if self.k < 1:
-            raise ConfigError(f"topk labels of {self.k} classes hold nothing", Give("k"), field="k")
+            raise ConfigError(
+                f"topk labels hold at least 1 class, not {self.k}", Give("k"), field="k"
+            )
         low, high = _TEMPERATURES
         if not self.temperatures or not all(low <= t <= high for t in self.temperatures):
             what = f"temperatures of topk labels are {_spell(self.temperatures) or 'missing'}"
@@ -84,9 +86,9 @@ class LogitEncoding:
             return self.temperatures[0]
         if temperature not in self.temperatures:
             raise ConfigError(
-                f"the stored labels are right at temperature {_spell(self.temperatures)} only, not"
-                f" at {'no given one' if temperature is None else f'{temperature:g}'}",
-                ("ask for a stored temperature", "label again with this one among temperatures"),
+                f"the stored labels are valid only at temperature {_spell(self.temperatures)}, and"
+                f" {'none' if temperature is None else f'{temperature:g}'} is asked for",
+                ("ask for a stored temperature", "label again at the one you need"),
                 field="temperatures",
             )
         return float(temperature)

@@ -170,7 +170,7 @@ class LabelStore:
 
     def _check_range(self, what: str, values: I64, count: int) -> None:
         for wrong in values[(values < 0) | (values >= count)]:
-            raise DataError(f"{self.path} has no {what} {wrong}, but {count} of them")
+            raise DataError(f"{self.path} has no {what} {wrong}, only 0 to {count - 1}")
 
     def load(self, view: int, part: int) -> Part:
         """Open a part anew and check its footer; `FileNotFoundError` if it is not there."""

@@ -64,9 +64,9 @@ class WeightSchedule:
     """A loss weight that is the objective's ``weight`` until ``begin`` and ``to`` from ``end``."""
 
     to: float = option(MISSING, "the weight at the end", at_least=0)
-    begin: float = option(0.0, "the fraction of the run that goes before", at_least=0, at_most=1)
-    end: float = option(1.0, "where the change ends, likewise", at_least=0, at_most=1)
-    shape: Literal["linear", "cosine"] = option("linear", "of the change")
+    begin: float = option(0.0, "fraction of the run before the change", at_least=0, at_most=1)
+    end: float = option(1.0, "fraction of the run at which it ends", at_least=0, at_most=1)
+    shape: Literal["linear", "cosine"] = option("linear", "shape of the change")
 
     def __post_init__(self) -> None:
         check_options(self, "schedule")
@@ -92,7 +92,7 @@ class Objective(ABC):
     own method returned.
     """
 
-    weight: float = option(1.0, "of the loss in the sum; 0 only with a schedule", at_least=0)
+    weight: float = option(1.0, "weight of the loss in the sum; 0 only with a schedule", at_least=0)
     schedule: WeightSchedule | None = option(None, "how the weight changes; null: not at all")
 
     reads_teacher: ClassVar[bool] = True
@@ -199,7 +199,9 @@ class TokenSelector(ABC):
     """A choice of the patches a teacher sees, made after the student ran."""
 
     keep_rate: float = option(0.5, "fraction of the teacher's patches to keep", above=0, at_most=1)
-    num_keep: int | None = option(None, "how many; null: by `num_kept_patches`", at_least=1)
+    num_keep: int | None = option(
+        None, "patches to keep, not a fraction; null: by `keep_rate`", at_least=1
+    )
     teachers: tuple[str, ...] = option((), "the teachers it chooses for; empty: all of them")
 
     paper: ClassVar[str] = ""  # as for an `Objective`
@@ -229,9 +231,9 @@ class TokenSelector(ABC):
         """Raise `ConfigError` for a pair this selector cannot choose for."""
         if not teacher.walks:
             which = f"the {teacher.name} ({teacher.architecture})"
-            what = f"{type(self).__name__} shows a teacher a part of the patches, on which {which}"
+            what = f"{type(self).__name__} shows a teacher some patches, and {which} needs them all"
             fix = Drop("selector"), "take a plain ViT as teacher"
-            raise ConfigError(f"{what} cannot run", fix, field="selector.teachers")
+            raise ConfigError(what, fix, field="selector.teachers")
 
     @abstractmethod
     def select(

@@ -57,7 +57,7 @@ def chosen_head(
         if name in heads:
             return name
     what = f"{student} has the heads {', '.join(heads)}, and none for the teacher {teacher!r}"
-    fix = "call the teacher like the head that learns from it", Set("head", heads[-1])
+    fix = "name the teacher after the head that learns from it", Set("head", heads[-1])
     raise ConfigError(what, fix, field="head")
 
 
@@ -82,7 +82,8 @@ class CrossEntropy(Objective):
 
     smoothing: float = option(0.0, "label smoothing", at_least=0, below=1)
     head: str = option(
-        "auto", "that learns from the labels, or `all`: the prediction. `auto`: the class token's"
+        "auto",
+        "head that learns from the labels; `all`: the prediction; `auto`: the class token's head",
     )
 
     reads_teacher: ClassVar[bool] = False

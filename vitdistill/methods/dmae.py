@@ -88,7 +88,7 @@ class DMAE(TeacherObjective):
     distance: Distance = option("l1", "`l1` as published, `l2` (mean squared) or `smooth_l1`")
     beta: float = option(1.0, "where `smooth_l1` turns from squared to absolute", above=0)
     normalize: bool | None = option(
-        None, "scale tokens to unit length, as the code and not the paper; null: if projected"
+        None, "scale tokens to unit length (in the code, not in the paper); null: if projected"
     )
     any_teacher: bool = option(
         False,

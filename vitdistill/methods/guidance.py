@@ -54,14 +54,16 @@ def map_loss(student: PatchMap, teacher: PatchMap, normalize: bool = False) -> S
 class LocalityGuidance(TeacherObjective):
     """Feature maps of a teacher's stages, predicted from a ViT's patches by 1x1 convolutions.
 
-    Stages are those of timm's ``feature_info``, counted from 0, and the blocks of a plain ViT. The
+    Stages are those of timm's ``feature_info``, counted from 0, or the blocks of a plain ViT. The
     teacher stops after the last of them. The published weight, beside a cross-entropy of weight 1,
     is 2.5 for a ResNet-56. Maps of larger activations weigh more, those of an EfficientNet-Lite0 a
     hundred times, unless they are normalised.
     """
 
-    blocks: tuple[int, ...] = option((), "the student's, guided; empty: three, first to last")
-    stages: tuple[int, ...] = option((), "of the teacher, one a block; empty: first to last")
+    blocks: tuple[int, ...] = option(
+        (), "student blocks to guide; empty: first to last, one per stage, or three"
+    )
+    stages: tuple[int, ...] = option((), "teacher's stages, one a block; empty: first to last")
     normalize: bool = option(
         False,
         "divide by the variance of the teacher's map, so that a weight means the same for any"

@@ -69,11 +69,11 @@ class LogitObjective(TeacherObjective):
 
     head: str = option(
         "auto",
-        "of the student, or `all`: their prediction. `auto`: the head named like the teacher, or"
-        " else the distillation token's",
+        "student head to compare; `all`: the prediction; `auto`: the head named like the teacher,"
+        " or else the distillation token's",
     )
     standardize: bool = option(
-        False, "compare logits of mean 0 and deviation 1 over an image's classes: T 2 as published"
+        False, "standardise each image's logits to mean 0 and deviation 1; published with T 2"
     )
 
     # The temperatures T at which `compare` reads the softmax of the teacher's logits; as
@@ -98,7 +98,7 @@ class LogitObjective(TeacherObjective):
             raise ConfigError(what, Set("standardize", False))
 
     def describe(self, student: Network, teacher: Network, num_keep: int | None) -> str:
-        free = "of standardised logits: it leaves the scale of the student's free"
+        free = "of standardised logits, which leaves the scale of the student's free"
         return free if self.standardize else ""
 
     def trains_heads(self, student: Network) -> tuple[str, ...]:

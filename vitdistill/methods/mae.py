@@ -50,9 +50,9 @@ class PixelReconstruction(Objective):
     def check(self, student: Network, teacher: None) -> None:
         (rows, columns), (height, width) = student.grid, student.patch_size
         if student.walks and (rows * height, columns * width) != student.image_size:
-            what = f"the patches of {student.architecture} do not cut its images into pixels"
+            what = f"the patches of {student.architecture} do not tile its images"
             fix = "take a plain ViT without a convolutional stem, whose patches fill the image"
-            raise ConfigError(f"{what}, which mae predicts", fix, field="student.model")
+            raise ConfigError(f"{what}, and mae predicts their pixels", fix, field="student.model")
         if student.walks and not student.final_norm:
             what = f"{student.architecture} norms its features after pooling, and mae reads them"
             fixes = Set("student.model_args.fc_norm", False), "use_fc_norm of rotary positions"

@@ -66,15 +66,19 @@ def random_gram_loss(
 class Manifold(TeacherObjective):
     """Manifold distillation: cosines between patches, with no projection between unequal widths.
 
-    With a teacher that sees some of its patches, those are compared, between images in the order of
-    their rows. The published run compares the first four blocks and the last four.
+    If the teacher sees only some patches, those are compared; between images, in the order of their
+    rows. The published run compares the first four blocks and the last four.
     """
 
     blocks: tuple[int, ...] = option((0, 1, -2, -1), "after which patches are compared")
     teacher_blocks: tuple[int, ...] | None = option(None, "the teacher's; null: the same numbers")
-    patch_weight: float = option(4.0, "of the term within an image; 0: left out", at_least=0)
-    sample_weight: float = option(0.1, "between images at one place; 0: left out", at_least=0)
-    random_weight: float = option(0.2, "between drawn patches; 0: left out", at_least=0)
+    patch_weight: float = option(4.0, "weight of the term within an image; 0: left out", at_least=0)
+    sample_weight: float = option(
+        0.1, "weight of the term between images at one place; 0: left out", at_least=0
+    )
+    random_weight: float = option(
+        0.2, "weight of the term between random patches; 0: left out", at_least=0
+    )
     num_samples: int = option(192, "how many are drawn, anew after each block", at_least=2)
 
     terms = ("patch_weight", "sample_weight", "random_weight")

@@ -70,7 +70,7 @@ class AttendedPatches(TokenSelector):
     """The patches that the class token of one network attends to most."""
 
     softmax_over: SoftmaxOver = option("tokens", "`tokens` as the code, `patches` as the paper")
-    block: int = option(-1, "whose class-token attention chooses; the paper uses the last")
+    block: int = option(-1, "block whose class-token attention chooses; the paper uses the last")
 
     def most_attended(self, output: ViTOutput, grid: Grid, num_keep: int) -> Keep:
         """Return the patches of ``grid`` where ``output`` looks most."""
@@ -120,9 +120,7 @@ class MaskedKD(AttendedPatches):
             return self.most_attended(student, grid, num_keep)
         places = student.patches(self.block)
         if places.grid == (1, 1):
-            what = (
-                f"the student's map after block {self.block} has one place, and no patch stands out"
-            )
+            what = f"the student's map after block {self.block} is 1 x 1, so no patch stands out"
             earlier = Set("selector.block", max(self.block % student.depth - 1, 0))
             raise ConfigError(what, earlier, field="selector.block")
         energy = activation_energy(places).detach()
@@ -131,7 +129,7 @@ class MaskedKD(AttendedPatches):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPatches(TokenSelector):
-    """The teacher sees random patches, others for every sample and view: the paper's control."""
+    """The teacher sees random patches, drawn anew per sample and view: the paper's control."""
 
     paper = "the control of MaskedKD (Son et al., ECCV 2024, arXiv 2302.10494)"
     use_when = "To see what choosing is worth."

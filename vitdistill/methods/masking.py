@@ -17,14 +17,18 @@ from .base import Masking, require
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMasking(Masking):
-    """Student and teachers see the same random patches, others for every sample and view.
+    """Student and teachers see the same random patches, drawn anew per sample and view.
 
     A teacher that sees more is compared at the student's patches alone; the others only inform what
     it says of them.
     """
 
-    mask_rate: float = option(0.75, "of patches hidden from the student", at_least=0, below=1)
-    teacher_mask_rate: float | None = option(None, "from teachers; null: the same", at_least=0)
+    mask_rate: float = option(
+        0.75, "fraction of patches hidden from the student", at_least=0, below=1
+    )
+    teacher_mask_rate: float | None = option(
+        None, "fraction hidden from teachers; null: the same", at_least=0
+    )
 
     paper = (
         "MAE (He et al., CVPR 2022, arXiv 2111.06377); unequal rates: AMD (CVPR 2024, arXiv"

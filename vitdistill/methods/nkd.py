@@ -87,8 +87,8 @@ class TargetObjective(SoftLogitObjective):
 
     mixed: Literal["dominant", "both"] = option(
         "dominant",
-        "of a mixed image, `dominant`: the class of the larger share counts, the lower of two"
-        " halves, as the authors train; `both`: each by its share (not in the papers)",
+        "what counts in a mixed image: `dominant`, as the authors train: the class of the larger"
+        " share (of two halves, the lower class); `both`: each by its share (not in the papers)",
     )
 
     reads_labels: ClassVar[bool] = True

@@ -78,8 +78,10 @@ class TokenFeatures(TeacherObjective):
     the teacher's by position.
     """
 
-    class_weight: float = option(1.0, "of the term on the class token; 0: left out", at_least=0)
-    patch_weight: float = option(1.0, "of that on the patches both saw; 0: left out", at_least=0)
+    class_weight: float = option(1.0, "weight of the class token's term; 0: left out", at_least=0)
+    patch_weight: float = option(
+        1.0, "weight of the term on patches both saw; 0: left out", at_least=0
+    )
     kind: Kind = option("mse", "of both: `mse`, `smooth_l1` or `cosine` (one minus it)")
 
     terms = ("class_weight", "patch_weight")

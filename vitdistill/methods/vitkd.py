@@ -190,17 +190,23 @@ class ViTKD(TeacherObjective):
 
     low_blocks: tuple[int, ...] = option((0, 1), "blocks that mimic the teacher's; empty: none")
     teacher_low_blocks: tuple[int, ...] | None = option(None, "the teacher's; null: the same")
-    mask_rate: float = option(0.5, "of patches hidden from the generator", at_least=0, below=1)
+    mask_rate: float = option(
+        0.5, "fraction of patches hidden from the generator", at_least=0, below=1
+    )
     reduction: Reduction = option(
         "sum",
-        "over patches and channels. `sum` as published: a weight grows with the teacher's patches"
-        " and width. `mean`: it means the same for any teacher",
+        "over patches and channels; `sum`, as published: the loss grows with the teacher's patches"
+        " and width; `mean`: a weight means the same for any teacher",
     )
     low_weight: float | None = option(
-        None, "of mimicking, 0: left out; null: 3e-5 as published for `sum`, or 9", at_least=0
+        None,
+        "weight of mimicking; 0: left out; null: 3e-5 for `sum`, as published, or 9 for `mean`",
+        at_least=0,
     )
     high_weight: float | None = option(
-        None, "of generation, 0: left out; null: 3e-6 as published for `sum`, or 0.45", at_least=0
+        None,
+        "weight of generation; 0: left out; null: 3e-6 for `sum`, as published, or 0.45 for `mean`",
+        at_least=0,
     )
 
     formula = "low_weight |S - T|^2 of first blocks + high_weight |G(masked S) - T|^2 of the last"

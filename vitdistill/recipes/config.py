@@ -59,7 +59,7 @@ class Recipe:
             raise ConfigError(what, fixes, field="data.labelled_share")
         repeats = self.data.augment.repeated_aug
         if self.data.views is not None and repeats > 1:
-            what = f"views of an image cannot be counted where an epoch shows {repeats} of them"
+            what = f"views cannot be set with repeated augmentation ({repeats} views an epoch)"
             raise ConfigError(what, Set("data.augment.repeated_aug", 1), field="data.views")
 
     @property
@@ -145,5 +145,5 @@ def _check_schedule(optim: OptimConfig, epochs: int) -> None:
         fixes = (Set(field, 0), Set("optim.sched", "cosine"))
         raise ConfigError(f"without a schedule {field} cannot take effect", fixes, field=field)
     if optim.sched != "none" and warmup >= epochs:
-        what = f"the warm-up is as long as the run: {warmup:g} of {plural(epochs, 'epoch')}"
+        what = f"the warm-up takes the whole run: {warmup:g} of {plural(epochs, 'epoch')}"
         raise ConfigError(what, Set(field, 0))

@@ -145,7 +145,7 @@ def _convert_method(value: Any, kind: type, path: str) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping) or "method" not in value:
-        wanted = "a mapping with the key 'method' is needed, e.g. {method: kd, weight: 0.5}"
+        wanted = "give a mapping with the key 'method', e.g. {method: kd, weight: 0.5}"
         if isinstance(value, str) and value in METHODS:
             raise ConfigError(f"{path} is {value!r}", (Add(value), wanted), field=path)
         raise refusal(value, wanted, path)

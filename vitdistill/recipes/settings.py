@@ -72,11 +72,11 @@ class TeacherConfig:
     )
     class_order: tuple[int, ...] | Literal["same", "natural"] = option(
         "same",
-        "of a network without class names: the data set's, people's (2 before 10), or the place of"
-        " each class among its own",
+        "order of its classes if they have no names: the data set's, people's (2 before 10), or the"
+        " place of each class among its own",
     )
     accept_unproven: bool = option(
-        False, "run it though an untrained network would answer as well, to try the rest"
+        False, "run it even if it answers no better than an untrained network, to try the rest"
     )
     model_args: dict[str, Any] = option(dict, "further arguments of the model")
     labels: str | None = option(None, "folder of its stored labels; none: it runs")
@@ -111,7 +111,11 @@ class DataConfig:
         "--unlabelled-dir FOLDER",
     )
     labelled_share: float = option(
-        0.25, "of a batch, beside unlabelled images", "--labelled-share", above=0, below=1
+        0.25,
+        "fraction of a batch that is labelled, beside unlabelled images",
+        "--labelled-share",
+        above=0,
+        below=1,
     )
     skip_damaged: bool = option(
         False, "leave out images that cannot be read, and say which", "--skip-damaged"
@@ -175,7 +179,7 @@ class TrainConfig:
         above=0,
         below=1,
     )
-    seed: int = option(0, "of everything random", "--seed", **SEEDS)
+    seed: int = option(0, "seed of everything random", "--seed", **SEEDS)
     eval_every: int = option(
         1, "epochs between evaluations; the last is always evaluated", "--eval-every", at_least=1
     )
@@ -206,7 +210,7 @@ class LabelOptions:
     )
     k: int | None = option(None, "classes an image that topk keeps; none: 10", "--k")
     temperatures: tuple[float, ...] = option(
-        (), "at which topk is right; none: those of the recipe's objectives", "--temperatures T"
+        (), "at which topk is valid; none: those of the recipe's objectives", "--temperatures T"
     )
     hidden_dtype: Literal["float16", "float32"] | None = option(
         None, "of hidden states the recipe reads; none: float16", "--hidden-dtype"
@@ -243,11 +247,15 @@ UNLABELLED = ("data.unlabelled", "data.labelled_share")
 # Methods are not imported here (they need torch), so those of their fields that have a flag are
 # described here: a selector's, and those of objectives of these names.
 METHOD_FLAGS = {
-    "selector.keep_rate": Option("fraction of its patches it sees, above 0 to 1", "--keep-rate"),
-    "selector.num_keep": Option("patches it sees, not a fraction", "--num-keep --len-num-keep"),
-    "objectives.ce.weight": Option("of the cross-entropy", "--ce-weight --task-loss-weight"),
+    "selector.keep_rate": Option(
+        "fraction of its patches the teacher sees, above 0 to 1", "--keep-rate"
+    ),
+    "selector.num_keep": Option(
+        "patches the teacher sees, not a fraction", "--num-keep --len-num-keep"
+    ),
+    "objectives.ce.weight": Option("weight of cross-entropy", "--ce-weight --task-loss-weight"),
     "objectives.ce.smoothing": Option("label smoothing, 0 to below 1", "--smoothing"),
-    "objectives.kd.weight": Option("of distillation", "--kd-weight --distill-loss-weight"),
+    "objectives.kd.weight": Option("weight of distillation", "--kd-weight --distill-loss-weight"),
     "objectives.kd.temperature": Option(
         "T of the soft loss, which carries T^2",
         "--temperature --distillation-tau --kd-temperature",

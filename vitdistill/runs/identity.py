@@ -92,7 +92,7 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
     if has_learnt(folder):
         for field in now:
             if then.get(field, now[field]) != now[field] and before.get(field) == after[field]:
-                lines.append(f"{field} has other weights than then")
+                lines.append(f"{field} has other weights than when the run began")
     return lines
 
 

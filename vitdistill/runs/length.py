@@ -32,7 +32,7 @@ def check_length(recipe: Recipe, num_images: int, steps_per_epoch: int, say: Say
     if share > 0.01:
         # Averaging over a tenth of the run leaves e^-10 of them.
         fix = Set("train.ema_decay", f"{1 - 10 / steps:.3g}" if steps > 20 else "none")
-        what = f"{share:.0%} of the moving average of {steps:,} steps are the weights it began with"
+        what = f"the moving average of {steps:,} steps still holds {share:.0%} of its first weights"
         error = ConfigError(what, fix)
         if share > 0.5:
             raise error

@@ -89,7 +89,7 @@ def _build(
     if not config.model:
         raise ConfigError(f"no {name} is given", Set(f"{field}.model"))
     if is_weights(config.model):
-        what = f"{config.model} holds weights alone, and their network's name belongs in its place"
+        what = f"{config.model} is a file of weights, not the name of a network"
         raise ConfigError(what, Set(f"{field}.checkpoint", config.model), field=f"{field}.model")
     with fields_below(field, {own.name for own in fields(config)}):
         model = weights.create_model(

@@ -135,8 +135,8 @@ def _doubt_order(
     if teacher.class_index is not None or not (order.natural or len(classes) <= _SPELLED):
         fix = "give its config.json the names of its classes (label_names)"
     how = "their natural (2 before 10)" if order.natural else "another"
-    what += f", and would be on {order.accuracy:.1%} with its classes in {how} order, where its"
-    what += f" class {own} is the data set's {i}, {classes[i]!r}"
+    what += f", and would be on {order.accuracy:.1%} with its classes in {how} order, in which its"
+    what += f" class {own} is the data set's class {i}, {classes[i]!r}"
     return ConfigError(what, fix, field=field)
 
 
@@ -167,7 +167,7 @@ def doubt_views(
     if seen.image_size != own.image_size:
         fixes += (Set("student.image_size", own.image_size[0]),)
     return ConfigError(
-        f"{_name(teacher)} is right on {hits / count:.1%} of these images as it was made for"
+        f"{_name(teacher)} is right on {hits / count:.1%} of these images cut as it expects them"
         f" ({_views(own)}), and on {proof.accuracy:.1%} as the student sees them ({_views(seen)})",
         fixes,
         field="data.augment",

@@ -185,7 +185,7 @@ def build(recipe: Recipe, world: World, say: Say, begun_in: str | None = None) -
     amp_dtype = amp_dtype_of(wanted, world.device)
     here = name_precision(amp_dtype)
     if wanted == "auto" and begun_in not in (None, here):
-        say(f"goes on in {begun_in}, as it began, and not in {here}, which auto means here")
+        say(f"goes on in {begun_in}, as the run began, although auto means {here} here")
         amp_dtype = amp_dtype_of(begun_in, world.device)
     return Prepared(recipe, world, images, networks, loaders, amp_dtype)
 
@@ -204,7 +204,7 @@ def open_images(recipe: Recipe, say: Say = lambda text: None) -> Images:
     if reading and len(train.classes) < 2:
         one = f"are all of one class ({train.classes[0]!r})" if train.classes else ""
         found = one or "have no labels (no class folders)"
-        what = f"the images in {data.dir} {found}, and the objective {reading[0]!r} reads them"
+        what = f"the images in {data.dir} {found}, and the objective {reading[0]!r} reads labels"
         raise ConfigError(what, (Set("data.dir"), Drop(reading[0])))
     if len(train.classes) != 1:
         try:

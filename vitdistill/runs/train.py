@@ -169,8 +169,8 @@ class Trainer:
             self.say(f"resuming {self.output} at step {self.state.step} of {self.num_steps}")
         if before:
             self.say(
-                f"until here on {before}, from here on {self.world.device_name}: sums are rounded"
-                " otherwise, and dropout and stochastic depth draw other numbers"
+                f"the run moves from {before} to {self.world.device_name}: sums are rounded"
+                " differently, and dropout and stochastic depth draw other numbers"
             )
 
     # --- the loop --------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Study:
             if not values:
                 raise ConfigError(f"{where} is empty", "name at least one", field=where)
         if len({*self.seeds}) < len(self.seeds):
-            raise ConfigError("seeds has one twice", "give each once", field="seeds")
+            raise ConfigError("a seed is given twice", "give each once", field="seeds")
 
 
 Parts = dict[str, Recipe]
@@ -249,8 +249,8 @@ def _parts(
         what = f"the recipe {found.name!r} has stages"
         raise ConfigError(what, "share them one by one, each by a file", field="shared")
     if taken := {*parts} & {job.row for job in shared}:
-        what = f"the recipe's stage {min(taken)!r} has the name of what is shared"
-        raise ConfigError(what, "give that another name", field="shared")
+        what = f"{min(taken)!r} names both a stage of the recipe and something shared"
+        raise ConfigError(what, "rename what is shared", field="shared")
     given: dict[str, dict[str, Any]] = {key: {} for key in parts}
     for path, value in {**study.set, **row.set, **values}.items():
         first, _, rest = path.partition(".")

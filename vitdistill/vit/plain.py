@@ -71,7 +71,7 @@ class PlainViT:
         if model.training and not isinstance(
             getattr(model, "patch_drop", None), nn.Identity | None
         ):
-            what = "patches are chosen, and the network drops some itself"
+            what = "the network drops patches at random, so none can be chosen"
             raise ConfigError(what, "build it with patch_drop_rate=0", field="student.model_args")
         if self._embeds_patches_alone():
             positions = self._positions(images)

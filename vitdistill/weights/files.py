@@ -106,9 +106,11 @@ def _read_pickle(file: Path) -> Any:
     except Exception as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if "TorchScript" in str(error) or (asked and isinstance(error, pickle.UnpicklingError)):
-            code = f"a pickle of more than tensors ({asked[1]})" if asked else "a TorchScript"
-            what = f"{file} holds {code}, which was not executed"
-            fix = f"where you trust its source, convert it: {_converter(file)}"
+            code = (
+                f"a pickle of more than tensors ({asked[1]})" if asked else "a TorchScript program"
+            )
+            what = f"{file} is {code}, and was not executed"
+            fix = f"if you trust its source, convert it: {_converter(file)}"
             raise DataError(what, fix) from error
         raise _unreadable(file, error) from error
 
@@ -142,11 +144,11 @@ def _unwrapped(file: Path, found: Any, own: Collection[str]) -> dict[str, Tensor
         inner = [found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)]
         found = next(filter(_is_state, inner), inner[0] if inner else found)
     if not _is_state(found):
-        what = f"{file} holds no weights: named tensors were expected"
+        what = f"{file} holds no weights"
         if not others:
-            raise DataError(what)
-        command = f"to take those under {others[0]!r}: {_converter(file, others[:1])}"
-        raise DataError(f"{what}, and it holds some under {listed(others)}", command)
+            raise DataError(f"{what}: named tensors were expected")
+        command = f"to use those under {others[0]!r}, convert it: {_converter(file, others[:1])}"
+        raise DataError(f"{what} under a known name, but some under {listed(others)}", command)
     bare = {key if key in own else bare_key(key): value for key, value in found.items()}
     for prefix in () if {*own} & bare.keys() else _ATTRIBUTES:
         if all(key.startswith(prefix) for key in bare):

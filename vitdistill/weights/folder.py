@@ -131,11 +131,11 @@ def _download(place: str, filename: str) -> Path | None:
 def _read(place: str, fetch: Callable[[str], Path | None]) -> Saved:
     path = fetch(CONFIG)
     if path is None:
-        what = f"{place} has no {CONFIG}, so it is no network that can be built"
+        what = f"{place} has no {CONFIG}, so no network can be built from it"
         found = sorted(file for n in ("*", "*/*") for file in Path(place).glob(f"{n}/{CONFIG}"))
         fix = "name timm's network, and give the weights as its checkpoint"
         if found:
-            fix = f"give one that is in it, such as {found[0].parent}"
+            fix = f"give a folder inside it, such as {found[0].parent}"
         raise ConfigError(what, fix)
     try:
         config = json.loads(read_bytes(path, MOST_CONFIG))
