@@ -107,8 +107,9 @@ def check_stored(
         absent += ["final features"] if needs.features and layout.features is None else []
         if absent:
             what = f"{where} do not hold its {' and '.join(absent)}"
-            fix = ("label again with this recipe", "leave out what reads them")
-            raise ConfigError(what, fix, field=field)
+            # Attention is too large to be stored.
+            again = () if "attention" in absent else ("label again with this recipe",)
+            raise ConfigError(what, (*again, "leave out what reads them"), field=field)
 
 
 def stored_temperatures(

@@ -116,7 +116,7 @@ def load_latest(
             return folder, state
         except (DataError, DiskError, NonFiniteError) as error:
             damaged.append(folder)
-            warn(f"{folder} is damaged, and the checkpoint before it is used: {error}")
+            warn(f"{folder} cannot be resumed from, and an earlier checkpoint is tried: {error}")
     if damaged:
         what = f"none of the checkpoints in {place} is intact"
         raise DataError(what, ("restore one from a copy", "start again in a new folder"))
