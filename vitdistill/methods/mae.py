@@ -55,7 +55,8 @@ class PixelReconstruction(Objective):
             raise ConfigError(f"{what}, and mae predicts their pixels", fix, field="student.model")
         if student.walks and not student.final_norm:
             what = f"{student.architecture} norms its features after pooling, and mae reads them"
-            fixes = Set("student.model_args.fc_norm", False), "for rotary positions use_fc_norm=false"
+            rotary = "for rotary positions use_fc_norm=false"
+            fixes = Set("student.model_args.fc_norm", False), rotary
             raise ConfigError(f"{what} before", fixes, field="student.model_args")
 
     def student_needs(self, student: Network) -> Needs:
