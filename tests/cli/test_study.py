@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,11 @@ def test_two_processes_share_a_study(here: Path) -> None:
     assert child.wait(300) == 0
     for name in RUNS:
         assert result(Path("shared") / name) == result(Path("whole") / name), name
+    shutil.rmtree("shared/labels")  # nothing needs them any more
+    for row in ROWS:
+        Path("shared", row, "seed-0", "answers.json").unlink()
+    assert run("study s.yaml --output shared --device cpu") == 0
+    assert Path("shared/stored/seed-0/answers.json").is_file()
 
 
 def test_a_row_may_have_stages(here: Path) -> None:

@@ -61,6 +61,8 @@ def test_a_weight_that_rises_from_0_has_no_share_and_one_loss_says_nothing() -> 
     module, teachers = build({"ce": CrossEntropy(), "kd": rising}, vit(0))
     assert measure_shares(module, batch_of(), teachers) == {"ce": (1.0, 1.0)}
     assert describe_shares({"ce": (1.0, 1.0)}) == []
+    module, teachers = build({"kd": rising}, vit(0))
+    assert measure_shares(module, batch_of(), teachers) == {}
 
 
 def test_batch_norm_forgets_the_batch() -> None:

@@ -106,3 +106,12 @@ def test_a_run_stands_for_its_best_weights_or_its_last(run):
     (run / SUMMARY).touch()
     assert not is_unfinished(str(run)) and not is_unfinished("deit_tiny_patch16_224")
     assert resolve_run("deit_tiny_patch16_224") == "deit_tiny_patch16_224"
+
+
+def test_a_networks_name_is_the_networks_where_a_run_is_called_the_same(run, monkeypatch):
+    (run / "last").mkdir()
+    (run / "last" / "config.json").touch()
+    monkeypatch.chdir(run.parent)
+    run.rename("vit_tiny_patch16_224")
+    assert resolve_run("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
+    assert resolve_run("./vit_tiny_patch16_224") == "vit_tiny_patch16_224/last"

@@ -23,7 +23,7 @@ from small_runs import (
 from vitdistill import cli
 from vitdistill.data.order import epoch_order
 from vitdistill.data.sources.open import open_source
-from vitdistill.errors import DataError, DiskError, OutOfMemory, Set
+from vitdistill.errors import ConfigError, DataError, DiskError, OutOfMemory, Set
 from vitdistill.memory import memory_errors
 from vitdistill.recipes.convert import replace_fields
 from vitdistill.storage import checkpoint
@@ -70,6 +70,18 @@ def test_a_damaged_image_met_late_is_replaced_and_accepted(tmp_path, taught, ste
     if step != 3:  # there the first epoch was trained on the other image
         run(recipe, tmp_path / "whole")
         assert result(folder) == result(tmp_path / "whole")
+
+
+def test_images_that_make_fewer_steps_than_were_taken_are_refused(tmp_path, plain):
+    root = write_images(tmp_path / "images")
+    recipe = plain(**{"data.dir": str(root), "train.save_every": 1, "train.keep_checkpoints": 9})
+    run(recipe, tmp_path / "whole")
+    folder = unfinished(tmp_path / "whole", tmp_path / "run", steps_saved(tmp_path / "whole")[-2])
+    for path in sorted((root / "train" / "cat").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        run(replace_fields(recipe, ACCEPT), folder)
+    assert caught.value.field == "data.dir" and Set("train.epochs") in caught.value.fixes
 
 
 def test_where_saving_fails_too_the_first_error_is_said(tmp_path, plain):

@@ -158,6 +158,22 @@ def test_a_row_whose_teacher_is_another_row_without_a_classifier_is_timed(
     assert "time" in header and [line.split()[0] for line in lines[1:3]] == ["teacher", "dmae"]
 
 
+def test_no_row_takes_the_place_of_another() -> None:
+    kd, wider = Row(recipe="kd"), Row(recipe="kd", set={"student.drop_path": 0.2})
+    for rows in ({"kd": kd, "wider": wider, "alone_2": kd}, {"kd": kd, "alone": kd}):
+        with pytest.raises(ConfigError):
+            jobs_of(study(rows=rows))
+    with pytest.raises(ConfigError) as refused:
+        jobs_of(study(rows={"kd": kd}, grid={"data.dir": ("my photos", "my/photos")}))
+    assert refused.value.field == "grid"
+    shared = {"kd_temperature_2": Row(recipe="alone")}
+    row = Row(recipe="kd", set={"teachers.teacher.model": "stage:kd_temperature_2"})
+    grid = {"objectives.kd.temperature": (2.0,)}
+    jobs = jobs_of(study(rows={"kd": row}, shared=shared, grid=grid, alone=False))
+    ahead = together(jobs, jobs[-1])
+    assert isinstance(ahead, Stages) and len(ahead.stages) == 2
+
+
 def test_a_warm_up_fits_fewer_epochs_as_it_does_on_the_command_line() -> None:
     short, given = {"train.epochs": 2}, {"train.epochs": 2, "optim.warmup_epochs": 1}
     rows = {"short": Row(recipe="kd", set=short), "given": Row(recipe="kd", set=given)}
@@ -242,6 +258,7 @@ def test_a_file_is_read_back_and_unknown_fields_are_refused(tmp_path: Path) -> N
         "{rows: {kd: {recipe: kd}}, seeds: [1, 1]}",
         "{rows: {kd: {recipe: kd}}, grid: {optim.lr: []}}",
         "{rows: {alone: {recipe: kd}}}",
+        "{rows: {kd: {recipe: kd}}, shared: {alone: {recipe: alone}}}",
         "{rows: {kd: {recipe: kd}}, shared: {kd: {recipe: alone}}}",
         "rows: {kd: {}}",
         "rows: {kd: {recipe: kd, label: kd}}",

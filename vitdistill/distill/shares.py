@@ -33,7 +33,7 @@ def measure_shares(
             found[name] = abs(loss.item()), norm.item()
     for name, buffer in distillation.named_buffers():
         buffer.copy_(buffers[name])  # BatchNorm has seen the batch
-    whole, moved = (sum(values) or 1.0 for values in zip(*found.values(), strict=True))
+    whole, moved = (sum(pair[i] for pair in found.values()) or 1.0 for i in (0, 1))
     return {name: (loss / whole, norm / moved) for name, (loss, norm) in found.items()}
 
 

@@ -72,14 +72,15 @@ def prune(
     """
     store = LabelStore.open(source)
     manifest = store.manifest
-    if num_views is None and encoding is None:
-        raise ConfigError("nothing would become smaller", (Give("views"), Give("k")))
     views = manifest.num_views if num_views is None else num_views
     if not 1 <= views <= manifest.num_views:
         there = plural(manifest.num_views, "view")
         what = f"{store.path} has {there}, of which {views} cannot be kept"
         raise ConfigError(what, Give("views"), field="views")
     layout = manifest.layout if encoding is None else manifest.layout.with_logits(encoding)
+    sizes = layout.record_bytes * views, manifest.layout.record_bytes * manifest.num_views
+    if sizes[0] >= sizes[1]:
+        raise ConfigError("nothing would become smaller", (Give("views"), Give("k")))
     was = {"num_views": manifest.num_views, "layout": manifest.layout.to_json()}
     about = {**manifest.about, "pruned_from": was}
     pruned = LabelStore.create(

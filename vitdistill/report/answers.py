@@ -151,7 +151,13 @@ def _build(
     place = source.classes, built.spec, device
     student, _ = build_teacher(TeacherConfig(model="student"), "student", *place, built=built)
     networks = {"": student}
-    for name, config in with_teachers(recipe).teachers.items():
+    try:
+        recipe = with_teachers(recipe)
+    except UserError as error:
+        say(f"teachers behind stored labels cannot be asked: {error.what}")
+    for name, config in recipe.teachers.items():
+        if not config.model:
+            continue
         try:
             teacher = build_teacher_model(config, name)
             if teacher.network.num_classes:

@@ -172,7 +172,8 @@ def _common_name(runs: Sequence[Run]) -> str:
 def ask_questions(groups: Sequence[Group]) -> list[Question]:
     """Compare every taught recipe with the same student alone, and with the first taught one.
 
-    Of several recipes of the student alone, the best one is the measure.
+    Of several recipes of the student alone, the best one is the measure, of those with more than
+    one seed if there are any.
     """
     found = []
     for i, group in enumerate(groups):
@@ -181,7 +182,7 @@ def ask_questions(groups: Sequence[Group]) -> list[Question]:
             continue
         others = [(j, o, o.scores) for j, o in enumerate(groups) if _comparable(group, o)]
         alone = [(o, theirs) for _, o, theirs in others if theirs and not o.taught]
-        alone.sort(key=lambda pair: pair[1].mean)
+        alone.sort(key=lambda pair: (len(pair[1].top1) > 1, pair[1].mean))
         earlier = [(o, theirs) for j, o, theirs in others if theirs and o.taught and j < i]
         for other, theirs in (*alone[-1:], *earlier[:1]):
             best_of = 0 if other.taught else len(alone)

@@ -96,7 +96,10 @@ def _sentence(question: Question, note: str) -> tuple[Word, Text]:
     text = f" ({theirs.top1:.1%}, {question.measure}): {100 * found.difference:+.1f} points of"
     text += f" top-1, 95% interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
     text += f", at {ratio:.2g} times the training compute" if ratio else ""
-    text += "." if found.num_seeds > 1 else ", by one run each."
+    if found.num_seeds < 2:
+        single = all(len(group.runs) < 2 for group in (question.ours, question.theirs))
+        text += ", by one run each" if single else ", one of them by a single run"
+    text += "."
     ours = f" ({question.ours.top1:.1%}{note}) against "
     return Word(found.verdict), [Strong(question.ours.name), ours, Strong(theirs.name), text]
 

@@ -115,8 +115,12 @@ def _build_teachers(
     Raises:
         UserError: one that ran in training cannot be built.
     """
-    found, notes, stores = {}, [], open_labels(recipe)
-    for name, config in with_teachers(recipe).teachers.items():
+    found, notes = {}, []
+    try:
+        stores, recipe = open_labels(recipe), with_teachers(recipe)
+    except UserError as error:
+        return {}, [f"no teacher is asked, for stored labels are gone: {error.what}"]
+    for name, config in recipe.teachers.items():
         try:
             built = build_teacher(config, name, classes, spec, device, recipe.objectives)
             found[name] = built[0]

@@ -19,6 +19,7 @@ from ..recipes.settings import StudentConfig, TeacherConfig
 from ..recipes.stages import STAGES, Stages, load
 from ..recipes.yaml import load_recipe
 from ..storage.atomic import sha256_file, write_atomic
+from ..weights.create import is_timm_name
 from ..weights.origin import Origin, origin_of
 
 IDENTITY, SUMMARY = "identity.json", "summary.json"
@@ -30,12 +31,15 @@ def resolve_run(name: str, kinds: Sequence[str] = ("best", "last")) -> str:
     """Return the folder of weights that a model's name stands for.
 
     A run stands for the first of ``kinds`` that it has (it has no ``best/`` if it had nothing to
-    choose by); a folder of stages for its last run; any other name for itself.
+    choose by); a folder of stages for its last run; any other name for itself, and so does one of
+    timm's: a run that is called the same is ``./NAME``.
 
     Raises:
         ConfigError: the run has no weights yet.
     """
     folder = Path(name)
+    if is_timm_name(name):
+        return name
     if runs := stages_in(folder):
         folder = runs[-1]
     elif not (folder / RECIPE).is_file():

@@ -151,14 +151,16 @@ class Prepared:
             yield
 
 
+_LESS = Set("train.batch_size"), "end what else runs here", "choose a smaller network"
+
+
 def prepare(recipe: Recipe, world: World, say: Say, begun_in: str | None = None) -> Prepared:
     """Open the images, build the networks, resolve the plan and prove the teachers; write nothing.
 
     Call it on every process: if one fails, all stop. ``begun_in``: the precision that the run began
     in, which ``auto`` then means on any device.
     """
-    less = (Set("train.batch_size"), "end what else runs here", "choose a smaller network")
-    with world.together(), memory_errors("before the first step", less):
+    with world.together(), memory_errors("before the first step", _LESS):
         prepared = build(recipe, world, say, begun_in)
         networks = prepared.networks
         make_optimizer(networks.distillation, recipe.optim)  # raises for a wrong name or argument
@@ -166,7 +168,7 @@ def prepare(recipe: Recipe, world: World, say: Say, begun_in: str | None = None)
         loader = prepared.loaders.train
         check_length(recipe, len(loader.source), loader.steps_per_epoch, say)
     proofs = prove_teachers(prepared, say)
-    with world.together(), memory_errors("before the first step", less):
+    with world.together(), memory_errors("before the first step", _LESS):
         unused = unused_parameters(prepared)
     if unused:
         them = "it" if len(unused) == 1 else "them"
@@ -317,8 +319,10 @@ def shares_at_start(prepared: Prepared) -> list[str | UserError]:
     """
     if prepared.plan.stored:
         return []
-    with prepared.in_micro_batch(0, 0):
+    with prepared.in_micro_batch(0, 0), memory_errors("before the first step", _LESS):
         batch = next(iter(prepared.loaders.shown))
+        num_images = max(prepared.recipe.train.micro_batch(prepared.world.size), 2)
+        batch = batch.rows(torch.arange(min(num_images, len(batch.ids)), device=batch.ids.device))
         shares = measure_shares(prepared.distillation.train(), batch, prepared.teachers)
     return describe_shares(shares)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ConfigError, DataError, Fix, Say, Set
+from ..errors import ConfigError, DataError, Fix, Say, Set, UserError
 from ..labels.identity import differing, network_from_json, of_views
 from ..labels.store import LabelStore
 from ..messages import plural
@@ -57,12 +57,20 @@ def with_views_of_labels(recipe: Recipe, began: Recipe | None = None) -> Recipe:
     """Take the number of views and their seed from the recipe's labels, unless it sets them.
 
     With several label stores, use the smallest view count among the required ones. A run that
-    ``began`` goes on with the views it had, whatever has been labelled since.
+    ``began`` goes on with the views it had, whatever has been labelled or deleted since.
 
     Raises:
         ConfigError: the recipe wants more views than are labelled.
     """
-    stores, data = open_labels(recipe), recipe.data
+    data = recipe.data
+    try:
+        stores = open_labels(recipe)
+    except UserError:
+        if began is None:
+            raise
+        views, seed = began.data.views, began.data.seed
+        views, seed = data.views or views, seed if data.seed is None else data.seed
+        return replace(recipe, data=replace(data, views=views, seed=seed))
     if not stores:
         return recipe
     needed = {name: s for name, s in stores.items() if recipe.teachers[name].missing == "error"}

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..data.batch import Batch
 from ..distill.step import UNWEIGHTED
-from ..errors import NonFiniteError, Preempted, Spell, UserError
+from ..errors import ConfigError, NonFiniteError, Preempted, Set, Spell, UserError
 from ..evaluate.accuracy import evaluate
 from ..evaluate.features import Stopped
 from ..evaluate.knn import knn_evaluation
@@ -158,6 +158,10 @@ class Trainer:
             length = self.recipe.train.epochs, self.steps_per_epoch
             self.schedule = make_schedule(self.state.optimizer, self.recipe.optim, *length)
             offsets = {} if found is None else states.load(self.state, self.world, found)
+            if self.state.step > self.num_steps:  # images are gone, and that was accepted
+                what = f"{self.output} is at step {self.state.step}, and these images and epochs"
+                fixes = "restore the images", Set("train.epochs")
+                raise ConfigError(f"{what} make {self.num_steps} steps", fixes, field="data.dir")
             if self.folder is not None:
                 # Lines beyond the checkpoint are of steps that will be taken again.
                 self.folder.open_logs(offsets)

@@ -76,7 +76,7 @@ class Study:
 
     def __post_init__(self) -> None:
         check_folder_name(self.name)
-        check_names("shared", self.shared)
+        check_names("shared", self.shared, {ALONE})
         check_names("rows", self.rows, {*self.shared, ALONE})
         for name in (name for name, row in self.rows.items() if row.label):
             raise ConfigError(f"{name!r} is a label", "put it under shared", field="rows")
@@ -178,10 +178,19 @@ def jobs_of(study: Study) -> list[Job]:
     for name, row in study.rows.items():
         for values in _combinations(study.grid):
             key = _name(name, values)
+            if key in rows:
+                what = f"two combinations of the grid make a row called {key!r}"
+                raise ConfigError(
+                    what, "give values that differ in letters or digits", field="grid"
+                )
             with in_row(key):
                 rows[key] = _parts(study, row, key, shared, values)
     if study.alone:
-        rows = {**_alone([parts[""] for parts in rows.values() if "" in parts]), **rows}
+        alone = _alone([parts[""] for parts in rows.values() if "" in parts])
+        for name in (name for name in alone if name in rows or name in study.shared):
+            what = f"{name!r} is the name of a student without a teacher"
+            raise ConfigError(what, "choose another", field="rows")
+        rows = {**alone, **rows}
     stored = [job.recipe.data_seed for job in shared if job.label]
 
     def seeded(recipe: Recipe, seed: int) -> Recipe:
@@ -225,7 +234,8 @@ def together(jobs: Sequence[Job], job: Job) -> Stages | Recipe:
 
     own = {key: live(recipe) for key, recipe in job.parts.items()}
     if needed and "" in own:
-        own = {re.sub(r"\W", "_", job.row): own[""]}
+        key = re.sub(r"\W", "_", job.row)
+        own = {f"{key}_" if key in needed else key: own[""]}
     return _as_recipe({name: needed[name] for name in shared if name in needed} | own)
 
 

@@ -139,6 +139,11 @@ def _split(name: str) -> tuple[str, str]:
     return "timm", name
 
 
+def is_timm_name(name: str) -> bool:
+    """Whether a model's name is one of timm's, even where a folder is called the same."""
+    return _split(name)[0] == "timm" and is_model(name.partition(".")[0])
+
+
 def read_saved(name: str) -> Saved | None:
     """Return what is saved in a folder or on the hub; None for any other name."""
     source, place = _split(name)
