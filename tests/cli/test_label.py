@@ -83,7 +83,7 @@ def test_labels_are_looked_after(
     printed(f"prune labels/teacher --to {one} --views 1")
     printed(f"merge {both} --from {one} labels/teacher")
     assert LabelStore.open(both).status().records == 66
-    printed(f"prune labels --to {two} --encoding topk --k 2")
+    printed(f"prune labels --to {two} --encoding topk --k 2 --views 1")
     assert LabelStore.open(two).layout.logits.temperatures == (1.0,)  # type: ignore[union-attr]
     assert tree(here / "labels") == before
 
