@@ -185,7 +185,7 @@ def test_auto_means_what_it_meant_when_the_run_began(tmp_path, taught):
     run(recipe, tmp_path / "whole", prepared=lambda job: _compute_in(job, torch.float16))
     begun = unfinished(tmp_path / "whole", folder, 4)
     run(recipe, begun, lines)
-    assert any(line.startswith("goes on in float16, as it began") for line in lines)
+    assert any(line.startswith("goes on in float16, as the run began") for line in lines)
     assert checkpoint.load(checkpoint.folder_of(folder, 9))[1]["scaler"] is not None
     if DEVICE == "cpu":
         assert result(folder) == result(tmp_path / "whole")
