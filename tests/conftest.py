@@ -77,10 +77,10 @@ def _jaxtyped(target: Any = None, *, typechecker: Any) -> Any:
 
     What names no array is not checked: mypy does that, and checks at every call took a third of
     the tests' time. Under torch.compile and torch.export the plain function is traced: the checks
-    cannot be, and are not in the product. A dataclass that is given a wrong type answers with its own validation,
-    where it has one, as it does to a user. A function inside a function is not checked: its check
-    would be built anew at every call of the outer one. Protocols are made checkable at run time:
-    beartype refuses annotations it cannot test.
+    cannot be, and are not in the product. A dataclass that is given a wrong type answers with its
+    own validation, where it has one, as it does to a user. A function inside a function is not
+    checked: its check would be built anew at every call of the outer one. Protocols are made
+    checkable at run time: beartype refuses annotations it cannot test.
     """
     if target is None:
         return functools.partial(_jaxtyped, typechecker=typechecker)
