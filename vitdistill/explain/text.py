@@ -19,12 +19,15 @@ def explain(
     """
     run = f"{plural(num_images, 'image')} x {plural(epochs, 'epoch')}"
     num_shown = num_images * epochs
+    skips = cost.student < cost.student_plain or any(
+        cost.teachers[name] < plain for name, plain in cost.teachers_plain.items()
+    )
     sections = [
         [
             "What each network computes for a training image",
             *format_table(_costs(plan, cost, num_shown)),
-            f"  {_plain(plan)}: every network whole, on whole images; here, patches,",
-            "    blocks and tokens of the last block that nothing reads are left out",
+            f"  {_plain(plan)}: every network whole, on whole images",
+            *(["  a share below 100%: what nothing reads is not computed"] if skips else []),
             f"  whole run: {run} (1 multiply-accumulate = 2 FLOPs)",
             *([f"  {kinds}"] if kinds else []),
         ],
